@@ -1,0 +1,177 @@
+"""Every use of a private torch API (checked on torch 2.11 and 2.13)."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import _SingleLevelFunction  # type: ignore[attr-defined]
+
+make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+no_torch_function = torch._C.DisableTorchFunctionSubclass
+handle_torch_function_names = (
+    "has_torch_function",
+    "has_torch_function_unary",
+    "has_torch_function_variadic",
+)
+
+# torch 2.13 renamed all_gather_into_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_outer = threading.local()
+
+
+@contextmanager
+def composite_call() -> Iterator[None]:
+    """Around a call of a C++ composite on wrappers: its leaf ops reach `__torch_dispatch__`.
+
+    Remembers the dispatcher state out here, for `leaf_call`.
+    """
+    before = getattr(_outer, "keys", None)
+    _outer.keys = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
+    )
+    try:
+        with no_torch_function():
+            yield
+    finally:
+        _outer.keys = before
+
+
+@contextmanager
+def leaf_call() -> Iterator[None]:
+    """Around the local program of a leaf op: autograd and autocast as they were at the outer call."""
+    keys = getattr(_outer, "keys", None)
+    if keys is None:
+        yield
+        return
+    with torch._C._ForceDispatchKeyGuard(*keys), _torch_function_on():
+        yield
+
+
+@contextmanager
+def _torch_function_on() -> Iterator[None]:
+    with torch._C._EnableTorchFunction():
+        yield
+
+
+def c_grad_fn(x: torch.Tensor) -> Any:
+    """The autograd node that C++ sees on a wrapper."""
+    with no_torch_function():
+        return torch._C.TensorBase.grad_fn.__get__(x)  # type: ignore[attr-defined]
+
+
+def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
+    """Route `autograd.Function.apply` of every Function through around(apply, args).
+
+    `Function.apply` looks `super().apply` up at each call, so this also reaches an `apply` that was
+    stored before the library was imported.
+    """
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        call = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        return around(call, args) if not kwargs else call(*args, **kwargs)
+
+    _SingleLevelFunction.apply = classmethod(apply)
+
+
+def install_engine_hook(
+    roots: Callable[[Any, Any], tuple[Any, Any]], unwrap: Callable[[Any], Any]
+) -> None:
+    """Map what `torch.autograd.backward` hands to the engine: roots(outputs, grads) and inputs."""
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def run(outputs: Any, grads: Any = (), *args: Any, **kwargs: Any) -> Any:
+        if len(args) >= 3 and args[2]:
+            args = (*args[:2], tuple(unwrap(x) for x in args[2]), *args[3:])
+        return engine(*roots(outputs, grads), *args, **kwargs)
+
+    torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+
+
+def install_ddp_hook(unwrap: Callable[[Any], Any]) -> None:
+    """Let DDP look for unused parameters in the graphs of local tensors."""
+    import torch.nn.parallel.distributed as ddp
+
+    find = ddp._find_tensors
+    ddp._find_tensors = lambda found: [unwrap(x) for x in find(found)]
+
+
+def aten_packet(name: str) -> Any:
+    """The aten op of this name, or None."""
+    return getattr(torch.ops.aten, name, None) if not name.startswith("__") else None
+
+
+def overloads(packet: Any) -> list[Any]:
+    """All overloads of an op packet."""
+    return [getattr(packet, o) for o in packet.overloads()]
+
+
+def is_random(packet: Any) -> bool:
+    """Whether the op draws from a random generator."""
+    return any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads(packet))
+
+
+def is_pointwise(packet: Any) -> bool:
+    """Whether the op works element by element, with broadcasting."""
+    return any(torch.Tag.pointwise in o.tags for o in overloads(packet))
+
+
+def is_composite(packet: Any) -> bool:
+    """Whether the dispatcher decomposes the op into others before any backend sees it."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    # an aten name may have TorchScript overloads that the dispatcher does not know
+    return any(
+        torch._C._dispatch_has_kernel(o.name())
+        and torch._C._dispatch_has_kernel_for_dispatch_key(o.name(), key)
+        for o in overloads(packet)
+    )
+
+
+def is_mutable(overload: Any) -> bool:
+    """Whether the op writes to an argument."""
+    return bool(overload._schema.is_mutable)
+
+
+@contextmanager
+def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[None]:
+    """torch.distributed with one world per thread, whose groups rendezvous through `join`.
+
+    join(group name, group size, rank, collective, data) must run collective.work(list of every
+    rank's data) once and then return on every rank.
+    """
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    numbers = itertools.count()
+
+    class Collective:
+        def __init__(self, size: int, collective: Any, pg: Any) -> None:
+            self.size, self.collective, self.key = size, collective, next(numbers)
+
+        def join(self, rank: int, data: Any) -> Any:
+            join(str(self.key), self.size, rank, self.collective, data)
+            return threaded.ret_work(data)
+
+    kept = threaded.Collective
+    threaded.Collective = Collective
+    # the stock creator blocks in a store until all ranks come; here ranks run one at a time
+    dist.Backend.register_backend(
+        "threaded",
+        lambda store, rank, size, timeout: threaded.ProcessLocalGroup(rank, size),
+        devices=["cpu"],
+    )
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    threaded._install_threaded_pg()
+    try:
+        yield
+    finally:
+        threaded._uninstall_threaded_pg()
+        threaded.ProcessLocalGroup.reset()
+        threaded.Collective = kept
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)

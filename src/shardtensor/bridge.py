@@ -1,0 +1,99 @@
+"""Gradients through `autograd.Function`s that receive ShardTensors.
+
+C++ runs such a Function on the wrapper, past `__torch_function__`. So the wrapper must carry
+autograd history of its own there: on the way in it is attached to the graph of its local tensor, on
+the way out the local graph continues from the wrapper's history. FSDP2's hooks, module backward hooks,
+reentrant checkpoints and users' Functions all pass through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _torch
+from .redistribute import like
+from .spec import Spec
+from .tensor import ShardTensor, wrap
+
+
+class _Attach(torch.autograd.Function):
+    """Makes `wrapper` a C++ tensor whose gradient flows to its local tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, wrapper: ShardTensor) -> ShardTensor:
+        ctx.spec = wrapper._spec.cotangent
+        ctx.mark_dirty(wrapper)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return like(grad, ctx.spec)._local, None
+
+
+class _Continue(torch.autograd.Function):
+    """The local tensor of a wrapper that came out of a Function, with its gradient to the wrapper."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.spec = spec.cotangent
+        return local.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:  # type: ignore[override]
+        return wrap(grad, ctx.spec), None, None
+
+
+def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not any(isinstance(a, ShardTensor) for a in args):
+        out = call(*args)
+        _continue(out, {})
+        return out
+    if call.__self__ in (_Attach, _Continue):  # type: ignore[attr-defined]
+        return call(*args)
+    sent: dict[int, ShardTensor] = {}
+    passed = []
+    for a in args:
+        if isinstance(a, ShardTensor):
+            inside = wrap(a._local, a._spec)
+            if a._local.requires_grad and torch.is_grad_enabled():
+                _Attach.apply(a._local, inside)
+            sent[id(inside)] = a
+            a = inside
+        passed.append(a)
+    out = call(*passed)
+    return _continue(out, sent)
+
+
+def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_continue(o, sent) for o in out)
+    if not isinstance(out, ShardTensor):
+        return out
+    if _torch.c_grad_fn(out) is not None:
+        out._local = _Continue.apply(out, out._local, out._spec)
+    source = sent.get(id(out))
+    if source is not None:
+        # marked dirty: the caller's tensor is the result
+        source._local = out._local
+    return out
+
+
+def _local(x: Any) -> Any:
+    return x._local if isinstance(x, ShardTensor) else x
+
+
+def _roots(outputs: Any, grads: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    paired = [
+        like(g, x._spec.cotangent)._local if isinstance(x, ShardTensor) and g is not None else g
+        for x, g in zip(outputs, grads, strict=True)
+    ]
+    return tuple(_local(x) for x in outputs), tuple(paired)
+
+
+_torch.install_function_hook(_around)
+_torch.install_engine_hook(_roots, _local)
+_torch.install_ddp_hook(_local)

@@ -1,0 +1,124 @@
+"""Differentiable, traceable collectives: what rules call.
+
+Each function takes local tensors and the name of a group (`group(mesh, axes)`); sizes are those of
+all shards of the dim, so that no call has to ask another rank. The table of adjoints is in `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .groups import group, rank, size
+from .ops import (
+    gather_op,
+    put_op,
+    reduce_op,
+    ring_op,
+    split_op,
+    swap_op,
+    take_op,
+    vary_op,
+    window_add_op,
+    window_op,
+)
+from .plan import exchange
+
+__all__ = [
+    "gather", "group", "put", "rank", "reduce", "reduce_scatter", "ring", "size", "split", "swap",
+    "take", "vary", "window",
+]
+
+
+def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
+    """Replicated tensors for use beside shards: the same values; gradients are summed over ranks.
+
+    The gradients of one call travel in one message per dtype.
+    """
+    found = list(xs)
+    if size(group) == 1 or not torch.is_grad_enabled():
+        return found
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(found):
+        if x.requires_grad:
+            by_dtype.setdefault(x.dtype, []).append(i)
+    for picked in by_dtype.values():
+        for i, x in zip(picked, vary_op([found[i] for i in picked], group), strict=True):
+            found[i] = x
+    return found
+
+
+def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """The reduction of every rank's addend; op: "sum", "max", "min", "product" (only sum has a gradient)."""
+    return x if size(group) == 1 else reduce_op([x], op, group)[0]
+
+
+def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
+    """The whole tensor from its shards along dim."""
+    return x if len(sizes) == 1 else gather_op(x, dim, sizes, group)
+
+
+def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
+    """This rank's shard of a replicated tensor."""
+    return x if len(sizes) == 1 else split_op(x, dim, sizes, group)
+
+
+def window(
+    x: Tensor,
+    dim: int,
+    sizes: Sequence[int],
+    windows: Sequence[tuple[int, int]],
+    group: str,
+    *,
+    wrap: bool = False,
+    fill: float = 0.0,
+) -> Tensor:
+    """The global rows [start, stop) of windows[rank], from shards of `sizes` along dim.
+
+    Ranges may overlap, reach over several ranks or be empty. Rows outside the global range are
+    periodic images with `wrap`, else `fill`. Sends only what others need; no message where no rank
+    needs another's rows.
+    """
+    starts, stops = [a for a, _ in windows], [b for _, b in windows]
+    if exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, rank(group)).identity:
+        return x
+    return window_op(x, dim, sizes, starts, stops, wrap, fill, group)
+
+
+def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
+    """This rank's shard of the sum of every rank's addend."""
+    n = len(sizes)
+    if n == 1:
+        return x
+    return window_add_op(x, dim, sizes, [0] * n, [sum(sizes)] * n, False, group)
+
+
+def swap(
+    x: Tensor, old: int, new: int, old_sizes: Sequence[int], new_sizes: Sequence[int], group: str
+) -> Tensor:
+    """A tensor sharded along dim `old` as one sharded along dim `new`."""
+    return x if len(old_sizes) == 1 else swap_op(x, old, new, old_sizes, new_sizes, group)
+
+
+def ring(
+    x: Tensor, dim: int, sizes: Sequence[int], group: str, *, held: int = 0, shift: int = 1
+) -> Tensor:
+    """The block that the rank `shift` places before this one holds.
+
+    Rank r holds block r - held of `sizes` along dim before the call, and r - held - shift after.
+    """
+    return x if len(sizes) == 1 else ring_op(x, dim, sizes, held, shift, group)
+
+
+def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """Rows of a tensor sharded along dim 0, by global index (int64, 1-D, each rank its own)."""
+    return x[index] if len(sizes) == 1 else take_op(x, index, sizes, group)
+
+
+def put(rows: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """Rows added at global indices of a tensor of zeros sharded along dim 0."""
+    if len(sizes) == 1:
+        return rows.new_zeros([sizes[0], *rows.shape[1:]]).index_add(0, index, rows)
+    return put_op(rows, index, sizes, group)

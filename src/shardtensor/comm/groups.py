@@ -1,0 +1,62 @@
+"""Process groups by name: ops carry the name, so they can be traced and cached."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..cache import cached
+
+_groups: dict[str, dist.ProcessGroup] = {}
+_sizes_one = "self"
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The process group that `group` registered under this name."""
+    return _groups[name]
+
+
+@cached
+def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
+    """The name of the group of ranks that differ from this one along mesh axes only.
+
+    Ranks are numbered row-major over `axes`. A group over several axes is made on first use by its
+    members. Raises ValueError for a mesh whose ranks do not ascend along the axes.
+    """
+    if prod(mesh.size(a) for a in axes) == 1:
+        return _sizes_one
+    place = mesh.get_coordinate()
+    if place is None:
+        raise ValueError("this rank is not part of the mesh")
+    at = tuple(slice(None) if a in axes else place[a] for a in range(mesh.ndim))
+    ranks = mesh.mesh[at].flatten().tolist()
+    if ranks != sorted(ranks):
+        raise ValueError(f"ranks {ranks} along mesh axes {axes} must ascend")
+    if len(axes) == 1:
+        made = mesh.get_group(axes[0])
+    elif ranks == list(range(dist.get_world_size())) and mesh.device_type == "cpu":
+        made = dist.group.WORLD
+    else:
+        made = dist.new_group(ranks, use_local_synchronization=True)
+    assert made is not None
+    # ranks of a simulated world share this table, hence their number in the key
+    name = f"{made.group_name}:{dist.get_rank()}"
+    _groups[name] = made
+    return name
+
+
+def size(name: str) -> int:
+    """How many ranks the group has."""
+    return 1 if name == _sizes_one else resolve(name).size()
+
+
+def rank(name: str) -> int:
+    """This rank's number within the group."""
+    return 0 if name == _sizes_one else resolve(name).rank()
+
+
+def forget() -> None:
+    """Drop all groups, at the end of a simulated world."""
+    _groups.clear()

@@ -1,0 +1,160 @@
+"""ShardTensors from plain tensors, local tensors and DTensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+from . import comm
+from .comm import wire
+from .errors import UnsupportedOpError
+from .spec import Spec
+from .tensor import ShardTensor, wrap
+
+_MOST_DIMS = 14
+_DTYPES = sorted(
+    (d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str
+)
+
+
+def distribute_tensor(
+    tensor: Tensor,
+    device_mesh: DeviceMesh,
+    placements: Sequence[Placement] | None = None,
+    *,
+    src_data_rank: int | None = 0,
+    sizes: dict[int, Sequence[int]] | None = None,
+) -> ShardTensor:
+    """A leaf ShardTensor of a plain tensor that has the same shape and dtype on every rank.
+
+    src_data_rank: the mesh rank whose values count; it sends each other rank its slice only. None:
+    every rank slices its own copy and nothing is sent.
+    sizes: for a sharded dim the sizes of all shards (default: torch.chunk's).
+    Raises ValueError where placements, sizes and shape do not fit.
+    """
+    if isinstance(tensor, ShardTensor):
+        raise ValueError("distribute_tensor of a ShardTensor: use x.redistribute")
+    if placements is None:
+        placements = [Replicate()] * device_mesh.ndim
+    spec = Spec.of(device_mesh, placements, tensor.shape, sizes)
+    if spec.partial:
+        raise ValueError("distribute_tensor to Partial: use ShardTensor.from_local")
+    name = comm.group(device_mesh, tuple(range(device_mesh.ndim)))
+    source = tensor.detach()
+    if src_data_rank is None or comm.size(name) == 1:
+        local = _slice(source, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
+    else:
+        local = _scatter(source, spec, src_data_rank, name)
+    return wrap(local.requires_grad_(tensor.requires_grad), spec)
+
+
+def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
+    return [tuple(c) for c in torch.cartesian_prod(*map(torch.arange, mesh.shape)).reshape(
+        -1, mesh.ndim
+    ).tolist()]
+
+
+def _slice(x: Tensor, spec: Spec, coordinate: Sequence[int]) -> Tensor:
+    for d, (dim, i) in enumerate(zip(spec.dims, spec.index_at(coordinate), strict=True)):
+        if dim.axes:
+            x = x.narrow(d, dim.offsets[i], dim.sizes[i])
+    return x
+
+
+def _scatter(x: Tensor, spec: Spec, source: int, name: str) -> Tensor:
+    me, n = comm.rank(name), comm.size(name)
+    places = _coordinates(spec.mesh)
+    if me != source:
+        shapes: list[list[Sequence[int]]] = [[] for _ in range(n)]
+        shapes[source] = [spec.local_shape]
+        return wire.exchange([[]] * n, shapes, x, name, "scatter")[source][0]
+    own = _slice(x, spec, places[me]).clone(memory_format=torch.contiguous_format)
+    chunks = [[] if r == me else [_slice(x, spec, p)] for r, p in enumerate(places)]
+    wire.exchange(chunks, [[] for _ in places], x, name, "scatter")
+    return own
+
+
+def from_local(
+    local: Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    sizes: dict[int, Sequence[int]] | None = None,
+) -> ShardTensor:
+    """`ShardTensor.from_local`."""
+    if isinstance(local, ShardTensor):
+        raise ValueError("from_local takes this rank's plain local tensor, not a ShardTensor")
+    # a spec of the right axes, with sizes still unknown
+    cut = Spec.of(mesh, placements, [0] * local.ndim)
+    if sizes is None:
+        learned = _learn_sizes(local, cut)
+    else:
+        learned = {d % local.ndim: tuple(s) for d, s in sizes.items()}
+        missing = [d for d, dim in enumerate(cut.dims) if dim.axes and d not in learned]
+        if missing:
+            raise ValueError(f"sizes must name every sharded dim; dims {missing} are missing")
+    shape = [sum(learned[d]) if d in learned else n for d, n in enumerate(local.shape)]
+    spec = Spec.of(mesh, placements, shape, learned)
+    if spec.local_shape != local.shape:
+        raise ValueError(
+            f"local shape {tuple(local.shape)} where sizes say {tuple(spec.local_shape)}"
+        )
+    return wrap(local, spec)
+
+
+def _learn_sizes(local: Tensor, cut: Spec) -> dict[int, tuple[int, ...]]:
+    """All shard sizes, by one all-gather of every rank's shape."""
+    mesh = cut.mesh
+    name = comm.group(mesh, tuple(range(mesh.ndim)))
+    if local.ndim > _MOST_DIMS:
+        raise ValueError(f"a tensor of {local.ndim} dims; at most {_MOST_DIMS}")
+    facts = [local.ndim, _DTYPES.index(local.dtype), *local.shape]
+    mine = torch.tensor(facts + [0] * (_MOST_DIMS + 2 - len(facts)), device=local.device)
+    if comm.size(name) == 1:
+        known = [mine.tolist()]
+    else:
+        known = [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(name), name)]
+    if any(k[:2] != known[0][:2] for k in known):
+        raise ValueError(
+            "from_local: ranks hold different dims or dtypes: "
+            + ", ".join(f"{k[0]}-d {_DTYPES[k[1]]}" for k in known)
+        )
+    shapes = {p: tuple(k[2 : 2 + local.ndim]) for p, k in zip(_coordinates(mesh), known, strict=True)}
+    learned: dict[int, tuple[int, ...]] = {}
+    for d, dim in enumerate(cut.dims):
+        seen: dict[int, int] = {}
+        for place, shape in shapes.items():
+            index = cut.index_at(place)[d]
+            if seen.setdefault(index, shape[d]) != shape[d]:
+                raise ValueError(
+                    f"from_local: ranks that hold the same shard of dim {d} differ in its size: "
+                    f"{sorted(set(s[d] for s in shapes.values()))}"
+                )
+        if dim.axes:
+            learned[d] = tuple(seen[i] for i in range(len(dim.sizes)))
+    return learned
+
+
+def to_dtensor(x: ShardTensor) -> DTensor:
+    """`ShardTensor.to_dtensor`."""
+    spec = x._spec
+    chunk = Spec.of(spec.mesh, spec.placements, spec.shape)
+    if chunk.dims != spec.dims:
+        raise UnsupportedOpError(
+            f"to_dtensor: DTensor knows only torch.chunk's sizes {chunk.sizes}, not {spec.sizes}; "
+            "x.redistribute(placements=x.placements, sizes=...) to those first"
+        )
+    stride = torch.empty(spec.shape, device="meta").stride()
+    return DTensor.from_local(
+        x._local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=stride
+    )
+
+
+def from_dtensor(d: DTensor) -> ShardTensor:
+    """`ShardTensor.from_dtensor`."""
+    spec = Spec.of(d.device_mesh, d.placements, d.shape)
+    grads = [Replicate() if p.is_partial() else p for p in spec.placements]
+    return wrap(d.to_local(grad_placements=grads), spec)

@@ -1,0 +1,182 @@
+"""From a torch function to its handler: a rule, the pointwise rule, a decomposition or the fallback."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _torch
+from .comm import count
+from .errors import UnsupportedOpError
+from .fallback import fall_back
+from .registry import Handler, handlers, rules
+from .tensor import ShardTensor, wrap
+
+# dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
+_DUNDER = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
+_DUNDER |= {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
+_DUNDER |= {"lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift"}
+_REFLECTED = {"radd", "rmul", "rsub", "rtruediv", "rfloordiv", "rmod", "rpow", "rmatmul"}
+_REFLECTED |= {"rand", "ror", "rxor", "rlshift", "rrshift"}
+_PLAIN_DUNDER = {"add", "sub", "mul", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "neg"}
+_PLAIN_DUNDER |= {"abs", "getitem", "setitem", "pos"}
+_ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
+# attributes of the local tensor that are those of the whole
+_LOCAL_ATTRIBUTES = {
+    "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
+    "is_nested", "is_sparse_csr", "layout", "itemsize", "names", "_version", "output_nr",
+    "_backward_hooks", "is_ort", "is_xla", "is_ipu", "is_maia", "is_vulkan", "is_mtia", "is_hpu",
+    "get_device", "is_floating_point", "is_complex", "is_signed", "element_size", "is_inference",
+    "is_conj", "is_neg", "_is_view", "is_pinned", "is_coalesced", "has_names", "is_distributed",
+    "is_shared", "storage_offset",
+}  # fmt: skip
+
+
+def _canonical(func: Any) -> tuple[str, bool]:
+    """The aten name of a torch function, and whether it takes its arguments reflected."""
+    if isinstance(func, torch._ops.OpOverload):
+        func = func.overloadpacket
+    name = getattr(func, "__name__", "")
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        name = func._qualified_op_name.split("::")[-1]
+    if name == "__get__":
+        return func.__self__.__name__, False
+    if not (name.startswith("__") and name.endswith("__")):
+        return _ALIASES.get(name, name), False
+    bare = name[2:-2]
+    if bare in _REFLECTED:
+        bare = bare[1:]
+        return _DUNDER.get(bare, bare), True
+    if bare in _DUNDER or bare in _PLAIN_DUNDER:
+        return _DUNDER.get(bare, bare), False
+    if bare.startswith("i") and (bare[1:] in _DUNDER or bare[1:] in _PLAIN_DUNDER):
+        return _DUNDER.get(bare[1:], bare[1:]) + "_", False
+    return name, False
+
+
+def _resolve(func: Any) -> Handler:
+    name, reflected = _canonical(func)
+    packet = _torch.aten_packet(name)
+    own = func in rules or name in rules
+    handler: Handler
+    if func in rules:
+        handler = _calling(rules[func])
+    elif name in rules and not _is_python(func):
+        handler = _calling(rules[name])
+    elif name in _LOCAL_ATTRIBUTES:
+        return _local_attribute
+    elif getattr(func, "__name__", "") == "__set__":
+        raise UnsupportedOpError(f"setting the attribute {func.__self__.__name__} of a ShardTensor")
+    elif _is_python(func):
+        return _opened(func)
+    elif packet is not None and _torch.is_pointwise(packet):
+        from .rules.pointwise import pointwise
+
+        handler = pointwise
+    elif not isinstance(func, torch._ops.OpOverload) and (packet is None or _splits_up(packet)):
+        return _decompose
+    else:
+        handler = fall_back
+    if reflected:
+        handler = _reflected(handler, name, own)
+    return _counted(handler, name)
+
+
+def _is_python(func: Any) -> bool:
+    return isinstance(func, types.FunctionType)
+
+
+def _splits_up(packet: Any) -> bool:
+    return _torch.is_composite(packet)
+
+
+def _calling(fn: Callable[..., Any]) -> Handler:
+    """The handler of a rule: arguments bound by Python, numpy's names for them translated."""
+    from .rules.inout import fill_out
+
+    if getattr(fn, "takes_function", False):
+        return fn
+
+    def handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs:
+            return fn(*args)
+        if "axis" in kwargs:
+            kwargs["dim"] = kwargs.pop("axis")
+        if "keepdims" in kwargs:
+            kwargs["keepdim"] = kwargs.pop("keepdims")
+        out = kwargs.pop("out", None)
+        result = fn(*args, **kwargs)
+        return result if out is None else fill_out(out, result)
+
+    return handler
+
+
+def _reflected(handler: Handler, name: str, own: bool) -> Handler:
+    forward = getattr(torch, name)
+
+    def reflect(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        a, b = args
+        if not isinstance(b, Tensor):
+            b = torch.as_tensor(b, device=a.device) if name in ("pow", "matmul") else b
+        return handlers[forward](forward, (b, a), kwargs)
+
+    return reflect
+
+
+def _counted(handler: Handler, name: str) -> Handler:
+    """The handler that notes its op in open traces; free while there are none."""
+
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not count.records:
+            return handler(func, args, kwargs)
+        with count.running(name, handler.__name__):
+            return handler(func, args, kwargs)
+
+    return run
+
+
+def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0]._local, *args[1:], **kwargs)
+
+
+def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A C++ composite: its leaf ops come back through `__torch_dispatch__`."""
+    args, kwargs = pytree.tree_map(
+        # a wrapper with no history of its own, else C++ would record the composite a second time
+        lambda x: wrap(x._local, x._spec) if isinstance(x, ShardTensor) else x,
+        (args, kwargs),
+        is_leaf=lambda x: isinstance(x, ShardTensor),
+    )
+    with _torch.composite_call():
+        return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=None)
+def opened(func: Any) -> Callable[..., Any]:
+    """A Python composite without its own override check, so that calling it runs its body.
+
+    Functions called by the body still dispatch.
+    """
+    inside = dict(func.__globals__)
+    for name in _torch.handle_torch_function_names:
+        if name in inside:
+            inside[name] = lambda *_: False
+    copy = types.FunctionType(
+        func.__code__, inside, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return wraps(func)(copy)
+
+
+def _opened(func: Any) -> Handler:
+    body = opened(func)
+    return lambda f, args, kwargs: body(*args, **kwargs)
+
+
+handlers.resolve = _resolve  # type: ignore[method-assign]

@@ -1,0 +1,129 @@
+"""An op without a rule: gather, run replicated, shard again; within a budget, with a warning."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _torch
+from .errors import UnsupportedOpError
+from .redistribute import replicate, to_dims
+from .spec import Spec
+from .tensor import ShardTensor, wrap
+
+DEFAULT_MAX_BYTES = 1 << 26
+
+
+class FallbackWarning(UserWarning):
+    """An op ran replicated, because it has no rule."""
+
+
+_policy = threading.local()
+_warned: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def fallback(mode: str = "replicate", *, max_bytes: int = DEFAULT_MAX_BYTES) -> Iterator[None]:
+    """What happens to an op without a rule, inside this context.
+
+    "replicate": gather its operands, run it on every rank, shard again, with one warning for each
+    op and line; UnsupportedOpError where the operands exceed max_bytes. "error": always
+    UnsupportedOpError.
+    """
+    if mode not in ("replicate", "error"):
+        raise ValueError(f'fallback mode {mode!r}: use "replicate" or "error"')
+    before = _limit()
+    _policy.limit = max_bytes if mode == "replicate" else -1
+    try:
+        yield
+    finally:
+        _policy.limit = before
+
+
+def _limit() -> int:
+    return getattr(_policy, "limit", DEFAULT_MAX_BYTES)
+
+
+def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run func on gathered operands, or raise UnsupportedOpError."""
+    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=_is_shard)
+    sharded = [x for x in leaves if _is_shard(x)]
+    name = op_name(func)
+    _check(func, name, sharded, kwargs)
+    nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
+    if nbytes:
+        _warn(name, nbytes)
+    inside = [replicate(x)._local if _is_shard(x) else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(inside, tree)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: _shard_again(t, sharded), func(*args, **kwargs)
+    )
+
+
+def _is_shard(x: Any) -> bool:
+    return isinstance(x, ShardTensor)
+
+
+def op_name(func: Any) -> str:
+    """What a message calls the function."""
+    return getattr(func, "__name__", str(func))
+
+
+def _check(func: Any, name: str, sharded: list[ShardTensor], kwargs: dict[str, Any]) -> None:
+    specs = ", ".join(str(x._spec) for x in sharded)
+    if len({x._spec.mesh for x in sharded}) != 1:
+        raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")
+    packet = _torch.aten_packet(name)
+    mutates = isinstance(func, torch._ops.OpOverload) and _torch.is_mutable(func)
+    if mutates or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
+        raise UnsupportedOpError(
+            f"{name} in place on {specs}: no rule; use the op that returns a new tensor"
+        )
+    if packet is not None and _torch.is_random(packet):
+        raise UnsupportedOpError(
+            f"{name} on {specs}: no rule for drawing these numbers shard by shard; "
+            "draw on a plain tensor and distribute it"
+        )
+    nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
+    if nbytes and nbytes > _limit():
+        raise UnsupportedOpError(
+            f"{name} has no rule for {specs}. It would have to gather {nbytes} bytes on every rank; "
+            "allow that with shardtensor.fallback(max_bytes=...), redistribute its operands, or "
+            "register a rule with shardtensor.rule"
+        )
+
+
+def _warn(name: str, nbytes: int) -> None:
+    frames = [
+        f for f in traceback.extract_stack() if f"{__package__}" not in f.filename.split("/")
+        and "/torch/" not in f.filename
+    ]
+    line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    if (name, line) not in _warned:
+        _warned.add((name, line))
+        warnings.warn(
+            f"{name} has no rule: gathered {nbytes} bytes on every rank ({line})",
+            FallbackWarning,
+            stacklevel=2,
+        )
+
+
+def _shard_again(t: torch.Tensor, sharded: list[ShardTensor]) -> ShardTensor:
+    whole = wrap(t, Spec(sharded[0]._spec.mesh, ()).with_dims(_whole(t)))
+    for x in sharded:
+        if x._spec.varying and x.shape == t.shape:
+            return to_dims(whole, x._spec.dims)
+    return whole
+
+
+def _whole(t: torch.Tensor) -> list[Any]:
+    from .spec import Dim
+
+    return [Dim(n) for n in t.shape]

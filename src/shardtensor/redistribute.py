@@ -1,0 +1,240 @@
+"""From one spec to another, differentiably, and operands made to meet.
+
+`convert` moves a local tensor between two specs; `fit` gives the local values of operands in the
+sharding that a rule asks for, each with the right cotangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+
+from . import comm
+from .errors import UnsupportedOpError
+from .spec import Dim, Spec, nested_chunk_sizes
+from .tensor import ShardTensor, wrap
+
+
+def replicate(x: ShardTensor) -> ShardTensor:
+    """The tensor whole on every rank."""
+    return to_dims(x, x._spec.replicated().dims)
+
+
+def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
+    """The tensor sharded as `dims` say, nothing partial."""
+    spec = x._spec.with_dims(dims)
+    return x if spec == x._spec else wrap(convert(x._local, x._spec, spec), spec)
+
+
+def reduced(x: ShardTensor) -> ShardTensor:
+    """The tensor with its partial sums added up."""
+    return to_dims(x, x._spec.dims) if x._spec.partial else x
+
+
+def like(x: Tensor, spec: Spec) -> ShardTensor:
+    """A plain (replicated) tensor or a ShardTensor as one with this spec."""
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, spec.replicated())
+    return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
+
+
+def to_placements(
+    x: ShardTensor,
+    mesh: DeviceMesh | None,
+    placements: Sequence[Placement] | None,
+    sizes: dict[int, Sequence[int]] | None,
+) -> ShardTensor:
+    """`ShardTensor.redistribute`."""
+    old = x._spec
+    if mesh is not None and mesh != old.mesh:
+        raise ValueError("redistribute to another mesh: use full_tensor() and distribute_tensor")
+    new = Spec.of(old.mesh, old.placements if placements is None else placements, old.shape, sizes)
+    given = {d % max(1, x.ndim) for d in sizes or ()}
+    dims = [
+        o if o.axes == n.axes and i not in given else n
+        for i, (o, n) in enumerate(zip(old.dims, new.dims, strict=True))
+    ]
+    return like(x, Spec(old.mesh, tuple(dims), new.partial))
+
+
+def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
+    """The local tensor of `new` from that of `old`, by the cheapest chain of collectives.
+
+    One all-to-all where a mesh axis moves from one dim to another or sizes change, a slice where a
+    replicated axis becomes sharded, an all-gather where a sharded axis becomes replicated, a
+    reduce-scatter from partial to sharded.
+    """
+    if old.shape != new.shape or old.mesh != new.mesh:
+        raise ValueError(f"cannot convert {old} to {new}")
+    kept = tuple(p for p in old.partial if p in new.partial)
+    local, dims = _settle_partial(local, old, new, kept)
+    local, dims = _move_axes(local, old, dims, new.dims)
+    for d, (have, want) in enumerate(zip(dims, new.dims, strict=True)):
+        if have.sizes != want.sizes:
+            local = _recut(local, old.mesh, d, have, want)
+    for axis, op in new.partial:
+        if (axis, op) not in kept:
+            local = _make_partial(local, new.mesh, axis, op)
+    return local
+
+
+def _recut(local: Tensor, mesh: DeviceMesh, d: int, have: Dim, want: Dim) -> Tensor:
+    ends = want.offsets
+    windows = list(zip(ends, ends[1:], strict=False))
+    return comm.window(local, d, have.sizes, windows, comm.group(mesh, have.axes))
+
+
+def _settle_partial(
+    local: Tensor, old: Spec, new: Spec, kept: tuple[tuple[int, str], ...]
+) -> tuple[Tensor, list[Dim]]:
+    """Add up addends that the new spec does not keep; straight into a shard where it can."""
+    dims = list(old.dims)
+    for axis, op in old.partial:
+        if (axis, op) in kept:
+            continue
+        name = comm.group(old.mesh, (axis,))
+        into = next((d for d, w in enumerate(new.dims) if w.axes == (axis,)), None)
+        if op == "sum" and into is not None and not dims[into].axes:
+            sizes = new.dims[into].sizes
+            local = comm.reduce_scatter(local, into, sizes, name)
+            dims[into] = new.dims[into]
+        elif op == "avg":
+            local = comm.reduce(local, name) / old.mesh.size(axis)
+        else:
+            local = comm.reduce(local, name, op)
+    return local, dims
+
+
+def _make_partial(local: Tensor, mesh: DeviceMesh, axis: int, op: str) -> Tensor:
+    """A replicated value as addends: whole on the axis' first rank, zero on the others."""
+    if op == "avg":
+        return local
+    if op != "sum":
+        raise UnsupportedOpError(f"redistribute to Partial({op!r}): only sum and avg")
+    name = comm.group(mesh, (axis,))
+    n = comm.size(name)
+    if n == 1:
+        return local
+    if comm.rank(name) == 0:
+        return local
+    # an addend's cotangent is whole on every rank, so zeroing must not zero the gradient
+    return torch.nan_to_num(local - local.detach(), 0.0, 0.0, 0.0)
+
+
+def _block(dim: Dim, mesh: DeviceMesh, depth: int) -> tuple[int, ...]:
+    """The sizes of this rank's sub-blocks along axis `depth` of a dim's axes."""
+    place = mesh.get_coordinate()
+    assert place is not None
+    first, inner = 0, dim.sizes
+    for axis in dim.axes[:depth]:
+        step = len(inner) // mesh.size(axis)
+        first = place[axis] * step
+        inner = inner[first : first + step]
+    n = mesh.size(dim.axes[depth])
+    step = len(inner) // n
+    return tuple(sum(inner[i * step : (i + 1) * step]) for i in range(n))
+
+
+def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
+    """A dim sharded only by the first `depth` of its axes."""
+    if depth == 0:
+        return Dim(dim.size)
+    step = prod(mesh.size(a) for a in dim.axes[depth:])
+    sizes = tuple(sum(dim.sizes[i : i + step]) for i in range(0, len(dim.sizes), step))
+    return Dim(dim.size, dim.axes[:depth], sizes)
+
+
+def _move_axes(
+    local: Tensor, spec: Spec, have: list[Dim], want: Sequence[Dim]
+) -> tuple[Tensor, list[Dim]]:
+    """Bring every mesh axis to the dim where `want` has it; the innermost axis of a dim moves first."""
+    mesh = spec.mesh
+    have = list(have)
+    while True:
+        # a dim may take its next axis once what it has is the start of what it wants
+        moved = False
+        for new, w in enumerate(want):
+            depth = len(have[new].axes)
+            if depth >= len(w.axes) or have[new].axes != w.axes[:depth]:
+                continue
+            axis = w.axes[depth]
+            target = _outer(w, mesh, depth + 1)
+            coarse = _outer(target, mesh, depth)
+            old = next((d for d, h in enumerate(have) if axis in h.axes), None)
+            if old is not None and have[old].axes[-1] != axis:
+                continue
+            if have[new].sizes != coarse.sizes:
+                local = _recut(local, mesh, new, have[new], coarse)
+            name = comm.group(mesh, (axis,))
+            inner = _block(target, mesh, depth)
+            if old is None:
+                local = comm.split(local, new, inner, name)
+            else:
+                source = have[old]
+                local = comm.swap(
+                    local, old, new, _block(source, mesh, len(source.axes) - 1), inner, name
+                )
+                have[old] = _outer(source, mesh, len(source.axes) - 1)
+            have[new] = target
+            moved = True
+        if moved:
+            continue
+        for d, (h, w) in enumerate(zip(have, want, strict=True)):
+            if h.axes != w.axes[: len(h.axes)]:
+                depth = len(h.axes) - 1
+                name = comm.group(mesh, (h.axes[-1],))
+                local = comm.gather(local, d, _block(h, mesh, depth), name)
+                have[d] = _outer(h, mesh, depth)
+                moved = True
+                break
+        if not moved:
+            return local, have
+
+
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
+) -> list[Tensor | None]:
+    """Local values of operands for a local program that varies along mesh axes `varying`.
+
+    Each operand comes with the dims it is wanted in (None: whole). Where an operand is the same
+    along a varying axis, its gradient is summed over that axis, in one message for all operands.
+    Raises UnsupportedOpError, before anything is sent, for operands on different meshes.
+    """
+    for x, _ in operands:
+        if isinstance(x, ShardTensor) and x._spec.mesh != mesh:
+            raise UnsupportedOpError(
+                f"tensors on different meshes: {x._spec.mesh} and {mesh}; distribute both on one"
+            )
+    found: list[Tensor | None] = []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, (x, dims) in enumerate(operands):
+        if x is None:
+            found.append(None)
+            continue
+        wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
+        spec = Spec(mesh, wanted)
+        if isinstance(x, ShardTensor) or spec.varying:
+            local = like(x, spec)._local
+        else:
+            local = x
+        found.append(local)
+        same = tuple(a for a in varying if a not in spec.varying)
+        if same and local.requires_grad:
+            alike.setdefault(same, []).append(i)
+    for axes, picked in alike.items():
+        values = comm.vary([found[i] for i in picked], comm.group(mesh, axes))  # type: ignore[misc]
+        for i, value in zip(picked, values, strict=True):
+            found[i] = value
+    return found
+
+
+def chunked(dim: Dim, mesh: DeviceMesh, axes: tuple[int, ...]) -> Dim:
+    """The dim cut as torch.chunk cuts along mesh axes."""
+    if not axes:
+        return Dim(dim.size)
+    return Dim(dim.size, axes, nested_chunk_sizes(dim.size, [mesh.size(a) for a in axes]))

@@ -1,0 +1,45 @@
+"""Which function is handled how: filled by `@rule`, resolved on first use by `dispatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+rules: dict[Any, Callable[..., Any]] = {}
+
+
+class Handlers(dict[Any, Handler]):
+    """Torch function -> handler(func, args, kwargs); a miss asks `resolve`, once."""
+
+    resolve: Callable[[Any], Handler]
+
+    def __missing__(self, func: Any) -> Handler:
+        handler = self[func] = self.resolve(func)
+        return handler
+
+
+handlers = Handlers()
+
+
+def rule(*keys: Any) -> Callable[[F], F]:
+    """Register the decorated function as the rule for torch functions.
+
+    keys: functions (`F.interpolate`, `torch.einsum`) or aten names ("conv2d", "sum"), which cover
+    the function, the method and the aten op of that name.
+
+    A rule has the torch function's own signature, gets ShardTensors (or plain tensors, of which at
+    least one argument is a ShardTensor), decides from specs alone, raises UnsupportedOpError
+    before it communicates, and returns ShardTensors made by `wrap`. A later rule for the same key
+    replaces the earlier.
+    """
+
+    def register(fn: F) -> F:
+        for key in keys:
+            rules[key] = fn
+        handlers.clear()
+        return fn
+
+    return register

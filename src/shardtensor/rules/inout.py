@@ -1,0 +1,23 @@
+"""`out=` arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnsupportedOpError
+from ..redistribute import like
+from ..tensor import ShardTensor
+
+
+def fill_out(out: Any, result: Any) -> Any:
+    """Write a result into the ShardTensor(s) given as `out=`."""
+    if isinstance(out, tuple | list):
+        return type(result)(fill_out(o, r) for o, r in zip(out, result, strict=True))
+    if not isinstance(out, ShardTensor):
+        raise UnsupportedOpError("out= a plain tensor: give a ShardTensor, or use the returned one")
+    if out.shape != result.shape:
+        raise UnsupportedOpError(
+            f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"
+        )
+    out._local.copy_(like(result, out._spec)._local)
+    return out

@@ -1,0 +1,203 @@
+"""Elementwise ops: broadcasting of plain, replicated and sharded operands.
+
+The output takes the sharding of its largest operand, then of the others where mesh axes are left.
+An operand that has the dim is cut the same way; one that is broadcast there stays whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..cache import cached
+from ..errors import UnsupportedOpError
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .inout import fill_out
+
+
+def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The handler of every op with torch's pointwise tag."""
+    spec = None
+    inside = []
+    for a in args:
+        if a.__class__ is ShardTensor:
+            if spec is None:
+                spec = a._spec
+            elif a._spec is not spec and a._spec != spec:
+                return _aligned(func, args, kwargs)
+            inside.append(a._local)
+        elif isinstance(a, Tensor):
+            return _aligned(func, args, kwargs)
+        else:
+            inside.append(a)
+    if spec is None or spec.partial or kwargs or func.__name__[-1] == "_":
+        return _aligned(func, args, kwargs)
+    out = func(*inside)
+    return wrap(out, spec) if out.__class__ is Tensor else _wrap_all(out, spec)
+
+
+def _wrap_all(out: Any, spec: Spec) -> Any:
+    if isinstance(out, Tensor):
+        return wrap(out, spec)
+    return type(out)([_wrap_all(o, spec) for o in out])
+
+
+def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = func.__name__
+    out = kwargs.pop("out", None)
+    named = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
+    at = [i for i, v in enumerate(args) if isinstance(v, Tensor)]
+    tensors = [reduced(x) if isinstance(x, ShardTensor) else x for x in (
+        *(args[i] for i in at), *(kwargs[k] for k in named)
+    )]  # fmt: skip
+    in_place = _is_in_place(name)
+    spec, wanted = align(*tensors)
+    if in_place:
+        target = args[0]
+        if not isinstance(target, ShardTensor) or target._spec.partial:
+            raise UnsupportedOpError(
+                f"{name}: writes a sharded result into {_kind(target)}; use the op that returns a "
+                "new tensor"
+            )
+        if spec.shape != target.shape:
+            raise RuntimeError(
+                f"{name}: output with shape {tuple(target.shape)} doesn't match the broadcast "
+                f"shape {tuple(spec.shape)}"
+            )
+        spec, wanted = align_to(target._spec, *tensors)
+    values = fit(spec.mesh, spec.varying, *zip(tensors, wanted, strict=True))
+    args = tuple(values[at.index(i)] if i in at else a for i, a in enumerate(args))
+    kwargs = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
+    result = func(*args, **kwargs)
+    if in_place:
+        return target
+    wrapped = _wrap_all(result, spec)
+    return wrapped if out is None else fill_out(out, wrapped)
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name.startswith("__i") and name != "__invert__"
+    return name.endswith("_")
+
+
+def _kind(x: Any) -> str:
+    return str(x._spec) if isinstance(x, ShardTensor) else "a plain tensor"
+
+
+def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
+    """The spec of the broadcast result and the dims in which each operand is wanted."""
+    return _align(*(x._spec if isinstance(x, ShardTensor) else x.shape for x in tensors))
+
+
+def align_to(spec: Spec, *tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
+    """As `align`, for a result whose spec is given."""
+    return spec, tuple(_wanted(spec.dims, x.shape) for x in tensors)
+
+
+@cached
+def _align(*known: Spec | torch.Size) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
+    specs = [k for k in known if isinstance(k, Spec)]
+    mesh = specs[0].mesh
+    if any(s.mesh != mesh for s in specs):
+        raise UnsupportedOpError(f"tensors on different meshes: {specs}; distribute all on one")
+    shapes = [k.shape if isinstance(k, Spec) else k for k in known]
+    shape = torch.broadcast_shapes(*shapes)
+    dims = [Dim(n) for n in shape]
+    used: set[int] = set()
+    for spec in sorted(specs, key=lambda s: -s.shape.numel()):
+        lead = len(shape) - len(spec.dims)
+        for d, dim in enumerate(spec.dims, lead):
+            free = not dims[d].axes and used.isdisjoint(dim.axes)
+            if dim.axes and dim.size == shape[d] and free:
+                dims[d] = dim
+                used.update(dim.axes)
+    return Spec(mesh, tuple(dims)), tuple(_wanted(tuple(dims), s) for s in shapes)
+
+
+def _wanted(dims: tuple[Dim, ...], shape: torch.Size) -> tuple[Dim, ...]:
+    own = dims[len(dims) - len(shape) :]
+    return tuple(d if d.size == n else Dim(n) for d, n in zip(own, shape, strict=True))
+
+
+def function_rule(*names: str) -> Any:
+    """Register a handler(func, args, kwargs) for several ops that differ only in the local call."""
+
+    def register(handler: Any) -> Any:
+        handler.takes_function = True
+        return rule(*names)(handler)
+
+    return register
+
+
+@function_rule("where")
+def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) + len(kwargs) == 1:
+        from ..fallback import fall_back
+
+        return fall_back(func, args, kwargs)
+    return pointwise(func, args, kwargs)
+
+
+# ops that keep every element in place and depend on nothing else
+@function_rule(
+    "clone", "contiguous", "detach", "detach_", "alias", "view_as_real_copy", "requires_grad_",
+    "_conj", "conj", "resolve_conj", "resolve_neg", "pin_memory", "lift_fresh", "positive", "real",
+    "imag", "_conj_physical", "_neg_view", "zeros_like", "ones_like", "full_like", "empty_like",
+)  # fmt: skip
+def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0] if args else kwargs.pop("input")
+    return wrap(func(x._local, *args[1:], **kwargs), x._spec)
+
+
+@function_rule(
+    "to", "_to_copy", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long",
+    "short", "char", "byte", "bool", "cfloat", "cdouble", "chalf", "cpu", "cuda", "zero_", "fill_",
+    "nan_to_num_",
+)  # fmt: skip
+def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rounding a sum of addends is not the sum of rounded addends: partial sums are added first."""
+    x = args[0]
+    if not isinstance(x, ShardTensor):
+        return func(x, *(a._local if isinstance(a, ShardTensor) else a for a in args[1:]), **kwargs)
+    name = func.__name__ if not isinstance(func, torch._ops.OpOverload) else "to"
+    if name.endswith("_"):
+        if x._spec.partial:
+            raise UnsupportedOpError(f"{name} on {x._spec}; redistribute to Replicate first")
+        func(x._local, *args[1:], **kwargs)
+        return x
+    x = reduced(x)
+    rest = [a._local if isinstance(a, ShardTensor) else a for a in args[1:]]
+    local = func(x._local, *rest, **kwargs)
+    return wrap(local, x._spec) if isinstance(local, Tensor) else local
+
+
+@rule("copy_")
+def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(input, ShardTensor):
+        raise UnsupportedOpError(
+            "copy_ of a ShardTensor into a plain tensor: copy x.full_tensor() or x.to_local()"
+        )
+    spec, wanted = align_to(input._spec, input, src)
+    (value,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
+    assert value is not None
+    input._local.copy_(value, non_blocking)
+    return input
+
+
+@rule("masked_fill", "masked_fill_")
+def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
+    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return torch.where(mask, value.to(input.dtype), input)
+
+
+def is_random(name: str) -> bool:
+    """Whether an aten op draws random numbers."""
+    packet = _torch.aten_packet(name)
+    return packet is not None and _torch.is_random(packet)

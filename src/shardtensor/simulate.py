@@ -1,0 +1,129 @@
+"""N ranks as threads of one process: try 16 ranks on a laptop, without a launcher.
+
+One thread runs at a time; it hands over where it waits for the others. So simulated ranks are
+deterministic, each has its own random state, and ranks that can never meet raise instead of hanging.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from . import _torch, cache
+from .comm import count, groups
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """A simulated rank raised, or ranks wait for each other for ever."""
+
+
+class _Turns:
+    """Whose turn it is: one rank runs until it waits or ends."""
+
+    def __init__(self, world_size: int) -> None:
+        self.go = [threading.Event() for _ in range(world_size)]
+        self.waiting: dict[int, tuple[Callable[[], bool], str]] = {}
+        self.ended: set[int] = set()
+        self.errors: dict[int, BaseException] = {}
+        self.arrived: dict[str, dict[int, Any]] = {}
+        self.done: set[str] = set()
+        self.stuck = ""
+
+    def next_after(self, rank: int) -> None:
+        """Give the turn to the next rank that can run."""
+        n = len(self.go)
+        if self.errors:
+            self.stuck = self.stuck or f"rank {min(self.errors)} raised"
+        for step in range(1, n + 1):
+            r = (rank + step) % n
+            if r in self.ended:
+                continue
+            if r not in self.waiting or self.waiting[r][0]() or self.stuck:
+                self.go[r].set()
+                return
+        if len(self.ended) < n:
+            what = ", ".join(f"rank {r} in {w}" for r, (_, w) in sorted(self.waiting.items()))
+            gone = f"; ranks {sorted(self.ended)} have returned" if self.ended else ""
+            self.stuck = f"ranks wait for each other for ever: {what}{gone}"
+            self.next_after(rank)
+
+    def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+        """Let other ranks run until ready()."""
+        state = torch.get_rng_state()
+        self.waiting[rank] = (ready, what)
+        self.next_after(rank)
+        self.go[rank].wait()
+        self.go[rank].clear()
+        del self.waiting[rank]
+        torch.set_rng_state(state)
+        if not ready():
+            raise RankError(self.stuck)
+
+    def join(self, key: str, size: int, rank: int, collective: Any, data: Any) -> None:
+        """Meet the other members of a group; the last to come does the work."""
+        here = self.arrived.setdefault(key, {})
+        here[rank] = data
+        if len(here) == size:
+            collective.work([here[r] for r in range(size)])
+            self.done.add(key)
+        else:
+            me = count.simulated_rank()
+            assert me is not None
+            self.wait(me, lambda: key in self.done, type(collective).__name__)
+
+
+def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
+    """Run fn(*args) on `world_size` ranks, threads of this process; returns what each returned.
+
+    Inside fn, torch.distributed is initialised (CPU): make a mesh with `init_device_mesh("cpu", ...)`
+    as under torchrun. Raises RankError from the first exception of a rank, or, naming every rank,
+    where ranks wait for each other for ever.
+    """
+    turns = _Turns(world_size)
+    results: list[Any] = [None] * world_size
+    store = dist.HashStore()
+    before = torch.get_rng_state()
+    hook = sys.excepthook
+
+    def run(rank: int) -> None:
+        turns.go[rank].wait()
+        turns.go[rank].clear()
+        count.thread.rank = rank
+        torch.set_rng_state(before)
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                dist.init_process_group(
+                    "threaded", rank=rank, world_size=world_size, store=store
+                )
+                results[rank] = fn(*args)
+                dist.destroy_process_group()
+        except BaseException as e:
+            if not isinstance(e, RankError) or not turns.errors:
+                turns.errors.setdefault(rank, e)
+        turns.ended.add(rank)
+        turns.next_after(rank)
+
+    cache.clear()
+    with _torch.threaded_world(turns.join):
+        threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
+        for t in threads:
+            t.start()
+        turns.go[0].set()
+        for t in threads:
+            t.join()
+    cache.clear()
+    groups.forget()
+    torch.set_rng_state(before)
+    # init_process_group puts "[rank0]" before every later traceback of this process
+    sys.excepthook = hook
+    if turns.errors:
+        rank, error = min(turns.errors.items(), key=lambda e: isinstance(e[1], RankError))
+        raise RankError(f"rank {rank}: {type(error).__name__}: {error}") from error
+    return results

@@ -1,0 +1,205 @@
+"""Where every element of a sharded tensor lives: pure values, equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+
+
+class Dim(NamedTuple):
+    """One tensor dimension: its global size and how mesh axes shard it.
+
+    axes: the mesh axes that shard it, outermost first (ascending); () when it is whole.
+    sizes: the size of every shard, row-major over `axes`; () when it is whole.
+    """
+
+    size: int
+    axes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where every shard starts, and the end: len(sizes) + 1 ascending integers."""
+        return (0, *accumulate(self.sizes))
+
+
+def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
+    """Sizes that `torch.chunk` gives, padded with zeros to `parts`: chunk_sizes(5, 4) == (2, 2, 1, 0)."""
+    step = -(-size // parts)
+    return tuple(max(0, min(step, size - i * step)) for i in range(parts))
+
+
+def nested_chunk_sizes(size: int, parts: Sequence[int]) -> tuple[int, ...]:
+    """Shard sizes when each mesh axis in turn chunks what the axes before it left."""
+    sizes: tuple[int, ...] = (size,)
+    for n in parts:
+        sizes = tuple(s for block in sizes for s in chunk_sizes(block, n))
+    return sizes
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spec:
+    """How one tensor lies on a mesh: frozen, hashable, the same on every rank.
+
+    dims: one `Dim` for each tensor dimension.
+    partial: (mesh axis, reduce op) for every axis along which ranks hold addends.
+    """
+
+    mesh: DeviceMesh
+    dims: tuple[Dim, ...]
+    partial: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        shape: Sequence[int],
+        sizes: Mapping[int, Sequence[int]] | None = None,
+    ) -> Spec:
+        """The spec for torch placements, one for each mesh axis.
+
+        sizes: for a sharded tensor dim, the sizes of all its shards (row-major over the mesh axes
+        that shard it). A dim that is not named is cut as `torch.chunk` cuts.
+        Raises ValueError where placements, shape, mesh and sizes do not fit each other.
+        """
+        ndim = len(shape)
+        if len(placements) != mesh.ndim:
+            raise ValueError(f"{len(placements)} placements for a mesh of {mesh.ndim} axes")
+        axes: list[list[int]] = [[] for _ in shape]
+        partial = []
+        for axis, placement in enumerate(placements):
+            if type(placement) is Shard:
+                if not -ndim <= placement.dim < ndim:
+                    raise ValueError(f"{placement} for a tensor of {ndim} dims")
+                axes[placement.dim % ndim].append(axis)
+            elif isinstance(placement, Partial):
+                partial.append((axis, str(placement.reduce_op)))
+            elif not isinstance(placement, Replicate):
+                raise ValueError(f"placement {placement!r}: use Shard, Replicate or Partial")
+        given = {d % ndim if ndim else d: tuple(int(n) for n in s) for d, s in (sizes or {}).items()}
+        dims = []
+        for d, (size, on) in enumerate(zip(shape, axes, strict=True)):
+            if not on:
+                if d in given:
+                    raise ValueError(f"sizes for dim {d}, which no mesh axis shards")
+                dims.append(Dim(int(size)))
+                continue
+            parts = [mesh.size(a) for a in on]
+            cut = given.get(d) or nested_chunk_sizes(int(size), parts)
+            if len(cut) != prod(parts) or sum(cut) != size or min(cut) < 0:
+                raise ValueError(
+                    f"sizes {list(cut)} for dim {d} of size {size}: "
+                    f"expected {prod(parts)} sizes that add up to {size}"
+                )
+            dims.append(Dim(int(size), tuple(on), cut))
+        return cls(mesh, tuple(dims), tuple(partial))
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """The global shape."""
+        return torch.Size([d.size for d in self.dims])
+
+    @cached_property
+    def placements(self) -> tuple[Placement, ...]:
+        """Torch's placements, one for each mesh axis."""
+        found: list[Placement] = [Replicate()] * self.mesh.ndim
+        for i, d in enumerate(self.dims):
+            for axis in d.axes:
+                found[axis] = Shard(i)
+        for axis, op in self.partial:
+            found[axis] = Partial(op)
+        return tuple(found)
+
+    @cached_property
+    def sizes(self) -> dict[int, tuple[int, ...]]:
+        """For each sharded tensor dim the sizes of all its shards."""
+        return {i: d.sizes for i, d in enumerate(self.dims) if d.axes}
+
+    @cached_property
+    def varying(self) -> tuple[int, ...]:
+        """The mesh axes along which local tensors are shards, ascending."""
+        return tuple(sorted(axis for d in self.dims for axis in d.axes))
+
+    @cached_property
+    def index(self) -> tuple[int, ...]:
+        """This rank's shard number in each tensor dim (0 in a whole dim)."""
+        return self.index_at(self.coordinate)
+
+    def index_at(self, coordinate: Sequence[int]) -> tuple[int, ...]:
+        """The shard number in each tensor dim of the rank at a mesh coordinate."""
+        found = []
+        for d in self.dims:
+            i = 0
+            for axis in d.axes:
+                i = i * self.mesh.size(axis) + coordinate[axis]
+            found.append(i)
+        return tuple(found)
+
+    @cached_property
+    def coordinate(self) -> tuple[int, ...]:
+        """This rank's place on the mesh."""
+        place = self.mesh.get_coordinate()
+        if place is None:
+            raise ValueError("this rank is not part of the mesh")
+        return tuple(place)
+
+    @cached_property
+    def offset(self) -> tuple[int, ...]:
+        """The global index of this rank's first element in each dim."""
+        return tuple(d.offsets[i] if d.axes else 0 for d, i in zip(self.dims, self.index, strict=True))
+
+    @cached_property
+    def local_shape(self) -> torch.Size:
+        """The shape of this rank's local tensor."""
+        return self.local_shape_at(self.coordinate)
+
+    def local_shape_at(self, coordinate: Sequence[int]) -> torch.Size:
+        """The shape of the local tensor of the rank at a mesh coordinate."""
+        index = self.index_at(coordinate)
+        return torch.Size(
+            [d.sizes[i] if d.axes else d.size for d, i in zip(self.dims, index, strict=True)]
+        )
+
+    @cached_property
+    def cotangent(self) -> Spec:
+        """The spec of a gradient of a tensor with this spec: Partial becomes Replicate."""
+        return Spec(self.mesh, self.dims) if self.partial else self
+
+    def replicated(self) -> Spec:
+        """The spec of the same tensor whole on every rank."""
+        return Spec(self.mesh, tuple(Dim(d.size) for d in self.dims))
+
+    def with_dims(self, dims: Sequence[Dim]) -> Spec:
+        """Other dims on the same mesh, nothing partial."""
+        return Spec(self.mesh, tuple(dims))
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        return (self.mesh, self.dims, self.partial)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Spec) and self._hash == other._hash and self._key == other._key
+
+    def __repr__(self) -> str:
+        mesh = "x".join(str(n) for n in self.mesh.shape)
+        cuts = "".join(f", dim {i}: {list(s)}" for i, s in self.sizes.items())
+        places = ", ".join(str(p) for p in self.placements)
+        return f"Spec({tuple(self.shape)} on {mesh} mesh, [{places}]{cuts})"

@@ -1,0 +1,336 @@
+"""ShardTensor: a global view of one tensor whose shards lie on the ranks of a mesh.
+
+A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are intercepted at
+`__torch_function__`; rules turn them into local programs. Autograd records the local programs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+from torch.utils import _pytree as pytree
+
+from . import _torch
+from .registry import handlers
+from .spec import Spec
+
+
+class ShardTensor(torch.Tensor):
+    """A tensor of global shape `shape` of which this rank holds one shard, `to_local()`.
+
+    Made by `distribute_tensor`, `ShardTensor.from_local` and by torch functions of ShardTensors.
+    Attributes never communicate; `full_tensor`, `redistribute`, `item` of a sharded tensor,
+    `numpy`, `tolist` and pickling do, and must be called on every rank of the mesh.
+    """
+
+    _local: Tensor
+    _spec: Spec
+    __slots__ = ("_local", "_spec")
+    # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
+    _backward_hooks: Any = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return handlers[func](func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with _torch.leaf_call():
+            return handlers[func](func, args, kwargs or {})
+
+    # the global view ------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> Spec:
+        """Mesh, placements, global shape and the sizes of all shards."""
+        return self._spec
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh that the tensor lies on."""
+        return self._spec.mesh
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Torch's placements, one for each mesh axis."""
+        return self._spec.placements
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The global shape."""
+        return self._spec.shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self._spec.dims)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._local.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._local.device
+
+    def size(self, dim: int | None = None) -> Any:
+        """The global shape, or one of its entries."""
+        return self._spec.shape if dim is None else self._spec.shape[dim]
+
+    def dim(self) -> int:
+        return len(self._spec.dims)
+
+    ndimension = dim
+
+    def numel(self) -> int:
+        return self._spec.shape.numel()
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        if not self._spec.dims:
+            raise TypeError("len() of a 0-d tensor")
+        return self._spec.dims[0].size
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def stride(self, dim: int | None = None) -> Any:
+        """Strides of a whole tensor that has the memory format of the local one."""
+        order = sorted(range(self.ndim), key=lambda d: (self._local.stride(d), -d))
+        strides, step = [0] * self.ndim, 1
+        for d in order:
+            strides[d] = step
+            step *= max(1, self._spec.dims[d].size)
+        return tuple(strides) if dim is None else strides[dim]
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return self._local.is_contiguous(memory_format=memory_format)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        spec = self._spec
+        if not spec.varying and not spec.partial:
+            return f"ShardTensor({self._local!r}, spec={spec})"
+        return (
+            f"ShardTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"spec={spec}, local_shape={tuple(self._local.shape)})"
+        )
+
+    # from and to local tensors --------------------------------------------------------------------
+
+    @staticmethod
+    def from_local(
+        local: Tensor,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        sizes: dict[int, Sequence[int]] | None = None,
+    ) -> ShardTensor:
+        """A ShardTensor of every rank's local tensor; differentiable.
+
+        sizes: for each sharded dim the sizes of all shards, row-major over the mesh axes that shard
+        it. With it nothing is communicated; without it the ranks exchange their shapes in one small
+        all-gather. Raises ValueError where the shapes do not fit each other.
+        """
+        from .construct import from_local
+
+        return from_local(local, mesh, placements, sizes)
+
+    def to_local(self) -> Tensor:
+        """This rank's local tensor; differentiable."""
+        return self._local
+
+    def full_tensor(self) -> Tensor:
+        """The whole tensor as a plain one, on every rank; differentiable. All-gathers."""
+        from .redistribute import replicate
+
+        return replicate(self)._local
+
+    def redistribute(
+        self,
+        device_mesh: DeviceMesh | None = None,
+        placements: Sequence[Placement] | None = None,
+        *,
+        sizes: dict[int, Sequence[int]] | None = None,
+    ) -> ShardTensor:
+        """The same tensor in other placements or cut to other `sizes`; differentiable.
+
+        Raises ValueError for another mesh. Sizes default to the present ones where a dim stays
+        sharded by the same axes, else to torch.chunk's.
+        """
+        from .redistribute import to_placements
+
+        return to_placements(self, device_mesh, placements, sizes)
+
+    def to_dtensor(self) -> Any:
+        """The torch DTensor of the same shards. Raises UnsupportedOpError for uneven sizes that
+        `torch.chunk` would not give."""
+        from .construct import to_dtensor
+
+        return to_dtensor(self)
+
+    @staticmethod
+    def from_dtensor(d: Any) -> ShardTensor:
+        """The ShardTensor of a DTensor's shards; nothing is communicated."""
+        from .construct import from_dtensor
+
+        return from_dtensor(d)
+
+    # autograd: everything lives on the local tensor -------------------------------------------------
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self._local.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._local.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardTensor:
+        self._local.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self._local.is_leaf
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The node of a foreign autograd.Function that made this tensor, else the local one."""
+        return _torch.c_grad_fn(self) or self._local.grad_fn
+
+    @property
+    def grad(self) -> ShardTensor | None:  # type: ignore[override]
+        """The gradient, sharded like the tensor itself."""
+        g = self._local.grad
+        return None if g is None else wrap(g, self._spec.cotangent)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            from .redistribute import like
+
+            value = like(value, self._spec.cotangent)._local
+        self._local.grad = value
+
+    @property
+    def data(self) -> ShardTensor:  # type: ignore[override]
+        return wrap(self._local.data, self._spec)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        from .redistribute import like
+
+        self._local.data = like(value, self._spec)._local
+
+    def detach(self) -> ShardTensor:
+        return wrap(self._local.detach(), self._spec)
+
+    def retain_grad(self) -> None:
+        self._local.retain_grad()
+
+    @property
+    def retains_grad(self) -> bool:  # type: ignore[override]
+        return self._local.retains_grad
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """Call hook with the gradient as a ShardTensor; what it returns replaces it."""
+        from .redistribute import like
+
+        spec = self._spec.cotangent
+
+        def local_hook(g: Tensor) -> Tensor | None:
+            new = hook(wrap(g, spec))
+            return None if new is None else like(new, spec)._local
+
+        return self._local.register_hook(local_hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
+        spec = self._spec
+        return self._local.register_post_accumulate_grad_hook(lambda x: hook(wrap(x, spec)))
+
+    def backward(  # type: ignore[override]
+        self,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+
+    # values ---------------------------------------------------------------------------------------
+
+    def item(self) -> Any:
+        """The value of a tensor of one element, the same on every rank."""
+        return self.full_tensor().item()
+
+    def tolist(self) -> Any:
+        return self.full_tensor().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The whole tensor as an array."""
+        return self.full_tensor().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.full_tensor().__array__(dtype)
+
+    def __bool__(self) -> bool:
+        return bool(self.full_tensor())
+
+    def __float__(self) -> float:
+        return float(self.full_tensor())
+
+    def __int__(self) -> int:
+        return int(self.full_tensor())
+
+    def __complex__(self) -> complex:
+        return complex(self.full_tensor())
+
+    def __index__(self) -> int:
+        return self.full_tensor().__index__()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
+        if id(self) not in memo:
+            import copy
+
+            memo[id(self)] = wrap(copy.deepcopy(self._local, memo), self._spec)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
+        return self.full_tensor().detach().__reduce_ex__(protocol)
+
+    def data_ptr(self) -> int:
+        """The address of the local shard."""
+        return self._local.data_ptr()
+
+
+def wrap(local: Tensor, spec: Spec) -> ShardTensor:
+    """The ShardTensor of a local tensor, whose shape must be spec.local_shape."""
+    made = _torch.make_wrapper(ShardTensor, spec.shape, dtype=local.dtype, device=local.device)
+    made._local = local
+    made._spec = spec
+    return made  # type: ignore[no-any-return]
+
+
+def spec_of(x: Any) -> Spec | None:
+    """The spec of a ShardTensor, None of anything else."""
+    return x._spec if isinstance(x, ShardTensor) else None
+
+
+pytree.register_pytree_node(
+    ShardTensor,
+    lambda x: ([x._local], x._spec),
+    lambda children, spec: wrap(next(iter(children)), spec),
+    serialized_type_name="shardtensor.ShardTensor",
+)

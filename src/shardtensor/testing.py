@@ -1,0 +1,216 @@
+"""Hold an op or a model against its single-device run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.utils import _pytree as pytree
+
+from .construct import distribute_tensor
+from .simulate import simulate
+from .spec import Spec
+from .tensor import ShardTensor, wrap
+
+NAMES = ("a", "b", "c")
+
+
+@dataclass(frozen=True)
+class On:
+    """How an argument lies on the mesh: placements, and sizes of uneven shards by dim."""
+
+    placements: Sequence[Placement]
+    sizes: dict[int, Sequence[int]] | None = None
+
+
+def shard(dim: int, sizes: Sequence[int] | None = None) -> On:
+    """Sharded along one dim of a one-axis mesh."""
+    return On([Shard(dim)], None if sizes is None else {dim: sizes})
+
+
+def cuts(size: int, most: int = 4) -> Iterator[tuple[int, ...]]:
+    """The hard list of shard sizes for a dim: one rank, even, uneven, empty, tiny, 1 to 4 ranks."""
+    yield (size,)
+    yield (size - size // 2, size // 2)
+    if size >= 3:
+        yield (size - size // 3, size // 3)
+        yield (size - size // 4, 0, size // 4)
+    if most >= 4 and size >= 4:
+        yield (1, size - 2, 0, 1)
+        quarter = size // 4
+        yield (size - 3 * quarter, quarter, quarter, quarter)
+
+
+def hold(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    places: Sequence[On | None],
+    mesh_shape: Sequence[int],
+    *,
+    kwargs: dict[str, Any] | None = None,
+    grad: bool = True,
+    rtol: float | None = None,
+    run: Callable[..., list[Any]] = simulate,
+) -> list[Spec | None]:
+    """Raise AssertionError unless fn of sharded args equals fn of plain args.
+
+    args: tensors and other values; places: for each argument how it is sharded, None: given plain.
+    fn may be a module: its parameters' gradients and its buffers are compared too. Compared on
+    every rank: value, dtype and global shape of each output tensor; gradients of all floating-point
+    arguments and parameters for a fixed random cotangent. rtol: of the largest absolute value;
+    default 1e-12 in fp64, 1e-5 in fp32. Returns the spec of each output tensor.
+    """
+    kwargs = kwargs or {}
+    value, grads, state = _serial(fn, args, kwargs, grad)
+    checked = run(
+        prod(mesh_shape), _on_rank, fn, args, places, mesh_shape, kwargs, value, grads, state, rtol
+    )
+    return checked[0]  # type: ignore[no-any-return]
+
+
+def _leaves(args: Sequence[Any]) -> list[Any]:
+    return [
+        a.detach().clone().requires_grad_(a.requires_grad or _differentiable(a))
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    ]
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    found = pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, ShardTensor))
+    return [x for x in found if isinstance(x, Tensor)]
+
+
+def _cotangents(outs: list[Tensor]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(17)
+    made = []
+    for o in outs:
+        real = torch.randn(o.shape, generator=g, dtype=torch.float64)
+        made.append(real.to(o.dtype))
+    return made
+
+
+def _run(
+    fn: Any, args: list[Any], kwargs: dict[str, Any], grad: bool, leaves: list[Any]
+) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
+    outs = _tensors(fn(*args, **kwargs))
+    grads: list[Tensor | None] = []
+    if grad:
+        pairs = [
+            (o, c)
+            for o, c in zip(outs, _cotangents(outs), strict=True)
+            if _differentiable(o) and o.requires_grad
+        ]
+        total = sum((o * c).real.sum() if o.is_complex() else (o * c).sum() for o, c in pairs)
+        if isinstance(total, Tensor):
+            total.backward()
+        wrt = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        if isinstance(fn, nn.Module):
+            wrt += [p for p in fn.parameters() if p.requires_grad]
+        grads = [x.grad for x in wrt]
+    state = dict(fn.named_buffers()) if isinstance(fn, nn.Module) else {}
+    return outs, grads, state
+
+
+def _serial(
+    fn: Any, args: Sequence[Any], kwargs: dict[str, Any], grad: bool
+) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
+    fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+    leaves = _leaves(args)
+    outs, grads, state = _run(fn, leaves, kwargs, grad, leaves)
+    return [o.detach() for o in outs], [None if g is None else g.detach() for g in grads], state
+
+
+def make_mesh(mesh_shape: Sequence[int]) -> DeviceMesh:
+    """A CPU mesh over all ranks, its axes named a, b, c."""
+    return init_device_mesh(
+        "cpu", tuple(mesh_shape), mesh_dim_names=NAMES[: len(tuple(mesh_shape))]
+    )
+
+
+def _on_rank(
+    fn: Any,
+    args: Sequence[Any],
+    places: Sequence[On | None],
+    mesh_shape: Sequence[int],
+    kwargs: dict[str, Any],
+    value: list[Tensor],
+    grads: list[Tensor | None],
+    state: dict[str, Tensor],
+    rtol: float | None,
+) -> list[Spec | None]:
+    mesh = make_mesh(mesh_shape)
+    fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+    leaves = _leaves(args)
+    given = []
+    for i, (a, place) in enumerate(zip(leaves, places, strict=True)):
+        if place is not None:
+            a = distribute_tensor(
+                a, mesh, place.placements, src_data_rank=None, sizes=place.sizes
+            )
+            leaves[i] = a
+        given.append(a)
+    outs, got, buffers = _run(fn, given, kwargs, bool(grads), leaves)
+    assert len(outs) == len(value), f"{len(outs)} outputs, expected {len(value)}"
+    for i, (o, v) in enumerate(zip(outs, value, strict=True)):
+        same(o, v, f"output {i}", rtol)
+    for i, (g, r) in enumerate(zip(got, grads, strict=True)):
+        if r is None:
+            assert g is None or not full(g).any(), f"gradient {i}: expected none"
+        else:
+            assert g is not None, f"gradient {i} is missing"
+            same(g, r, f"gradient {i}", rtol)
+    for k, b in buffers.items():
+        same(b, state[k], f"buffer {k}", rtol)
+    return [o._spec if isinstance(o, ShardTensor) else None for o in outs]
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor as a plain one."""
+    return x.full_tensor().detach() if isinstance(x, ShardTensor) else x.detach()
+
+
+def same(got: Tensor, want: Tensor, what: str, rtol: float | None = None) -> None:
+    """Raise AssertionError unless got (sharded or plain) equals want within rtol of its largest value."""
+    if isinstance(got, ShardTensor):
+        spec = got._spec
+        assert got._local.shape == spec.local_shape, (
+            f"{what}: local shape {tuple(got._local.shape)} for {spec}"
+        )
+    whole = full(got)
+    assert whole.shape == want.shape, f"{what}: shape {tuple(whole.shape)}, not {tuple(want.shape)}"
+    assert whole.dtype == want.dtype, f"{what}: {whole.dtype}, not {want.dtype}"
+    if not want.numel():
+        return
+    if not _differentiable(want):
+        assert torch.equal(whole, want), f"{what}: values differ"
+        return
+    rtol = rtol or {torch.float64: 1e-12, torch.complex128: 1e-12}.get(want.dtype, 1e-5)
+    scale = want[torch.isfinite(want)].abs().max() if torch.isfinite(want).any() else 1.0
+    bound = rtol * scale + torch.finfo(want.dtype).tiny
+    near = (whole == want) | ((whole - want).abs() <= bound) | (whole.isnan() & want.isnan())
+    if not bool(near.all()):
+        worst = (whole - want).abs().nan_to_num(float("inf")).max() / scale
+        raise AssertionError(f"{what}: relative error {float(worst):.1e}")
+
+
+def replicated(ndim: int = 1) -> On:
+    """Whole on every rank of a mesh with `ndim` axes."""
+    return On([Replicate()] * ndim)
+
+
+def as_replicated(x: Tensor, mesh: DeviceMesh) -> ShardTensor:
+    """A ShardTensor that holds a plain tensor whole, without communication."""
+    return wrap(x, Spec.of(mesh, [Replicate()] * mesh.ndim, x.shape))
