@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,12 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.utils import _pytree as pytree
 
+from .comm.count import simulated_rank
 from .construct import distribute_tensor
+from .pool import run_workers
 from .simulate import simulate
 from .spec import Spec
 from .tensor import ShardTensor, wrap
 
+__all__ = [
+    "On", "cuts", "hold", "make_mesh", "replicated", "run_workers", "same", "shard", "simulate",
+]  # fmt: skip
 NAMES = ("a", "b", "c")
+_meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,15 @@ def shard(dim: int, sizes: Sequence[int] | None = None) -> On:
     return On([Shard(dim)], None if sizes is None else {dim: sizes})
 
 
-def cuts(size: int, most: int = 4) -> Iterator[tuple[int, ...]]:
-    """The hard list of shard sizes for a dim: one rank, even, uneven, empty, tiny, 1 to 4 ranks."""
-    yield (size,)
-    yield (size - size // 2, size // 2)
+def cuts(size: int) -> list[tuple[int, ...]]:
+    """The hard list of shard sizes for a dim: even, uneven, empty and tiny shards on 1 to 4 ranks."""
+    found: list[tuple[int, ...]] = [(size,), (size - size // 2, size // 2)]
     if size >= 3:
-        yield (size - size // 3, size // 3)
-        yield (size - size // 4, 0, size // 4)
-    if most >= 4 and size >= 4:
-        yield (1, size - 2, 0, 1)
+        found += [(size - size // 3, size // 3), (size - size // 4, 0, size // 4)]
+    if size >= 4:
         quarter = size // 4
-        yield (size - 3 * quarter, quarter, quarter, quarter)
+        found += [(1, size - 2, 0, 1), (size - 3 * quarter, quarter, quarter, quarter)]
+    return found
 
 
 def hold(
@@ -134,10 +138,12 @@ def _serial(
 
 
 def make_mesh(mesh_shape: Sequence[int]) -> DeviceMesh:
-    """A CPU mesh over all ranks, its axes named a, b, c."""
-    return init_device_mesh(
-        "cpu", tuple(mesh_shape), mesh_dim_names=NAMES[: len(tuple(mesh_shape))]
-    )
+    """A CPU mesh over all ranks, its axes named a, b, c; a process keeps its meshes."""
+    shape = tuple(mesh_shape)
+    kept = _meshes if simulated_rank() is None else {}
+    if shape not in kept:
+        kept[shape] = init_device_mesh("cpu", shape, mesh_dim_names=NAMES[: len(shape)])
+    return kept[shape]
 
 
 def _on_rank(

@@ -1,0 +1,115 @@
+"""Worker processes over gloo (or NCCL), started once and used for many tests."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+TIMEOUT = 120.0
+_pools: dict[int, Pool] = {}
+
+
+class Pool:
+    """`world_size` processes with torch.distributed initialised, which run functions on demand."""
+
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
+        context = mp.get_context("spawn")
+        self.store = os.path.join(tempfile.mkdtemp(prefix="shardtensor-"), "store")
+        self.ends: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, self.store, rank, world_size, backend), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.ends.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn: Callable[..., T], *args: Any, timeout: float = TIMEOUT) -> list[T]:
+        """fn(*args) on every rank; fn must be importable by name.
+
+        Raises RuntimeError with a rank's traceback when one raises or dies, or when they do not
+        end within `timeout` seconds; the pool is closed then.
+        """
+        for end in self.ends:
+            end.send((fn, args))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.ends):
+            pending = [e for r, e in enumerate(self.ends) if r not in results]
+            ready = wait(pending, timeout)
+            if not ready:
+                self.close()
+                raise RuntimeError(f"ranks {self._missing(results)} did not end in {timeout} s")
+            for end in ready:
+                rank = self.ends.index(end)  # type: ignore[arg-type]
+                try:
+                    good, value = end.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    good, value = False, "the process died"
+                if not good:
+                    self.close()
+                    raise RuntimeError(f"rank {rank}: {value}")
+                results[rank] = value
+        return [results[r] for r in range(len(self.ends))]
+
+    def _missing(self, results: dict[int, Any]) -> list[int]:
+        return [r for r in range(len(self.ends)) if r not in results]
+
+    def close(self) -> None:
+        """End the processes."""
+        for p in self.processes:
+            p.kill()
+        for p in self.processes:
+            p.join()
+        for n, pool in list(_pools.items()):
+            if pool is self:
+                del _pools[n]
+
+
+def _work(end: Connection, store: str, rank: int, world_size: int, backend: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    while True:
+        try:
+            fn, args = end.recv()
+        except EOFError:
+            return
+        try:
+            end.send((True, fn(*args)))
+        except BaseException:
+            end.send((False, traceback.format_exc()))
+
+
+def run_workers(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
+    """fn(*args) on every rank of a pool of gloo processes that lives until this process ends."""
+    if world_size not in _pools:
+        # two cores: the pools of other world sizes give way
+        for other in list(_pools.values()):
+            other.close()
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size].run(fn, *args)
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_pools.values()):
+        pool.close()

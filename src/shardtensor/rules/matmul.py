@@ -1,0 +1,276 @@
+"""Products: linear, matmul and their kin as one contraction over labelled dims.
+
+Each dim of two operands has a label. A mesh axis shards one label: the largest operand's choice
+counts, the other operand follows (cut along a label that it has, whole where it has not). A label
+that is summed away while sharded leaves addends, which one all-reduce adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..errors import UnsupportedOpError
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+
+Labels = tuple[str, ...]
+Known = Spec | torch.Size
+
+
+@cached
+def plan(
+    a: Known, b: Known, la: Labels, lb: Labels, lo: Labels
+) -> tuple[Spec, tuple[Dim, ...], tuple[Dim, ...], tuple[int, ...], tuple[int, ...]]:
+    """(spec of the output, dims wanted of a and of b, axes that vary, axes to reduce over)."""
+    specs = [(k, labels) for k, labels in ((a, la), (b, lb)) if isinstance(k, Spec)]
+    mesh = specs[0][0].mesh
+    if any(s.mesh != mesh for s, _ in specs):
+        raise UnsupportedOpError(f"a product of tensors on different meshes: {a} and {b}")
+    sizes: dict[str, int] = {}
+    for k, labels in ((a, la), (b, lb)):
+        shape = k.shape if isinstance(k, Spec) else k
+        for name, n in zip(labels, shape, strict=True):
+            if sizes.setdefault(name, n) != n:
+                raise RuntimeError(f"product of shapes that do not fit: {a} and {b}")
+    chosen: dict[str, Dim] = {}
+    used: set[int] = set()
+    for spec, labels in sorted(specs, key=lambda s: -s[0].shape.numel()):
+        for name, dim in zip(labels, spec.dims, strict=True):
+            # a label that only one operand has and the output has not is a broadcast dim of size 1
+            alone = (name in la) + (name in lb) + (name in lo) == 1
+            if dim.axes and name not in chosen and used.isdisjoint(dim.axes) and not alone:
+                chosen[name] = dim
+                used.update(dim.axes)
+    dims = {name: chosen.get(name, Dim(n)) for name, n in sizes.items()}
+    summed = sorted(a for name, d in chosen.items() if name not in lo for a in d.axes)
+    return (
+        Spec(mesh, tuple(dims[name] for name in lo)),
+        tuple(dims[name] for name in la),
+        tuple(dims[name] for name in lb),
+        tuple(sorted(used)),
+        tuple(summed),
+    )
+
+
+def _known(x: Tensor) -> Known:
+    return x._spec if isinstance(x, ShardTensor) else x.shape
+
+
+def contract(
+    product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, la: Labels, lb: Labels,
+    lo: Labels,
+) -> ShardTensor:
+    """product(a, b) of global tensors whose dims carry labels la and lb; the result has labels lo."""
+    a, b = _whole_sums(a), _whole_sums(b)
+    spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo)
+    x, y = fit(spec.mesh, varying, (a, da), (b, db))
+    assert x is not None and y is not None
+    local = product(x, y)
+    if summed:
+        local = comm.reduce(local, comm.group(spec.mesh, summed))
+    return wrap(local, spec)
+
+
+def _whole_sums(x: Tensor) -> Tensor:
+    return reduced(x) if isinstance(x, ShardTensor) else x
+
+
+def _labels(prefix: str, n: int) -> Labels:
+    return tuple(f"{prefix}{i}" for i in range(n))
+
+
+@rule("linear")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> ShardTensor:
+    """x W^T + b; a weight that is the same on all ranks gets its whole gradient."""
+    if isinstance(input, ShardTensor) and not isinstance(weight, ShardTensor):
+        spec = input._spec
+        if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
+            out = _linear_spec(spec, weight.shape)
+            x, w, b = fit(spec.mesh, spec.varying, (input, spec.dims), (weight, None), (bias, None))
+            assert x is not None and w is not None
+            return wrap(F.linear(x, w, b), out)
+    free = _labels("n", input.ndim - 1)
+    lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
+    out = contract(F.linear, input, weight, (*free, "k"), lw, (*free, *lw[:-1]))
+    return out if bias is None else out + bias
+
+
+@cached
+def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
+    return spec.with_dims([*spec.dims[:-1], *(Dim(n) for n in weight[:-1])])
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
+def matmul(input: Tensor, other: Tensor) -> ShardTensor:
+    """Batched matrix product with torch.matmul's broadcasting."""
+    na, nb = input.ndim, other.ndim
+    if na == 0 or nb == 0:
+        raise RuntimeError("matmul: both arguments need to be at least 1D")
+    batch = max(na, nb, 2) - 2
+    la: list[str] = []
+    lb: list[str] = []
+    lo: list[str] = []
+    for i in range(batch):
+        da, db = i - batch + na - 2, i - batch + nb - 2
+        name = f"b{i}"
+        sizes = [x.shape[d] for x, d in ((input, da), (other, db)) if d >= 0]
+        whole = max(sizes) if 0 not in sizes else 0
+        if da >= 0:
+            la.append(name if input.shape[da] == whole else f"{name}a")
+        if db >= 0:
+            lb.append(name if other.shape[db] == whole else f"{name}b")
+        lo.append(name)
+    if na > 1:
+        la.append("i")
+        lo.append("i")
+    la.append("k")
+    lb.append("k")
+    if nb > 1:
+        lb.append("j")
+        lo.append("j")
+    return contract(torch.matmul, input, other, tuple(la), tuple(lb), tuple(lo))
+
+
+@rule("addmm", "addmv", "baddbmm")
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    product = torch.matmul(mat1, mat2)
+    product = product if alpha == 1 else product * alpha
+    if beta == 0:
+        return product
+    return torch.add(product, input if beta == 1 else input * beta)
+
+
+@rule("addbmm")
+def addbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    product = einsum("bij,bjk->ik", batch1, batch2) * alpha
+    return product if beta == 0 else product + input * beta
+
+
+@rule("addr")
+def addr(
+    input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    product = outer(vec1, vec2) * alpha
+    return product if beta == 0 else product + input * beta
+
+
+@rule("outer", "ger")
+def outer(input: Tensor, vec2: Tensor) -> ShardTensor:
+    return contract(torch.outer, input, vec2, ("i",), ("j",), ("i", "j"))
+
+
+@rule("inner")
+def inner(input: Tensor, other: Tensor) -> Tensor:
+    if input.ndim == 0 or other.ndim == 0:
+        return input * other
+    la = (*_labels("i", input.ndim - 1), "k")
+    lb = (*_labels("j", other.ndim - 1), "k")
+    return contract(torch.inner, input, other, la, lb, (*la[:-1], *lb[:-1]))
+
+
+@rule("tensordot")
+def tensordot(
+    input: Tensor, other: Tensor, dims_self: Sequence[int], dims_other: Sequence[int]
+) -> ShardTensor:
+    """The builtin below torch.tensordot, which passes two lists of dims."""
+    left = [d % input.ndim for d in dims_self]
+    right = [d % other.ndim for d in dims_other]
+    la = [f"i{d}" for d in range(input.ndim)]
+    lb = [f"j{d}" for d in range(other.ndim)]
+    for n, (d, e) in enumerate(zip(left, right, strict=True)):
+        la[d] = lb[e] = f"k{n}"
+    lo = [x for x in la if x[0] == "i"] + [x for x in lb if x[0] == "j"]
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.tensordot(x, y, dims=(left, right))
+
+    return contract(product, input, other, tuple(la), tuple(lb), tuple(lo))
+
+
+@rule("bilinear")
+def bilinear(
+    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    out = einsum("...i,oij,...j->...o", input1, weight, input2)
+    return out if bias is None else out + bias
+
+
+@rule(torch.einsum)
+def einsum(equation: str, *operands: Tensor) -> Tensor:
+    """Einstein sums, two operands at a time from the left; letters and one ellipsis."""
+    if not isinstance(equation, str):
+        raise UnsupportedOpError("einsum with sublists: give it an equation with letters")
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    terms, out = _terms(equation, tuple(x.ndim for x in operands))
+    pending = [_summed_alone(x, t, terms, i, out) for i, (x, t) in enumerate(
+        zip(operands, terms, strict=True)
+    )]  # fmt: skip
+    (x, lx), *rest = pending
+    while rest:
+        (y, ly), *rest = rest
+        later = {name for _, labels in rest for name in labels} | set(out)
+        lo = tuple(n for n in dict.fromkeys(lx + ly) if n in later)
+        if not rest:
+            lo = out
+        local = f"{''.join(lx)},{''.join(ly)}->{''.join(lo)}"
+        if not isinstance(x, ShardTensor) and not isinstance(y, ShardTensor):
+            x = torch.einsum(local, x, y)
+        else:
+            x = contract(lambda p, q, eq=local: torch.einsum(eq, p, q), x, y, lx, ly, lo)
+        lx = lo
+    gone = [i for i, name in enumerate(lx) if name not in out]
+    if gone:
+        x = x.sum(gone)
+        lx = tuple(n for n in lx if n in out)
+    return x.permute([lx.index(n) for n in out]) if lx != out else x
+
+
+@cached
+def _terms(equation: str, ndims: tuple[int, ...]) -> tuple[tuple[Labels, ...], Labels]:
+    """The labels of each operand and of the output; an ellipsis becomes unused letters."""
+    text = equation.replace(" ", "")
+    left, arrow, right = text.partition("->")
+    parts = left.split(",")
+    if len(parts) != len(ndims):
+        raise RuntimeError(f"einsum {equation!r}: {len(ndims)} operands")
+    free = [c for c in map(chr, range(ord("A"), ord("z") + 1)) if c.isalpha() and c not in text]
+    dots = [n - len(p.replace("...", "")) for p, n in zip(parts, ndims, strict=True)]
+    widest = max((d for d, p in zip(dots, parts, strict=True) if "..." in p), default=0)
+    ellipsis = "".join(free[:widest])
+    full = []
+    for part, n in zip(parts, dots, strict=True):
+        if ("..." not in part and n != 0) or n < 0:
+            raise RuntimeError(f"einsum {equation!r}: labels and dims of an operand differ")
+        full.append(part.replace("...", ellipsis[widest - n :] if n else ""))
+    if not arrow:
+        every = "".join(full)
+        right = "..." + "".join(sorted(c for c in set(every) - set(ellipsis) if every.count(c) == 1))
+    if any(len(set(p)) != len(p) for p in full):
+        raise UnsupportedOpError(
+            f"einsum {equation!r}: an index twice in one operand; take torch.diagonal first"
+        )
+    return tuple(tuple(p) for p in full), tuple(right.replace("...", ellipsis))
+
+
+def _summed_alone(
+    x: Tensor, labels: Labels, terms: Sequence[Labels], i: int, out: Labels
+) -> tuple[Tensor, Labels]:
+    """Sum away what only this operand has."""
+    others = {name for j, t in enumerate(terms) if j != i for name in t} | set(out)
+    gone = [d for d, name in enumerate(labels) if name not in others]
+    if not gone or len(terms) == 1:
+        return x, labels
+    return x.sum(gone), tuple(n for n in labels if n in others)

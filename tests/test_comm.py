@@ -1,0 +1,216 @@
+"""Every collective against its definition and its adjoint, simulated and over gloo."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from shardtensor import comm, simulate
+from shardtensor.comm.plan import pieces
+from shardtensor.testing import cuts, make_mesh, run_workers
+
+D = torch.float64
+RUNS = {"simulated": simulate, "gloo": run_workers}
+
+
+def offsets(sizes):
+    return [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+
+def rand(rank, *shape, dtype=D):
+    g = torch.Generator().manual_seed(rank)
+    return torch.randn(shape, generator=g, dtype=dtype)
+
+
+# each case: (name, sizes) -> (the op on this rank, this rank's input, what it must give, or None)
+def case(name, sizes, dtype=D):
+    n, me = len(sizes), dist.get_rank()
+    group = comm.group(make_mesh((n,)), (0,))
+    o = offsets(sizes)
+    whole = rand(99, 3, sum(sizes), 2, dtype=torch.float64).to(dtype)
+    mine = whole[:, o[me] : o[me + 1]].clone()
+    if name == "gather":
+        return lambda x: comm.gather(x, 1, sizes, group), mine, whole
+    if name == "split":
+        return lambda x: comm.split(x, 1, sizes, group), whole.clone(), mine
+    if name == "swap":
+        new = [1, 2, *[0] * (n - 2)] if n > 1 else [3]
+        p = offsets(new)
+        want = whole[p[me] : p[me + 1]]
+        return lambda x: comm.swap(x, 1, 0, sizes, new, group), mine, want
+    if name == "reduce_scatter":
+        addend = rand(me, 3, sum(sizes), 2, dtype=torch.float64).to(dtype)
+        total = sum(rand(r, 3, sum(sizes), 2, dtype=torch.float64).to(dtype) for r in range(n))
+        want = total[:, o[me] : o[me + 1]]
+        return lambda x: comm.reduce_scatter(x, 1, sizes, group), addend, want
+    if name == "ring":
+        src = (me - 1) % n
+        return lambda x: comm.ring(x, 1, sizes, group), mine, whole[:, o[src] : o[src + 1]]
+    if name == "take":
+        index = torch.tensor([0, sum(sizes) - 1, me % sum(sizes), 0])
+        rows = whole[0, o[me] : o[me + 1]].clone()
+        return lambda x: comm.take(x, index, sizes, group), rows, whole[0][index]
+    if name == "put":
+        index = torch.tensor([0, sum(sizes) - 1, me % sum(sizes), 0])
+        total = torch.zeros(sum(sizes), 2, dtype=dtype)
+        for r in range(n):
+            at = torch.tensor([0, sum(sizes) - 1, r % sum(sizes), 0])
+            total.index_add_(0, at, rand(r, 4, 2, dtype=torch.float64).to(dtype))
+        rows = rand(me, 4, 2, dtype=torch.float64).to(dtype)
+        return lambda x: comm.put(x, index, sizes, group), rows, total[o[me] : o[me + 1]]
+    wrap = name == "periodic"
+    reach = {"halo": 1, "far": 4, "periodic": 3, "full": sum(sizes), "none": -sum(sizes)}[name]
+    windows = [(o[r] - reach, max(o[r] - reach, o[r + 1] + reach)) for r in range(n)]
+    a, b = windows[me]
+    rows = [whole[:, i % sum(sizes)] if wrap or 0 <= i < sum(sizes) else torch.full((3, 2), 7.0,
+            dtype=torch.float64).to(dtype) for i in range(a, b)]  # fmt: skip
+    want = torch.stack(rows, 1) if rows else whole[:, :0]
+    return (
+        lambda x: comm.window(x, 1, sizes, windows, group, wrap=wrap, fill=0.0 if wrap else 7.0),
+        mine,
+        want,
+    )
+
+
+NAMES = ["gather", "split", "swap", "reduce_scatter", "ring", "take", "put", "halo", "far",
+         "periodic", "full", "none"]  # fmt: skip
+# the value is replicated, so an inner product counts it once, not once a rank
+REPLICATED_OUT, REPLICATED_IN = {"gather"}, {"split"}
+
+
+def total(x, n_equal=1):
+    value = x.clone()
+    dist.all_reduce(value)
+    return value.item() / n_equal
+
+
+def adjoint(name, sizes):
+    """<F x, y> = <x, F* y>, and F's value, and the same for F* (double backward)."""
+    op, x, want = case(name, sizes)
+    n = len(sizes)
+    x.requires_grad_()
+    out = op(x)
+    assert out.shape == want.shape and torch.allclose(out, want, rtol=1e-13, atol=0)
+    y = rand(50 if name in REPLICATED_OUT else dist.get_rank() + 50, *out.shape)
+    y.requires_grad_()
+    (back,) = torch.autograd.grad(out, x, y, create_graph=True)
+    # F without its constant part (the fill rows of a window)
+    fx = out - op(torch.zeros_like(x))
+    left = total((fx * y).sum().detach(), n if name in REPLICATED_OUT else 1)
+    right = total((x * back).sum().detach(), n if name in REPLICATED_IN else 1)
+    assert abs(left - right) <= 1e-11 * max(1.0, abs(left)), (name, sizes, left, right)
+    (again,) = torch.autograd.grad(back, y, x.detach())
+    assert torch.allclose(again, fx, rtol=1e-12, atol=1e-12), (name, sizes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sizes", [*cuts(7), (2, 2, 2, 1), (6, 0, 2), (0, 5, 0, 0)])
+def test_value_and_adjoint(name, sizes):
+    simulate(len(sizes), adjoint, name, sizes)
+
+
+def every_case(cases):
+    for name, sizes in cases:
+        adjoint(name, sizes)
+    for dtype in DTYPES:
+        for name in ("gather", "swap", "halo", "periodic", "ring", "take"):
+            moved(name, (3, 0, 2)[: dist.get_world_size()], dtype)
+        summed(dtype)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+          torch.complex128, torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip
+
+
+def moved(name, sizes, dtype):
+    op, x, want = case(name, sizes, dtype)
+    assert torch.equal(op(x), want), (name, dtype)
+
+
+def summed(dtype):
+    n, me = dist.get_world_size(), dist.get_rank()
+    group = comm.group(make_mesh((n,)), (0,))
+    parts = [torch.arange(4).sub(r).to(dtype) for r in range(n)]
+    got = comm.reduce(parts[me], group)
+    want = torch.stack(parts).sum(0) if dtype is not torch.bool else torch.stack(parts).any(0)
+    assert torch.equal(got, want.to(dtype)), dtype
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("n", [2, 3])
+def test_over_gloo(n):
+    sizes = {2: (4, 3), 3: (6, 0, 2)}[n]
+    run_workers(n, every_case, [(name, sizes) for name in NAMES])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_dtype(dtype):
+    for name in ("gather", "split", "swap", "halo", "periodic", "ring", "take"):
+        simulate(3, moved, name, (3, 0, 2), dtype)
+    simulate(3, summed, dtype)
+
+
+def vary_and_reduce():
+    n, me = dist.get_world_size(), dist.get_rank()
+    group = comm.group(make_mesh((n,)), (0,))
+    w = rand(0, 4).requires_grad_()
+    b = rand(1, 2).requires_grad_()
+    x = rand(me + 2, 4)
+    v, c = comm.vary([w, b], group)
+    y = comm.reduce((v * x).sum() + c.sum(), group)
+    g, h = torch.autograd.grad(y, [w, b], create_graph=True)
+    assert torch.allclose(g, sum(rand(r + 2, 4) for r in range(n)))
+    assert torch.allclose(h, torch.full_like(h, n))
+    # second derivative: y2 = (sum_r w x_r)^2, Hessian 2 s s^T
+    y2 = comm.reduce((comm.vary([w], group)[0] * x).sum(), group) ** 2
+    (g,) = torch.autograd.grad(y2, w, create_graph=True)
+    (gg,) = torch.autograd.grad(g[0], w)
+    s = sum(rand(r + 2, 4) for r in range(n))
+    assert torch.allclose(gg, 2 * s[0] * s)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_vary_and_reduce(n):
+    simulate(n, vary_and_reduce)
+
+
+def nested_groups():
+    mesh = init_device_mesh("cpu", (2, 2))
+    ranks = [torch.tensor([float(dist.get_rank())])] * 3
+    groups = [comm.group(mesh, axes) for axes in ((0,), (1,), (0, 1))]
+    return [comm.reduce(r, g).item() for r, g in zip(ranks, groups, strict=True)]
+
+
+@pytest.mark.parametrize("run", ["simulated", pytest.param("gloo", marks=pytest.mark.gloo)])
+def test_groups_of_a_mesh(run):
+    assert RUNS[run](4, nested_groups) == [[2, 1, 6], [4, 1, 6], [2, 5, 6], [4, 5, 6]]
+
+
+def test_pieces_of_a_window():
+    assert pieces((2, 0, 3), -1, 6, False) == ((-1, 0, 1), (0, 0, 2), (2, 0, 3), (-1, 0, 1))
+    assert pieces((2, 0, 3), -1, 3, True) == ((2, 2, 1), (0, 0, 2), (2, 0, 1))
+    assert pieces((2, 0, 3), 4, 4, False) == ()
+
+
+def traced_ops():
+    """A window and its gradient as a graph of dispatcher ops."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    group = comm.group(make_mesh((2,)), (0,))
+
+    def f(x):
+        y = comm.window(x, 0, (3, 3), [(0, 4), (2, 6)], group)
+        (g,) = torch.autograd.grad((y * y).sum(), x)
+        return y, g
+
+    x = rand(dist.get_rank(), 3, 2).requires_grad_()
+    graph = make_fx(f, tracing_mode="fake")(x)
+    names = [str(n.target) for n in graph.graph.nodes if "shardtensor" in str(n.target)]
+    assert [n.split(".")[1] for n in names] == ["window", "window_add"], names
+    for a, b in zip(graph(x), f(x), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_traceable():
+    simulate(2, traced_ops)
