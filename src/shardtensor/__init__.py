@@ -3,6 +3,7 @@
 from . import bridge as _bridge
 from . import dispatch as _dispatch
 from . import rules as _rules
+from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
@@ -20,6 +21,7 @@ __all__ = [
     "ShardTensor",
     "Spec",
     "UnsupportedOpError",
+    "compile",
     "distribute_tensor",
     "fallback",
     "rule",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import _SingleLevelFunction  # type: ignore[attr-defined]
+from torch.utils import _python_dispatch
 
 make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 no_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -30,35 +31,38 @@ _outer = threading.local()
 def composite_call() -> Iterator[None]:
     """Around a call of a C++ composite on wrappers: its leaf ops reach `__torch_dispatch__`.
 
-    Remembers the dispatcher state out here, for `leaf_call`.
+    Sets the state of the dispatcher out here, and modes that trace, aside for `leaf_call`.
     """
-    before = getattr(_outer, "keys", None)
-    _outer.keys = (
-        torch._C._dispatch_tls_local_include_set(),
-        torch._C._dispatch_tls_local_exclude_set(),
-    )
-    try:
-        with no_torch_function():
+    before = getattr(_outer, "state", None)
+    with ExitStack() as stack:
+        modes: list[Any] = []
+        if is_tracing():
+            modes = stack.enter_context(_python_dispatch._disable_current_modes())
+        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        _outer.state = (keys, modes)
+        stack.enter_context(no_torch_function())
+        try:
             yield
-    finally:
-        _outer.keys = before
+        finally:
+            _outer.state = before
 
 
 @contextmanager
 def leaf_call() -> Iterator[None]:
-    """Around the local program of a leaf op: autograd and autocast as they were at the outer call."""
-    keys = getattr(_outer, "keys", None)
-    if keys is None:
+    """Around the local program of a leaf op: autograd, autocast and tracing as at the outer call."""
+    state = getattr(_outer, "state", None)
+    if state is None:
         yield
         return
-    with torch._C._ForceDispatchKeyGuard(*keys), _torch_function_on():
-        yield
-
-
-@contextmanager
-def _torch_function_on() -> Iterator[None]:
-    with torch._C._EnableTorchFunction():
-        yield
+    keys, modes = state
+    with torch._C._ForceDispatchKeyGuard(*keys), torch._C._EnableTorchFunction():
+        for mode in reversed(modes):
+            _python_dispatch._push_mode(mode)
+        try:
+            yield
+        finally:
+            for mode in modes:
+                _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None))
 
 
 def c_grad_fn(x: torch.Tensor) -> Any:
@@ -175,3 +179,8 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
         threaded.ProcessLocalGroup.reset()
         threaded.Collective = kept
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+def is_tracing() -> bool:
+    """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from . import _torch
 from .comm import count
 from .errors import UnsupportedOpError
-from .fallback import fall_back
+from .fallback import fall_back, is_shard
 from .registry import Handler, handlers, rules
-from .tensor import ShardTensor, wrap
+from .spec import Dim, Spec
+from .tensor import wrap
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
 _DUNDER = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
@@ -147,12 +148,16 @@ def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A C++ composite: its leaf ops come back through `__torch_dispatch__`."""
-    args, kwargs = pytree.tree_map(
-        # a wrapper with no history of its own, else C++ would record the composite a second time
-        lambda x: wrap(x._local, x._spec) if isinstance(x, ShardTensor) else x,
-        (args, kwargs),
-        is_leaf=lambda x: isinstance(x, ShardTensor),
-    )
+    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+    mesh = next(x._spec.mesh for x in leaves if is_shard(x))
+    for i, x in enumerate(leaves):
+        if is_shard(x):
+            # without history of its own, else C++ would record the composite a second time
+            leaves[i] = wrap(x._local, x._spec)
+        elif isinstance(x, Tensor) and _torch.is_tracing():
+            # what the composite does to plain tensors alone must be traced as well
+            leaves[i] = wrap(x, Spec(mesh, tuple(Dim(n) for n in x.shape)))
+    args, kwargs = pytree.tree_unflatten(leaves, tree)
     with _torch.composite_call():
         return func(*args, **kwargs)
 

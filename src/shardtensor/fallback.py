@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from . import _torch
 from .errors import UnsupportedOpError
 from .redistribute import replicate, to_dims
-from .spec import Spec
+from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
 
 DEFAULT_MAX_BYTES = 1 << 26
@@ -53,21 +53,22 @@ def _limit() -> int:
 
 def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run func on gathered operands, or raise UnsupportedOpError."""
-    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=_is_shard)
-    sharded = [x for x in leaves if _is_shard(x)]
+    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+    sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
     _check(func, name, sharded, kwargs)
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes:
         _warn(name, nbytes)
-    inside = [replicate(x)._local if _is_shard(x) else x for x in leaves]
+    inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(inside, tree)
     return pytree.tree_map_only(
         torch.Tensor, lambda t: _shard_again(t, sharded), func(*args, **kwargs)
     )
 
 
-def _is_shard(x: Any) -> bool:
+def is_shard(x: Any) -> bool:
+    """Whether x is a ShardTensor: stops a tree walk at it."""
     return isinstance(x, ShardTensor)
 
 
@@ -116,14 +117,8 @@ def _warn(name: str, nbytes: int) -> None:
 
 
 def _shard_again(t: torch.Tensor, sharded: list[ShardTensor]) -> ShardTensor:
-    whole = wrap(t, Spec(sharded[0]._spec.mesh, ()).with_dims(_whole(t)))
+    whole = wrap(t, Spec(sharded[0]._spec.mesh, tuple(Dim(n) for n in t.shape)))
     for x in sharded:
         if x._spec.varying and x.shape == t.shape:
             return to_dims(whole, x._spec.dims)
     return whole
-
-
-def _whole(t: torch.Tensor) -> list[Any]:
-    from .spec import Dim
-
-    return [Dim(n) for n in t.shape]

@@ -6,7 +6,7 @@ A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -328,9 +328,15 @@ def spec_of(x: Any) -> Spec | None:
     return x._spec if isinstance(x, ShardTensor) else None
 
 
+def _unflatten(children: Iterable[Any], spec: Spec) -> Any:
+    (child,) = children
+    # a tree_map may put something else in the place of the local tensor
+    return wrap(child, spec) if isinstance(child, Tensor) else child
+
+
 pytree.register_pytree_node(
     ShardTensor,
     lambda x: ([x._local], x._spec),
-    lambda children, spec: wrap(next(iter(children)), spec),
+    _unflatten,
     serialized_type_name="shardtensor.ShardTensor",
 )

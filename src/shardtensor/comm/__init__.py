@@ -20,10 +20,10 @@ from .ops import (
     split_op,
     swap_op,
     take_op,
-    vary_op,
     window_add_op,
     window_op,
 )
+from .ops import vary as _vary
 from .plan import exchange
 
 __all__ = [
@@ -45,7 +45,7 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
         if x.requires_grad:
             by_dtype.setdefault(x.dtype, []).append(i)
     for picked in by_dtype.values():
-        for i, x in zip(picked, vary_op([found[i] for i in picked], group), strict=True):
+        for i, x in zip(picked, _vary([found[i] for i in picked], group), strict=True):
             found[i] = x
     return found
 

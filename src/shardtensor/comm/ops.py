@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from .. import _torch
 from . import groups, wire
 from .plan import FILL, exchange
 
@@ -69,8 +70,22 @@ def _empty(x: Tensor, shape: Ints) -> Tensor:
 # vary and reduce ---------------------------------------------------------------------------------
 
 
+class Vary(torch.autograd.Function):
+    """`vary` without the dispatcher, for use outside of tracing: views, a third of the cost."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, *reduce_op(grads, "sum", ctx.group)
+
+
 def _vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
-    return [x.view_as(x) for x in xs]
+    # a dispatcher op may not return its argument
+    return [x.clone() for x in xs]
 
 
 def _reduce(xs: Sequence[Tensor], op: str, group: str) -> list[Tensor]:
@@ -84,7 +99,7 @@ def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _reduce_adjoint(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     if ctx.op != "sum":
         raise NotImplementedError(f"the gradient of an all-reduce with {ctx.op}")
-    return vary_op(grads, ctx.group), None, None
+    return list(vary(grads, ctx.group)), None, None
 
 
 vary_op = _define(
@@ -101,6 +116,13 @@ reduce_op = _define(
     _reduce_setup,
     _reduce_adjoint,
 )
+
+
+def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
+    """`vary_op` where a graph is being traced, else its cheaper equal."""
+    if _torch.is_tracing():
+        return vary_op(list(xs), group)  # type: ignore[no-any-return]
+    return Vary.apply(group, *xs)  # type: ignore[no-any-return]
 
 
 # gather and split --------------------------------------------------------------------------------
@@ -236,7 +258,7 @@ def _swap(x: Tensor, old: int, new: int, old_sizes: Ints, new_sizes: Ints, group
     sends[me], shapes[me] = [], []
     received = wire.exchange(sends, shapes, x, group, "swap")
     received[me] = [mine]
-    return torch.cat([parts[0] for parts in received], old)
+    return torch.cat([parts[0] for parts in received], old).contiguous()
 
 
 swap_op = _define(
@@ -259,7 +281,7 @@ swap_op = _define(
 def _ring(x: Tensor, dim: int, sizes: Ints, held: int, shift: int, group: str) -> Tensor:
     n, me = len(sizes), groups.rank(group)
     if shift % n == 0:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     sends: list[list[Tensor]] = [[] for _ in sizes]
     shapes: list[list[list[int]]] = [[] for _ in sizes]
     sends[(me + shift) % n] = [x]

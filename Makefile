@@ -1,0 +1,63 @@
+# Everything runs in .venv, which is made again when pyproject.toml or constraints.txt change.
+#
+# pip's own configuration decides where torch comes from. On Linux the default is a CUDA build of
+# some gigabytes; on a machine without an NVIDIA GPU take the CPU build instead, with the index
+# that PyTorch's installation page names for it (used for torch only):
+#
+#   make TORCH_INDEX=<url> demo
+#
+# PYTHON: the interpreter that makes .venv. ARGS: more arguments for unit, demo and bench.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help .venv demo test lint types unit format docs bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.stamp ## Run the demonstration
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: lint types unit ## The gate: lint, types, unit
+
+lint: .venv/.stamp ## Style, formatting and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+types: .venv/.stamp ## mypy
+	$(BIN)/mypy
+
+unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+format: .venv/.stamp ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+docs: .venv/.docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/.stamp ## Run the benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## Remove what the tools leave behind; .venv stays
+	rm -rf dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.stamp
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@

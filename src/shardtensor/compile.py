@@ -1,0 +1,113 @@
+"""Compile the local program: trace what the rules do on local tensors, hand the graph to torch.compile.
+
+Dynamo cannot see through the wrapper. So the program is traced here, before autograd, over
+the flattened local tensors: a graph of plain ops and collectives, without ShardTensors, that
+`torch.compile` takes like any other, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+# Shard sizes differ from rank to rank; an order of collectives that depends on them would hang
+_SAME_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+
+
+def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
+    """fn (a module or a function of tensors) with its local program compiled by torch.compile.
+
+    options: those of torch.compile (backend, mode, ...). Traced once for each combination of specs,
+    shapes, dtypes, grad mode and train/eval. A module's parameters and buffers are inputs of the
+    graph, so they may change; tensors that a function closes over are read anew at each call, but
+    must keep their shapes. Random ops raise UnsupportedOpError.
+    """
+    return Compiled(fn, options)
+
+
+class Compiled:
+    """What `compile` returns. `traces` counts the graphs made so far."""
+
+    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.fn = fn
+        self.options = dict(options)
+        if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
+            self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
+        self.traced: dict[Any, tuple[Callable[..., Any], pytree.TreeSpec]] = {}
+
+    @property
+    def traces(self) -> int:
+        return len(self.traced)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        state = _state(self.fn)
+        key = (_key(leaves), _key(list(state.values())), str(tree), *_modes(self.fn))
+        specs = tuple(_specs((args, kwargs)))
+        found = self.traced.get((key, specs))
+        if found is None:
+            found = self.traced[key, specs] = self._trace(leaves, tree, state)
+        run, out_tree = found
+        flat = run(*state.values(), *(x for x in leaves if isinstance(x, Tensor)))
+        return pytree.tree_unflatten(flat, out_tree)
+
+    def _trace(
+        self, leaves: list[Any], tree: pytree.TreeSpec, state: dict[str, Tensor]
+    ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
+        out_tree: list[pytree.TreeSpec] = []
+
+        def local(*tensors: Tensor) -> list[Any]:
+            inside = iter(tensors)
+            own = {name: next(inside) for name in state}
+            args, kwargs = pytree.tree_unflatten(
+                [next(inside) if isinstance(x, Tensor) else x for x in leaves], tree
+            )
+            with _using(self.fn, own):
+                out = self.fn(*args, **kwargs)
+            flat, spec = pytree.tree_flatten(out)
+            out_tree.append(spec)
+            return flat
+
+        tensors = [*state.values(), *(x for x in leaves if isinstance(x, Tensor))]
+        graph = make_fx(
+            local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
+        )(*tensors)
+        return torch.compile(graph, **self.options), out_tree[0]
+
+
+def _state(fn: Any) -> dict[str, Tensor]:
+    if not isinstance(fn, nn.Module):
+        return {}
+    return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+
+
+def _using(fn: Any, own: dict[str, Tensor]) -> Any:
+    return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
+
+
+def _specs(tree: Any) -> list[Any]:
+    from .tensor import ShardTensor
+
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, ShardTensor))
+    return [x._spec if isinstance(x, ShardTensor) else None for x in leaves]
+
+
+def _key(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x
+        for x in leaves
+    )
+
+
+def _modes(fn: Any) -> tuple[Any, ...]:
+    training = tuple(m.training for m in fn.modules()) if isinstance(fn, nn.Module) else ()
+    casts = tuple(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    )
+    return torch.is_grad_enabled(), training, casts

@@ -1,0 +1,473 @@
+"""Normalisation: local where each statistic lies on one rank, else with global statistics.
+
+Laws:
+- No sharded dim is averaged over: the plain op on the local shard, nothing is sent.
+- A sharded dim is averaged over: each rank takes count, mean and squared deviations of its part, one
+  all-gather of these few numbers brings them together on every rank, and the result is the affine map
+  a * (x - center) + b. Backward is one all-reduce of the slopes of a and b; it also makes the
+  gradients of weight and bias whole.
+- Running statistics are the global ones, the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..errors import UnsupportedOpError
+from ..redistribute import fit, like, reduced, replicate
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .reduce import axes_of
+
+Dims = tuple[int, ...]
+Counts = tuple[int, ...]
+
+
+@cached
+def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
+    """The mesh axes over which an average over dims is spread, and every rank's number of elements.
+
+    No axes where one rank holds all of it.
+    """
+    axes = axes_of(spec, dims)
+    place = list(spec.coordinate)
+    counts = []
+    for at in product(*(range(spec.mesh.size(a)) for a in axes)):
+        for axis, i in zip(axes, at, strict=True):
+            place[axis] = i
+        shape = spec.local_shape_at(place)
+        counts.append(prod(shape[d] for d in dims))
+    return (axes if len(counts) > 1 else ()), tuple(counts)
+
+
+# statistics --------------------------------------------------------------------------------------
+
+
+def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:
+    """The sum over dims of (x - center)^2 in the dtype of center; keeps only x for backward."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch._C._nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)  # type: ignore[attr-defined]
+
+
+def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of the local part; zeros where it is empty.
+
+    torch.var_mean is 10 to 20 times slower than this on a CPU, and would keep a copy of half
+    precision inputs in full precision.
+    """
+    total = x.sum(dims, keepdim=True, dtype=dtype)
+    if not x.numel():
+        return total, total
+    n = prod(x.shape[d] for d in dims)
+    mean = total / n
+    center = mean.detach()
+    m2 = squares(x, center, dims)
+    # zero, and so is its slope; but the second derivative needs it
+    return mean, m2 - n * (mean - center).square() if mean.requires_grad else m2
+
+
+def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+    """Mean and squared deviations of parts that are stacked along dim 0, of `counts` elements each.
+
+    Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983.
+    """
+    if len(set(counts)) == 1:
+        whole = mean.mean(0)
+        return whole, m2.sum(0) + counts[0] * (mean - whole).square().sum(0)
+    n = mean.new_tensor(counts).view(-1, *[1] * (mean.ndim - 1))
+    whole = (mean * (n / sum(counts))).sum(0)
+    return whole, (m2 + n * (mean - whole).square()).sum(0)
+
+
+def statistics(
+    x: Tensor, dims: Dims, counts: Counts, group: str | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and squared deviations over dims (kept) of all ranks' parts, replicated over group."""
+    mean, m2 = moments(x, dims, dtype)
+    if group is None:
+        return mean, m2
+    both = comm.gather(torch.stack((mean, m2))[None], 0, (1,) * len(counts), group)
+    return merged(both[:, 0], both[:, 1], counts)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# operands ----------------------------------------------------------------------------------------
+
+
+def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
+    """The input with nothing partial; a plain one lies whole on the mesh of another operand."""
+    if isinstance(input, ShardTensor):
+        return reduced(input)
+    mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
+    return wrap(input, Spec(mesh, tuple(Dim(n) for n in input.shape)))
+
+
+def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+    """x in the dtype in which autocast runs op."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    with torch.no_grad():
+        return x.to(op(x.new_zeros((1,) * x.ndim)).dtype)
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """x * weight + bias, both viewed in a shape: an empty shard's result, with all its operands."""
+    y = x if weight is None else x * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+
+
+def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a * (x - center) + b, given per channel (C,) or per sample and channel (B, C).
+
+    The kernel of batch norm with fixed statistics does it in one pass, rounds half precision once
+    and keeps only x for backward.
+    """
+    if a.ndim == 2:
+        if x.shape[0] == 1:
+            return scaled(x, center[0], a[0], b[0])
+        if x.is_contiguous() and x.numel():
+            flat = x.view(1, a.numel(), *x.shape[2:])
+            return scaled(flat, center.flatten(), a.flatten(), b.flatten()).view(x.shape)
+    if a.ndim == 1 and x.numel():
+        one = torch.ones_like(center)
+        return torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
+    shape = (*a.shape, *[1] * (x.ndim - 2)) if a.ndim == 2 else (-1, *[1] * (x.ndim - 2))
+    if not a.numel():
+        shape = (x.shape[0] if a.ndim == 2 else 1, x.shape[1], *[1] * (x.ndim - 2))
+    return torch.addcmul((b - center * a).view(shape), x, a.view(shape)).to(x.dtype)
+
+
+def normalised(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    deal: Callable[..., Sequence[Tensor]],
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, for statistics per channel that are replicated.
+
+    deal brings the replicated coefficients (center, a, b) to the local program, with their
+    gradients summed.
+    """
+    a = (var + eps).rsqrt()
+    if weight is not None:
+        a = a * weight
+    # its value is the bias, its slope that of -mean * a: centred, so that nothing cancels in backward
+    center = mean.detach()
+    b = (center - mean) * a
+    if bias is not None:
+        b = b + bias
+    return scaled(x, *deal(center, a, b))
+
+
+# batch, instance and group norm ------------------------------------------------------------------
+
+
+def buffer(name: str, x: Tensor | None) -> Tensor | None:
+    """The plain running statistic, whole on this rank."""
+    if isinstance(x, ShardTensor):
+        if x._spec.varying or x._spec.partial:
+            raise UnsupportedOpError(
+                f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
+            )
+        return x._local
+    return x
+
+
+@torch.no_grad()
+def update(running: Tensor | None, value: Tensor, momentum: float) -> None:
+    """Move a running statistic towards the global value."""
+    if running is not None:
+        running.copy_(momentum * value + (1 - momentum) * running)
+
+
+@torch.no_grad()
+def whole(spec: Spec, dims: Sequence[Dim], *values: Tensor) -> Tensor:
+    """Small local values, which lie in dims, stacked and whole on every rank."""
+    stacked = wrap(torch.stack([v.detach() for v in values]), spec.with_dims([Dim(len(values)), *dims]))
+    return replicate(stacked)._local
+
+
+@rule("batch_norm")
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> ShardTensor:
+    """Per channel, over all other dims; sharded channels stay where they are."""
+    x = sharded(input, weight, bias, running_mean, running_var)
+    spec, local = x._spec, x._local
+    local = autocast(local, lambda z: torch.batch_norm(
+        z, None, None, None, None, True, 0.0, 1.0, False
+    ))  # fmt: skip
+    running = [buffer("batch_norm", r) for r in (running_mean, running_var)]
+    channels = spec.dims[1]
+    dims = (0, *range(2, len(spec.dims)))
+    axes, counts = spread(spec, dims)
+    n = sum(counts)
+    mine = (channels,)
+    if not training or not axes:
+        w, b, mean, var = fit(
+            spec.mesh, spec.varying, (weight, mine), (bias, mine), *((r, mine) for r in running)
+        )
+        if spec.local_shape.numel():
+            y = torch.batch_norm(local, w, b, mean, var, training, momentum, eps, cudnn_enabled)
+        else:
+            y = affine(local, w, b, _per_channel(local))
+        if training and channels.axes:
+            for r, part in zip(running, (mean, var), strict=True):
+                if r is not None and part is not None:
+                    r.copy_(whole(spec, mine, part)[0])
+        return wrap(y, spec)
+    w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
+    group = comm.group(spec.mesh, axes)
+    mean, m2 = (
+        s.flatten() for s in statistics(local, dims, counts, group, accumulated(local.dtype))
+    )
+    if any(r is not None for r in running):
+        stats = whole(spec, mine, mean, m2)
+        update(running[0], stats[0], momentum)
+        update(running[1], stats[1] / (n - 1), momentum)
+    y = normalised(local, mean, m2 / n, w, b, eps, lambda *c: comm.vary(c, group))
+    return wrap(y, spec)
+
+
+def _per_channel(x: Tensor) -> tuple[int, ...]:
+    return (1, x.shape[1], *[1] * (x.ndim - 2))
+
+
+@rule("instance_norm")
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> ShardTensor:
+    """Per sample and channel, over the spatial dims; running statistics average over the batch."""
+    if not use_input_stats:
+        return batch_norm(
+            input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
+        )
+    x = sharded(input, weight, bias, running_mean, running_var)
+    spec, local = x._spec, x._local
+    local = autocast(local, lambda z: torch.instance_norm(
+        z, None, None, None, None, True, 0.0, 1.0, False
+    ))  # fmt: skip
+    running = [buffer("instance_norm", r) for r in (running_mean, running_var)]
+    channels = spec.dims[1]
+    dims = tuple(range(2, len(spec.dims)))
+    axes, counts = spread(spec, dims)
+    mine = (channels,)
+    apart = tuple(sorted(spec.dims[0].axes + channels.axes))
+    w, b = fit(spec.mesh, apart, (weight, mine), (bias, mine))
+    if not axes and not spec.local_shape.numel():
+        y = affine(local, w, b, _per_channel(local))
+        if running == [None, None]:
+            return wrap(y, spec)
+    elif not axes and (running == [None, None] or not apart):
+        y = torch.instance_norm(local, w, b, *running, True, momentum, eps, cudnn_enabled)
+        return wrap(y, spec)
+    group = comm.group(spec.mesh, axes) if axes else None
+    mean, m2 = (
+        s.flatten(1) for s in statistics(local, dims, counts, group, accumulated(local.dtype))
+    )
+    n = sum(counts)
+    if running != [None, None]:
+        stats = whole(spec, spec.dims[:2], mean, m2).mean(1)
+        update(running[0], stats[0], momentum)
+        update(running[1], stats[1] / (n - 1), momentum)
+    y = normalised(local, mean, m2 / n, w, b, eps, lambda *c: _varied(c, group))
+    return wrap(y, spec)
+
+
+def _varied(values: Sequence[Tensor], group: str | None) -> list[Tensor]:
+    return comm.vary(values, group) if group else list(values)
+
+
+@rule("group_norm")
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> ShardTensor:
+    """Per sample and group of channels, over the group and the spatial dims.
+
+    Sharded channels stay where they are: groups that straddle shards take their statistics from
+    those of the channels, which one more small all-gather brings together.
+    """
+    x = sharded(input, weight, bias)
+    spec, local = x._spec, x._local
+    batch, channels = spec.dims[:2]
+    if num_groups <= 0 or channels.size % num_groups:
+        raise RuntimeError(
+            f"group_norm: {channels.size} channels cannot be divided into {num_groups} groups"
+        )
+    local = autocast(local, lambda z: torch.group_norm(z, 1))
+    width = channels.size // num_groups
+    aligned = all(start % width == 0 for start in channels.offsets)
+    dims = tuple(range(2, len(spec.dims)))
+    axes, counts = spread(spec, dims)
+    if aligned:
+        apart = tuple(sorted(batch.axes + channels.axes))
+        w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
+        if not axes:
+            if not spec.local_shape.numel():
+                return wrap(affine(local, w, b, _per_channel(local)), spec)
+            groups = local.shape[1] // width
+            return wrap(torch.group_norm(local, groups, w, b, eps, cudnn_enabled), spec)
+    else:
+        w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
+    group = comm.group(spec.mesh, axes) if axes else None
+    inside = width if aligned else 1
+    parts = local.unflatten(1, (local.shape[1] // inside, inside))  # (B, G, C / G, *S)
+    counts = tuple(c * inside for c in counts)
+    mean, m2 = (
+        s.flatten(1)
+        for s in statistics(
+            parts, tuple(range(2, parts.ndim)), counts, group, accumulated(local.dtype)
+        )
+    )
+    sides = spec.with_dims([Dim(2), batch, channels])
+    together = spec.with_dims([Dim(2), batch, Dim(channels.size)])
+    if not aligned:
+        both = like(wrap(torch.stack((mean, m2)), sides), together)._local
+        both = both.unflatten(2, (num_groups, width)).movedim(3, 0)
+        mean, m2 = merged(both[:, 0], both[:, 1], (sum(counts),) * width)
+    n = width * sum(counts) // inside
+
+    def deal(center: Tensor, *slopes: Tensor) -> list[Tensor]:
+        if aligned:
+            return _varied((center, *slopes), group)
+        own = like(wrap(center, together), sides)._local
+        both = like(wrap(torch.stack(slopes), together2), sides2)._local
+
+    mean, var = (s.repeat_interleave(width, 1) for s in (mean, m2 / n))  # (B, C)
+    return wrap(normalised(local, mean, var, w, b, eps, deal), spec)
+
+
+# layer and rms norm ------------------------------------------------------------------------------
+
+
+def _last(name: str, spec: Spec, shape: Sequence[int]) -> Dims:
+    """The dims that a normalized_shape names."""
+    k = len(shape)
+    if not 0 < k <= len(spec.dims) or tuple(spec.shape[-k:]) != tuple(shape):
+        raise RuntimeError(f"{name}: normalized_shape {list(shape)} for a tensor on {spec}")
+    return tuple(range(len(spec.dims) - k, len(spec.dims)))
+
+
+@rule("layer_norm")
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> ShardTensor:
+    """Over the last dims; where they are sharded, weight and bias are cut like them."""
+    x = sharded(input, weight, bias)
+    spec, local = x._spec, x._local
+    dims = _last("layer_norm", spec, normalized_shape)
+    local = autocast(local, lambda z: torch.layer_norm(z, (1,)))
+    axes, counts = spread(spec, dims)
+    mine = spec.dims[dims[0] :]
+    w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
+    shape = local.shape[dims[0] :]
+    if not axes:
+        if spec.local_shape.numel():
+            return wrap(torch.layer_norm(local, shape, w, b, eps, cudnn_enable), spec)
+        return wrap(affine(local, w, b, shape), spec)
+    group = comm.group(spec.mesh, axes)
+    mean, m2 = statistics(local, dims, counts, group, accumulated(local.dtype))
+    a = (m2 / sum(counts) + eps).rsqrt()
+    a, shift = comm.vary((a, -mean * a), group)
+    y = torch.addcmul(shift, local, a)
+    if w is not None:
+        y = y * w if b is None else torch.addcmul(b, y, w)
+    elif b is not None:
+        y = y + b
+    return wrap(y.to(local.dtype), spec)
+
+
+@rule("rms_norm")
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> ShardTensor:
+    """As layer_norm without the mean: sharded dims take one all-reduce of the sums of squares."""
+    x = sharded(input, weight)
+    spec, local = x._spec, x._local
+    dims = _last("rms_norm", spec, normalized_shape)
+    local = autocast(local, lambda z: torch.rms_norm(z, (1,)))
+    axes, counts = spread(spec, dims)
+    mine = spec.dims[dims[0] :]
+    (w,) = fit(spec.mesh, spec.varying, (weight, mine))
+    if not axes:
+        shape = local.shape[dims[0] :]
+        if spec.local_shape.numel():
+            return wrap(torch.rms_norm(local, shape, w, eps), spec)
+        return wrap(affine(local, w, None, shape), spec)
+    group = comm.group(spec.mesh, axes)
+    dtype = accumulated(local.dtype)
+    total = comm.reduce(squares(local, local.new_zeros((), dtype=dtype), dims), group)
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    (a,) = comm.vary(((total / sum(counts) + eps).rsqrt(),), group)
+    y = local * a if w is None else local * a * w
+    return wrap(y.to(local.dtype), spec)
+
+
+# local response norm -----------------------------------------------------------------------------
+
+
+@rule(F.local_response_norm)
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> ShardTensor:
+    """Each element by its neighbours along channels; of sharded channels a halo is fetched."""
+    x = sharded(input)
+    spec, local = x._spec, x._local
+    channels = spec.dims[1] if len(spec.dims) > 1 else Dim(0)
+    if not channels.axes:
+        return wrap(F.local_response_norm(local, size, alpha, beta, k), spec)
+    ends = channels.offsets
+    windows = [
+        (max(0, a - size // 2), min(channels.size, b + (size - 1) // 2)) if a < b else (a, a)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    group = comm.group(spec.mesh, channels.axes)
+    seen = comm.window(local, 1, channels.sizes, windows, group)
+    y = F.local_response_norm(seen, size, alpha, beta, k)
+    start, first = ends[spec.index[1]], windows[spec.index[1]][0]
+    return wrap(y.narrow(1, start - first, channels.sizes[spec.index[1]]), spec)
