@@ -36,8 +36,16 @@ def test_matmul_any_dims(dims, n):
     T.hold(lambda a, c: a @ c, [x, y[0]], [places[0] or T.shard(1), None], (n,))
 
 
-@pytest.mark.parametrize("shapes", [((6,), (6,)), ((7, 6), (6,)), ((6,), (6, 7)), ((3, 1, 7, 6), (2, 6, 4)),
-                                    ((1, 7, 6), (5, 6, 4))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((6,), (6,)),
+        ((7, 6), (6,)),
+        ((6,), (6, 7)),
+        ((3, 1, 7, 6), (2, 6, 4)),
+        ((1, 7, 6), (5, 6, 4)),
+    ],
+)
 def test_matmul_broadcasting(shapes):
     p, q = (torch.randn(s, dtype=D) for s in shapes)
     for d in range(p.ndim):

@@ -1,4 +1,4 @@
-"""What PyTorch does around tensors: FSDP2, DDP, hooks, checkpoints, scalers, Functions, double backward."""
+"""What PyTorch does around tensors: FSDP2, DDP, hooks, checkpoints, scalers, Functions."""
 
 import copy
 import pickle

@@ -1,8 +1,9 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
-from . import bridge as _bridge
-from . import dispatch as _dispatch
-from . import rules as _rules
+# imported for what they register
+from . import bridge as _bridge  # noqa: F401
+from . import dispatch as _dispatch  # noqa: F401
+from . import rules as _rules  # noqa: F401
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError

@@ -1,8 +1,11 @@
+# mypy: disable-error-code="attr-defined, union-attr, assignment, misc"
 """Every use of a private torch API (checked on torch 2.11 and 2.13)."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import _SingleLevelFunction  # type: ignore[attr-defined]
+from torch.autograd.function import _SingleLevelFunction
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _python_dispatch
 
-make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+make_wrapper = torch.Tensor._make_wrapper_subclass
 no_torch_function = torch._C.DisableTorchFunctionSubclass
 handle_torch_function_names = (
     "has_torch_function",
@@ -38,7 +42,10 @@ def composite_call() -> Iterator[None]:
         modes: list[Any] = []
         if is_tracing():
             modes = stack.enter_context(_python_dispatch._disable_current_modes())
-        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        keys = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
         _outer.state = (keys, modes)
         stack.enter_context(no_torch_function())
         try:
@@ -49,7 +56,7 @@ def composite_call() -> Iterator[None]:
 
 @contextmanager
 def leaf_call() -> Iterator[None]:
-    """Around the local program of a leaf op: autograd, autocast and tracing as at the outer call."""
+    """Around the local program of a leaf op: autograd, autocast, tracing as at the outer call."""
     state = getattr(_outer, "state", None)
     if state is None:
         yield
@@ -68,7 +75,7 @@ def leaf_call() -> Iterator[None]:
 def c_grad_fn(x: torch.Tensor) -> Any:
     """The autograd node that C++ sees on a wrapper."""
     with no_torch_function():
-        return torch._C.TensorBase.grad_fn.__get__(x)  # type: ignore[attr-defined]
+        return torch._C.TensorBase.grad_fn.__get__(x)
 
 
 def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
@@ -79,7 +86,7 @@ def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]]
     """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        call = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        call = super(_SingleLevelFunction, cls).apply
         return around(call, args) if not kwargs else call(*args, **kwargs)
 
     _SingleLevelFunction.apply = classmethod(apply)
@@ -89,14 +96,14 @@ def install_engine_hook(
     roots: Callable[[Any, Any], tuple[Any, Any]], unwrap: Callable[[Any], Any]
 ) -> None:
     """Map what `torch.autograd.backward` hands to the engine: roots(outputs, grads) and inputs."""
-    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    engine = torch.autograd._engine_run_backward
 
     def run(outputs: Any, grads: Any = (), *args: Any, **kwargs: Any) -> Any:
         if len(args) >= 3 and args[2]:
             args = (*args[:2], tuple(unwrap(x) for x in args[2]), *args[3:])
         return engine(*roots(outputs, grads), *args, **kwargs)
 
-    torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = run
 
 
 def install_ddp_hook(unwrap: Callable[[Any], Any]) -> None:
@@ -123,8 +130,12 @@ def is_random(packet: Any) -> bool:
 
 
 def is_pointwise(packet: Any) -> bool:
-    """Whether the op works element by element, with broadcasting."""
-    return any(torch.Tag.pointwise in o.tags for o in overloads(packet))
+    """Whether every form of the op works element by element, with broadcasting."""
+    # max and min of two tensors do; of one they reduce
+    name = packet._qualified_op_name.split("::")[-1]
+    return name not in ("max", "min") and any(
+        torch.Tag.pointwise in o.tags for o in overloads(packet)
+    )
 
 
 def is_composite(packet: Any) -> bool:
@@ -135,6 +146,15 @@ def is_composite(packet: Any) -> bool:
         torch._C._dispatch_has_kernel(o.name())
         and torch._C._dispatch_has_kernel_for_dispatch_key(o.name(), key)
         for o in overloads(packet)
+    )
+
+
+def is_view(packet: Any) -> bool:
+    """Whether the op returns a view of an argument."""
+    return any(
+        r.alias_info is not None and not r.alias_info.is_write
+        for o in overloads(packet)
+        for r in o._schema.returns
     )
 
 
@@ -184,3 +204,29 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
 def is_tracing() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def allocations(step: Callable[[], Any]) -> list[int]:
+    """Signed bytes of every CPU allocation and release during step(), in time order."""
+    prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _no_stderr():
+        prof.start()
+    step()
+    with _no_stderr():
+        prof.stop()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Torch 2.13's profiler writes two lines to the process's stderr at start and stop."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

@@ -1,9 +1,9 @@
 """Gradients through `autograd.Function`s that receive ShardTensors.
 
 C++ runs such a Function on the wrapper, past `__torch_function__`. So the wrapper must carry
-autograd history of its own there: on the way in it is attached to the graph of its local tensor, on
-the way out the local graph continues from the wrapper's history. FSDP2's hooks, module backward hooks,
-reentrant checkpoints and users' Functions all pass through here.
+autograd history of its own there: on the way in it is attached to the graph of its local tensor,
+on the way out the local graph continues from the wrapper's history. FSDP2's hooks, module backward
+hooks, reentrant checkpoints and users' Functions all pass through here.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class _Attach(torch.autograd.Function):
         return wrapper
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return like(grad, ctx.spec)._local, None
 
 
 class _Continue(torch.autograd.Function):
-    """The local tensor of a wrapper that came out of a Function, with its gradient to the wrapper."""
+    """The local tensor of a wrapper that came out of a Function; its gradient goes there."""
 
     @staticmethod
     def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
@@ -43,7 +43,7 @@ class _Continue(torch.autograd.Function):
         return local.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
         return wrap(grad, ctx.spec), None, None
 
 

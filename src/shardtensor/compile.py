@@ -1,4 +1,4 @@
-"""Compile the local program: trace what the rules do on local tensors, hand the graph to torch.compile.
+"""Compile the local program: trace what the rules do on local tensors, then torch.compile it.
 
 Dynamo cannot see through the wrapper. So the program is traced here, before autograd, over
 the flattened local tensors: a graph of plain ops and collectives, without ShardTensors, that
@@ -75,9 +75,9 @@ class Compiled:
             return flat
 
         tensors = [*state.values(), *(x for x in leaves if isinstance(x, Tensor))]
-        graph = make_fx(
-            local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
-        )(*tensors)
+        graph = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
+            *tensors
+        )
         return torch.compile(graph, **self.options), out_tree[0]
 
 

@@ -16,9 +16,7 @@ from .spec import Spec
 from .tensor import ShardTensor, wrap
 
 _MOST_DIMS = 14
-_DTYPES = sorted(
-    (d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str
-)
+_DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
 
 
 def distribute_tensor(
@@ -53,9 +51,12 @@ def distribute_tensor(
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
-    return [tuple(c) for c in torch.cartesian_prod(*map(torch.arange, mesh.shape)).reshape(
-        -1, mesh.ndim
-    ).tolist()]
+    return [
+        tuple(c)
+        for c in torch.cartesian_prod(*map(torch.arange, mesh.shape))
+        .reshape(-1, mesh.ndim)
+        .tolist()
+    ]
 
 
 def _slice(x: Tensor, spec: Spec, coordinate: Sequence[int]) -> Tensor:
@@ -122,7 +123,9 @@ def _learn_sizes(local: Tensor, cut: Spec) -> dict[int, tuple[int, ...]]:
             "from_local: ranks hold different dims or dtypes: "
             + ", ".join(f"{k[0]}-d {_DTYPES[k[1]]}" for k in known)
         )
-    shapes = {p: tuple(k[2 : 2 + local.ndim]) for p, k in zip(_coordinates(mesh), known, strict=True)}
+    shapes = {
+        p: tuple(k[2 : 2 + local.ndim]) for p, k in zip(_coordinates(mesh), known, strict=True)
+    }
     learned: dict[int, tuple[int, ...]] = {}
     for d, dim in enumerate(cut.dims):
         seen: dict[int, int] = {}
@@ -131,7 +134,7 @@ def _learn_sizes(local: Tensor, cut: Spec) -> dict[int, tuple[int, ...]]:
             if seen.setdefault(index, shape[d]) != shape[d]:
                 raise ValueError(
                     f"from_local: ranks that hold the same shard of dim {d} differ in its size: "
-                    f"{sorted(set(s[d] for s in shapes.values()))}"
+                    f"{sorted({s[d] for s in shapes.values()})}"
                 )
         if dim.axes:
             learned[d] = tuple(seen[i] for i in range(len(dim.sizes)))

@@ -1,10 +1,10 @@
-"""From a torch function to its handler: a rule, the pointwise rule, a decomposition or the fallback."""
+"""From a torch function to its handler: a rule, pointwise, a decomposition or the fallback."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def opened(func: Any) -> Callable[..., Any]:
     """A Python composite without its own override check, so that calling it runs its body.
 
@@ -184,4 +184,4 @@ def _opened(func: Any) -> Handler:
     return lambda f, args, kwargs: body(*args, **kwargs)
 
 
-handlers.resolve = _resolve  # type: ignore[method-assign]
+handlers.resolve = _resolve

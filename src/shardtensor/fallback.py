@@ -17,6 +17,7 @@ from .errors import UnsupportedOpError
 from .redistribute import replicate, to_dims
 from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
+from .views import stands_for_view
 
 DEFAULT_MAX_BYTES = 1 << 26
 
@@ -62,9 +63,16 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _warn(name, nbytes)
     inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(inside, tree)
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: _shard_again(t, sharded), func(*args, **kwargs)
-    )
+    packet = _torch.aten_packet(name.split(".")[0])
+    view = packet is not None and _torch.is_view(packet)
+
+    def finish(t: torch.Tensor) -> ShardTensor:
+        out = _shard_again(t, sharded)
+        if view:
+            stands_for_view(out._local, sharded[0]._local, name)
+        return out
+
+    return pytree.tree_map_only(torch.Tensor, finish, func(*args, **kwargs))
 
 
 def is_shard(x: Any) -> bool:
@@ -95,7 +103,7 @@ def _check(func: Any, name: str, sharded: list[ShardTensor], kwargs: dict[str, A
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes and nbytes > _limit():
         raise UnsupportedOpError(
-            f"{name} has no rule for {specs}. It would have to gather {nbytes} bytes on every rank; "
+            f"{name} has no rule for {specs}. It would gather {nbytes} bytes on every rank; "
             "allow that with shardtensor.fallback(max_bytes=...), redistribute its operands, or "
             "register a rule with shardtensor.rule"
         )
@@ -103,8 +111,9 @@ def _check(func: Any, name: str, sharded: list[ShardTensor], kwargs: dict[str, A
 
 def _warn(name: str, nbytes: int) -> None:
     frames = [
-        f for f in traceback.extract_stack() if f"{__package__}" not in f.filename.split("/")
-        and "/torch/" not in f.filename
+        f
+        for f in traceback.extract_stack()
+        if f"{__package__}" not in f.filename.split("/") and "/torch/" not in f.filename
     ]
     line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
     if (name, line) not in _warned:

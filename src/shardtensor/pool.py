@@ -22,13 +22,14 @@ class Pool:
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
         context = mp.get_context("spawn")
-        self.store = os.path.join(tempfile.mkdtemp(prefix="shardtensor-"), "store")
+        self.folder = tempfile.TemporaryDirectory(prefix="shardtensor-")
+        store = os.path.join(self.folder.name, "store")
         self.ends: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, self.store, rank, world_size, backend), daemon=True
+                target=_work, args=(theirs, store, rank, world_size, backend), daemon=True
             )
             process.start()
             theirs.close()
@@ -46,14 +47,14 @@ class Pool:
         results: dict[int, Any] = {}
         while len(results) < len(self.ends):
             pending = [e for r, e in enumerate(self.ends) if r not in results]
-            ready = wait(pending, timeout)
+            ready: list[Any] = wait(pending, timeout)
             if not ready:
                 self.close()
                 raise RuntimeError(f"ranks {self._missing(results)} did not end in {timeout} s")
             for end in ready:
-                rank = self.ends.index(end)  # type: ignore[arg-type]
+                rank = self.ends.index(end)
                 try:
-                    good, value = end.recv()  # type: ignore[union-attr]
+                    good, value = end.recv()
                 except EOFError:
                     good, value = False, "the process died"
                 if not good:
@@ -71,6 +72,7 @@ class Pool:
             p.kill()
         for p in self.processes:
             p.join()
+        self.folder.cleanup()
         for n, pool in list(_pools.items()):
             if pool is self:
                 del _pools[n]

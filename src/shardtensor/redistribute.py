@@ -7,6 +7,7 @@ sharding that a rule asks for, each with the right cotangent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import Placement
 
 from . import comm
 from .errors import UnsupportedOpError
-from .spec import Dim, Spec, nested_chunk_sizes
+from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
 
 
@@ -85,7 +86,7 @@ def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
 
 def _recut(local: Tensor, mesh: DeviceMesh, d: int, have: Dim, want: Dim) -> Tensor:
     ends = want.offsets
-    windows = list(zip(ends, ends[1:], strict=False))
+    windows = list(pairwise(ends))
     return comm.window(local, d, have.sizes, windows, comm.group(mesh, have.axes))
 
 
@@ -152,7 +153,7 @@ def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
 def _move_axes(
     local: Tensor, spec: Spec, have: list[Dim], want: Sequence[Dim]
 ) -> tuple[Tensor, list[Dim]]:
-    """Bring every mesh axis to the dim where `want` has it; the innermost axis of a dim moves first."""
+    """Bring every mesh axis to the dim where `want` has it, innermost axes of a dim first."""
     mesh = spec.mesh
     have = list(have)
     while True:
@@ -216,14 +217,14 @@ def fit(
         if x is None:
             found.append(None)
             continue
-        wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
-        spec = Spec(mesh, wanted)
-        if isinstance(x, ShardTensor) or spec.varying:
-            local = like(x, spec)._local
+        own = () if dims is None else tuple(a for d in dims for a in d.axes)
+        if isinstance(x, ShardTensor) or own:
+            wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
+            local = like(x, Spec(mesh, wanted))._local
         else:
             local = x
         found.append(local)
-        same = tuple(a for a in varying if a not in spec.varying)
+        same = tuple(a for a in varying if a not in own)
         if same and local.requires_grad:
             alike.setdefault(same, []).append(i)
     for axes, picked in alike.items():
@@ -231,10 +232,3 @@ def fit(
         for i, value in zip(picked, values, strict=True):
             found[i] = value
     return found
-
-
-def chunked(dim: Dim, mesh: DeviceMesh, axes: tuple[int, ...]) -> Dim:
-    """The dim cut as torch.chunk cuts along mesh axes."""
-    if not axes:
-        return Dim(dim.size)
-    return Dim(dim.size, axes, nested_chunk_sizes(dim.size, [mesh.size(a) for a in axes]))

@@ -1,7 +1,7 @@
 """N ranks as threads of one process: try 16 ranks on a laptop, without a launcher.
 
-One thread runs at a time; it hands over where it waits for the others. So simulated ranks are
-deterministic, each has its own random state, and ranks that can never meet raise instead of hanging.
+One thread runs at a time and hands over where it waits for others. So simulated ranks are
+deterministic, each has its own random state, and ranks that can never meet raise, not hang.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class _Turns:
         here[rank] = data
         if len(here) == size:
             collective.work([here[r] for r in range(size)])
+            del self.arrived[key]
             self.done.add(key)
         else:
             me = count.simulated_rank()
@@ -82,9 +83,9 @@ class _Turns:
 def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     """Run fn(*args) on `world_size` ranks, threads of this process; returns what each returned.
 
-    Inside fn, torch.distributed is initialised (CPU): make a mesh with `init_device_mesh("cpu", ...)`
-    as under torchrun. Raises RankError from the first exception of a rank, or, naming every rank,
-    where ranks wait for each other for ever.
+    Inside fn, torch.distributed is initialised, as under torchrun: make a mesh with
+    `init_device_mesh("cpu", ...)`. Raises RankError from the first exception of a rank, or, naming
+    every rank, where ranks wait for each other for ever.
     """
     turns = _Turns(world_size)
     results: list[Any] = [None] * world_size
@@ -99,9 +100,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         torch.set_rng_state(before)
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                dist.init_process_group(
-                    "threaded", rank=rank, world_size=world_size, store=store
-                )
+                dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
                 results[rank] = fn(*args)
                 dist.destroy_process_group()
         except BaseException as e:

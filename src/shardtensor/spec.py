@@ -32,7 +32,7 @@ class Dim(NamedTuple):
 
 
 def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
-    """Sizes that `torch.chunk` gives, padded with zeros to `parts`: chunk_sizes(5, 4) == (2, 2, 1, 0)."""
+    """Sizes that `torch.chunk` gives, padded with zeros: chunk_sizes(5, 4) == (2, 2, 1, 0)."""
     step = -(-size // parts)
     return tuple(max(0, min(step, size - i * step)) for i in range(parts))
 
@@ -85,7 +85,9 @@ class Spec:
                 partial.append((axis, str(placement.reduce_op)))
             elif not isinstance(placement, Replicate):
                 raise ValueError(f"placement {placement!r}: use Shard, Replicate or Partial")
-        given = {d % ndim if ndim else d: tuple(int(n) for n in s) for d, s in (sizes or {}).items()}
+        given = {
+            d % ndim if ndim else d: tuple(int(n) for n in s) for d, s in (sizes or {}).items()
+        }
         dims = []
         for d, (size, on) in enumerate(zip(shape, axes, strict=True)):
             if not on:
@@ -155,7 +157,9 @@ class Spec:
     @cached_property
     def offset(self) -> tuple[int, ...]:
         """The global index of this rank's first element in each dim."""
-        return tuple(d.offsets[i] if d.axes else 0 for d, i in zip(self.dims, self.index, strict=True))
+        return tuple(
+            d.offsets[i] if d.axes else 0 for d, i in zip(self.dims, self.index, strict=True)
+        )
 
     @cached_property
     def local_shape(self) -> torch.Size:

@@ -41,7 +41,7 @@ class ShardTensor(torch.Tensor):
         return handlers[func](func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with _torch.leaf_call():
@@ -115,7 +115,7 @@ class ShardTensor(torch.Tensor):
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return self._local.is_contiguous(memory_format=memory_format)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         spec = self._spec
         if not spec.varying and not spec.partial:
             return f"ShardTensor({self._local!r}, spec={spec})"
@@ -170,8 +170,10 @@ class ShardTensor(torch.Tensor):
         return to_placements(self, device_mesh, placements, sizes)
 
     def to_dtensor(self) -> Any:
-        """The torch DTensor of the same shards. Raises UnsupportedOpError for uneven sizes that
-        `torch.chunk` would not give."""
+        """The torch DTensor of the same shards.
+
+        Raises UnsupportedOpError for sizes that `torch.chunk` would not give.
+        """
         from .construct import to_dtensor
 
         return to_dtensor(self)
@@ -183,10 +185,10 @@ class ShardTensor(torch.Tensor):
 
         return from_dtensor(d)
 
-    # autograd: everything lives on the local tensor -------------------------------------------------
+    # autograd: everything lives on the local tensor ----------------------------------------------
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self._local.requires_grad
 
     @requires_grad.setter
@@ -207,7 +209,7 @@ class ShardTensor(torch.Tensor):
         return _torch.c_grad_fn(self) or self._local.grad_fn
 
     @property
-    def grad(self) -> ShardTensor | None:  # type: ignore[override]
+    def grad(self) -> ShardTensor | None:
         """The gradient, sharded like the tensor itself."""
         g = self._local.grad
         return None if g is None else wrap(g, self._spec.cotangent)
@@ -221,7 +223,7 @@ class ShardTensor(torch.Tensor):
         self._local.grad = value
 
     @property
-    def data(self) -> ShardTensor:  # type: ignore[override]
+    def data(self) -> ShardTensor:
         return wrap(self._local.data, self._spec)
 
     @data.setter
@@ -256,7 +258,7 @@ class ShardTensor(torch.Tensor):
         spec = self._spec
         return self._local.register_post_accumulate_grad_hook(lambda x: hook(wrap(x, spec)))
 
-    def backward(  # type: ignore[override]
+    def backward(
         self,
         gradient: Tensor | None = None,
         retain_graph: bool | None = None,
@@ -304,7 +306,7 @@ class ShardTensor(torch.Tensor):
             import copy
 
             memo[id(self)] = wrap(copy.deepcopy(self._local, memo), self._spec)
-        return memo[id(self)]  # type: ignore[no-any-return]
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
@@ -320,7 +322,7 @@ def wrap(local: Tensor, spec: Spec) -> ShardTensor:
     made = _torch.make_wrapper(ShardTensor, spec.shape, dtype=local.dtype, device=local.device)
     made._local = local
     made._spec = spec
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def spec_of(x: Any) -> Spec | None:

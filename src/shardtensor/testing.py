@@ -42,7 +42,7 @@ def shard(dim: int, sizes: Sequence[int] | None = None) -> On:
 
 
 def cuts(size: int) -> list[tuple[int, ...]]:
-    """The hard list of shard sizes for a dim: even, uneven, empty and tiny shards on 1 to 4 ranks."""
+    """The hard list of shard sizes for a dim: even, uneven, empty, tiny, on 1 to 4 ranks."""
     found: list[tuple[int, ...]] = [(size,), (size - size // 2, size // 2)]
     if size >= 3:
         found += [(size - size // 3, size // 3), (size - size // 4, 0, size // 4)]
@@ -76,7 +76,7 @@ def hold(
     checked = run(
         prod(mesh_shape), _on_rank, fn, args, places, mesh_shape, kwargs, value, grads, state, rtol
     )
-    return checked[0]  # type: ignore[no-any-return]
+    return checked[0]
 
 
 def _leaves(args: Sequence[Any]) -> list[Any]:
@@ -163,9 +163,7 @@ def _on_rank(
     given = []
     for i, (a, place) in enumerate(zip(leaves, places, strict=True)):
         if place is not None:
-            a = distribute_tensor(
-                a, mesh, place.placements, src_data_rank=None, sizes=place.sizes
-            )
+            a = distribute_tensor(a, mesh, place.placements, src_data_rank=None, sizes=place.sizes)
             leaves[i] = a
         given.append(a)
     outs, got, buffers = _run(fn, given, kwargs, bool(grads), leaves)
@@ -189,7 +187,7 @@ def full(x: Tensor) -> Tensor:
 
 
 def same(got: Tensor, want: Tensor, what: str, rtol: float | None = None) -> None:
-    """Raise AssertionError unless got (sharded or plain) equals want within rtol of its largest value."""
+    """Raise AssertionError unless got (sharded or plain) is want, within rtol of its largest."""
     if isinstance(got, ShardTensor):
         spec = got._spec
         assert got._local.shape == spec.local_shape, (

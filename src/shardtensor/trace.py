@@ -41,7 +41,9 @@ class Trace:
             row = rows.setdefault((s.op or "backward", s.collective), [0, 0, 0, 0.0])
             for i, v in enumerate((1, s.messages, s.bytes, 1e3 * s.seconds)):
                 row[i] += v
-        lines = [f"{'op':24} {'collective':12} {'calls':>6} {'messages':>9} {'bytes':>12} {'ms':>9}"]
+        lines = [
+            f"{'op':24} {'collective':12} {'calls':>6} {'messages':>9} {'bytes':>12} {'ms':>9}"
+        ]
         lines += [
             f"{op:24} {name:12} {c:6.0f} {m:9.0f} {b:12.0f} {t:9.2f}"
             for (op, name), (c, m, b, t) in rows.items()

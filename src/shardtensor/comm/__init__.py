@@ -27,8 +27,19 @@ from .ops import vary as _vary
 from .plan import exchange
 
 __all__ = [
-    "gather", "group", "put", "rank", "reduce", "reduce_scatter", "ring", "size", "split", "swap",
-    "take", "vary", "window",
+    "gather",
+    "group",
+    "put",
+    "rank",
+    "reduce",
+    "reduce_scatter",
+    "ring",
+    "size",
+    "split",
+    "swap",
+    "take",
+    "vary",
+    "window",
 ]
 
 
@@ -51,7 +62,10 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
 
 
 def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """The reduction of every rank's addend; op: "sum", "max", "min", "product" (only sum has a gradient)."""
+    """The reduction of every rank's addend by "sum", "max", "min" or "product".
+
+    Only the sum has a gradient.
+    """
     return x if size(group) == 1 else reduce_op([x], op, group)[0]
 
 

@@ -34,6 +34,7 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     ranks = mesh.mesh[at].flatten().tolist()
     if ranks != sorted(ranks):
         raise ValueError(f"ranks {ranks} along mesh axes {axes} must ascend")
+    made: dist.ProcessGroup | None
     if len(axes) == 1:
         made = mesh.get_group(axes[0])
     elif ranks == list(range(dist.get_world_size())) and mesh.device_type == "cpu":

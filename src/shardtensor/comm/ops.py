@@ -36,7 +36,9 @@ _library = Library("shardtensor", "DEF")
 Ints = Sequence[int]
 
 
-def _define(schema: str, kernel: Callable, fake: Callable, setup: Callable, adjoint: Callable) -> Any:
+def _define(
+    schema: str, kernel: Callable, fake: Callable, setup: Callable, adjoint: Callable
+) -> Any:
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -51,7 +53,7 @@ def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.rest = inputs[1:]
 
 
-def _resized(shape: torch.Size, dim: int, n: int) -> list[int]:
+def _resized(shape: Ints, dim: int, n: int) -> list[int]:
     found = list(shape)
     found[dim] = n
     return found
@@ -79,7 +81,7 @@ class Vary(torch.autograd.Function):
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, *reduce_op(grads, "sum", ctx.group)
 
 
@@ -109,7 +111,7 @@ vary_op = _define(
     _keep_arguments,
     lambda ctx, grads: (reduce_op(grads, "sum", *ctx.rest), None),
 )
-reduce_op = _define(
+reduce_op: Any = _define(
     "reduce(Tensor[] xs, str op, str group) -> Tensor[]",
     _reduce,
     lambda xs, op, group: [x.new_empty(x.shape) for x in xs],
@@ -121,8 +123,8 @@ reduce_op = _define(
 def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
     """`vary_op` where a graph is being traced, else its cheaper equal."""
     if _torch.is_tracing():
-        return vary_op(list(xs), group)  # type: ignore[no-any-return]
-    return Vary.apply(group, *xs)  # type: ignore[no-any-return]
+        return vary_op(list(xs), group)
+    return Vary.apply(group, *xs)
 
 
 # gather and split --------------------------------------------------------------------------------
@@ -145,12 +147,10 @@ gather_op = _define(
     _keep_arguments,
     lambda ctx, g: (split_op(g, *ctx.rest), None, None, None),
 )
-split_op = _define(
+split_op: Any = _define(
     "split(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _split,
-    lambda x, dim, sizes, group: x.new_empty(
-        _resized(x.shape, dim, sizes[groups.rank(group)])
-    ),
+    lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes[groups.rank(group)])),
     _keep_arguments,
     lambda ctx, g: (gather_op(g, *ctx.rest), None, None, None),
 )
@@ -261,7 +261,7 @@ def _swap(x: Tensor, old: int, new: int, old_sizes: Ints, new_sizes: Ints, group
     return torch.cat([parts[0] for parts in received], old).contiguous()
 
 
-swap_op = _define(
+swap_op: Any = _define(
     "swap(Tensor x, int old, int new, int[] old_sizes, int[] new_sizes, str group) -> Tensor",
     _swap,
     lambda x, old, new, old_sizes, new_sizes, group: x.new_empty(
@@ -356,12 +356,10 @@ take_op = _define(
     _index_setup,
     lambda ctx, g: (put_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
 )
-put_op = _define(
+put_op: Any = _define(
     "put(Tensor rows, Tensor index, int[] sizes, str group) -> Tensor",
     _put,
-    lambda rows, index, sizes, group: rows.new_empty(
-        [sizes[groups.rank(group)], *rows.shape[1:]]
-    ),
+    lambda rows, index, sizes, group: rows.new_empty([sizes[groups.rank(group)], *rows.shape[1:]]),
     _index_setup,
     lambda ctx, g: (take_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
 )

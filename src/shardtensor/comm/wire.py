@@ -20,8 +20,11 @@ _REDUCE = {
 
 
 def exchange(
-    chunks: Sequence[Sequence[torch.Tensor]], shapes: Sequence[Sequence[Sequence[int]]],
-    like: torch.Tensor, group: str, label: str,
+    chunks: Sequence[Sequence[torch.Tensor]],
+    shapes: Sequence[Sequence[Sequence[int]]],
+    like: torch.Tensor,
+    group: str,
+    label: str,
 ) -> list[list[torch.Tensor]]:
     """Send chunks[r] to rank r and return what each rank sent here, in shapes[r].
 
@@ -35,13 +38,18 @@ def exchange(
     received = like.new_empty(sum(out_splits) // item)
     with sending(label, sum(in_splits), sum(n > 0 for n in in_splits)):
         dist.all_to_all_single(
-            received.view(torch.uint8), send.view(torch.uint8), out_splits, in_splits,
+            received.view(torch.uint8),
+            send.view(torch.uint8),
+            out_splits,
+            in_splits,
             group=groups.resolve(group),
         )
     return _split(received, shapes)
 
 
-def all_gather(local: torch.Tensor, shapes: Sequence[Sequence[int]], group: str) -> list[torch.Tensor]:
+def all_gather(
+    local: torch.Tensor, shapes: Sequence[Sequence[int]], group: str
+) -> list[torch.Tensor]:
     """Every rank's tensor, whose shapes are known, on every rank; padded where they differ."""
     n = len(shapes)
     most = max(_numel(s) for s in shapes)
@@ -52,7 +60,8 @@ def all_gather(local: torch.Tensor, shapes: Sequence[Sequence[int]], group: str)
     item = local.element_size()
     with sending("all_gather", item * most * (n - 1), n - 1):
         all_gather_flat(
-            received.view(torch.uint8), flat.contiguous().view(torch.uint8),
+            received.view(torch.uint8),
+            flat.contiguous().view(torch.uint8),
             group=groups.resolve(group),
         )
     return [

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UnsupportedOpError
 from ..redistribute import like
 from ..tensor import ShardTensor
+from ..views import check_writable
 
 
 def fill_out(out: Any, result: Any) -> Any:
@@ -19,5 +20,6 @@ def fill_out(out: Any, result: Any) -> Any:
         raise UnsupportedOpError(
             f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"
         )
+    check_writable(out, "out=")
     out._local.copy_(like(result, out._spec)._local)
     return out

@@ -8,6 +8,7 @@ that is summed away while sharded leaves addends, which one all-reduce adds up.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +66,14 @@ def _known(x: Tensor) -> Known:
 
 
 def contract(
-    product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, la: Labels, lb: Labels,
+    product: Callable[[Tensor, Tensor], Tensor],
+    a: Tensor,
+    b: Tensor,
+    la: Labels,
+    lb: Labels,
     lo: Labels,
 ) -> ShardTensor:
-    """product(a, b) of global tensors whose dims carry labels la and lb; the result has labels lo."""
+    """product(a, b) of global tensors whose dims carry labels la, lb; the result has labels lo."""
     a, b = _whole_sums(a), _whole_sums(b)
     spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo)
     x, y = fit(spec.mesh, varying, (a, da), (b, db))
@@ -88,7 +93,7 @@ def _labels(prefix: str, n: int) -> Labels:
 
 
 @rule("linear")
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> ShardTensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b; a weight that is the same on all ranks gets its whole gradient."""
     if isinstance(input, ShardTensor) and not isinstance(weight, ShardTensor):
         spec = input._spec
@@ -99,8 +104,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> ShardTe
             return wrap(F.linear(x, w, b), out)
     free = _labels("n", input.ndim - 1)
     lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
-    out = contract(F.linear, input, weight, (*free, "k"), lw, (*free, *lw[:-1]))
-    return out if bias is None else out + bias
+    product = contract(F.linear, input, weight, (*free, "k"), lw, (*free, *lw[:-1]))
+    return product if bias is None else torch.add(product, bias)
 
 
 @cached
@@ -159,9 +164,7 @@ def addbmm(
 
 
 @rule("addr")
-def addr(
-    input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
+def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     product = outer(vec1, vec2) * alpha
     return product if beta == 0 else product + input * beta
 
@@ -200,9 +203,7 @@ def tensordot(
 
 
 @rule("bilinear")
-def bilinear(
-    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = einsum("...i,oij,...j->...o", input1, weight, input2)
     return out if bias is None else out + bias
 
@@ -229,7 +230,7 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         if not isinstance(x, ShardTensor) and not isinstance(y, ShardTensor):
             x = torch.einsum(local, x, y)
         else:
-            x = contract(lambda p, q, eq=local: torch.einsum(eq, p, q), x, y, lx, ly, lo)
+            x = contract(partial(torch.einsum, local), x, y, lx, ly, lo)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]
     if gone:
@@ -257,7 +258,9 @@ def _terms(equation: str, ndims: tuple[int, ...]) -> tuple[tuple[Labels, ...], L
         full.append(part.replace("...", ellipsis[widest - n :] if n else ""))
     if not arrow:
         every = "".join(full)
-        right = "..." + "".join(sorted(c for c in set(every) - set(ellipsis) if every.count(c) == 1))
+        right = "..." + "".join(
+            sorted(c for c in set(every) - set(ellipsis) if every.count(c) == 1)
+        )
     if any(len(set(p)) != len(p) for p in full):
         raise UnsupportedOpError(
             f"einsum {equation!r}: an index twice in one operand; take torch.diagonal first"

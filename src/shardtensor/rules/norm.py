@@ -2,109 +2,29 @@
 
 Laws:
 - No sharded dim is averaged over: the plain op on the local shard, nothing is sent.
-- A sharded dim is averaged over: each rank takes count, mean and squared deviations of its part, one
-  all-gather of these few numbers brings them together on every rank, and the result is the affine map
-  a * (x - center) + b. Backward is one all-reduce of the slopes of a and b; it also makes the
-  gradients of weight and bias whole.
+- A sharded dim is averaged over: each rank takes mean and squared deviations of its part, one
+  all-gather of these few numbers brings them together on every rank, and the result is the affine
+  map a * (x - center) + b. Backward is one all-reduce of the gradients of a and b; it also makes
+  those of weight and bias whole.
 - Running statistics are the global ones, the same bits on every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
-from math import prod
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
-from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..redistribute import fit, like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .reduce import axes_of
-
-Dims = tuple[int, ...]
-Counts = tuple[int, ...]
-
-
-@cached
-def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
-    """The mesh axes over which an average over dims is spread, and every rank's number of elements.
-
-    No axes where one rank holds all of it.
-    """
-    axes = axes_of(spec, dims)
-    place = list(spec.coordinate)
-    counts = []
-    for at in product(*(range(spec.mesh.size(a)) for a in axes)):
-        for axis, i in zip(axes, at, strict=True):
-            place[axis] = i
-        shape = spec.local_shape_at(place)
-        counts.append(prod(shape[d] for d in dims))
-    return (axes if len(counts) > 1 else ()), tuple(counts)
-
-
-# statistics --------------------------------------------------------------------------------------
-
-
-def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:
-    """The sum over dims of (x - center)^2 in the dtype of center; keeps only x for backward."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch._C._nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)  # type: ignore[attr-defined]
-
-
-def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of the local part; zeros where it is empty.
-
-    torch.var_mean is 10 to 20 times slower than this on a CPU, and would keep a copy of half
-    precision inputs in full precision.
-    """
-    total = x.sum(dims, keepdim=True, dtype=dtype)
-    if not x.numel():
-        return total, total
-    n = prod(x.shape[d] for d in dims)
-    mean = total / n
-    center = mean.detach()
-    m2 = squares(x, center, dims)
-    # zero, and so is its slope; but the second derivative needs it
-    return mean, m2 - n * (mean - center).square() if mean.requires_grad else m2
-
-
-def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-    """Mean and squared deviations of parts that are stacked along dim 0, of `counts` elements each.
-
-    Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983.
-    """
-    if len(set(counts)) == 1:
-        whole = mean.mean(0)
-        return whole, m2.sum(0) + counts[0] * (mean - whole).square().sum(0)
-    n = mean.new_tensor(counts).view(-1, *[1] * (mean.ndim - 1))
-    whole = (mean * (n / sum(counts))).sum(0)
-    return whole, (m2 + n * (mean - whole).square()).sum(0)
-
-
-def statistics(
-    x: Tensor, dims: Dims, counts: Counts, group: str | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Mean and squared deviations over dims (kept) of all ranks' parts, replicated over group."""
-    mean, m2 = moments(x, dims, dtype)
-    if group is None:
-        return mean, m2
-    both = comm.gather(torch.stack((mean, m2))[None], 0, (1,) * len(counts), group)
-    return merged(both[:, 0], both[:, 1], counts)
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-# operands ----------------------------------------------------------------------------------------
+from .moments import Dims, accumulated, merged, normalised, spread, squares, statistics
 
 
 def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
@@ -127,52 +47,6 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequenc
     """x * weight + bias, both viewed in a shape: an empty shard's result, with all its operands."""
     y = x if weight is None else x * weight.view(shape)
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
-
-
-def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a * (x - center) + b, given per channel (C,) or per sample and channel (B, C).
-
-    The kernel of batch norm with fixed statistics does it in one pass, rounds half precision once
-    and keeps only x for backward.
-    """
-    if a.ndim == 2:
-        if x.shape[0] == 1:
-            return scaled(x, center[0], a[0], b[0])
-        if x.is_contiguous() and x.numel():
-            flat = x.view(1, a.numel(), *x.shape[2:])
-            return scaled(flat, center.flatten(), a.flatten(), b.flatten()).view(x.shape)
-    if a.ndim == 1 and x.numel():
-        one = torch.ones_like(center)
-        return torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
-    shape = (*a.shape, *[1] * (x.ndim - 2)) if a.ndim == 2 else (-1, *[1] * (x.ndim - 2))
-    if not a.numel():
-        shape = (x.shape[0] if a.ndim == 2 else 1, x.shape[1], *[1] * (x.ndim - 2))
-    return torch.addcmul((b - center * a).view(shape), x, a.view(shape)).to(x.dtype)
-
-
-def normalised(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    deal: Callable[..., Sequence[Tensor]],
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, for statistics per channel that are replicated.
-
-    deal brings the replicated coefficients (center, a, b) to the local program, with their
-    gradients summed.
-    """
-    a = (var + eps).rsqrt()
-    if weight is not None:
-        a = a * weight
-    # its value is the bias, its slope that of -mean * a: centred, so that nothing cancels in backward
-    center = mean.detach()
-    b = (center - mean) * a
-    if bias is not None:
-        b = b + bias
-    return scaled(x, *deal(center, a, b))
 
 
 # batch, instance and group norm ------------------------------------------------------------------
@@ -199,7 +73,9 @@ def update(running: Tensor | None, value: Tensor, momentum: float) -> None:
 @torch.no_grad()
 def whole(spec: Spec, dims: Sequence[Dim], *values: Tensor) -> Tensor:
     """Small local values, which lie in dims, stacked and whole on every rank."""
-    stacked = wrap(torch.stack([v.detach() for v in values]), spec.with_dims([Dim(len(values)), *dims]))
+    stacked = wrap(
+        torch.stack([v.detach() for v in values]), spec.with_dims([Dim(len(values)), *dims])
+    )
     return replicate(stacked)._local
 
 
@@ -235,9 +111,9 @@ def batch_norm(
             y = torch.batch_norm(local, w, b, mean, var, training, momentum, eps, cudnn_enabled)
         else:
             y = affine(local, w, b, _per_channel(local))
-        if training and channels.axes:
+        if training:
             for r, part in zip(running, (mean, var), strict=True):
-                if r is not None and part is not None:
+                if r is not None and part is not None and part is not r:
                     r.copy_(whole(spec, mine, part)[0])
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
@@ -280,25 +156,26 @@ def instance_norm(
         z, None, None, None, None, True, 0.0, 1.0, False
     ))  # fmt: skip
     running = [buffer("instance_norm", r) for r in (running_mean, running_var)]
+    tracked = any(r is not None for r in running)
     channels = spec.dims[1]
     dims = tuple(range(2, len(spec.dims)))
     axes, counts = spread(spec, dims)
     mine = (channels,)
     apart = tuple(sorted(spec.dims[0].axes + channels.axes))
     w, b = fit(spec.mesh, apart, (weight, mine), (bias, mine))
-    if not axes and not spec.local_shape.numel():
-        y = affine(local, w, b, _per_channel(local))
-        if running == [None, None]:
-            return wrap(y, spec)
-    elif not axes and (running == [None, None] or not apart):
-        y = torch.instance_norm(local, w, b, *running, True, momentum, eps, cudnn_enabled)
+    if not axes and not (tracked and apart):
+        if not spec.local_shape.numel():
+            return wrap(affine(local, w, b, _per_channel(local)), spec)
+        y = torch.instance_norm(
+            local, w, b, running[0], running[1], True, momentum, eps, cudnn_enabled
+        )
         return wrap(y, spec)
     group = comm.group(spec.mesh, axes) if axes else None
     mean, m2 = (
         s.flatten(1) for s in statistics(local, dims, counts, group, accumulated(local.dtype))
     )
     n = sum(counts)
-    if running != [None, None]:
+    if tracked:
         stats = whole(spec, spec.dims[:2], mean, m2).mean(1)
         update(running[0], stats[0], momentum)
         update(running[1], stats[1] / (n - 1), momentum)
@@ -356,19 +233,20 @@ def group_norm(
             parts, tuple(range(2, parts.ndim)), counts, group, accumulated(local.dtype)
         )
     )
-    sides = spec.with_dims([Dim(2), batch, channels])
-    together = spec.with_dims([Dim(2), batch, Dim(channels.size)])
+    straddling = [spec.with_dims([Dim(n), batch, channels]) for n in (2, 3)]
+    together = [spec.with_dims([Dim(n), batch, Dim(channels.size)]) for n in (2, 3)]
     if not aligned:
-        both = like(wrap(torch.stack((mean, m2)), sides), together)._local
+        both = like(wrap(torch.stack((mean, m2)), straddling[0]), together[0])._local
         both = both.unflatten(2, (num_groups, width)).movedim(3, 0)
         mean, m2 = merged(both[:, 0], both[:, 1], (sum(counts),) * width)
     n = width * sum(counts) // inside
 
-    def deal(center: Tensor, *slopes: Tensor) -> list[Tensor]:
-        if aligned:
-            return _varied((center, *slopes), group)
-        own = like(wrap(center, together), sides)._local
-        both = like(wrap(torch.stack(slopes), together2), sides2)._local
+    def deal(*coefficients: Tensor) -> Sequence[Tensor]:
+        if not aligned:
+            whole = wrap(torch.stack(coefficients), together[1])
+            center, a, b = like(whole, straddling[1])._local
+            coefficients = (center.detach(), a, b)
+        return _varied(coefficients, group)
 
     mean, var = (s.repeat_interleave(width, 1) for s in (mean, m2 / n))  # (B, C)
     return wrap(normalised(local, mean, var, w, b, eps, deal), spec)
@@ -409,9 +287,11 @@ def layer_norm(
         return wrap(affine(local, w, b, shape), spec)
     group = comm.group(spec.mesh, axes)
     mean, m2 = statistics(local, dims, counts, group, accumulated(local.dtype))
-    a = (m2 / sum(counts) + eps).rsqrt()
-    a, shift = comm.vary((a, -mean * a), group)
-    y = torch.addcmul(shift, local, a)
+    # the leading dims, which have a statistic each, take the place of channels
+    mean, var = mean.flatten(), m2.flatten() / sum(counts)
+    rows = local.reshape(1, mean.numel(), *local.shape[dims[0] :])
+    y = normalised(rows, mean, var, None, None, eps, lambda *c: comm.vary(c, group))
+    y = y.view(local.shape)
     if w is not None:
         y = y * w if b is None else torch.addcmul(b, y, w)
     elif b is not None:
@@ -464,7 +344,7 @@ def local_response_norm(
     ends = channels.offsets
     windows = [
         (max(0, a - size // 2), min(channels.size, b + (size - 1) // 2)) if a < b else (a, a)
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in pairwise(ends)
     ]
     group = comm.group(spec.mesh, channels.axes)
     seen = comm.window(local, 1, channels.sizes, windows, group)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..views import check_writable
 from .inout import fill_out
 
 
@@ -60,11 +60,12 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec, wanted = align(*tensors)
     if in_place:
         target = args[0]
-        if not isinstance(target, ShardTensor) or target._spec.partial:
+        if not isinstance(target, ShardTensor):
             raise UnsupportedOpError(
-                f"{name}: writes a sharded result into {_kind(target)}; use the op that returns a "
+                f"{name}: writes a sharded result into a plain tensor; use the op that returns a "
                 "new tensor"
             )
+        check_writable(target, name)
         if spec.shape != target.shape:
             raise RuntimeError(
                 f"{name}: output with shape {tuple(target.shape)} doesn't match the broadcast "
@@ -85,10 +86,6 @@ def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return name.startswith("__i") and name != "__invert__"
     return name.endswith("_")
-
-
-def _kind(x: Any) -> str:
-    return str(x._spec) if isinstance(x, ShardTensor) else "a plain tensor"
 
 
 def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
@@ -153,7 +150,12 @@ def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 )  # fmt: skip
 def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs.pop("input")
-    return wrap(func(x._local, *args[1:], **kwargs), x._spec)
+    out = func(x._local, *args[1:], **kwargs)
+    if out is x._local and func.__name__ == "contiguous":
+        # a shard of one row is contiguous where the whole is not, and must be copied all the same
+        dims = zip(x._local.shape, x._spec.dims, strict=True)
+        out = out.clone() if any(n <= 1 < d.size for n, d in dims) else out
+    return wrap(out, x._spec)
 
 
 @function_rule(
@@ -168,8 +170,7 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(x, *(a._local if isinstance(a, ShardTensor) else a for a in args[1:]), **kwargs)
     name = func.__name__ if not isinstance(func, torch._ops.OpOverload) else "to"
     if name.endswith("_"):
-        if x._spec.partial:
-            raise UnsupportedOpError(f"{name} on {x._spec}; redistribute to Replicate first")
+        check_writable(x, name)
         func(x._local, *args[1:], **kwargs)
         return x
     x = reduced(x)
@@ -184,6 +185,7 @@ def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
         raise UnsupportedOpError(
             "copy_ of a ShardTensor into a plain tensor: copy x.full_tensor() or x.to_local()"
         )
+    check_writable(input, "copy_")
     spec, wanted = align_to(input._spec, input, src)
     (value,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
     assert value is not None
@@ -191,13 +193,12 @@ def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     return input
 
 
-@rule("masked_fill", "masked_fill_")
+@rule("masked_fill")
 def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
     value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    return torch.where(mask, value.to(input.dtype), input)
+    return torch.where(mask, value.to(input), input)
 
 
-def is_random(name: str) -> bool:
-    """Whether an aten op draws random numbers."""
-    packet = _torch.aten_packet(name)
-    return packet is not None and _torch.is_random(packet)
+@rule("masked_fill_")
+def masked_fill_(input: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return copy_(input, masked_fill(input, mask, value))

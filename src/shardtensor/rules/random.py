@@ -1,12 +1,13 @@
 """Random numbers: independent from shard to shard, equal on all replicas of a shard.
 
-Every call takes one seed from torch's default CPU generator, whatever the shard sizes, so ranks that
-seed alike stay in step, and a checkpoint's recomputation, which restores that generator, draws the
-same numbers. The seed and the shard's number make the generator of the local draw.
+Every call takes one seed from torch's default CPU generator, whatever the shard sizes, so ranks
+that seed alike stay in step, and a checkpoint's recomputation, which restores that generator,
+draws the same numbers. The seed and the shard's number make the generator of the local draw.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..views import check_writable
 from .pointwise import function_rule
 
 # an odd constant spreads shard numbers over the seed's bits (Knuth's multiplicative hash)
@@ -88,8 +90,7 @@ def _drop(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> ShardTensor:
 def dropout_(input: ShardTensor, p: float, train: bool) -> ShardTensor:
     _check("dropout", p)
     if train and p > 0:
-        if input._spec.partial:
-            raise UnsupportedOpError(f"dropout_ on {input._spec}; redistribute to Replicate first")
+        check_writable(input, "dropout_")
         keep, _ = _keep(input, input._spec.dims, p)
         input._local.mul_(keep * (1 / (1 - p) if p < 1 else 0.0))
     return input
@@ -128,11 +129,13 @@ def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
     g = generator_for(spec, device, kwargs.pop("generator", None))
     dtype = kwargs.pop("dtype", None) or x.dtype
     kwargs["device"] = device
-    make = {"rand_like": torch.rand, "randn_like": torch.randn, "randint_like": torch.randint}
+    make: dict[str, Callable[..., Tensor]] = {
+        "rand_like": torch.rand,
+        "randn_like": torch.randn,
+        "randint_like": torch.randint,
+    }
     kwargs.pop("memory_format", None)
-    drawn = make[func.__name__](
-        *args[1:], spec.local_shape, generator=g, dtype=dtype, **kwargs
-    )
+    drawn = make[func.__name__](*args[1:], spec.local_shape, generator=g, dtype=dtype, **kwargs)
     return wrap(drawn, spec)
 
 
@@ -142,14 +145,17 @@ def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
 )  # fmt: skip
 def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
     x = args[0]
-    if not isinstance(x, ShardTensor) or x._spec.partial:
-        raise UnsupportedOpError(f"{func.__name__} on {getattr(x, '_spec', 'a plain tensor')}")
+    if not isinstance(x, ShardTensor):
+        raise UnsupportedOpError(f"{func.__name__} of a plain tensor with a ShardTensor argument")
+    check_writable(x, func.__name__)
     kwargs["generator"] = generator_for(x._spec, x.device, kwargs.pop("generator", None))
     inside = [a._local if isinstance(a, ShardTensor) and a._spec == x._spec else a for a in args]
     if any(isinstance(a, Tensor) and a.ndim for a in inside[1:]) and not isinstance(
         args[1], ShardTensor
     ):
-        raise UnsupportedOpError(f"{func.__name__} with a plain tensor of parameters: shard it alike")
+        raise UnsupportedOpError(
+            f"{func.__name__} with a plain tensor of parameters: shard it alike"
+        )
     func(*inside, **kwargs)
     return x
 
@@ -162,4 +168,3 @@ def bernoulli(
     g = generator_for(x._spec, x.device, generator)
     drawn = torch.rand(x._spec.local_shape, generator=g, device=x.device, dtype=torch.float64)
     return wrap((drawn < (x._local if p is None else p)).to(x.dtype), x._spec)
-

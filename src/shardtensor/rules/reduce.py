@@ -30,9 +30,7 @@ def over(dim: Dims, ndim: int) -> tuple[int, ...]:
 
 def without(spec: Spec, dims: Sequence[int], keepdim: bool) -> Spec:
     """The spec after a reduction over dims, which leaves its result alike along their mesh axes."""
-    kept = [
-        Dim(1) if i in dims else d for i, d in enumerate(spec.dims) if keepdim or i not in dims
-    ]
+    kept = [Dim(1) if i in dims else d for i, d in enumerate(spec.dims) if keepdim or i not in dims]
     return spec.with_dims(kept)
 
 
@@ -53,8 +51,10 @@ def sum(
 ) -> ShardTensor:
     x = reduced(input)
     dims = over(dim, x.ndim)
-    local = torch.sum(x._local, dims, keepdim=keepdim, dtype=dtype) if x.ndim else x._local.sum(
-        dtype=dtype
+    local = (
+        torch.sum(x._local, dims, keepdim=keepdim, dtype=dtype)
+        if x.ndim
+        else x._local.sum(dtype=dtype)
     )
     return wrap(finish(local, x._spec, dims), without(x._spec, dims, keepdim))
 
@@ -71,6 +71,5 @@ def mean(
         x = reduced(input)
         local = torch.mean(x._local, dims, keepdim=keepdim, dtype=dtype) if dims else x._local
         return wrap(local, without(x._spec, dims, keepdim))
-    return sum(input, dims, keepdim, dtype=dtype) / n
-
-
+    total = sum(input, dims, keepdim, dtype=dtype)
+    return wrap(total._local / n, total._spec)

@@ -1,0 +1,135 @@
+"""Mean and variance of elements that lie on several ranks, and what is normalised with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..spec import Spec
+from .reduce import axes_of
+
+Dims = tuple[int, ...]
+Counts = tuple[int, ...]
+
+
+@cached
+def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
+    """The mesh axes over which an average over dims is spread, and every rank's number of elements.
+
+    No axes where one rank holds all of it.
+    """
+    axes = axes_of(spec, dims)
+    place = list(spec.coordinate)
+    counts = []
+    for at in product(*(range(spec.mesh.size(a)) for a in axes)):
+        for axis, i in zip(axes, at, strict=True):
+            place[axis] = i
+        shape = spec.local_shape_at(place)
+        counts.append(prod(shape[d] for d in dims))
+    return (axes if len(counts) > 1 else ()), tuple(counts)
+
+
+def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:
+    """The sum over dims of (x - center)^2 in the dtype of center; keeps only x for backward."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch._C._nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)  # type: ignore[arg-type]
+
+
+def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of the local part; zeros where it is empty.
+
+    torch.var_mean is 10 to 20 times slower than this on a CPU, and would keep a copy of half
+    precision inputs in full precision.
+    """
+    total = x.sum(dims, keepdim=True, dtype=dtype)
+    if not x.numel():
+        return total, total
+    n = prod(x.shape[d] for d in dims)
+    mean = total / n
+    center = mean.detach()
+    m2 = squares(x, center, dims)
+    # zero, and so is its slope; but the second derivative needs it
+    return mean, m2 - n * (mean - center).square() if mean.requires_grad else m2
+
+
+def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+    """Mean and squared deviations of parts that are stacked along dim 0, of `counts` elements each.
+
+    Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983.
+    """
+    # means relative to one of them: their weighted sum would round at the size of the mean
+    anchor = mean[counts.index(max(counts))].detach()
+    if len(set(counts)) == 1:
+        whole = anchor + (mean - anchor).mean(0)
+        return whole, m2.sum(0) + counts[0] * (mean - whole).square().sum(0)
+    n = mean.new_tensor(counts).view(-1, *[1] * (mean.ndim - 1))
+    whole = anchor + ((mean - anchor) * (n / sum(counts))).sum(0)
+    return whole, (m2 + n * (mean - whole).square()).sum(0)
+
+
+def statistics(
+    x: Tensor, dims: Dims, counts: Counts, group: str | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and squared deviations over dims (kept) of all ranks' parts, replicated over group."""
+    mean, m2 = moments(x, dims, dtype)
+    if group is None:
+        return mean, m2
+    both = comm.gather(torch.stack((mean, m2))[None], 0, (1,) * len(counts), group)
+    return merged(both[:, 0], both[:, 1], counts)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a * (x - center) + b, given per channel (C,) or per sample and channel (B, C).
+
+    The kernel of batch norm with fixed statistics does it in one pass, rounds half precision once
+    and keeps only x for backward.
+    """
+    if a.ndim == 2:
+        if x.shape[0] == 1:
+            return scaled(x, center[0], a[0], b[0])
+        if x.is_contiguous() and x.numel():
+            flat = x.view(1, a.numel(), *x.shape[2:])
+            return scaled(flat, center.flatten(), a.flatten(), b.flatten()).view(x.shape)
+    if a.ndim == 1 and x.numel():
+        one = torch.ones_like(center)
+        return torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
+    shape = (*a.shape, *[1] * (x.ndim - 2)) if a.ndim == 2 else (-1, *[1] * (x.ndim - 2))
+    if not a.numel():
+        shape = (x.shape[0] if a.ndim == 2 else 1, x.shape[1], *[1] * (x.ndim - 2))
+    return torch.addcmul((b - center * a).view(shape), x, a.view(shape)).to(x.dtype)
+
+
+def normalised(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    deal: Callable[..., Sequence[Tensor]],
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, for statistics per channel that are replicated.
+
+    deal brings the replicated coefficients (center, a, b) to the local program, with their
+    gradients summed.
+    """
+    a = (var + eps).rsqrt()
+    if weight is not None:
+        a = a * weight
+    # the value is the bias, the slope that of -mean * a: centred, nothing cancels in backward
+    center = mean.detach()
+    b = (center - mean) * a
+    if bias is not None:
+        b = b + bias
+    return scaled(x, *deal(center, a, b))

@@ -1,0 +1,194 @@
+"""Elementwise ops, casts, in-place writes, creation like a tensor, dropout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+
+torch.manual_seed(0)
+D = torch.float64
+x, y = torch.randn(2, 7, 5, dtype=D), torch.randn(2, 7, 5, dtype=D)
+
+
+@pytest.mark.parametrize("cut", T.cuts(7))
+def test_operands(cut):
+    n = (len(cut),)
+    s = T.shard(1, cut)
+    T.hold(lambda a, b: a * b + 2 - a / 3, [x, y], [s, s], n)
+    T.hold(lambda a, b: a * b, [x, y], [s, T.shard(1)], n)
+    T.hold(lambda a, b: a * b, [x, y], [s, T.shard(2)], n)
+    T.hold(lambda a, b: torch.sub(a, b, alpha=2), [x, y], [s, T.replicated()], n)
+    T.hold(lambda a, b: a.atan2(b), [x, y], [s, None], n)
+    T.hold(lambda a, b: a * b.exp(), [x, y[0, :, :1]], [s, None], n)
+    T.hold(lambda a, b: a * b, [x, y[:1, :1]], [s, T.shard(2)], n)
+    T.hold(lambda a, b: a + b, [x, torch.tensor(2.0, dtype=D)], [s, None], n)
+    T.hold(torch.addcmul, [x, y[:, :1], y[0]], [s, None, T.shard(0)], n)
+    T.hold(lambda a, b: torch.where(a > 0, b, 0.5), [x, y], [s, T.shard(2)], n)
+    T.hold(lambda a: 2 - a + (1 / (a + 9)) + 2**a, [x], [s], n)
+
+
+def test_plain_functions():
+    for f in (F.gelu, F.silu, F.elu, F.softplus, F.hardswish, F.mish, F.leaky_relu, F.relu6,
+              F.logsigmoid, F.tanhshrink, torch.sin, torch.sigmoid, torch.tanh, F.selu,
+              lambda a: a.clamp(-1, 1), lambda a: a.clamp(min=0), lambda a: a.abs().sqrt(),
+              lambda a: torch.lerp(a, a * 2, 0.3), lambda a: a.nan_to_num(), F.softsign,
+              lambda a: (a > 0) & (a < 1), lambda a: a.round(), lambda a: a.isnan(),
+              lambda a: F.threshold(a, 0.1, 20), lambda a: F.hardtanh(a), lambda a: -a,
+              lambda a: a.masked_fill(a > 0, -1.0), lambda a: a % 2, lambda a: a // 2,
+              lambda a: F.prelu(a, torch.ones(7, dtype=D)), lambda a: F.glu(a[..., :4])):  # fmt: skip
+        T.hold(f, [x], [T.shard(1, (4, 0, 3))], (3,))
+        T.hold(f, [x], [T.On([Shard(1), Shard(2)])], (2, 2))
+
+
+@pytest.mark.parametrize(
+    "placements", [[Shard(1), Shard(2)], [Shard(2), Shard(1)], [Shard(1), Shard(1)],
+                   [Replicate(), Shard(1)]])  # fmt: skip
+def test_two_axes(placements):
+    for other in ([Shard(1), Shard(2)], [Shard(0), Shard(2)], [Replicate(), Replicate()]):
+        T.hold(lambda a, b: a * b, [x, y], [T.On(placements), T.On(other)], (2, 2))
+    T.hold(lambda a, b: a * b, [x, y[0, 0]], [T.On(placements), None], (2, 2))
+
+
+def test_outer_broadcast_uses_both_axes():
+    a, b = x[0], y[1, :1]
+    spec = T.hold(
+        lambda p, q: p[:, None, :] * q[None],
+        [a, b], [T.On([Shard(0), Replicate()]), T.On([Replicate(), Shard(1)])], (2, 2),
+    )[0]  # fmt: skip
+    assert spec.placements == (Shard(0), Shard(2))
+
+
+def test_dtypes():
+    s = T.shard(1, (4, 3))
+    half = (x * 3).to(torch.bfloat16)
+    for a in (x.float(), half, (x * 5).long(), x > 0, x.to(torch.complex64)):
+        T.hold(lambda t: t + t, [a], [s], (2,), grad=a.is_floating_point())
+    T.hold(lambda t: t.float() * 2, [x], [s], (2,))
+    T.hold(lambda t: t.to(torch.float32).type_as(t), [x], [s], (2,), rtol=1e-6)
+    T.hold(lambda t: t.long() + 0.5, [x], [s], (2,), grad=False)
+    T.hold(lambda t: (t > 0).to(t), [x], [s], (2,), grad=False)
+
+
+def partial_sums():
+    mesh = T.make_mesh((2,))
+    part = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    s = st.ShardTensor.from_local(part, mesh, [Partial()])
+    out = (s + 1) * s.sin()
+    whole = (2 * torch.arange(6.0).reshape(2, 3)).requires_grad_()
+    want = (whole + 1) * whole.sin()
+    T.same(out, want.detach(), "partial")
+    out.sum().backward()
+    want.sum().backward()
+    T.same(part.grad, whole.grad, "cotangent of an addend")
+    with pytest.raises(st.UnsupportedOpError, match="redistribute"):
+        s.detach().add_(1)
+
+
+def test_partial_sums_are_added_first():
+    st.simulate(2, partial_sums)
+
+
+def in_place(a, b):
+    c = a * 1.0
+    c += b
+    c.mul_(2).sub_(b, alpha=3)
+    c[..., 1:3] *= 2
+    c.clamp_(-3, 3)
+    v = c.transpose(1, 2)
+    v += 1
+    c.masked_fill_(c > 2, 0.5)
+    return F.relu(c, inplace=True)
+
+
+@pytest.mark.parametrize("cut", T.cuts(7))
+def test_in_place(cut):
+    T.hold(in_place, [x, y], [T.shard(1, cut), None], (len(cut),))
+    T.hold(in_place, [x, y], [T.shard(1, cut), T.shard(2)], (len(cut),))
+
+
+def writes():
+    mesh = T.make_mesh((2,))
+    s = st.distribute_tensor(x, mesh, [Shard(1)])
+    d = s.diagonal(0, 1, 2)
+    with pytest.raises(st.UnsupportedOpError, match="view"):
+        d.add_(1)
+    with pytest.raises(st.UnsupportedOpError, match="view"):
+        d[0].mul_(2)
+    d.clone().add_(1)
+    base = s * 1
+    d = base.diagonal(0, 1, 2)
+    del base
+    d.add_(1)
+    T.same(d, x.diagonal(0, 1, 2) + 1, "the base is gone")
+    with pytest.raises(st.UnsupportedOpError, match="plain"):
+        torch.zeros(2, 7, 5, dtype=D).add_(s)
+    out = torch.empty_like(s)
+    assert torch.sin(s, out=out) is out
+    T.same(out, x.sin(), "out=")
+    # one row a rank: contiguous there, but not as a whole
+    t = st.distribute_tensor(x[0, :2], mesh, [Shard(0)])
+    t.T.contiguous().add_(1)
+    T.same(t, x[0, :2], "a copy")
+
+
+@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
+def test_writes_reach_their_base_or_are_refused():
+    st.simulate(2, writes)
+
+
+def like():
+    mesh = T.make_mesh((2,))
+    s = st.distribute_tensor(x, mesh, [Shard(1)])
+    T.same(torch.zeros_like(s), torch.zeros_like(x), "zeros_like")
+    T.same(torch.full_like(s, 3), torch.full_like(x, 3), "full_like")
+    assert torch.rand_like(s).spec == s.spec
+    assert type(s.new_zeros(3)) in (torch.Tensor, st.ShardTensor)
+
+
+def test_like():
+    st.simulate(2, like)
+
+
+def drops(seed_by_rank):
+    import torch.distributed as dist
+
+    mesh = T.make_mesh((2, 2))
+    ones = torch.ones(40, 1, 50, dtype=D)
+    torch.manual_seed(dist.get_rank() if seed_by_rank else 5)
+    s = st.distribute_tensor(ones, mesh, [Shard(0), Replicate()]).requires_grad_()
+    for p in (0.0, 0.25, 1.0):
+        out = F.dropout(s, p)
+        full = out.full_tensor()
+        assert set(full.unique().tolist()) <= {0.0, 1 / (1 - p) if p < 1 else 0.0}
+        s.grad = None
+        out.sum().backward()
+        T.same(s.grad, full.detach(), "the gradient's mask is the value's")
+    kept = (F.dropout(s, 0.25).full_tensor() != 0).double()
+    assert abs(kept.mean() - 0.75) < 0.05
+    first, second = kept[:20], kept[20:]
+    assert not torch.equal(first, second), "shards repeat each other"
+    assert F.dropout(s, 0.5, training=False).full_tensor().equal(ones)
+    channels = F.dropout2d(
+        st.distribute_tensor(torch.ones(4, 60, 6, 2), mesh, [Shard(2), Shard(3)])
+    )
+    channels = channels.full_tensor()
+    assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
+    assert 0.2 < (channels != 0).float().mean() < 0.8
+    drawn = torch.randn_like(s).full_tensor()
+    assert abs(drawn.mean()) < 0.1 and abs(drawn.std() - 1) < 0.1
+    return kept, channels, drawn
+
+
+@pytest.mark.parametrize("seed_by_rank", [False, True])
+def test_dropout(seed_by_rank):
+    """The same on all replicas, other numbers on each shard, however ranks are seeded."""
+    found = st.simulate(4, drops, seed_by_rank)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+    if not seed_by_rank:
+        again = st.simulate(4, drops, False)
+        assert torch.equal(found[0][0], again[0][0])
