@@ -214,3 +214,37 @@ def traced_ops():
 
 def test_traceable():
     simulate(2, traced_ops)
+
+
+def checked_ops():
+    """PyTorch's own checks: schema, fake kernel with real strides, autograd, AOT tracing."""
+    from shardtensor.comm import ops
+
+    group = comm.group(make_mesh((2,)), (0,))
+    me = comm.rank(group)
+    mine = rand(me, 3, (2, 1)[me], 4).requires_grad_()
+    last = mine.detach().to(memory_format=torch.contiguous_format)[:, None].contiguous(
+        memory_format=torch.channels_last
+    )
+    whole = rand(9, 3, 3, 4).requires_grad_()
+    asked = rand(9, 3, 3 - me, 4).requires_grad_()
+    index = torch.tensor([0, 2, 1])
+    rows = whole[0].detach().requires_grad_()
+    for op, args in [
+        (ops.gather_op, (mine, 1, [2, 1], group)),
+        (ops.split_op, (whole, 1, [2, 1], group)),
+        (ops.window_op, (mine, 1, [2, 1], [-1, 1], [3, 4], False, 2.0, group)),
+        (ops.window_op, (last.requires_grad_(), 2, [2, 1], [0, 1], [3, 3], True, 0.0, group)),
+        (ops.window_add_op, (asked, 1, [2, 1], [0, 1], [3, 3], False, group)),
+        (ops.swap_op, (mine, 1, 0, [2, 1], [1, 2], group)),
+        (ops.ring_op, (mine, 1, [2, 1], 0, 1, group)),
+        (ops.take_op, (mine[0].detach().requires_grad_(), index, [2, 1], group)),
+        (ops.put_op, (rows, index, [2, 1], group)),
+        (ops.vary_op, ([whole, rows], group)),
+        (ops.reduce_op, ([whole, rows], "sum", group)),
+    ]:
+        torch.library.opcheck(op, args)
+
+
+def test_torchs_own_checks():
+    simulate(2, checked_ops)

@@ -76,7 +76,7 @@ def _resolve(func: Any) -> Handler:
         raise UnsupportedOpError(f"setting the attribute {func.__self__.__name__} of a ShardTensor")
     elif _is_python(func):
         return _opened(func)
-    elif packet is not None and _torch.is_pointwise(packet):
+    elif packet is not None and _torch.is_pointwise(packet) and not _torch.is_random(packet):
         from .rules.pointwise import pointwise
 
         handler = pointwise
@@ -166,17 +166,29 @@ def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def opened(func: Any) -> Callable[..., Any]:
     """A Python composite without its own override check, so that calling it runs its body.
 
-    Functions called by the body still dispatch.
+    Functions called by the body still dispatch, but for its private helpers (`_max_pool2d` behind
+    `max_pool2d`), whose check would lead back to func.
     """
     inside = dict(func.__globals__)
     for name in _torch.handle_torch_function_names:
         if name in inside:
             inside[name] = lambda *_: False
-    copy = types.FunctionType(
-        func.__code__, inside, func.__name__, func.__defaults__, func.__closure__
+    for name in func.__code__.co_names:
+        if name.startswith("_") and _checks(inside.get(name)):
+            inside[name] = opened(inside[name])
+    cells = tuple(
+        types.CellType(opened(c.cell_contents)) if _checks(c.cell_contents) else c
+        for c in func.__closure__ or ()
     )
+    copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__, cells)
     copy.__kwdefaults__ = func.__kwdefaults__
     return wraps(func)(copy)
+
+
+def _checks(func: Any) -> bool:
+    """Whether a Python function asks for overrides."""
+    names = getattr(getattr(func, "__code__", None), "co_names", ())
+    return _is_python(func) and any(n in names for n in _torch.handle_torch_function_names)
 
 
 def _opened(func: Any) -> Handler:

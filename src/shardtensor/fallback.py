@@ -57,16 +57,22 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
     sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
-    _check(func, name, sharded, kwargs)
+    _check(func, name, leaves, sharded, kwargs)
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes:
         _warn(name, nbytes)
     inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(inside, tree)
+    if name.startswith("as_strided"):
+        # strides are meaningless but for the layout that the wrapper shows
+        if any(not x.is_contiguous() for x in sharded):
+            raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
     packet = _torch.aten_packet(name.split(".")[0])
     view = packet is not None and _torch.is_view(packet)
 
     def finish(t: torch.Tensor) -> ShardTensor:
+        if t.layout is not torch.strided:
+            raise UnsupportedOpError(f"{name}: a ShardTensor cannot be sparse")
         out = _shard_again(t, sharded)
         if view:
             stands_for_view(out._local, sharded[0]._local, name)
@@ -85,10 +91,14 @@ def op_name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _check(func: Any, name: str, sharded: list[ShardTensor], kwargs: dict[str, Any]) -> None:
+def _check(
+    func: Any, name: str, leaves: list[Any], sharded: list[ShardTensor], kwargs: dict[str, Any]
+) -> None:
     specs = ", ".join(str(x._spec) for x in sharded)
     if len({x._spec.mesh for x in sharded}) != 1:
         raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")
+    if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in leaves):
+        raise UnsupportedOpError(f"{name}: a sparse operand beside {specs}")
     packet = _torch.aten_packet(name)
     mutates = isinstance(func, torch._ops.OpOverload) and _torch.is_mutable(func)
     if mutates or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:

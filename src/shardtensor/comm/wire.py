@@ -38,8 +38,8 @@ def exchange(
     received = like.new_empty(sum(out_splits) // item)
     with sending(label, sum(in_splits), sum(n > 0 for n in in_splits)):
         dist.all_to_all_single(
-            received.view(torch.uint8),
-            send.view(torch.uint8),
+            _as_bytes(received),
+            _as_bytes(send),
             out_splits,
             in_splits,
             group=groups.resolve(group),
@@ -60,8 +60,8 @@ def all_gather(
     item = local.element_size()
     with sending("all_gather", item * most * (n - 1), n - 1):
         all_gather_flat(
-            received.view(torch.uint8),
-            flat.contiguous().view(torch.uint8),
+            _as_bytes(received),
+            _as_bytes(flat),
             group=groups.resolve(group),
         )
     return [
@@ -90,6 +90,14 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         dist.all_reduce(wire, _REDUCE[op], group=groups.resolve(group))
     parts = total.split([x.numel() for x in xs])
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
+
+
+def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
+    """A vector's bytes, as a view where its elements lie one after the other."""
+    flat = flat.resolve_conj().resolve_neg()
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -72,8 +72,10 @@ def contract(
     la: Labels,
     lb: Labels,
     lo: Labels,
-) -> ShardTensor:
+) -> Tensor:
     """product(a, b) of global tensors whose dims carry labels la, lb; the result has labels lo."""
+    if not isinstance(a, ShardTensor) and not isinstance(b, ShardTensor):
+        return product(a, b)
     a, b = _whole_sums(a), _whole_sums(b)
     spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo)
     x, y = fit(spec.mesh, varying, (a, da), (b, db))
@@ -114,7 +116,7 @@ def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
-def matmul(input: Tensor, other: Tensor) -> ShardTensor:
+def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Batched matrix product with torch.matmul's broadcasting."""
     na, nb = input.ndim, other.ndim
     if na == 0 or nb == 0:
@@ -170,7 +172,7 @@ def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: f
 
 
 @rule("outer", "ger")
-def outer(input: Tensor, vec2: Tensor) -> ShardTensor:
+def outer(input: Tensor, vec2: Tensor) -> Tensor:
     return contract(torch.outer, input, vec2, ("i",), ("j",), ("i", "j"))
 
 
@@ -186,10 +188,16 @@ def inner(input: Tensor, other: Tensor) -> Tensor:
 @rule("tensordot")
 def tensordot(
     input: Tensor, other: Tensor, dims_self: Sequence[int], dims_other: Sequence[int]
-) -> ShardTensor:
+) -> Tensor:
     """The builtin below torch.tensordot, which passes two lists of dims."""
     left = [d % input.ndim for d in dims_self]
     right = [d % other.ndim for d in dims_other]
+    for d, e in zip(left, right, strict=True):
+        # a dim of size 1 is broadcast: the other operand's dim is summed
+        if input.shape[d] == 1 != other.shape[e]:
+            other = other.sum(e, keepdim=True)
+        elif other.shape[e] == 1 != input.shape[d]:
+            input = input.sum(d, keepdim=True)
     la = [f"i{d}" for d in range(input.ndim)]
     lb = [f"j{d}" for d in range(other.ndim)]
     for n, (d, e) in enumerate(zip(left, right, strict=True)):

@@ -179,6 +179,11 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrap(local, x._spec) if isinstance(local, Tensor) else local
 
 
+@rule("equal")
+def equal(input: Tensor, other: Tensor) -> bool:
+    return input.shape == other.shape and bool((input == other).all())
+
+
 @rule("copy_")
 def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(input, ShardTensor):
