@@ -68,7 +68,8 @@ def _resolve(func: Any) -> Handler:
     handler: Handler
     if func in rules:
         handler = _calling(rules[func])
-    elif name in rules and not _is_python(func):
+    elif name in rules and (not _is_python(func) or getattr(Tensor, name, None) is func):
+        # a Python method of Tensor is what C++ names when its builtin of that name is overridden
         handler = _calling(rules[name])
     elif name in _LOCAL_ATTRIBUTES:
         return _local_attribute
@@ -174,10 +175,12 @@ def opened(func: Any) -> Callable[..., Any]:
         if name in inside:
             inside[name] = lambda *_: False
     for name in func.__code__.co_names:
-        if name.startswith("_") and _checks(inside.get(name)):
+        if name.startswith("_") and _checks(inside.get(name)) and inside[name] is not func:
             inside[name] = opened(inside[name])
     cells = tuple(
-        types.CellType(opened(c.cell_contents)) if _checks(c.cell_contents) else c
+        types.CellType(opened(c.cell_contents))
+        if c.cell_contents is not func and _checks(c.cell_contents)
+        else c
         for c in func.__closure__ or ()
     )
     copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__, cells)

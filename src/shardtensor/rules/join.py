@@ -1,0 +1,185 @@
+"""Joining, rolling, flipping, repeating: windows where the joined dim is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from .pointwise import align
+from .shape import _index, many
+
+Known = Spec | torch.Size
+
+
+@rule("cat", "concat", "concatenate")
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Parts one after the other; where dim is sharded, what is sharded already stays in place."""
+    parts = [x for x in tensors if x.shape != (0,)] or list(tensors[:1])
+    d = _index(dim, parts[0].ndim)
+    parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in parts]
+    known = tuple(x._spec if isinstance(x, ShardTensor) else x.shape for x in parts)
+    if not any(isinstance(k, Spec) for k in known):
+        return torch.cat(parts, d)
+    spec, wanted = _cat_plan(known, d)
+    dim_out = spec.dims[d]
+    own = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
+    pieces = [x for x in own if x is not None]
+    if dim_out.axes:
+        group = comm.group(spec.mesh, dim_out.axes)
+        start = 0
+        for i, (x, dims) in enumerate(zip(parts, wanted, strict=True)):
+            # what of this part lies within each rank's interval of the result
+            stop = start + x.shape[d]
+            windows = [
+                (min(max(a, start), stop) - start, min(max(b, start), stop) - start)
+                for a, b in pairwise(dim_out.offsets)
+            ]
+            pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
+            start = stop
+    return wrap(torch.cat(pieces, d), spec)
+
+
+@cached
+def _cat_plan(known: tuple[Known, ...], d: int) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
+    """(spec of the result, the dims in which each part is wanted)."""
+    specs = [k for k in known if isinstance(k, Spec)]
+    main = max(specs, key=lambda s: (bool(s.varying), s.shape.numel()))
+    rows = [k.shape[d] if isinstance(k, Spec) else k[d] for k in known]
+    axes = main.dims[d].axes
+    if not axes:
+        dims = _with(main.dims, d, Dim(sum(rows)))
+        return main.with_dims(dims), tuple(_with(main.dims, d, Dim(n)) for n in rows)
+    ranks = len(main.dims[d].sizes)
+    cut = [k.dims[d] if isinstance(k, Spec) and k.dims[d].axes == axes else None for k in known]
+    sharded = [i for i, c in enumerate(cut) if c is not None]
+    if len(sharded) == 1:
+        # it stays; what comes before it goes to the first rank, what comes after to the last
+        at = sharded[0]
+        edge = [(0 if i < at else ranks - 1) for i in range(len(rows))]
+        parts = [
+            c or Dim(n, axes, tuple(n if r == e else 0 for r in range(ranks)))
+            for c, n, e in zip(cut, rows, edge, strict=True)
+        ]
+        sizes = tuple(sum(p.sizes[r] for p in parts) for r in range(ranks))
+    else:
+        split = [main.mesh.size(a) for a in axes]
+        parts = [
+            c or Dim(n, axes, nested_chunk_sizes(n, split)) for c, n in zip(cut, rows, strict=True)
+        ]
+        sizes = nested_chunk_sizes(sum(rows), split)
+    spec = main.with_dims(_with(main.dims, d, Dim(sum(rows), axes, sizes)))
+    return spec, tuple(_with(main.dims, d, p) for p in parts)
+
+
+def _with(dims: Sequence[Dim], d: int, new: Dim) -> tuple[Dim, ...]:
+    return (*dims[:d], new, *dims[d + 1 :])
+
+
+@rule("stack")
+def stack(tensors: Sequence[Tensor], dim: int = 0) -> ShardTensor:
+    parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in tensors]
+    d = _index(dim, parts[0].ndim + 1)
+    if any(x.shape != parts[0].shape for x in parts):
+        raise RuntimeError("stack expects each tensor to be equal size")
+    spec, wanted = align(*parts)
+    local = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
+    dims = (*spec.dims[:d], Dim(len(parts)), *spec.dims[d:])
+    return wrap(torch.stack([x for x in local if x is not None], d), spec.with_dims(dims))
+
+
+@rule("roll")
+def roll(input: ShardTensor, shifts: Any, dims: Any = None) -> Tensor:
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return roll(input.reshape(-1), shifts, 0).reshape(input.shape)
+    x = reduced(input)
+    local = x._local
+    for shift, dim in zip(many(shifts), many(dims), strict=True):
+        d = _index(dim, x.ndim)
+        spec_dim = x._spec.dims[d]
+        if not spec_dim.axes:
+            local = local.roll(shift, d)
+        elif spec_dim.size and shift % spec_dim.size:
+            s = shift % spec_dim.size
+            windows = [(a - s, b - s) for a, b in pairwise(spec_dim.offsets)]
+            group = comm.group(x._spec.mesh, spec_dim.axes)
+            local = comm.window(local, d, spec_dim.sizes, windows, group, wrap=True)
+    return wrap(local.clone() if local is x._local else local, x._spec)
+
+
+@rule("flip")
+def flip(input: ShardTensor, *dims: Any) -> ShardTensor:
+    x = reduced(input)
+    local = x._local
+    mirrored = [_index(d, x.ndim) for d in many(dims[0], dims[1:])] if dims else []
+    for d in mirrored:
+        dim = x._spec.dims[d]
+        if dim.axes:
+            windows = [(dim.size - b, dim.size - a) for a, b in pairwise(dim.offsets)]
+            local = comm.window(local, d, dim.sizes, windows, comm.group(x._spec.mesh, dim.axes))
+    return wrap(local.flip(mirrored), x._spec)
+
+
+@rule("fliplr")
+def fliplr(input: ShardTensor) -> ShardTensor:
+    return flip(input, 1)
+
+
+@rule("flipud")
+def flipud(input: ShardTensor) -> ShardTensor:
+    return flip(input, 0)
+
+
+@rule("repeat", "tile")
+def repeat(input: ShardTensor, *repeats: Any, **kwargs: Any) -> ShardTensor:
+    first = repeats[0] if repeats else kwargs.get("repeats", kwargs.get("dims"))
+    times = many(first, repeats[1:])
+    times = (1,) * (input.ndim - len(times)) + times
+    x = reduced(input)
+    lead = len(times) - x.ndim
+    local, dims = x._local, []
+    plain = list(times)
+    for d, dim in enumerate(x._spec.dims):
+        k = times[lead + d]
+        if not dim.axes:
+            dims.append(Dim(dim.size * k))
+            continue
+        plain[lead + d] = 1
+        new = Dim(dim.size * k, dim.axes, tuple(n * k for n in dim.sizes))
+        group = comm.group(x._spec.mesh, dim.axes)
+        windows = list(pairwise(new.offsets))
+        local = comm.window(local, d, dim.sizes, windows, group, wrap=True)
+        dims.append(new)
+    out = local.repeat(plain)
+    return wrap(out, x._spec.with_dims([*(Dim(n) for n in times[:lead]), *dims]))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(
+    input: Tensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+) -> Tensor:
+    """Every row `repeats` times, next to each other: no rank needs another's rows."""
+    if dim is None:
+        return repeat_interleave(input.reshape(-1), repeats, 0, output_size=output_size)
+    if isinstance(repeats, Tensor) or not isinstance(input, ShardTensor):
+        from ..fallback import fall_back
+
+        return fall_back(  # type: ignore[no-any-return]
+            torch.repeat_interleave, (input, repeats, dim), {"output_size": output_size}
+        )
+    x = reduced(input)
+    d = _index(dim, x.ndim)
+    old = x._spec.dims[d]
+    new = Dim(old.size * repeats, old.axes, tuple(n * repeats for n in old.sizes))
+    return wrap(
+        x._local.repeat_interleave(repeats, d), x._spec.with_dims(_with(x._spec.dims, d, new))
+    )

@@ -1,0 +1,339 @@
+"""Views: local views of the local tensor wherever the shards allow it.
+
+reshape: input and output dims fall into blocks of equal products. A shard of a leading dim is a
+contiguous part of the flattened block, so it survives any reshape of the block once its edges lie
+on whole rows of the output. Shards of other dims of a block move to the leading dim first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import cached
+from ..errors import UnsupportedOpError
+from ..redistribute import replicate, to_dims
+from ..registry import rule
+from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from ..views import stands_for_view
+from .pointwise import function_rule
+
+
+def many(first: Any, rest: tuple[Any, ...] = ()) -> tuple[int, ...]:
+    """The integers of f(1, 2), f((1, 2)) and f(torch.Size([1, 2]))."""
+    return tuple(first) if isinstance(first, list | tuple) else (first, *rest)
+
+
+def moved(x: ShardTensor, dims: Sequence[Dim], op: str) -> ShardTensor:
+    """x in other dims, for an op that is a view in torch."""
+    y = to_dims(x, dims)
+    if y is not x:
+        stands_for_view(y._local, x._local, op)
+    return y
+
+
+def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
+    """x with some dims gathered."""
+    if not any(x._spec.dims[d].axes for d in dims):
+        return x
+    return moved(x, [Dim(d.size) if i in dims else d for i, d in enumerate(x._spec.dims)], op)
+
+
+# reshape -----------------------------------------------------------------------------------------
+
+
+def _infer(shape: Sequence[int], numel: int) -> tuple[int, ...]:
+    known = prod(n for n in shape if n != -1)
+    if -1 in shape:
+        if known == 0 or numel % known:
+            raise RuntimeError(f"shape '{list(shape)}' is invalid for input of size {numel}")
+        return tuple(numel // known if n == -1 else n for n in shape)
+    if known != numel:
+        raise RuntimeError(f"shape '{list(shape)}' is invalid for input of size {numel}")
+    return tuple(shape)
+
+
+def _blocks(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of runs of input and output dims with equal products; numel is not zero."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(a) or j < len(b):
+        left = a[i] if i < len(a) else 1
+        right = b[j] if j < len(b) else 1
+        if i < len(a) and left == 1 and (right != 1 or j >= len(b)):
+            found.append(([i], []))
+            i += 1
+            continue
+        if j < len(b) and right == 1 and (left != 1 or i >= len(a)):
+            found.append(([], [j]))
+            j += 1
+            continue
+        ins, outs = [i], [j]
+        while left != right:
+            if left < right:
+                i += 1
+                ins.append(i)
+                left *= a[i]
+            else:
+                j += 1
+                outs.append(j)
+                right *= b[j]
+        i, j = i + 1, j + 1
+        found.append((ins, outs))
+    return found
+
+
+def _lead(dims: Sequence[int], sizes: Sequence[int]) -> int:
+    return next((d for d in dims if sizes[d] > 1), dims[0])
+
+
+def _gathered_on_lead(spec: Spec, ins: Sequence[int], lead: int) -> Dim:
+    """The leading dim of a block, sharded by all axes that shard any dim of the block."""
+    dim = spec.dims[lead]
+    axes = tuple(sorted(a for d in ins for a in spec.dims[d].axes))
+    if axes == dim.axes:
+        return dim
+    parts = [spec.mesh.size(a) for a in axes]
+    if dim.axes and axes[: len(dim.axes)] == dim.axes:
+        # keep the outer cut, so that only the inner axes move
+        inner = prod(parts[len(dim.axes) :])
+        return Dim(dim.size, axes, tuple(s for n in dim.sizes for s in chunk_sizes(n, inner)))
+    return Dim(dim.size, axes, nested_chunk_sizes(dim.size, parts))
+
+
+def _on_multiples(dim: Dim, q: int) -> Dim:
+    """The dim with its cuts moved to the nearest multiples of q."""
+    if q == 1 or all(o % q == 0 for o in dim.offsets):
+        return dim
+    edges = [min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]] + [dim.size]
+    return Dim(dim.size, dim.axes, tuple(b - a for a, b in zip(edges, edges[1:], strict=False)))
+
+
+@cached
+def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
+    """(the dims in which the local reshape is right, the spec of the result)."""
+    a = spec.shape
+    before = list(spec.dims)
+    after = [Dim(n) for n in shape]
+    for ins, outs in _blocks(a, shape):
+        if not any(spec.dims[d].axes for d in ins):
+            continue
+        if not outs:
+            before[ins[0]] = Dim(1)
+            continue
+        lead, out = _lead(ins, a), _lead(outs, shape)
+        rows = prod(a[d] for d in ins if d > lead)
+        per_row = prod(shape[d] for d in outs if d > out)
+        dim = _gathered_on_lead(spec, ins, lead)
+        dim = _on_multiples(dim, per_row // gcd(per_row, rows))
+        for d in ins:
+            before[d] = dim if d == lead else Dim(a[d])
+        sizes = tuple(n * rows // per_row for n in dim.sizes)
+        after[out] = Dim(shape[out], dim.axes, sizes)
+    return tuple(before), Spec(spec.mesh, tuple(after), spec.partial)
+
+
+def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
+    target = _infer(shape, x.numel())
+    if x.numel() == 0:
+        local = replicate(x)._local.reshape(target)
+        return wrap(local, Spec(x._spec.mesh, tuple(Dim(n) for n in target)))
+    before, spec = _plan(x._spec, target)
+    if before == x._spec.dims:
+        make = x._local.view if strict else x._local.reshape
+        return wrap(make(spec.local_shape), spec)
+    y = moved(x, before, op)
+    out = y._local.reshape(spec.local_shape)
+    return wrap(stands_for_view(out, x._local, op), spec)
+
+
+@function_rule("view")
+def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
+    x, *shape = args
+    if not shape:
+        shape = [kwargs.get("dtype", kwargs.get("size"))]
+    if isinstance(shape[0], torch.dtype):
+        if shape[0].itemsize != x.dtype.itemsize:
+            raise UnsupportedOpError(f"view as {shape[0]} of {x.dtype}: item sizes differ")
+        return wrap(x._local.view(shape[0]), x._spec)
+    # as a leaf of a composite the wrapper's strides were those of a contiguous tensor
+    leaf = isinstance(func, torch._ops.OpOverload)
+    return _reshape(x, many(shape[0], tuple(shape[1:])), "view", not leaf)
+
+
+@rule("reshape", "_unsafe_view")
+def reshape(input: ShardTensor, *shape: Any, **kwargs: Any) -> ShardTensor:
+    first = shape[0] if shape else kwargs["shape"]
+    return _reshape(input, many(first, shape[1:]), "reshape", False)
+
+
+@rule("_reshape_alias")
+def reshape_alias(input: ShardTensor, size: Sequence[int], stride: Sequence[int]) -> ShardTensor:
+    return _reshape(input, size, "reshape", False)
+
+
+@rule("view_as", "reshape_as")
+def view_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.reshape(other.shape)
+
+
+@rule("flatten")
+def flatten(input: ShardTensor, start_dim: int = 0, end_dim: int = -1) -> ShardTensor:
+    n = max(1, input.ndim)
+    start, end = _index(start_dim, n), _index(end_dim, n)
+    if start > end:
+        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
+    shape = list(input.shape) or [1]
+    shape[start : end + 1] = [prod(shape[start : end + 1])]
+    return input if input.ndim and start == end else _reshape(input, shape, "flatten", False)
+
+
+@rule("ravel")
+def ravel(input: ShardTensor) -> ShardTensor:
+    return _reshape(input, [-1] if input.numel() else [0], "ravel", False)
+
+
+@rule("unflatten")
+def unflatten(input: ShardTensor, dim: int, sizes: Sequence[int]) -> ShardTensor:
+    d = _index(dim, input.ndim)
+    inner = _infer(tuple(sizes), input.shape[d])
+    return _reshape(input, (*input.shape[:d], *inner, *input.shape[d + 1 :]), "unflatten", False)
+
+
+def _index(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"Dimension out of range (expected to be in [{-ndim}, {ndim - 1}])")
+    return dim % ndim
+
+
+# order of dims -----------------------------------------------------------------------------------
+
+
+def _permuted(x: ShardTensor, order: Sequence[int]) -> ShardTensor:
+    spec = x._spec
+    dims = tuple(spec.dims[d] for d in order)
+    return wrap(x._local.permute(tuple(order)), Spec(spec.mesh, dims, spec.partial))
+
+
+@rule("permute")
+def permute(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
+    first = dims[0] if dims else kwargs["dims"]
+    order = [_index(d, input.ndim) for d in many(first, dims[1:])]
+    if sorted(order) != list(range(input.ndim)):
+        raise RuntimeError(f"permute(dims): {order} for a tensor of {input.ndim} dims")
+    return _permuted(input, order)
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
+    order = list(range(input.ndim))
+    if order:
+        a, b = _index(dim0, input.ndim), _index(dim1, input.ndim)
+        order[a], order[b] = b, a
+    return _permuted(input, order)
+
+
+@rule("t", "T", "numpy_T")
+def reverse_dims(input: ShardTensor) -> ShardTensor:
+    return _permuted(input, range(input.ndim)[::-1])
+
+
+@rule("mT")
+def matrix_transpose(input: ShardTensor) -> ShardTensor:
+    return transpose(input, -2, -1)
+
+
+@rule("H", "mH", "adjoint")
+def adjoint(input: ShardTensor) -> Tensor:
+    y = transpose(input, -2, -1)
+    return y.conj() if y.is_complex() else y
+
+
+@rule("movedim", "moveaxis")
+def movedim(input: ShardTensor, source: Any, destination: Any) -> ShardTensor:
+    n = input.ndim
+    old = [_index(d, n) for d in many(source)]
+    new = [_index(d, n) for d in many(destination)]
+    rest = iter([d for d in range(n) if d not in old])
+    place = dict(zip(new, old, strict=True))
+    return _permuted(input, [place[d] if d in place else next(rest) for d in range(n)])
+
+
+# dims of size one --------------------------------------------------------------------------------
+
+
+@rule("squeeze")
+def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
+    n = input.ndim
+    chosen = range(n) if dim is None else [_index(d, n) for d in many(dim) if n]
+    gone = [d for d in chosen if input.shape[d] == 1]
+    x = whole_in(input, gone, "squeeze")
+    dims = tuple(d for i, d in enumerate(x._spec.dims) if i not in gone)
+    return wrap(x._local.squeeze(tuple(gone)), Spec(x._spec.mesh, dims, x._spec.partial))
+
+
+@rule("unsqueeze")
+def unsqueeze(input: ShardTensor, dim: int) -> ShardTensor:
+    d = _index(dim, input.ndim + 1)
+    spec = input._spec
+    dims = (*spec.dims[:d], Dim(1), *spec.dims[d:])
+    return wrap(input._local.unsqueeze(d), Spec(spec.mesh, dims, spec.partial))
+
+
+@rule("expand", "broadcast_to")
+def expand(input: ShardTensor, *size: Any, implicit: bool = False, **kwargs: Any) -> ShardTensor:
+    first = size[0] if size else kwargs.get("size", kwargs.get("shape"))
+    shape = many(first, size[1:])
+    lead = len(shape) - input.ndim
+    if lead < 0:
+        raise RuntimeError(f"expand: {list(shape)} has fewer dims than {list(input.shape)}")
+    grown = [d for d in range(input.ndim) if shape[lead + d] not in (-1, input.shape[d])]
+    for d in grown:
+        if input.shape[d] != 1:
+            raise RuntimeError(f"The expanded size {shape[lead + d]} must match {input.shape[d]}")
+    x = whole_in(input, grown, "expand")
+    dims = [Dim(n) for n in shape[:lead]]
+    dims += [Dim(shape[lead + d]) if d in grown else dim for d, dim in enumerate(x._spec.dims)]
+    spec = Spec(x._spec.mesh, tuple(dims), x._spec.partial)
+    return wrap(x._local.expand(spec.local_shape), spec)
+
+
+@rule("expand_as")
+def expand_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.expand(other.shape)
+
+
+# made of these -----------------------------------------------------------------------------------
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
+    """(..., C r^2, H, W) to (..., C, H r, W r)."""
+    r = upscale_factor
+    *lead, c, h, w = input.shape
+    n = len(lead)
+    y = input.reshape(*lead, c // r**2, r, r, h, w)
+    y = y.permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return y.reshape(*lead, c // r**2, h * r, w * r)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
+    """(..., C, H r, W r) to (..., C r^2, H, W)."""
+    r = downscale_factor
+    *lead, c, h, w = input.shape
+    n = len(lead)
+    y = input.reshape(*lead, c, h // r, r, w // r, r)
+    y = y.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return y.reshape(*lead, c * r**2, h // r, w // r)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(input: Tensor, groups: int) -> Tensor:
+    b, c, *rest = input.shape
+    return input.reshape(b, groups, c // groups, *rest).transpose(1, 2).reshape(b, c, *rest)
