@@ -1,0 +1,319 @@
+"""Convolutions and transposed convolutions: fetch the input rows that my output rows need.
+
+Sharded spatial dims: one window (halo) exchange each, then torch's own op with no padding in these
+dims. The output is cut where the input is, so a rank's share of the work stays its share.
+Sharded batch: local. Sharded channels: each rank convolves its channels and the sums are scattered
+over the output channels; groups that lie on one rank each stay local; else channels are gathered.
+Weight and bias are whole on each rank, and their gradients are summed over the shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..redistribute import fit, to_dims
+from ..registry import rule
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from .norm import sharded
+from .windows import Reach, fetch, spread, strided, trim
+
+Ints = int | Sequence[int]
+FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
+
+
+class Local(NamedTuple):
+    """The local program of one rank along the spatial dims.
+
+    reaches: for every sharded dim, the input rows that ranks need.
+    ahead: what F.pad adds to whole dims that are padded more behind than before; () for nothing.
+    padding, output_padding: what the local op gets.
+    crops: (dim, start, length) of the local output rows to keep.
+    dims: the spatial dims of the output.
+    """
+
+    reaches: tuple[tuple[int, Reach], ...]
+    ahead: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    crops: tuple[tuple[int, int, int], ...]
+    dims: tuple[Dim, ...]
+
+
+class Channels(NamedTuple):
+    """What happens to the channels.
+
+    input: the dim in which the input is wanted. weight: how weight's first two dims are cut.
+    bias: how it is cut. output: the dim of the output. groups: those of this rank.
+    partial: whether ranks hold addends of all output channels before these are cut.
+    """
+
+    input: Dim
+    weight: tuple[Dim, Dim]
+    output: Dim
+    groups: int
+    partial: bool
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> ShardTensor:
+    n = weight.ndim - 2
+    x = sharded(input, weight, bias)
+    _check(x, n, "conv")
+    across = padding if isinstance(padding, str) else _each(padding, n)
+    local = _forward(x._spec, tuple(weight.shape[2:]), _each(stride, n), across, _each(dilation, n))
+    channels = _channels(x._spec, n, weight.shape[0], groups, False)
+    return _run(x, weight, bias, local, channels, stride, dilation, False)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> ShardTensor:
+    n = weight.ndim - 2
+    x = sharded(input, weight, bias)
+    _check(x, n, "conv_transpose")
+    local = _transposed(
+        x._spec,
+        tuple(weight.shape[2:]),
+        _each(stride, n),
+        _each(padding, n),
+        _each(output_padding, n),
+        _each(dilation, n),
+    )
+    channels = _channels(x._spec, n, weight.shape[1] * groups, groups, True)
+    return _run(x, weight, bias, local, channels, stride, dilation, True)
+
+
+@rule("convolution", "_convolution")
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    *backend_flags: bool,
+) -> ShardTensor:
+    if transposed:
+        return conv_transpose(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return conv(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _each(v: Ints, n: int) -> tuple[int, ...]:
+    """One value for each of n spatial dims."""
+    if isinstance(v, int):
+        return (v,) * n
+    return tuple(v) * n if len(v) == 1 else tuple(v)
+
+
+def _check(x: ShardTensor, n: int, name: str) -> None:
+    if x.ndim - n not in (1, 2):
+        raise RuntimeError(
+            f"Expected {n + 1}D (unbatched) or {n + 2}D (batched) input to {name}{n}d, but got "
+            f"input of size: {list(x.shape)}"
+        )
+
+
+# plans -------------------------------------------------------------------------------------------
+
+
+def _is_cut(dim: Dim) -> bool:
+    return len(dim.sizes) > 1
+
+
+@cached
+def _forward(
+    spec: Spec,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Local:
+    lead = len(spec.dims) - len(kernel)
+    if padding == "same" and max(stride) > 1:
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    reaches, pads, ahead, dims = [], [], [], []
+    for i, (dim, k, s, d) in enumerate(
+        zip(spec.dims[lead:], kernel, stride, dilation, strict=True)
+    ):
+        span = d * (k - 1)
+        before = span // 2 if padding == "same" else 0 if isinstance(padding, str) else padding[i]
+        behind = span - before if padding == "same" else before
+        free = dim.size + before + behind - span - 1
+        if free < 0:
+            raise RuntimeError(
+                f"conv{len(kernel)}d: dim {lead + i} of size {dim.size} with padding {before} is "
+                f"smaller than the kernel's extent {span + 1}"
+            )
+        out = free // s + 1
+        if _is_cut(dim):
+            reach = strided(dim, k, s, before, d, out)
+            reaches.append((lead + i, reach))
+            dims.append(reach.dim)
+            pads.append(0)
+            ahead.append(0)
+        else:
+            dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
+            pads.append(before)
+            ahead.append(behind - before)
+    crops = [(d, 0, 0) for d, reach in reaches if not reach.dim.sizes[spec.index[d]]]
+    more = [n for a in reversed(ahead) for n in (0, a)] if any(ahead) else []
+    return Local(tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims))
+
+
+@cached
+def _transposed(
+    spec: Spec,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Local:
+    lead = len(spec.dims) - len(kernel)
+    reaches, pads, more, crops, dims = [], [], [], [], []
+    every = zip(kernel, stride, padding, output_padding, dilation, strict=True)
+    for i, (k, s, p, o, d) in enumerate(every, lead):
+        dim = spec.dims[i]
+        span = d * (k - 1)
+        out = (dim.size - 1) * s - 2 * p + span + o + 1
+        if not _is_cut(dim) or out <= 0 or o >= max(s, d):
+            # torch raises for the last two
+            dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
+            pads.append(p)
+            more.append(o)
+            continue
+        reach, firsts = spread(dim, k, s, p, d, out)
+        start, stop = reach.windows[spec.index[i]]
+        first, length = firsts[spec.index[i]], reach.dim.sizes[spec.index[i]]
+        surplus = (stop - start - 1) * s + span + 1 - length
+        # the op's own padding takes `first` rows off both ends, its output_padding gives some back
+        if first <= span and 0 <= 2 * first - surplus < max(s, d):
+            pads.append(first)
+            more.append(2 * first - surplus)
+        else:
+            behind = surplus - first
+            even = min(first, span, max(behind, 0))
+            pads.append(even)
+            more.append(max(0, -behind))
+            crops.append((i, first - even, length))
+        reaches.append((i, reach))
+        dims.append(reach.dim)
+    return Local(tuple(reaches), (), tuple(pads), tuple(more), tuple(crops), tuple(dims))
+
+
+@cached
+def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Channels:
+    dim = spec.dims[-n - 1]
+    size, axes, sizes = dim
+    each, out_each = size // groups, out // groups
+    whole = Dim(size), Dim(out)
+    if not _is_cut(dim) or min(sizes) == 0 or (groups > 1 and any(s % each for s in sizes)):
+        weight = whole[::-1] if not transposed else whole
+        weight = (weight[0], Dim(weight[1].size // groups))
+        return Channels(whole[0], weight, whole[1], groups, False)
+    if groups == 1:
+        cut = Dim(out, axes, nested_chunk_sizes(out, [spec.mesh.size(a) for a in axes]))
+        weight = (dim, Dim(out)) if transposed else (Dim(out), dim)
+        return Channels(dim, weight, cut, 1, True)
+    cut = Dim(out, axes, tuple(s // each * out_each for s in sizes))
+    weight = (dim, Dim(out_each)) if transposed else (cut, Dim(each))
+    return Channels(dim, weight, cut, sizes[spec.index[-n - 1]] // each, False)
+
+
+# the local program -------------------------------------------------------------------------------
+
+
+def _run(
+    x: ShardTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Local,
+    channels: Channels,
+    stride: Ints,
+    dilation: Ints,
+    transposed: bool,
+) -> ShardTensor:
+    n = weight.ndim - 2
+    at = x.ndim - n - 1
+    if channels.input != x._spec.dims[at]:
+        x = to_dims(x, [channels.input if i == at else d for i, d in enumerate(x._spec.dims)])
+    spec = x._spec
+    cut = None
+    if channels.output.axes:
+        cut = [*channels.weight, *(Dim(k) for k in weight.shape[2:])]
+    w, b = fit(
+        spec.mesh,
+        spec.varying,
+        (weight, cut),
+        (bias, [channels.output] if channels.output.axes else None),
+    )
+    local = x._local
+    if plan.reaches:
+        local = _autocast(local)
+    for d, reach in plan.reaches:
+        local = fetch(local, d, spec, reach)
+    if plan.ahead:
+        local = F.pad(local, plan.ahead)
+    inner = None if channels.partial else b
+    if transposed:
+        y = TRANSPOSED[n](
+            local, w, inner, stride, plan.padding, plan.output_padding, channels.groups, dilation
+        )
+    else:
+        y = FORWARD[n](local, w, inner, stride, plan.padding, dilation, channels.groups)
+    for d, start, length in plan.crops:
+        y = _cropped(y, d, start, length)
+    if channels.partial:
+        dim = channels.output
+        y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
+        y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * n)
+    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast would cast it for the op: before rows are sent, not after."""
+    kind = x.device.type
+    if x.dtype is torch.float32 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _cropped(y: Tensor, d: int, start: int, length: int) -> Tensor:
+    """Rows of y in its memory format, not as a view: what follows may want to view it."""
+    if start == 0 and length == y.shape[d]:
+        return y
+    if y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
+        return y.narrow(d, start, length).contiguous(memory_format=torch.channels_last)
+    return y.narrow(d, start, length).contiguous()

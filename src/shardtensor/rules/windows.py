@@ -1,0 +1,110 @@
+"""Stencils along one sharded dim: which input rows a rank's output rows need.
+
+A `Reach` is the plan for one dim, the same on every rank; `fetch` brings this rank's input rows and
+`trim` drops the row that a rank without output rows computed. A stencil over two sharded dims
+plans and fetches them in turn, and runs the local op with no padding in these dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import comm
+from ..cache import cached
+from ..spec import Dim, Spec
+
+
+class Reach(NamedTuple):
+    """The output dim, and the input rows [start, stop) of every rank; they may lie outside.
+
+    A rank without output rows gets rows outside, enough for one output row: it runs the op all the
+    same, so that its weights take part in the backward. inside: no rank needs a row of another, or
+    one outside.
+    """
+
+    dim: Dim
+    windows: tuple[tuple[int, int], ...]
+    inside: bool
+
+
+@cached
+def strided(
+    dim: Dim, kernel: int, stride: int, padding: int, dilation: int, out: int | None
+) -> Reach:
+    """Output row j of `out` reads rows j * stride - padding + t * dilation for t in range(kernel).
+
+    padding: rows before the first; what follows the last is part of `out`, the number of output
+    rows. Rows are cut where input rows are, at kernel centres: halos are the same on both sides,
+    and "same" padding keeps sizes.
+    """
+    reach = dilation * (kernel - 1)
+    if out is None:
+        out = (dim.size + 2 * padding - reach - 1) // stride + 1
+    centre = reach // 2 - padding
+    ends = _cut(dim, out, [-(-(o - centre) // stride) for o in dim.offsets])
+    windows = [
+        (a * stride - padding, (b - 1) * stride - padding + reach + 1) if a < b else (-reach - 1, 0)
+        for a, b in pairwise(ends)
+    ]
+    return _reach(dim, ends, windows)
+
+
+@cached
+def spread(
+    dim: Dim, kernel: int, stride: int, padding: int, dilation: int, out: int
+) -> tuple[Reach, tuple[int, ...]]:
+    """Input row i adds to output rows i * stride - padding + t * dilation for t in range(kernel).
+
+    Also returns, for every rank, its first output row among those that its window adds to with no
+    padding. Neighbours share the output rows that both add to; a kernel as wide as its stride needs
+    no halo.
+    """
+    reach = dilation * (kernel - 1)
+    shared = max(0, -(-(reach + 1 - stride) // 2))
+    ends = _cut(dim, out, [o * stride - padding + shared for o in dim.offsets])
+    windows, firsts = [], []
+    for a, b in pairwise(ends):
+        first, last = a + padding, b - 1 + padding
+        # the second bound where rows lie in a gap between kernels
+        start = min(-(-(first - reach) // stride), first // stride)
+        windows.append((start, last // stride + 1) if a < b else (-1, 0))
+        firsts.append(first - start * stride if a < b else 0)
+    return _reach(dim, ends, windows), tuple(firsts)
+
+
+def _cut(dim: Dim, out: int, inner: Sequence[int]) -> list[int]:
+    """Shard boundaries of `out` rows: 0, the inner ones clamped, out."""
+    return [0, *(min(max(e, 0), out) for e in inner[1:-1]), out]
+
+
+def _reach(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) -> Reach:
+    sizes = tuple(b - a for a, b in pairwise(ends))
+    inside = all(
+        not n or (start >= a and stop <= b)
+        for n, (a, b), (start, stop) in zip(sizes, pairwise(dim.offsets), windows, strict=True)
+    )
+    return Reach(Dim(ends[-1], dim.axes, sizes), tuple(windows), inside)
+
+
+def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0) -> Tensor:
+    """This rank's input rows along dim d of its local tensor x; rows outside are `fill`.
+
+    x may have been fetched along other dims of `spec` before. Sends halo rows only, nothing where
+    `reach.inside`.
+    """
+    dim, me = spec.dims[d], spec.index[d]
+    start, stop = reach.windows[me]
+    if reach.inside and reach.dim.sizes[me]:
+        whole = start == spec.offset[d] and stop - start == dim.sizes[me]
+        return x if whole else x.narrow(d, start - spec.offset[d], stop - start)
+    name = comm.group(spec.mesh, dim.axes)
+    return comm.window(x, d, dim.sizes, reach.windows, name, fill=fill)
+
+
+def trim(y: Tensor, d: int, spec: Spec, reach: Reach) -> Tensor:
+    """The local output without the row that stands in for no rows."""
+    return y if reach.dim.sizes[spec.index[d]] else y.narrow(d, 0, 0)
