@@ -1,0 +1,148 @@
+"""Padding and cropping: the new rows go to the first and the last shard, so nothing else moves.
+
+The rows of a shard stay where they are. So constant padding sends nothing; reflect and replicate
+send rows only where the first or last shard is narrower than its padding reaches; circular exchanges
+the two ends. What is left is torch's own padding of the local tensor, one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch.nn.functional as F
+
+from .. import comm
+from ..cache import cached
+from ..redistribute import reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .index import sliced
+
+
+class Plan(NamedTuple):
+    """One rank's part of a padding.
+
+    out: the spec of the result. windows: for dims where shards need other rows than their own, the
+    rows of every rank. amounts: what F.pad adds to the local tensor. keep: (dim, start, length) of
+    the rows to keep of that.
+    """
+
+    out: Spec
+    windows: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    amounts: tuple[int, ...]
+    keep: tuple[tuple[int, int, int], ...]
+
+
+@rule(F.pad, "pad", "constant_pad_nd")
+def pad(
+    input: ShardTensor,
+    pad: Sequence[int],
+    mode: str | float = "constant",
+    value: float | None = None,
+) -> ShardTensor:
+    """F.pad in every mode; a negative number of rows crops."""
+    if not isinstance(mode, str):
+        # constant_pad_nd has the value third
+        mode, value = "constant", mode
+    x = reduced(input)
+    pad = tuple(int(n) for n in pad)
+    if len(pad) % 2 or len(pad) > 2 * x.ndim:
+        raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
+    if mode == "circular" and min(pad, default=0) < 0:
+        x, pad = _cropped(x, pad)
+    plan = _plan(x._spec, pad, mode)
+    local = x._local
+    for d, windows in plan.windows:
+        dim = x._spec.dims[d]
+        group = comm.group(x._spec.mesh, dim.axes)
+        local = comm.window(local, d, dim.sizes, windows, group, wrap=mode == "circular")
+    if local is x._local or any(plan.amounts):
+        # torch refuses to reflect or repeat where a dim is empty; there any mode gives the same
+        local = F.pad(local, plan.amounts, "constant" if 0 in local.shape else mode, value)
+    for d, start, length in plan.keep:
+        local = local.narrow(d, start, length).contiguous()
+    return wrap(local, plan.out)
+
+
+@rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+def reflection_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
+    return pad(input, padding, "reflect")
+
+
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
+def replication_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
+    return pad(input, padding, "replicate")
+
+
+def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[int, ...]]:
+    """The negative part of pad done: torch repeats what cropping leaves."""
+    for d, (low, high) in _ends(pad, x.ndim):
+        if min(low, high) < 0:
+            x = sliced(x, d, max(0, -low), x.shape[d] - max(0, -high))
+    return x, tuple(max(0, n) for n in pad)
+
+
+def _ends(pad: Sequence[int], ndim: int) -> list[tuple[int, tuple[int, int]]]:
+    """(dim, (rows before, rows behind)), from the last dim on."""
+    return [(ndim - 1 - i, (pad[2 * i], pad[2 * i + 1])) for i in range(len(pad) // 2)]
+
+
+@cached
+def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
+    dims = list(spec.dims)
+    fetched: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+    amounts: list[int] = []
+    keep: list[tuple[int, int, int]] = []
+    for d, (low, high) in _ends(pad, len(dims)):
+        dim = dims[d]
+        size = dim.size + low + high
+        _check(dim.size, low, high, mode)
+        if len(dim.sizes) <= 1 or not (low or high):
+            amounts += (low, high)
+            dims[d] = Dim(size, dim.axes, (size,) if len(dim.sizes) == 1 else dim.sizes)
+            continue
+        inner = [min(max(o + low, 0), size) for o in dim.offsets[1:-1]]
+        rows = [(a - low, b - low) for a, b in pairwise([0, *inner, size])]
+        dims[d] = Dim(size, dim.axes, tuple(b - a for a, b in rows))
+        me = spec.index[d]
+        a, b = rows[me]
+        if mode == "circular":
+            fetched.append((d, tuple(rows)))
+            amounts += (0, 0)
+            continue
+        if mode == "constant":
+            start, stop = dim.offsets[me], dim.offsets[me + 1]
+            amounts += (start - a, b - stop) if a < b else (start - stop, 0)
+            continue
+        windows = tuple(_sources(a, b, dim.size, mode) for a, b in rows)
+        fetched.append((d, windows))
+        before, behind = max(0, -a), max(0, b - dim.size)
+        amounts += (before, behind)
+        start = windows[me][0] - before
+        if a < b and (start, windows[me][1] + behind) != (a, b):
+            keep.append((d, a - start, b - a))
+    return Plan(spec.with_dims(dims), tuple(fetched), tuple(amounts), tuple(keep))
+
+
+def _check(n: int, low: int, high: int, mode: str) -> None:
+    most = {"reflect": n - 1, "circular": n}.get(mode)
+    least = 0 if mode == "constant" else 1
+    if most is not None and max(low, high) > most:
+        raise RuntimeError(f"pad: {low, high} rows in mode {mode} for a dim of size {n}: too many")
+    if n + low + high < least or min(low, high) < -n:
+        raise RuntimeError(f"pad: {low, high} rows for a dim of size {n} leave too few")
+
+
+def _sources(a: int, b: int, n: int, mode: str) -> tuple[int, int]:
+    """The rows [start, stop) of n from which local padding makes rows [a, b), some outside."""
+    if a >= b:
+        return 0, 0
+    start, stop = min(max(a, 0), n), max(min(b, n), 0)
+    if a < 0:
+        start, stop = 0, max(stop, 1 - a if mode == "reflect" else 1)
+    if b > n:
+        start, stop = min(start, 2 * n - 1 - b if mode == "reflect" else n - 1), n
+    return start, stop
