@@ -1,0 +1,169 @@
+"""Largest and smallest values and where they are: each rank's candidates, then the best of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..redistribute import reduced
+from ..registry import rule
+from ..spec import Spec
+from ..tensor import ShardTensor, wrap
+from .pointwise import function_rule, pointwise
+from .reduce import Dims, axes_of, finish, over, stacked, without
+
+
+def _worst(x: Tensor, largest: bool) -> Any:
+    """A value that loses against every other."""
+    if x.dtype is torch.bool:
+        return not largest
+    if not x.is_floating_point():
+        info = torch.iinfo(x.dtype)
+        return info.min if largest else info.max
+    return float("-inf") if largest else float("inf")
+
+
+def _filled(local: Tensor, dims: tuple[int, ...], largest: bool) -> Tensor:
+    """The local tensor; one worst row where this rank has none, so that it can be reduced."""
+    for d in dims:
+        if local.shape[d] == 0:
+            shape = list(local.shape)
+            shape[d] = 1
+            local = torch.cat([local, local.new_full(shape, _worst(local, largest))], d)
+    return local
+
+
+def _check(x: ShardTensor, dims: tuple[int, ...], name: str) -> None:
+    if any(x.shape[d] == 0 for d in dims):
+        raise IndexError(f"{name}(): Expected reduction dim to have non-zero size")
+
+
+def _extreme(input: ShardTensor, dim: Dims, keepdim: bool, largest: bool) -> Tensor:
+    """amax or amin; the gradient is shared evenly by all that tie, on whatever rank."""
+    x = reduced(input)
+    dims = over(dim, x.ndim)
+    name = "amax" if largest else "amin"
+    _check(x, dims, name)
+    fn = torch.amax if largest else torch.amin
+    spec = without(x._spec, dims, keepdim)
+    if not axes_of(x._spec, dims):
+        return wrap(fn(x._local, dims, keepdim), spec)
+    with torch.no_grad():
+        best = fn(_filled(x._local, dims, largest), dims, True)
+        best = finish(best, x._spec, dims, "max" if largest else "min")
+        nan = finish(x._local.isnan().any(dims, True), x._spec, dims, "max") if dims else None
+        if nan is not None and x.is_floating_point():
+            best = torch.where(nan, float("nan"), best)
+    value = wrap(best, without(x._spec, dims, True))
+    if x._local.requires_grad and torch.is_grad_enabled():
+        mask = x.detach() == value
+        total = torch.where(mask, x, 0).sum(dims, True) / mask.sum(dims, True)
+        # the mean of the ties has their gradient, but may differ from them by a rounding
+        exact = value + (total - total.detach())
+        value = torch.where(value.isinf(), total, exact)
+    return value if keepdim else value.squeeze(dims)
+
+
+@rule("amax")
+def amax(input: ShardTensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
+    return _extreme(input, dim, keepdim, True)
+
+
+@rule("amin")
+def amin(input: ShardTensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
+    return _extreme(input, dim, keepdim, False)
+
+
+@rule("aminmax")
+def aminmax(input: ShardTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    dims = () if dim is None else (dim,)
+    if dim is None and keepdim:
+        dims = tuple(range(input.ndim))
+    low, high = amin(input, dims, keepdim), amax(input, dims, keepdim)
+    return torch.return_types.aminmax((low, high))
+
+
+def _along(
+    input: ShardTensor, dim: int, keepdim: bool, largest: bool
+) -> tuple[ShardTensor, ShardTensor]:
+    """(value, global index of its first occurrence) along one dim."""
+    x = reduced(input)
+    if x.ndim == 0:
+        return wrap(x._local.clone(), x._spec), wrap(torch.zeros_like(x._local).long(), x._spec)
+    (d,) = over(dim, x.ndim)
+    _check(x, (d,), "max" if largest else "min")
+    fn = torch.max if largest else torch.min
+    spec = without(x._spec, (d,), keepdim)
+    if not axes_of(x._spec, (d,)):
+        value, index = fn(x._local, d, keepdim)
+        return wrap(value, spec), wrap(index, spec)
+    value, index = fn(_filled(x._local, (d,), largest), d, keepdim)
+    values = stacked(value, x._spec, (d,))
+    indices = stacked(index + x._spec.offset[d], x._spec, (d,))
+    # torch takes the first of equal values, and a NaN before all others
+    winner = fn(values.detach(), 0, True)[1]
+    return (
+        wrap(values.gather(0, winner).squeeze(0), spec),
+        wrap(indices.gather(0, winner).squeeze(0), spec),
+    )
+
+
+@function_rule("max", "min")
+def max_or_min(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    largest = func.__name__.startswith("max")
+    bound = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
+    if "axis" in bound:
+        bound["dim"] = bound.pop("axis")
+    if isinstance(bound.get("dim"), Tensor) or "other" in bound:
+        return pointwise(torch.maximum if largest else torch.minimum, args, kwargs)
+    if "dim" not in bound:
+        return _extreme(bound["input"], None, False, largest)
+    found = _along(bound["input"], bound["dim"], bound.get("keepdim", False), largest)
+    return (torch.return_types.max if largest else torch.return_types.min)(found)
+
+
+@rule("argmax")
+def argmax(input: ShardTensor, dim: int | None = None, keepdim: bool = False) -> ShardTensor:
+    return _arg(input, dim, keepdim, True)
+
+
+@rule("argmin")
+def argmin(input: ShardTensor, dim: int | None = None, keepdim: bool = False) -> ShardTensor:
+    return _arg(input, dim, keepdim, False)
+
+
+def _arg(input: ShardTensor, dim: int | None, keepdim: bool, largest: bool) -> ShardTensor:
+    x = reduced(input.detach())
+    if dim is not None:
+        return _along(x, dim, keepdim, largest)[1]
+    every = tuple(range(x.ndim))
+    _check(x, every, "argmax" if largest else "argmin")
+    local = _filled(x._local, every, largest)
+    fn = torch.max if largest else torch.min
+    value, at = fn(local.flatten(), 0)
+    at = _flat_index(at, local.shape, x._spec)
+    axes = axes_of(x._spec, every)
+    if axes:
+        group = comm.group(x._spec.mesh, axes)
+        ranks = [1] * comm.size(group)
+        values = comm.gather(value[None], 0, ranks, group)
+        places = comm.gather(at[None], 0, ranks, group)
+        best = fn(values, 0)[0]
+        ties = (values == best) | (values.isnan() & best.isnan())
+        # the first of equals in the order of the whole tensor
+        at = torch.where(ties, places, x.numel()).min()
+    spec = without(x._spec, every, keepdim)
+    return wrap(at.reshape(spec.shape), spec)
+
+
+def _flat_index(at: Tensor, shape: torch.Size, spec: Spec) -> Tensor:
+    """A flat position in the local tensor as one in the whole tensor."""
+    found, step = torch.zeros_like(at), 1
+    for d in reversed(range(len(shape))):
+        found = found + (at % shape[d] + spec.offset[d]) * step
+        at = at // shape[d]
+        step *= spec.dims[d].size
+    return found

@@ -1,0 +1,116 @@
+"""Losses: the mean is that of the whole tensor, whatever the sizes of the shards.
+
+Elementwise losses run without reduction on aligned operands; then the global mean or sum. Losses that
+PyTorch composes of other ops need no rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _torch
+from ..errors import UnsupportedOpError
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .pointwise import function_rule, pointwise
+from .shape import whole_in
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def _reduced(x: Tensor, reduction: int) -> Tensor:
+    return x.mean() if reduction == MEAN else x.sum() if reduction == SUM else x
+
+
+@function_rule(
+    "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss",
+    "binary_cross_entropy_with_logits",
+)  # fmt: skip
+def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    name = func.__name__.split(".")[0]
+    overload = _torch.overloads(_torch.aten_packet(name))[0]
+    names = [a.name for a in overload._schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    given |= {"self" if k == "input" else k: v for k, v in kwargs.items()}
+    reduction = given.pop("reduction", MEAN)
+
+    def local(*tensors: Tensor, **rest: Any) -> Tensor:
+        return overload(*tensors, **rest, reduction=NONE)  # type: ignore[no-any-return]
+
+    local.__name__ = name
+    tensors = [given.pop("self"), given.pop("target")]
+    tensors = list(torch.broadcast_tensors(*tensors))
+    weights = {k: v for k, v in given.items() if isinstance(v, Tensor)}
+    rest = {k: v for k, v in given.items() if v is not None}
+    return _reduced(pointwise(local, tuple(tensors), {**rest, **weights}), reduction)
+
+
+def _classes_whole(x: Tensor, target: Tensor) -> tuple[ShardTensor, int]:
+    """(the input with its classes on every rank, the dim of the classes)."""
+    classes = 0 if x.ndim == 1 else 1
+    if not isinstance(x, ShardTensor):
+        assert isinstance(target, ShardTensor)
+        x = wrap(x, Spec(target._spec.mesh, tuple(Dim(n) for n in x.shape)))
+    return whole_in(reduced(x), [classes], "loss"), classes
+
+
+@rule("nll_loss", "nll_loss2d", "nll_loss_nd")
+def nll_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
+    ignore_index: int = -100,
+) -> Tensor:  # fmt: skip
+    """input: log-probabilities (N, C, d...); target: class indices (N, d...)."""
+    return _nll(input, target, weight, reduction, ignore_index, 0.0)
+
+
+@rule("cross_entropy_loss")
+def cross_entropy_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """input: logits (N, C, d...); target: class indices (N, d...) or probabilities (N, C, d...)."""
+    classes = 0 if input.ndim == 1 else 1
+    if target.is_floating_point() and target.shape == input.shape:
+        p = target
+        if label_smoothing:
+            p = p * (1 - label_smoothing) + label_smoothing / input.shape[classes]
+        if weight is not None:
+            p = p * weight.view(-1, *[1] * (input.ndim - classes - 1))
+        each = -(F.log_softmax(input, classes) * p).sum(classes)
+        return _reduced(each, reduction)
+    logs = F.log_softmax(input, classes)
+    return _nll(logs, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def _nll(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    smoothing: float,
+) -> Tensor:  # fmt: skip
+    x, classes = _classes_whole(input, target)
+    spec = x._spec
+    dims = tuple(d for i, d in enumerate(spec.dims) if i != classes)
+    if tuple(d.size for d in dims) != tuple(target.shape):
+        raise UnsupportedOpError(
+            f"loss of input {tuple(x.shape)} and target {tuple(target.shape)}: the shapes differ"
+        )
+    logs, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
+    assert logs is not None and t is not None
+    valid = t != ignore_index
+    index = torch.where(valid, t, 0)
+    scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
+    picked = logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
+    each = -picked * scale
+    if smoothing:
+        shape = [-1] + [1] * (logs.ndim - classes - 1)
+        every = -(logs if w is None else logs * w.view(shape)).sum(classes)
+        each = (1 - smoothing) * each + smoothing / logs.shape[classes] * every * valid
+    loss = wrap(each, spec.with_dims(dims))
+    if reduction != MEAN:
+        return _reduced(loss, reduction)
+    return loss.sum() / wrap(scale.detach(), spec.with_dims(dims)).sum()
