@@ -44,7 +44,7 @@ def ops(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def shardable(sample: Any) -> list[tuple[int, int]]:
-    """(which leaf, which dim) to shard: the first tensor with a dim of 2 or more; first and last."""
+    """(which leaf, which dim) to shard: first and last dim of 2 or more of the first tensor."""
     leaves = pytree.tree_leaves((sample.input, sample.args, sample.kwargs))
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.layout is torch.strided:

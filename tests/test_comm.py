@@ -223,8 +223,10 @@ def checked_ops():
     group = comm.group(make_mesh((2,)), (0,))
     me = comm.rank(group)
     mine = rand(me, 3, (2, 1)[me], 4).requires_grad_()
-    last = mine.detach().to(memory_format=torch.contiguous_format)[:, None].contiguous(
-        memory_format=torch.channels_last
+    last = (
+        mine.detach()
+        .to(memory_format=torch.contiguous_format)[:, None]
+        .contiguous(memory_format=torch.channels_last)
     )
     whole = rand(9, 3, 3, 4).requires_grad_()
     asked = rand(9, 3, 3 - me, 4).requires_grad_()

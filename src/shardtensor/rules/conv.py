@@ -10,8 +10,6 @@ Weight and bias are whole on each rank, and their gradients are summed over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,7 +23,7 @@ from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from .norm import sharded
-from .windows import Reach, fetch, spread, strided, trim
+from .windows import Reach, fetch, spread, strided
 
 Ints = int | Sequence[int]
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -173,8 +171,8 @@ def _forward(
         free = dim.size + before + behind - span - 1
         if free < 0:
             raise RuntimeError(
-                f"conv{len(kernel)}d: dim {lead + i} of size {dim.size} with padding {before} is "
-                f"smaller than the kernel's extent {span + 1}"
+                f"conv{len(kernel)}d: Kernel size {span + 1} can't be greater than the padded "
+                f"input: dim {lead + i} has size {dim.size}, padding {before} and {behind}"
             )
         out = free // s + 1
         if _is_cut(dim):
@@ -208,8 +206,12 @@ def _transposed(
         dim = spec.dims[i]
         span = d * (k - 1)
         out = (dim.size - 1) * s - 2 * p + span + o + 1
-        if not _is_cut(dim) or out <= 0 or o >= max(s, d):
-            # torch raises for the last two
+        if out <= 0 or o >= max(s, d):
+            raise RuntimeError(
+                f"conv_transpose{len(kernel)}d: output size {out}, output padding {o} in dim {i}; "
+                "the former must be positive, the latter smaller than stride or dilation"
+            )
+        if not _is_cut(dim):
             dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
             pads.append(p)
             more.append(o)
@@ -235,14 +237,11 @@ def _transposed(
 
 @cached
 def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Channels:
-    dim = spec.dims[-n - 1]
-    size, axes, sizes = dim
+    size, axes, sizes = dim = spec.dims[-n - 1]
     each, out_each = size // groups, out // groups
-    whole = Dim(size), Dim(out)
     if not _is_cut(dim) or min(sizes) == 0 or (groups > 1 and any(s % each for s in sizes)):
-        weight = whole[::-1] if not transposed else whole
-        weight = (weight[0], Dim(weight[1].size // groups))
-        return Channels(whole[0], weight, whole[1], groups, False)
+        weight = (Dim(size), Dim(out_each)) if transposed else (Dim(out), Dim(each))
+        return Channels(Dim(size), weight, Dim(out), groups, False)
     if groups == 1:
         cut = Dim(out, axes, nested_chunk_sizes(out, [spec.mesh.size(a) for a in axes]))
         weight = (dim, Dim(out)) if transposed else (Dim(out), dim)
@@ -279,6 +278,7 @@ def _run(
         (weight, cut),
         (bias, [channels.output] if channels.output.axes else None),
     )
+    assert w is not None
     local = x._local
     if plan.reaches:
         local = _autocast(local)

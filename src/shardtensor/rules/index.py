@@ -1,8 +1,9 @@
-"""Indexing: slices stay where they are; a single row of a sharded dim is gathered from its owner."""
+"""Indexing: slices stay where they are; one row of a sharded dim is gathered from its owner."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> Shar
     else:
         # the number of picked rows before each edge of the shards
         picked = [min(count, max(0, -(-(o - start) // step))) for o in dim.offsets]
-        new = Dim(count, dim.axes, tuple(b - a for a, b in zip(picked, picked[1:], strict=False)))
+        new = Dim(count, dim.axes, tuple(b - a for a, b in pairwise(picked)))
         i = spec.index[d]
         first = start + picked[i] * step - dim.offsets[i]
         local = slice(first, first + new.sizes[i] * step, step) if new.sizes[i] else slice(0, 0)

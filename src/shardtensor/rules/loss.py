@@ -1,7 +1,7 @@
 """Losses: the mean is that of the whole tensor, whatever the sizes of the shards.
 
-Elementwise losses run without reduction on aligned operands; then the global mean or sum. Losses that
-PyTorch composes of other ops need no rule.
+Elementwise losses run without reduction on aligned operands; then the global mean or sum. Losses
+that PyTorch composes of other ops need no rule.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Padding and cropping: the new rows go to the first and the last shard, so nothing else moves.
 
 The rows of a shard stay where they are. So constant padding sends nothing; reflect and replicate
-send rows only where the first or last shard is narrower than its padding reaches; circular exchanges
-the two ends. What is left is torch's own padding of the local tensor, one copy.
+send rows only where the first or last shard is narrower than its padding reaches; circular
+exchanges the two ends. What is left is torch's own padding of the local tensor, one copy.
 """
 
 from __future__ import annotations
@@ -36,19 +36,22 @@ class Plan(NamedTuple):
     keep: tuple[tuple[int, int, int], ...]
 
 
-@rule(F.pad, "pad", "constant_pad_nd")
+@rule(F.pad, "pad")
 def pad(
     input: ShardTensor,
     pad: Sequence[int],
-    mode: str | float = "constant",
+    mode: str = "constant",
     value: float | None = None,
 ) -> ShardTensor:
     """F.pad in every mode; a negative number of rows crops."""
-    if not isinstance(mode, str):
-        # constant_pad_nd has the value third
-        mode, value = "constant", mode
+    return _pad(input, pad, mode, value)
+
+
+def _pad(
+    input: ShardTensor, amounts: Sequence[int], mode: str, value: float | None = None
+) -> ShardTensor:
     x = reduced(input)
-    pad = tuple(int(n) for n in pad)
+    pad = tuple(int(n) for n in amounts)
     if len(pad) % 2 or len(pad) > 2 * x.ndim:
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
     if mode == "circular" and min(pad, default=0) < 0:
@@ -59,22 +62,30 @@ def pad(
         dim = x._spec.dims[d]
         group = comm.group(x._spec.mesh, dim.axes)
         local = comm.window(local, d, dim.sizes, windows, group, wrap=mode == "circular")
-    if local is x._local or any(plan.amounts):
-        # torch refuses to reflect or repeat where a dim is empty; there any mode gives the same
-        local = F.pad(local, plan.amounts, "constant" if 0 in local.shape else mode, value)
+    if 0 in local.shape and mode != "constant":
+        # torch refuses to reflect or repeat beside an empty dim; only the new shape matters
+        more = [n for i in range(0, len(pad), 2) for n in (sum(plan.amounts[i : i + 2]), 0)]
+        local = F.pad(local, more)
+    elif local is x._local or any(plan.amounts):
+        local = F.pad(local, plan.amounts, mode, value)
     for d, start, length in plan.keep:
         local = local.narrow(d, start, length).contiguous()
     return wrap(local, plan.out)
 
 
+@rule("constant_pad_nd")
+def constant_pad(input: ShardTensor, pad: Sequence[int], value: float = 0.0) -> ShardTensor:
+    return _pad(input, pad, "constant", value)
+
+
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 def reflection_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
-    return pad(input, padding, "reflect")
+    return _pad(input, padding, "reflect")
 
 
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def replication_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
-    return pad(input, padding, "replicate")
+    return _pad(input, padding, "replicate")
 
 
 def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[int, ...]]:
@@ -119,7 +130,7 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
             continue
         windows = tuple(_sources(a, b, dim.size, mode) for a, b in rows)
         fetched.append((d, windows))
-        before, behind = max(0, -a), max(0, b - dim.size)
+        before, behind = (max(0, -a), max(0, b - dim.size)) if a < b else (0, 0)
         amounts += (before, behind)
         start = windows[me][0] - before
         if a < b and (start, windows[me][1] + behind) != (a, b):
@@ -132,7 +143,7 @@ def _check(n: int, low: int, high: int, mode: str) -> None:
     least = 0 if mode == "constant" else 1
     if most is not None and max(low, high) > most:
         raise RuntimeError(f"pad: {low, high} rows in mode {mode} for a dim of size {n}: too many")
-    if n + low + high < least or min(low, high) < -n:
+    if n + low + high < least or (mode == "constant" and min(low, high) < -n):
         raise RuntimeError(f"pad: {low, high} rows for a dim of size {n} leave too few")
 
 

@@ -222,10 +222,11 @@ def _taps(
             return _kernel(plane, [m, 2], [scale, None], plane_mode, align, antialias)[:, 0, :, 0]
         return _kernel(signals[None], [m], [scale], kind, align, False)[0]
 
+    # torch computes coordinates in the precision of the data, of halves in single precision
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
     if mode.startswith("nearest"):
-        source = run(torch.arange(n, dtype=torch.float64)[None])[0]
+        source = run(torch.arange(n, dtype=wide)[None])[0]
         return source.round().long(), torch.ones(1, m)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     stretch = max(1.0, n / m if scale is None else 1 / scale) if antialias else 1.0
     reach = ceil((2 if mode == "bicubic" else 1) * stretch) + 1
     period = 2 * reach + 2

@@ -8,6 +8,7 @@ on whole rows of the output. Shards of other dims of a block move to the leading
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import gcd, prod
 from typing import Any
 
@@ -111,7 +112,7 @@ def _on_multiples(dim: Dim, q: int) -> Dim:
     if q == 1 or all(o % q == 0 for o in dim.offsets):
         return dim
     edges = [min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]] + [dim.size]
-    return Dim(dim.size, dim.axes, tuple(b - a for a, b in zip(edges, edges[1:], strict=False)))
+    return Dim(dim.size, dim.axes, tuple(b - a for a, b in pairwise(edges)))
 
 
 @cached
