@@ -160,6 +160,8 @@ def _local_or_ring(
         lm, is_causal = i >= torch.arange(keys.size, device=lq.device), False
     if 0 in lq.shape:
         # torch's kernels want rows; an empty product keeps the graph that other ranks have
-        return wrap((lq @ lk.mT) @ lv, out)
+        scores = lq @ lk.mT
+        scores = scores + lm if lm is not None and lm.requires_grad else scores
+        return wrap(scores @ lv, out)
     got = F.scaled_dot_product_attention(lq, lk, lv, lm, dropout_p, is_causal, scale=scale)
     return wrap(got, out)
