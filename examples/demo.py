@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from navier_stokes import generate
+from dataset import generate
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -111,7 +111,7 @@ def main():
         with Progress(console=console) as bar:
             task = bar.add_task("simulating turbulence", total=None)
             generate(
-                data, args.resolution, args.trajectories, args.frames,
+                data, (args.resolution,) * 2, args.trajectories, args.frames,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
     train = HERE / "train.py"

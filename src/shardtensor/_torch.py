@@ -211,16 +211,17 @@ def allocations(step: Callable[[], Any]) -> list[int]:
     prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _no_stderr():
         prof.start()
-    step()
-    with _no_stderr():
-        prof.stop()
+        try:
+            step()
+        finally:
+            prof.stop()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Torch 2.13's profiler writes two lines to the process's stderr at start and stop."""
+    """Torch 2.13's profiler writes lines of its own to the process's stderr."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

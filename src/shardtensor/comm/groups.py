@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from math import prod
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..cache import cached
 
-_groups: dict[str, dist.ProcessGroup] = {}
+# weak: a group that outlives destroy_process_group aborts the process at its end
+_groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 _sizes_one = "self"
 
 
