@@ -15,18 +15,23 @@ def generate(
     trajectories: int,
     frames: int,
     *,
-    viscosity: float = 1e-4,
-    interval: float = 1.0,
-    spin_up: float = 4.0,
+    viscosity: float = 1e-5,
+    variance: float = 7.0**5,
+    interval: float = 0.5,
+    spin_up: float = 3.0,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Simulate and store vorticity and velocity, `frames` frames `interval` apart, in The Well's schema.
+    """Simulate, and store vorticity and velocity as a file of The Well.
 
-    spin_up: the time before the first frame. progress(done, total) is called after each frame.
+    frames: how many, `interval` apart. variance: of the random start; the default stirs harder than
+    the paper's, so that filaments form. spin_up: the time before the first frame.
+    progress(done, total) is called after each frame.
     """
     grid = Grid.of(shape)
-    start = sample_vorticity(trajectories, shape, torch.Generator().manual_seed(seed))
+    start = sample_vorticity(
+        trajectories, shape, torch.Generator().manual_seed(seed), variance=variance
+    )
     forcing = torch.fft.rfft2(force(shape))
     spectrum = torch.fft.rfft2(start)
     kept = []

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two convolutions with batch norm."""
+    """Two convolutions with batch norm, which makes their biases void."""
 
     def __init__(self, c_in: int, c_out: int, mode: str) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode=mode)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode=mode, bias=False)
         self.norm1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, padding_mode=mode)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, padding_mode=mode, bias=False)
         self.norm2 = nn.BatchNorm2d(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,10 +38,12 @@ class UNet(nn.Module):
         self.first = Block(c_in, width, mode)
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1, padding_mode=mode) for a, b in pairs
+            nn.Conv2d(a, b, 3, stride=2, padding=1, padding_mode=mode, bias=False) for a, b in pairs
         )
         self.encode = nn.ModuleList(Block(b, b, mode) for _, b in pairs)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in reversed(pairs))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(b, a, 2, stride=2, bias=False) for a, b in reversed(pairs)
+        )
         self.decode = nn.ModuleList(Block(2 * a, a, mode) for a, _ in reversed(pairs))
         self.last = nn.Conv2d(width, c_out, 1)
 

@@ -80,7 +80,7 @@ def force(shape: tuple[int, int]) -> Tensor:
 
 
 def velocity(vorticity: Tensor) -> Tensor:
-    """The velocity (..., X, Y, 2) of a vorticity (..., X, Y)."""
+    """The velocity (..., X, Y, 2) of a vorticity (..., X, Y), of the modes that `advance` keeps."""
     shape = vorticity.shape[-2:]
     spectrum = torch.fft.rfft2(vorticity)
     to_u, to_v = Grid.of(tuple(shape), vorticity.device).fields[:2, 0].to(spectrum.dtype)
@@ -109,6 +109,8 @@ def advance(
     forcing: a spectrum. cfl: largest part of a grid cell that the fluid crosses in a step, summed
     over x and y. Waves of up to pi * 2/3 a cell are kept, hence steps are stable below 0.83.
     """
+    # a mode that is not advected would stay in the field as frozen noise
+    spectrum, forcing = spectrum * grid.kept, forcing * grid.kept
     cells = torch.tensor(grid.shape, device=spectrum.device).view(2, 1, 1, 1)
     remaining = duration
     while remaining > 0:
@@ -124,7 +126,8 @@ def advance(
                 step = remaining / count
             implicit = step * (new + old) / 2 * viscosity * grid.laplacian
             explicit = step * (new * tendency + old * previous)
-            spectrum = ((1 + implicit) * spectrum + explicit) / (1 - implicit)
+            # a complex tensor is divided 5 times slower than multiplied
+            spectrum = (1 - implicit).reciprocal() * ((1 + implicit) * spectrum + explicit)
             previous = tendency
         remaining = remaining - step if count > 1 else 0.0
     return spectrum
@@ -145,8 +148,8 @@ def simulate(
     forcing: a field (X, Y). Modes from a third of the resolution up are dropped: they would alias.
     """
     grid = Grid.of(tuple(vorticity.shape[-2:]), vorticity.device)
-    spectrum = torch.fft.rfft2(vorticity.double()) * grid.kept
-    push = torch.fft.rfft2(forcing.double()) * grid.kept if forcing is not None else 0.0
+    spectrum = torch.fft.rfft2(vorticity.double())
+    push = torch.fft.rfft2(forcing.double()) if forcing is not None else 0.0
     frames, now = [], 0.0
     for time in times:
         spectrum = advance(
@@ -202,9 +205,8 @@ def generate(
     write_well(
         path,
         {"vorticity": frames, "velocity": velocity(frames)},
-        {name: torch.arange(n) / n for name, n in zip("xy", shape, strict=True)},
-        torch.tensor(times),
         name="navier_stokes",
+        times=times,
         parameters={"viscosity": viscosity},
     )
 

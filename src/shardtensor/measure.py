@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from . import _torch
+from .comm.count import simulated_rank
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes of tensors that step() held at once beyond those alive before it."""
+    """The most bytes of tensors that step() held at once beyond those alive before it.
+
+    Raises ValueError in a simulated rank: its process is all ranks'.
+    """
+    if simulated_rank() is not None:
+        raise ValueError("peak_bytes of a simulated rank: run ranks as processes")
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

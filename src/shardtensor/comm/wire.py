@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,19 @@ def exchange(
 
     One uneven all-to-all of raw bytes; zero-length to ranks that get nothing.
     """
+    return start_exchange(chunks, shapes, like, group, label, wait=True)()
+
+
+def start_exchange(
+    chunks: Sequence[Sequence[torch.Tensor]],
+    shapes: Sequence[Sequence[Sequence[int]]],
+    like: torch.Tensor,
+    group: str,
+    label: str,
+    *,
+    wait: bool = False,
+) -> Callable[[], list[list[torch.Tensor]]]:
+    """`exchange` that may still be under way: calling what it returns gives what arrived."""
     flat = [c.reshape(-1) for to in chunks for c in to]
     send = torch.cat(flat) if flat else like.new_empty(0)
     item = like.element_size()
@@ -37,14 +50,21 @@ def exchange(
     in_splits = [item * sum(c.numel() for c in to) for to in chunks]
     received = like.new_empty(sum(out_splits) // item)
     with sending(label, sum(in_splits), sum(n > 0 for n in in_splits)):
-        dist.all_to_all_single(
+        work = dist.all_to_all_single(
             _as_bytes(received),
             _as_bytes(send),
             out_splits,
             in_splits,
             group=groups.resolve(group),
+            async_op=not wait,
         )
-    return _split(received, shapes)
+
+    def arrived() -> list[list[torch.Tensor]]:
+        if work is not None:
+            work.wait()
+        return _split(received, shapes)
+
+    return arrived
 
 
 def all_gather(

@@ -1,8 +1,9 @@
 """HDF5 files in the schema of The Well (PolymathicAI, arXiv 2412.00568; its docs/data_format).
 
-Groups t0_fields, t1_fields, t2_fields hold scalars, vectors and tensors of shape ([trajectory,] [step,]
-spatial..., components...): a leading dim is there where the field varies in it, a spatial dim where
-`dim_varying` says so. The group `dimensions` names the spatial dims and has their coordinates.
+Groups t0_fields, t1_fields, t2_fields hold scalars, vectors and tensors of shape ([trajectory,]
+[step,] spatial..., components...): a leading dim is there where the field varies in it. A spatial
+dim in which it doesn't (`dim_varying`) is missing, as in the schema's text, or of size 1, as The
+Well's own loader wants it. The group `dimensions` names the spatial dims and has their coordinates.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 from os import PathLike
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,30 +24,35 @@ _GROUPS = ("t0_fields", "t1_fields", "t2_fields")
 
 def _h5py() -> Any:
     try:
-        import h5py
+        import h5py  # type: ignore[import-untyped]
     except ImportError as e:
         raise ImportError('HDF5 files need h5py: pip install "shardtensor[io]"') from e
     return h5py
 
 
 class Field(NamedTuple):
-    """A field of the file. order: 0 scalar, 1 vector, 2 tensor. components: numbers per point."""
+    """A field of the file. order: 0 scalar, 1 vector, 2 tensor. components: numbers per point.
+
+    by_*: what it varies in. stored: the spatial dims that its dataset has.
+    """
 
     order: int
     components: int
     by_trajectory: bool
     by_step: bool
     by_dim: tuple[bool, ...]
+    stored: tuple[bool, ...]
 
 
 class WellFile:
     """One file of The Well, open for reading; a context manager.
 
-    shape: the spatial shape. fields: name -> Field. boundary_conditions: name -> bc_type.
-    bytes_read: bytes of fields read so far.
+    path: or an open binary file, for instance a remote one of fsspec. shape: the spatial shape.
+    fields: name -> Field. boundary_conditions: name -> bc_type. bytes_read: bytes of fields read so
+    far; a dataset stored in chunks costs whole chunks on top.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str] | BinaryIO) -> None:
         self._file = _h5py().File(path, "r")
         self.bytes_read = 0
         names = [_text(n) for n in self._file["dimensions"].attrs["spatial_dims"]]
@@ -55,11 +62,15 @@ class WellFile:
         self.n_steps = int(self._file["dimensions"]["time"].shape[-1])
         self.name = _text(self._file.attrs["dataset_name"])
         conditions = self._file.get("boundary_conditions", {})
-        self.boundary_conditions = {k: _text(g.attrs["bc_type"]) for k, g in conditions.items()}
+        # in lower case: files of The Well have both
+        types = {k: _text(g.attrs["bc_type"]) for k, g in conditions.items()}
+        self.boundary_conditions = {k: v.lower() for k, v in types.items()}
         self.fields: dict[str, Field] = {}
         self._data: dict[str, Any] = {}
         for order, group in enumerate(_GROUPS):
             for name, data in self._file.get(group, {}).items():
+                if name in self.fields:
+                    raise ValueError(f"{data.name}: an earlier group has a field of that name")
                 self.fields[name] = self._field(order, data)
                 self._data[name] = data
 
@@ -76,8 +87,19 @@ class WellFile:
     def _field(self, order: int, data: Any) -> Field:
         by_dim = tuple(bool(v) for v in data.attrs["dim_varying"])
         flags = bool(data.attrs["sample_varying"]), bool(data.attrs["time_varying"])
-        lead = sum(flags) + sum(by_dim)
-        return Field(order, prod(data.shape[lead:]), *flags, by_dim)
+        shape = data.shape[sum(flags) :]
+        for stored in ((True,) * len(by_dim), by_dim):
+            dims = zip(self.shape, by_dim, stored, strict=True)
+            sizes = tuple(n if varies else 1 for n, varies, kept in dims if kept)
+            components = shape[len(sizes) :]
+            # the schema's text has tensors of D^2 components, the loader D, D; a scalar may have 1
+            fits = 1 <= len(components) <= order if order else prod(components) == 1
+            if shape[: len(sizes)] == sizes and fits:
+                return Field(order, prod(components), *flags, by_dim, stored)
+        raise ValueError(
+            f"{data.name}: {data.shape} doesn't fit the spatial shape {self.shape}, varying by "
+            f"trajectory, step {flags}, dim {by_dim}"
+        )
 
     def channels(self, fields: Sequence[str]) -> int:
         """How many channels `read` gives for these fields."""
@@ -117,16 +139,14 @@ class WellFile:
         field, data = self.fields[name], self._data[name]
         index: list[Any] = [trajectory] if field.by_trajectory else []
         index += [step] if field.by_step else []
-        index += [r for r, varies in zip(ranges, field.by_dim, strict=True) if varies]
+        dims = zip(ranges, field.by_dim, field.stored, strict=True)
+        index += [r if varies else slice(None) for r, varies, stored in dims if stored]
         block = np.asarray(data[tuple(index)], dtype=np.float32)
         self.bytes_read += block.size * data.dtype.itemsize
-        spatial = sum(field.by_dim)
-        x = torch.from_numpy(block).reshape(*block.shape[:spatial], field.components)
-        for d, varies in enumerate(field.by_dim):
-            if not varies:
-                x = x.unsqueeze(d)
-        x = x.movedim(-1, 0)
-        return x.expand(-1, *(r.stop - r.start for r in ranges)).contiguous()
+        shape = [r.stop - r.start for r in ranges]
+        sizes = [n if varies else 1 for n, varies in zip(shape, field.by_dim, strict=True)]
+        x = torch.from_numpy(block).reshape(*sizes, field.components).movedim(-1, 0)
+        return x.expand(-1, *shape).contiguous()
 
 
 def write_well(
@@ -143,13 +163,25 @@ def write_well(
 
     fields: name -> (trajectories, steps, *spatial) for a scalar, one or two dims of components more
     for a vector or tensor; all with the same spatial shape. times: of the steps. lengths: of the
-    domain in each spatial dim (default 1). boundary: periodic, wall or open, in every dim.
+    domain in each spatial dim (default 1; to be given where there is no scalar, which tells the
+    dims of space from those of components). boundary: periodic, wall or open, in every dim.
+    The file appears under its name when it is complete. Raises ValueError for shapes that differ.
     """
     first = next(iter(fields.values()))
-    ndim = min(f.ndim for f in fields.values()) - 2
+    ndim = len(lengths) if lengths else min(f.ndim for f in fields.values()) - 2
     shape = first.shape[2 : 2 + ndim]
+    for key, field in fields.items():
+        components = field.shape[2 + ndim :]
+        alike = field.shape[: 2 + ndim] == (first.shape[0], len(times), *shape)
+        if not alike or len(components) > 2 or set(components) - {ndim}:
+            raise ValueError(
+                f"{key}: {tuple(field.shape)} is not ({first.shape[0]} trajectories, {len(times)} "
+                f"steps, *{tuple(shape)}) and up to two dims of {ndim} components"
+            )
     dims = ("x", "y", "z")[:ndim]
-    with _h5py().File(path, "w") as file:
+    whole = Path(path)
+    part = whole.with_name(whole.name + ".part")
+    with _h5py().File(part, "w") as file:
         file.attrs["dataset_name"] = name
         file.attrs["grid_type"] = "cartesian"
         file.attrs["n_spatial_dims"] = ndim
@@ -174,6 +206,7 @@ def write_well(
                 data.attrs["sample_varying"] = data.attrs["time_varying"] = True
                 if order == 2:
                     data.attrs["symmetric"] = data.attrs["antisymmetric"] = False
+    part.replace(whole)
 
 
 def _write_dimensions(
