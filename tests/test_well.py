@@ -1,111 +1,246 @@
-"""Files in The Well's schema, written by us and by hand; blocks read and nothing else."""
+"""Files of The Well: read as its schema says, block by block, and written."""
+
+import io
+import sys
 
 import numpy as np
 import pytest
 import torch
-from dataset import generate
-from torch.distributed.tensor import Shard
 
-import shardtensor as st
-from shardtensor import testing as T
-from shardtensor.io import WellFile, read_sharded, write_well
+from shardtensor.io import WellFile, write_well
 
 h5py = pytest.importorskip("h5py")
 
+B, T = 3, 4
+SHAPES = {2: (6, 5), 3: (4, 3, 5)}
 
-def by_hand(path, shape):
-    """The published schema with fields of every kind, by plain h5py."""
-    n = len(shape)
-    rng = np.random.default_rng(0)
-    truth = {}
+
+def schema_file(path, ndim, missing):
+    """A file as docs/data_format.md of The Well lists it, and its fields as (B, T, *spatial, C).
+
+    missing: a dim in which a field doesn't vary is left out, as in that text; else it has size 1,
+    as The Well's loader wants it.
+    """
+    rng, shape = np.random.default_rng(0), SHAPES[ndim]
+    dims, whole = ["x", "y", "z"][:ndim], {}
+    fields = {  # name: order, sample_varying, time_varying, dims in which it doesn't vary
+        "plain": (0, True, True, ()),
+        "per_sample": (0, True, False, ()),
+        "per_step": (0, False, True, ()),
+        "constant": (0, False, False, ()),
+        "no_first": (0, True, True, (0,)),
+        "no_last": (0, False, True, (ndim - 1,)),
+        "uniform": (0, True, False, tuple(range(ndim))),
+        "vector": (1, True, True, ()),
+        "vector_constant": (1, False, False, (1,)),
+        "tensor": (2, True, True, ()),
+        "tensor_no_first": (2, True, False, (0,)),
+    }
     with h5py.File(path, "w") as f:
-        f.attrs.update(dataset_name="hand", grid_type="cartesian", n_spatial_dims=n)
-        f.attrs["n_trajectories"] = 2
-        f.attrs["simulation_parameters"] = ["a"]
-        dims = f.create_group("dimensions")
-        dims.attrs["spatial_dims"] = list("xyz"[:n])
-        dims.create_dataset("time", data=np.arange(3, dtype=np.float32))
-        for name, size in zip("xyz", shape, strict=False):
-            dims.create_dataset(name, data=np.arange(size, dtype=np.float32))
-        wall = f.create_group("boundary_conditions").create_group("x_wall")
-        wall.attrs["bc_type"] = "wall"
-        f.create_group("scalars")
-
-        def field(group, name, sample, time, varying, components=()):
-            sizes = [s for s, v in zip(shape, varying, strict=True) if v]
-            full = ([2] if sample else []) + ([3] if time else []) + sizes + list(components)
-            data = f.require_group(group).create_dataset(
-                name, data=rng.standard_normal(full).astype(np.float32)
-            )
-            data.attrs.update(sample_varying=sample, time_varying=time, dim_varying=varying)
-            truth[name] = data[...]
-
-        yes = [True] * n
-        field("t0_fields", "density", True, True, yes)
-        field("t0_fields", "terrain", False, False, yes)
-        field("t0_fields", "mask", True, False, yes)
-        field("t0_fields", "profile", True, True, [True] + [False] * (n - 1))
-        field("t1_fields", "velocity", True, True, yes, (n,))
-        field("t2_fields", "stress", False, True, yes, (n, n))
-    return truth
-
-
-@pytest.mark.parametrize("shape", [(6, 5), (4, 5, 3)])
-def test_files_of_the_well(tmp_path, shape):
-    truth = by_hand(tmp_path / "a.hdf5", shape)
-    n = len(shape)
-    with WellFile(tmp_path / "a.hdf5") as f:
-        assert f.shape == shape and f.n_trajectories == 2 and f.n_steps == 3 and f.name == "hand"
-        assert f.boundary_conditions == {"x_wall": "wall"}
-        assert {k: v.order for k, v in f.fields.items()}["velocity"] == 1
-        assert f.channels(["density", "velocity", "stress"]) == 1 + n + n * n
-        block = [(1, 4), *[None] * (n - 1)]
-        every = ["density", "terrain", "mask", "profile", "velocity", "stress"]
-        got = f.read(every, 1, 2, block)
-        assert got.dtype == torch.float32
-        want = [truth["density"][1, 2], truth["terrain"], truth["mask"][1]]
-        want.append(np.broadcast_to(
-            truth["profile"][1, 2].reshape(-1, *[1] * (n - 1)), shape))  # fmt: skip
-        want += list(np.moveaxis(truth["velocity"][1, 2], -1, 0))
-        want += list(np.moveaxis(truth["stress"][2].reshape(*shape, -1), -1, 0))
-        assert np.array_equal(got.numpy(), np.stack(want)[:, 1:4])
-        with pytest.raises(IndexError, match="3 steps"):
-            f.read(every, 0, 3)
-        with pytest.raises(IndexError, match="window"):
-            f.read(every, 0, 0, [(0, 99), *[None] * (n - 1)])
+        f.attrs.update(dataset_name="example", grid_type="cartesian", n_spatial_dims=ndim)
+        f.attrs.update(n_trajectories=B, simulation_parameters=["ParamA"], ParamA=1.0)
+        group = f.create_group("dimensions")
+        group.attrs["spatial_dims"] = dims
+        group["time"] = np.arange(T, dtype=np.float32)
+        group["time"].attrs["sample_varying"] = False
+        for name, n in zip(dims, shape, strict=True):
+            group[name] = np.linspace(0, 1, n, dtype=np.float32)
+            group[name].attrs.update(sample_varying=False, time_varying=False)
+        for name, n, kind in zip(dims, shape, ("PERIODIC", "wall", "open"), strict=False):
+            group = f.create_group(f"boundary_conditions/{name}_boundary")
+            group.attrs.update(associated_dims=[name], associated_fields=[], bc_type=kind)
+            group.attrs.update(sample_varying=False, time_varying=False)
+            group["mask"] = np.isin(np.arange(n), [0, n - 1])
+            group["values"] = np.zeros(2, dtype=np.float32)
+        group = f.create_group("scalars")
+        group.attrs["field_names"] = ["ParamA"]
+        group["ParamA"] = np.ones(1, dtype=np.float32)
+        group["ParamA"].attrs.update(sample_varying=False, time_varying=False)
+        for order in range(3):
+            group = f.create_group(f"t{order}_fields")
+            group.attrs["field_names"] = [k for k, v in fields.items() if v[0] == order]
+        for name, (order, by_sample, by_step, fixed) in fields.items():
+            sizes = [B if by_sample else 1, T if by_step else 1]
+            sizes += [1 if d in fixed else n for d, n in enumerate(shape)]
+            data = rng.standard_normal((*sizes, *[ndim] * order)).astype(np.float32)
+            full = np.broadcast_to(data, (B, T, *shape, *[ndim] * order))
+            whole[name] = torch.from_numpy(full.reshape(B, T, *shape, -1).copy())
+            gone = [i for i, varies in enumerate((by_sample, by_step)) if not varies]
+            gone += [2 + d for d in fixed] if missing else []
+            data = data.squeeze(tuple(gone))
+            if order == 2 and missing:  # the text has D^2 components, the loader D, D
+                data = data.reshape(*data.shape[:-2], ndim**2)
+            stored = f[f"t{order}_fields"].create_dataset(name, data=data)
+            stored.attrs["dim_varying"] = [d not in fixed for d in range(ndim)]
+            stored.attrs.update(sample_varying=by_sample, time_varying=by_step)
+            if order == 2:
+                stored.attrs.update(symmetric=False, antisymmetric=False)
+    return whole
 
 
-def test_round_trip_reads_only_the_block(tmp_path):
-    scalar, vector = torch.randn(2, 3, 8, 6), torch.randn(2, 3, 8, 6, 2)
-    write_well(tmp_path / "b.hdf5", {"w": scalar, "u": vector}, name="b", times=[0, 1, 2],
-               parameters={"nu": 0.5})  # fmt: skip
-    with h5py.File(tmp_path / "b.hdf5") as f:
-        assert f.attrs["nu"] == 0.5 and f.attrs["grid_type"] == "cartesian"
-        assert list(f["t1_fields"].attrs["field_names"]) == ["u"]
-        assert f["t0_fields/w"].shape == (2, 3, 8, 6) and f["dimensions/x"].shape == (8,)
-    with WellFile(tmp_path / "b.hdf5") as f:
-        whole = f.read(["w", "u"], 1, 2)
-        assert torch.equal(whole[0], scalar[1, 2])
-        assert torch.equal(whole[1:], vector[1, 2].movedim(-1, 0))
-        before = f.bytes_read
-        part = f.read(["w"], 0, 1, [slice(2, 5), (1, 3)])
-        assert torch.equal(part[0], scalar[0, 1, 2:5, 1:3]) and f.bytes_read - before == 6 * 4
+@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_reads_the_schema(tmp_path, ndim, missing):
+    whole = schema_file(tmp_path / "example.hdf5", ndim, missing)
+    windows = [None, [None] * ndim, [(1, 3)] + [None] * (ndim - 1), [slice(2)] * ndim]
+    windows += [[(2, 2)] + [(0, 1)] * (ndim - 1)]  # an empty shard
+    with WellFile(tmp_path / "example.hdf5") as file:
+        assert (file.shape, file.n_trajectories, file.n_steps) == (SHAPES[ndim], B, T)
+        assert file.name == "example"
+        kinds = ["periodic", "wall", "open"][:ndim]
+        assert list(file.boundary_conditions.values()) == kinds
+        orders = {name: field.order for name, field in file.fields.items()}
+        assert set(orders) == set(whole)
+        assert orders["plain"] == 0 and orders["vector"] == 1 and orders["tensor"] == 2
+        for names in ([name] for name in whole):
+            check(file, whole, names, None)
+        for window in windows:
+            check(file, whole, list(whole), window)
 
 
-def slabs(path):
-    mesh = T.make_mesh((2, 2))
-    with WellFile(path) as f:
-        x = read_sharded(f, ["vorticity", "velocity"], [(0, 1), (1, 2)], mesh, [Shard(2), Shard(3)],
-                         sizes={2: (9, 7)})  # fmt: skip
-        read = f.bytes_read
-        want = torch.stack([f.read(["vorticity", "velocity"], *p) for p in [(0, 1), (1, 2)]])
-        with pytest.raises(ValueError, match="spatial"):
-            read_sharded(f, ["vorticity"], [(0, 0)], mesh, [Shard(0), Shard(2)])
-    T.same(x, want, "slabs")
-    return read
+def check(file, whole, names, window):
+    index = [w if isinstance(w, slice) else slice(*(w or (None,))) for w in window or []]
+    for trajectory, step in [(0, 0), (2, 1), (1, 3)]:
+        expected = [whole[n][trajectory, step][tuple(index)].movedim(-1, 0) for n in names]
+        found = file.read(names, trajectory, step, window)
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        assert file.channels(names) == len(found)
+        torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=0)
 
 
-def test_each_rank_reads_its_slab(tmp_path):
-    generate(tmp_path / "c.hdf5", (16, 12), 2, 3, spin_up=0.1, interval=0.1)
-    found = st.simulate(4, slabs, tmp_path / "c.hdf5")
-    assert found == [2 * 3 * rows * 6 * 4 for rows in (9, 9, 7, 7)]
+def test_other_types_become_float32(tmp_path):
+    whole = schema_file(tmp_path / "f", 2, False)
+    with h5py.File(tmp_path / "f", "a") as f:
+        for name, kind in [("plain", "f8"), ("per_step", ">f4"), ("constant", bool)]:
+            old = f["t0_fields"][name]
+            data, attributes = old[()].astype(kind), dict(old.attrs)
+            del f["t0_fields"][name]
+            f["t0_fields"][name] = data
+            f["t0_fields"][name].attrs.update(attributes)
+        f["dimensions"].attrs["spatial_dims"] = np.array([b"x", b"y"])  # of fixed length
+    whole["constant"] = whole["constant"].bool().float()
+    with WellFile(tmp_path / "f") as file:
+        check(file, whole, ["plain", "per_step", "constant"], [(1, 4), None])
+
+
+def test_refusals(tmp_path):
+    schema_file(tmp_path / "f", 2, True)
+    with WellFile(tmp_path / "f") as file:
+        for trajectory, step in [(B, 0), (-1, 0), (0, T), (0, -1)]:
+            with pytest.raises(IndexError, match=f"{B} trajectories of {T} steps"):
+                file.read(["plain"], trajectory, step)
+        for window in ((0, 7), (-1, 2), (3, 2), slice(0, 4, 2)):
+            with pytest.raises(IndexError, match="window"):
+                file.read(["plain"], 0, 0, [window, None])
+        with pytest.raises(ValueError):
+            file.read(["plain"], 0, 0, [None])
+        with pytest.raises(KeyError, match="nothing"):
+            file.read(["nothing"], 0, 0)
+    with h5py.File(tmp_path / "f", "a") as f:
+        f["t0_fields/plain"].attrs["time_varying"] = False
+    with pytest.raises(ValueError, match="plain"):
+        WellFile(tmp_path / "f")
+
+
+def test_says_which_extra_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"shardtensor\[io\]"):
+        WellFile(tmp_path / "f")
+
+
+def sample_set(ndim, orders, shape=None):
+    torch.manual_seed(0)
+    shape = shape or SHAPES[ndim]
+    return {f"t{o}": torch.randn(B, T, *shape, *[ndim] * o) for o in orders}
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_round_trip(tmp_path, ndim):
+    path, fields = tmp_path / "f.hdf5", sample_set(ndim, (0, 1, 2))
+    times = [0.5 * i for i in range(T)]
+    write_well(path, fields, name="mine", times=times, parameters={"nu": 1e-3}, boundary="wall")
+    assert [p.name for p in tmp_path.iterdir()] == ["f.hdf5"]
+    whole = {name: x.reshape(B, T, *SHAPES[ndim], -1) for name, x in fields.items()}
+    with WellFile(path) as file:
+        assert (file.name, file.shape) == ("mine", SHAPES[ndim])
+        assert set(file.boundary_conditions.values()) == {"wall"}
+        check(file, whole, ["t2", "t0", "t1"], None)
+    with h5py.File(path) as f:
+        assert dict(f.attrs, simulation_parameters=None) == {
+            "dataset_name": "mine", "grid_type": "cartesian", "n_spatial_dims": ndim,
+            "n_trajectories": B, "nu": 1e-3, "simulation_parameters": None,
+        }  # fmt: skip
+        assert list(f.attrs["simulation_parameters"]) == ["nu"]
+        assert list(f["scalars"].attrs["field_names"]) == ["nu"]
+        assert f["scalars/nu"][()] == np.float32(1e-3)
+        assert list(f["dimensions"].attrs["spatial_dims"]) == ["x", "y", "z"][:ndim]
+        assert f["dimensions/time"][()].tolist() == times
+        for order in range(3):
+            assert list(f[f"t{order}_fields"].attrs["field_names"]) == [f"t{order}"]
+            data = f[f"t{order}_fields/t{order}"]
+            assert data.dtype == np.float32 and data.shape == fields[f"t{order}"].shape
+            assert data.attrs["sample_varying"] and data.attrs["time_varying"]
+            assert data.attrs["dim_varying"].tolist() == [True] * ndim
+        for dim, n in zip("xyz", SHAPES[ndim], strict=False):
+            np.testing.assert_allclose(f["dimensions"][dim], np.arange(n) / n, rtol=1e-6)
+            group = f[f"boundary_conditions/{dim}_wall"]
+            assert list(group.attrs["associated_dims"]) == [dim]
+            assert np.flatnonzero(group["mask"]).tolist() == [0, n - 1]
+
+
+def test_vectors_alone_need_lengths(tmp_path):
+    fields = sample_set(2, (1,))
+    write_well(tmp_path / "f", fields, name="v", times=range(T), lengths=(1.0, 2.0))
+    with WellFile(tmp_path / "f") as file:
+        assert file.shape == SHAPES[2] and file.fields["t1"].order == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [(B, T, 6, 4), (B, T, 6, 5, 3), (B, 1, 6, 5), (B, T) + (6, 5, 2) * 2]
+)
+def test_writes_nothing_of_unequal_shapes(tmp_path, wrong):
+    fields = {**sample_set(2, (0,)), "other": torch.zeros(wrong)}
+    with pytest.raises(ValueError, match="other"):
+        write_well(tmp_path / "f", fields, name="v", times=range(T))
+    assert not list(tmp_path.iterdir())
+
+
+class CountedFile(io.FileIO):
+    """A file that counts the bytes read from it."""
+
+    count = 0
+
+    def readinto(self, buffer):
+        n = super().readinto(buffer)
+        self.count += n
+        return n
+
+
+def test_reads_the_slab_only(tmp_path):
+    """The ranks together read each byte once, and nothing else comes from the disk."""
+    shape, ranks = (256, 192), 4
+    fields = sample_set(2, (0, 1), shape)
+    write_well(tmp_path / "f", fields, name="v", times=range(T))
+    frame = 3 * 4 * 256 * 192  # three channels of float32
+    slabs = []
+    for rank in range(ranks):
+        with CountedFile(tmp_path / "f") as raw, WellFile(raw) as file:
+            opened = raw.count
+            rows = (rank * 64, rank * 64 + 64)
+            slabs.append(file.read(["t1", "t0"], 1, 2, [rows, None]))
+            assert file.bytes_read == frame // ranks
+            assert frame // ranks <= raw.count - opened < frame // ranks + 4096
+            file.read(["t0"], 1, 2, [(0, 0), None])  # an empty shard
+            assert file.bytes_read == frame // ranks
+    whole = torch.cat([fields["t1"][1, 2], fields["t0"][1, 2, ..., None]], -1).movedim(-1, 0)
+    torch.testing.assert_close(torch.cat(slabs, 1), whole, rtol=0, atol=0)
+
+
+def test_counts_what_is_stored(tmp_path):
+    """A field that doesn't vary along a dim costs its stored points only."""
+    schema_file(tmp_path / "f", 2, True)
+    with WellFile(tmp_path / "f") as file:
+        file.read(["no_first"], 0, 0, [(0, 4), (1, 3)])
+        assert file.bytes_read == 2 * 4
+        file.read(["uniform"], 0, 0)
+        assert file.bytes_read == 3 * 4

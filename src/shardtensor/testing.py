@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .comm.count import simulated_rank
 from .construct import distribute_tensor
+from .fallback import fallback
 from .pool import run_workers
 from .simulate import simulate
 from .spec import Spec
@@ -61,6 +62,7 @@ def hold(
     kwargs: dict[str, Any] | None = None,
     grad: bool = True,
     rtol: float | None = None,
+    gather: bool = False,
     run: Callable[..., list[Any]] = simulate,
 ) -> list[Spec | None]:
     """Raise AssertionError unless fn of sharded args equals fn of plain args.
@@ -69,12 +71,24 @@ def hold(
     fn may be a module: its parameters' gradients and its buffers are compared too. Compared on
     every rank: value, dtype and global shape of each output tensor; gradients of all floating-point
     arguments and parameters for a fixed random cotangent. rtol: of the largest absolute value;
-    default 1e-12 in fp64, 1e-5 in fp32. Returns the spec of each output tensor.
+    default 1e-12 in fp64, 1e-5 in fp32. gather: whether an op without a rule may run by gathering.
+    Returns the spec of each output tensor.
     """
     kwargs = kwargs or {}
     value, grads, state = _serial(fn, args, kwargs, grad)
     checked = run(
-        prod(mesh_shape), _on_rank, fn, args, places, mesh_shape, kwargs, value, grads, state, rtol
+        prod(mesh_shape),
+        _on_rank,
+        fn,
+        args,
+        places,
+        mesh_shape,
+        kwargs,
+        value,
+        grads,
+        state,
+        rtol,
+        gather,
     )
     return checked[0]
 
@@ -156,6 +170,7 @@ def _on_rank(
     grads: list[Tensor | None],
     state: dict[str, Tensor],
     rtol: float | None,
+    gather: bool,
 ) -> list[Spec | None]:
     mesh = make_mesh(mesh_shape)
     fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
@@ -166,7 +181,9 @@ def _on_rank(
             a = distribute_tensor(a, mesh, place.placements, src_data_rank=None, sizes=place.sizes)
             leaves[i] = a
         given.append(a)
-    outs, got, buffers = _run(fn, given, kwargs, bool(grads), leaves)
+    # a rule that is missing must not pass by gathering
+    with fallback("replicate" if gather else "error"):
+        outs, got, buffers = _run(fn, given, kwargs, bool(grads), leaves)
     assert len(outs) == len(value), f"{len(outs)} outputs, expected {len(value)}"
     for i, (o, v) in enumerate(zip(outs, value, strict=True)):
         same(o, v, f"output {i}", rtol)

@@ -75,7 +75,9 @@ class Merge:
 
     def __init__(self, q: Tensor, v: Tensor) -> None:
         dtype = wide(q.dtype)
-        self.out = q.new_zeros([*q.shape[:-1], v.shape[-1]], dtype=dtype)
+        b, h, rows, _ = q.shape
+        # the layout that fused kernels give: heads beside each other in memory
+        self.out = q.new_zeros([b, rows, h, v.shape[-1]], dtype=dtype).transpose(1, 2)
         self.lse = q.new_full(q.shape[:-1], -inf, dtype=dtype)
 
     def add(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:

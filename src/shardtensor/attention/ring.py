@@ -25,7 +25,8 @@ from ..comm.ops import _define as define
 from .blocks import Merge, Rule, backward, forward, wide
 from .plan import hops, pieces
 
-Ints = Sequence[int]
+# the group of this rank by itself
+ALONE = groups._sizes_one
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class _Ring:
     drop: float
     seed: int
     group: str
+
+    @classmethod
+    def of(cls, *rest: Any) -> _Ring:
+        return cls(*(tuple(x) for x in rest[:4]), *rest[4:])
 
     @property
     def me(self) -> int:
@@ -82,34 +87,232 @@ def _cut(x: Tensor, rows: tuple[int, int]) -> Tensor:
     return x[:, :, rows[0] : rows[1]]
 
 
+def _like(x: Tensor, tokens: int) -> list[int]:
+    """The shape of a block of keys or values with that many tokens."""
+    return [*x.shape[:2], tokens, x.shape[3]]
+
+
 def _post(
-    ring: _Ring, to: int | None, parts: list[Tensor], arrivals: dict[int, Any], like: Tensor
+    ring: _Ring, to: int | None, parts: list[Tensor], arrivals: dict[int, list[list[int]]]
 ) -> Callable[[], dict[int, list[Tensor]]]:
-    """Send parts to one rank; what is called then gives the tensors that came, by sender."""
+    """Send parts to one rank; calling what it returns gives the tensors that came, by sender."""
     n = len(ring.k_sizes)
     sends = [parts if r == to else [] for r in range(n)]
     shapes = [arrivals.get(r, []) for r in range(n)]
-    wait = wire.start_exchange(sends, shapes, like, ring.group, "ring")
+    wait = wire.start_exchange(sends, shapes, parts[0], ring.group, "ring")
+    return lambda: dict(enumerate(wait()))
 
-    def arrived() -> dict[int, list[Tensor]]:
-        return {r: found for r, found in enumerate(wait()) if r in arrivals}
+
+def _pass_keys(ring: _Ring, step: int, held: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start the hop after `step` of the blocks that have to travel on."""
+    n, me = len(ring.k_sizes), ring.me
+    coming = ring.held(me, step + 1)
+    arrivals = {}
+    if step < ring.hops[coming]:
+        arrivals[(me - 1) % n] = [_like(x, ring.k_sizes[coming]) for x in held]
+    to = (me + 1) % n if step < ring.hops[ring.held(me, step)] else None
+    wait = _post(ring, to, held, arrivals)
+    return lambda: wait()[(me - 1) % n] or [x.new_empty(_like(x, 0)) for x in held]
+
+
+def _pass_grads(
+    ring: _Ring, step: int, grads: list[Tensor]
+) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+    """Start the hop after `step` of the gradients: (those of the next block, those come home)."""
+    n, me, far = len(ring.k_sizes), ring.me, ring.hops
+    block, coming = ring.held(me, step), ring.held(me, step + 1)
+    before, last = (me - 1) % n, (me + step) % n
+    arrivals = {}
+    if step < far[coming]:
+        arrivals[before] = [_like(x, ring.k_sizes[coming]) for x in grads]
+    if step and step == far[me]:
+        arrivals[last] = [_like(x, ring.k_sizes[me]) for x in grads]
+    to = None
+    if step < far[block]:
+        to = (me + 1) % n
+    elif step and step == far[block]:
+        to = block
+    wait = _post(ring, to, grads, arrivals)
+
+    def arrived() -> tuple[list[Tensor], list[Tensor]]:
+        found = wait()
+        return (
+            found[before] if step < far[coming] else [],
+            found[last] if step and step == far[me] else [],
+        )
 
     return arrived
 
 
-def _pass_on(
-    ring: _Ring, step: int, held: list[Tensor]
-) -> Callable[[], list[Tensor]]:
-    """Start hop number `step` of every block that still has to travel."""
-    n, me = len(ring.k_sizes), ring.me
-    travels = step < ring.hops[ring.held(me, step)]
-    before, coming = (me - 1) % n, ring.held(me, step + 1)
-    arrivals = {}
-    if step < ring.hops[coming]:
-        arrivals[before] = [_tokens(x, ring.k_sizes[coming]) for x in held]
-    wait = _post(ring, (me + 1) % n if travels else None, held if travels else [], arrivals, held[0])
-    return lambda: wait().get(before, [x.new_empty(_tokens(x, 0)) for x in held])
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    ring, merged = _Ring.of(*rest[:-1]), rest[-1]
+    steps = max(ring.hops)
+    total = Merge(q, v)
+    held = [k, v]
+    for step in range(steps + 1):
+        arriving = _pass_keys(ring, step, held) if step < steps else None
+        block = ring.held(ring.me, step)
+        for rows, keys, rule in ring.seen(q, block):
+            part = ring.mask(mask, block, rows, keys)
+            found = forward(_cut(q, rows), _cut(held[0], keys), _cut(held[1], keys), part, rule)
+            total.add(rows, *found)
+        held = arriving() if arriving else held
+    out, lse = _over_ranks(total.out, total.lse, merged)
+    return out.to(q.dtype), lse
 
 
-def _tokens(x: Tensor, n: int) -> list[int]:
-    return [*x.shape[:2], n, x.shape[3]]
+def _over_ranks(out: Tensor, lse: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Merge what ranks found for the same queries and different keys."""
+    if groups.size(group) == 1:
+        return out, lse
+    (top,) = wire.all_reduce([lse], "max", group)
+    weight = torch.where(lse == -inf, 0.0, (lse - top).exp())
+    summed, total = wire.all_reduce([(out * weight.unsqueeze(-1)), weight], "sum", group)
+    safe = total.masked_fill(total == 0, 1.0)
+    # the layout that fused kernels give: heads beside each other in memory
+    merged = (summed / safe.unsqueeze(-1)).transpose(1, 2).contiguous().transpose(1, 2)
+    return merged, torch.where(total == 0, -inf, top + safe.log())
+
+
+def _attention_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask_grad: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ring = _Ring.of(*rest)
+    steps, me = max(ring.hops), ring.me
+    dtype = wide(q.dtype)
+    lse = lse.masked_fill(lse == -inf, inf)
+    dq = q.new_zeros(q.shape, dtype=dtype)
+    dmask = q.new_zeros(mask.shape if mask_grad and mask is not None else [0], dtype=dtype)
+    held, home = [k, v], list[Tensor]()
+    passing = None
+    for step in range(steps + 1):
+        arriving = _pass_keys(ring, step, held) if step < steps else None
+        block = ring.held(me, step)
+        grads = [x.new_zeros(_like(x, held[0].shape[2]), dtype=dtype) for x in (k, v)]
+        for rows, keys, rule in ring.seen(q, block):
+            part = ring.mask(mask, block, rows, keys)
+            inside = [_cut(g, rows), _cut(q, rows), *(_cut(x, keys) for x in held)]
+            found = backward(*inside, part, _cut(out, rows), _cut(lse, rows), rule, mask_grad)
+            for whole, at, x in zip((dq, *grads), (rows, keys, keys), found, strict=False):
+                _cut(whole, at).add_(x)
+            if mask_grad:
+                into = ring.mask(dmask, block, rows, keys)
+                assert into is not None and found[3] is not None
+                into.add_(found[3])
+        if passing:
+            came, back = passing()
+            home = back or home
+            for x, y in zip(grads, came, strict=False):
+                x.add_(y)
+        if not step and not ring.hops[me]:
+            home = grads
+        passing = _pass_grads(ring, step, grads) if steps else None
+        held = arriving() if arriving else held
+    if passing:
+        home = passing()[1] or home
+    mask_dtype = mask.dtype if mask_grad and mask is not None else q.dtype
+    return (
+        dq.to(q.dtype),
+        home[0].to(k.dtype, copy=True),
+        home[1].to(v.dtype, copy=True),
+        dmask.to(mask_dtype),
+    )
+
+
+# the ops -----------------------------------------------------------------------------------------
+
+_INTEGERS = (
+    "int[] q_starts, int[] q_sizes, int[] k_starts, int[] k_sizes, int mask_start, bool causal, "
+    "float scale, float drop, int seed, str group"
+)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+    b, h, rows, _ = q.shape
+    out = q.new_empty([b, rows, h, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([b, h, rows], dtype=wide(q.dtype))
+
+
+def _fake_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
+    mask_grad: bool, *rest: Any,
+) -> Any:  # fmt: skip
+    dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.rest = inputs[4:-1]
+
+
+def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+    mask_grad = ctx.needs_input_grad[3]
+    *grads, dmask = backward_op(g, *ctx.saved_tensors, mask_grad, *ctx.rest)
+    return *grads, dmask if mask_grad else None, *[None] * 11
+
+
+def _no_second(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "the second derivative of attention over sharded keys (torch's fused kernels have none "
+        "either); redistribute the keys to Replicate, under sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+attention_op = define(
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? mask, {_INTEGERS}, str merged)"
+    " -> (Tensor, Tensor)",
+    _attention,
+    _fake,
+    _setup,
+    _adjoint,
+)
+backward_op: Any = define(
+    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
+    f"Tensor lse, bool mask_grad, {_INTEGERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _fake_backward,
+    lambda ctx, inputs, output: None,
+    _no_second,
+)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    q_spans: Sequence[tuple[int, int]],
+    k_spans: Sequence[tuple[int, int]],
+    mask_start: int = 0,
+    causal: bool,
+    scale: float,
+    drop: float = 0.0,
+    seed: int = 0,
+    group: str = ALONE,
+    merged: str = ALONE,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v over the keys of all ranks; differentiable once.
+
+    q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
+    from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of each
+    ring rank's queries and keys. Over `merged` ranks hold other keys for the same queries; the
+    result is then the same on all of them. Sends each block once to each rank that needs it.
+    """
+    q_starts, q_sizes = zip(*q_spans, strict=True)
+    k_starts, k_sizes = zip(*k_spans, strict=True)
+    return attention_op(
+        q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal, scale, drop, seed,
+        group, merged,
+    )[0]  # fmt: skip
