@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from dataset import generate
+from navier_stokes import generate
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -92,7 +92,7 @@ def draw(single, sharded, path):
             figure.colorbar(image, ax=axis, shrink=0.85)
     figure.suptitle(f"One sample on {len(many['cuts'])} ranks, trained to the same model as on one")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
 
 
 def main():
@@ -111,7 +111,7 @@ def main():
         with Progress(console=console) as bar:
             task = bar.add_task("simulating turbulence", total=None)
             generate(
-                data, (args.resolution,) * 2, args.trajectories, args.frames,
+                data, args.resolution, args.trajectories, args.frames,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
     train = HERE / "train.py"

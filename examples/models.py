@@ -3,6 +3,8 @@
 Shapes: B batch, C channels, H x W points, N tokens, D width.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +26,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015): (B, c_in, H, W) to (B, c_out, H, W); H, W multiples of 2^depth.
+    """U-Net (Ronneberger et al. 2015): (B, c_in, H, W) to (B, c_out, H, W).
 
-    Strided convolutions down, transposed convolutions up, skip connections by concatenation.
+    Strided convolutions down, transposed convolutions up, skip connections by concatenation. H and
+    W are multiples of 2^depth.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class UNet(nn.Module):
         mode = "circular" if periodic else "zeros"
         widths = [width * 2**i for i in range(depth + 1)]
         self.first = Block(c_in, width, mode)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.down = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1, padding_mode=mode, bias=False) for a, b in pairs
         )

@@ -31,7 +31,7 @@ DTYPE = torch.float32
 def build(name, shape):
     torch.manual_seed(SEED)
     if name == "U-Net":
-        return UNet(1, 1, width=24, depth=2)
+        return UNet(1, 1, width=24, depth=2, periodic=True)
     return ViT(shape, 8, 1, 1, width=96, depth=3, heads=4)
 
 

@@ -6,17 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
-from shardtensor.io import WellFile, write_well
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.io import WellFile, read_sharded, write_well
 
 h5py = pytest.importorskip("h5py")
 
-B, T = 3, 4
+B, STEPS = 3, 4
 SHAPES = {2: (6, 5), 3: (4, 3, 5)}
 
 
 def schema_file(path, ndim, missing):
-    """A file as docs/data_format.md of The Well lists it, and its fields as (B, T, *spatial, C).
+    """A file as docs/data_format.md of The Well lists it, and its fields as (B, STEPS, *spatial, C).
 
     missing: a dim in which a field doesn't vary is left out, as in that text; else it has size 1,
     as The Well's loader wants it.
@@ -41,7 +44,7 @@ def schema_file(path, ndim, missing):
         f.attrs.update(n_trajectories=B, simulation_parameters=["ParamA"], ParamA=1.0)
         group = f.create_group("dimensions")
         group.attrs["spatial_dims"] = dims
-        group["time"] = np.arange(T, dtype=np.float32)
+        group["time"] = np.arange(STEPS, dtype=np.float32)
         group["time"].attrs["sample_varying"] = False
         for name, n in zip(dims, shape, strict=True):
             group[name] = np.linspace(0, 1, n, dtype=np.float32)
@@ -60,11 +63,11 @@ def schema_file(path, ndim, missing):
             group = f.create_group(f"t{order}_fields")
             group.attrs["field_names"] = [k for k, v in fields.items() if v[0] == order]
         for name, (order, by_sample, by_step, fixed) in fields.items():
-            sizes = [B if by_sample else 1, T if by_step else 1]
+            sizes = [B if by_sample else 1, STEPS if by_step else 1]
             sizes += [1 if d in fixed else n for d, n in enumerate(shape)]
             data = rng.standard_normal((*sizes, *[ndim] * order)).astype(np.float32)
-            full = np.broadcast_to(data, (B, T, *shape, *[ndim] * order))
-            whole[name] = torch.from_numpy(full.reshape(B, T, *shape, -1).copy())
+            full = np.broadcast_to(data, (B, STEPS, *shape, *[ndim] * order))
+            whole[name] = torch.from_numpy(full.reshape(B, STEPS, *shape, -1).copy())
             gone = [i for i, varies in enumerate((by_sample, by_step)) if not varies]
             gone += [2 + d for d in fixed] if missing else []
             data = data.squeeze(tuple(gone))
@@ -85,7 +88,7 @@ def test_reads_the_schema(tmp_path, ndim, missing):
     windows = [None, [None] * ndim, [(1, 3)] + [None] * (ndim - 1), [slice(2)] * ndim]
     windows += [[(2, 2)] + [(0, 1)] * (ndim - 1)]  # an empty shard
     with WellFile(tmp_path / "example.hdf5") as file:
-        assert (file.shape, file.n_trajectories, file.n_steps) == (SHAPES[ndim], B, T)
+        assert (file.shape, file.n_trajectories, file.n_steps) == (SHAPES[ndim], B, STEPS)
         assert file.name == "example"
         kinds = ["periodic", "wall", "open"][:ndim]
         assert list(file.boundary_conditions.values()) == kinds
@@ -126,8 +129,8 @@ def test_other_types_become_float32(tmp_path):
 def test_refusals(tmp_path):
     schema_file(tmp_path / "f", 2, True)
     with WellFile(tmp_path / "f") as file:
-        for trajectory, step in [(B, 0), (-1, 0), (0, T), (0, -1)]:
-            with pytest.raises(IndexError, match=f"{B} trajectories of {T} steps"):
+        for trajectory, step in [(B, 0), (-1, 0), (0, STEPS), (0, -1)]:
+            with pytest.raises(IndexError, match=f"{B} trajectories of {STEPS} steps"):
                 file.read(["plain"], trajectory, step)
         for window in ((0, 7), (-1, 2), (3, 2), slice(0, 4, 2)):
             with pytest.raises(IndexError, match="window"):
@@ -151,16 +154,16 @@ def test_says_which_extra_is_missing(tmp_path, monkeypatch):
 def sample_set(ndim, orders, shape=None):
     torch.manual_seed(0)
     shape = shape or SHAPES[ndim]
-    return {f"t{o}": torch.randn(B, T, *shape, *[ndim] * o) for o in orders}
+    return {f"t{o}": torch.randn(B, STEPS, *shape, *[ndim] * o) for o in orders}
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_round_trip(tmp_path, ndim):
     path, fields = tmp_path / "f.hdf5", sample_set(ndim, (0, 1, 2))
-    times = [0.5 * i for i in range(T)]
+    times = [0.5 * i for i in range(STEPS)]
     write_well(path, fields, name="mine", times=times, parameters={"nu": 1e-3}, boundary="wall")
     assert [p.name for p in tmp_path.iterdir()] == ["f.hdf5"]
-    whole = {name: x.reshape(B, T, *SHAPES[ndim], -1) for name, x in fields.items()}
+    whole = {name: x.reshape(B, STEPS, *SHAPES[ndim], -1) for name, x in fields.items()}
     with WellFile(path) as file:
         assert (file.name, file.shape) == ("mine", SHAPES[ndim])
         assert set(file.boundary_conditions.values()) == {"wall"}
@@ -190,18 +193,18 @@ def test_round_trip(tmp_path, ndim):
 
 def test_vectors_alone_need_lengths(tmp_path):
     fields = sample_set(2, (1,))
-    write_well(tmp_path / "f", fields, name="v", times=range(T), lengths=(1.0, 2.0))
+    write_well(tmp_path / "f", fields, name="v", times=range(STEPS), lengths=(1.0, 2.0))
     with WellFile(tmp_path / "f") as file:
         assert file.shape == SHAPES[2] and file.fields["t1"].order == 1
 
 
 @pytest.mark.parametrize(
-    "wrong", [(B, T, 6, 4), (B, T, 6, 5, 3), (B, 1, 6, 5), (B, T) + (6, 5, 2) * 2]
+    "wrong", [(B, STEPS, 6, 4), (B, STEPS, 6, 5, 3), (B, 1, 6, 5), (B, STEPS) + (6, 5, 2) * 2]
 )
 def test_writes_nothing_of_unequal_shapes(tmp_path, wrong):
     fields = {**sample_set(2, (0,)), "other": torch.zeros(wrong)}
     with pytest.raises(ValueError, match="other"):
-        write_well(tmp_path / "f", fields, name="v", times=range(T))
+        write_well(tmp_path / "f", fields, name="v", times=range(STEPS))
     assert not list(tmp_path.iterdir())
 
 
@@ -220,7 +223,7 @@ def test_reads_the_slab_only(tmp_path):
     """The ranks together read each byte once, and nothing else comes from the disk."""
     shape, ranks = (256, 192), 4
     fields = sample_set(2, (0, 1), shape)
-    write_well(tmp_path / "f", fields, name="v", times=range(T))
+    write_well(tmp_path / "f", fields, name="v", times=range(STEPS))
     frame = 3 * 4 * 256 * 192  # three channels of float32
     slabs = []
     for rank in range(ranks):
@@ -244,3 +247,23 @@ def test_counts_what_is_stored(tmp_path):
         assert file.bytes_read == 2 * 4
         file.read(["uniform"], 0, 0)
         assert file.bytes_read == 3 * 4
+
+
+def blocks(path):
+    """On each rank: bytes that read_sharded reads, its values held against those of the file."""
+    mesh = T.make_mesh((2, 2))
+    fields, places = ["t0", "t1"], [(0, 1), (1, 2)]
+    with WellFile(path) as file:
+        x = read_sharded(file, fields, places, mesh, [Shard(2), Shard(3)], sizes={2: (4, 2)})
+        read = file.bytes_read
+        whole = torch.stack([file.read(fields, *place) for place in places])
+        with pytest.raises(ValueError, match="spatial"):
+            read_sharded(file, ["t0"], places, mesh, [Shard(0), Shard(2)])
+    T.same(x, whole, "blocks")
+    return read
+
+
+def test_each_rank_reads_its_block(tmp_path):
+    write_well(tmp_path / "f", sample_set(2, (0, 1)), name="v", times=range(STEPS))
+    found = st.simulate(4, blocks, tmp_path / "f")
+    assert found == [2 * 3 * rows * columns * 4 for rows in (4, 2) for columns in (3, 2)]

@@ -233,46 +233,6 @@ def _no_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def has_cpu_flash(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether torch's flash attention for CPUs takes these (B, H, L, E)."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and 0 not in q.shape
-
-
-def cpu_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log-sum-exp (B, H, L)); mask is additive."""
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found = op(q, k, v, 0.0, False, attn_mask=_mask_4d(mask, q, k), scale=scale)
-    return found[0], found[1]
-
-
-def cpu_flash_backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, for an output and a log-sum-exp that may cover more keys than k."""
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    # the kernel lays the log-sum-exp out as (B, L, H)
-    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    mask = _mask_4d(mask, q, k)
-    found = op(g, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    return found[0], found[1], found[2]
-
-
-def _mask_4d(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    mask = mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
-    return mask if mask.ndim in (2, 4) else mask[(None,) * (4 - mask.ndim)]
-
-
 class AttentionKernel(NamedTuple):
     """A fused attention kernel of q (B, H, L, E), k and v (B, G, S, E), H a multiple of G.
 

@@ -28,6 +28,8 @@ _REFLECTED |= {"rand", "ror", "rxor", "rlshift", "rrshift"}
 _PLAIN_DUNDER = {"add", "sub", "mul", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "neg"}
 _PLAIN_DUNDER |= {"abs", "getitem", "setitem", "pos"}
 _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
+# elementwise, though torch does not tag them so
+_UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
 # attributes of the local tensor that are those of the whole
 _LOCAL_ATTRIBUTES = {
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
@@ -77,7 +79,9 @@ def _resolve(func: Any) -> Handler:
         raise UnsupportedOpError(f"setting the attribute {func.__self__.__name__} of a ShardTensor")
     elif _is_python(func):
         return _opened(func)
-    elif packet is not None and _torch.is_pointwise(packet) and not _torch.is_random(packet):
+    elif name in _UNTAGGED or (
+        packet is not None and _torch.is_pointwise(packet) and not _torch.is_random(packet)
+    ):
         from .rules.pointwise import pointwise
 
         handler = pointwise

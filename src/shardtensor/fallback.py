@@ -63,10 +63,9 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _warn(name, nbytes)
     inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(inside, tree)
-    if name.startswith("as_strided"):
-        # strides are meaningless but for the layout that the wrapper shows
-        if any(not x.is_contiguous() for x in sharded):
-            raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
+    # strides are meaningless but for the layout that the wrapper shows
+    if name.startswith("as_strided") and any(not x.is_contiguous() for x in sharded):
+        raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
     packet = _torch.aten_packet(name.split(".")[0])
     view = packet is not None and _torch.is_view(packet)
 

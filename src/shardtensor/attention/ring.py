@@ -45,8 +45,8 @@ class _Ring:
     group: str
 
     @classmethod
-    def of(cls, *rest: Any) -> _Ring:
-        return cls(*(tuple(x) for x in rest[:4]), *rest[4:])
+    def of(cls, *integers: Any) -> _Ring:
+        return cls(*(tuple(x) if isinstance(x, list | tuple) else x for x in integers))
 
     @property
     def me(self) -> int:

@@ -1,46 +1,52 @@
-"""Scaled dot-product attention.
+"""Scaled dot-product attention over batch, heads, queries and keys, however they are sharded.
 
-- Batch and heads may be sharded; queries may be, against whole keys and values: torch's own kernel.
-- Keys and values sharded: a ring over their ranks, queries cut by the same mesh axes.
-- A few whole queries against sharded keys (a class token): scores stay where the keys are, and the
-  softmax and the sum over values are small all-reduces.
-- A mask that needs a gradient, or dropout: keys and values are gathered.
+- A batch or head dim that is sharded stays so, and an operand that has it is cut alike.
+- Mesh axes that shard keys and queries: a ring, in which keys travel and queries stay.
+- Mesh axes that shard keys alone: each rank attends to its keys, then the results are merged.
+- Mesh axes that shard queries alone: keys whole on each of them.
+- The embedding is made whole.
+
+`multi_head_attention_forward` and the modules above it run as they are written: they come down to
+`linear`, views and this.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
+from math import lcm, prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
+from ..attention import attend
+from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..redistribute import fit, reduced
 from ..registry import rule
-from ..ring import ring_attention
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .random import generator_for
 
-# below this many whole queries the scores against the local keys are small enough to keep
-_FEW_QUERIES = 64
-
-
-def _dims(x: Tensor) -> tuple[Dim, ...]:
-    if isinstance(x, ShardTensor):
-        return x._spec.dims
-    return tuple(Dim(n) for n in x.shape)
+Known = Spec | torch.Size
+Dims = tuple[Dim, ...]
+NAME = "scaled_dot_product_attention"
 
 
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    if x.dtype is torch.float32 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+class Plan(NamedTuple):
+    """Where operands are wanted, and between which ranks keys travel or results are merged."""
+
+    spec: Spec  # of the result
+    wanted: tuple[Dims, Dims, Dims, Dims | None]
+    keys: Dim
+    varying: tuple[int, ...]
+    ring: tuple[int, ...]
+    merged: tuple[int, ...]
 
 
-@rule("scaled_dot_product_attention")
+@rule(NAME)
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -48,120 +54,231 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    if is_causal and attn_mask is not None:
-        raise RuntimeError("scaled_dot_product_attention: is_causal needs attn_mask to be None")
-    q, k, v = (
-        _autocast(reduced(x) if isinstance(x, ShardTensor) else x) for x in (query, key, value)
-    )
-    if enable_gqa and q.shape[-3] != k.shape[-3]:
-        times = q.shape[-3] // k.shape[-3]
-        k, v = (x.repeat_interleave(times, -3) for x in (k, v))
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    q, k, v = (x if x.shape[:-2] == lead else x.expand(*lead, *x.shape[-2:]) for x in (q, k, v))
-    mesh = next(x for x in (q, k, v, attn_mask) if isinstance(x, ShardTensor))._spec.mesh
-    dims = _lead_dims(lead, (q, k, v))
-    used = {a for d in dims for a in d.axes}
-    rows, keys = _dims(q)[-2], _dims(k)[-2]
-    if not keys.axes:
-        keys = Dim(keys.size, *_dims(v)[-2][1:])
-    rows = rows if used.isdisjoint(rows.axes) else Dim(rows.size)
-    keys = keys if used.isdisjoint(keys.axes) else Dim(keys.size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    needs_all = dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)
-    if keys.axes and needs_all:
-        keys = Dim(keys.size)
-    if keys.axes and not rows.axes and rows.size <= _FEW_QUERIES and not is_causal:
-        return _few(q, k, v, attn_mask, scale)
-    if keys.axes and rows.axes != keys.axes:
-        rows, keys = _same_axes(mesh, rows, keys)
-    plan = (Spec(mesh, (*dims, rows, Dim(q.shape[-1]))), dims, rows, keys)
-    return _local_or_ring(plan, q, k, v, attn_mask, dropout_p, is_causal, scale)
-
-
-def _four_dims(x: Tensor) -> Tensor:
-    """(B, H, L, E), whatever dims lead."""
-    return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
-
-
-def _lead_dims(lead: tuple[int, ...], tensors: tuple[Tensor, ...]) -> tuple[Dim, ...]:
-    dims = [Dim(n) for n in lead]
-    used: set[int] = set()
-    for x in tensors:
-        for i, d in enumerate(_dims(x)[:-2]):
-            if d.axes and not dims[i].axes and used.isdisjoint(d.axes):
-                dims[i] = d
-                used.update(d.axes)
-    return tuple(dims)
-
-
-def _same_axes(mesh: Any, rows: Dim, keys: Dim) -> tuple[Dim, Dim]:
-    """Queries and keys cut by the same mesh axes: those of the queries, if they have any."""
-    axes = rows.axes or keys.axes
-    parts = [mesh.size(a) for a in axes]
-    if not rows.axes:
-        rows = Dim(rows.size, axes, nested_chunk_sizes(rows.size, parts))
-    else:
-        keys = Dim(keys.size, axes, nested_chunk_sizes(keys.size, parts))
-    return rows, keys
-
-
-def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    scores = q @ k.mT * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else (
-            scores + mask
-        )  # fmt: skip
-    weights = scores.softmax(-1)
-    if mask is not None:
-        # torch gives zero, not NaN, to a query that may attend to nothing
-        weights = torch.where(scores.amax(-1, keepdim=True) == float("-inf"), 0, weights)
-    return weights @ v
-
-
-def _local_or_ring(
-    plan: tuple[Spec, tuple[Dim, ...], Dim, Dim], q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float,
-) -> ShardTensor:  # fmt: skip
-    spec, dims, rows, keys = plan
-    mesh = spec.mesh
-    wanted = None
-    if mask is not None:
-        every = (*dims, rows, Dim(keys.size))
-        own = every[len(every) - mask.ndim :]
-        wanted = [d if d.size == n else Dim(n) for d, n in zip(own, mask.shape, strict=True)]
-    local = fit(
-        mesh, spec.varying,
-        (q, (*dims, rows, Dim(q.shape[-1]))),
-        (k, (*dims, keys, Dim(k.shape[-1]))),
-        (v, (*dims, keys, Dim(v.shape[-1]))),
-        (mask, wanted),
-    )  # fmt: skip
-    lq, lk, lv, lm = local
-    assert lq is not None and lk is not None and lv is not None
-    out = spec.with_dims((*dims, rows, Dim(v.shape[-1])))
-    start = out.offset[-2]
-    if keys.axes:
-        if lm is not None and lm.ndim > 2 and q.ndim > 4:
-            lm = lm.expand(*lq.shape[:-1], lm.shape[-1]).flatten(0, -4)
-        flat = [_four_dims(x) for x in (lq, lk, lv)]
-        name = comm.group(mesh, keys.axes)
-        got = ring_attention(*flat, lm, keys.sizes, start, is_causal, scale, name)
-        return wrap(got.reshape(out.local_shape), out)
-    if dropout_p and spec.varying:
-        raise UnsupportedOpError(
-            f"scaled_dot_product_attention with dropout on {spec}: set dropout_p to 0"
+) -> ShardTensor:
+    query, key, value = (_whole_sums(x) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _whole_sums(attn_mask)
+    _check(query, key, value, attn_mask)
+    if enable_gqa and not _heads_fit(_known(query), _known(key), _known(value)):
+        key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
+    given = (query, key, value, attn_mask)
+    known = [_known(x) for x in given[:3]]
+    p = plan(*known, None if attn_mask is None else _known(attn_mask), enable_gqa)
+    q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
+    assert q is not None and k is not None and v is not None
+    shifted = is_causal and p.spec.dims[-2].axes
+    if not (p.keys.axes or shifted or dropout_p or q.numel() == 0):
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if is_causal and rows.axes:
-        i = torch.arange(start, start + lq.shape[-2], device=lq.device)[:, None]
-        lm, is_causal = i >= torch.arange(keys.size, device=lq.device), False
-    if 0 in lq.shape:
-        # torch's kernels want rows; an empty product keeps the graph that other ranks have
-        scores = lq @ lk.mT
-        scores = scores + lm if lm is not None and lm.requires_grad else scores
-        return wrap(scores @ lv, out)
-    got = F.scaled_dot_product_attention(lq, lk, lv, lm, dropout_p, is_causal, scale=scale)
-    return wrap(got, out)
+        return wrap(out, p.spec)
+    lead = p.spec.local_shape[:-2]
+    q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
+    q_spans, k_spans = spans(p)
+    out = attend(
+        q,
+        k,
+        v,
+        None if mask is None else _mask_apart(_autocast(mask), lead),
+        q_spans=q_spans,
+        k_spans=k_spans,
+        mask_start=0 if p.ring or not p.merged else k_spans[0][0],
+        causal=is_causal,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        drop=dropout_p,
+        seed=_seed(p, q.device) if dropout_p else 0,
+        group=comm.group(p.spec.mesh, p.ring),
+        merged=comm.group(p.spec.mesh, p.merged),
+    )
+    return wrap(out.reshape(p.spec.local_shape), p.spec)
+
+
+def _whole_sums(x: Tensor) -> Tensor:
+    return reduced(x) if isinstance(x, ShardTensor) else x
+
+
+def _known(x: Tensor) -> Known:
+    return x._spec if isinstance(x, ShardTensor) else x.shape
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if min(x.ndim for x in (q, k, v)) < 2:
+        raise RuntimeError(f"{NAME}: query, key and value must be at least 2-D")
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise RuntimeError(
+            f"{NAME}: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit"
+        )
+    if len({_dtype(x) for x in (q, k, v)}) > 1 or not q.is_floating_point():
+        raise RuntimeError(f"{NAME}: query, key and value must be of one floating-point dtype")
+    if mask is not None:
+        if mask.dtype is not torch.bool and not mask.is_floating_point():
+            raise RuntimeError(f"{NAME}: a mask of {mask.dtype}; use bool or a floating dtype")
+        if mask.ndim < 2:
+            raise RuntimeError(
+                f"{NAME}: a mask of shape {tuple(mask.shape)}; it has 2 dims or more"
+            )
+        if mask.ndim > max(x.ndim for x in (q, k, v)):
+            raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would compute with x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point():
+        return x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _autocast(x: Tensor) -> Tensor:
+    return x.to(_dtype(x))
+
+
+# heads -------------------------------------------------------------------------------------------
+
+
+@cached
+def _heads_fit(q: Known, k: Known, v: Known) -> bool:
+    """Whether every shard of the heads holds whole groups of query heads that share a key head."""
+    heads = [_dims(x)[-3] for x in (q, k, v)]
+    if heads[1].size != heads[2].size or heads[0].size % max(1, heads[1].size):
+        return False
+    times = heads[0].size // max(1, heads[1].size)
+    return heads[1].size == 1 or all(s % times == 0 for s in heads[0].sizes)
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """x with each head `times` times."""
+    if times == 1:
+        return x
+    return x.unsqueeze(-3).expand(*x.shape[:-2], times, *x.shape[-2:]).flatten(-4, -3)
+
+
+def _heads_apart(q: Tensor, k: Tensor, v: Tensor, lead: torch.Size) -> list[Tensor]:
+    """Local q, k, v of any leading dims as (B, H, L, E), (B, G, S, E), (B, G, S, F)."""
+    outer, heads = lead[:-1], prod(lead[-1:])
+    shared = {x.shape[-3] if x.ndim > 2 else 1 for x in (k, v)}
+    groups = shared.pop() if len(shared) == 1 else heads
+    found = []
+    for x, n in ((q, heads), (k, groups), (v, groups)):
+        full = [*outer, n] if lead else []
+        found.append(x.expand(*full, *x.shape[-2:]).reshape(prod(outer), n, *x.shape[-2:]))
+    return found
+
+
+def _mask_apart(mask: Tensor, lead: torch.Size) -> Tensor:
+    """A local mask as (B or 1, H or 1, L or 1, S or 1)."""
+    mask = mask[(None,) * (max(2, len(lead)) + 2 - mask.ndim)]
+    if mask.shape[:-3].numel() > 1:
+        mask = mask.expand(*lead[:-1], *mask.shape[-3:])
+    return mask.flatten(0, -4)
+
+
+# the plan ----------------------------------------------------------------------------------------
+
+
+def _dims(x: Known) -> Dims:
+    return x.dims if isinstance(x, Spec) else tuple(Dim(n) for n in x)
+
+
+@cached
+def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Plan:
+    """Batch and heads keep their mesh axes; queries and keys get theirs of what is left."""
+    known = [x for x in (q, k, v, mask) if x is not None]
+    meshes = {x.mesh for x in known if isinstance(x, Spec)}
+    if len(meshes) > 1:
+        raise UnsupportedOpError(f"{NAME} of tensors on different meshes: {known}")
+    (mesh,) = meshes
+    operands = [_dims(x) for x in known]
+    used: set[int] = set()
+    lead = max(len(dims) for dims in operands) - 2
+    batch = [
+        _batch_dim(operands, i - lead - 2, grouped and i == lead - 1, used) for i in range(lead)
+    ]
+    queries = _tokens(operands[0][-2], operands[3:], used)
+    keys = _tokens(operands[1][-2], [operands[2]], used)
+    ring = tuple(a for a in keys.axes if a in queries.axes)
+    merged = tuple(a for a in keys.axes if a not in ring)
+    tokens = [queries, keys, keys]
+    wanted: list[Dims | None] = []
+    for own, at in zip(operands[:3], tokens, strict=True):
+        first = _cut_alike(own[:-2], batch)
+        wanted.append((*first, at, Dim(own[-1].size)))
+    if mask is None:
+        wanted.append(None)
+    else:
+        own = operands[3]
+        shape = [d.size for d in (*batch, queries, keys)]
+        if any(d.size not in (1, n) for d, n in zip(own[::-1], shape[::-1], strict=False)):
+            raise RuntimeError(f"{NAME}: a mask of {[d.size for d in own]} for scores of {shape}")
+        last = keys if merged and not ring else Dim(keys.size)
+        wanted.append((*_cut_alike(own[:-2], batch), *_cut_alike(own[-2:], [queries, last])))
+    return Plan(
+        Spec(mesh, (*batch, queries, Dim(operands[2][-1].size))),
+        tuple(wanted),  # type: ignore[arg-type]
+        keys,
+        tuple(sorted(used.union(queries.axes, keys.axes))),
+        ring,
+        merged,
+    )
+
+
+def _batch_dim(operands: list[Dims], at: int, heads: bool, used: set[int]) -> Dim:
+    """A leading dim of the result; takes the mesh axes of the first operand that shards it."""
+    own = [dims[at] for dims in operands if len(dims) >= -at]
+    size = 0 if any(d.size == 0 for d in own) else max(d.size for d in own)
+    if any(d.size not in (1, size) and (not heads or size % d.size) for d in own):
+        raise RuntimeError(f"{NAME}: leading dims {[d.size for d in own]} do not broadcast")
+    # sizes of heads must suit every operand: whole groups that share a key head
+    times = lcm(*(size // d.size for d in own if d.size > 1))
+    for d in own:
+        here = tuple(s * (size // d.size) for s in d.sizes) if d.size > 1 else d.sizes
+        fits = d.size == size or (heads and d.size > 1)
+        if d.axes and fits and used.isdisjoint(d.axes) and all(s % times == 0 for s in here):
+            used.update(d.axes)
+            return Dim(size, d.axes, here)
+    return Dim(size)
+
+
+def _cut_alike(own: Dims, wanted: list[Dim] | Dims) -> Dims:
+    """An operand's dims cut as those of the result: fewer heads in proportion, size 1 whole."""
+    found = []
+    for d, w in zip(own, wanted[len(wanted) - len(own) :], strict=True):
+        if d.size == w.size:
+            found.append(w)
+        elif d.size == 1:
+            found.append(Dim(1))
+        else:
+            found.append(Dim(d.size, w.axes, tuple(s * d.size // w.size for s in w.sizes)))
+    return tuple(found)
+
+
+def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
+    """Queries or keys, sharded as the first operand that shards them by free axes."""
+    for d in (own, *(dims[-2] for dims in others)):
+        if d.axes and d.size == own.size and used.isdisjoint(d.axes):
+            return d
+    return Dim(own.size)
+
+
+@cached
+def spans(p: Plan) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """(start, size) of the queries and of the keys of every rank of this rank's ring."""
+    mesh = p.spec.mesh
+    both = Spec(mesh, (p.spec.dims[-2],)), Spec(mesh, (p.keys,))
+    place = list(p.spec.coordinate)
+    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for ring in product(*(range(mesh.size(a)) for a in p.ring)):
+        for axis, i in zip(p.ring, ring, strict=True):
+            place[axis] = i
+        for spec, into in zip(both, found, strict=True):
+            (dim,), (i,) = spec.dims, spec.index_at(place)
+            into.append((dim.offsets[i], dim.sizes[i]) if dim.axes else (0, dim.size))
+    return tuple(found[0]), tuple(found[1])
+
+
+def _seed(p: Plan, device: torch.device) -> int:
+    """A seed for this rank's scores; the same on ranks that hold the same."""
+    scores = Spec(p.spec.mesh, (*p.spec.dims, Dim(p.keys.size, p.merged)))
+    return generator_for(scores, device).initial_seed()

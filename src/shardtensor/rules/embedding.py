@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
+from ..fallback import fall_back
 from ..redistribute import fit
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .pointwise import function_rule
+
+
+@function_rule("embedding_bag")
+def embedding_bag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As one op: the composite would choose a kernel without a gradient."""
+    return fall_back(func, args, kwargs)
 
 
 @rule("embedding")

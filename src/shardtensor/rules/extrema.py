@@ -57,7 +57,7 @@ def _extreme(input: ShardTensor, dim: Dims, keepdim: bool, largest: bool) -> Ten
         nan = finish(x._local.isnan().any(dims, True), x._spec, dims, "max") if dims else None
         if nan is not None and x.is_floating_point():
             best = torch.where(nan, float("nan"), best)
-    value = wrap(best, without(x._spec, dims, True))
+    value: Tensor = wrap(best, without(x._spec, dims, True))
     if x._local.requires_grad and torch.is_grad_enabled():
         mask = x.detach() == value
         total = torch.where(mask, x, 0).sum(dims, True) / mask.sum(dims, True)
@@ -79,7 +79,7 @@ def amin(input: ShardTensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
 
 @rule("aminmax")
 def aminmax(input: ShardTensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
-    dims = () if dim is None else (dim,)
+    dims: tuple[int, ...] = () if dim is None else (dim,)
     if dim is None and keepdim:
         dims = tuple(range(input.ndim))
     low, high = amin(input, dims, keepdim), amax(input, dims, keepdim)

@@ -46,7 +46,12 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             ]
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
-    return wrap(torch.cat(pieces, d), spec)
+    local = torch.cat(pieces, d)
+    for x in tensors:
+        if x.shape == (0,) and x.requires_grad and local.is_floating_point():
+            # a legacy empty part adds nothing, and has a gradient all the same
+            local = local + (x._local if isinstance(x, ShardTensor) else x).sum()
+    return wrap(local, spec)
 
 
 @cached
@@ -98,9 +103,10 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> ShardTensor:
 
 
 @rule("roll")
-def roll(input: ShardTensor, shifts: Any, dims: Any = None) -> Tensor:
+def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return roll(input.reshape(-1), shifts, 0).reshape(input.shape)
+    assert isinstance(input, ShardTensor)
     x = reduced(input)
     local = x._local
     for shift, dim in zip(many(shifts), many(dims), strict=True):
@@ -117,10 +123,11 @@ def roll(input: ShardTensor, shifts: Any, dims: Any = None) -> Tensor:
 
 
 @rule("flip")
-def flip(input: ShardTensor, *dims: Any) -> ShardTensor:
+def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     x = reduced(input)
     local = x._local
-    mirrored = [_index(d, x.ndim) for d in many(dims[0], dims[1:])] if dims else []
+    given = dims or ((kwargs["dims"],) if "dims" in kwargs else ())
+    mirrored = [_index(d, x.ndim) for d in many(given[0], given[1:])] if given else []
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:
@@ -173,7 +180,7 @@ def repeat_interleave(
     if isinstance(repeats, Tensor) or not isinstance(input, ShardTensor):
         from ..fallback import fall_back
 
-        return fall_back(  # type: ignore[no-any-return]
+        return fall_back(
             torch.repeat_interleave, (input, repeats, dim), {"output_size": output_size}
         )
     x = reduced(input)

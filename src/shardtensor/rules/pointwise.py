@@ -184,6 +184,22 @@ def equal(input: Tensor, other: Tensor) -> bool:
     return input.shape == other.shape and bool((input == other).all())
 
 
+@rule("prelu")
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """weight: one number, or one for each channel (dim 1)."""
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (input.ndim - 2))
+    return torch.where(input > 0, input, weight * input)
+
+
+@rule("glu")
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    if input.shape[dim] % 2:
+        raise RuntimeError(f"Halving dimension must be even, but dimension {dim} is not")
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
 @rule("copy_")
 def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(input, ShardTensor):

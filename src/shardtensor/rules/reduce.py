@@ -109,10 +109,8 @@ def prod(
 ) -> ShardTensor:
     x = reduced(input)
     dims = over(dim, x.ndim)
-    if dim is None:
-        local = x._local.prod(dtype=dtype)
-    else:
-        local = x._local.prod(dim, keepdim, dtype=dtype)
+    where = () if dim is None else (dim, keepdim)
+    local = x._local.prod(*where, dtype=dtype)
     if axes_of(x._spec, dims):
         local = stacked(local, x._spec, dims).prod(0)
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))
@@ -246,6 +244,7 @@ def norm(
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     dims = over(dim, input.ndim)
     x = input if input.is_floating_point() or input.is_complex() else input.float()
+    assert isinstance(x, ShardTensor)
     if not axes_of(x._spec, dims):
         x = reduced(x)
         local = torch.logsumexp(x._local, dims, keepdim) if x.ndim else x._local

@@ -61,7 +61,7 @@ def interpolate(
     out, scales = _sizes(x, n, size, scale_factor, recompute_scale_factor)
     if mode == "area":
         pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[n - 1]
-        return pool(x, out)
+        return pool(x, tuple(out))  # type: ignore[arg-type]
     if (mode, n) not in _KERNELS:
         raise NotImplementedError(f"interpolate: mode {mode} for a tensor of {x.ndim} dims")
     if antialias and mode not in _ANTIALIASED:
