@@ -4,6 +4,7 @@
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
 from . import rules as _rules  # noqa: F401
+from . import testing
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
@@ -27,5 +28,6 @@ __all__ = [
     "fallback",
     "rule",
     "simulate",
+    "testing",
     "trace",
 ]

@@ -300,10 +300,10 @@ def _flash_cuda_backward(
 ) -> Any:
     same = q.shape[1] // k.shape[1]
     # without dropout the kernel does not read its random state
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    state, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in ([2], []))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), out, 
-        lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[0],
+        lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, unused,
         scale=scale,
     )  # fmt: skip
     return dq, _summed_heads(dk, same), _summed_heads(dv, same)

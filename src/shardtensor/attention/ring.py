@@ -46,7 +46,8 @@ class _Ring:
 
     @classmethod
     def of(cls, *integers: Any) -> _Ring:
-        return cls(*(tuple(x) if isinstance(x, list | tuple) else x for x in integers))
+        fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in integers]
+        return cls(*fields)
 
     @property
     def me(self) -> int:
@@ -192,23 +193,23 @@ def _attention_backward(
     dtype = wide(q.dtype)
     lse = lse.masked_fill(lse == -inf, inf)
     dq = q.new_zeros(q.shape, dtype=dtype)
-    dmask = q.new_zeros(mask.shape if mask_grad and mask is not None else [0], dtype=dtype)
+    dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
     held, home = [k, v], list[Tensor]()
     passing = None
     for step in range(steps + 1):
         arriving = _pass_keys(ring, step, held) if step < steps else None
         block = ring.held(me, step)
-        grads = [x.new_zeros(_like(x, held[0].shape[2]), dtype=dtype) for x in (k, v)]
+        grads = [x.new_zeros(x.shape, dtype=dtype) for x in held]
         for rows, keys, rule in ring.seen(q, block):
-            part = ring.mask(mask, block, rows, keys)
-            inside = [_cut(g, rows), _cut(q, rows), *(_cut(x, keys) for x in held)]
-            found = backward(*inside, part, _cut(out, rows), _cut(lse, rows), rule, mask_grad)
-            for whole, at, x in zip((dq, *grads), (rows, keys, keys), found, strict=False):
-                _cut(whole, at).add_(x)
-            if mask_grad:
-                into = ring.mask(dmask, block, rows, keys)
-                assert into is not None and found[3] is not None
-                into.add_(found[3])
+            found = backward(
+                _cut(g, rows), _cut(q, rows), _cut(held[0], keys), _cut(held[1], keys),
+                ring.mask(mask, block, rows, keys), _cut(out, rows), _cut(lse, rows), rule,
+                mask_grad,
+            )  # fmt: skip
+            parts = _cut(dq, rows), _cut(grads[0], keys), _cut(grads[1], keys)
+            for into, x in zip((*parts, ring.mask(dmask, block, rows, keys)), found, strict=True):
+                if into is not None and x is not None:
+                    into.add_(x)
         if passing:
             came, back = passing()
             home = back or home
@@ -220,12 +221,12 @@ def _attention_backward(
         held = arriving() if arriving else held
     if passing:
         home = passing()[1] or home
-    mask_dtype = mask.dtype if mask_grad and mask is not None else q.dtype
     return (
         dq.to(q.dtype),
+        # what came in one message shares its storage
         home[0].to(k.dtype, copy=True),
         home[1].to(v.dtype, copy=True),
-        dmask.to(mask_dtype),
+        q.new_empty([0]) if dmask is None or mask is None else dmask.to(mask.dtype),
     )
 
 

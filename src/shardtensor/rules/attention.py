@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     varying: tuple[int, ...]
     ring: tuple[int, ...]
     merged: tuple[int, ...]
+    shifted: bool  # this rank's queries need not be the first
 
 
 @rule(NAME)
@@ -64,12 +65,11 @@ def scaled_dot_product_attention(
     if enable_gqa and not _heads_fit(_known(query), _known(key), _known(value)):
         key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
     given = (query, key, value, attn_mask)
-    known = [_known(x) for x in given[:3]]
-    p = plan(*known, None if attn_mask is None else _known(attn_mask), enable_gqa)
+    masked = None if attn_mask is None else _known(attn_mask)
+    p = plan(_known(query), _known(key), _known(value), masked, enable_gqa)
     q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
     assert q is not None and k is not None and v is not None
-    shifted = is_causal and p.spec.dims[-2].axes
-    if not (p.keys.axes or shifted or dropout_p or q.numel() == 0):
+    if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p or q.numel() == 0):
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -198,8 +198,9 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
     ]
     queries = _tokens(operands[0][-2], operands[3:], used)
     keys = _tokens(operands[1][-2], [operands[2]], used)
-    ring = tuple(a for a in keys.axes if a in queries.axes)
-    merged = tuple(a for a in keys.axes if a not in ring)
+    apart = [a for a in keys.axes if mesh.size(a) > 1]
+    ring = tuple(a for a in apart if a in queries.axes)
+    merged = tuple(a for a in apart if a not in ring)
     tokens = [queries, keys, keys]
     wanted: list[Dims | None] = []
     for own, at in zip(operands[:3], tokens, strict=True):
@@ -221,6 +222,7 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
         tuple(sorted(used.union(queries.axes, keys.axes))),
         ring,
         merged,
+        any(mesh.size(a) > 1 for a in queries.axes),
     )
 
 

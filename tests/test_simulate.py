@@ -1,0 +1,145 @@
+"""Simulated ranks: as under torchrun, deterministic, and never hanging. Worker processes likewise."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import measure
+from shardtensor import testing as T
+from shardtensor.fallback import _warned
+
+
+def collectives():
+    n, me = dist.get_world_size(), dist.get_rank()
+    x = torch.full((2,), float(me))
+    dist.all_reduce(x)
+    parts = [torch.empty(1) for _ in range(n)]
+    dist.all_gather(parts, torch.tensor([float(me)]))
+    dist.barrier()
+    return x.tolist(), torch.cat(parts).tolist()
+
+
+def test_torch_distributed_inside():
+    assert st.simulate(3, collectives) == [([3.0, 3.0], [0.0, 1.0, 2.0])] * 3
+
+
+def test_sixteen_ranks():
+    conv = nn.Conv2d(2, 3, 5, padding=2, dtype=torch.float64)
+    x = torch.randn(1, 2, 33, 4, dtype=torch.float64)
+    T.hold(conv, [x], [T.shard(2)], (16,))
+    T.hold(conv, [x], [T.On([Shard(2), Shard(3)])], (4, 4))
+
+
+def seeded():
+    torch.manual_seed(dist.get_rank())
+    first = torch.rand(1).item()
+    dist.barrier()
+    return first, torch.rand(1).item()
+
+
+def test_every_rank_has_its_own_random_state():
+    torch.manual_seed(5)
+    outside = torch.get_rng_state()
+    found = st.simulate(3, seeded)
+    assert torch.equal(torch.get_rng_state(), outside)
+    for rank, numbers in enumerate(found):
+        torch.manual_seed(rank)
+        assert numbers == (torch.rand(1).item(), torch.rand(1).item())
+
+
+def apart():
+    if dist.get_rank() == 1:
+        return
+    dist.barrier()
+
+
+def test_ranks_that_never_meet_raise():
+    with pytest.raises(st.RankError, match=r"rank 0 in AllReduce.*ranks \[1\] have returned"):
+        st.simulate(3, apart)
+
+
+def one_fails():
+    if dist.get_rank() == 1:
+        raise KeyError("lost")
+    dist.barrier()
+
+
+def test_the_first_error_counts():
+    with pytest.raises(st.RankError, match="rank 1: KeyError: 'lost'") as e:
+        st.simulate(3, one_fails)
+    assert isinstance(e.value.__cause__, KeyError)
+    assert st.simulate(2, dist.get_rank) == [0, 1]
+
+
+@pytest.mark.gloo
+def test_a_worker_that_fails_ends_the_others():
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="KeyError: 'lost'"):
+        T.run_workers(2, one_fails)
+    assert time.monotonic() - begin < 60
+    assert T.run_workers(2, dist.get_rank) == [0, 1]
+
+
+def refused():
+    mesh = T.make_mesh((2,))
+    x = st.distribute_tensor(torch.randn(6, 6), mesh, [Shard(0)], src_data_rank=None)
+    with st.fallback(max_bytes=143), st.trace() as t:
+        with pytest.raises(st.UnsupportedOpError, match=r"144 bytes.*redistribute"):
+            torch.linalg.det(x)
+        with st.fallback("error"), pytest.raises(st.UnsupportedOpError, match="det"):
+            torch.linalg.det(x)
+        with pytest.raises(st.UnsupportedOpError, match="drawing"):
+            torch.multinomial(x.abs(), 2)
+    assert not t.sent
+    with pytest.raises(ValueError, match="replicate"):
+        st.fallback("never").__enter__()
+
+
+def test_past_the_budget_nothing_is_sent():
+    st.simulate(2, refused)
+
+
+def gathered():
+    mesh = T.make_mesh((2,))
+    whole = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    x = st.distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    T.same(torch.linalg.det(x), torch.linalg.det(whole), "gathered")
+
+
+def test_fallback_warns_once_with_op_bytes_and_line():
+    _warned.clear()
+    with pytest.warns(st.FallbackWarning) as seen:
+        st.simulate(2, gathered)
+    (message,) = (str(w.message) for w in seen if w.category is st.FallbackWarning)
+    assert "det" in message and "144 bytes" in message and "test_simulate.py:" in message
+
+
+def traced():
+    mesh = T.make_mesh((2,))
+    x = st.distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)], src_data_rank=None)
+    with st.trace() as t:
+        y = x.sin().roll(1, 0)
+        y.sum()
+    assert [op for op, _ in t.ops] == ["sin", "roll", "sum"]
+    assert [(s.op, s.collective) for s in t.sent] == [("roll", "window"), ("sum", "all_reduce")]
+    assert "roll" in t.table() and t.messages >= 2
+    with st.trace() as quiet:
+        pass
+    x.sum()
+    assert not quiet.sent
+
+
+def test_trace():
+    st.simulate(2, traced)
+
+
+def test_memory_of_a_step():
+    x = torch.randn(1000, requires_grad=True)
+    kept = measure.saved_bytes(lambda: (x * 2).exp().sum())
+    assert kept == 4000
+    assert measure.peak_bytes(lambda: torch.zeros(10**6).sum()) >= 4 * 10**6
