@@ -12,7 +12,8 @@ from ..cache import cached
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
-_sizes_one = "self"
+# the name of a group of one rank, which needs no process group
+ALONE = "self"
 
 
 def resolve(name: str) -> dist.ProcessGroup:
@@ -28,7 +29,7 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     members. Raises ValueError for a mesh whose ranks do not ascend along the axes.
     """
     if prod(mesh.size(a) for a in axes) == 1:
-        return _sizes_one
+        return ALONE
     place = mesh.get_coordinate()
     if place is None:
         raise ValueError("this rank is not part of the mesh")
@@ -52,12 +53,12 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
 
 def size(name: str) -> int:
     """How many ranks the group has."""
-    return 1 if name == _sizes_one else resolve(name).size()
+    return 1 if name == ALONE else resolve(name).size()
 
 
 def rank(name: str) -> int:
     """This rank's number within the group."""
-    return 0 if name == _sizes_one else resolve(name).rank()
+    return 0 if name == ALONE else resolve(name).rank()
 
 
 def forget() -> None:

@@ -23,9 +23,8 @@ from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from .norm import sharded
-from .windows import Reach, fetch, spread, strided
+from .windows import Ints, Reach, each, fetch, spread, strided
 
-Ints = int | Sequence[int]
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
 
@@ -76,8 +75,8 @@ def conv(
     n = weight.ndim - 2
     x = sharded(input, weight, bias)
     _check(x, n, "conv")
-    across = padding if isinstance(padding, str) else _each(padding, n)
-    local = _forward(x._spec, tuple(weight.shape[2:]), _each(stride, n), across, _each(dilation, n))
+    across = padding if isinstance(padding, str) else each(padding, n)
+    local = _forward(x._spec, tuple(weight.shape[2:]), each(stride, n), across, each(dilation, n))
     channels = _channels(x._spec, n, weight.shape[0], groups, False)
     return _run(x, weight, bias, local, channels, stride, dilation, False)
 
@@ -99,10 +98,10 @@ def conv_transpose(
     local = _transposed(
         x._spec,
         tuple(weight.shape[2:]),
-        _each(stride, n),
-        _each(padding, n),
-        _each(output_padding, n),
-        _each(dilation, n),
+        each(stride, n),
+        each(padding, n),
+        each(output_padding, n),
+        each(dilation, n),
     )
     channels = _channels(x._spec, n, weight.shape[1] * groups, groups, True)
     return _run(x, weight, bias, local, channels, stride, dilation, True)
@@ -126,13 +125,6 @@ def convolution(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     return conv(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _each(v: Ints, n: int) -> tuple[int, ...]:
-    """One value for each of n spatial dims."""
-    if isinstance(v, int):
-        return (v,) * n
-    return tuple(v) * n if len(v) == 1 else tuple(v)
 
 
 def _check(x: ShardTensor, n: int, name: str) -> None:

@@ -15,9 +15,8 @@ from ..redistribute import reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from .windows import Reach, fetch, strided, trim
+from .windows import Ints, Reach, each, fetch, strided, trim
 
-Ints = int | Sequence[int]
 Reaches = tuple[tuple[int, Reach], ...]
 
 
@@ -44,12 +43,6 @@ class Stencil(NamedTuple):
         if ceil and (rows - 1) * self.stride >= size + self.before:
             rows -= 1
         return rows
-
-
-def _each(value: Ints, n: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * n
-    return tuple(value) * n if len(value) == 1 else tuple(value)
 
 
 @cached
@@ -84,7 +77,7 @@ def _stencils(
     return tuple(
         Stencil(k, s, p, d)
         for k, s, p, d in zip(
-            _each(kernel, n), _each(strides, n), _each(padding, n), _each(dilation, n),
+            each(kernel, n), each(strides, n), each(padding, n), each(dilation, n),
             strict=True,
         )
     )  # fmt: skip

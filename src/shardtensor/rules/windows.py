@@ -17,6 +17,15 @@ from .. import comm
 from ..cache import cached
 from ..spec import Dim, Spec
 
+Ints = int | Sequence[int]
+
+
+def each(v: Ints, n: int) -> tuple[int, ...]:
+    """One value for each of n spatial dims."""
+    if isinstance(v, int):
+        return (v,) * n
+    return tuple(v) * n if len(v) == 1 else tuple(v)
+
 
 class Reach(NamedTuple):
     """The output dim, and the input rows [start, stop) of every rank; they may lie outside.
