@@ -172,3 +172,16 @@ def test_views_of_other_ranks_refuse_writes():
         T.same(s, x + 1, "through a local view")
 
     st.simulate(2, write)
+
+
+def into_plain(a):
+    out = torch.zeros(2, 3, 8, 6, dtype=D)
+    out[:, :, 2:6] = a[:, :, 1:5]
+    out[a.detach() > 1] = 0.5
+    return out * a
+
+
+def test_assignment_to_a_plain_tensor_gathers():
+    T.hold(into_plain, [x], [T.shard(2, (5, 3))], (2,), gather=True)
+    with pytest.raises(st.RankError, match="UnsupportedOpError"):
+        T.hold(into_plain, [x], [T.shard(2)], (2,))

@@ -31,6 +31,8 @@ class ShardTensor(torch.Tensor):
     _local: Tensor
     _spec: Spec
     __slots__ = ("_local", "_spec")
+    # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
+    __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
     _backward_hooks: Any = None
 

@@ -238,9 +238,9 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Assignment by slices, integers and boolean masks of one value."""
     x, index, value = args
     if not isinstance(x, ShardTensor):
-        raise UnsupportedOpError(
-            "assigning to a plain tensor at or from a ShardTensor: distribute the tensor first"
-        )
+        # a plain tensor is whole on every rank, so it takes whole values
+        fall_back(func, args, kwargs)
+        return
     check_writable(x, "x[...] = ")
     one = not isinstance(value, Tensor) or value.ndim == 0
     if isinstance(index, Tensor) and index.dtype is torch.bool and one:
