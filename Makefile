@@ -42,8 +42,8 @@ format: .venv/.stamp ## Format and fix what can be fixed
 docs: .venv/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: .venv/.stamp ## Run the benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(ARGS)
+bench: .venv/.stamp ## What a call costs over the plain one
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)
 
 clean: ## Remove what the tools leave behind; .venv stays
 	rm -rf dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
