@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import UNet, ViT
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -63,3 +64,18 @@ def test_traced_graph():
 @pytest.mark.gloo
 def test_inductor():
     run_workers(2, eager_and_compiled, Mlp, (2, 7, 6), 1, "inductor")
+
+
+def unet():
+    torch.manual_seed(0)
+    return UNet(2, 1, width=4, depth=1, periodic=True)
+
+
+def vit():
+    torch.manual_seed(0)
+    return ViT((16, 12), 4, 2, 1, width=16, depth=1, heads=2)
+
+
+@pytest.mark.parametrize("make", [unet, vit])
+def test_whole_models(make):
+    st.simulate(2, eager_and_compiled, make, (2, 2, 16, 12), 2, "aot_eager")

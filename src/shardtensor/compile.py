@@ -78,6 +78,9 @@ class Compiled:
         graph = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
             *tensors
         )
+        # questions about dtypes are traced too, and Dynamo does not take them
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
         return torch.compile(graph, **self.options), out_tree[0]
 
 
