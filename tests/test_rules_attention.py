@@ -10,10 +10,11 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
+from shardtensor import _torch
 from shardtensor import testing as T
 from shardtensor.attention import blocks
 from shardtensor.attention.plan import hops, pieces
-from shardtensor.measure import saved_bytes
+from shardtensor.measure import peak_bytes, saved_bytes
 
 torch.manual_seed(0)
 D = torch.float64
@@ -296,6 +297,34 @@ def test_scores_are_not_kept():
     for n in (64, 512):
         # q, k, v, out and lse of this rank
         assert max(st.simulate(2, kept, n)) <= n // 2 * (4 * 4 + 1) * 4
+
+
+def peak(n):
+    mesh = T.make_mesh((2,))
+    x = [
+        st.distribute_tensor(torch.randn(1, 2, n, 16), mesh, [Shard(2)]).requires_grad_()
+        for _ in range(3)
+    ]
+    for _ in range(2):
+        found = peak_bytes(lambda: sdpa(*x).square().sum().backward())
+    return found / (n // 2 * 2 * 16 * 4)
+
+
+@pytest.mark.gloo
+def test_memory_is_a_number_of_blocks():
+    small, large = (max(T.run_workers(2, peak, n)) for n in (1024, 4096))
+    assert large < 1.1 * small < 40, (small, large)  # scores of a block would be 64 and 256
+
+
+def test_cuda_kernels_take_their_arguments():
+    for kernel in (_torch._FLASH_CUDA, _torch._EFFICIENT_CUDA):
+        query = torch.empty(2, 4, 33, 64, dtype=torch.bfloat16, device="meta")
+        for groups in (2, 4):
+            key = torch.empty(2, groups, 40, 64, dtype=torch.bfloat16, device="meta")
+            out, lse = kernel.forward(query, key, key, None, False, 0.1)
+            grads = kernel.backward(out, query, key, key, None, out, lse, False, 0.1)
+            assert out.shape == query.shape and lse.shape == out.shape[:3]
+            assert [g.shape for g in grads] == [query.shape, key.shape, key.shape]
 
 
 # what is refused, and randomness ------------------------------------------------------------------
