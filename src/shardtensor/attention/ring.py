@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..comm import groups, wire
-from ..comm.ops import _define as define
+from ..comm.ops import define
 from .blocks import Merge, Rule, backward, forward, wide
 from .plan import hops, pieces
 

@@ -36,9 +36,10 @@ _library = Library("shardtensor", "DEF")
 Ints = Sequence[int]
 
 
-def _define(
+def define(
     schema: str, kernel: Callable, fake: Callable, setup: Callable, adjoint: Callable
 ) -> Any:
+    """A dispatcher op with a fake kernel and an adjoint (setup(ctx, inputs, output), adjoint)."""
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -106,14 +107,14 @@ def _reduce_adjoint(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return list(vary(grads, ctx.group)), None, None
 
 
-vary_op = _define(
+vary_op = define(
     "vary(Tensor[] xs, str group) -> Tensor[]",
     _vary,
     lambda xs, group: [torch.empty_like(x) for x in xs],
     _keep_arguments,
     lambda ctx, grads: (reduce_op(grads, "sum", *ctx.rest), None),
 )
-reduce_op: Any = _define(
+reduce_op: Any = define(
     "reduce(Tensor[] xs, str op, str group) -> Tensor[]",
     _reduce,
     lambda xs, op, group: [x.new_empty(x.shape) for x in xs],
@@ -142,14 +143,14 @@ def _split(x: Tensor, dim: int, sizes: Ints, group: str) -> Tensor:
     return x.narrow(dim, sum(sizes[:me]), sizes[me]).clone(memory_format=torch.contiguous_format)
 
 
-gather_op = _define(
+gather_op = define(
     "gather(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _gather,
     lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sum(sizes))),
     _keep_arguments,
     lambda ctx, g: (split_op(g, *ctx.rest), None, None, None),
 )
-split_op: Any = _define(
+split_op: Any = define(
     "split(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _split,
     lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes[groups.rank(group)])),
@@ -229,7 +230,7 @@ def _window_add_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return window_op(g, dim, sizes, starts, stops, wrap, 0.0, group), *[None] * 6
 
 
-window_op = _define(
+window_op = define(
     "window(Tensor x, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, float fill, "
     "str group) -> Tensor",
     _window,
@@ -237,7 +238,7 @@ window_op = _define(
     _keep_arguments,
     _window_adjoint,
 )
-window_add_op = _define(
+window_add_op = define(
     "window_add(Tensor g, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, str group)"
     " -> Tensor",
     _window_add,
@@ -263,7 +264,7 @@ def _swap(x: Tensor, old: int, new: int, old_sizes: Ints, new_sizes: Ints, group
     return torch.cat([parts[0] for parts in received], old).contiguous()
 
 
-swap_op: Any = _define(
+swap_op: Any = define(
     "swap(Tensor x, int old, int new, int[] old_sizes, int[] new_sizes, str group) -> Tensor",
     _swap,
     lambda x, old, new, old_sizes, new_sizes, group: x.new_empty(
@@ -296,7 +297,7 @@ def _ring_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return ring_op(g, dim, sizes, held + shift, -shift, group), *[None] * 5
 
 
-ring_op = _define(
+ring_op = define(
     "ring(Tensor x, int dim, int[] sizes, int held, int shift, str group) -> Tensor",
     _ring,
     lambda x, dim, sizes, held, shift, group: x.new_empty(
@@ -351,14 +352,14 @@ def _index_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.rest = inputs[2:]
 
 
-take_op = _define(
+take_op = define(
     "take(Tensor x, Tensor index, int[] sizes, str group) -> Tensor",
     _take,
     lambda x, index, sizes, group: x.new_empty([index.numel(), *x.shape[1:]]),
     _index_setup,
     lambda ctx, g: (put_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
 )
-put_op: Any = _define(
+put_op: Any = define(
     "put(Tensor rows, Tensor index, int[] sizes, str group) -> Tensor",
     _put,
     lambda rows, index, sizes, group: rows.new_empty([sizes[groups.rank(group)], *rows.shape[1:]]),

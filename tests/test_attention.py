@@ -1,0 +1,214 @@
+"""Ring attention: what travels and is kept, what is refused, dropout, compiled."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import _torch
+from shardtensor import testing as T
+from shardtensor.attention.plan import hops, pieces
+from shardtensor.measure import peak_bytes, saved_bytes
+
+torch.manual_seed(0)
+D = torch.float64
+B, H, L, S, E = 2, 4, 9, 7, 8
+q = torch.randn(B, H, L, E, dtype=D)
+k, v = torch.randn(2, B, H, S, E, dtype=D)
+some = torch.rand(B, H, L, S) > 0.5
+R, S1, S2 = Replicate(), Shard(1), Shard(2)
+sdpa = F.scaled_dot_product_attention
+
+
+def test_pieces_are_the_causal_mask():
+    for rows in range(6):
+        for keys in range(6):
+            for shift in (*range(-7, 8), None):
+                seen = torch.zeros(rows, keys, dtype=torch.int)
+                for p in pieces(rows, keys, shift):
+                    part = seen[slice(*p.rows), slice(*p.keys)]
+                    assert not p.triangle or part.shape[0] == part.shape[1]
+                    part += torch.ones_like(part).tril() if p.triangle else 1
+                want = torch.ones(rows, keys, dtype=torch.int)
+                assert torch.equal(seen, want if shift is None else want.tril(shift))
+
+
+def test_blocks_travel_only_to_who_needs_them():
+    starts, sizes = (0, 4, 8, 12), (4, 4, 4, 4)
+    assert hops(starts, sizes, starts, sizes, False) == (3, 3, 3, 3)
+    assert hops(starts, sizes, starts, sizes, True) == (3, 2, 1, 0)
+    assert hops((0, 4, 4, 8), (4, 0, 4, 4), starts, (4, 4, 0, 8), False) == (3, 3, 0, 3)
+
+
+def sent(n, causal, places, grad=True):
+    mesh = T.make_mesh((n,))
+    made = [torch.randn(1, 2, 8 * n, 4, dtype=D) for _ in range(3)]
+    x = [
+        st.distribute_tensor(m, mesh, [p], src_data_rank=None).requires_grad_(grad)
+        for m, p in zip(made, places, strict=True)
+    ]
+    with st.trace() as forward:
+        out = sdpa(*x, is_causal=causal)
+    with st.trace() as backward:
+        out.sum().backward()
+    return [[(s.collective, s.bytes, s.messages) for s in t.sent] for t in (forward, backward)]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_the_ring_sends(n):
+    block = 2 * (2 * 8 * 4 * 8)  # keys and values of one rank
+    for forward, backward in st.simulate(n, sent, n, False, [Shard(2)] * 3):
+        assert forward == [("ring", block, 1)] * (n - 1)
+        ring_back = [b for c, b, _ in backward if c == "ring"]
+        assert sum(ring_back) == (2 * n - 1) * block
+        assert {c for c, *_ in backward} <= {"ring", "all_reduce"}
+    found = st.simulate(n, sent, n, True, [Shard(2)] * 3)
+    assert sum(b for f, _ in found for _, b, _ in f) == n * (n - 1) // 2 * block
+
+
+def test_what_merging_sends():
+    for forward, backward in st.simulate(2, sent, 2, False, [Replicate(), Shard(2), Shard(2)]):
+        rows = 2 * 16
+        assert [(c, b) for c, b, _ in forward] == [
+            ("all_reduce", rows * 8), ("all_reduce", rows * (4 + 1) * 8)
+        ]  # fmt: skip
+        # the gradient of the queries
+        assert [(c, b) for c, b, _ in backward] == [("all_reduce", rows * 4 * 8)]
+
+
+def kept(n):
+    mesh = T.make_mesh((2,))
+    x = [
+        st.distribute_tensor(torch.randn(1, 1, n, 4), mesh, [Shard(2)]).requires_grad_()
+        for _ in range(3)
+    ]
+    return saved_bytes(lambda: sdpa(*x))
+
+
+def test_scores_are_not_kept():
+    for n in (64, 512):
+        # q, k, v, out and lse of this rank
+        assert max(st.simulate(2, kept, n)) <= n // 2 * (4 * 4 + 1) * 4
+
+
+def peak(n):
+    mesh = T.make_mesh((2,))
+    x = [
+        st.distribute_tensor(torch.randn(1, 2, n, 16), mesh, [Shard(2)]).requires_grad_()
+        for _ in range(3)
+    ]
+    for _ in range(2):
+        found = peak_bytes(lambda: sdpa(*x).square().sum().backward())
+    return found / (n // 2 * 2 * 16 * 4)
+
+
+@pytest.mark.gloo
+def test_memory_is_a_number_of_blocks():
+    small, large = (max(T.run_workers(2, peak, n)) for n in (1024, 4096))
+    assert large < 1.1 * small < 40, (small, large)  # scores of a block would be 64 and 256
+
+
+def test_cuda_kernels_take_their_arguments():
+    for kernel in (_torch._FLASH_CUDA, _torch._EFFICIENT_CUDA):
+        query = torch.empty(2, 4, 33, 64, dtype=torch.bfloat16, device="meta")
+        for groups in (2, 4):
+            key = torch.empty(2, groups, 40, 64, dtype=torch.bfloat16, device="meta")
+            out, lse = kernel.forward(query, key, key, None, False, 0.1)
+            grads = kernel.backward(out, query, key, key, None, out, lse, False, 0.1)
+            assert out.shape == query.shape and lse.shape == out.shape[:3]
+            assert [g.shape for g in grads] == [query.shape, key.shape, key.shape]
+
+
+# what is refused, and randomness ------------------------------------------------------------------
+
+
+def second():
+    mesh = T.make_mesh((2,))
+    x = st.distribute_tensor(q, mesh, [Shard(2)]).requires_grad_()
+    (g,) = torch.autograd.grad(sdpa(x, x, x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        g.square().sum().backward()
+
+
+def test_second_derivative_is_refused():
+    st.simulate(2, second)
+
+
+def refusals():
+    mesh = T.make_mesh((2,))
+    x = st.distribute_tensor(q, mesh, [Shard(2)])
+    with st.trace() as t:
+        for args in (
+            [x, k, v[:, :, :3]], [x, k[..., :3], v], [x, k.float(), v], [x, k, v, some[..., :3]],
+            [x, k[:, :3], v[:, :3]], [x, k, v, torch.zeros(L, S, dtype=torch.int)],
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError):
+                sdpa(*args)
+    assert not t.sent
+
+
+def test_shapes_that_do_not_fit():
+    st.simulate(2, refusals)
+
+
+def dropped(places, p):
+    mesh = T.make_mesh((2,))
+    eye = torch.eye(16, dtype=D).expand(1, 2, 16, 16).contiguous()
+    g = torch.Generator().manual_seed(1)
+    made = [torch.randn(1, 2, 16, 8, dtype=D, generator=g) for _ in range(2)]
+    x = [
+        st.distribute_tensor(m, mesh, [at], src_data_rank=None)
+        for m, at in zip((*made, eye), places, strict=True)
+    ]
+    torch.manual_seed(5)
+    weights = sdpa(*x, dropout_p=p).full_tensor()
+    whole = sdpa(*made, eye)
+    keep = weights != 0
+    assert torch.allclose(weights, whole * keep / (1 - p), rtol=1e-12, atol=1e-15)
+    assert abs(float(keep.double().mean()) - (1 - p)) < 0.1
+    assert not torch.equal(keep[:, :, :8], keep[:, :, 8:])
+    assert not torch.equal(keep[..., :8], keep[..., 8:])
+    # the gradient is that of the same draw
+    y = [z.detach().requires_grad_() for z in x]
+    h = 1e-6
+
+    def loss(*z):
+        torch.manual_seed(5)
+        return (sdpa(*z, dropout_p=p) * whole).sum()
+
+    loss(*y).backward()
+    for i in range(3):
+        step = torch.randn(y[i].shape, dtype=D, generator=g)
+        moved = [[z.detach() + (s * h * step if i == j else 0) for j, z in enumerate(y)] for s in (1, -1)]  # fmt: skip
+        want = (loss(*moved[0]) - loss(*moved[1])) / (2 * h)
+        got = (y[i].grad * step).sum()
+        assert abs(float(want) - float(got)) < 1e-7 * max(1, abs(float(want))), (i, want, got)
+    return keep
+
+
+@pytest.mark.parametrize("places", [[S2, S2, S2], [R, S2, S2], [S2, R, R], [S1, S1, S1], [R, R, R]])
+def test_dropout(places):
+    first, other = st.simulate(2, dropped, places, 0.3)
+    assert torch.equal(first, other)
+
+
+def compiled(causal):
+    mesh = T.make_mesh((2,))
+    found = []
+    run = st.compile(lambda x, y: sdpa(x, y, y, is_causal=causal), backend="aot_eager")
+    for fn in (lambda x, y: sdpa(x, y, y, is_causal=causal), run):
+        x, y = (
+            st.distribute_tensor(z, mesh, [Shard(2)], src_data_rank=None).requires_grad_()
+            for z in (q, k)
+        )
+        out = fn(x, y)
+        out.square().sum().backward()
+        found.append([z.full_tensor() for z in (out, x.grad, y.grad)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_compiled(causal):
+    st.simulate(2, compiled, causal)
