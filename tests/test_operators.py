@@ -41,6 +41,13 @@ def test_never_wrong(part):
     assert len(ran) > 80 and len(right) >= 0.95 * len(ran)
 
 
+@pytest.mark.parametrize("name", ["unique", "unique_consecutive", "einsum"])
+def test_every_sample(name):
+    """Python composites that choose between private helpers, and repeated indices."""
+    (found,) = verdicts([name], 40)
+    assert not found.wrong and found.gathered + found.right > 3
+
+
 def main():
     for v in verdicts(sys.argv[1:] or NAMES, 40):
         kind = next((k for k in ("wrong", "refused", "gathered", "right") if getattr(v, k)), "none")

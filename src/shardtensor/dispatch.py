@@ -183,7 +183,8 @@ def opened(func: Any) -> Callable[..., Any]:
             inside[name] = opened(inside[name])
     cells = tuple(
         types.CellType(opened(c.cell_contents))
-        if c.cell_contents is not func and _checks(c.cell_contents)
+        # torch.unique chooses between functions that choose again before any checks
+        if _is_python(c.cell_contents) and c.cell_contents is not func
         else c
         for c in func.__closure__ or ()
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
+from ..fallback import fall_back
 from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -224,6 +225,9 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     terms, out = _terms(equation, tuple(x.ndim for x in operands))
+    if any(len(set(t)) != len(t) for t in terms):
+        # an index twice in one operand is a diagonal, which has no rule
+        return fall_back(torch.einsum, (equation, *operands), {})
     pending = [_summed_alone(x, t, terms, i, out) for i, (x, t) in enumerate(
         zip(operands, terms, strict=True)
     )]  # fmt: skip
@@ -268,10 +272,6 @@ def _terms(equation: str, ndims: tuple[int, ...]) -> tuple[tuple[Labels, ...], L
         every = "".join(full)
         right = "..." + "".join(
             sorted(c for c in set(every) - set(ellipsis) if every.count(c) == 1)
-        )
-    if any(len(set(p)) != len(p) for p in full):
-        raise UnsupportedOpError(
-            f"einsum {equation!r}: an index twice in one operand; take torch.diagonal first"
         )
     return tuple(tuple(p) for p in full), tuple(right.replace("...", ellipsis))
 
