@@ -12,8 +12,9 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from .inout import fill_out
 from .pointwise import function_rule, pointwise
-from .reduce import Dims, axes_of, finish, over, stacked, without
+from .reduce import Dims, axes_of, over, stacked, wide, with_one, without
 
 
 def _worst(x: Tensor, largest: bool) -> Any:
@@ -28,12 +29,7 @@ def _worst(x: Tensor, largest: bool) -> Any:
 
 def _filled(local: Tensor, dims: tuple[int, ...], largest: bool) -> Tensor:
     """The local tensor; one worst row where this rank has none, so that it can be reduced."""
-    for d in dims:
-        if local.shape[d] == 0:
-            shape = list(local.shape)
-            shape[d] = 1
-            local = torch.cat([local, local.new_full(shape, _worst(local, largest))], d)
-    return local
+    return with_one(local, dims, _worst(local, largest))
 
 
 def _check(x: ShardTensor, dims: tuple[int, ...], name: str) -> None:
@@ -51,20 +47,27 @@ def _extreme(input: ShardTensor, dim: Dims, keepdim: bool, largest: bool) -> Ten
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
         return wrap(fn(x._local, dims, keepdim), spec)
-    with torch.no_grad():
-        best = fn(_filled(x._local, dims, largest), dims, True)
-        best = finish(best, x._spec, dims, "max" if largest else "min")
-        nan = finish(x._local.isnan().any(dims, True), x._spec, dims, "max") if dims else None
-        if nan is not None and x.is_floating_point():
-            best = torch.where(nan, float("nan"), best)
-    value: Tensor = wrap(best, without(x._spec, dims, True))
-    if x._local.requires_grad and torch.is_grad_enabled():
-        mask = x.detach() == value
-        total = torch.where(mask, x, 0).sum(dims, True) / mask.sum(dims, True)
-        # the mean of the ties has their gradient, but may differ from them by a rounding
-        exact = value + (total - total.detach())
-        value = torch.where(value.isinf(), total, exact)
-    return value if keepdim else value.squeeze(dims)
+    best = fn(_filled(x._local, dims, largest), dims, True)
+    if best.requires_grad:
+        with torch.no_grad():
+            ties = (x._local == best).sum(dims, keepdim)
+        best = _best(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
+    else:
+        best = fn(stacked(best if keepdim else best.squeeze(dims), x._spec, dims), 0)
+    return wrap(best, spec)
+
+
+def _best(part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any) -> Tensor:
+    """The best of every rank's part; a rank's share of the gradient is its share of the ties."""
+    dtype = wide(part.dtype)
+    both = stacked(torch.stack((part.to(dtype), ties.to(dtype))), spec, dims)
+    parts, n = both[:, 0], both[:, 1].detach()
+    best = fn(parts.detach(), 0)
+    n = torch.where(parts.detach() == best, n, 0)
+    share = n / n.sum(0)
+    mean = torch.where(n > 0, parts * share, 0).sum(0)
+    # the mean of equal numbers may differ from them by a rounding, unless they are infinite
+    return torch.where(best.isinf(), mean, best + (mean - mean.detach())).to(part.dtype)
 
 
 @rule("amax")
@@ -103,6 +106,11 @@ def _along(
     value, index = fn(_filled(x._local, (d,), largest), d, keepdim)
     values = stacked(value, x._spec, (d,))
     indices = stacked(index + x._spec.offset[d], x._spec, (d,))
+    sizes = x._spec.dims[d].sizes
+    if 0 in sizes:
+        # what stands for an empty shard must not win against an infinite element
+        held = [i for i, n in enumerate(sizes) if n]
+        values, indices = values[held], indices[held]
     # torch takes the first of equal values, and a NaN before all others
     winner = fn(values.detach(), 0, True)[1]
     return (
@@ -114,15 +122,23 @@ def _along(
 @function_rule("max", "min")
 def max_or_min(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     largest = func.__name__.startswith("max")
-    bound = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
-    if "axis" in bound:
-        bound["dim"] = bound.pop("axis")
-    if isinstance(bound.get("dim"), Tensor) or "other" in bound:
+    second = args[1] if len(args) > 1 else kwargs.get("other")
+    if isinstance(second, Tensor):
         return pointwise(torch.maximum if largest else torch.minimum, args, kwargs)
-    if "dim" not in bound:
-        return _extreme(bound["input"], None, False, largest)
-    found = _along(bound["input"], bound["dim"], bound.get("keepdim", False), largest)
-    return (torch.return_types.max if largest else torch.return_types.min)(found)
+    out = kwargs.pop("out", None)
+    found = _max_or_min(largest, *args, **kwargs)
+    return found if out is None else fill_out(out, found)
+
+
+def _max_or_min(
+    largest: bool, input: ShardTensor, dim: int | None = None, keepdim: bool = False, *,
+    axis: int | None = None,
+) -> Any:  # fmt: skip
+    dim = axis if dim is None else dim
+    if dim is None:
+        return _extreme(input, None, False, largest)
+    kind = torch.return_types.max if largest else torch.return_types.min
+    return kind(_along(input, dim, keepdim, largest))
 
 
 @rule("argmax")

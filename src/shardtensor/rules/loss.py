@@ -19,6 +19,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from .pointwise import function_rule, pointwise
+from .reduce import finish, wide
 from .shape import whole_in
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -110,7 +111,32 @@ def _nll(
         shape = [-1] + [1] * (logs.ndim - classes - 1)
         every = -(logs if w is None else logs * w.view(shape)).sum(classes)
         each = (1 - smoothing) * each + smoothing / logs.shape[classes] * every * valid
-    loss = wrap(each, spec.with_dims(dims))
     if reduction != MEAN:
-        return _reduced(loss, reduction)
-    return loss.sum() / wrap(scale.detach(), spec.with_dims(dims)).sum()
+        return _reduced(wrap(each, spec.with_dims(dims)), reduction)
+    # both sums in one message
+    sums = torch.stack([v.sum(dtype=wide(each.dtype)) for v in (each, scale.detach())])
+    total, weights = finish(sums, spec, range(x.ndim)).unbind()
+    return wrap((total / weights).to(each.dtype), spec.with_dims(()))
+
+
+@rule("multi_margin_loss")
+def multi_margin_loss(
+    input: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None,
+    reduction: int = MEAN,
+) -> Tensor:  # fmt: skip
+    """input: scores (N, C) or (C,); target: class indices (N,) or one."""
+    x, classes = _classes_whole(input, target)
+    spec, dims = x._spec, x._spec.dims[:classes]
+    local, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
+    each = torch.ops.aten.multi_margin_loss(local, t, p, margin, w, NONE)
+    return _reduced(wrap(each, spec.with_dims(dims)), reduction)
+
+
+@rule("multilabel_margin_loss")
+def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = MEAN) -> Tensor:
+    """input: scores (N, C) or (C,); target: class indices, ended by -1, of the same shape."""
+    x, classes = _classes_whole(input, target)
+    spec, dims = x._spec, x._spec.dims[:classes]
+    local, t = fit(spec.mesh, spec.varying, (x, spec.dims), (target, spec.dims))
+    each = torch.ops.aten.multilabel_margin_loss(local, t, NONE)
+    return _reduced(wrap(each, spec.with_dims(dims)), reduction)

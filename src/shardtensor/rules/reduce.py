@@ -1,7 +1,7 @@
 """Reductions over dims: a local reduction, then one all-reduce where a sharded dim is reduced.
 
-Reductions that are no sums (products, norms) gather one partial result from each rank instead and
-reduce those, so that their gradients are torch's own, at zeros too.
+Reductions that are no sums (products, norms, log-sum-exp) gather one partial result from each rank
+instead and reduce those, so that their gradients are torch's own, at zeros and infinities too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 
 Dims = int | Sequence[int] | None
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def over(dim: Dims, ndim: int) -> tuple[int, ...]:
@@ -58,18 +59,36 @@ def stacked(local: Tensor, spec: Spec, dims: Sequence[int]) -> Tensor:
     return comm.gather(local.unsqueeze(0), 0, [1] * comm.size(group), group)
 
 
+def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
+    """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
+    for d in dims:
+        if local.shape[d] == 0:
+            shape = list(local.shape)
+            shape[d] = 1
+            local = torch.cat([local, local.new_full(shape, value)], d)
+    return local
+
+
 @rule("sum")
 def sum(
     input: ShardTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> ShardTensor:
     x = reduced(input)
     dims = over(dim, x.ndim)
-    local = (
-        torch.sum(x._local, dims, keepdim=keepdim, dtype=dtype)
-        if x.ndim
-        else x._local.sum(dtype=dtype)
-    )
-    return wrap(finish(local, x._spec, dims), without(x._spec, dims, keepdim))
+    spec = without(x._spec, dims, keepdim)
+    if not axes_of(x._spec, dims):
+        return wrap(torch.sum(x._local, dims, keepdim, dtype=dtype), spec)
+    if (dtype or x.dtype) not in _HALVES:
+        return wrap(finish(torch.sum(x._local, dims, keepdim, dtype=dtype), x._spec, dims), spec)
+    # single precision under autocast
+    out = torch.sum(x._local.new_empty(0), dtype=dtype).dtype
+    total = torch.sum(x._local, dims, keepdim, dtype=torch.float32)
+    return wrap(finish(total, x._spec, dims).to(out), spec)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch, too, adds up: single precision for halves."""
+    return torch.float32 if dtype in _HALVES else dtype
 
 
 def count(x: Tensor, dims: Sequence[int]) -> int:
@@ -92,9 +111,7 @@ def mean(
     out = dtype or input.dtype
     if not (out.is_floating_point or out.is_complex):
         raise RuntimeError(f"mean(): could not infer output dtype from {input.dtype}")
-    # a mean of halves is summed in single precision, as torch does
-    wide = torch.float32 if out in (torch.float16, torch.bfloat16) else out
-    total = sum(input, dims, keepdim, dtype=wide)
+    total = sum(input, dims, keepdim, dtype=wide(out))
     return wrap((total._local / count(input, dims)).to(out), total._spec)
 
 
@@ -112,7 +129,7 @@ def prod(
     where = () if dim is None else (dim, keepdim)
     local = x._local.prod(*where, dtype=dtype)
     if axes_of(x._spec, dims):
-        local = stacked(local, x._spec, dims).prod(0)
+        local = stacked(local, x._spec, dims).prod(0, dtype=local.dtype)
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))
 
 
@@ -128,83 +145,22 @@ def any(input: ShardTensor, dim: Dims = None, keepdim: bool = False) -> ShardTen
 
 def _logical(fn: Any, input: ShardTensor, dim: Dims, keepdim: bool, op: str) -> ShardTensor:
     x = reduced(input)
-    dims = over(dim, x.ndim)
-    local = fn(x._local, dims, keepdim) if dims else fn(x._local)
+    # an empty list of dims reduces nothing here, unlike in sums
+    dims = () if dim is not None and dim == () else over(dim, x.ndim)
+    local = fn(x._local, dims, keepdim)
     return wrap(finish(local, x._spec, dims, op), without(x._spec, dims, keepdim))
+
+
+@rule("allclose")
+def allclose(
+    input: Tensor, other: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
+    return bool(torch.isclose(input, other, rtol, atol, equal_nan).all())
 
 
 @rule("count_nonzero")
 def count_nonzero(input: Tensor, dim: Dims = None) -> Tensor:
     return (input != 0).sum(over(dim, input.ndim))
-
-
-# moments -----------------------------------------------------------------------------------------
-
-
-def _correction(dim: Any, unbiased: bool | None, correction: float | None) -> tuple[Dims, float]:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    if correction is None:
-        correction = 1 if unbiased is None or unbiased else 0
-    return dim, correction
-
-
-def _moments(
-    input: ShardTensor, dim: Dims, correction: float, keepdim: bool
-) -> tuple[Tensor, Tensor]:
-    """(variance, mean), in two passes: the mean of all ranks first."""
-    dims = over(dim, input.ndim)
-    if not axes_of(input._spec, dims):
-        x = reduced(input)
-        found = torch.var_mean(x._local, dims, correction=correction, keepdim=keepdim)
-        spec = without(x._spec, dims, keepdim)
-        return wrap(found[0], spec), wrap(found[1], spec)
-    m = input.mean(dims, keepdim=True)
-    d = input - m
-    square = (d * d.conj()).real if d.is_complex() else d * d
-    n = max(0.0, count(input, dims) - correction)
-    v = square.sum(dims, keepdim=keepdim)
-    v = v / n if n else v * float("nan") if not count(input, dims) else v / 0.0
-    return v, m if keepdim else m.squeeze(dims)
-
-
-def _root(v: Tensor) -> Tensor:
-    """The square root, whose gradient at zero is zero as in torch.std."""
-    zero = v == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
-
-
-@rule("var")
-def var(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
-    correction: float | None = None,
-) -> Tensor:  # fmt: skip
-    return _moments(input, *_correction(dim, unbiased, correction), keepdim)[0]
-
-
-@rule("std")
-def std(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
-    correction: float | None = None,
-) -> Tensor:  # fmt: skip
-    return _root(var(input, dim, unbiased, keepdim, correction=correction))
-
-
-@rule("var_mean")
-def var_mean(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
-    correction: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _moments(input, *_correction(dim, unbiased, correction), keepdim)
-
-
-@rule("std_mean")
-def std_mean(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
-    correction: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    v, m = _moments(input, *_correction(dim, unbiased, correction), keepdim)
-    return _root(v), m
 
 
 # norms -------------------------------------------------------------------------------------------
@@ -215,18 +171,27 @@ def vector_norm(
     input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     """The norm of the norms of the shards; for infinite orders the largest or smallest value."""
-    x = input if dtype is None else input.to(dtype)
-    assert isinstance(x, ShardTensor)
+    x = reduced(input if dtype is None else input.to(dtype))  # type: ignore[arg-type]
     dims = over(dim, x.ndim)
-    if abs(ord) == float("inf") and axes_of(x._spec, dims):
+    spec = without(x._spec, dims, keepdim)
+    if not axes_of(x._spec, dims):
+        return wrap(torch.linalg.vector_norm(x._local, ord, dims or None, keepdim), spec)
+    if abs(ord) == float("inf"):
         size = x.abs()
         return size.amax(dims, keepdim) if ord > 0 else size.amin(dims, keepdim)
-    x = reduced(x)
-    local = torch.linalg.vector_norm(x._local, ord, dims or None, keepdim)
-    if axes_of(x._spec, dims):
-        # how many are not zero adds up; other orders are norms of norms
-        local = torch.linalg.vector_norm(stacked(local, x._spec, dims), 1 if ord == 0 else ord, 0)
-    return wrap(local, without(x._spec, dims, keepdim))
+    local = x._local
+    if ord < 0:
+        # an infinite element adds nothing, and a norm of this order needs an element
+        local = with_one(local, dims, float("inf"))
+    out = torch.linalg.vector_norm(local, ord, dims, keepdim, dtype=wide(x.dtype))
+    # how many are not zero adds up; other orders are norms of norms
+    out = torch.linalg.vector_norm(stacked(out, x._spec, dims), 1 if ord == 0 else ord, 0)
+    return wrap(out.to(x.dtype) if x.dtype in _HALVES else out, spec)
+
+
+@rule("dist")
+def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
+    return torch.linalg.vector_norm(input - other, p)
 
 
 @rule("norm")
@@ -243,13 +208,8 @@ def norm(
 @rule("logsumexp", "special_logsumexp")
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     dims = over(dim, input.ndim)
-    x = input if input.is_floating_point() or input.is_complex() else input.float()
-    assert isinstance(x, ShardTensor)
-    if not axes_of(x._spec, dims):
-        x = reduced(x)
-        local = torch.logsumexp(x._local, dims, keepdim) if x.ndim else x._local
-        return wrap(local, without(x._spec, dims, keepdim))
-    most = x.detach().amax(dims, keepdim=True)
-    most = torch.where(most.isinf(), 0.0, most)
-    total = (x - most).exp().sum(dims, keepdim=True).log() + most
-    return total if keepdim else total.squeeze(dims)
+    x = reduced(input if input.is_floating_point() or input.is_complex() else input.float())  # type: ignore[arg-type]
+    local = torch.logsumexp(x._local, dims, keepdim)
+    if axes_of(x._spec, dims):
+        local = stacked(local, x._spec, dims).logsumexp(0)
+    return wrap(local, without(x._spec, dims, keepdim))

@@ -1,0 +1,92 @@
+"""Variance and standard deviation: every rank's mean and squared deviations, merged.
+
+One small gather in the forward, nothing in the backward; keeps only the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..redistribute import reduced
+from ..registry import rule
+from ..tensor import ShardTensor, wrap
+from .moments import accumulated, spread, statistics
+from .reduce import Dims, over, without
+
+
+def _arguments(dim: Any, unbiased: bool | None, correction: float | None) -> tuple[Dims, float]:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1 if unbiased is None or unbiased else 0
+    return dim, correction
+
+
+def _moments(
+    input: ShardTensor, dim: Dims, correction: float, keepdim: bool
+) -> tuple[ShardTensor, ShardTensor]:
+    """(variance, mean)."""
+    x = reduced(input)
+    dims = over(dim, x.ndim)
+    axes, counts = spread(x._spec, dims)
+    spec = without(x._spec, dims, keepdim)
+    if not axes:
+        v, m = torch.var_mean(x._local, dims, correction=correction, keepdim=keepdim)
+        return wrap(v, spec), wrap(m, spec)
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise RuntimeError("std and var only support floating point and complex dtypes")
+    local = torch.view_as_real(x._local) if x.dtype.is_complex else x._local
+    group = comm.group(x._spec.mesh, axes)
+    m, m2 = statistics(local, dims, counts, group, accumulated(local.dtype))
+    n = sum(counts)
+    if n == 0:
+        m = m * float("nan")
+    v = m2 / max(0.0, n - correction)
+    if x.dtype.is_complex:
+        m, v = torch.view_as_complex(m.contiguous()), v.sum(-1)
+    if not keepdim:
+        m, v = m.squeeze(dims), v.squeeze(dims)
+    return wrap(v.to(local.dtype), spec), wrap(m.to(x.dtype), spec)
+
+
+def _root(v: ShardTensor) -> ShardTensor:
+    """The square root, whose gradient at zero is zero as in torch.std."""
+    zero = v._local == 0
+    return wrap(v._local.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0), v._spec)
+
+
+@rule("var")
+def var(
+    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> Tensor:  # fmt: skip
+    return _moments(input, *_arguments(dim, unbiased, correction), keepdim)[0]
+
+
+@rule("std")
+def std(
+    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> Tensor:  # fmt: skip
+    return _root(_moments(input, *_arguments(dim, unbiased, correction), keepdim)[0])
+
+
+@rule("var_mean")
+def var_mean(
+    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _moments(input, *_arguments(dim, unbiased, correction), keepdim)
+
+
+@rule("std_mean")
+def std_mean(
+    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v, m = _moments(input, *_arguments(dim, unbiased, correction), keepdim)
+    return _root(v), m

@@ -1,0 +1,228 @@
+"""Losses and distances against plain torch: global means, whatever the sizes of the shards."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+
+torch.manual_seed(0)
+D = torch.float64
+x = torch.randn(3, 7, 4, dtype=D)
+REDUCTIONS = ("mean", "sum", "none")
+p = torch.rand(3, 7, 4, dtype=D) * 0.9 + 0.05
+sign = torch.where(torch.rand(3, 7, 4) > 0.5, 1.0, -1.0).to(D)
+LOSSES = {
+    "mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,
+    "bce logits": lambda a, b, reduction: F.binary_cross_entropy_with_logits(
+        a, p, weight=p[0], pos_weight=p[0, 0], reduction=reduction),
+    "bce": lambda a, b, reduction: F.binary_cross_entropy(a.sigmoid(), p, p, reduction=reduction),
+    "soft margin": lambda a, b, reduction: F.soft_margin_loss(a, sign, reduction=reduction),
+    "kl": lambda a, b, reduction: F.kl_div(a, b.softmax(1), reduction=reduction),
+    "kl log": lambda a, b, reduction: F.kl_div(a, b, reduction=reduction, log_target=True),
+    "gaussian": lambda a, b, reduction: F.gaussian_nll_loss(a, b, p, reduction=reduction),
+    "poisson": lambda a, b, reduction: F.poisson_nll_loss(a, p, reduction=reduction),
+    "hinge": lambda a, b, reduction: F.hinge_embedding_loss(a, sign, reduction=reduction),
+    "ranking": lambda a, b, reduction: F.margin_ranking_loss(a, b, sign, 0.1, reduction=reduction),
+    "multilabel": lambda a, b, reduction: F.multilabel_soft_margin_loss(
+        a.flatten(0, 1), p.flatten(0, 1), reduction=reduction),
+    "cosine": lambda a, b, reduction: F.cosine_embedding_loss(
+        a[0], b[0], sign[0, :, 0], 0.2, reduction=reduction),
+    "triplet": lambda a, b, reduction: F.triplet_margin_loss(a, b, p, reduction=reduction),
+    "huber delta": lambda a, b, reduction: F.huber_loss(
+        a, b, reduction=reduction, delta=0.4, weight=p),
+    "smooth beta": lambda a, b, reduction: F.smooth_l1_loss(a, b, reduction=reduction, beta=0.3),
+    "weighted mse": lambda a, b, reduction: F.mse_loss(a, b, reduction=reduction, weight=p),
+    "gaussian one variance": lambda a, b, reduction: F.gaussian_nll_loss(
+        a, b, p[:, :, 0], full=True, reduction=reduction),
+    "poisson plain": lambda a, b, reduction: F.poisson_nll_loss(
+        a.exp(), p, log_input=False, full=True, reduction=reduction),
+    "triplet distance": lambda a, b, reduction: F.triplet_margin_with_distance_loss(
+        a, b, p, reduction=reduction),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    y = torch.randn_like(x)
+    for reduction in REDUCTIONS:
+
+        def loss(a, b, r=reduction):
+            return LOSSES[name](a, b, reduction=r)
+
+        for cut in T.cuts(7):
+            T.hold(loss, [x, y], [T.shard(1, cut), None], (len(cut),))
+        T.hold(loss, [x, y], [T.shard(1), T.shard(2)], (2,))
+        T.hold(loss, [x, y], [T.On([Shard(1), Shard(2)]), T.On([Shard(0), Shard(1)])], (2, 2))
+    if name == "kl":
+        T.hold(lambda a, b: F.kl_div(a, b.softmax(1), reduction="batchmean"), [x, y],
+               [T.shard(0), None], (2,))  # fmt: skip
+
+
+def test_class_losses():
+    logits = torch.randn(3, 5, 7, 2, dtype=D)
+    target = torch.randint(0, 5, (3, 7, 2))
+    target[0, 1] = -100
+    w = torch.rand(5, dtype=D)
+    soft = torch.rand(3, 5, 7, 2, dtype=D).softmax(1)
+    for reduction in REDUCTIONS:
+        for weight in (None, w):
+            for smooth in (0.0, 0.2):
+
+                def loss(a, t, r=reduction, weight=weight, s=smooth):
+                    return F.cross_entropy(a, t, weight, reduction=r, label_smoothing=s)
+
+                for cut in ((4, 3), (6, 0, 1), (1, 2, 3, 1)):
+                    n = (len(cut),)
+                    T.hold(loss, [logits, target], [T.shard(2, cut), None], n)
+                    T.hold(loss, [logits, target], [T.shard(2, cut), T.shard(1)], n)
+                    T.hold(loss, [logits, soft], [T.shard(2, cut), None], n)
+                T.hold(loss, [logits, target], [T.shard(1), None], (2,))
+                T.hold(loss, [logits[:, :, 0, 0], target[:, 0, 0]], [T.shard(0), T.shard(0)], (2,))
+            T.hold(lambda a, t, r=reduction, weight=weight: F.nll_loss(
+                F.log_softmax(a, 1), t, weight, reduction=r, ignore_index=2),
+                [logits, target.clamp(min=0)], [T.On([Shard(2), Shard(3)]), None], (2, 2))  # fmt: skip
+
+
+def test_class_losses_of_few_dims():
+    logits, w = torch.randn(6, 5, dtype=D), torch.rand(5, dtype=D)
+    target = torch.tensor([0, 4, 2, 2, 1, 3])
+    for r in REDUCTIONS:
+
+        def loss(a, t, r=r):
+            return F.cross_entropy(a, t, w, ignore_index=2, reduction=r)
+
+        for place in (T.shard(0, (2, 0, 4)), T.shard(1, (1, 4, 0)), T.replicated()):
+            # the target alone sharded; both; the input alone
+            T.hold(loss, [logits, target], [None, T.shard(0)], (3,))
+            T.hold(loss, [logits, target], [place, T.shard(0)], (3,))
+            T.hold(loss, [logits, target], [place, T.replicated()], (3,))
+        nested = T.On([Shard(0), Shard(0)], {0: (3, 0, 1, 2)})
+        T.hold(loss, [logits, target], [nested, None], (2, 2))
+        T.hold(loss, [logits, target], [T.On([Replicate(), Shard(0)]), None], (2, 2))
+        T.hold(loss, [logits[0], target[0]], [T.shard(0), None], (2,))
+    nothing_counts = torch.full((6,), 2)
+    T.hold(loss, [logits, nothing_counts], [T.shard(0), None], (2,), grad=False)
+    with pytest.raises(st.RankError, match="shapes differ"):
+        st.simulate(2, lambda: F.cross_entropy(
+            st.distribute_tensor(logits, T.make_mesh((2,)), [Shard(0)]), target[:4]))  # fmt: skip
+
+
+def test_margins():
+    scores, w = torch.randn(6, 5, dtype=D), torch.rand(5, dtype=D)
+    target = torch.tensor([0, 4, 2, 2, 1, 3])
+    labels = torch.tensor([[3, 0, -1, 1, 2], [1, -1, 0, 2, 4]] * 3)
+    for r in REDUCTIONS:
+
+        def one(a, t, r=r):
+            return F.multi_margin_loss(a, t, 2, 0.7, w, reduction=r)
+
+        def many(a, t, r=r):
+            return F.multilabel_margin_loss(a, t, reduction=r)
+
+        for fn, t in ((one, target), (many, labels)):
+            for place in (T.shard(0, (2, 0, 4)), T.shard(1)):
+                T.hold(fn, [scores, t], [place, None], (3,))
+            T.hold(fn, [scores, t], [None, T.shard(0)], (2,))
+            T.hold(fn, [scores[0], t[0]], [T.shard(0), None], (2,))
+
+
+def test_broadcasting_and_replicated():
+    y = torch.randn(7, 4, dtype=D)
+    for fn in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
+        with pytest.warns(UserWarning, match="target size"):
+            T.hold(fn, [x, y], [T.shard(1, (4, 0, 3)), None], (3,))
+            T.hold(fn, [y, x], [T.shard(0), None], (3,))
+        T.hold(fn, [x, x.flip(0)], [T.replicated(), T.replicated()], (3,))
+        T.hold(fn, [x, x.flip(0)], [T.replicated(), T.shard(1)], (3,))
+    # a learned plain prediction against sharded data: its gradient is whole
+    T.hold(F.mse_loss, [x, x.flip(1)], [None, T.shard(1, (5, 0, 2))], (3,))
+
+
+def test_modules():
+    for module in (
+        torch.nn.MSELoss(),
+        torch.nn.CosineSimilarity(1),
+        torch.nn.PairwiseDistance(1.5),
+    ):
+        T.hold(module, [x, x.flip(1)], [T.shard(1), T.shard(2)], (3,))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gathered():
+    """Losses without a rule of their own run gathered, and are right."""
+    logs = torch.randn(9, 4, 5, dtype=D).log_softmax(2)
+    targets = torch.randint(1, 5, (4, 3))
+
+    def ctc(a):
+        return F.ctc_loss(a, targets, (9, 9, 8, 7), (3, 2, 3, 1))
+
+    for d in range(3):
+        T.hold(ctc, [logs], [T.shard(d)], (2,), gather=True)
+
+
+DISTANCES = {
+    "cosine": lambda a, b: [F.cosine_similarity(a, b, d) for d in (0, 1, 2)],
+    "pairwise": lambda a, b: (F.pairwise_distance(a, b), F.pairwise_distance(a, b, 1, keepdim=True)),
+    "normalize": lambda a, b: [F.normalize(a, p, d) for p in (2, 1, 3) for d in (0, 1, 2)],
+    "cdist": lambda a, b: [torch.cdist(a, b[:, :5], p) for p in (1, 2, 2.5, float("inf"))],
+    "cdist batch": lambda a, b: (torch.cdist(a[None], b[:1]), torch.cdist(a[0], b)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances(name):
+    y = torch.randn_like(x)
+    for cut in T.cuts(7):
+        for second in (None, T.shard(1), T.shard(0)):
+            T.hold(DISTANCES[name], [x, y], [T.shard(1, cut), second], (len(cut),), rtol=1e-11)
+    two = T.On([Shard(0), Shard(1)])
+    T.hold(DISTANCES[name], [x, y], [T.shard(2), None], (3,), rtol=1e-11)
+    T.hold(DISTANCES[name], [x, y], [T.On([Shard(1), Shard(1)]), two], (2, 2), rtol=1e-11)
+    T.hold(DISTANCES[name], [x, y], [two, T.On([Shard(1), Replicate()])], (2, 2), rtol=1e-11)
+    T.hold(DISTANCES[name], [x, y], [None, two], (2, 2), rtol=1e-11)
+
+
+def test_rows_of_distances_stay_sharded():
+    for first, second, expected in (
+        (T.shard(1), None, {1: (4, 3)}), (None, T.shard(1), {2: (4, 3)}),
+        (T.shard(1), T.shard(1), {1: (4, 3)}), (T.shard(0), T.shard(0), {0: (2, 1)}),
+    ):  # fmt: skip
+        (spec,) = T.hold(torch.cdist, [x, x.flip(1)], [first, second], (2,))
+        assert spec.sizes == expected
+    # more rows than torch computes one by one
+    many = torch.randn(30, 3, dtype=D)
+    T.hold(torch.cdist, [many, many.flip(1) + 1], [T.shard(0), T.shard(0)], (4,), rtol=1e-10)
+
+
+def sent(fn):
+    s = st.distribute_tensor(torch.randn(3, 8, 4), T.make_mesh((2,)), [Shard(1)]).requires_grad_()
+    with st.trace() as forward:
+        loss = fn(s)
+    with st.trace() as backward:
+        loss.backward()
+    return forward.bytes, backward.bytes
+
+
+def test_what_is_sent():
+    target = torch.randint(0, 8, (3, 4))
+    # one number
+    assert st.simulate(2, sent, lambda a: F.mse_loss(a, torch.ones(3, 8, 4))) == [(4, 0)] * 2
+    # two: the loss and the sum of weights
+    moved = st.simulate(2, sent, lambda a: F.cross_entropy(a.mT, target[:, :1].expand(3, 8) % 4))
+    assert moved == [(8, 0)] * 2
+
+
+def test_fp32_and_halves():
+    y = x.float()
+    T.hold(lambda a: F.mse_loss(a, y), [y.flip(1)], [T.shard(1)], (3,))
+    h = (x * 200).half()
+    T.hold(lambda a: F.mse_loss(a, a.flip(1)), [h / 20], [T.shard(1)], (3,), rtol=1e-2)
+    T.hold(
+        lambda a: F.cross_entropy(a, torch.ones(3, 4).long()), [h], [T.shard(2)], (2,), rtol=1e-2
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        T.hold(lambda a: F.mse_loss(a @ y[0].mT, a.sum(2, keepdim=True)), [y], [T.shard(1)], (3,),
+               rtol=2e-2)  # fmt: skip

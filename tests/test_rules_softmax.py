@@ -1,0 +1,92 @@
+"""Softmax over whole and sharded dims against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+
+torch.manual_seed(0)
+D = torch.float64
+INF = float("inf")
+x = torch.randn(3, 7, 4, dtype=D)
+SOFT = {
+    "softmax": F.softmax, "log_softmax": F.log_softmax, "softmin": F.softmin,
+    "torch": torch.softmax, "method": lambda a, d: a.log_softmax(d), "special": torch.special.softmax,
+    "leaf": lambda a, d: torch.ops.aten._softmax(a, d, False),
+    "safe": lambda a, d: torch.ops.aten._safe_softmax(a, d),
+    "class": lambda a, d: torch.nn.Softmax(d)(a), "statistics": lambda a, d: a.mean(d).softmax(0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_softmax(name):
+    def fn(a):
+        return [SOFT[name](a, d) for d in (0, 1, -1)]
+
+    for cut in T.cuts(7):
+        T.hold(fn, [x], [T.shard(1, cut)], (len(cut),))
+    T.hold(fn, [x], [T.shard(2)], (3,))
+    for placements, sizes in (
+        ([Shard(1), Shard(2)], {1: (6, 1)}), ([Shard(1), Shard(1)], {1: (3, 0, 2, 2)}),
+        ([Shard(0), Shard(1)], None), ([Replicate(), Shard(1)], None),
+    ):  # fmt: skip
+        T.hold(fn, [x], [T.On(placements, sizes)], (2, 2))
+
+
+def test_softmax_stays_sharded():
+    for dim in (0, 1, 2):
+        (spec,) = T.hold(lambda a, d=dim: a.softmax(d), [x], [T.shard(1, (5, 0, 2))], (3,))
+        assert spec.sizes == {1: (5, 0, 2)}
+
+
+def test_infinite_and_large():
+    a = x.clone()
+    a[:, 2:5] = -INF
+    T.hold(lambda t: (t.softmax(1), t.softmax(0)[:, 0]), [a], [T.shard(1)], (3,))
+    a[1] = -INF
+    for fn in (F.softmax, F.log_softmax, torch.ops.aten._safe_softmax):
+        T.hold(lambda t, fn=fn: fn(t, 1), [a], [T.shard(1, (0, 5, 2))], (3,), grad=False)
+    a[0, 6, 1], a[2, 1, 0] = INF, float("nan")
+    for fn in (F.softmax, F.log_softmax):
+        T.hold(lambda t, fn=fn: fn(t, 1), [a], [T.shard(1)], (3,), grad=False)
+    T.hold(lambda t: (t.softmax(1), t.log_softmax(1)), [x * 1e4], [T.shard(1)], (3,))
+    T.hold(lambda t: torch.ops.aten._safe_softmax(t, 1), [x.clone().index_fill(
+        0, torch.tensor([1]), -INF)], [T.shard(1)], (3,))  # fmt: skip
+
+
+def test_dtypes():
+    half = (x * 10).to(torch.bfloat16)
+    T.hold(lambda t: (t.softmax(1), t.log_softmax(1)), [half], [T.shard(1)], (3,), rtol=1e-2)
+    T.hold(lambda t: t.softmax(1, dtype=torch.float32), [half], [T.shard(1)], (2,), rtol=1e-2)
+    T.hold(lambda t: F.softmax((t * 3).long(), 1, dtype=D), [x], [T.shard(1)], (2,), grad=False)
+    T.hold(lambda t: (t.softmax(1), t.log_softmax(1)), [x.float()], [T.shard(1)], (3,))
+    with torch.autocast("cpu", torch.bfloat16):
+        T.hold(lambda t: t.softmax(1), [x.float()], [T.shard(1)], (3,))
+    with pytest.raises(st.RankError, match="not implemented for"):
+        st.simulate(2, lambda: st.distribute_tensor(
+            x, T.make_mesh((2,)), [Shard(1)]).long().softmax(1))  # fmt: skip
+
+
+def test_second_gradients():
+    def twice(a):
+        total = a.softmax(1).pow(3).sum() + a.log_softmax(1).pow(2).sum()
+        return torch.autograd.grad(total, a, create_graph=True)[0].pow(2)
+
+    T.hold(twice, [x], [T.shard(1, (3, 0, 4))], (3,), rtol=1e-10)
+
+
+def test_what_is_sent():
+    def sent(dim):
+        s = st.distribute_tensor(x.float(), T.make_mesh((2,)), [Shard(1)]).requires_grad_()
+        with st.trace() as forward:
+            out = s.softmax(dim)
+        with st.trace() as backward:
+            out.to_local().pow(2).sum().backward()
+        return forward.bytes, backward.bytes
+
+    assert st.simulate(2, sent, 2) == [(0, 0)] * 2
+    # the largest of each of 12 rows and the sum of its exponentials; the gradient of that sum
+    assert st.simulate(2, sent, 1) == [(2 * 48, 48)] * 2
