@@ -78,6 +78,26 @@ def test_second_gradients():
     T.hold(twice, [x], [T.shard(1, (3, 0, 4))], (3,), rtol=1e-10)
 
 
+def test_compiled():
+    """The largest value takes no part in the gradient, in a traced graph neither."""
+
+    def fn(a):
+        return (
+            a.softmax(1).pow(2).sum()
+            + (a.log_softmax(1) * a.amax(1, True) * a.std(1, keepdim=True)).sum()
+        )
+
+    def run():
+        s = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(1)]).requires_grad_()
+        st.compile(fn, backend="aot_eager")(s).backward()
+        return s.grad.full_tensor()
+
+    plain = x.clone().requires_grad_()
+    fn(plain).backward()
+    for got in st.simulate(2, run):
+        assert torch.allclose(got, plain.grad, rtol=1e-10)
+
+
 def test_what_is_sent():
     def sent(dim):
         s = st.distribute_tensor(x.float(), T.make_mesh((2,)), [Shard(1)]).requires_grad_()

@@ -49,8 +49,7 @@ def _extreme(input: ShardTensor, dim: Dims, keepdim: bool, largest: bool) -> Ten
         return wrap(fn(x._local, dims, keepdim), spec)
     best = fn(_filled(x._local, dims, largest), dims, True)
     if best.requires_grad:
-        with torch.no_grad():
-            ties = (x._local == best).sum(dims, keepdim)
+        ties = (x._local.detach() == best.detach()).sum(dims, keepdim)
         best = _best(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
     else:
         best = fn(stacked(best if keepdim else best.squeeze(dims), x._spec, dims), 0)

@@ -26,9 +26,8 @@ def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     out = fn(x._local.new_zeros(1), 0, dtype=dtype).dtype
     local = x._local.to(wide(out))
     group = comm.group(x._spec.mesh, x._spec.dims[dims[0]].axes)
-    with torch.no_grad():
-        most = with_one(local, dims, float("-inf")).amax(dims, keepdim=True)
-        most = comm.reduce(most, group, "max")
+    most = with_one(local.detach(), dims, float("-inf")).amax(dims, keepdim=True)
+    most = comm.reduce(most, group, "max")
     shifted = local - most
     size = shifted.exp()
     # the sum is the same on each rank, and each uses it differently
