@@ -311,3 +311,21 @@ def _kept(module, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_the_input_and_small_statistics(module, dtype):
     assert max(st.simulate(2, _kept, module, dtype)) <= 2 * 6 * 8
+
+
+def half_under_autocast():
+    """The input is widened inside the graph: its gradient comes back."""
+    mesh = T.make_mesh((2,))
+    x = torch.randn(2, 4, 6, 8).bfloat16()
+    s = st.distribute_tensor(x, mesh, [Shard(2)]).requires_grad_()
+    r = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a in (s, r):
+            y = F.layer_norm(a, (4, 6, 8)) + F.group_norm(a, 2)
+            (y.float() * torch.linspace(0, 1, 8)).square().sum().backward()
+    assert s.grad is not None
+    T.same(s.grad, r.grad, "gradient", 3e-2)
+
+
+def test_half_under_autocast():
+    st.simulate(2, half_under_autocast)

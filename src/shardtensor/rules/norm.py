@@ -39,8 +39,7 @@ def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
     """x in the dtype in which autocast runs op."""
     if not torch.is_autocast_enabled(x.device.type):
         return x
-    with torch.no_grad():
-        return x.to(op(x.new_zeros((1,) * x.ndim)).dtype)
+    return x.to(op(x.detach().new_zeros((1,) * x.ndim)).dtype)
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -67,7 +66,7 @@ def buffer(name: str, x: Tensor | None) -> Tensor | None:
 def update(running: Tensor | None, value: Tensor, momentum: float) -> None:
     """Move a running statistic towards the global value."""
     if running is not None:
-        running.copy_(momentum * value + (1 - momentum) * running)
+        running.copy_(momentum * value.detach() + (1 - momentum) * running)
 
 
 @torch.no_grad()
