@@ -42,6 +42,9 @@ POOLS = {
     "odd": nn.AdaptiveAvgPool2d((5, None)), "most": nn.AdaptiveMaxPool2d(1, return_indices=True),
     "max thirds": nn.AdaptiveMaxPool2d((3, 2), return_indices=True),
     "max odd": nn.AdaptiveMaxPool2d((4, 5), return_indices=True),
+    "more": nn.AdaptiveAvgPool2d((13, 11)), "one": nn.AdaptiveAvgPool2d((1, 3)),
+    "max more": nn.AdaptiveMaxPool2d((13, 11), return_indices=True),
+    "max row": nn.AdaptiveMaxPool2d((1, None), return_indices=True),
 }  # fmt: skip
 
 
@@ -87,7 +90,68 @@ def test_ties_and_nan():
     T.hold(nn.MaxPool2d(3, 2, 1, return_indices=True), [tied], [T.shard(2)], (3,))
     T.hold(nn.AdaptiveMaxPool2d(1), [tied], [T.shard(2)], (2,))
     tied[0, 0, 3, 1] = float("nan")
-    T.hold(nn.MaxPool2d(3, 2, 1), [tied], [T.shard(2)], (3,), grad=False)
+    tied[0, 0, 6, 2] = float("nan")
+    for m in (nn.MaxPool2d(3, 2, 1, return_indices=True), nn.AdaptiveMaxPool2d(1, True),
+              nn.AdaptiveMaxPool2d((3, 1), True)):  # fmt: skip
+        T.hold(m, [tied], [T.shard(2)], (3,), grad=False)
+        T.hold(m, [tied], [T.On([Shard(3), Shard(2)])], (2, 2), grad=False)
+    low = torch.full((1, 1, 9, 9), float("-inf"), dtype=D)
+    for m in (nn.MaxPool2d(3, 2, 1, return_indices=True), nn.AdaptiveMaxPool2d((2, 5), True),
+              nn.MaxPool2d(2, 1, 1, 2, return_indices=True)):  # fmt: skip
+        T.hold(m, [low], [T.On([Shard(2), Shard(3)])], (2, 2), grad=False)
+
+
+@pytest.mark.parametrize("op", [F.adaptive_avg_pool2d, F.adaptive_max_pool2d])
+def test_adaptive_bins(op):
+    """Ties between ranks, bins over several ranks, few and sharded channels, no batch."""
+    y = torch.randint(0, 3, (2, 4, 10, 7)).to(D)
+    both = (lambda a, m: op(a, m, True)) if op is F.adaptive_max_pool2d else op
+    for m in ((3, 4), (2, 2), (7, 1), (1, 7), (10, 3), (12, 9), (5, None)):
+        for placements, sizes in LAYOUTS[:2]:
+            sizes = {2: (9, 1), 3: (1, 6)} if 3 in sizes else {2: (1, 0, 8, 1)}
+            T.hold(both, [y, m], [T.On(placements, sizes), None], (2, 2))
+        T.hold(both, [y, m], [T.On([Shard(1), Shard(2)]), None], (2, 2))
+        T.hold(both, [y[:, :1], m], [T.shard(3, (2, 2, 3)), None], (3,))
+        T.hold(both, [y[0], m], [T.shard(1), None], (4,))
+
+
+def test_dtypes():
+    whole, half = torch.randint(-50, 50, (2, 3, 9, 8)), (x * 2e4).half()
+    for m in (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, False, False), nn.MaxPool2d(3, 2, 1)):
+        T.hold(m, [whole], [T.shard(2)], (3,), grad=False)
+        T.hold(m, [half], [T.shard(2)], (3,), rtol=2e-3)
+    for m in (nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((5, 3)), nn.AdaptiveMaxPool2d(4)):
+        T.hold(m, [half], [T.shard(2)], (3,), rtol=2e-3)
+        T.hold(m, [x.float()], [T.shard(2)], (3,))
+
+
+def twice(a, op):
+    y = a.sin()
+    (g,) = torch.autograd.grad(op(y).square().sum(), y, create_graph=True)
+    return g.square()
+
+
+def test_double_backward():
+    for op in (nn.AvgPool2d(3, 2, 1, True), nn.AdaptiveAvgPool2d((2, 5)), nn.AdaptiveMaxPool2d(5),
+               nn.MaxPool2d(3, 2, 1)):  # fmt: skip
+        T.hold(twice, [x, op], [T.shard(2, (4, 0, 5)), None], (3,))
+
+
+def compiled(module):
+    s = st.distribute_tensor(x.float(), T.make_mesh((2,)), [Shard(2)]).requires_grad_()
+    found = []
+    for run in (st.compile(module, backend="aot_eager", fullgraph=True), module):
+        out = run(s)
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        found.append((out.full_tensor(), s.grad.full_tensor()))
+        s.grad = None
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["max 3", "avg ceil inside", "thirds", "odd", "mean", "max odd"])
+def test_compiled(name):
+    st.simulate(2, compiled, POOLS[name])
 
 
 def costs(module):
@@ -105,6 +169,10 @@ def test_what_is_sent():
     assert sum(st.simulate(2, costs, nn.MaxPool2d(3, 2, 1))) == row
     # the mean of (B, C) there and back
     assert st.simulate(2, costs, nn.AdaptiveAvgPool2d(1)) == [24, 24]
+    # the middle bin of three, as sums; a value and a position of 8 bytes for each candidate
+    assert sum(st.simulate(2, costs, nn.AdaptiveAvgPool2d((3, 1)))) == 24
+    assert sum(st.simulate(2, costs, nn.AdaptiveMaxPool2d((3, 1)))) == 3 * 24
+    assert st.simulate(2, costs, nn.AdaptiveMaxPool2d(1)) == [3 * 24, 3 * 24]
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])

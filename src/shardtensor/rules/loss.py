@@ -6,6 +6,7 @@ that PyTorch composes of other ops need no rule.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,27 +30,32 @@ def _reduced(x: Tensor, reduction: int) -> Tensor:
     return x.mean() if reduction == MEAN else x.sum() if reduction == SUM else x
 
 
+@cache
+def _unreduced(name: str) -> tuple[Any, list[str]]:
+    """The loss of every element, and the names of aten's arguments."""
+    overload = _torch.overloads(_torch.aten_packet(name))[0]
+
+    def each(*tensors: Tensor, **rest: Any) -> Tensor:
+        return overload(*tensors, **rest, reduction=NONE)
+
+    each.__name__ = name
+    return each, [a.name for a in overload._schema.arguments]
+
+
 @function_rule(
     "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss",
     "binary_cross_entropy_with_logits",
 )  # fmt: skip
 def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    name = func.__name__.split(".")[0]
-    overload = _torch.overloads(_torch.aten_packet(name))[0]
-    names = [a.name for a in overload._schema.arguments]
+    each, names = _unreduced(func.__name__.split(".")[0])
     given = dict(zip(names, args, strict=False))
     given |= {"self" if k == "input" else k: v for k, v in kwargs.items()}
     reduction = given.pop("reduction", MEAN)
-
-    def local(*tensors: Tensor, **rest: Any) -> Tensor:
-        return overload(*tensors, **rest, reduction=NONE)
-
-    local.__name__ = name
-    tensors = [given.pop("self"), given.pop("target")]
-    tensors = list(torch.broadcast_tensors(*tensors))
-    weights = {k: v for k, v in given.items() if isinstance(v, Tensor)}
+    tensors = (given.pop("self"), given.pop("target"))
+    if tensors[0].shape != tensors[1].shape:
+        tensors = torch.broadcast_tensors(*tensors)
     rest = {k: v for k, v in given.items() if v is not None}
-    return _reduced(pointwise(local, tuple(tensors), {**rest, **weights}), reduction)
+    return _reduced(pointwise(each, tensors, rest), reduction)
 
 
 def _classes_whole(x: Tensor, target: Tensor) -> tuple[ShardTensor, int]:

@@ -1,4 +1,4 @@
-"""Pooling: windows as for convolution; irregular adaptive bins move the shards to the channels."""
+"""Pooling over windows of rows, as for convolution."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import cached
-from ..redistribute import reduced, to_dims
+from ..redistribute import reduced
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from .windows import Ints, Reach, each, fetch, strided, trim
 
@@ -90,7 +90,7 @@ def _fetched(x: ShardTensor, reaches: Reaches, fill: float) -> Tensor:
     return local
 
 
-def _some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
+def some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
     """op(local), which torch refuses without channels: one of zeros then stands in for them."""
     if local.shape[d] or 0 in local.shape[d + 1 :]:
         return op(local)
@@ -98,6 +98,13 @@ def _some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
     if isinstance(out, tuple):
         return tuple(o.narrow(d, 0, 0) for o in out)
     return out.narrow(d, 0, 0)
+
+
+def result_dtype(x: ShardTensor, n: int, op: Callable[[Tensor], Tensor]) -> torch.dtype:
+    """The dtype that torch's op gives for x, which autocast may change."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return op(x._local.new_zeros([1, 1] + [2] * n)).dtype
 
 
 # max ---------------------------------------------------------------------------------------------
@@ -120,31 +127,36 @@ def _max_pool(
     local = _fetched(x, reaches, low)
     kernels, strides = [s.kernel for s in stencils], [s.stride for s in stencils]
     dilations = [s.dilation for s in stencils]
-    out, index = _some_channels(
+    out, index = some_channels(
         local,
         x.ndim - n - 1,
         lambda some: _MAX[n](some, kernels, strides, left, dilations, ceil_mode),
     )
-    index = _global_index(index, local.shape[-n:], x._spec, n, dict(reaches))
+    index = _global_index(index, local.shape[-n:], x._spec, dilations, dict(reaches))
     for d, reach in reaches:
         out, index = trim(out, d, spec, reach), trim(index, d, spec, reach)
     return wrap(out, spec), wrap(index, spec)
 
 
 def _global_index(
-    index: Tensor, shape: Sequence[int], spec: Spec, n: int, reaches: dict[int, Reach]
-) -> Tensor:
+    index: Tensor, shape: Sequence[int], spec: Spec, dilations: Sequence[int],
+    reaches: dict[int, Reach],
+) -> Tensor:  # fmt: skip
     """Flat positions in the local windows as flat positions in the whole spatial volume."""
     if not reaches:
         return index
+    n = len(dilations)
     first = len(spec.dims) - n
     found, step = torch.zeros_like(index), 1
     for i in reversed(range(n)):
         d = first + i
-        at = index % shape[i]
-        index = index // shape[i]
         start = reaches[d].windows[spec.index[d]][0] if d in reaches else 0
-        found = found + (at + start) * step
+        at = index % shape[i] + start
+        index = index // shape[i]
+        if start < 0:
+            # nothing in the window is above the fill: torch names its first row inside
+            at = torch.where(at < 0, at % dilations[i], at)
+        found = found + at * step
         step *= spec.dims[d].size
     return found
 
@@ -168,6 +180,13 @@ def _define_max_pool(n: int) -> None:
 # average -----------------------------------------------------------------------------------------
 
 
+_AVG: dict[int, Callable[..., Tensor]] = {
+    1: torch.avg_pool1d,
+    2: torch._C._nn.avg_pool2d,
+    3: torch._C._nn.avg_pool3d,
+}
+
+
 def _counts(s: Stencil, rows: range, size: int, include_pad: bool) -> list[int]:
     """How many rows each output averages over, as torch counts them."""
     found = []
@@ -185,32 +204,50 @@ def _avg_pool(
     x = reduced(input)
     stencils = _stencils(n, kernel, stride, padding)
     spec, reaches, left = _plan(x._spec, n, stencils, ceil_mode)
-    local = _fetched(x, reaches, 0.0)
     first = x.ndim - n
-    regular = not ceil_mode and all(s.before == 0 for s in stencils)
-    pool = F.avg_pool3d if n == 3 else F.avg_pool2d
     kernels, strides = [s.kernel for s in stencils], [s.stride for s in stencils]
-    pads = list(left)
-    if n == 1:
-        local, kernels, strides, pads = (
-            local.unsqueeze(-2),
-            [1, *kernels],
-            [1, *strides],
-            [0, *pads],
+    if not reaches:
+        over = () if n == 1 else (divisor,)
+        out = some_channels(
+            x._local,
+            first - 1,
+            lambda some: _AVG[n](some, kernels, strides, left, ceil_mode, count_include_pad, *over),
         )
-    by = divisor or (prod(s.kernel for s in stencils) if regular else 1)
-    out = pool(local, kernels, strides, pads, ceil_mode, True, by)
-    out = out.squeeze(-2) if n == 1 else out
-    if divisor is None and not regular:
-        for i, s in enumerate(stencils):
-            d = first + i
-            rows = range(spec.offset[d], spec.offset[d] + max(spec.local_shape[d], 1))
-            counts = _counts(s, rows, x.shape[d], count_include_pad)
-            shape = [-1] + [1] * (n - 1 - i)
-            out = out / torch.tensor(counts, dtype=out.dtype, device=out.device).view(shape)
+        return wrap(out, spec)
+    # torch's average over whole kernels, then corrected where fewer rows count
+    by = divisor or (prod(kernels) if x.is_floating_point() else 1)
+    out = some_channels(
+        _fetched(x, reaches, 0.0),
+        first - 1,
+        lambda some: _kernel_average(some, n, kernels, strides, left, ceil_mode, by),
+    )
+    for i, s in enumerate(stencils if divisor is None else ()):
+        d = first + i
+        rows = range(spec.offset[d], spec.offset[d] + spec.local_shape[d])
+        if not rows:
+            continue
+        counts = _counts(s, rows, x.shape[d], count_include_pad)
+        shape = [-1] + [1] * (n - 1 - i)
+        if not x.is_floating_point():
+            whole = torch.tensor(counts, dtype=out.dtype, device=out.device)
+            out = torch.div(out, whole.view(shape), rounding_mode="trunc")
+        elif any(c != s.kernel for c in counts):
+            more = torch.tensor([s.kernel / c for c in counts], dtype=out.dtype, device=out.device)
+            out = out * more.view(shape)
     for d, reach in reaches:
         out = trim(out, d, spec, reach)
     return wrap(out, spec)
+
+
+def _kernel_average(
+    x: Tensor, n: int, kernels: list[int], strides: list[int], left: Sequence[int], ceil: bool,
+    by: int,
+) -> Tensor:  # fmt: skip
+    """Sums over kernels divided by `by`; torch has no divisor in 1-D."""
+    if n == 1:
+        plane = x.unsqueeze(-2)
+        return _AVG[2](plane, [1, *kernels], [1, *strides], [0, *left], ceil, True, by).squeeze(-2)
+    return _AVG[n](x, kernels, strides, left, ceil, True, by)
 
 
 def _define_avg_pool(n: int) -> None:
@@ -225,88 +262,6 @@ def _define_avg_pool(n: int) -> None:
         )
 
 
-# adaptive ----------------------------------------------------------------------------------------
-
-
-def _targets(x: ShardTensor, n: int, output_size: Any) -> list[int]:
-    sizes = [output_size] * n if isinstance(output_size, int | None) else list(output_size)
-    sizes = sizes * n if len(sizes) == 1 else sizes
-    return [x.shape[x.ndim - n + i] if m is None else int(m) for i, m in enumerate(sizes)]
-
-
-def _on_channels(x: ShardTensor, n: int) -> ShardTensor:
-    """The sharding of spatial dims moved to the channels, or given up if those are sharded."""
-    first = x.ndim - n
-    dims = list(x._spec.dims)
-    axes = tuple(sorted(a for d in dims[first:] for a in d.axes))
-    dims[first:] = [Dim(d.size) for d in dims[first:]]
-    if not dims[first - 1].axes:
-        size = dims[first - 1].size
-        sizes = nested_chunk_sizes(size, [x._spec.mesh.size(a) for a in axes])
-        dims[first - 1] = Dim(size, axes, sizes)
-    return to_dims(x, dims)
-
-
-def _adaptive(
-    x: ShardTensor, n: int, output_size: Any, regular: Callable[..., Any], op: Callable[..., Any]
-) -> Any:
-    """regular(x, kernel) where bins of sharded dims are equal, else op on the channels' shards."""
-    first = x.ndim - n
-    targets = _targets(x, n, output_size)
-    sharded = [i for i in range(n) if x._spec.dims[first + i].axes]
-    if all(m and x.shape[first + i] % m == 0 for i, m in enumerate(targets)) and sharded:
-        return regular(x, [x.shape[first + i] // m for i, m in enumerate(targets)])
-    if sharded:
-        x = _on_channels(x, n)
-    dims = [*x._spec.dims[:first], *(Dim(m) for m in targets)]
-    out = _some_channels(x._local, first - 1, lambda local: op(local, targets))
-    spec = x._spec.with_dims(dims)
-    return tuple(wrap(o, spec) for o in out) if isinstance(out, tuple) else wrap(out, spec)
-
-
-_ADAPTIVE_MAX: dict[int, Callable[..., Any]] = {
-    1: torch.adaptive_max_pool1d,
-    2: torch._C._nn.adaptive_max_pool2d,
-    3: torch._C._nn.adaptive_max_pool3d,
-}
-_ADAPTIVE_AVG: dict[int, Callable[..., Any]] = {
-    1: torch.adaptive_avg_pool1d,
-    2: torch._C._nn.adaptive_avg_pool2d,
-    3: torch._C._nn.adaptive_avg_pool3d,
-}
-
-
-def _define_adaptive(n: int) -> None:
-    @rule(f"adaptive_avg_pool{n}d")
-    def adaptive_avg_pool(input: ShardTensor, output_size: Any) -> Any:
-        x = reduced(input)
-        if all(m == 1 for m in _targets(x, n, output_size)):
-            return x.mean(tuple(range(x.ndim - n, x.ndim)), keepdim=True)
-
-        def equal_bins(x: ShardTensor, kernel: list[int]) -> ShardTensor:
-            return _avg_pool(n, x, kernel, kernel, 0, False, True, None)
-
-        return _adaptive(x, n, output_size, equal_bins, _ADAPTIVE_AVG[n])
-
-    @rule(f"adaptive_max_pool{n}d")
-    def adaptive_max_pool(input: ShardTensor, output_size: Any) -> Any:
-        x = reduced(input)
-
-        def equal_bins(x: ShardTensor, kernel: list[int]) -> Any:
-            if any(k * len(d.sizes) > 2 * d.size for k, d in zip(
-                kernel, x._spec.dims[-n:], strict=True)):  # fmt: skip
-                # few bins: one rank would fetch most of the dim
-                return _adaptive_max_on_channels(n, x, kernel)
-            return _max_pool(n, x, kernel, kernel, 0, 1, False)
-
-        return _adaptive(x, n, output_size, equal_bins, _ADAPTIVE_MAX[n])
-
-
-def _adaptive_max_on_channels(n: int, x: ShardTensor, kernel: list[int]) -> Any:
-    return _max_pool(n, _on_channels(x, n), kernel, kernel, 0, 1, False)
-
-
 for _n in (1, 2, 3):
     _define_max_pool(_n)
     _define_avg_pool(_n)
-    _define_adaptive(_n)

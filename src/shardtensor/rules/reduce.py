@@ -43,8 +43,9 @@ def without(spec: Spec, dims: Sequence[int], keepdim: bool) -> Spec:
 
 
 def axes_of(spec: Spec, dims: Sequence[int]) -> tuple[int, ...]:
-    """The mesh axes that shard any of the dims, ascending."""
-    return tuple(sorted(a for d in dims for a in spec.dims[d].axes))
+    """The mesh axes that cut any of the dims into several shards, ascending."""
+    found = [spec.dims[d] for d in dims]
+    return tuple(sorted(a for d in found if len(d.sizes) > 1 for a in d.axes))
 
 
 def finish(local: Tensor, spec: Spec, dims: Sequence[int], op: str = "sum") -> Tensor:

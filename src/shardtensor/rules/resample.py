@@ -1,17 +1,18 @@
 """F.interpolate over sharded dims: a linear map of rows, whose weights torch itself tells.
 
-Whole-number upsampling runs torch's kernel on a window with a halo and drops the halo's outputs. In
-all other cases each output row of a sharded dim is a sum of a few input rows; their indices
-and weights are read off torch's own interpolation of small test signals, so every mode, scale and
-rounding is torch's.
+Where every row becomes a whole number of rows, or a whole number of rows of each shard becomes one,
+torch's kernel runs on a window with a halo and the halo's outputs are dropped. In all other cases
+each output row of a sharded dim is a sum of a few input rows; their indices and weights are read
+off torch's own interpolation of small test signals, so every mode, scale and rounding is torch's.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, floor
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,8 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from .pool import result_dtype
 
-_LINEAR = ("linear", "bilinear", "trilinear")
-_HALO = {"nearest": 0, "nearest-exact": 0, **dict.fromkeys(_LINEAR, 1), "bicubic": 2}
 _KERNELS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("nearest", 1): torch._C._nn.upsample_nearest1d,
     ("nearest", 2): torch._C._nn.upsample_nearest2d,
@@ -43,7 +43,24 @@ _ANTIALIASED: dict[str, Callable[..., Tensor]] = {
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
 }
+_FEW = 4  # taps up to which a sum of slices is cheaper than one gather of all
 Scales = tuple[float | None, ...]
+T = TypeVar("T")
+
+
+class Way(NamedTuple):
+    """How rows are interpolated: all that decides indices and weights but the sizes."""
+
+    mode: str
+    spatial: int
+    align: bool
+    antialias: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nearest(self) -> bool:
+        return self.mode.startswith("nearest")
 
 
 @rule(F.interpolate)
@@ -59,34 +76,24 @@ def interpolate(
     x = reduced(input)
     n = x.ndim - 2
     out, scales = _sizes(x, n, size, scale_factor, recompute_scale_factor)
+    if mode in ("nearest", "nearest-exact", "area") and align_corners is not None:
+        raise ValueError(f"interpolate: align_corners does not go with mode {mode}")
+    if antialias and (mode not in _ANTIALIASED or n != 2):
+        raise ValueError("Anti-alias option is restricted to bilinear and bicubic modes")
     if mode == "area":
         pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[n - 1]
         return pool(x, tuple(out))  # type: ignore[arg-type]
     if (mode, n) not in _KERNELS:
         raise NotImplementedError(f"interpolate: mode {mode} for a tensor of {x.ndim} dims")
-    if antialias and mode not in _ANTIALIASED:
-        raise ValueError("Anti-alias option is restricted to bilinear and bicubic modes")
-    align = bool(align_corners)
     sharded = [d for d in range(2, x.ndim) if x._spec.dims[d].axes]
-    local, dims = x._local, list(x._spec.dims)
-    if sharded and not align and not antialias and _is_multiple(x, out, scales, mode, sharded):
-        return _upsampled(x, out, scales, mode, sharded)
-    for d in sharded:
-        way = (mode, align, antialias)
-        local, dims[d] = _rows(local, x, d, out[d - 2], scales[d - 2], way)
-    rest = [None if d + 2 in sharded else s for d, s in enumerate(scales)]
-    target = [local.shape[d + 2] if d + 2 in sharded else m for d, m in enumerate(out)]
-    if len(sharded) < n:
-        # torch 2.13 antialiases a single column wrongly: a shard of one runs as two
-        single = antialias and local.shape[-1] == 1 < x.shape[-1]
-        if single:
-            local, target[-1] = local.expand(*local.shape[:-1], 2), 2
-        local = _kernel(local, target, rest, mode, align, antialias)
-        local = local.narrow(-1, 0, 1) if single else local
-    for d in range(2, x.ndim):
-        if d not in sharded:
-            dims[d] = Dim(out[d - 2])
-    return wrap(local, x._spec.with_dims(dims))
+    way = Way(mode, n, bool(align_corners), antialias, x.dtype, x.device)
+    if not sharded:
+        local = _kernel(x._local, out, scales, way).to(_dtype(x, way))
+        return wrap(local, x._spec.with_dims([*x._spec.dims[:2], *(Dim(m) for m in out)]))
+    halos = [_halo(x._spec.dims[d], out[d - 2], scales[d - 2], way) for d in sharded]
+    if None not in halos:
+        return _scaled(x, out, scales, way, dict(zip(sharded, halos, strict=True)))  # type: ignore[arg-type]
+    return _combined(x, out, scales, way, sharded)
 
 
 def _sizes(
@@ -95,71 +102,108 @@ def _sizes(
     """(output sizes, the scale factors that the coordinates use; None: the ratio of sizes)."""
     if (size is None) == (scale_factor is None):
         raise ValueError("either size or scale_factor should be defined, and not both")
-    if size is not None:
+    given = scale_factor if size is None else size
+    given = list(given) if isinstance(given, list | tuple) else [given] * n
+    if len(given) != n:
+        raise ValueError(f"interpolate: {len(given)} sizes or scales for {n} spatial dims")
+    if size is None:
+        out = [floor(float(m) * float(s)) for m, s in zip(x.shape[2:], given, strict=True)]
+    elif recompute:
+        raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
+    else:
         out = [int(m) for m in size] if isinstance(size, list | tuple) else [int(size)] * n
-        return out, (None,) * n
-    factors = (
-        [float(s) for s in scale_factor]
-        if isinstance(scale_factor, list | tuple)
-        else [float(scale_factor)] * n
-    )
-    out = [floor(float(m) * s) for m, s in zip(x.shape[2:], factors, strict=True)]
-    return out, (None,) * n if recompute else tuple(factors)
+    if min([*out, *x.shape[2:]]) <= 0:
+        raise RuntimeError(f"interpolate of {x._spec} to {out}: sizes must be greater than 0")
+    scales = (None,) * n if size is not None or recompute else tuple(float(s) for s in given)
+    return out, scales
 
 
 def _kernel(
-    local: Tensor, out: Sequence[int], scales: Sequence[float | None], mode: str, align: bool,
-    antialias: bool,
-) -> Tensor:  # fmt: skip
-    """Torch's own kernel, which takes no tensor without elements."""
+    local: Tensor, out: Sequence[int], scales: Sequence[float | None], way: Way, wide: bool = False
+) -> Tensor:
+    """Torch's own kernel, also for a tensor without elements, which torch refuses.
+
+    wide: that the local tensor is a part of one whose output has several columns. Torch 2.13
+    antialiases rows of a single column wrongly, so that a shard of one runs as two.
+    """
     if local.numel() == 0:
-        return local.new_zeros([*local.shape[:2], *out]) + local.sum()
-    if antialias:
-        return _ANTIALIASED[mode](local, list(out), align, *scales)
-    kernel = _KERNELS[mode, len(out)]
-    if mode.startswith("nearest"):
-        return kernel(local, list(out), *scales)
-    return kernel(local, list(out), align, *scales)
+        return local.new_zeros([*local.shape[:2], *out]) + local.sum(dtype=local.dtype)
+    if way.nearest:
+        return _KERNELS[way.mode, len(out)](local, list(out), *scales)
+    if not way.antialias:
+        return _KERNELS[way.mode, len(out)](local, list(out), way.align, *scales)
+    single = wide and local.shape[-1] == out[-1] == 1
+    if single:
+        local, out = local.expand(*local.shape[:-1], 2), [*out[:-1], 2]
+    found = _ANTIALIASED[way.mode](local, list(out), way.align, *scales)
+    return found.narrow(-1, 0, 1) if single else found
 
 
-# whole-number upsampling -------------------------------------------------------------------------
+def _dtype(x: ShardTensor, way: Way) -> torch.dtype:
+    n = way.spatial
+    return result_dtype(x, n, lambda some: _kernel(some, [2] * n, [None] * n, way))
 
 
-def _is_multiple(
-    x: ShardTensor, out: Sequence[int], scales: Scales, mode: str, sharded: Sequence[int]
-) -> bool:
-    """Whether every row becomes the same whole number of rows, by torch's own rounding too."""
-    for d in sharded:
-        n, m, s = x.shape[d], out[d - 2], scales[d - 2]
-        if n == 0 or m % n or (s is not None and s != m // n):
-            return False
-        if mode.startswith("nearest"):
-            rows, _ = _taps(n, m, s, (mode, False, False), x.dtype)
-            if not torch.equal(rows, torch.arange(m) // (m // n)):
-                return False
-    return True
+def _alone(fn: Callable[[], T]) -> T:
+    """fn() on a thread of its own: real tensors, also while this one traces or autocasts."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(fn()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
-def _upsampled(
-    x: ShardTensor, out: Sequence[int], scales: Scales, mode: str, sharded: Sequence[int]
+# whole-number scales -----------------------------------------------------------------------------
+
+
+@cached
+def _halo(dim: Dim, m: int, scale: float | None, way: Way) -> int | None:
+    """The input rows that torch's kernel needs on either side of a shard's own for the shard's own
+    outputs; None where it cannot be run on shards.
+    """
+    n = dim.size
+    if m == n:
+        return 0 if scale in (None, 1.0) else None
+    if way.align:
+        return None
+    reach = 0 if way.nearest else 2 if way.mode == "bicubic" else 1
+    if m % n == 0:
+        times = m // n
+        if scale not in (None, times):
+            return None
+        if way.nearest:
+            rows = _alone(lambda: _sources(n, m, scale, way).tolist())
+            return 0 if rows == [j // times for j in range(m)] else None
+        # coordinates count from the window's start, which float32 rounds alike only for powers of 2
+        alike = times & (times - 1) == 0 or way.dtype is not torch.float32
+        return reach if alike else None
+    if n % m or any(o % (n // m) for o in dim.offsets):
+        return None
+    by = n // m
+    if scale is not None and 1 / scale != by:
+        return None
+    if way.antialias:
+        return reach * by
+    return by if way.mode == "bicubic" and by == 2 else 0
+
+
+def _scaled(
+    x: ShardTensor, out: Sequence[int], scales: Scales, way: Way, halos: dict[int, int]
 ) -> ShardTensor:
-    halo = _HALO[mode]
     local, dims = x._local, [*x._spec.dims[:2], *(Dim(m) for m in out)]
     target, crops = list(out), []
-    for d in sharded:
-        dim = x._spec.dims[d]
-        times = out[d - 2] // dim.size
+    for d, halo in halos.items():
+        dim, m, i = x._spec.dims[d], out[d - 2], x._spec.index[d]
         windows = [
             (max(0, a - halo), min(dim.size, b + halo)) if a < b else (a, a)
             for a, b in pairwise(dim.offsets)
         ]
         group = comm.group(x._spec.mesh, dim.axes)
         local = comm.window(local, d, dim.sizes, windows, group)
-        i = x._spec.index[d]
-        target[d - 2] = local.shape[d] * times
-        crops.append((d, (dim.offsets[i] - windows[i][0]) * times, dim.sizes[i] * times))
-        dims[d] = Dim(dim.size * times, dim.axes, tuple(n * times for n in dim.sizes))
-    local = _kernel(local, target, scales, mode, False, False)
+        dims[d] = Dim(m, dim.axes, tuple(n * m // dim.size for n in dim.sizes))
+        target[d - 2] = local.shape[d] * m // dim.size
+        crops.append((d, (dim.offsets[i] - windows[i][0]) * m // dim.size, dims[d].sizes[i]))
+    local = _kernel(local, target, scales, way, out[-1] > 1).to(_dtype(x, way))
     for d, start, rows in crops:
         if rows != local.shape[d]:
             local = local.narrow(d, start, rows)
@@ -169,73 +213,127 @@ def _upsampled(
 # any other map of rows ---------------------------------------------------------------------------
 
 
-def _rows(
-    local: Tensor, x: ShardTensor, d: int, m: int, scale: float | None, way: tuple[str, bool, bool]
-) -> tuple[Tensor, Dim]:
-    """Dim d of the local tensor resampled to this rank's part of m rows."""
-    dim = x._spec.dims[d]
-    if 0 in (dim.size, m):
-        raise UnsupportedOpError(f"interpolate of {x._spec} to {m} rows: a size is zero")
-    lows, weights = _taps(dim.size, m, scale, way, x.dtype)
-    edges = [round(o * m / dim.size) for o in dim.offsets]
-    taps = weights.shape[0]
-    windows = [
-        (int(lows[a:b].min()), min(dim.size, int(lows[a:b].max()) + taps)) if a < b else (0, 0)
-        for a, b in pairwise(edges)
-    ]
-    group = comm.group(x._spec.mesh, dim.axes)
-    rows = comm.window(local, d, dim.sizes, windows, group)
-    i = x._spec.index[d]
-    a, b = edges[i], edges[i + 1]
-    shape = [-1] + [1] * (local.ndim - 1 - d)
-    total = None
-    for t in range(taps):
-        index = (lows[a:b] + t).clamp(max=dim.size - 1) - windows[i][0]
-        part = rows.index_select(d, index.to(x.device))
-        if way[0].startswith("nearest"):
-            total = part
-        else:
-            part = part * weights[t, a:b].to(x.device).view(shape)
-            total = part if total is None else total + part
-    assert total is not None
-    new = Dim(m, dim.axes, tuple(q - p for p, q in pairwise(edges)))
-    return total.to(x.dtype), new
+class Plan(NamedTuple):
+    """One sharded dim's map of rows.
+
+    out: the output dim. windows: the input rows that every rank needs.
+    at: (taps, rows) positions in this rank's window. weights: as many, None for nearest.
+    """
+
+    out: Dim
+    windows: tuple[tuple[int, int], ...]
+    at: Tensor
+    weights: Tensor | None
+
+
+def _combined(
+    x: ShardTensor, out: Sequence[int], scales: Scales, way: Way, sharded: Sequence[int]
+) -> ShardTensor:
+    if not way.nearest and not x.is_floating_point():
+        raise UnsupportedOpError(
+            f"interpolate of {x.dtype} {x._spec} to {list(out)} in mode {way.mode}: torch rounds "
+            "integers in its own way; convert to float first"
+        )
+    dtype = _dtype(x, way)
+    local, dims = x._local, [*x._spec.dims[:2], *(Dim(m) for m in out)]
+    target, rest = list(out), list(scales)
+    for d in range(2, x.ndim):
+        dim, i, scale = x._spec.dims[d], x._spec.index[d], rest[d - 2]
+        if d in sharded:
+            plan = _plan(dim, i, out[d - 2], scale, way)
+            group = comm.group(x._spec.mesh, dim.axes)
+            rows = comm.window(local, d, dim.sizes, plan.windows, group)
+            local = _weighted(rows, d, plan)
+            dims[d], target[d - 2], rest[d - 2] = plan.out, local.shape[d], None
+        elif way.mode == "bicubic" and out[d - 2] == dim.size and scale not in (None, 1.0):
+            # torch 2.13's gradient is wrong where no size changes, as none may in what is left here
+            local = _weighted(
+                local, d, _plan(Dim(dim.size, (), (dim.size,)), 0, dim.size, scale, way)
+            )
+            rest[d - 2] = None
+    if target != list(local.shape[2:]) or any(s not in (None, 1.0) for s in rest):
+        local = _kernel(local, target, rest, way, out[-1] > 1)
+    return wrap(local.to(dtype), x._spec.with_dims(dims))
+
+
+def _weighted(rows: Tensor, d: int, plan: Plan) -> Tensor:
+    """Output rows as sums of input rows; halves are added up in single precision."""
+    if plan.weights is None:
+        return rows.index_select(d, plan.at[0])
+    taps, m = plan.weights.shape
+    shape = [m] + [1] * (rows.ndim - 1 - d)
+    if taps <= _FEW:
+        parts = [
+            rows.index_select(d, at) * w.view(shape)
+            for at, w in zip(plan.at, plan.weights, strict=True)
+        ]
+        return sum(parts[1:], start=parts[0])
+    every = rows.index_select(d, plan.at.flatten()).unflatten(d, (taps, m))
+    return (every * plan.weights.view([taps, *shape])).sum(d)
 
 
 @cached
-def _taps(
-    n: int, m: int, scale: float | None, way: tuple[str, bool, bool], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _plan(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Plan:
+    """The map of rows for the rank with shard i."""
+    return _alone(lambda: _mapped(dim, i, m, scale, way))
+
+
+def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Plan:
+    lows, weights = _taps(dim.size, m, scale, way)
+    edges = [round(o * m / dim.size) for o in dim.offsets]
+    taps = weights.shape[0]
+    windows = tuple(
+        (int(lows[a:b].min()), min(dim.size, int(lows[a:b].max()) + taps)) if a < b else (0, 0)
+        for a, b in pairwise(edges)
+    )
+    a, b = edges[i], edges[i + 1]
+    index = (lows[a:b] + torch.arange(taps)[:, None]).clamp(max=dim.size - 1) - windows[i][0]
+    return Plan(
+        Dim(m, dim.axes, tuple(q - p for p, q in pairwise(edges))),
+        windows,
+        index.to(way.device),
+        None if way.nearest else weights[:, a:b].to(way.device),
+    )
+
+
+def _run(signals: Tensor, m: int, scale: float | None, way: Way) -> Tensor:
+    """(k, n) to (k, m), by torch's kernel for as many dims: not all round alike."""
+    others = way.spatial - 1
+    volume = signals.to(way.device).view([signals.shape[0], 1, -1, *[1] * others])
+    volume = volume.expand(-1, 1, -1, *[2] * others).contiguous()
+    found = _kernel(volume, [m, *[2] * others], [scale, *[None] * others], way)
+    return found.flatten(2).view(signals.shape[0], m, -1)[..., 0].cpu()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of torch's coordinates: that of the data, of halves single."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _sources(n: int, m: int, scale: float | None, way: Way) -> Tensor:
+    """The input row that nearest takes for each output row."""
+    return _run(torch.arange(n, dtype=_wide(way.dtype))[None], m, scale, way)[0].round().long()
+
+
+def _taps(n: int, m: int, scale: float | None, way: Way) -> tuple[Tensor, Tensor]:
     """Output row j is the sum over t of weights[t, j] times input row lows[j] + t.
 
-    Torch interpolates a ramp, which tells where row j reads, and the indicators of the rows
-    congruent to 0, 1, ... modulo a number larger than its reach, which tell the weights.
+    Torch interpolates the indicators of the rows congruent to 0, 1, ... modulo a number larger than
+    its reach; around the place where row j must read, they tell the weights.
     """
-    mode, align, antialias = way
-
-    def run(signals: Tensor) -> Tensor:
-        """(k, n) to (k, m), by torch; as a plane where the mode has no 1-D form."""
-        kind = {"bilinear": "linear", "trilinear": "linear"}.get(mode, mode)
-        if antialias or mode == "bicubic":
-            plane = signals[:, None, :, None].expand(-1, 1, -1, 2).contiguous()
-            plane_mode = "bicubic" if mode == "bicubic" else "bilinear"
-            return _kernel(plane, [m, 2], [scale, None], plane_mode, align, antialias)[:, 0, :, 0]
-        return _kernel(signals[None], [m], [scale], kind, align, False)[0]
-
-    # torch computes coordinates in the precision of the data, of halves in single precision
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    if mode.startswith("nearest"):
-        source = run(torch.arange(n, dtype=wide)[None])[0]
-        return source.round().long(), torch.ones(1, m)
-    stretch = max(1.0, n / m if scale is None else 1 / scale) if antialias else 1.0
-    reach = ceil((2 if mode == "bicubic" else 1) * stretch) + 1
+    if way.nearest:
+        return _sources(n, m, scale, way), torch.ones(1, m)
+    stretch = max(1.0, n / m if scale is None else 1 / scale) if way.antialias else 1.0
+    reach = ceil((2 if way.mode == "bicubic" else 1) * stretch) + 1
     period = 2 * reach + 2
-    step = (n - 1) / max(1, m - 1) if align else n / m if scale is None else 1 / scale
+    step = n / m if scale is None else 1 / scale
+    if way.align:
+        step = (n - 1) / max(1, m - 1)
     at = torch.arange(m, dtype=torch.float64)
-    centre = at * step if align else (at + 0.5) * step - 0.5
+    centre = at * step if way.align else (at + 0.5) * step - 0.5
     low = (centre.floor().long() - reach).clamp(min=0, max=max(0, n - 1))
-    marks = (torch.arange(n)[None] % period == torch.arange(period)[:, None]).to(wide)
-    found = run(marks)
+    marks = (torch.arange(n)[None] % period == torch.arange(period)[:, None]).to(_wide(way.dtype))
+    found = _run(marks, m, scale, way)
     weights = torch.stack([found.gather(0, ((low + t) % period)[None])[0] for t in range(period)])
     weights = torch.where(low + torch.arange(period)[:, None] < n, weights, 0)
     # start every row at its first weight that is not zero, and drop taps that nobody uses
