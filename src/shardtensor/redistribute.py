@@ -17,7 +17,7 @@ from torch.distributed.tensor import Placement
 
 from . import comm
 from .errors import UnsupportedOpError
-from .spec import Dim, Spec
+from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import ShardTensor, wrap
 
 
@@ -35,6 +35,27 @@ def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
 def reduced(x: ShardTensor) -> ShardTensor:
     """The tensor with its partial sums added up."""
     return to_dims(x, x._spec.dims) if x._spec.partial else x
+
+
+def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
+    """x with `dims` whole: what sharded them shards its largest other whole dims instead.
+
+    One all-to-all for each sharded one of `dims`; each rank then has 1/N of the data still. None
+    where x has too few other dims.
+    """
+    new = list(x._spec.dims)
+    free = [i for i, f in enumerate(new) if i not in dims and not f.axes and f.size > 1]
+    free.sort(key=lambda i: new[i].size)
+    for d in dims:
+        dim = new[d]
+        if dim.axes:
+            if not free:
+                return None
+            to = free.pop()
+            parts = [x._spec.mesh.size(a) for a in dim.axes]
+            new[to] = Dim(new[to].size, dim.axes, nested_chunk_sizes(new[to].size, parts))
+            new[d] = Dim(dim.size)
+    return to_dims(x, new)
 
 
 def like(x: Tensor, spec: Spec) -> ShardTensor:

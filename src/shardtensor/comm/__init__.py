@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _torch
+from ..errors import UnsupportedOpError
+from . import wire
 from .groups import group, rank, size
 from .ops import (
     gather_op,
@@ -27,6 +30,7 @@ from .ops import vary as _vary
 from .plan import exchange
 
 __all__ = [
+    "counts",
     "gather",
     "group",
     "put",
@@ -124,6 +128,22 @@ def ring(
     Rank r holds block r - held of `sizes` along dim before the call, and r - held - shift after.
     """
     return x if len(sizes) == 1 else ring_op(x, dim, sizes, held, shift, group)
+
+
+def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
+    """A number of every rank, where sizes depend on values; waits for the device.
+
+    like: a tensor on the device to communicate from. Raises UnsupportedOpError while a graph is
+    traced, which could not hold for other values.
+    """
+    if size(group) == 1:
+        return (n,)
+    if _torch.is_tracing():
+        raise UnsupportedOpError(
+            "a result whose size depends on values cannot be compiled: leave it out of st.compile"
+        )
+    mine = torch.tensor([n], device=like.device)
+    return tuple(int(c) for c in wire.all_gather(mine, [[1]] * size(group), group))
 
 
 def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:

@@ -11,27 +11,11 @@ import torch
 from torch import Tensor
 
 from ..fallback import fall_back
-from ..redistribute import reduced, to_dims
+from ..redistribute import aside, reduced
 from ..registry import rule
-from ..spec import Dim, nested_chunk_sizes
+from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from .reduce import over, with_one, without
-
-
-def elsewhere(x: ShardTensor, d: int) -> ShardTensor | None:
-    """x with dim d whole and its largest whole dim sharded instead; None where there is none."""
-    dim = x._spec.dims[d]
-    if not dim.axes:
-        return x
-    parts = [x._spec.mesh.size(a) for a in dim.axes]
-    free = [i for i, f in enumerate(x._spec.dims) if i != d and not f.axes and f.size > 1]
-    if not free:
-        return None
-    to = max(free, key=lambda i: x.shape[i])
-    new = list(x._spec.dims)
-    new[d] = Dim(dim.size)
-    new[to] = Dim(x.shape[to], dim.axes, nested_chunk_sizes(x.shape[to], parts))
-    return to_dims(x, new)
 
 
 def _along(fn: Any, input: ShardTensor, *rest: Any, dim: int, keepdim: bool) -> Any:
@@ -39,7 +23,7 @@ def _along(fn: Any, input: ShardTensor, *rest: Any, dim: int, keepdim: bool) -> 
     y = None
     if input.ndim:
         (dim,) = over(dim, input.ndim)
-        y = elsewhere(reduced(input), dim)
+        y = aside(reduced(input), [dim])
     if y is None:
         return fall_back(fn, (input, *rest, dim, keepdim), {})
     spec = without(y._spec, (dim,), keepdim)
@@ -79,7 +63,7 @@ def _quantile(
     y = None
     if plain and dim is not None and isinstance(input, ShardTensor) and input.numel():
         (d,) = over(dim, input.ndim)
-        y = elsewhere(reduced(input), d)
+        y = aside(reduced(input), [d])
     if y is None:
         return fall_back(fn, arguments, {"interpolation": interpolation})
     # torch refuses an empty tensor
