@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _python_dispatch
@@ -207,6 +210,25 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
 def is_tracing() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+# which torch.func transform surrounds the call, or None
+functorch_level = torch._C._functorch.maybe_current_level
+
+
+def guard_transforms(check: Callable[[Any], None]) -> None:
+    """Let check(tensor) see what enters torch.func.grad, jvp, ... or a dual tensor past overrides."""
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            check(tensor)
+            return function(tensor, *args, **kwargs)
+
+        return run
+
+    eager_transforms._wrap_for_grad = checked(eager_transforms._wrap_for_grad)
+    forward_ad.make_dual = checked(forward_ad.make_dual)
 
 
 def allocations(step: Callable[[], Any]) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _torch
 from .redistribute import like
 from .spec import Spec
-from .tensor import ShardTensor, wrap
+from .tensor import ShardTensor, refuse_transforms, wrap
 
 
 class _Attach(torch.autograd.Function):
@@ -94,6 +94,12 @@ def _roots(outputs: Any, grads: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(_local(x) for x in outputs), tuple(paired)
 
 
+def _check_transform(x: Any) -> None:
+    if isinstance(x, ShardTensor):
+        refuse_transforms()
+
+
 _torch.install_function_hook(_around)
 _torch.install_engine_hook(_roots, _local)
 _torch.install_ddp_hook(_local)
+_torch.guard_transforms(_check_transform)

@@ -6,6 +6,7 @@ An operand that has the dim is cut the same way; one that is broadcast there sta
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _aligned(func, args, kwargs)
         else:
             inside.append(a)
-    if spec is None or spec.partial or kwargs or func.__name__[-1] == "_":
+    if spec is None or spec.partial or kwargs or is_in_place(func):
         return _aligned(func, args, kwargs)
     out = func(*inside)
     return wrap(out, spec) if out.__class__ is Tensor else _wrap_all(out, spec)
@@ -56,7 +57,7 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [reduced(x) if isinstance(x, ShardTensor) else x for x in (
         *(args[i] for i in at), *(kwargs[k] for k in named)
     )]  # fmt: skip
-    in_place = _is_in_place(name)
+    in_place = is_in_place(func)
     spec, wanted = align(*tensors)
     if in_place:
         target = args[0]
@@ -82,7 +83,10 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrapped if out is None else fill_out(out, wrapped)
 
 
-def _is_in_place(name: str) -> bool:
+@cache
+def is_in_place(func: Any) -> bool:
+    """Whether a torch function, method or aten op writes to its first argument."""
+    name = func.__name__.split(".")[0]
     if name.startswith("__"):
         return name.startswith("__i") and name != "__invert__"
     return name.endswith("_")
@@ -165,16 +169,14 @@ def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 )  # fmt: skip
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rounding a sum of addends is not the sum of rounded addends: partial sums are added first."""
-    x = args[0]
+    x, *rest = (reduced(a) if isinstance(a, ShardTensor) else a for a in args)
+    rest = [a._local if isinstance(a, ShardTensor) else a for a in rest]
     if not isinstance(x, ShardTensor):
-        return func(x, *(a._local if isinstance(a, ShardTensor) else a for a in args[1:]), **kwargs)
-    name = func.__name__ if not isinstance(func, torch._ops.OpOverload) else "to"
-    if name.endswith("_"):
-        check_writable(x, name)
-        func(x._local, *args[1:], **kwargs)
-        return x
-    x = reduced(x)
-    rest = [a._local if isinstance(a, ShardTensor) else a for a in args[1:]]
+        return func(x, *rest, **kwargs)
+    if is_in_place(func):
+        check_writable(args[0], func.__name__)
+        func(args[0]._local, *rest, **kwargs)
+        return args[0]
     local = func(x._local, *rest, **kwargs)
     return wrap(local, x._spec) if isinstance(local, Tensor) else local
 
