@@ -147,29 +147,33 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     return contract(torch.matmul, input, other, tuple(la), tuple(lb), tuple(lo))
 
 
-@rule("addmm", "addmv", "baddbmm")
-def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    product = torch.matmul(mat1, mat2)
+def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
+    """alpha * product + beta * input; factors of integers are cut to integers, as in torch."""
+    if not (product.is_floating_point() or product.is_complex()):
+        beta, alpha = int(beta), int(alpha)
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
     return torch.add(product, input if beta == 1 else input * beta)
 
 
+@rule("addmm", "addmv", "baddbmm")
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    return _plus(torch.matmul(mat1, mat2), input, beta, alpha)
+
+
 @rule("addbmm")
 def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    product = einsum("bij,bjk->ik", batch1, batch2) * alpha
-    return product if beta == 0 else product + input * beta
+    return _plus(einsum("bij,bjk->ik", batch1, batch2), input, beta, alpha)
 
 
 @rule("addr")
 def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = outer(vec1, vec2) * alpha
-    return product if beta == 0 else product + input * beta
+    return _plus(outer(vec1, vec2), input, beta, alpha)
 
 
 @rule("outer", "ger")

@@ -320,7 +320,11 @@ def rms_norm(
         return wrap(affine(local, w, None, shape), spec)
     group = comm.group(spec.mesh, axes)
     dtype = accumulated(local.dtype)
-    total = comm.reduce(squares(local, local.new_zeros((), dtype=dtype), dims), group)
+    if local.is_complex():
+        part = local.square().sum(dims, keepdim=True)
+    else:
+        part = squares(local, local.new_zeros((), dtype=dtype), dims)
+    total = comm.reduce(part, group)
     eps = torch.finfo(dtype).eps if eps is None else eps
     (a,) = comm.vary(((total / sum(counts) + eps).rsqrt(),), group)
     y = local * a if w is None else local * a * w

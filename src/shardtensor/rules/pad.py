@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 
 from .. import comm
@@ -67,7 +68,11 @@ def _pad(
         more = [n for i in range(0, len(pad), 2) for n in (sum(plan.amounts[i : i + 2]), 0)]
         local = F.pad(local, more)
     elif local is x._local or any(plan.amounts):
-        local = F.pad(local, plan.amounts, mode, value)
+        if mode == "constant":
+            # F.pad itself takes no complex value
+            local = torch.constant_pad_nd(local, plan.amounts, value or 0.0)
+        else:
+            local = F.pad(local, plan.amounts, mode)
     for d, start, length in plan.keep:
         local = local.narrow(d, start, length).contiguous()
     return wrap(local, plan.out)

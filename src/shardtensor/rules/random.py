@@ -16,12 +16,12 @@ from torch import Tensor
 from .. import comm
 from ..comm import wire
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced
+from ..redistribute import aside, fit, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
-from .pointwise import function_rule
+from .pointwise import align, function_rule
 
 # an odd constant spreads shard numbers over the seed's bits (Knuth's multiplicative hash)
 _SPREAD = 0x9E3779B97F4A7C15
@@ -168,3 +168,50 @@ def bernoulli(
     g = generator_for(x._spec, x.device, generator)
     drawn = torch.rand(x._spec.local_shape, generator=g, device=x.device, dtype=torch.float64)
     return wrap((drawn < (x._local if p is None else p)).to(x.dtype), x._spec)
+
+
+@rule("normal")
+def normal(
+    mean: Tensor | float, std: Tensor | float = 1.0, *, generator: torch.Generator | None = None
+) -> ShardTensor:
+    given = [v for v in (mean, std) if isinstance(v, Tensor)]
+    spec, wanted = align(*given)
+    first, values = given[0], fit(spec.mesh, spec.varying, *zip(given, wanted, strict=True))
+    g = generator_for(spec, first.device, generator)
+    drawn = torch.randn(spec.local_shape, generator=g, device=first.device, dtype=first.dtype)
+    local: Any = iter(values)
+    mu, sigma = (next(local) if isinstance(v, Tensor) else v for v in (mean, std))
+    return wrap((drawn * sigma + mu).detach(), spec)
+
+
+@rule("rrelu")
+def rrelu(
+    input: ShardTensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Slopes of negative elements: drawn in training, the mean of the bounds otherwise."""
+    if not training:
+        return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
+    x = reduced(input)
+    g = generator_for(x._spec, x.device, generator)
+    drawn = torch.rand(x._local.shape, generator=g, device=x.device, dtype=x.dtype)
+    slope = lower + (upper - lower) * drawn
+    return wrap(torch.where(x._local > 0, x._local, slope * x._local), x._spec)
+
+
+@rule("rrelu_")
+def rrelu_(input: ShardTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return input.copy_(rrelu(input, *args, **kwargs))
+
+
+@rule("multinomial")
+def multinomial(
+    input: ShardTensor, num_samples: int, replacement: bool = False, *,
+    generator: torch.Generator | None = None,
+) -> ShardTensor:  # fmt: skip
+    """Categories (the last dim) are brought together; rows stay sharded."""
+    x = aside(reduced(input), [input.ndim - 1])
+    x = replicate(input) if x is None else x
+    spec = x._spec.with_dims([*x._spec.dims[:-1], Dim(num_samples)])
+    g = generator_for(spec, x.device, generator)
+    return wrap(torch.multinomial(x._local, num_samples, replacement, generator=g), spec)

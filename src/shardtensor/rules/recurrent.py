@@ -22,8 +22,8 @@ from .reduce import with_one
 @function_rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(input, hx, weights, has_biases, layers, dropout, train, bidirectional, batch_first)."""
-    names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train")
-    names += ("bidirectional", "batch_first")
+    names = ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train"]
+    names += ["bidirectional", "batch_first"]
     if "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], list | tuple)):
         # packed sequences: rows of one tensor belong to many sequences
         return fall_back(func, args, kwargs)
@@ -90,7 +90,7 @@ def _by_layer(
             n = spec.local_shape[batch]
             wide = spec.with_dims([*spec.dims[:2], Dim(local.shape[2])])
             kept = torch.dropout(wrap(local.narrow(batch, 0, n), wide), given["dropout"], True)
-            local = with_one(kept._local, [batch], 0.0)
+            local = with_one(like(kept, wide)._local, [batch], 0.0)
         own = [s.narrow(0, i * ways, ways) for s in states]
         mine = weights[i * each : (i + 1) * each]
         local, *ends = func(local, _states(func, own), mine, settings[0], 1, 0.0, given["train"],
