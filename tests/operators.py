@@ -106,7 +106,8 @@ _TOLERANCE = {torch.float32: 1e-5, torch.complex64: 1e-5, torch.float64: 1e-12}
 
 def largest(xs: list[Any]) -> float:
     """The largest finite absolute value; at least 0.1, since inputs and cotangents are about 1."""
-    known = [x[torch.isfinite(x)].abs().double() for x in xs if isinstance(x, Tensor)]
+    numbers = [x for x in xs if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    known = [x[torch.isfinite(x)].abs().double() for x in numbers]
     return max([0.1, *(float(k.max()) for k in known if k.numel())])
 
 

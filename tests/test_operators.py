@@ -11,7 +11,7 @@ from operators import Setting, ops, run_all
 
 # values that are random or undefined by their meaning cannot be compared
 UNDEFINED = {
-    "bernoulli", "cauchy", "empty_like", "exponential", "geometric", "log_normal", "new_empty",
+    "bernoulli", "multinomial", "normal", "normal.number_mean", "nn.functional.rrelu", "cauchy", "empty_like", "exponential", "geometric", "log_normal", "new_empty",
     "new_empty_strided", "nn.functional.alpha_dropout", "nn.functional.dropout",
     "nn.functional.dropout2d", "nn.functional.dropout3d", "nn.functional.multi_head_attention_forward",
     "nn.functional.feature_alpha_dropout.with_train", "nn.functional.scaled_dot_product_attention",

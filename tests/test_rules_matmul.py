@@ -142,3 +142,17 @@ def test_weight_gradients_travel_in_one_message():
             # the sum's all-reduce, then weight and bias in one: 35 floats there and back
             assert [c for c, _ in backward] == ["all_reduce"] * 2
             assert backward[-1][1] == 35 * 4
+
+
+def test_a_large_weight_is_not_cut():
+    """Sharded features before a classifier are gathered: a cut would copy the weight."""
+
+    def run():
+        x = st.distribute_tensor(torch.randn(1, 64), T.make_mesh((2,)), [Shard(1)])
+        weight = torch.randn(32, 64, requires_grad=True)
+        with st.trace() as t:
+            F.linear(x, weight).sum().backward()
+        return [s.collective for s in t.sent], t.bytes
+
+    for names, sent in st.simulate(2, run):
+        assert names == ["all_gather"] and sent == 4 * 32

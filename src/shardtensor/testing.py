@@ -115,8 +115,8 @@ def _cotangents(outs: list[Tensor]) -> list[Tensor]:
     g = torch.Generator().manual_seed(17)
     made = []
     for o in outs:
-        real = torch.randn(o.shape, generator=g, dtype=torch.float64)
-        made.append(real.to(o.dtype))
+        wide = torch.complex128 if o.is_complex() else torch.float64
+        made.append(torch.randn(o.shape, generator=g, dtype=wide).to(o.dtype))
     return made
 
 

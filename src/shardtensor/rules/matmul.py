@@ -2,7 +2,9 @@
 
 Each dim of two operands has a label. A mesh axis shards one label: the largest operand's choice
 counts, the other operand follows (cut along a label that it has, whole where it has not). A label
-that is summed away while sharded leaves addends, which one all-reduce adds up.
+that is summed away while sharded leaves addends, which one all-reduce adds up; but a small operand
+whose partner is large and whole (features before a classifier) is gathered instead: cutting the
+weight would copy it, and its gradient would have to be put together again.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ Known = Spec | torch.Size
 
 @cached
 def plan(
-    a: Known, b: Known, la: Labels, lb: Labels, lo: Labels
+    a: Known, b: Known, la: Labels, lb: Labels, lo: Labels, weight: int | None = None
 ) -> tuple[Spec, tuple[Dim, ...], tuple[Dim, ...], tuple[int, ...], tuple[int, ...]]:
-    """(spec of the output, dims wanted of a and of b, axes that vary, axes to reduce over)."""
+    """(spec of the output, dims wanted of a and of b, axes that vary, axes to reduce over).
+
+    weight: which operand is a whole one that is learned.
+    """
     specs = [(k, labels) for k, labels in ((a, la), (b, lb)) if isinstance(k, Spec)]
     mesh = specs[0][0].mesh
     if any(s.mesh != mesh for s, _ in specs):
@@ -44,8 +49,12 @@ def plan(
                 raise RuntimeError(f"product of shapes that do not fit: {a} and {b}")
     chosen: dict[str, Dim] = {}
     used: set[int] = set()
+    numel = [(k.shape if isinstance(k, Spec) else k).numel() for k in (a, b)]
+    small = (weight == 1 and numel[0] < numel[1]) or (weight == 0 and numel[1] < numel[0])
     for spec, labels in sorted(specs, key=lambda s: -s[0].shape.numel()):
         for name, dim in zip(labels, spec.dims, strict=True):
+            if small and name not in lo:
+                continue
             # a label that only one operand has and the output has not is a broadcast dim of size 1
             alone = (name in la) + (name in lb) + (name in lo) == 1
             if dim.axes and name not in chosen and used.isdisjoint(dim.axes) and not alone:
@@ -78,13 +87,18 @@ def contract(
     if not isinstance(a, ShardTensor) and not isinstance(b, ShardTensor):
         return product(a, b)
     a, b = _whole_sums(a), _whole_sums(b)
-    spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo)
+    weight = next((i for i, w in enumerate((a, b)) if _is_weight(w)), None)
+    spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo, weight)
     x, y = fit(spec.mesh, varying, (a, da), (b, db))
     assert x is not None and y is not None
     local = product(x, y)
     if summed:
         local = comm.reduce(local, comm.group(spec.mesh, summed))
     return wrap(local, spec)
+
+
+def _is_weight(x: Tensor) -> bool:
+    return x.requires_grad and x.is_leaf and not isinstance(x, ShardTensor)
 
 
 def _whole_sums(x: Tensor) -> Tensor:

@@ -210,7 +210,10 @@ def norm(
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     dims = over(dim, input.ndim)
     x = reduced(input if input.is_floating_point() or input.is_complex() else input.float())  # type: ignore[arg-type]
-    local = torch.logsumexp(x._local, dims, keepdim)
     if axes_of(x._spec, dims):
-        local = stacked(local, x._spec, dims).logsumexp(0)
+        # halves are rounded once, as on one device
+        local = torch.logsumexp(x._local.to(wide(x.dtype)), dims, keepdim)
+        local = stacked(local, x._spec, dims).logsumexp(0).to(x.dtype)
+    else:
+        local = torch.logsumexp(x._local, dims, keepdim)
     return wrap(local, without(x._spec, dims, keepdim))

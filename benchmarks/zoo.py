@@ -1,0 +1,181 @@
+"""Third-party models unmodified on sharded inputs, held against the same model on one device.
+
+    python benchmarks/zoo.py [NAME ...] [--ranks 2] [--uneven] [--csv FILE] [--docs FILE]
+
+Needs the extra `zoo`. For each model: whether the value and every gradient are those of one
+device, bytes that a rank sends in a step, and the peak of the forward pass against one device.
+A model that does not end within `--limit` seconds has hung.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+from zoo_models import MODELS
+
+import shardtensor as st
+from shardtensor.measure import peak_bytes
+from shardtensor.pool import Pool
+from shardtensor.testing import full, make_mesh
+
+FIELDS = [
+    "model",
+    "ranks",
+    "shards",
+    "result",
+    "value",
+    "gradient",
+    "gathers",
+    "bytes",
+    "peak",
+    "seconds",
+]
+CLOSE = 1e-4
+CLOSE_GRADIENT = 1e-2
+
+
+def prepared(name: str) -> nn.Module:
+    """The model in eval mode, its zero weights made random: zero heads would hide every error."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and not p.any():
+                p.normal_(0, 0.02)
+    return model
+
+
+def uneven(n: int, ranks: int) -> list[int]:
+    """Shards of which none is a multiple of a usual stride, the first the largest."""
+    rest = [max(1, n // ranks - 3)] * (ranks - 1)
+    return [n - sum(rest), *rest]
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    """Forward and backward of a mean square."""
+    y = model(x)
+    (y.float() ** 2).mean().backward()
+    return y.detach()
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {k: full(g) for k, g in {**found, "input": x.grad}.items() if g is not None}
+
+
+def error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """The norm of the difference over that of what is wanted."""
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got - want).norm() / (want.norm() + floor * want.numel() ** 0.5))
+
+
+def measure(name: str, cut: bool) -> dict[str, Any]:
+    """One model on this rank: a row of the table."""
+    ranks = torch.distributed.get_world_size()
+    _, shape, dim = MODELS[name]
+    model = prepared(name)
+    torch.manual_seed(1)
+    x = torch.randn(*shape)
+    plain = x.clone().requires_grad_()
+    want = step(model, plain)
+    wanted = gradients(model, plain)
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    alone = peak_bytes(lambda: model(plain))
+    # some keep tables between calls, with the graph that made them
+    model = prepared(name)
+    sizes = {dim: uneven(shape[dim], ranks)} if cut else None
+    spread = st.distribute_tensor(x, make_mesh((ranks,)), [Shard(dim)], sizes=sizes)
+    spread.requires_grad_()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with st.trace() as t:
+            got = step(model, spread)
+    gathers = sorted({str(w.message).split()[0] for w in seen if w.category is st.FallbackWarning})
+    found = gradients(model, spread)
+    value = error(full(got), want)
+    missing = [k for k in wanted if k not in found]
+    gradient = max(error(found[k], g, 1e-4 * largest) for k, g in wanted.items() if k in found)
+    right = value < CLOSE and gradient < CLOSE_GRADIENT and not missing
+    return {
+        "result": "right" if right else f"WRONG{' no gradient ' + missing[0] if missing else ''}",
+        "value": value,
+        "gradient": gradient,
+        "gathers": " ".join(gathers),
+        "bytes": t.bytes,
+        "peak": peak_bytes(lambda: model(spread)) / alone,
+    }
+
+
+def attempt(name: str, cut: bool) -> dict[str, Any]:
+    """`measure`, with what it raised as the result."""
+    warnings.simplefilter("ignore")
+    try:
+        return measure(name, cut)
+    except Exception as e:
+        text = str(e).strip().splitlines()
+        return {"result": f"{type(e).__name__}: {text[0][:160] if text else ''}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--uneven", action="store_true", help="shards of odd and different sizes")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one model")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    picked = [n for n in MODELS if not options.names or any(n.startswith(p) for p in options.names)]
+    pool, right = None, 0
+    for name in picked:
+        pool = pool or Pool(options.ranks)
+        begin = time.perf_counter()
+        row: dict[str, Any] = dict(model=name, ranks=options.ranks,
+                                   shards="uneven" if options.uneven else "even")  # fmt: skip
+        try:
+            rows = pool.run(attempt, name, options.uneven, timeout=options.limit)
+            bad = [r for r in rows if r["result"] != "right"]
+            row |= bad[0] if bad else rows[0]
+        except RuntimeError as e:
+            pool = None
+            row["result"] = "HANG or crash: " + str(e).splitlines()[-1][:100]
+        row["seconds"] = time.perf_counter() - begin
+        right += row["result"] == "right"
+        print(line(row), flush=True)
+        if options.csv:
+            append(options.csv, row)
+    if pool:
+        pool.close()
+    versions = f"torch {importlib.metadata.version('torch')}, Python {platform.python_version()}"
+    print(f"{right} of {len(picked)} right on {options.ranks} ranks ({versions})")
+
+
+def line(row: dict[str, Any]) -> str:
+    numbers = ""
+    if "bytes" in row:
+        numbers = f"value {row['value']:.0e} gradient {row['gradient']:.0e} "
+        numbers += f"{row['bytes'] / 1e6:8.2f} MB sent, peak {row['peak']:.2f}, {row['gathers']}"
+    return f"{row['model']:38} {row['result']:6} {numbers} {row['seconds']:.0f} s"
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    begun = file.exists()
+    with file.open("a", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        if not begun:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+if __name__ == "__main__":
+    main()
