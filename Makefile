@@ -11,10 +11,11 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo test lint types unit format docs bench clean
+.PHONY: help .venv demo test lint types unit format docs fuzz zoo bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,12 @@ format: .venv/.stamp ## Format and fix what can be fixed
 
 docs: .venv/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+fuzz: .venv/.stamp ## Random programs on random shards; CASES=20000 tries more
+	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py $(ARGS)
+
+zoo: .venv/.zoo ## Third-party models, unmodified, against one device
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/zoo.py $(ARGS)
 
 bench: .venv/.stamp ## What a call costs over the plain one
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)

@@ -62,6 +62,7 @@ def hold(
     kwargs: dict[str, Any] | None = None,
     grad: bool = True,
     rtol: float | None = None,
+    atol: float = 0.0,
     gather: bool = False,
     run: Callable[..., list[Any]] = simulate,
 ) -> list[Spec | None]:
@@ -71,7 +72,8 @@ def hold(
     fn may be a module: its parameters' gradients and its buffers are compared too. Compared on
     every rank: value, dtype and global shape of each output tensor; gradients of all floating-point
     arguments and parameters for a fixed random cotangent. rtol: of the largest absolute value;
-    default 1e-12 in fp64, 1e-5 in fp32. gather: whether an op without a rule may run by gathering.
+    default 1e-12 in fp64, 1e-5 in fp32. atol: added to that. gather: whether an op without a rule
+    may run by gathering.
     Returns the spec of each output tensor.
     """
     kwargs = kwargs or {}
@@ -87,7 +89,7 @@ def hold(
         value,
         grads,
         state,
-        rtol,
+        (rtol, atol),
         gather,
     )
     return checked[0]
@@ -169,7 +171,7 @@ def _on_rank(
     value: list[Tensor],
     grads: list[Tensor | None],
     state: dict[str, Tensor],
-    rtol: float | None,
+    within: tuple[float | None, float],
     gather: bool,
 ) -> list[Spec | None]:
     mesh = make_mesh(mesh_shape)
@@ -186,15 +188,15 @@ def _on_rank(
         outs, got, buffers = _run(fn, given, kwargs, bool(grads), leaves)
     assert len(outs) == len(value), f"{len(outs)} outputs, expected {len(value)}"
     for i, (o, v) in enumerate(zip(outs, value, strict=True)):
-        same(o, v, f"output {i}", rtol)
+        same(o, v, f"output {i}", *within)
     for i, (g, r) in enumerate(zip(got, grads, strict=True)):
         if r is None:
             assert g is None or not full(g).any(), f"gradient {i}: expected none"
         else:
             assert g is not None, f"gradient {i} is missing"
-            same(g, r, f"gradient {i}", rtol)
+            same(g, r, f"gradient {i}", *within)
     for k, b in buffers.items():
-        same(b, state[k], f"buffer {k}", rtol)
+        same(b, state[k], f"buffer {k}", *within)
     return [o._spec if isinstance(o, ShardTensor) else None for o in outs]
 
 
@@ -203,7 +205,9 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor().detach() if isinstance(x, ShardTensor) else x.detach()
 
 
-def same(got: Tensor, want: Tensor, what: str, rtol: float | None = None) -> None:
+def same(
+    got: Tensor, want: Tensor, what: str, rtol: float | None = None, atol: float = 0.0
+) -> None:
     """Raise AssertionError unless got (sharded or plain) is want, within rtol of its largest."""
     if isinstance(got, ShardTensor):
         spec = got._spec
@@ -220,7 +224,7 @@ def same(got: Tensor, want: Tensor, what: str, rtol: float | None = None) -> Non
         return
     rtol = rtol or {torch.float64: 1e-12, torch.complex128: 1e-12}.get(want.dtype, 1e-5)
     scale = want[torch.isfinite(want)].abs().max() if torch.isfinite(want).any() else 1.0
-    bound = rtol * scale + torch.finfo(want.dtype).tiny
+    bound = rtol * scale + atol + torch.finfo(want.dtype).tiny
     near = (whole == want) | ((whole - want).abs() <= bound) | (whole.isnan() & want.isnan())
     if not bool(near.all()):
         worst = (whole - want).abs().nan_to_num(float("inf")).max() / scale

@@ -24,12 +24,15 @@ Known = Spec | torch.Size
 @rule("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Parts one after the other; where dim is sharded, what is sharded already stays in place."""
-    parts = [x for x in tensors if x.shape != (0,)] or list(tensors[:1])
+    parts = list(tensors)
+    if any(x.ndim != 1 for x in parts):
+        parts = [x for x in parts if x.shape != (0,)]
+    skipped = [x for x in tensors if x.shape == (0,)] if len(parts) < len(tensors) else []
     d = _index(dim, parts[0].ndim)
     parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in parts]
     known = tuple(x._spec if isinstance(x, ShardTensor) else x.shape for x in parts)
     if not any(isinstance(k, Spec) for k in known):
-        return torch.cat(parts, d)
+        return _with_gradients(torch.cat(parts, d), skipped)
     spec, wanted = _cat_plan(known, d)
     dim_out = spec.dims[d]
     own = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
@@ -46,12 +49,15 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             ]
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
-    local = torch.cat(pieces, d)
-    for x in tensors:
-        if x.shape == (0,) and x.requires_grad and local.is_floating_point():
-            # a legacy empty part adds nothing, and has a gradient all the same
+    return wrap(_with_gradients(torch.cat(pieces, d), skipped), spec)
+
+
+def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
+    """Legacy empty parts, of shape (0,) among others, add nothing; but they have a gradient."""
+    for x in skipped:
+        if x.requires_grad and (local.is_floating_point() or local.is_complex()):
             local = local + (x._local if isinstance(x, ShardTensor) else x).sum()
-    return wrap(local, spec)
+    return local
 
 
 @cached
