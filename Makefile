@@ -65,6 +65,10 @@ clean: ## Remove what the tools leave behind; .venv stays
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/.zoo: .venv/.stamp
+	$(PIP) install -c constraints.txt -e '.[zoo]'
+	touch $@
+
 .venv/.docs: .venv/.stamp
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
