@@ -15,7 +15,7 @@ CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo test lint types unit format docs fuzz zoo bench clean
+.PHONY: help .venv demo test lint types unit format docs fuzz operators zoo bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ docs: .venv/.docs ## Build the documentation into site/
 
 fuzz: .venv/.stamp ## Random programs on random shards; CASES=20000 tries more
 	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py $(ARGS)
+
+operators: .venv/.stamp ## docs/operators.md, from PyTorch's operator database
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/test_operators.py --docs > docs/operators.md
 
 zoo: .venv/.zoo ## Third-party models, unmodified, against one device
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/zoo.py $(ARGS)

@@ -9,7 +9,7 @@ from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
-from .registry import rule
+from .override import rule
 from .simulate import RankError, simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor

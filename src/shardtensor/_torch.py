@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch._functorch import eager_transforms
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.profiler import ProfilerActivity, profile
@@ -210,6 +212,39 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
 def is_tracing() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def ops_of(key: Any) -> list[Any]:
+    """The overloads that a custom op or an op packet stands for."""
+    if isinstance(key, CustomOpDef):
+        return [key._opoverload]
+    if isinstance(key, torch._ops.OpOverloadPacket):
+        return [getattr(key, name) for name in key.overloads()]
+    return [key] if isinstance(key, torch._ops.OpOverload) else []
+
+
+def is_python_function(x: Any) -> bool:
+    """Whether x is written in Python."""
+    return isinstance(x, types.FunctionType)
+
+
+def asks_for_overrides(function: Any) -> bool:
+    """Whether a Python function looks for `__torch_function__` of its arguments."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    return any(n in names for n in handle_torch_function_names)
+
+
+def owns_memory(x: torch.Tensor) -> bool:
+    """Whether no view, numpy array or other library shares the memory of a tensor."""
+    storage = x.untyped_storage()
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= _uses_alone()
+
+
+@functools.cache
+def _uses_alone() -> int:
+    storage = torch.zeros(1).untyped_storage()
+    # the tensor is gone: one less than when it holds the storage
+    return torch._C._storage_Use_Count(storage._cdata) + 1
 
 
 # which torch.func transform surrounds the call, or None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _torch
 from .redistribute import like
+from .registry import rules
 from .spec import Spec
 from .tensor import ShardTensor, refuse_transforms, wrap
 
@@ -52,8 +53,11 @@ def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         out = call(*args)
         _continue(out, {})
         return out
-    if call.__self__ in (_Attach, _Continue):  # type: ignore[attr-defined]
+    function = call.__self__  # type: ignore[attr-defined]
+    if function in (_Attach, _Continue):
         return call(*args)
+    if function in rules:
+        return rules[function](*args)
     sent: dict[int, ShardTensor] = {}
     passed = []
     for a in args:

@@ -49,7 +49,8 @@ def _canonical(func: Any) -> tuple[str, bool]:
     if isinstance(func, torch._ops.OpOverloadPacket):
         name = func._qualified_op_name.split("::")[-1]
     if name == "__get__":
-        return func.__self__.__name__, False
+        # a C descriptor, or a property written in Python
+        return getattr(func.__self__, "__name__", None) or func.__self__.fget.__name__, False
     if not (name.startswith("__") and name.endswith("__")):
         return _ALIASES.get(name, name), False
     bare = name[2:-2]
@@ -70,14 +71,16 @@ def _resolve(func: Any) -> Handler:
     handler: Handler
     if func in rules:
         handler = _calling(rules[func])
-    elif name in rules and (not _is_python(func) or getattr(Tensor, name, None) is func):
+    elif name in rules and (
+        not _torch.is_python_function(func) or getattr(Tensor, name, None) is func
+    ):
         # a Python method of Tensor is what C++ names when its builtin of that name is overridden
         handler = _calling(rules[name])
     elif name in _LOCAL_ATTRIBUTES:
         return _local_attribute
     elif getattr(func, "__name__", "") == "__set__":
         raise UnsupportedOpError(f"setting the attribute {func.__self__.__name__} of a ShardTensor")
-    elif _is_python(func):
+    elif _torch.is_python_function(func):
         return _opened(func)
     elif name in _UNTAGGED or (
         packet is not None and _torch.is_pointwise(packet) and not _torch.is_random(packet)
@@ -92,10 +95,6 @@ def _resolve(func: Any) -> Handler:
     if reflected:
         handler = _reflected(handler, name, own)
     return _counted(handler, name)
-
-
-def _is_python(func: Any) -> bool:
-    return isinstance(func, types.FunctionType)
 
 
 def _splits_up(packet: Any) -> bool:
@@ -179,12 +178,13 @@ def opened(func: Any) -> Callable[..., Any]:
         if name in inside:
             inside[name] = lambda *_: False
     for name in func.__code__.co_names:
-        if name.startswith("_") and _checks(inside.get(name)) and inside[name] is not func:
-            inside[name] = opened(inside[name])
+        private = inside.get(name)
+        if name.startswith("_") and _asks(private) and private is not func:
+            inside[name] = opened(private)
     cells = tuple(
         types.CellType(opened(c.cell_contents))
         # torch.unique chooses between functions that choose again before any checks
-        if _is_python(c.cell_contents) and c.cell_contents is not func
+        if _torch.is_python_function(c.cell_contents) and c.cell_contents is not func
         else c
         for c in func.__closure__ or ()
     )
@@ -193,10 +193,8 @@ def opened(func: Any) -> Callable[..., Any]:
     return wraps(func)(copy)
 
 
-def _checks(func: Any) -> bool:
-    """Whether a Python function asks for overrides."""
-    names = getattr(getattr(func, "__code__", None), "co_names", ())
-    return _is_python(func) and any(n in names for n in _torch.handle_torch_function_names)
+def _asks(x: Any) -> bool:
+    return _torch.is_python_function(x) and _torch.asks_for_overrides(x)
 
 
 def _opened(func: Any) -> Handler:

@@ -25,15 +25,9 @@ handlers = Handlers()
 
 
 def rule(*keys: Any) -> Callable[[F], F]:
-    """Register the decorated function as the rule for torch functions.
+    """Register the decorated function as the rule for torch functions and aten names.
 
-    keys: functions (`F.interpolate`, `torch.einsum`) or aten names ("conv2d", "sum"), which cover
-    the function, the method and the aten op of that name.
-
-    A rule has the torch function's own signature, gets ShardTensors (or plain tensors, of which at
-    least one argument is a ShardTensor), decides from specs alone, raises UnsupportedOpError
-    before it communicates, and returns ShardTensors made by `wrap`. A later rule for the same key
-    replaces the earlier.
+    `shardtensor.rule` is this one for users, and takes more kinds of keys.
     """
 
     def register(fn: F) -> F:

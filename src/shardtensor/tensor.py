@@ -42,8 +42,8 @@ class ShardTensor(torch.Tensor):
     """
 
     _local: Tensor
+    # no __slots__: torch.utils.swap_tensors (see `adopt`) exchanges the dicts
     _spec: Spec
-    __slots__ = ("_local", "_spec")
     # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
     __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
@@ -328,10 +328,6 @@ class ShardTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
         return self.full_tensor().detach().__reduce_ex__(protocol)
-
-    def data_ptr(self) -> int:
-        """The address of the local shard."""
-        return self._local.data_ptr()
 
 
 def wrap(local: Tensor, spec: Spec) -> ShardTensor:

@@ -1,0 +1,156 @@
+"""`shardtensor.rule` for what users bring: functions, custom ops, Functions, modules."""
+
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import comm
+from shardtensor.spec import Dim
+from shardtensor.tensor import wrap
+from shardtensor.testing import cuts, hold, make_mesh, shard
+
+
+@torch.library.custom_op("shardtensor_tests::mean3", mutates_args=())
+def mean3(x: torch.Tensor) -> torch.Tensor:
+    """Means of three neighbours along dim 0, by a kernel that reads memory as it lies."""
+    return torch.from_numpy((x.numpy()[:-2] + x.numpy()[1:-1] + x.numpy()[2:]) / 3)
+
+
+def _backward(ctx, g):
+    return sum(torch.nn.functional.pad(g, (0, 0, i, 2 - i)) for i in range(3)) / 3
+
+
+mean3.register_autograd(_backward)
+
+
+def plain_mean3(x):
+    """The same as a function that knows nothing of overrides."""
+    return mean3(x)
+
+
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def asking_mean3(x):
+    return mean3(x)
+
+
+class Mean3(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, x, *, twice=False):
+        return plain_mean3(x) * self.scale * (2 if twice else 1)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.detach().numpy() * 3)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+def windowed(x, kernel):
+    """Rows i to i + 2 of the input for row i of the result."""
+    dim, local = x.spec.dims[0], x.to_local()
+    out = Dim(dim.size - 2)
+    if dim.axes:
+        ends = [min(end, dim.size - 2) for end in dim.offsets]
+        # a rank without rows of the result runs the kernel all the same
+        windows = [(a, b + 2) if a < b else (0, 2) for a, b in pairwise(ends)]
+        local = comm.window(local, 0, dim.sizes, windows, comm.group(x.device_mesh, dim.axes))
+        out = Dim(dim.size - 2, dim.axes, tuple(b - a for a, b in pairwise(ends)))
+    return wrap(kernel(local), x.spec.with_dims([out, *x.spec.dims[1:]]))
+
+
+@st.rule(mean3)
+def mean3_rule(x):
+    return windowed(x, mean3)
+
+
+@st.rule(plain_mean3)
+def plain_rule(x):
+    return windowed(x, plain_mean3)
+
+
+@st.rule(asking_mean3)
+def asking_rule(x):
+    return windowed(x, asking_mean3)
+
+
+@st.rule(Function)
+def function_rule(x):
+    return wrap(Function.apply(x.to_local()), x.spec)
+
+
+X = torch.randn(7, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("cut", cuts(7))
+@pytest.mark.parametrize("name", ["mean3", "plain_mean3", "asking_mean3"])
+def test_functions(name, cut):
+    fn = getattr(sys.modules[__name__], name)
+    if fn is mean3:
+        hold(lambda x: torch.ops.shardtensor_tests.mean3(x) * 2, [X], [shard(0, cut)], (len(cut),))
+    hold(lambda x: fn(x) * 2, [X], [shard(0, cut)], (len(cut),))
+
+
+def test_the_original_stays_within_reach():
+    assert plain_mean3.__wrapped__(X).equal(plain_mean3(X))
+    assert plain_mean3.__doc__.startswith("The same")
+
+
+def test_autograd_function():
+    hold(lambda x: Function.apply(x * 2), [X], [shard(0, (4, 0, 3))], (3,))
+
+
+def test_module():
+    hold(Mean3(), [X], [shard(0, (4, 3))], (2,), kwargs={"twice": True})
+    called = []
+
+    class Own(Mean3):
+        pass
+
+    @st.rule(Own)
+    def own(module, x, *, twice=False):
+        called.append(twice)
+        return Own.forward.__wrapped__(module, x, twice=twice)
+
+    hold(Own(), [X], [shard(0)], (2,), kwargs={"twice": True})
+    assert called == [True, True]
+    hold(Mean3(), [X], [shard(0)], (2,))
+    assert len(called) == 2, "the base class has no rule"
+
+
+def test_a_function_that_cannot_be_replaced():
+    def local(x):
+        return x
+
+    with pytest.raises(ValueError, match="wrap_torch_function"):
+        st.rule(local)(lambda x: x)
+
+
+def _without_rule():
+    x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)])
+    with pytest.raises(RuntimeError):
+        x.data_ptr()  # a kernel would read this rank's rows as if they were all
+    with st.fallback("error"), pytest.raises(st.UnsupportedOpError, match="flipped"):
+        flipped(x)
+    assert flipped(x).full_tensor().equal(X.flip(0))
+
+
+@torch.library.custom_op("shardtensor_tests::flipped", mutates_args=())
+def flipped(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0)
+
+
+@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
+def test_a_custom_op_without_a_rule_gathers_or_is_refused():
+    st.simulate(2, _without_rule)
