@@ -252,7 +252,7 @@ functorch_level = torch._C._functorch.maybe_current_level
 
 
 def guard_transforms(check: Callable[[Any], None]) -> None:
-    """Let check(tensor) see what enters torch.func.grad, jvp, ... or a dual tensor past overrides."""
+    """Let check(tensor) see what enters torch.func.grad, jvp and dual tensors past overrides."""
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import _torch
+from .comm import count
 from .errors import UnsupportedOpError
 from .redistribute import replicate, to_dims
 from .spec import Dim, Spec
@@ -61,6 +62,7 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes:
         _warn(name, nbytes)
+        count.gathering(name, nbytes)
     inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
     args, kwargs = pytree.tree_unflatten(inside, tree)
     # strides are meaningless but for the layout that the wrapper shows

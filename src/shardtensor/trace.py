@@ -25,6 +25,11 @@ class Trace:
         return self.record.sent
 
     @property
+    def gathered(self) -> list[tuple[str, int]]:
+        """(op, bytes of its operands) of every call that had no rule and gathered them."""
+        return self.record.gathered
+
+    @property
     def bytes(self) -> int:
         """Bytes that this rank sent to other ranks."""
         return sum(s.bytes for s in self.sent)

@@ -17,7 +17,8 @@ from .tensor import ShardTensor
 def stands_for_view(copy: Tensor, base: Tensor, op: str) -> Tensor:
     """Mark the local tensor `copy` as what torch's `op` would give as a view of `base`."""
     storage = copy.untyped_storage()
-    if storage.data_ptr() != base.untyped_storage().data_ptr():
+    # not by address, which traced tensors have not
+    if storage._cdata != base.untyped_storage()._cdata:
         storage._shardtensor_base = (op, StorageWeakRef(base.untyped_storage()))  # type: ignore[attr-defined]
     return copy
 

@@ -44,6 +44,7 @@ __all__ = [
     "take",
     "vary",
     "window",
+    "window_add",
 ]
 
 
@@ -103,6 +104,23 @@ def window(
     if exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, rank(group)).identity:
         return x
     return window_op(x, dim, sizes, starts, stops, wrap, fill, group)
+
+
+def window_add(
+    x: Tensor,
+    dim: int,
+    sizes: Sequence[int],
+    windows: Sequence[tuple[int, int]],
+    group: str,
+) -> Tensor:
+    """This rank's shard of the sum of all windows, each rank's own being x: window's adjoint.
+
+    What lies outside the global range is dropped.
+    """
+    starts, stops = [a for a, _ in windows], [b for _, b in windows]
+    if exchange(tuple(sizes), tuple(starts), tuple(stops), False, rank(group)).identity:
+        return x
+    return window_add_op(x, dim, sizes, starts, stops, False, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:

@@ -30,6 +30,7 @@ class Record:
     rank: int | None
     sent: list[Sent] = field(default_factory=list)
     ops: list[tuple[str, str]] = field(default_factory=list)
+    gathered: list[tuple[str, int]] = field(default_factory=list)
 
 
 records: list[Record] = []
@@ -71,3 +72,11 @@ def running(op: str, rule: str) -> Iterator[None]:
         yield
     finally:
         current_op.name = before
+
+
+def gathering(op: str, nbytes: int) -> None:
+    """Note in every open record of this rank that an op without a rule gathers its operands."""
+    me = simulated_rank()
+    for record in records:
+        if record.rank == me:
+            record.gathered.append((op, nbytes))

@@ -164,7 +164,8 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
     """alpha * product + beta * input; factors of integers are cut to integers, as in torch."""
     if not (product.is_floating_point() or product.is_complex()):
-        beta, alpha = int(beta), int(alpha)
+        kind = bool if product.dtype is torch.bool else int
+        beta, alpha = kind(beta), kind(alpha)
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product

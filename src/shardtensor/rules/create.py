@@ -1,0 +1,101 @@
+"""New tensors made from a sharded one: x.new_zeros(...), and the copying forms of views.
+
+A new tensor of the shape of x is sharded like x. One of any other shape is a replicated
+ShardTensor: whole on each rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..redistribute import reduced
+from ..registry import handlers, rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .inout import fill_out
+from .pointwise import function_rule, pointwise
+from .shape import many
+
+
+def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
+    """What make(shape) gives, of this rank's part of the global shape."""
+    spec = x._spec
+    if shape != spec.shape:
+        spec = Spec(spec.mesh, tuple(Dim(int(n)) for n in shape))
+    elif spec.partial:
+        spec = spec.cotangent
+    return wrap(make(tuple(spec.local_shape)), spec)
+
+
+@function_rule("new_zeros", "new_ones", "new_empty")
+def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
+    x, *size = args
+    shape = kwargs.pop("size", None)
+    shape = many(size[0], tuple(size[1:])) if size else () if shape is None else tuple(shape)
+    return _made(x, shape, lambda local: func(x._local, local, **kwargs))
+
+
+@rule("new_full")
+def new_full(input: ShardTensor, size: Any, fill_value: Any, **kwargs: Any) -> ShardTensor:
+    def make(shape: tuple[int, ...]) -> Tensor:
+        return input._local.new_full(shape, fill_value, **kwargs)
+
+    return _made(input, tuple(size), make)
+
+
+@rule("new_empty_strided")
+def new_empty_strided(input: ShardTensor, size: Any, stride: Any, **kwargs: Any) -> ShardTensor:
+    """Of the shape of x the strides are the local tensor's own."""
+    if tuple(size) == tuple(input.shape):
+        return _made(input, tuple(size), lambda shape: input._local.new_empty(shape, **kwargs))
+    return _made(
+        input, tuple(size), lambda shape: input._local.new_empty_strided(shape, stride, **kwargs)
+    )
+
+
+@rule("new_tensor")
+def new_tensor(input: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    grad = kwargs.pop("requires_grad", False)
+    if isinstance(data, ShardTensor):
+        options = {"dtype": kwargs.get("dtype"), "device": kwargs.get("device")}
+        made = data.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
+    elif isinstance(input, ShardTensor):
+        local = input._local.new_tensor(data, **kwargs)
+        made = wrap(local, Spec(input._spec.mesh, tuple(Dim(n) for n in local.shape)))
+    else:
+        made = input.new_tensor(data, **kwargs)
+    return made.requires_grad_(grad)
+
+
+@function_rule("fill")
+def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x is only asked for its shape and dtype, so a value of any dtype is written in that of x."""
+    return pointwise(func, args, kwargs)
+
+
+# copies of views ---------------------------------------------------------------------------------
+
+_VIEWS = (
+    "view", "expand", "permute", "t", "transpose", "squeeze", "unsqueeze", "diagonal", "unfold",
+    "select", "unbind", "split", "split_with_sizes", "detach", "slice", "alias",
+)  # fmt: skip
+
+
+@function_rule(*(f"{name}_copy" for name in _VIEWS))
+def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rule of the view, then a copy of what it gives."""
+    out = kwargs.pop("out", None)
+    name = func.__name__.split(".")[0].removesuffix("_copy")
+    if name in ("alias", "detach"):
+        x = reduced(args[0])
+        made: Any = x if name == "alias" else x.detach()
+    else:
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        view = getattr(torch.Tensor, name, torch.ops.aten.slice.Tensor)
+        made = handlers[view](view, args, kwargs)
+    found = made.clone() if isinstance(made, Tensor) else tuple(m.clone() for m in made)
+    return found if out is None else fill_out(out, found)

@@ -1,0 +1,166 @@
+"""Triangles and diagonals: on a block of a matrix the same diagonal has another number."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import comm
+from ..redistribute import reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from ..views import check_writable, stands_for_view
+from .shape import _index, _permuted
+
+
+def _shift(spec: Spec, rows: int, columns: int) -> int:
+    """What a global diagonal's number is greater by on this rank's block."""
+    return spec.offset[rows] - spec.offset[columns]
+
+
+def _matrix(x: ShardTensor, name: str) -> None:
+    if x.ndim < 2:
+        raise RuntimeError(f"{name}: input tensor must have at least 2 dimensions")
+
+
+@rule("tril")
+def tril(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+    _matrix(input, "tril")
+    x = reduced(input)
+    return wrap(x._local.tril(diagonal + _shift(x._spec, -2, -1)), x._spec)
+
+
+@rule("triu")
+def triu(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+    _matrix(input, "triu")
+    x = reduced(input)
+    return wrap(x._local.triu(diagonal + _shift(x._spec, -2, -1)), x._spec)
+
+
+@rule("tril_")
+def tril_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+    _matrix(input, "tril_")
+    check_writable(input, "tril_")
+    input._local.tril_(diagonal + _shift(input._spec, -2, -1))
+    return input
+
+
+@rule("triu_")
+def triu_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+    _matrix(input, "triu_")
+    check_writable(input, "triu_")
+    input._local.triu_(diagonal + _shift(input._spec, -2, -1))
+    return input
+
+
+# diagonals of matrices ---------------------------------------------------------------------------
+
+
+def _cut(dim: Dim, first: int, length: int) -> Dim:
+    """A diagonal of `length` that starts at row `first` of a dim, cut where the dim is."""
+    if not dim.axes:
+        return Dim(length)
+    edges = [min(max(o - first, 0), length) for o in dim.offsets]
+    return Dim(length, dim.axes, tuple(b - a for a, b in pairwise(edges)))
+
+
+@rule("diagonal")
+def diagonal(
+    input: ShardTensor, offset: int = 0, dim1: int = 0, dim2: int = 1, **names: Any
+) -> ShardTensor:
+    """A view where at most one of the dims is sharded; else each rank's part is added up."""
+    x = reduced(input)
+    r, c = _index(dim1, x.ndim), _index(dim2, x.ndim)
+    if r == c:
+        raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
+    spec = x._spec
+    rows, columns = spec.dims[r], spec.dims[c]
+    first, start = max(0, -offset), max(0, offset)
+    length = max(0, min(rows.size - first, columns.size - start))
+    other = [d for i, d in enumerate(spec.dims) if i not in (r, c)]
+    local = x._local.diagonal(offset + _shift(spec, r, c), r, c)
+    if not rows.axes:
+        return wrap(local, spec.with_dims([*other, _cut(columns, start, length)]))
+    out = spec.with_dims([*other, _cut(rows, first, length)])
+    if not columns.axes:
+        return wrap(local, out)
+    # which of my rows' entries lie in my columns
+    mine, theirs = out.dims[-1], _cut(columns, start, length)
+    a, b = mine.offsets[spec.index[r]], mine.offsets[spec.index[r] + 1]
+    p, q = theirs.offsets[spec.index[c]], theirs.offsets[spec.index[c] + 1]
+    low, high = max(a, p), min(b, q)
+    before = low - a if low < high else b - a
+    local = F.pad(local, (before, b - a - before - local.shape[-1]))
+    local = comm.reduce(local, comm.group(spec.mesh, columns.axes))
+    return wrap(stands_for_view(local, x._local, "diagonal"), out)
+
+
+@rule("linalg_diagonal")
+def linalg_diagonal(A: Tensor, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
+    return torch.diagonal(A, offset, dim1, dim2)
+
+
+@rule("diag_embed")
+def diag_embed(input: ShardTensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> ShardTensor:
+    """Sharded entries make sharded rows; nothing is sent."""
+    x = reduced(input)
+    n = x.ndim + 1
+    r, c = _index(dim1, n), _index(dim2, n)
+    if r == c:
+        raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
+    if r > c:
+        # the diagonal above is below where rows and columns change places
+        r, c, offset = c, r, -offset
+    spec, entries = x._spec, x._spec.dims[-1]
+    size = entries.size + abs(offset)
+    rows = Dim(size)
+    if entries.axes:
+        inner = [o + max(0, -offset) for o in entries.offsets[1:-1]]
+        rows = Dim(size, entries.axes, tuple(b - a for a, b in pairwise([0, *inner, size])))
+    made = spec.with_dims([*spec.dims[:-1], rows, Dim(size)])
+    blank = x._local.new_zeros(made.local_shape)
+    local = torch.diagonal_scatter(blank, x._local, offset + made.offset[-2], -2, -1)
+    order = list(range(n - 2))
+    order.insert(r, n - 2)
+    order.insert(c, n - 1)
+    return _permuted(wrap(local, made), order)
+
+
+@rule("diag")
+def diag(input: ShardTensor, diagonal: int = 0) -> Tensor:
+    if input.ndim not in (1, 2):
+        raise RuntimeError(f"diag(): Supports 1D or 2D tensors. Got {input.ndim}D")
+    if input.ndim == 1:
+        return torch.diag_embed(input, diagonal)
+    return torch.diagonal(input, diagonal).clone()
+
+
+@rule("diagflat")
+def diagflat(input: Tensor, offset: int = 0) -> Tensor:
+    return torch.diag_embed(input.reshape(-1), offset)
+
+
+@rule("trace")
+def trace(input: ShardTensor) -> Tensor:
+    if input.ndim != 2:
+        raise RuntimeError(f"trace: expected a matrix, but got tensor with dim {input.ndim}")
+    return torch.diagonal(input).sum()
+
+
+@rule("block_diag")
+def block_diag(tensors: Any) -> Tensor:
+    """Rows of the blocks one after the other, each with zeros on both sides."""
+    blocks = [t.reshape(1, -1) if t.ndim < 2 else t for t in tensors]
+    if any(t.ndim > 2 for t in blocks):
+        raise RuntimeError("torch.block_diag: Input tensors must have 2 or fewer dimensions")
+    width = sum(t.shape[1] for t in blocks)
+    padded, at = [], 0
+    for t in blocks:
+        padded.append(F.pad(t, (at, width - at - t.shape[1])))
+        at += t.shape[1]
+    return torch.cat(padded)

@@ -1,0 +1,310 @@
+"""Sampling at given places: each rank fetches the rows that its samples touch.
+
+The output is cut as the grid is; where that is whole, as the input is. Where spatial dims of the
+input are sharded, each rank turns its coordinates into rows of the whole image as torch does, pads
+(clips, reflects) them there, and the ranks tell each other the first and the last row that they
+need. So a small displacement moves a few rows. Torch's own op then runs on that window with the
+coordinates of the window; in a traced graph, which must hold for other grids, on all rows.
+
+A coordinate of the window is rounded once more than torch's, by no more than torch rounds on the
+whole image. So that this cannot change the row below a sample, whose slope is the gradient, samples
+keep a distance of that rounding from whole rows; nearest rounds on the whole image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch, comm
+from ..cache import cached
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from .extents import Window, by_shard, extent, tell
+
+NEAREST, BICUBIC = 1, 2
+ZEROS, BORDER, REFLECTION = range(3)
+# torch refuses an image without rows: two outside, which nobody sends
+_NONE = (-2, 0)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Way(NamedTuple):
+    """The arguments of grid_sampler: numbers of the modes, whether corners are centres."""
+
+    mode: int
+    padding: int
+    align: bool
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> ShardTensor:
+    x, g = (reduced(t) if isinstance(t, ShardTensor) else t for t in (input, grid))
+    way = Way(interpolation_mode, padding_mode, bool(align_corners))
+    _check(x, g, way)
+    mesh = next(t._spec.mesh for t in (x, g) if isinstance(t, ShardTensor))
+    n = x.ndim - 2
+    wanted, out = _plan(*(
+        t._spec if isinstance(t, ShardTensor) else Spec(mesh, tuple(Dim(m) for m in t.shape))
+        for t in (x, g)
+    ))  # fmt: skip
+    local, at = fit(mesh, out.varying, (x, wanted.dims), (g, [out.dims[0], *out.dims[2:], Dim(n)]))
+    assert local is not None and at is not None
+    if not any(d.axes for d in wanted.dims[2:]):
+        return wrap(_sampled(local, at, way, out), out)
+    dtype = _sampled(local.new_zeros([1] * (n + 2)), at.new_zeros([*[1] * (n + 1), n]), way).dtype
+    if local.dtype in _HALVES or at.dtype != local.dtype:
+        # coordinates of the window would lose what halves have lost already
+        local, at = local.float(), at.float()
+    local, at, bad = _windowed(local, at, wanted, way)
+    y = _sampled(local, at, way, out)
+    if bad is not None:
+        y = y.masked_fill(bad.unsqueeze(1), float("nan"))
+    return wrap(y.to(dtype), out)
+
+
+def _sampled(x: Tensor, at: Tensor, way: Way, out: Spec | None = None) -> Tensor:
+    if out is not None and 0 in out.local_shape:
+        blank = x.new_zeros(out.local_shape) + x.sum(dtype=x.dtype)
+        return blank + at.sum(dtype=at.dtype)
+    return torch.grid_sampler(x, at, *way)
+
+
+def _check(x: Tensor, g: Tensor, way: Way) -> None:
+    n = x.ndim - 2
+    if x.ndim != g.ndim or n not in (2, 3) or g.shape[-1] != n or x.shape[0] != g.shape[0]:
+        raise RuntimeError(
+            "grid_sampler(): expected input and grid of 4 or 5 dims, the same batch size and "
+            f"{n} coordinates, but got input with sizes {list(x.shape)} and grid with sizes "
+            f"{list(g.shape)}"
+        )
+    if n == 3 and way.mode == BICUBIC:
+        raise RuntimeError("grid_sampler(): bicubic interpolation only supports 4D input")
+    if 0 in x.shape[2:]:
+        raise RuntimeError(
+            "grid_sampler(): expected input to have non-empty spatial dimensions, but input has "
+            f"sizes {list(x.shape)}"
+        )
+
+
+@cached
+def _plan(x: Spec, g: Spec) -> tuple[Spec, Spec]:
+    """How the input is wanted, and the output: every mesh axis of either shards the output.
+
+    An axis stays on the input's batch or channels, else on the grid's places, else it moves from
+    the input's rows to the output's rows.
+    """
+    wanted = [Dim(1) if i > 1 and d.size == 1 else d for i, d in enumerate(x.dims)]
+    if not wanted[0].axes and set(x.varying).isdisjoint(g.dims[0].axes):
+        wanted[0] = g.dims[0]
+    used = {*wanted[0].axes, *wanted[1].axes}
+    places = []
+    for d in g.dims[1:-1]:
+        keep = used.isdisjoint(d.axes)
+        places.append(d if keep else Dim(d.size))
+        used |= set(d.axes) if keep else set()
+    for i, d in enumerate(wanted[2:]):
+        if set(d.axes) <= used:
+            continue
+        free = [j for j in (i, *range(len(places))) if not places[j].axes]
+        if not free or not used.isdisjoint(d.axes):
+            wanted[2 + i] = Dim(d.size)
+            continue
+        size = places[free[0]].size
+        parts = [x.mesh.size(a) for a in d.axes]
+        sizes = d.sizes if size == d.size else nested_chunk_sizes(size, parts)
+        places[free[0]] = Dim(size, d.axes, sizes)
+        used |= set(d.axes)
+    return x.with_dims(wanted), x.with_dims([wanted[0], wanted[1], *places])
+
+
+# windows -----------------------------------------------------------------------------------------
+
+
+def _windowed(x: Tensor, at: Tensor, spec: Spec, way: Way) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows that the samples need, the coordinates in them, which samples are no numbers."""
+    n = x.ndim - 2
+    cut = [d for d in range(2, x.ndim) if spec.dims[d].axes]
+    axes = tuple(sorted(a for d in cut for a in spec.dims[d].axes))
+    coordinates = list(at.unbind(-1))
+    # the last coordinate is that of the first spatial dim
+    # of torch's kernels only the one of volumes on CPUs does not fuse multiplication and addition
+    fused = n == 2 or x.device.type != "cpu"
+    rows = {d: _rows(coordinates[n + 1 - d].detach(), spec.dims[d].size, way, fused) for d in cut}
+    tracing = _torch.is_tracing()
+    # the last extent is empty where all coordinates are finite
+    known, bad = [], torch.stack([r.bad for r in rows.values()]).any(0)
+    if not tracing:
+        needs = [extent(*_needs(rows[d], way)) for d in cut]
+        known = tell([*needs, (bad.new_zeros((), dtype=torch.int64), bad.sum())], spec, axes)
+    keep = way.padding != ZEROS and (tracing or any(k[-1][1] for k in known))
+    for i, d in enumerate(cut):
+        size = spec.dims[d].size
+        low, high = (-4, 4) if way.mode == BICUBIC else (-1, 1) if way.padding == ZEROS else (0, 0)
+        windows = ((low, size + high),) * len(spec.dims[d].sizes)
+        if not tracing:
+            windows = by_shard(known, spec, axes, d, i, _NONE)
+        x, start, stop = _fetched(x, d, spec, windows, way)
+        c, where = n + 1 - d, rows[d]
+        coordinates[c] = _local(coordinates[c], where, start, stop - start, size, way)
+    return x, torch.stack(coordinates, -1), bad if keep else None
+
+
+class Rows(NamedTuple):
+    """Samples along one dim of the whole image, padded.
+
+    row: the row below, or the nearest. part: the distance to it; None: nearest. slope: of the
+    padded coordinate by the given one. outside: samples that touch no row. bad: not finite ones.
+    """
+
+    row: Tensor
+    part: Tensor | None
+    slope: Tensor | float
+    outside: Tensor
+    bad: Tensor
+
+
+def _rows(g: Tensor, size: int, way: Way, fused: bool) -> Rows:
+    """The coordinates g in [-1, 1] as rows of the image (aten/native/GridSampler.h)."""
+    bad = ~g.isfinite()
+    at = _scaled(g.masked_fill(bad, 0.0), size, way.align, fused)
+    slope: Tensor | float = 1.0
+    if way.padding == REFLECTION:
+        at, slope = _reflected(at, size, way.align)
+    if way.padding != ZEROS and way.mode != BICUBIC:
+        slope = slope * ((at > 0) & (at < size - 1)).to(at.dtype)
+        at = at.clamp(0, size - 1)
+    elif way.padding == BORDER:
+        at = at.clamp(-2, size + 1)
+    if way.mode == NEAREST:
+        row = at.round()
+        return Rows(row, None, slope, bad | (row < 0) | (row >= size), bad)
+    row = at.floor()
+    if way.padding != ZEROS and way.mode != BICUBIC:
+        row = row.clamp(max=size - 2)
+    reach = 2 if way.mode == BICUBIC else 1
+    outside = (row < -reach) | (row > size + reach - 2)
+    return Rows(row, at - row, slope, bad | (outside & (way.padding == ZEROS)), bad)
+
+
+def _scaled(g: Tensor, size: int, align: bool, fused: bool) -> Tensor:
+    """Rows of normalised coordinates; fused: a product less a half is rounded once."""
+    if align:
+        return (g + 1) / 2 * (size - 1)
+    if not fused:
+        return ((g + 1) * size - 1) / 2
+    a, b = g + 1, size / 2
+    if a.dtype is torch.float32:
+        return (a.double() * b - 0.5).float()
+    # a product and what its rounding lost (Dekker 1971)
+    high = a * 134217729.0
+    high = high - (high - a)
+    product = a * b
+    return (product - 0.5) + ((high * b - product) + (a - high) * b)
+
+
+def _reflected(at: Tensor, size: int, align: bool) -> tuple[Tensor, Tensor]:
+    """Coordinates reflected at the centres of the outer rows (align) or at their edges."""
+    low, span = (0.0, size - 1) if align else (-0.5, size)
+    if span == 0:
+        return torch.zeros_like(at), torch.zeros_like(at)
+    at = at - low
+    sign = torch.where(at < 0, -1.0, 1.0).to(at.dtype)
+    at = at.abs()
+    extra = at.fmod(span)
+    odd = (at / span).floor() % 2 == 1
+    return torch.where(odd, span - extra, extra) + low, torch.where(odd, -sign, sign)
+
+
+def _needs(rows: Rows, way: Way) -> tuple[Tensor, Tensor]:
+    """Row numbers among which are the first and the last that are needed, and which count."""
+    before, behind = {NEAREST: (0, 1), BICUBIC: (-1, 2)}.get(way.mode, (0, 1))
+    row = rows.row.masked_fill(rows.bad, 0)
+    return (
+        torch.stack([row + before, row + behind]),
+        torch.stack([~rows.outside, ~rows.outside]),
+    )
+
+
+def _fetched(
+    x: Tensor, d: int, spec: Spec, windows: Sequence[Window], way: Way
+) -> tuple[Tensor, int, int]:
+    """(rows [start, stop) of the padded image, start, stop)."""
+    dim = spec.dims[d]
+    start, stop = windows[spec.index[d]]
+    group = comm.group(spec.mesh, dim.axes)
+    if way.mode != BICUBIC or way.padding == ZEROS:
+        return comm.window(x, d, dim.sizes, windows, group), start, stop
+    # all taps are rows of the window, so that torch does not pad them
+    sources = [_sources(a, b, dim.size, way) for a, b in windows]
+    inner = [(min(s), max(s) + 1) for s in sources]
+    x = comm.window(x, d, dim.sizes, inner, group)
+    mine = sources[spec.index[d]]
+    if mine != list(range(*inner[spec.index[d]])):
+        x = x.index_select(d, torch.tensor(mine, device=x.device) - min(mine))
+    return x, start, stop
+
+
+def _sources(a: int, b: int, size: int, way: Way) -> list[int]:
+    """The row of the image for each padded row; rows that nobody needs stay outside."""
+    if (a, b) == _NONE:
+        return list(range(a, b))
+    if way.padding == BORDER:
+        return [min(max(r, 0), size - 1) for r in range(a, b)]
+    period = max(1, 2 * (size - 1)) if way.align else 2 * size
+    last = period if way.align else period - 1
+    return [min(r % period, last - r % period) for r in range(a, b)]
+
+
+def _local(g: Tensor, rows: Rows, start: int, length: int, size: int, way: Way) -> Tensor:
+    """Normalised coordinates in the window, whose gradient is that of the global ones."""
+    whole, part = (size - 1, length - 1) if way.align else (size, length)
+    at = rows.row - start
+    if rows.part is not None:
+        gap = 1.5 * torch.finfo(g.dtype).eps * part
+        apart = rows.part.clamp(gap, 1 - gap)
+        # the slope is continuous for cubics, and zero where samples were clipped
+        if way.mode == BICUBIC:
+            apart = rows.part
+        elif isinstance(rows.slope, Tensor):
+            apart = apart.where(rows.slope != 0, rows.part)
+        at = at + apart
+    at = at.masked_fill(rows.outside, 0.5 if way.padding != ZEROS else -10.0)
+    target = (2 * at + (0 if way.align else 1)) / part - 1
+    if way.padding == ZEROS:
+        target = target.masked_fill(rows.bad, float("nan"))
+    if not g.requires_grad:
+        return target
+    slope = rows.slope if isinstance(rows.slope, Tensor) else torch.ones_like(target)
+    slope = slope.masked_fill(rows.outside, 0.0)
+    known = g.masked_fill(rows.bad, 0.0)
+    return target + (known - known.detach()) * (slope * (whole / part))
+
+
+# affine grids ------------------------------------------------------------------------------------
+
+
+@rule("affine_grid_generator")
+def affine_grid(theta: ShardTensor, size: Sequence[int], align_corners: bool) -> ShardTensor:
+    """A grid for each matrix: sharded along the batch as these are."""
+    x = reduced(theta)
+    batch = x._spec.dims[0]
+    if len(size) not in (4, 5) or int(size[0]) != batch.size:
+        raise RuntimeError(f"affine_grid: theta {tuple(x.shape)} for an output of {list(size)}")
+    spec = x._spec.with_dims([batch, *(Dim(n) for n in x.shape[1:])])
+    local = fit(spec.mesh, spec.varying, (x, spec.dims))[0]
+    assert local is not None
+    rows = max(1, local.shape[0])
+    if not local.shape[0]:
+        # torch refuses an empty batch
+        local = torch.cat([local, local.new_zeros(1, *local.shape[1:])])
+    grid = torch.affine_grid_generator(local, [rows, *map(int, size[1:])], align_corners)
+    grid = grid.narrow(0, 0, spec.local_shape[0])
+    return wrap(grid, spec.with_dims([batch, *(Dim(n) for n in grid.shape[1:])]))

@@ -1,0 +1,126 @@
+"""Products, powers, norms and distances of vectors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import cached
+from ..fallback import fall_back
+from ..redistribute import aside, fit, reduced
+from ..registry import rule
+from ..spec import Dim
+from ..tensor import ShardTensor, wrap
+from .pointwise import align
+from .reduce import over
+
+
+@rule("linalg_cross")
+def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
+    """Elementwise but along dim, whose shards move to another dim."""
+    operands = []
+    for x in (input, other):
+        y: Tensor | None = reduced(x) if isinstance(x, ShardTensor) else x
+        if isinstance(y, ShardTensor) and -y.ndim <= dim < y.ndim:
+            y = aside(y, [dim % y.ndim])
+        if y is None:
+            return fall_back(torch.linalg.cross, (input, other), {"dim": dim})
+        operands.append(y)
+    if input.ndim != other.ndim:
+        raise RuntimeError(
+            f"linalg.cross: inputs must have the same number of dimensions: {input.ndim}, "
+            f"{other.ndim}"
+        )
+    spec, wanted = align(*operands)
+    a, b = fit(spec.mesh, spec.varying, *zip(operands, wanted, strict=True))
+    assert a is not None and b is not None
+    return wrap(torch.linalg.cross(a, b, dim=dim), spec)
+
+
+@rule("cross")
+def cross(input: Tensor, other: Tensor, dim: int | None = None) -> Tensor:
+    """Along the first dim of size 3, where none is named."""
+    if dim is None:
+        dim = next((d for d, n in enumerate(input.shape) if n == 3), None)
+    if dim is None:
+        raise RuntimeError("no dimension of size 3 in input")
+    return torch.linalg.cross(input, other, dim=dim)
+
+
+@rule("vdot")
+def vdot(input: Tensor, other: Tensor) -> Tensor:
+    return torch.dot(input.conj(), other)
+
+
+@rule("linalg_vecdot")
+def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    product = x.conj() * y
+    return product.sum(dim, dtype=product.dtype)
+
+
+@rule("linalg_vander")
+def vander(x: ShardTensor, *, N: int | None = None) -> ShardTensor:
+    """A row of powers for each element."""
+    x = reduced(x)
+    if x.ndim == 0:
+        return fall_back(torch.linalg.vander, (x,), {"N": N})
+    local = torch.linalg.vander(x._local, N=x.shape[-1] if N is None else N)
+    return wrap(local, x._spec.with_dims([*x._spec.dims, Dim(local.shape[-1])]))
+
+
+@rule("renorm")
+def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """Slices along dim scaled down to the norm maxnorm where theirs is larger."""
+    (d,) = over(dim, input.ndim)
+    if input.ndim < 2 or p <= 0 or maxnorm < 0:
+        return fall_back(torch.renorm, (input, p, dim, maxnorm), {})
+    others = [i for i in range(input.ndim) if i != d]
+    halves = input.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if halves else None
+    norm = torch.linalg.vector_norm(input, p, others, True, dtype=dtype)
+    # torch's own guard against a division by zero
+    factor = torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), 1.0)
+    return input * factor.to(input.dtype)
+
+
+# distances of all pairs --------------------------------------------------------------------------
+
+
+@cached
+def _pairs(n: int, dim: Dim) -> tuple[tuple[int, ...], Dim]:
+    """(edges between the ranks' rows, the dim of pairs): rows so that pairs are even."""
+    total, parts = n * (n - 1) // 2, len(dim.sizes)
+    edges, before = [0], 0
+    for row in range(n):
+        while len(edges) < parts and before * parts >= total * len(edges):
+            edges.append(row)
+        before += n - 1 - row
+    edges += [n] * (parts + 1 - len(edges))
+    starts = [r * (2 * n - 1 - r) // 2 if r < n else total for r in edges]
+    return tuple(edges), Dim(total, dim.axes, tuple(b - a for a, b in pairwise(starts)))
+
+
+@rule("pdist")
+def pdist(input: ShardTensor, p: float = 2.0) -> Any:
+    """The rows come to every rank; the pairs, of which there are many more, are shared out."""
+    x = reduced(input)
+    if x.ndim != 2 or x.shape[0] < 2 or not x._spec.varying or not x.shape[1]:
+        return fall_back(torch.pdist, (x, p), {})
+    spec = x._spec
+    axes = spec.varying
+    parts = 1
+    for a in axes:
+        parts *= spec.mesh.size(a)
+    n = x.shape[0]
+    edges, dim = _pairs(n, Dim(n, axes, (0,) * parts))
+    out = spec.with_dims([dim])
+    (rows,) = fit(spec.mesh, axes, (x, None))
+    assert rows is not None
+    a, b = edges[out.index[0]], edges[out.index[0] + 1]
+    # row i - a meets the rows after it
+    i, j = torch.triu_indices(b - a, n - a, 1, device=x.device)
+    every = torch.cdist(rows[a:b], rows[a:], p, compute_mode="donot_use_mm_for_euclid_dist")
+    return wrap(every[i, j], out)
