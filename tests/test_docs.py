@@ -1,0 +1,21 @@
+"""The code in the docs runs."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import shardtensor as st
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_worked_example_of_a_rule():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "rules.md").read_text(), re.S)
+    module = types.ModuleType("example_of_a_rule")
+    sys.modules[module.__name__] = module
+    try:
+        exec(blocks[0] + blocks[1], module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+    assert callable(module.mean3.__wrapped__) and module.st is st
