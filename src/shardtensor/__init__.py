@@ -3,8 +3,8 @@
 # imported for what they register
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
+from . import random, testing
 from . import rules as _rules  # noqa: F401
-from . import testing
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
@@ -26,6 +26,7 @@ __all__ = [
     "compile",
     "distribute_tensor",
     "fallback",
+    "random",
     "rule",
     "simulate",
     "testing",

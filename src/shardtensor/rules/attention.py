@@ -24,11 +24,11 @@ from .. import comm
 from ..attention import attend
 from ..cache import cached
 from ..errors import UnsupportedOpError
+from ..random import generator_for
 from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .random import generator_for
 
 Known = Spec | torch.Size
 Dims = tuple[Dim, ...]

@@ -1,56 +1,26 @@
-"""Random numbers: independent from shard to shard, equal on all replicas of a shard.
-
-Every call takes one seed from torch's default CPU generator, whatever the shard sizes, so ranks
-that seed alike stay in step, and a checkpoint's recomputation, which restores that generator,
-draws the same numbers. The seed and the shard's number make the generator of the local draw.
-"""
+"""Dropout, random fills and *_like draws; see `shardtensor.random` for which numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import comm
-from ..comm import wire
 from ..errors import UnsupportedOpError
+from ..random import draw, generator_for, matching
 from ..redistribute import aside, fit, reduced, replicate
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
 from .pointwise import align, function_rule
 
-# an odd constant spreads shard numbers over the seed's bits (Knuth's multiplicative hash)
-_SPREAD = 0x9E3779B97F4A7C15
 
-
-def generator_for(
-    spec: Spec, device: torch.device, generator: torch.Generator | None = None
-) -> torch.Generator:
-    """The generator of this rank's shard for one draw of a tensor with this spec."""
-    source = None if generator is None or generator.device.type != "cpu" else generator
-    seed = torch.randint(2**62, (1,), generator=source)
-    alike = tuple(a for a in range(spec.mesh.ndim) if a not in spec.varying)
-    name = comm.group(spec.mesh, alike)
-    if comm.size(name) > 1:
-        # replicas may have seeded differently, and must draw the same
-        (seed,) = wire.all_reduce([seed.to(device)], "max", name)
-    number = 0
-    for axis in spec.varying:
-        number = number * spec.mesh.size(axis) + spec.coordinate[axis]
-    made = torch.Generator(device)
-    made.manual_seed((int(seed) + number * _SPREAD) % 2**63)
-    return made
-
-
-def _keep(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> tuple[Tensor, Spec]:
-    """A boolean tensor with the given dims, true with probability 1 - p."""
+def _keep(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> Tensor:
+    """Ones, with probability 1 - p, and zeros, with the given dims and the dtype of x."""
     spec = x._spec.with_dims(dims)
-    g = generator_for(spec, x.device)
-    return torch.rand(spec.local_shape, generator=g, device=x.device) >= p, spec
+    return draw(spec, x.dtype, x.device, lambda t, g: t.bernoulli_(1 - p, generator=g))
 
 
 def _check(name: str, p: float) -> None:
@@ -81,9 +51,9 @@ def _channels(x: ShardTensor) -> tuple[Dim, ...]:
 
 def _drop(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> ShardTensor:
     x = reduced(x)
-    keep, _ = _keep(x, dims, p)
-    scale = 1 / (1 - p) if p < 1 else 0.0
-    return wrap(x._local * keep * scale, x._spec)
+    if p == 1:
+        return wrap(x._local * 0, x._spec)
+    return wrap(x._local * _keep(x, dims, p).div_(1 - p), x._spec)
 
 
 @rule("dropout_", "feature_dropout_")
@@ -91,8 +61,7 @@ def dropout_(input: ShardTensor, p: float, train: bool) -> ShardTensor:
     _check("dropout", p)
     if train and p > 0:
         check_writable(input, "dropout_")
-        keep, _ = _keep(input, input._spec.dims, p)
-        input._local.mul_(keep * (1 / (1 - p) if p < 1 else 0.0))
+        input._local.mul_(_keep(input, input._spec.dims, p).div_(1 - p) if p < 1 else 0.0)
     return input
 
 
@@ -114,29 +83,38 @@ def _alpha(x: ShardTensor, dims: tuple[Dim, ...], p: float, train: bool) -> Shar
     x = reduced(x)
     if p == 1:
         return wrap(x._local * 0, x._spec)
-    keep, _ = _keep(x, dims, p)
-    low = -1.7580993408473766
-    a = ((1 - p) * (1 + p * low**2)) ** -0.5
-    kept = x._local * keep + low * (~keep).to(x.dtype)
-    return wrap(a * kept - a * p * low, x._spec)
+    keep = _keep(x, dims, p)
+    alpha = 1.7580993408473766
+    a = 1 / ((alpha**2 * p + 1) * (1 - p)) ** 0.5
+    shift = (keep - 1) * (alpha * a) + alpha * a * p
+    return wrap(x._local * (keep * a) + shift, x._spec)
 
 
-@function_rule("rand_like", "randn_like", "randint_like")
-def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
-    x = args[0] if args else kwargs.pop("input")
-    spec = x._spec.cotangent
-    device = torch.device(kwargs.get("device") or x.device)
-    g = generator_for(spec, device, kwargs.pop("generator", None))
-    dtype = kwargs.pop("dtype", None) or x.dtype
-    kwargs["device"] = device
-    make: dict[str, Callable[..., Tensor]] = {
-        "rand_like": torch.rand,
-        "randn_like": torch.randn,
-        "randint_like": torch.randint,
-    }
-    kwargs.pop("memory_format", None)
-    drawn = make[func.__name__](*args[1:], spec.local_shape, generator=g, dtype=dtype, **kwargs)
-    return wrap(drawn, spec)
+@rule("rand_like")
+def rand_like(input: ShardTensor, **options: Any) -> ShardTensor:
+    return _like(input, lambda t, g: t.uniform_(generator=g), **options)
+
+
+@rule("randn_like")
+def randn_like(input: ShardTensor, **options: Any) -> ShardTensor:
+    return _like(input, lambda t, g: t.normal_(generator=g), normal=True, **options)
+
+
+@rule("randint_like")
+def randint_like(input: ShardTensor, *bounds: int, **options: Any) -> ShardTensor:
+    known = [options.pop(k) for k in ("low", "high") if k in options]
+    low, high = (0, *bounds, *known)[-2:]
+    return _like(input, lambda t, g: t.random_(low, high, generator=g), **options)
+
+
+def _like(
+    x: ShardTensor, fill: Any, *, dtype: Any = None, device: Any = None, generator: Any = None,
+    requires_grad: bool = False, normal: bool = False, **unused: Any,
+) -> ShardTensor:  # fmt: skip
+    """unused: layout, memory_format and pin_memory, which change no number."""
+    spec, place = x._spec.cotangent, torch.device(device or x.device)
+    local = draw(spec, dtype or x.dtype, place, fill, generator, normal=normal)
+    return wrap(local.requires_grad_(requires_grad), spec)
 
 
 @function_rule(
@@ -148,15 +126,19 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
     if not isinstance(x, ShardTensor):
         raise UnsupportedOpError(f"{func.__name__} of a plain tensor with a ShardTensor argument")
     check_writable(x, func.__name__)
-    kwargs["generator"] = generator_for(x._spec, x.device, kwargs.pop("generator", None))
-    inside = [a._local if isinstance(a, ShardTensor) and a._spec == x._spec else a for a in args]
-    if any(isinstance(a, Tensor) and a.ndim for a in inside[1:]) and not isinstance(
-        args[1], ShardTensor
-    ):
-        raise UnsupportedOpError(
-            f"{func.__name__} with a plain tensor of parameters: shard it alike"
-        )
-    func(*inside, **kwargs)
+    generator = kwargs.pop("generator", None)
+    rest = [a._local if isinstance(a, ShardTensor) and a._spec == x._spec else a for a in args[1:]]
+    for a, given in zip(rest, args[1:], strict=True):
+        if a is given and isinstance(a, Tensor) and (a.ndim or isinstance(a, ShardTensor)):
+            raise UnsupportedOpError(f"{func.__name__} with parameters {a.shape}: shard them alike")
+    if matching() and not any(isinstance(a, Tensor) for a in rest):
+        normal = func.__name__.split(".")[0] == "normal_"
+        x._local.copy_(
+            draw(x._spec, x.dtype, x.device, lambda t, g: func(t, *rest, **kwargs, generator=g),
+                 generator, normal=normal)
+        )  # fmt: skip
+    else:
+        func(x._local, *rest, **kwargs, generator=generator_for(x._spec, x.device, generator))
     return x
 
 
@@ -165,9 +147,9 @@ def bernoulli(
     input: ShardTensor, p: float | None = None, *, generator: torch.Generator | None = None
 ) -> ShardTensor:
     x = reduced(input)
-    g = generator_for(x._spec, x.device, generator)
-    drawn = torch.rand(x._spec.local_shape, generator=g, device=x.device, dtype=torch.float64)
-    return wrap((drawn < (x._local if p is None else p)).to(x.dtype), x._spec)
+    dtype = torch.float64 if p is not None or x.dtype is torch.float64 else torch.float32
+    u = draw(x._spec, dtype, x.device, lambda t, g: t.uniform_(generator=g), generator)
+    return wrap((u < (x._local if p is None else p)).to(x.dtype), x._spec)
 
 
 @rule("normal")
@@ -177,11 +159,15 @@ def normal(
     given = [v for v in (mean, std) if isinstance(v, Tensor)]
     spec, wanted = align(*given)
     first, values = given[0], fit(spec.mesh, spec.varying, *zip(given, wanted, strict=True))
-    g = generator_for(spec, first.device, generator)
-    drawn = torch.randn(spec.local_shape, generator=g, device=first.device, dtype=first.dtype)
     local: Any = iter(values)
     mu, sigma = (next(local) if isinstance(v, Tensor) else v for v in (mean, std))
-    return wrap((drawn * sigma + mu).detach(), spec)
+    own = 1.0 if isinstance(std, Tensor) else std
+    drawn = draw(
+        spec, first.dtype, first.device, lambda t, g: t.normal_(0.0, own, generator=g), generator,
+        normal=True,
+    )  # fmt: skip
+    drawn = drawn.mul_(sigma) if isinstance(std, Tensor) else drawn
+    return wrap(drawn.add_(mu), spec)
 
 
 @rule("rrelu")

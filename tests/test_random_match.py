@@ -1,0 +1,123 @@
+"""Under match_single_device every draw is the one of plain PyTorch, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn import functional as F
+
+import shardtensor as st
+from shardtensor.testing import cuts, make_mesh
+
+F32, F64 = torch.float32, torch.float64
+DRAWS = {
+    "dropout": lambda x: F.dropout(x, 0.3),
+    "dropout_": lambda x: F.dropout(x * 1, 0.7, inplace=True),
+    "dropout2d": lambda x: F.dropout2d(x, 0.5),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.4),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, 0.4, training=True),
+    "rand_like": torch.rand_like,
+    "rand_like in another dtype": lambda x: torch.rand_like(x, dtype=torch.float64),
+    "randn_like": torch.randn_like,
+    "randint_like": lambda x: torch.randint_like(x, 2, 50),
+    "normal_": lambda x: (x * 1).normal_(1.0, 3.0),
+    "uniform_": lambda x: (x * 1).uniform_(-1, 2),
+    "exponential_": lambda x: (x * 1).exponential_(2.0),
+    "bernoulli_": lambda x: (x * 1).bernoulli_(0.3),
+    "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "normal of means": lambda x: torch.normal(x, 2.0),
+    "normal of deviations": lambda x: torch.normal(1.0, x.abs()),
+    "twice": lambda x: torch.randn_like(x) + F.dropout(x),
+}  # fmt: skip
+
+
+def matched(draw, x, placements, sizes, mesh_shape):
+    def run():
+        torch.manual_seed(5)
+        s = st.distribute_tensor(
+            x, make_mesh(mesh_shape), placements, sizes=sizes, src_data_rank=None
+        )
+        with st.random.match_single_device(), st.trace() as t:
+            y = draw(s)
+        assert not t.sent
+        return y.full_tensor(), torch.get_rng_state()
+
+    torch.manual_seed(5)
+    want = draw(x)
+    for got, state in st.simulate(torch.Size(mesh_shape).numel(), run):
+        assert torch.equal(got, want)
+        assert torch.equal(state, want_state(draw, x))
+
+
+def want_state(draw, x):
+    torch.manual_seed(5)
+    draw(x)
+    return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws(name, dtype):
+    x = torch.linspace(-2, 2, 2 * 3 * 7 * 5, dtype=dtype).reshape(2, 3, 7, 5)
+    matched(DRAWS[name], x, [Shard(2)], {2: (4, 0, 3)}, (3,))
+
+
+@pytest.mark.parametrize("shape", [(3,), (15,), (16,), (17,), (41,)])
+@pytest.mark.parametrize("name", ["randn_like", "dropout", "rand_like"])
+def test_sizes_around_a_block_of_16(name, shape):
+    for cut in cuts(shape[0]):
+        matched(DRAWS[name], torch.ones(shape), [Shard(0)], {0: cut}, (len(cut),))
+
+
+@pytest.mark.parametrize("placements", [
+    [Shard(0), Shard(2)], [Shard(1), Shard(1)], [Replicate(), Shard(2)], [Shard(2), Replicate()],
+])  # fmt: skip
+def test_two_axes(placements):
+    x = torch.ones(3, 4, 5)
+    for name in ("randn_like", "dropout"):
+        matched(DRAWS[name], x, placements, None, (2, 2))
+
+
+def test_several_pieces(monkeypatch):
+    monkeypatch.setattr(st.random, "_PIECE", 32)
+    for name in ("randn_like", "dropout", "rand_like"):
+        matched(DRAWS[name], torch.ones(9, 11), [Shard(1)], {1: (4, 7)}, (2,))
+
+
+def test_a_model_with_dropout_trains_as_on_one_device():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.3), nn.ReLU(), nn.Dropout2d(0.2),
+                          nn.Conv2d(4, 1, 3, padding=1)).double()  # fmt: skip
+    x = torch.randn(2, 2, 6, 5, dtype=F64)
+
+    def run():
+        torch.manual_seed(1)
+        own = copy.deepcopy(model)
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(2)], src_data_rank=None)
+        with st.random.match_single_device():
+            loss = own(s).square().mean()
+        loss.backward()
+        return [p.grad.clone() for p in own.parameters()]
+
+    torch.manual_seed(1)
+    model(x).square().mean().backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    for got in st.simulate(2, run):
+        for g, w in zip(got, want, strict=True):
+            assert torch.allclose(g, w, rtol=1e-12, atol=1e-14)
+
+
+def refused():
+    x = st.distribute_tensor(torch.ones(4, 8), make_mesh((2,)), [Shard(0)])
+    with st.random.match_single_device():
+        for draw in (lambda: torch.multinomial(x, 2), lambda: F.rrelu(x, training=True),
+                     lambda: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.1)):  # fmt: skip
+            with pytest.raises(st.UnsupportedOpError, match="match_single_device"):
+                draw()
+    F.rrelu(x, training=True)
+
+
+def test_refused():
+    st.simulate(2, refused)
