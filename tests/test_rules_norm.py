@@ -329,3 +329,14 @@ def half_under_autocast():
 
 def test_half_under_autocast():
     st.simulate(2, half_under_autocast)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 5), (2, 4, 6, 5), (1, 4, 12), (1, 2, 4, 3, 4)])
+def test_gradient_of_other_strides(shape):
+    """Tokens after a norm: the gradient comes transposed, which torch's batch norm reads wrongly."""
+    image = torch.randn(shape, dtype=torch.float64)
+    for norm in (lambda x: F.group_norm(x, 2), lambda x: F.layer_norm(x, x.shape[1:])):
+        T.hold(lambda x, n=norm: n(x).flatten(2).transpose(1, 2), [image], [T.shard(2)], (2,))
+    if image.ndim == 4:
+        last = image.contiguous(memory_format=torch.channels_last)
+        T.hold(lambda x: F.group_norm(x, 2).transpose(1, 2), [last], [T.shard(2)], (2,))

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from ..cache import cached
 from ..spec import Spec
 from .reduce import axes_of
@@ -103,11 +103,21 @@ def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
             return scaled(flat, center.flatten(), a.flatten(), b.flatten()).view(x.shape)
     if a.ndim == 1 and x.numel():
         one = torch.ones_like(center)
-        return torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
+        y = torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
+        if y.requires_grad and x.device.type == "cpu" and not _torch.is_tracing():
+            # torch 2.13's kernel reads a gradient of other strides, a transposed one, wrongly
+            form = x.is_contiguous() or x.ndim not in (4, 5)
+            y.register_hook(torch.Tensor.contiguous if form else _channels_last)
+        return y
     shape = (*a.shape, *[1] * (x.ndim - 2)) if a.ndim == 2 else (-1, *[1] * (x.ndim - 2))
     if not a.numel():
         shape = (x.shape[0] if a.ndim == 2 else 1, x.shape[1], *[1] * (x.ndim - 2))
     return torch.addcmul((b - center * a).view(shape), x, a.view(shape)).to(x.dtype)
+
+
+def _channels_last(g: Tensor) -> Tensor:
+    form = torch.channels_last if g.ndim == 4 else torch.channels_last_3d
+    return g.contiguous(memory_format=form)
 
 
 def normalised(
