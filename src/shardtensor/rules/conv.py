@@ -10,18 +10,21 @@ Weight and bias are whole on each rank, and their gradients are summed over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from ..cache import cached
 from ..redistribute import fit, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from . import halo as halo_rule
+from .halo import Halo, Settings, halo_conv
 from .norm import sharded
 from .windows import Ints, Reach, each, fetch, spread, strided
 
@@ -37,6 +40,8 @@ class Local(NamedTuple):
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the local output rows to keep.
     dims: the spatial dims of the output.
+    halo: where the only sharded dim has halos of direct neighbours on both sides and as many rows
+        out as in, these halos and the padding of the whole convolution.
     """
 
     reaches: tuple[tuple[int, Reach], ...]
@@ -45,6 +50,7 @@ class Local(NamedTuple):
     output_padding: tuple[int, ...]
     crops: tuple[tuple[int, int, int], ...]
     dims: tuple[Dim, ...]
+    halo: tuple[int, int, tuple[int, ...]] | None = None
 
 
 class Channels(NamedTuple):
@@ -153,7 +159,7 @@ def _forward(
     lead = len(spec.dims) - len(kernel)
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    reaches, pads, ahead, dims = [], [], [], []
+    reaches, pads, ahead, dims, halos = [], [], [], [], []
     for i, (dim, k, s, d) in enumerate(
         zip(spec.dims[lead:], kernel, stride, dilation, strict=True)
     ):
@@ -173,13 +179,19 @@ def _forward(
             dims.append(reach.dim)
             pads.append(0)
             ahead.append(0)
+            if s == 1 and before == behind == span - before and min(dim.sizes) >= before > 0:
+                halos.append((lead + i, before))
         else:
             dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
             pads.append(before)
             ahead.append(behind - before)
     crops = [(d, 0, 0) for d, reach in reaches if not reach.dim.sizes[spec.index[d]]]
     more = [n for a in reversed(ahead) for n in (0, a)] if any(ahead) else []
-    return Local(tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims))
+    halo = None
+    if len(reaches) == len(halos) == 1 and lead == 2 and not more:
+        d, width = halos[0]
+        halo = (d, width, tuple(width if lead + i == d else p for i, p in enumerate(pads)))
+    return Local(tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo)
 
 
 @cached
@@ -274,6 +286,14 @@ def _run(
     local = x._local
     if plan.reaches:
         local = _autocast(local)
+    if plan.halo and not channels.partial and _worth(spec) and not _torch.is_tracing():
+        d, width, padding = plan.halo
+        dim = spec.dims[d]
+        halo = Halo(d, width, dim.sizes, comm.group(spec.mesh, dim.axes))
+        settings = Settings(each(stride, n), padding, each(dilation, n), channels.groups)
+        w, b = _autocast(w), b if b is None else _autocast(b)
+        y = halo_conv(local, w, b, halo, settings)
+        return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
     for d, reach in plan.reaches:
         local = fetch(local, d, spec, reach)
     if plan.ahead:
@@ -292,6 +312,12 @@ def _run(
         y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
         y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * n)
     return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
+
+
+def _worth(spec: Spec) -> bool:
+    """Whether shards are large enough for the strips' own convolutions; alike on all ranks."""
+    shards = prod(len(d.sizes) for d in spec.dims if d.axes)
+    return spec.shape.numel() >= shards * halo_rule.WORTH
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Convolutions whose halo travels while the shard is convolved: against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.measure import saved_bytes
+from shardtensor.rules import halo
+
+D = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """However small the shard."""
+    monkeypatch.setattr(halo, "WORTH", 0)
+    calls = []
+    plain = halo._HaloConv.forward
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(halo._HaloConv, "forward", staticmethod(counted))
+    yield calls
+    assert calls, "the halo path was not taken"
+
+
+@pytest.mark.parametrize("sizes", [(9,), (5, 4), (3, 2, 4), (2, 2, 2, 3)])
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), (5, 1), (3, 2)])
+def test_conv1d(sizes, kernel, dilation, always):
+    x = torch.randn(2, 4, 9, dtype=D)
+    width = dilation * (kernel - 1) // 2
+    conv = nn.Conv1d(4, 6, kernel, padding=width, dilation=dilation, groups=2, dtype=D)
+    T.hold(conv, [x], [T.shard(2, sizes)], (len(sizes),))
+    if len(sizes) == 1:
+        always.append(1)  # one shard has no halo
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_conv2d(dim):
+    x = torch.randn(2, 3, 7, 8, dtype=D)
+    for stride in ((1, 1), (1, 2) if dim == 2 else (2, 1)):
+        conv = nn.Conv2d(3, 4, (3, 5), stride, (1, 2), dtype=D)
+        T.hold(conv, [x], [T.shard(dim)], (2,))
+        T.hold(conv, [x.contiguous(memory_format=torch.channels_last)], [T.shard(dim)], (3,))
+
+
+def test_conv3d_fp32_without_bias():
+    conv = nn.Conv3d(2, 3, 3, padding=1, bias=False)
+    T.hold(conv, [torch.randn(1, 2, 6, 4, 4)], [T.shard(2)], (3,))
+
+
+def test_double_backward():
+    x, w = torch.randn(2, 3, 8, 5, dtype=D), torch.randn(4, 3, 3, 3, dtype=D)
+
+    def penalty(x, w):
+        y = F.conv2d(x * x, w, padding=1)
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        return g * g
+
+    T.hold(penalty, [x, w], [T.shard(2, (3, 5)), None], (2,))
+
+
+def test_input_without_gradient():
+    def run():
+        x = st.distribute_tensor(torch.ones(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
+        conv = nn.Conv2d(2, 2, 3, padding=1)
+        with st.trace() as t:
+            conv(x).sum().backward()
+        return [s.collective for s in t.sent]
+
+    assert st.simulate(2, run)[0] == ["halo", "all_reduce", "all_reduce"]
+
+
+def test_autocast():
+    x = torch.randn(1, 2, 8, 4)
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return conv(x)
+
+    T.hold(run, [x], [T.shard(2)], (2,), rtol=2e-2)
+
+
+def test_keeps_the_input_and_two_strips():
+    def run():
+        x = st.distribute_tensor(torch.ones(1, 2, 16, 4), T.make_mesh((2,)), [Shard(2)])
+        x.requires_grad_()
+        conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        with st.trace() as t:
+            kept = saved_bytes(lambda: conv(x))
+        return kept, t.bytes, t.messages
+
+    row, weight = 4 * (2 * 4), 4 * (2 * 2 * 9)
+    # the input is a leaf, and alive anyway; so is the weight, but `vary` gives a view of it
+    assert st.simulate(2, run) == [(row + weight, row, 1)] * 2
