@@ -96,11 +96,12 @@ def run(name: str, repeats: int) -> dict[str, float]:
     build, shape, dim = CASES[name]
     n = dist.get_world_size()
     torch.manual_seed(0)
-    model, twin = build(), build()
+    mesh = make_mesh((n,))
+    model, twin = st.parallelize(build(), mesh), build()
     part = list(shape)
     part[dim] //= n
     local = torch.randn(part)
-    x = st.ShardTensor.from_local(local, make_mesh((n,)), [Shard(dim)], sizes={dim: [part[dim]] * n})
+    x = st.ShardTensor.from_local(local, mesh, [Shard(dim)], sizes={dim: [part[dim]] * n})
     x, local = x.detach(), local.clone()
     for leaf in (x, local):
         leaf.requires_grad_()

@@ -10,6 +10,7 @@ from .construct import distribute_tensor
 from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
 from .override import rule
+from .parallel import parallelize
 from .simulate import RankError, simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor
@@ -26,6 +27,7 @@ __all__ = [
     "compile",
     "distribute_tensor",
     "fallback",
+    "parallelize",
     "random",
     "rule",
     "simulate",

@@ -266,6 +266,11 @@ def guard_transforms(check: Callable[[Any], None]) -> None:
     forward_ad.make_dual = checked(forward_ad.make_dual)
 
 
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Run call() when the backward that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def allocations(step: Callable[[], Any]) -> list[int]:
     """Signed bytes of every CPU allocation and release during step(), in time order."""
     prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)

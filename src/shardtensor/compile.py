@@ -34,8 +34,14 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
 class Compiled:
     """What `compile` returns. `traces` counts the graphs made so far."""
 
-    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.fn = fn
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        options: dict[str, Any],
+        call: Callable[..., Any] | None = None,
+    ) -> None:
+        # call: how fn is called, where fn itself calls this
+        self.fn, self.call = fn, call or fn
         self.options = dict(options)
         if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
             self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
@@ -69,7 +75,7 @@ class Compiled:
                 [next(inside) if isinstance(x, Tensor) else x for x in leaves], tree
             )
             with _using(self.fn, own):
-                out = self.fn(*args, **kwargs)
+                out = self.call(*args, **kwargs)
             flat, spec = pytree.tree_flatten(out)
             out_tree.append(spec)
             return flat

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import UnsupportedOpError
-from . import wire
+from . import deferred, wire
 from .groups import group, rank, size
 from .ops import (
+    exchange_parts,
     gather_op,
     put_op,
     reduce_op,
+    requests,
     ring_op,
     split_op,
     swap_op,
@@ -30,6 +32,7 @@ from .ops import vary as _vary
 from .plan import exchange
 
 __all__ = [
+    "asked",
     "counts",
     "gather",
     "group",
@@ -59,6 +62,10 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
         if x.requires_grad:
+            slot = deferred.slot_of(x, group)
+            if slot is not None and not _torch.is_tracing():
+                found[i] = deferred.Defer.apply(x, slot)
+                continue
             by_dtype.setdefault(x.dtype, []).append(i)
     for picked in by_dtype.values():
         for i, x in zip(picked, _vary([found[i] for i in picked], group), strict=True):
@@ -174,3 +181,18 @@ def put(rows: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor
     if len(sizes) == 1:
         return rows.new_zeros([sizes[0], *rows.shape[1:]]).index_add(0, index, rows)
     return put_op(rows, index, sizes, group)
+
+
+def asked(
+    index: Tensor, sizes: Sequence[int], entries: Sequence[int], group: str
+) -> tuple[Tensor, Tensor]:
+    """What all ranks' indices name of this rank's rows: (row, number of the index entry).
+
+    index: global rows, each rank its own `entries[rank]` of them; rows come back local, entries are
+    numbered over all ranks in order, so that `take` fetches what belongs to them.
+    """
+    order, per_owner, rows = requests(index, sizes, group)
+    numbers = order + sum(entries[: rank(group)])
+    shapes = [[r.numel()] for r in rows]
+    found = exchange_parts(numbers.split(per_owner), shapes, numbers, group, "take")
+    return torch.cat(rows), torch.cat(found)

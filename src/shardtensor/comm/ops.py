@@ -311,39 +311,48 @@ ring_op = define(
 # take and put ------------------------------------------------------------------------------------
 
 
-def _requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[Tensor]]:
+def exchange_parts(
+    parts: Sequence[Tensor], shapes: Sequence[Ints], like: Tensor, group: str, label: str
+) -> list[Tensor]:
+    """What each rank had for this one; parts[r] goes to rank r, this rank's own stays."""
+    me = groups.rank(group)
+    found = wire.exchange(
+        [[p] if r != me else [] for r, p in enumerate(parts)],
+        [[s] if r != me else [] for r, s in enumerate(shapes)],
+        like, group, label,
+    )  # fmt: skip
+    return [parts[r] if r == me else f[0] for r, f in enumerate(found)]
+
+
+def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[Tensor]]:
     """Sort global indices by owner and tell each owner: (order, counts, local rows asked of me)."""
     n = len(sizes)
     ends = torch.tensor(sizes, device=index.device).cumsum(0)
     owner = torch.bucketize(index, ends, right=True)
     order = torch.argsort(owner, stable=True)
     counts = torch.bincount(owner, minlength=n)
-    known = wire.exchange([[c] for c in counts.split(1)], [[[1]]] * n, counts, group, "take")
-    asked = [int(c[0]) for c in known]
+    asked = [int(c) for c in exchange_parts(counts.split(1), [[1]] * n, counts, group, "take")]
     wanted = (index - (ends - torch.tensor(sizes, device=index.device))[owner])[order]
     per_owner = counts.tolist()
-    rows = wire.exchange(
-        [[part] for part in wanted.split(per_owner)], [[[c]] for c in asked], wanted, group, "take"
-    )
-    return order, per_owner, [r[0] for r in rows]
+    rows = exchange_parts(wanted.split(per_owner), [[c] for c in asked], wanted, group, "take")
+    return order, per_owner, rows
 
 
 def _take(x: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
-    order, counts, rows = _requests(index, sizes, group)
-    shapes = [[[c, *x.shape[1:]]] for c in counts]
-    parts = wire.exchange([[x[r]] for r in rows], shapes, x, group, "take")
+    order, counts, rows = requests(index, sizes, group)
+    shapes = [[c, *x.shape[1:]] for c in counts]
     out = x.new_empty([index.numel(), *x.shape[1:]])
-    out[order] = torch.cat([p[0] for p in parts])
+    out[order] = torch.cat(exchange_parts([x[r] for r in rows], shapes, x, group, "take"))
     return out
 
 
 def _put(rows: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
-    order, counts, wanted = _requests(index, sizes, group)
-    shapes = [[[r.numel(), *rows.shape[1:]]] for r in wanted]
-    parts = wire.exchange([[p] for p in rows[order].split(counts)], shapes, rows, group, "put")
+    order, counts, wanted = requests(index, sizes, group)
+    shapes = [[r.numel(), *rows.shape[1:]] for r in wanted]
+    parts = exchange_parts(rows[order].split(counts), shapes, rows, group, "put")
     out = rows.new_zeros([sizes[groups.rank(group)], *rows.shape[1:]])
     for at, part in zip(wanted, parts, strict=True):
-        out.index_add_(0, at, part[0])
+        out.index_add_(0, at, part)
     return out
 
 

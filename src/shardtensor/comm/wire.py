@@ -112,6 +112,16 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
 
 
+def broadcast(flat: torch.Tensor, group: str) -> None:
+    """A vector's values from the group's first rank to all."""
+    to = groups.resolve(group)
+    n = groups.size(group)
+    first = groups.rank(group) == 0
+    nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
+    with sending("broadcast", nbytes, (n - 1) * first):
+        dist.broadcast(_as_bytes(flat), group=to, group_src=0)
+
+
 def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
     """A vector's bytes, as a view where its elements lie one after the other."""
     flat = flat.resolve_conj().resolve_neg()

@@ -1,0 +1,47 @@
+"""Gradients of parameters that are summed over the ranks later, many in one message.
+
+`vary` of a parameter that has a slot leaves this rank's part of the gradient as it is, and notes it
+in the slot. Whoever made the slot (`parallelize`) sums what the slots hold over the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class Slot(Protocol):
+    """Where the part of a parameter's gradient goes that is still to be summed over `group`."""
+
+    group: str
+
+    def add(self, part: Tensor) -> None:
+        """One more part."""
+
+
+def slot_of(x: Tensor, group: str) -> Slot | None:
+    """The slot of a parameter whose gradient is summed over this group later."""
+    slot = getattr(x, "_shardtensor_slot", None)
+    return slot if slot is not None and slot.group == group and x.is_leaf else None
+
+
+class Defer(torch.autograd.Function):
+    """The identity; backward notes the gradient in the slot and passes it on unsummed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Slot) -> Tensor:
+        ctx.slot = slot
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: it must be whole now
+            (whole,) = ops.reduce_op([g], "sum", ctx.slot.group)
+            return whole, None
+        ctx.slot.add(g)
+        return g, None
