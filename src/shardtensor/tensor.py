@@ -329,6 +329,21 @@ class ShardTensor(torch.Tensor):
         """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
         return self.full_tensor().detach().__reduce_ex__(protocol)
 
+    # torch.distributed.checkpoint asks a tensor for these; see `checkpoint`
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
+        from . import checkpoint
+
+        return checkpoint.write_items(fqn, self)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        from . import checkpoint
+
+        return checkpoint.chunks(self)
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self._local.detach()
+
 
 def wrap(local: Tensor, spec: Spec) -> ShardTensor:
     """The ShardTensor of a local tensor, whose shape must be spec.local_shape."""
