@@ -1,4 +1,4 @@
-"""ShardTensors in torch.distributed.checkpoint: each rank writes its shard, and reads what it needs.
+"""ShardTensors in torch.distributed.checkpoint: a rank writes its shard, and reads what it needs.
 
 What was saved from one mesh and cut loads into any other: the files hold global offsets.
 """
