@@ -112,7 +112,7 @@ def test_in_place(cut):
 def writes():
     mesh = T.make_mesh((2,))
     s = st.distribute_tensor(x, mesh, [Shard(1)])
-    d = s.select(1, 3)
+    d = s.unbind(1)[3]
     with pytest.raises(st.UnsupportedOpError, match="view"):
         d.add_(1)
     with pytest.raises(st.UnsupportedOpError, match="view"):

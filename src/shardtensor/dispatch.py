@@ -18,6 +18,7 @@ from .fallback import fall_back, is_shard
 from .registry import Handler, handlers, rules
 from .spec import Dim, Spec
 from .tensor import wrap
+from .views import following
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
 _DUNDER = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
@@ -94,6 +95,8 @@ def _resolve(func: Any) -> Handler:
         handler = fall_back
     if reflected:
         handler = _reflected(handler, name, own)
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+        handler = following(handler)
     return _counted(handler, name)
 
 

@@ -72,7 +72,7 @@ def restore(model: nn.Module) -> None:
 
 def _compile(model: nn.Module, **options: Any) -> None:
     """As nn.Module.compile: the model's calls run compiled from now on."""
-    model._compiled_call_impl = Compiled(model, options, call=model._call_impl)  # type: ignore
+    model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:
@@ -151,7 +151,7 @@ class Reducer:
         """Forget the parameters."""
         for s in self.slots:
             s.hook.remove()
-            del s.parameter._shardtensor_slot
+            del s.parameter._shardtensor_slot  # type: ignore[attr-defined]
 
 
 class Slot:

@@ -48,7 +48,7 @@ def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
     free.sort(key=lambda i: new[i].size)
     for d in dims:
         dim = new[d]
-        if dim.axes:
+        if len(dim.sizes) > 1:
             if not free:
                 return None
             to = free.pop()

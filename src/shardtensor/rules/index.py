@@ -1,176 +1,56 @@
-"""Indexing: slices stay where they are; one row of a sharded dim is gathered from its owner."""
+"""x[...] and x[...] = v: slices, integers, masks and tensors of indices, which may be sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import comm
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
-from ..redistribute import fit, reduced, replicate
+from ..redistribute import fit, like, reduced, replicate, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable, stands_for_view
-from .pointwise import function_rule
-from .shape import _index, whole_in
+from ..views import check_writable
+from .masks import is_mask, mask_put, masked, places, without_lead
+from .pointwise import _wanted, align, function_rule
+from .rows import axes_in, covering, cut_axes, dims_of, mesh_of, normal, read, write
+from .shape import _index, _permuted
+from .slices import selected, sliced, span
 
-
-def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> ShardTensor:
-    """Rows start, start + step, ... below stop of dim d: every rank keeps what it has of them."""
-    spec = x._spec
-    dim = spec.dims[d]
-    count = max(0, -(-(stop - start) // step))
-    if not dim.axes:
-        new = Dim(count)
-        local = slice(start, start + count * step, step)
-    else:
-        # the number of picked rows before each edge of the shards
-        picked = [min(count, max(0, -(-(o - start) // step))) for o in dim.offsets]
-        new = Dim(count, dim.axes, tuple(b - a for a, b in pairwise(picked)))
-        i = spec.index[d]
-        first = start + picked[i] * step - dim.offsets[i]
-        local = slice(first, first + new.sizes[i] * step, step) if new.sizes[i] else slice(0, 0)
-    dims = (*spec.dims[:d], new, *spec.dims[d + 1 :])
-    out = x._local[(slice(None),) * d + (local,)]
-    return wrap(out, Spec(spec.mesh, dims, spec.partial))
-
-
-def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
-    """One row of dim d, alike on all ranks that shard it."""
-    n = x.shape[d]
-    if not -n <= index < n:
-        raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
-    index %= n
-    spec = x._spec
-    dims = (*spec.dims[:d], *spec.dims[d + 1 :])
-    out = Spec(spec.mesh, dims, spec.partial)
-    dim = spec.dims[d]
-    if not dim.axes:
-        return wrap(x._local.select(d, index), out)
-    row = sliced(x, d, index, index + 1)
-    sizes = row._spec.dims[d].sizes
-    local = comm.gather(row._local, d, sizes, comm.group(spec.mesh, dim.axes)).select(d, 0)
-    if len(sizes) > 1:
-        stands_for_view(local, x._local, "select")
-    return wrap(local, out)
-
-
-def _range(start: Any, stop: Any, step: int, n: int) -> tuple[int, int]:
-    first, last, _ = slice(_int(start), _int(stop), step).indices(n)
-    return first, max(first, last)
-
-
-def _int(x: Any) -> int | None:
-    return None if x is None else int(x)
-
-
-@rule("select")
-def select(input: ShardTensor, dim: int, index: int) -> ShardTensor:
-    return selected(input, _index(dim, input.ndim), int(index))
-
-
-@rule("slice")
-def slice_(
-    input: ShardTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> ShardTensor:
-    d = _index(dim, input.ndim)
-    return sliced(input, d, *_range(start, end, step, input.shape[d]), step)
-
-
-@rule("narrow")
-def narrow(input: ShardTensor, dim: int, start: Any, length: int) -> ShardTensor:
-    d = _index(dim, input.ndim)
-    first = int(start)
-    first = first + input.shape[d] if first < 0 else first
-    if first + length > input.shape[d]:
-        raise RuntimeError(f"start ({first}) + length ({length}) exceeds {input.shape[d]}")
-    return sliced(input, d, first, first + length)
-
-
-@rule("narrow_copy")
-def narrow_copy(input: ShardTensor, dim: int, start: int, length: int) -> Tensor:
-    return narrow(input, dim, start, length).clone()
-
-
-@rule("unbind")
-def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
-    d = _index(dim, input.ndim)
-    x = whole_in(input, [d], "unbind")
-    dims = (*x._spec.dims[:d], *x._spec.dims[d + 1 :])
-    spec = Spec(x._spec.mesh, dims, x._spec.partial)
-    return tuple(wrap(row, spec) for row in x._local.unbind(d))
-
-
-@rule("split", "split_with_sizes")
-def split(
-    tensor: ShardTensor, split_size: Any = None, dim: int = 0, *, split_sizes: Any = None,
-    split_size_or_sections: Any = None,
-) -> tuple[ShardTensor, ...]:  # fmt: skip
-    given = next(s for s in (split_size, split_sizes, split_size_or_sections) if s is not None)
-    d = _index(dim, tensor.ndim)
-    n = tensor.shape[d]
-    sizes = list(given) if isinstance(given, list | tuple) else _even(n, int(given))
-    if sum(sizes) != n:
-        raise RuntimeError(f"split_with_sizes expects sizes that add up to {n}, not {sizes}")
-    return _parts(tensor, d, sizes)
-
-
-def _even(n: int, size: int) -> list[int]:
-    return [min(size, n - i) for i in range(0, n, size)] or [0]
-
-
-def _parts(x: ShardTensor, d: int, sizes: Sequence[int]) -> tuple[ShardTensor, ...]:
-    parts, at = [], 0
-    for n in sizes:
-        parts.append(sliced(x, d, at, at + n))
-        at += n
-    return tuple(parts)
-
-
-@rule("chunk")
-def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, ...]:
-    d = _index(dim, input.ndim)
-    n = input.shape[d]
-    if n == 0:
-        return _parts(input, d, [0] * chunks)
-    return _parts(input, d, _even(n, -(-n // chunks)))
-
-
-# x[...] ------------------------------------------------------------------------------------------
+__all__ = ["assigned", "put_at", "sliced"]
 
 
 def _entries(index: Any, ndim: int) -> list[Any] | None:
     """The index as one entry per dim and None, the ellipsis spelled out; None if it cannot be."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    used = 0
-    for e in entries:
-        if isinstance(e, Tensor) and e.dtype in (torch.bool, torch.uint8):
-            used += e.ndim
-        elif e is not None and e is not Ellipsis and not isinstance(e, bool):
-            used += 1
-    if any(isinstance(e, bool) for e in entries):
+    entries = [_tensor(e) for e in (index if isinstance(index, tuple) else (index,))]
+    if any(isinstance(e, bool) or (is_mask(e) and e.ndim == 0) for e in entries):
         return None
+    used = sum(e.ndim if is_mask(e) else 1 for e in entries if e is not None and e is not Ellipsis)
     where = next((i for i, e in enumerate(entries) if e is Ellipsis), len(entries))
-    spelled = entries[:where] + [slice(None)] * (ndim - used) + entries[where + 1 :]
     if used > ndim:
         raise IndexError(f"too many indices for tensor of dimension {ndim}")
-    return [
-        int(e) if isinstance(e, Tensor) and e.ndim == 0 and _is_integer(e) else e for e in spelled
-    ]
+    spelled = entries[:where] + [slice(None)] * (ndim - used) + entries[where + 1 :]
+    return [int(e) if isinstance(e, Tensor) and e.ndim == 0 else e for e in spelled]
 
 
-def _is_integer(e: Tensor) -> bool:
-    return not e.is_floating_point() and not e.is_complex() and e.dtype is not torch.bool
+def _tensor(e: Any) -> Any:
+    """An entry; a list or an array of numbers as a tensor."""
+    if isinstance(e, list | tuple | range) or (
+        hasattr(e, "__array__") and not isinstance(e, Tensor)
+    ):
+        e = torch.as_tensor(e)
+        e = e.long() if not e.numel() and not is_mask(e) else e
+    if isinstance(e, Tensor) and not is_mask(e) and (e.is_floating_point() or e.is_complex()):
+        raise IndexError("tensors used as indices must be long, int, byte or bool tensors")
+    return e.bool() if isinstance(e, Tensor) and e.dtype is torch.uint8 else e
 
 
-def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, Any]]:
-    """Slices, integers and None applied; what remains: {dim of the result: tensor or list}."""
+def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, Tensor]]:
+    """Slices, integers and None applied; what remains: {dim of the result: tensor}."""
     d, rest = 0, {}
     for e in entries:
         if e is None:
@@ -181,61 +61,224 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, A
         elif isinstance(e, slice):
             step = 1 if e.step is None else int(e.step)
             if e != slice(None):
-                x = sliced(x, d, *_range(e.start, e.stop, step, x.shape[d]), step)
+                x = sliced(x, d, *span(e.start, e.stop, step, x.shape[d]), step)
             d += 1
-        elif isinstance(e, Tensor | list | tuple | range):
+        elif isinstance(e, Tensor):
             rest[d] = e
-            d += 1
+            d += e.ndim if is_mask(e) else 1
         else:
             x = selected(x, d, e.__index__())
     return x, rest
 
 
+def _whole(x: Tensor, *others: Any) -> ShardTensor:
+    """A plain tensor as a replicated one."""
+    if isinstance(x, ShardTensor):
+        return reduced(x)
+    return wrap(x, Spec(mesh_of(*others), dims_of(x)))
+
+
 @function_rule("getitem")
 def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
-    if not isinstance(x, ShardTensor):
-        return _lookup(func, x, index)
     entries = _entries(index, x.ndim)
-    tensors = [] if entries is None else [e for e in entries if isinstance(e, Tensor | list)]
-    if entries is None or any(not _plain_integers(e) for e in tensors):
+    if entries is None:
         return fall_back(func, args, kwargs)
+    if not isinstance(x, ShardTensor):
+        if not any(isinstance(e, ShardTensor) for e in entries):
+            return x[tuple(entries)]
+        x = _whole(x, *entries)
     y, rest = _basic(x, entries)
-    return _picked(y, rest) if rest else y
+    return picked(y, rest) if rest else y
 
 
-def _plain_integers(e: Any) -> bool:
-    if isinstance(e, list):
-        e = torch.tensor(e)
-    return not isinstance(e, ShardTensor) and _is_integer(e) and e.dtype is not torch.uint8
+@rule("index", "_unsafe_index")
+def index(input: Tensor, indices: Any) -> ShardTensor:
+    rest = _at_dims(indices)
+    return picked(_whole(input, *rest.values()), rest)
 
 
-def _picked(x: ShardTensor, rest: dict[int, Any]) -> ShardTensor:
-    """Plain integer tensors into dims that every rank has whole."""
-    x = whole_in(reduced(x), list(rest), "advanced indexing")
+def _at_dims(indices: Any) -> dict[int, Tensor]:
+    d, rest = 0, {}
+    for e in indices:
+        if e is not None:
+            rest[d] = _tensor(e)
+        d += rest[d].ndim if d in rest and is_mask(rest[d]) else 1
+    return rest
+
+
+# tensors of indices ------------------------------------------------------------------------------
+
+
+def _numbers(rest: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Masks replaced by the places where they are true."""
+    found: dict[int, Tensor] = {}
+    for d, e in rest.items():
+        found |= dict(enumerate(places(e), d)) if is_mask(e) else {d: e}
+    return found
+
+
+def _front(at: list[int]) -> int:
+    """Where the dims of the indices go: to the first indexed dim, if those are adjacent."""
+    return at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+
+
+def _one_row_dim(x: ShardTensor, rest: dict[int, Tensor], op: str) -> tuple[ShardTensor, Tensor]:
+    """The indexed dims as one, the first, and the index into it."""
     at = sorted(rest)
-    tensors = {d: torch.as_tensor(rest[d], device=x.device) for d in at}
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors.values()))
-    kept = [dim for d, dim in enumerate(x._spec.dims) if d not in rest]
-    front = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    dims = kept[:front] + [Dim(n) for n in shape] + kept[front:]
-    index = tuple(tensors.get(d, slice(None)) for d in range(x.ndim))
-    return wrap(x._local[index], x._spec.with_dims(dims))
+    y: Any = _permuted(x, at + [d for d in range(x.ndim) if d not in rest])
+    flat: Any = 0
+    for d in at:
+        e, n = rest[d], x.shape[d]
+        if isinstance(e, ShardTensor):
+            e = wrap(normal(e._local, e._spec, n, True, op), e._spec)
+        else:
+            e = normal(e.to(x.device), Spec(x._spec.mesh, dims_of(e)), n, True, op)
+        flat = flat * n + e if d != at[0] else e
+    return (y.flatten(0, len(at) - 1) if len(at) > 1 else y), flat
 
 
-def _lookup(func: Any, table: Tensor, index: Any) -> Any:
-    """Rows of a plain table at the entries of a sharded integer tensor."""
-    if isinstance(index, ShardTensor) and _is_integer(index) and index.dtype is not torch.uint8:
-        spec = index._spec
-        rows, local = fit(spec.mesh, spec.varying, (table, None), (index, spec.dims))
-        assert rows is not None and local is not None
-        return wrap(rows[local], spec.with_dims([*spec.dims, *(Dim(n) for n in table.shape[1:])]))
-    return fall_back(func, (table, index), {})
+def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
+    """x at tensors of indices in some dims."""
+    x = reduced(x)
+    if len(rest) == 1:
+        ((d, e),) = rest.items()
+        if is_mask(e):
+            return masked(x, d, e)
+    rest = _numbers(rest)
+    at, dims = sorted(rest), x._spec.dims
+    front = _front(at)
+    if not any(cut_axes(dims[d]) for d in at):
+        local_at, lead = _indices(x, rest)
+        kept = [n for d, n in enumerate(dims) if d not in rest]
+        varying = sorted({*axes_in(dims), *axes_in(lead)})
+        (local,) = fit(x._spec.mesh, varying, (x, dims))
+        assert local is not None
+        found = torch.ops.aten.index(local, local_at)
+        return wrap(found, x._spec.with_dims([*kept[:front], *lead, *kept[front:]]))
+    y, flat = _one_row_dim(x, rest, "index")
+    out = read(y, flat, negative=None)
+    n = flat.ndim
+    order = [*range(n, n + front), *range(n), *range(n + front, out.ndim)]
+    return _permuted(out, order) if front else out
+
+
+def _indices(
+    x: ShardTensor, rest: dict[int, Tensor]
+) -> tuple[list[Tensor | None], tuple[Dim, ...]]:
+    """(local indices into dims that x has whole, their common dims)."""
+    mesh = x._spec.mesh
+    tensors = [rest[d] for d in sorted(rest)]
+    if any(isinstance(t, ShardTensor) for t in tensors):
+        lead = align(*tensors)[0].dims
+    else:
+        lead = tuple(Dim(n) for n in torch.broadcast_shapes(*(t.shape for t in tensors)))
+    lead = covering(mesh, lead, (), axes_in(x._spec.dims))
+    found = fit(mesh, (), *((t.to(x.device), _wanted(lead, t.shape)) for t in tensors))
+    at = dict(zip(sorted(rest), found, strict=True))
+    return [at.get(d) for d in range(x.ndim)], lead
+
+
+def put_at(
+    x: ShardTensor, rest: dict[int, Tensor], values: Tensor, accumulate: bool = False
+) -> ShardTensor:
+    """x with values (which broadcast) written at tensors of indices, sharded as x is."""
+    x = reduced(x)
+    if len(rest) == 1 and not accumulate:
+        ((d, e),) = rest.items()
+        if is_mask(e):
+            return mask_put(x, d, e, values)
+    rest = _numbers(rest)
+    at, dims = sorted(rest), x._spec.dims
+    front = _front(at)
+    kept = [n.size for d, n in enumerate(dims) if d not in rest]
+    shape = torch.broadcast_shapes(*(t.shape for t in rest.values()))
+    values = without_lead(values, len(kept) + len(shape))
+    v = values.expand(*kept[:front], *shape, *kept[front:])
+    if not any(cut_axes(dims[d]) for d in at):
+        local_at, lead = _indices(x, rest)
+        split = any(d.axes for d in (*lead, *dims_of(v)[front : front + len(shape)]))
+        if not split:
+            whole = [n for d, n in enumerate(dims) if d not in rest]
+            wanted = [*whole[:front], *lead, *whole[front:]]
+            a, b = fit(x._spec.mesh, x._spec.varying, (x, dims), (v, wanted))
+            assert a is not None and b is not None
+            # torch.index_put itself takes no None
+            return wrap(torch.ops.aten.index_put(a, local_at, b, accumulate), x._spec)
+    y, flat = _one_row_dim(x, rest, "index_put")
+    v = v.movedim(tuple(range(front, front + len(shape))), tuple(range(len(shape))))
+    kernel = None if accumulate else _overwrite
+    out: Any = write(y, flat, v, kernel, negative=None)
+    order = at + [d for d in range(x.ndim) if d not in rest]
+    out = out.reshape([dims[d].size for d in order]) if len(at) > 1 else out
+    back = sorted(range(x.ndim), key=lambda i: order[i])
+    return to_dims(_permuted(out, back), dims)
+
+
+def _overwrite(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+    assert values is not None
+    return rows.index_put((at,), values)
+
+
+@rule("index_put", "_unsafe_index_put")
+def index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> ShardTensor:
+    rest = _at_dims(indices)
+    return put_at(_whole(input, *rest.values(), values), rest, values, accumulate)
+
+
+@rule("index_put_", "_index_put_impl_")
+def index_put_(
+    input: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    return assigned(input, "index_put_", lambda: index_put(input, indices, values, accumulate))
+
+
+@rule("diagonal_scatter")
+def diagonal_scatter(
+    input: Tensor, src: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> ShardTensor:
+    r, c = _index(dim1, input.ndim), _index(dim2, input.ndim)
+    n = max(0, min(input.shape[r] + min(0, offset), input.shape[c] - max(0, offset)))
+    want = [*(m for d, m in enumerate(input.shape) if d not in (r, c)), n]
+    if list(src.shape) != want:
+        raise RuntimeError(
+            "expected src to have a size equal to the slice of self. src size = "
+            f"{list(src.shape)}, slice size = {want}"
+        )
+    along = torch.arange(n, device=input.device)
+    rest = {r: along + max(0, -offset), c: along + max(0, offset)}
+    return put_at(_whole(input, src), rest, src.movedim(-1, _front(sorted(rest))))
+
+
+def assigned(x: Tensor, op: str, new: Any) -> Tensor:
+    """x, a plain tensor or a ShardTensor, with the values of new() written into it."""
+    if isinstance(x, ShardTensor):
+        check_writable(x, op)
+        x._local.copy_(like(new(), x._spec)._local)
+    else:
+        x.copy_(replicate(new())._local)
+    return x
+
+
+def in_place(fn: Any) -> None:
+    """Register the in-place variant of a rule."""
+    name = f"{fn.__name__}_"
+
+    @rule(name)
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        before = input
+        if "reduce" in name and torch.is_grad_enabled():
+            # its gradient needs what the write overwrites
+            before = input.clone()
+        return assigned(input, name, partial(fn, before, *args, **kwargs))
+
+
+# x[...] = v --------------------------------------------------------------------------------------
 
 
 @function_rule("setitem")
 def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Assignment by slices, integers and boolean masks of one value."""
+    """Assignment to slices, rows, masks and tensors of indices."""
     x, index, value = args
     if not isinstance(x, ShardTensor):
         # a plain tensor is whole on every rank, so it takes whole values
@@ -248,17 +291,40 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x.masked_fill_(mask, value)
         return
     entries = _entries(index, x.ndim)
-    if entries is None or any(isinstance(e, Tensor | list) for e in entries):
-        _set_rows(x, entries, value, one)
+    if entries is None or None in [e for e in entries if not isinstance(e, Tensor)]:
+        raise UnsupportedOpError(
+            f"x[index] = value with None, True or False in the index of x on {x._spec}: leave None "
+            "out, or use torch.where"
+        )
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if any(isinstance(e, Tensor) for e in entries):
+        _set_at(x, entries, value)
         return
-    single = [isinstance(e, int) for e in entries if e is not None]
-    ranges = [slice(e, e + 1 or None) if isinstance(e, int) else e for e in entries]
-    if None in ranges:
-        raise UnsupportedOpError("x[None, ...] = value: leave None out of the index")
+    # one row of a sharded dim stays as a range, which leaves other ranks with nothing to write
+    ranges, single = [], []
+    for e, dim in zip(entries, x._spec.dims, strict=True):
+        whole = isinstance(e, slice) or not cut_axes(dim)
+        if not whole and not -dim.size <= e < dim.size:
+            raise IndexError(f"index {e} is out of bounds for a dimension of size {dim.size}")
+        ranges.append(e if whole else slice(e, e + 1 or None))
+        if isinstance(e, slice) or not whole:
+            single.append(not whole)
     part, _ = _basic(x, ranges)
-    if not one:
-        value = _with_dims_of_one(value, single)
-    part.copy_(torch.as_tensor(value, dtype=x.dtype) if not isinstance(value, Tensor) else value)
+    part.copy_(_with_dims_of_one(value, single))
+
+
+def _set_at(x: ShardTensor, entries: list[Any], value: Tensor) -> None:
+    """Tensors of indices in what slices and integers leave: computed aside, then copied back."""
+    outer: list[Any] = []
+    for e in entries:
+        outer += [slice(None)] * (e.ndim if is_mask(e) else 1) if isinstance(e, Tensor) else [e]
+    part, rest = _basic(x, entries)
+    new = put_at(part, rest, value.to(x.dtype))
+    if part._local is x._local:
+        x._local.copy_(new._local)
+    else:
+        x[tuple(outer)] = new
 
 
 def _with_dims_of_one(value: Tensor, single: list[bool]) -> Tensor:
@@ -271,31 +337,3 @@ def _with_dims_of_one(value: Tensor, single: list[bool]) -> Tensor:
             lead = sum(1 for s in single[:d]) - (len(single) - value.ndim - sum(single[d:]))
             value = value.unsqueeze(max(0, lead))
     return value
-
-
-def _set_rows(x: ShardTensor, entries: list[Any] | None, value: Any, one: bool) -> None:
-    whole = entries is not None and all(
-        not x._spec.dims[d].axes if _plain_rows(e) else e == slice(None)
-        for d, e in enumerate(entries)
-    )
-    if not whole or not one or entries is None:
-        raise UnsupportedOpError(
-            f"assignment at tensor indices to {x._spec}: use torch.where, index_add or scatter"
-        )
-    x._local[tuple(entries)] = value
-
-
-def _plain_rows(e: Any) -> bool:
-    return isinstance(e, Tensor | list) and _plain_integers(e)
-
-
-@rule("index_select")
-def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    d = _index(dim, input.ndim)
-    if isinstance(index, ShardTensor):
-        index = replicate(index)._local
-    if not isinstance(input, ShardTensor):
-        return torch.index_select(input, d, index)
-    x = whole_in(reduced(input), [d], "index_select")
-    dims = [Dim(index.numel()) if i == d else n for i, n in enumerate(x._spec.dims)]
-    return wrap(x._local.index_select(d, index), x._spec.with_dims(dims))

@@ -174,25 +174,3 @@ def repeat(input: ShardTensor, *repeats: Any, **kwargs: Any) -> ShardTensor:
         dims.append(new)
     out = local.repeat(plain)
     return wrap(out, x._spec.with_dims([*(Dim(n) for n in times[:lead]), *dims]))
-
-
-@rule("repeat_interleave")
-def repeat_interleave(
-    input: Tensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None
-) -> Tensor:
-    """Every row `repeats` times, next to each other: no rank needs another's rows."""
-    if dim is None:
-        return repeat_interleave(input.reshape(-1), repeats, 0, output_size=output_size)
-    if isinstance(repeats, Tensor) or not isinstance(input, ShardTensor):
-        from ..fallback import fall_back
-
-        return fall_back(
-            torch.repeat_interleave, (input, repeats, dim), {"output_size": output_size}
-        )
-    x = reduced(input)
-    d = _index(dim, x.ndim)
-    old = x._spec.dims[d]
-    new = Dim(old.size * repeats, old.axes, tuple(n * repeats for n in old.sizes))
-    return wrap(
-        x._local.repeat_interleave(repeats, d), x._spec.with_dims(_with(x._spec.dims, d, new))
-    )

@@ -140,9 +140,9 @@ def function_rule(*names: str) -> Any:
 @function_rule("where")
 def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) + len(kwargs) == 1:
-        from ..fallback import fall_back
+        from .masks import places
 
-        return fall_back(func, args, kwargs)
+        return places(*args, *kwargs.values())
     return pointwise(func, args, kwargs)
 
 

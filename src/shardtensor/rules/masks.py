@@ -1,0 +1,308 @@
+"""Results whose size depends on values: masks, nonzero, repeats.
+
+They stay sharded along their first dim, in sizes that the ranks tell each other. Their order is
+that of the whole tensor, so the dims that a mask covers are sharded along the first one only.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch, comm
+from ..errors import UnsupportedOpError
+from ..redistribute import fit, reduced, to_dims
+from ..registry import rule
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from .rows import axes_in, dims_of, mesh_of
+from .shape import _index, _permuted
+
+
+def is_mask(e: Any) -> bool:
+    """Whether an entry of an index is a boolean tensor."""
+    return isinstance(e, Tensor) and e.dtype in (torch.bool, torch.uint8)
+
+
+def without_lead(values: Tensor, ndim: int) -> Tensor:
+    """Values for ndim dims, which may have more leading dims of one."""
+    while values.ndim > ndim and values.shape[0] == 1:
+        values = values.squeeze(0)
+    return values
+
+
+def learnt(n: int, like: Tensor, dim: Dim, spec: Spec) -> Dim:
+    """A dim of which every rank that shards `dim` has n rows of its own."""
+    if not dim.axes:
+        return Dim(n)
+    sizes = comm.counts(n, like, comm.group(spec.mesh, dim.axes))
+    return Dim(sum(sizes), dim.axes, sizes)
+
+
+def _eager(op: str, spec: Spec) -> None:
+    if _torch.is_tracing():
+        raise UnsupportedOpError(
+            f"{op} on {spec}: the size of the result depends on values, so it cannot be compiled; "
+            "leave it out of st.compile or use torch.where"
+        )
+
+
+# masks -------------------------------------------------------------------------------------------
+
+
+def _meet(x: Tensor, d: int, mask: Tensor) -> tuple[Tensor, Tensor, Spec]:
+    """(x with the masked dims as one, the first; the flat mask; the spec), on local tensors."""
+    k = mask.ndim
+    if x.shape[d : d + k] != mask.shape:
+        raise IndexError(
+            f"The shape of the mask {list(mask.shape)} does not match the shape of the indexed "
+            f"tensor {list(x.shape)} at index {d}"
+        )
+    mesh = mesh_of(x, mask)
+    x, mask = (reduced(t) if isinstance(t, ShardTensor) else t for t in (x, mask))
+    y = x.movedim(tuple(range(d, d + k)), tuple(range(k))) if d else x
+    if k > 1:
+        y, mask = y.flatten(0, k - 1), mask.flatten()
+    (rows, *rest), (own,) = dims_of(y), dims_of(mask)
+    if not rows.axes and not set(own.axes) & set(axes_in(rest)):
+        rows = own
+    spec = Spec(mesh, (rows, *rest))
+    _eager("a mask", spec)
+    a, b = fit(mesh, spec.varying, (y, spec.dims), (mask, (rows,)))
+    assert a is not None and b is not None
+    return a, b.bool(), spec
+
+
+def masked(x: Tensor, d: int, mask: Tensor) -> ShardTensor:
+    """x[:, ..., mask] with the mask at dims d, d + 1, ...: the rows where it is true."""
+    y, m, spec = _meet(x, d, mask)
+    out = y[m]
+    rows = learnt(len(out), out, spec.dims[0], spec)
+    made = wrap(out, spec.with_dims([rows, *spec.dims[1:]]))
+    return _permuted(made, [*range(1, d + 1), 0, *range(d + 1, made.ndim)]) if d else made
+
+
+def mask_put(x: ShardTensor, d: int, mask: Tensor, values: Tensor) -> ShardTensor:
+    """x with values, which broadcast, written where a mask at dims d, d + 1, ... is true."""
+    k = mask.ndim
+    after = x.ndim - d - k
+    values = without_lead(values, d + 1 + after)
+    if values.ndim <= after or values.shape[-1 - after] == 1:
+        # the same for all rows
+        if values.ndim > after:
+            one = [
+                *values.shape[: values.ndim - after - 1],
+                *[1] * k,
+                *values.shape[values.ndim - after :],
+            ]
+            values = values.reshape(one)
+        out = torch.where(mask.bool().reshape(*mask.shape, *[1] * after), values.to(x.dtype), x)
+        assert isinstance(out, ShardTensor)
+        return to_dims(out, x._spec.dims)
+    y, m, spec = _meet(x, d, mask)
+    rows = learnt(int(m.sum()), m, spec.dims[0], spec)
+    v = values.expand(*x.shape[:d], rows.size, *x.shape[d + k :])
+    v = v.movedim(d, 0) if d else v
+    (v,) = fit(spec.mesh, spec.varying, (v, (rows, *spec.dims[1:])))  # type: ignore[assignment]
+    return _back(wrap(y.index_put((m,), v), spec), x, d, k)
+
+
+def _back(flat: ShardTensor, x: ShardTensor, d: int, k: int) -> ShardTensor:
+    """What `_meet` made of x, in the dims of x again."""
+    y: Tensor = flat.unflatten(0, x.shape[d : d + k]) if k > 1 else flat
+    y = y.movedim(tuple(range(k)), tuple(range(d, d + k))) if d else y
+    assert isinstance(y, ShardTensor)
+    return to_dims(y, x._spec.dims)
+
+
+def _broadcast(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(input.shape, mask.shape)
+    found = []
+    for t in (input, mask):
+        t = t if t.shape == shape else t.expand(shape)
+        found.append(t.reshape(1) if t.ndim == 0 else t)
+    return found[0], found[1]
+
+
+@rule("masked_select")
+def masked_select(input: Tensor, mask: Tensor) -> ShardTensor:
+    if mask.dtype not in (torch.bool, torch.uint8):
+        raise RuntimeError("masked_select: expected BoolTensor for mask")
+    x, m = _broadcast(input, mask)
+    return masked(x, 0, m)
+
+
+@rule("masked_scatter")
+def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The true places take the elements of source in the order of the whole tensor."""
+    if mask.dtype is not torch.bool:
+        raise RuntimeError("masked_scatter_ only supports boolean masks")
+    if input.dtype != source.dtype:
+        raise RuntimeError("masked_scatter: expected self and source to have same dtypes")
+    shape = torch.broadcast_shapes(input.shape, mask.shape)
+    x, m = _broadcast(input, mask)
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec(mesh_of(mask, source), dims_of(x)))
+    y, at, spec = _meet(x, 0, m)
+    rows = learnt(int(at.sum()), at, spec.dims[0], spec)
+    if rows.size > source.numel():
+        raise RuntimeError("masked_scatter: expected the source to have as many elements as mask")
+    v = source.reshape(-1)[: rows.size]
+    (v,) = fit(spec.mesh, spec.varying, (v, (rows,)))  # type: ignore[assignment]
+    return _back(wrap(y.masked_scatter(at, v), spec), x, 0, m.ndim).reshape(shape)
+
+
+@rule("_unsafe_masked_index")
+def unsafe_masked_index(input: Tensor, mask: Tensor, indices: Any, fill: Any) -> Tensor:
+    """input[indices] where the mask is true, whatever the other indices are; fill elsewhere."""
+    return torch.where(mask, input[_clamped(input, indices)], fill)
+
+
+@rule("_unsafe_masked_index_put_accumulate")
+def unsafe_masked_index_put_accumulate(
+    input: Tensor, mask: Tensor, indices: Any, values: Tensor
+) -> Tensor:
+    index = _clamped(input, indices)
+    known = [e for e in index if isinstance(e, Tensor)]
+    if not isinstance(input, ShardTensor):
+        input = wrap(input, Spec(mesh_of(mask, *known, values), dims_of(input)))
+    return torch.ops.aten.index_put(
+        input,
+        [e if isinstance(e, Tensor) else None for e in index],
+        values.masked_fill(~mask, 0),
+        True,
+    )
+
+
+def _clamped(x: Tensor, indices: Any) -> tuple[Any, ...]:
+    """Indices into range: those of entries that a mask leaves out may be any."""
+    return tuple(
+        slice(None) if e is None else e.clamp(-x.shape[d], x.shape[d] - 1)
+        for d, e in enumerate(indices)
+    )
+
+
+# places ------------------------------------------------------------------------------------------
+
+
+def _on_first(x: ShardTensor) -> ShardTensor:
+    """x with all its shards along its first dim of more than one row."""
+    x = reduced(x)
+    lead = next((d for d, n in enumerate(x.shape) if n > 1), 0)
+    axes = x._spec.varying
+    if axes == x._spec.dims[lead].axes:
+        return x
+    parts = [x._spec.mesh.size(a) for a in axes]
+    dims = [Dim(n) for n in x.shape]
+    dims[lead] = Dim(x.shape[lead], axes, nested_chunk_sizes(x.shape[lead], parts))
+    return to_dims(x, dims)
+
+
+@rule("nonzero")
+def nonzero(input: ShardTensor, *, as_tuple: bool = False) -> Any:
+    """(places, dims of input), sharded along the places."""
+    return places(input) if as_tuple else _nonzero(input)
+
+
+@rule("argwhere")
+def argwhere(input: ShardTensor) -> ShardTensor:
+    return _nonzero(input)
+
+
+def _nonzero(input: ShardTensor) -> ShardTensor:
+    x = input.detach()
+    if not x.ndim:
+        return wrap(reduced(x)._local.nonzero(), Spec(x._spec.mesh, (Dim(int(bool(x))), Dim(0))))
+    x = _on_first(x)
+    spec = x._spec
+    _eager("nonzero", spec)
+    found = x._local.nonzero()
+    start = torch.tensor(spec.offset, device=found.device)
+    lead = next((d for d in spec.dims if d.axes), Dim(0))
+    rows = learnt(len(found), found, lead, spec)
+    return wrap(found + start, spec.with_dims([rows, Dim(x.ndim)]))
+
+
+def places(mask: Tensor) -> tuple[Tensor, ...]:
+    """The indices of what is not zero, one vector for each dim."""
+    if not isinstance(mask, ShardTensor):
+        return mask.nonzero(as_tuple=True)
+    flat: Any = mask if mask.ndim else mask.reshape(1)
+    return _nonzero(flat).unbind(1)
+
+
+@rule("nonzero_static")
+def nonzero_static(input: ShardTensor, *, size: int, fill_value: int = -1) -> ShardTensor:
+    if size < 0:
+        raise RuntimeError(f"nonzero_static: 'size' must be an non-negative integer, not {size}")
+    found = _nonzero(input)
+    rows, of = found._spec.dims
+    mesh = found._spec.mesh
+    if not rows.axes:
+        short = max(0, size - rows.size)
+        local = torch.nn.functional.pad(found._local[:size], (0, 0, 0, short), value=fill_value)
+        return wrap(local, found._spec.with_dims([Dim(size), of]))
+    new = Dim(size, rows.axes, nested_chunk_sizes(size, [mesh.size(a) for a in rows.axes]))
+    edges = new.offsets
+    # rows past the last are fill
+    local = comm.window(
+        found._local, 0, rows.sizes, list(pairwise(edges)),
+        comm.group(mesh, rows.axes), fill=fill_value,
+    )  # fmt: skip
+    return wrap(local, found._spec.with_dims([new, of]))
+
+
+# repeats -----------------------------------------------------------------------------------------
+
+
+@rule("repeat_interleave")
+def repeat_interleave(
+    input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+) -> ShardTensor:
+    """Every rank repeats its own rows; alone, repeats gives the number of each row."""
+    if repeats is None:
+        whole = torch.arange(len(input), device=input.device)
+        return repeat_interleave(whole, input, 0, output_size=output_size)
+    mesh = mesh_of(input, repeats)
+    x: Any = (
+        reduced(input)
+        if isinstance(input, ShardTensor)
+        else wrap(input, Spec(mesh, dims_of(input)))
+    )
+    if dim is None or x.ndim == 0:
+        x, dim = x.reshape(-1), 0
+    d = _index(dim, x.ndim)
+    own = x._spec.dims[d]
+    if isinstance(repeats, Tensor) and repeats.numel() == 1 and repeats.ndim <= 1:
+        repeats = int(repeats)
+    if not isinstance(repeats, Tensor):
+        rows = Dim(own.size * repeats, own.axes, tuple(n * repeats for n in own.sizes))
+        return wrap(
+            x._local.repeat_interleave(repeats, d),
+            x._spec.with_dims([*x._spec.dims[:d], rows, *x._spec.dims[d + 1 :]]),
+        )
+    if repeats.shape != (own.size,):
+        raise RuntimeError("repeats must have the same size as input along dim")
+    (given,) = dims_of(repeats)
+    others = [n for i, n in enumerate(x._spec.dims) if i != d]
+    if not own.axes and not set(given.axes) & set(axes_in(others)):
+        own = given
+    spec = x._spec.with_dims([*x._spec.dims[:d], own, *x._spec.dims[d + 1 :]])
+    _eager("repeat_interleave", spec)
+    local, times = fit(mesh, spec.varying, (x, spec.dims), (repeats, (own,)))
+    assert local is not None and times is not None
+    out = local.repeat_interleave(times, d)
+    rows = learnt(out.shape[d], out, own, spec)
+    if output_size is not None and output_size != rows.size:
+        raise RuntimeError(f"allocated size {output_size} does not match required size {rows.size}")
+    return wrap(out, spec.with_dims([*spec.dims[:d], rows, *spec.dims[d + 1 :]]))
+
+
+@rule("masked_scatter_")
+def masked_scatter_(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    from .index import assigned
+
+    return assigned(input, "masked_scatter_", lambda: masked_scatter(input, mask, source))

@@ -1,0 +1,277 @@
+"""Rows by global index, read from and written to a dim that may be sharded.
+
+The indexed dim comes first. Reads ask the owners of the rows (`comm.take`) and sums go to them
+(`comm.put`). For any other write each owner fetches the entries that fall into its rows and runs
+the stock op. An index that is the same on all ranks needs no asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import _torch, comm
+from ..cache import cached
+from ..redistribute import fit, like, reduced
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import ShardTensor, wrap
+from .reduce import with_one
+
+Dims = tuple[Dim, ...]
+# kernel(rows, index (E,), values (E, ...)) gives the rows after the write
+Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# gloo cannot add these up
+_NO_SUM = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
+
+
+def dims_of(x: Tensor) -> Dims:
+    """How x lies; whole for a plain tensor."""
+    return x._spec.dims if isinstance(x, ShardTensor) else tuple(Dim(n) for n in x.shape)
+
+
+def mesh_of(*xs: object) -> DeviceMesh:
+    """The mesh of the first ShardTensor."""
+    return next(x._spec.mesh for x in xs if isinstance(x, ShardTensor))
+
+
+def axes_in(dims: Sequence[Dim]) -> tuple[int, ...]:
+    """The mesh axes that shard any of the dims, ascending."""
+    return tuple(sorted(a for d in dims for a in d.axes))
+
+
+def cut_axes(dim: Dim) -> tuple[int, ...]:
+    """The mesh axes of a dim that lies in several shards."""
+    return dim.axes if len(dim.sizes) > 1 else ()
+
+
+def clipped(dim: Dim, n: int) -> Dim:
+    """The first n rows of a dim, every shard keeping what it has of them."""
+    if not dim.axes:
+        return Dim(n)
+    edges = [min(o, n) for o in dim.offsets]
+    return Dim(n, dim.axes, tuple(b - a for a, b in pairwise(edges)))
+
+
+@cached
+def covering(mesh: DeviceMesh, dims: Dims, need: tuple[int, ...], banned: tuple[int, ...]) -> Dims:
+    """Dims of an index that no banned axis shards and every needed one does."""
+    new = [Dim(d.size) if set(d.axes) & set(banned) else d for d in dims]
+    missing = tuple(a for a in need if a not in axes_in(new))
+    if missing:
+        to = max(range(len(new)), key=lambda i: (not new[i].axes, new[i].size))
+        axes = tuple(sorted((*new[to].axes, *missing)))
+        sizes = nested_chunk_sizes(new[to].size, [mesh.size(a) for a in axes])
+        new[to] = Dim(new[to].size, axes, sizes)
+    return tuple(new)
+
+
+@cached
+def entry_counts(index: Spec, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """How many entries of an index each rank of the group over `axes` holds."""
+    places = product(*(range(index.mesh.size(a)) for a in axes))
+    found = []
+    for place in places:
+        at = list(index.coordinate)
+        for axis, i in zip(axes, place, strict=True):
+            at[axis] = i
+        found.append(prod(index.local_shape_at(at)))
+    return tuple(found)
+
+
+def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) -> Tensor:
+    """The local part of an index as int64 in [0, size); all ranks raise where any entry is not.
+
+    negative: whether entries may count from the end; None: all are known to be right. One small
+    message where ranks hold different entries.
+    """
+    if negative is None:
+        return at.long()
+    if at.dtype not in (torch.int64, torch.int32):
+        raise IndexError(f"{op}: an index of {at.dtype}; expected int64")
+    at = at.long()
+    if not _torch.is_tracing():
+        low, high = at.aminmax() if at.numel() else (at.new_zeros(()), at.new_zeros(()))
+        bad = int(at.numel() > 0 and bool((low < (-size if negative else 0)) | (high >= size)))
+        axes = axes_in(spec.dims)
+        if any(comm.counts(bad, at, comm.group(spec.mesh, axes)) if axes else [bad]):
+            raise IndexError(f"{op}: index out of bounds for a dimension of size {size}")
+    return torch.where(at < 0, at + size, at) if negative else at
+
+
+def summed(x: Any) -> Any:
+    """A tensor without partial sums; the first dim of a 0-dim one."""
+    if not isinstance(x, Tensor):
+        return x
+    x = reduced(x) if isinstance(x, ShardTensor) else x
+    return x if x.ndim else x.reshape(1)
+
+
+def integers(index: Tensor, op: str) -> Tensor:
+    """The index; an empty one may have any dtype."""
+    if index.numel() and index.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"{op}(): Expected dtype int32/int64 for index")
+    return index if index.numel() else index.long()
+
+
+def read(
+    x: Tensor, index: Tensor, *, negative: bool | None = True, op: str = "index"
+) -> ShardTensor:
+    """x[index]: the dims of the index (of any shape), then those of x but the first.
+
+    Sharded where the index is, else over the ranks that hold x's rows; an index of fewer entries
+    than ranks gives a result that each of them has.
+    """
+    mesh = mesh_of(x, index)
+    (rows, *rest), own = dims_of(x), dims_of(index)
+    need, taken = cut_axes(rows), axes_in(rest)
+    own = covering(mesh, own, (), taken)
+    few = index.numel() < len(rows.sizes) and x.dtype not in _NO_SUM
+    few = few and not set(need) & set(axes_in(own))
+    dims = own if few else covering(mesh, own, need, ())
+    varying = sorted({*rows.axes, *taken, *axes_in(dims)})
+    local, at = fit(mesh, varying, (x, (rows, *rest)), (index, dims))
+    assert local is not None and at is not None
+    out = Spec(mesh, (*dims, *rest))
+    if not need and (not at.numel() or rows.size):
+        # index_select refuses what counts from the end
+        alone = negative is False and at.ndim == 1
+        return wrap(local.index_select(0, at) if alone else local[at.long()], out)
+    at = normal(at, Spec(mesh, dims), rows.size, negative, op)
+    group = comm.group(mesh, rows.axes)
+    if few:
+        start = rows.offsets[comm.rank(group)]
+        mine = (at >= start) & (at < start + rows.sizes[comm.rank(group)])
+        found = with_one(local, (0,), 0)[torch.where(mine, at - start, 0)]
+        mine = mine.reshape(*mine.shape, *[1] * len(rest))
+        return wrap(comm.reduce(torch.where(mine, found, 0), group), out)
+    found = comm.take(local, at.reshape(-1), rows.sizes, group)
+    return wrap(found.reshape(out.local_shape), out)
+
+
+def write(
+    x: Tensor, index: Tensor, values: Tensor | None, kernel: Kernel | None,
+    *, negative: bool | None = False, op: str = "index",
+) -> ShardTensor:  # fmt: skip
+    """x with values written at x[index], sharded as x is; kernel None: added.
+
+    values: the dims of the index, then those of x but the first; None where the kernel has its own.
+    Dims in which x is whole follow the values, but for the indexed one.
+    """
+    mesh = mesh_of(x, index, values)
+    old, own = dims_of(x), dims_of(index)
+    given = dims_of(values) if values is not None else (*own, *(Dim(d.size) for d in old[1:]))
+    dims, lead = _layout(mesh, old, own, given)
+    first, lead = placed(mesh, dims[0], lead, kernel is None)
+    dims = (first, *dims[1:])
+    rows, *rest = dims
+    operands = fit(
+        mesh, sorted({*axes_in(dims), *axes_in(lead)}),
+        (values, (*lead, *rest)), (index, lead),
+    )  # fmt: skip
+    at = operands[1]
+    assert at is not None
+    at = normal(at, Spec(mesh, lead), rows.size, negative, op).reshape(-1)
+    v = (
+        None
+        if operands[0] is None
+        else operands[0].reshape(at.numel(), *operands[0].shape[len(own) :])
+    )
+    local = like(
+        x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), Spec(mesh, dims)
+    )._local
+    new = settle(local, at, v, kernel, rows, Spec(mesh, lead), axes_in(lead))
+    final = (Dim(rows.size) if not old[0].axes else rows, *rest)
+    return like(wrap(new, Spec(mesh, dims)), Spec(mesh, final))
+
+
+@cached
+def _layout(mesh: DeviceMesh, old: Dims, own: Dims, given: Dims) -> tuple[Dims, Dims]:
+    """(dims of the target, dims of the index) for a write."""
+    n = len(own)
+    dims = list(old)
+    for i, d in enumerate(given[n:], 1):
+        if d.axes and not dims[i].axes and not set(d.axes) & set(axes_in(dims)):
+            dims[i] = d
+    lead = list(covering(mesh, given[:n], (), axes_in(dims[1:])))
+    for i, d in enumerate(own):
+        if d.axes and not lead[i].axes and not set(d.axes) & set(axes_in([*lead, *dims[1:]])):
+            lead[i] = d
+    return tuple(dims), tuple(lead)
+
+
+def placed(mesh: DeviceMesh, rows: Dim, lead: Sequence[Dim], adds: bool) -> tuple[Dim, Dims]:
+    """How the rows of a target and the entries of an index meet: (rows, dims of the index)."""
+    need, have = cut_axes(rows), axes_in(lead)
+    if not adds and _torch.is_tracing():
+        # how many entries an owner gets depends on values: each rank takes its own from all
+        return rows, covering(mesh, tuple(lead), (), have)
+    if not need and have and not adds:
+        # ranks with entries of their own share the rows out
+        rows = Dim(rows.size, have, nested_chunk_sizes(rows.size, [mesh.size(a) for a in have]))
+        need = cut_axes(rows)
+    if not adds:
+        lead = covering(mesh, tuple(lead), (), tuple(a for a in have if a not in need))
+    if set(axes_in(lead)) & set(need):
+        lead = covering(mesh, tuple(lead), need, ())
+    return rows, tuple(lead)
+
+
+def settle(
+    local: Tensor,
+    at: Tensor,
+    values: Tensor | None,
+    kernel: Kernel | None,
+    rows: Dim,
+    index: Spec,
+    have: tuple[int, ...],
+) -> Tensor:
+    """The local rows after the write of this rank's entries and those of others.
+
+    index: how the entries lie, by `placed`; have: the axes along which they differ.
+    """
+    mesh, need = index.mesh, cut_axes(rows)
+    asks = bool(set(need) & set(have))
+    group = comm.group(mesh, need) if need else ""
+    if kernel is None:
+        assert values is not None
+        extra = tuple(a for a in have if a not in need)
+        if asks:
+            return local + _summed(comm.put(values, at, rows.sizes, group), mesh, extra)
+        some, at, values = _mine(local, at, values, rows, group) if need else (local, at, values)
+        assert values is not None
+        if extra:
+            part = torch.zeros_like(some).index_add(0, at, values)
+            return local + _summed(part[: len(local)], mesh, extra)
+        return some.index_add(0, at, values)[: len(local)]
+    if asks:
+        counts = entry_counts(index, need)
+        at, entries = comm.asked(at, rows.sizes, counts, group)
+        values = None if values is None else comm.take(values, entries, counts, group)
+        return kernel(local, at, values)
+    if need:
+        some, at, values = _mine(local, at, values, rows, group)
+        return kernel(some, at, values)[: len(local)]
+    return kernel(local, at, values)
+
+
+def _summed(x: Tensor, mesh: DeviceMesh, axes: tuple[int, ...]) -> Tensor:
+    return comm.reduce(x, comm.group(mesh, axes)) if axes else x
+
+
+def _mine(
+    local: Tensor, at: Tensor, values: Tensor | None, rows: Dim, group: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The entries of an index, alike on all ranks, that fall into this rank's rows."""
+    start, n = rows.offsets[comm.rank(group)], rows.sizes[comm.rank(group)]
+    mine = (at >= start) & (at < start + n)
+    if _torch.is_tracing():
+        # no sizes that depend on values: what others own goes to one more row, which is cut off
+        some = torch.cat([local, local.new_zeros((1, *local.shape[1:]))])
+        return some, torch.where(mine, at - start, n), values
+    return local, at[mine] - start, None if values is None else values[mine]

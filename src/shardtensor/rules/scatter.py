@@ -1,0 +1,285 @@
+"""gather and scatter: elements along one dim, sharded or not, by global indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch, comm
+from ..redistribute import fit, like, to_dims
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from .index import _whole, in_place
+from .rows import (
+    Kernel,
+    axes_in,
+    clipped,
+    covering,
+    cut_axes,
+    dims_of,
+    integers,
+    mesh_of,
+    normal,
+    placed,
+    read,
+    settle,
+    summed,
+    write,
+)
+from .shape import _index
+
+
+def _flat_place(at: Tensor, index: Spec, shape: Sequence[int], whole: Sequence[bool]) -> Tensor:
+    """Where each element of an index lies in a row of `shape`, flattened; its first dim is aside.
+
+    whole: which dims of the row are whole, so that the index counts from their start.
+    """
+    place, step = torch.zeros((), dtype=torch.int64, device=at.device), 1
+    for i in reversed(range(1, at.ndim)):
+        first = index.offset[i] if whole[i - 1] else 0
+        own = torch.arange(first, first + at.shape[i], device=at.device) * step
+        place = place + own.reshape(-1, *[1] * (at.ndim - 1 - i))
+        step *= shape[i - 1]
+    return place
+
+
+def _first(dims: Sequence[Any], d: int) -> tuple[Any, ...]:
+    return (dims[d], *dims[:d], *dims[d + 1 :])
+
+
+def _check_shapes(op: str, d: int, index: Tensor, *others: tuple[Tensor, bool]) -> None:
+    for x, every in others:
+        if x.ndim != index.ndim:
+            raise RuntimeError(
+                f"{op}: Index tensor must have the same number of dimensions as the others"
+            )
+        for i, (n, m) in enumerate(zip(index.shape, x.shape, strict=True)):
+            if n > m and (every or i != d) and index.numel():
+                raise RuntimeError(
+                    f"{op}: Size does not match at dimension {i} expected index "
+                    f"{list(index.shape)} to be no larger than {list(x.shape)} apart from "
+                    f"dimension {d}"
+                )
+
+
+def _one_index(index: Tensor, d: int) -> bool:
+    """Whether the index is a vector along dim d, expanded: then rows move, not elements.
+
+    Strides tell. They might differ from rank to rank, so the ranks agree in one small message.
+    """
+    rest = [i for i in range(index.ndim) if i != d]
+    dims = dims_of(index)
+    if (
+        _torch.is_tracing()
+        or prod(index.shape[i] for i in rest) < 2
+        or axes_in([dims[i] for i in rest])
+    ):
+        return False
+    local = index._local if isinstance(index, ShardTensor) else index
+    mine = all(local.stride(i) == 0 or local.shape[i] == 1 for i in rest) or not local.numel()
+    axes = axes_in(dims)
+    return all(comm.counts(int(mine), local, comm.group(mesh_of(index), axes)) if axes else [mine])
+
+
+def _along(index: Tensor, d: int) -> Tensor:
+    """The vector that an index holds along dim d, the same at all places of the other dims."""
+    for i in reversed(range(index.ndim)):
+        index = index if i == d else index.select(i, 0)
+    return index
+
+
+@rule("gather")
+def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """Sharded as the index where input has the dim whole, else as input, in the others as both."""
+    shape = index.shape
+    d = _index(dim, max(1, input.ndim))
+    index = integers(index, "gather")
+    x, index = summed(input), summed(index)
+    if not index.numel():
+        return _whole(x.reshape(-1)[:0], index).reshape(shape)
+    _check_shapes("gather", d, index, (x, False))
+    mesh, dims = mesh_of(x, index), dims_of(x)
+    if cut_axes(dims[d]) and _one_index(index, d):
+        for i in range(x.ndim):
+            if i != d and index.shape[i] != x.shape[i]:
+                x = x.narrow(i, 0, index.shape[i])
+        return read(x.movedim(d, 0), _along(index, d), negative=False, op="gather").movedim(0, d)
+    lead = _met(mesh, dims, dims_of(index), d, cut_axes(dims[d]))
+    spec = Spec(mesh, lead)
+    varying = sorted({*axes_in(dims), *axes_in(lead)})
+    local, at = fit(mesh, varying, (x, dims), (index, lead))
+    assert local is not None and at is not None
+    if not cut_axes(dims[d]):
+        for i, cut in enumerate(lead):
+            if i != d and cut.axes and not dims[i].axes:
+                local = local.narrow(i, spec.offset[i], at.shape[i])
+        found = local.gather(d, at)
+    else:
+        at = normal(at, spec, dims[d].size, False, "gather").movedim(d, 0)
+        rows = local.movedim(d, 0)
+        n = prod(rows.shape[1:])
+        order = Spec(mesh, _first(lead, d))
+        flat = at * n + _flat_place(
+            at, order, rows.shape[1:], [not i.axes for i in _first(dims, d)[1:]]
+        )
+        sizes = [s * n for s in dims[d].sizes]
+        found = comm.take(rows.reshape(-1), flat.reshape(-1), sizes, comm.group(mesh, dims[d].axes))
+        found = found.reshape(at.shape).movedim(0, d)
+    out = wrap(found, spec)
+    return out if shape else out.reshape(())
+
+
+def _met(
+    mesh: Any, dims: Sequence[Dim], own: Sequence[Dim], d: int, need: tuple[int, ...]
+) -> tuple[Dim, ...]:
+    """Dims of an index beside a tensor in `dims`: cut alike in all but dim d."""
+    taken = axes_in([n for i, n in enumerate(dims) if i != d])
+    free = covering(mesh, tuple(own), (), taken)
+    lead = [
+        clipped(n, o.size) if n.axes and i != d else f
+        for i, (n, o, f) in enumerate(zip(dims, own, free, strict=True))
+    ]
+    missing = tuple(a for a in need if a not in axes_in(lead))
+    if missing:
+        (lead[d],) = covering(mesh, (lead[d],), missing, ())
+    return tuple(lead)
+
+
+def _grown(dim: Dim, n: int) -> Dim:
+    """A dim of n rows that is cut as its first ones are."""
+    return Dim(n, dim.axes, (*dim.sizes[:-1], dim.sizes[-1] + n - dim.size)) if dim.axes else Dim(n)
+
+
+def _scattered(
+    op: str, input: Tensor, dim: int, index: Tensor, src: Any, kernel: Kernel | None
+) -> Tensor:
+    """input with elements of src (a tensor, or None: the kernel's value) written along dim."""
+    d = _index(dim, max(1, input.ndim))
+    index = integers(index, op)
+    shape = input.shape
+    x, index, src = summed(input), summed(index), summed(src)
+    _check_shapes(op, d, index, (x, False), *([(src, True)] if src is not None else []))
+    mesh = mesh_of(x, index, src)
+    if src is not None:
+        if src.dtype != x.dtype:
+            raise RuntimeError(f"{op}(): Expected self.dtype to be equal to src.dtype")
+        if src.shape != index.shape and index.numel():
+            src = src[tuple(slice(n) for n in index.shape)]
+        elif not index.numel():
+            src = src.reshape(-1)[:0].reshape(index.shape)
+    rest = [i for i in range(x.ndim) if i != d]
+    if (
+        isinstance(src, Tensor)
+        and cut_axes(dims_of(x)[d])
+        and all(index.shape[i] == x.shape[i] for i in rest)
+        and _one_index(index, d)
+    ):
+        rowwise = None if kernel is None else by_row(kernel)
+        full: Tensor = x if isinstance(x, ShardTensor) else _whole(x, index, src)
+        return write(
+            full.movedim(d, 0), _along(index, d), src.movedim(d, 0), rowwise, op=op
+        ).movedim(0, d)
+    old, own = dims_of(x), dims_of(index)
+    given = own if src is None else dims_of(src)
+    dims = list(old)
+    for i, pair in enumerate(zip(given, own, strict=True)):
+        for o in pair:
+            if i != d and o.axes and not dims[i].axes and not set(o.axes) & set(axes_in(dims)):
+                dims[i] = _grown(o, dims[i].size)
+    best = [g if g.axes else o for g, o in zip(given, own, strict=True)]
+    if len(set(axes_in(best))) != len(axes_in(best)):
+        best = list(given)
+    free = [n if i == d else Dim(n.size) for i, n in enumerate(best)]
+    lead = _met(mesh, dims, free, d, ())
+    # only dim d is left to differ
+    rows, (along,) = placed(mesh, dims[d], (lead[d],), kernel is None)
+    dims[d] = rows
+    lead = (*lead[:d], along, *lead[d + 1 :])
+    spec, target = Spec(mesh, lead), Spec(mesh, tuple(dims))
+    varying = sorted({*axes_in(dims), *axes_in(lead)})
+    v, at = fit(mesh, varying, (src, lead), (index, lead))
+    assert at is not None
+    at = normal(at, spec, rows.size, False, op).movedim(d, 0)
+    local = like(x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), target)._local
+    moved = local.movedim(d, 0)
+    n = prod(moved.shape[1:])
+    flat = at * n + _flat_place(
+        at, spec.with_dims(_first(lead, d)), moved.shape[1:], [False] * x.ndim
+    )
+    values = None if v is None else v.movedim(d, 0).reshape(-1)
+    every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
+    new = settle(moved.reshape(-1), flat.reshape(-1), values, kernel, every, spec, along.axes)
+    out = wrap(new.reshape(moved.shape).movedim(0, d), target)
+    out = to_dims(out, [*dims[:d], old[d], *dims[d + 1 :]])
+    return out if shape else out.reshape(())
+
+
+def by_row(kernel: Kernel) -> Kernel:
+    """A kernel of elements for rows."""
+
+    def rowwise(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+        assert values is not None
+        return kernel(rows, at.reshape(-1, *[1] * (rows.ndim - 1)).expand(values.shape), values)
+
+    return rowwise
+
+
+def reduce_kernel(reduce: str, include_self: bool) -> Kernel | None:
+    if reduce == "sum" and include_self:
+        return None
+
+    def kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+        assert values is not None
+        return rows.scatter_reduce(0, at, values, reduce, include_self=include_self)
+
+    return kernel
+
+
+@rule("scatter")
+def scatter(
+    input: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None,
+    reduce: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Where several elements meet, any of them may win, as in torch."""
+    given = value if src is None else src
+    if isinstance(given, Tensor):
+        if reduce is None:
+            return _scattered("scatter", input, dim, index, given, _scatter_kernel)
+        if reduce == "add":
+            return _scattered("scatter", input, dim, index, given, None)
+        if reduce == "multiply":
+            return _scattered("scatter", input, dim, index, given, reduce_kernel("prod", True))
+        raise RuntimeError("reduce argument must be either add or multiply.")
+    options = {} if reduce is None else {"reduce": reduce}
+
+    def fill(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+        return rows.scatter(0, at, given, **options)
+
+    return _scattered("scatter", input, dim, index, None, fill)
+
+
+def _scatter_kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+    assert values is not None
+    return rows.scatter(0, at, values)
+
+
+@rule("scatter_add")
+def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    return _scattered("scatter_add", input, dim, index, src, None)
+
+
+@rule("scatter_reduce")
+def scatter_reduce(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    kernel = reduce_kernel(reduce, include_self)
+    return _scattered("scatter_reduce", input, dim, index, src, kernel)
+
+
+for _fn in (scatter, scatter_add, scatter_reduce):
+    in_place(_fn)

@@ -1,0 +1,201 @@
+"""Slices stay where they are; one row of a sharded dim is gathered from its owner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from .. import comm
+from ..redistribute import fit, reduced
+from ..registry import rule
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from ..views import stands_for_row
+from .rows import dims_of, mesh_of
+from .shape import _index, whole_in
+
+
+def picks(dim: Dim, i: int, start: int, stop: int, step: int = 1) -> tuple[Dim, slice]:
+    """Rows start, start + step, ... below stop of a dim: as a dim, and shard i's local rows."""
+    count = max(0, -(-(stop - start) // step))
+    if not dim.axes:
+        return Dim(count), slice(start, start + count * step, step)
+    # the number of picked rows before each edge of the shards
+    picked = [min(count, max(0, -(-(o - start) // step))) for o in dim.offsets]
+    new = Dim(count, dim.axes, tuple(b - a for a, b in pairwise(picked)))
+    first = start + picked[i] * step - dim.offsets[i]
+    return new, slice(first, first + new.sizes[i] * step, step) if new.sizes[i] else slice(0, 0)
+
+
+def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> ShardTensor:
+    """Rows start, start + step, ... below stop of dim d: every rank keeps what it has of them."""
+    spec = x._spec
+    new, local = picks(spec.dims[d], spec.index[d], start, stop, step)
+    dims = (*spec.dims[:d], new, *spec.dims[d + 1 :])
+    out = x._local[(slice(None),) * d + (local,)]
+    return wrap(out, Spec(spec.mesh, dims, spec.partial))
+
+
+def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
+    """One row of dim d, alike on all ranks that shard it."""
+    n = x.shape[d]
+    if not -n <= index < n:
+        raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
+    index %= n
+    spec = x._spec
+    dims = (*spec.dims[:d], *spec.dims[d + 1 :])
+    out = Spec(spec.mesh, dims, spec.partial)
+    dim = spec.dims[d]
+    if not dim.axes:
+        return wrap(x._local.select(d, index), out)
+    row = sliced(x, d, index, index + 1)
+    sizes, group = row._spec.dims[d].sizes, comm.group(spec.mesh, dim.axes)
+    rows = comm.gather(row._local, d, sizes, group)
+    if len(sizes) > 1:
+        own = picks(dim, spec.index[d], index, index + 1)[1]
+
+        def write(base: Tensor, rows: Tensor) -> None:
+            part = base.narrow(d, own.start, own.stop - own.start)
+            part.copy_(comm.split(rows, d, sizes, group))
+
+        stands_for_row(rows, x._local, "select", write)
+    return wrap(rows.select(d, 0), out)
+
+
+def span(start: Any, stop: Any, step: int, n: int) -> tuple[int, int]:
+    """The first row and the end of a slice, as torch clips them."""
+    first, last, _ = slice(_int(start), _int(stop), step).indices(n)
+    return first, max(first, last)
+
+
+def _int(x: Any) -> int | None:
+    return None if x is None else int(x)
+
+
+@rule("select")
+def select(input: ShardTensor, dim: int, index: int) -> ShardTensor:
+    return selected(input, _index(dim, input.ndim), int(index))
+
+
+@rule("slice")
+def slice_(
+    input: ShardTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> ShardTensor:
+    d = _index(dim, input.ndim)
+    return sliced(input, d, *span(start, end, step, input.shape[d]), step)
+
+
+@rule("narrow")
+def narrow(input: ShardTensor, dim: int, start: Any, length: int) -> ShardTensor:
+    d = _index(dim, input.ndim)
+    first = int(start)
+    first = first + input.shape[d] if first < 0 else first
+    if first + length > input.shape[d]:
+        raise RuntimeError(f"start ({first}) + length ({length}) exceeds {input.shape[d]}")
+    return sliced(input, d, first, first + length)
+
+
+@rule("unbind")
+def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
+    d = _index(dim, input.ndim)
+    x = whole_in(input, [d], "unbind")
+    dims = (*x._spec.dims[:d], *x._spec.dims[d + 1 :])
+    spec = Spec(x._spec.mesh, dims, x._spec.partial)
+    return tuple(wrap(row, spec) for row in x._local.unbind(d))
+
+
+@rule("split", "split_with_sizes")
+def split(
+    tensor: ShardTensor, split_size: Any = None, dim: int = 0, *, split_sizes: Any = None,
+    split_size_or_sections: Any = None,
+) -> tuple[ShardTensor, ...]:  # fmt: skip
+    given = next(s for s in (split_size, split_sizes, split_size_or_sections) if s is not None)
+    d = _index(dim, tensor.ndim)
+    n = tensor.shape[d]
+    sizes = list(given) if isinstance(given, list | tuple) else _even(n, int(given))
+    if sum(sizes) != n:
+        raise RuntimeError(f"split_with_sizes expects sizes that add up to {n}, not {sizes}")
+    return _parts(tensor, d, sizes)
+
+
+def _even(n: int, size: int) -> list[int]:
+    return [min(size, n - i) for i in range(0, n, size)] or [0]
+
+
+def _parts(x: ShardTensor, d: int, sizes: Sequence[int]) -> tuple[ShardTensor, ...]:
+    parts, at = [], 0
+    for n in sizes:
+        parts.append(sliced(x, d, at, at + n))
+        at += n
+    return tuple(parts)
+
+
+@rule("chunk")
+def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, ...]:
+    d = _index(dim, input.ndim)
+    n = input.shape[d]
+    if n == 0:
+        return _parts(input, d, [0] * chunks)
+    return _parts(input, d, _even(n, -(-n // chunks)))
+
+
+# the same as copies, which may be written to ------------------------------------------------------
+
+
+@rule("narrow_copy")
+def narrow_copy(input: ShardTensor, dim: int, start: int, length: int) -> Tensor:
+    return narrow(input, dim, start, length).clone()
+
+
+@rule("unsafe_split", "unsafe_split_with_sizes")
+def unsafe_split(tensor: ShardTensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return split(tensor, *args, **kwargs)
+
+
+@rule("unsafe_chunk")
+def unsafe_chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    return chunk(input, chunks, dim)
+
+
+# written back ------------------------------------------------------------------------------------
+
+
+@rule("slice_scatter")
+def slice_scatter(
+    input: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> ShardTensor:
+    """Every rank writes the rows that it holds; those of src move to where they belong."""
+    d = _index(dim, input.ndim)
+    return _written(input, src, d, *span(start, end, step, input.shape[d]), step)
+
+
+@rule("select_scatter")
+def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> ShardTensor:
+    d = _index(dim, input.ndim)
+    n = input.shape[d]
+    if not -n <= index < n:
+        raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
+    return _written(input, src.unsqueeze(d), d, index % n, index % n + 1, 1)
+
+
+def _written(x: Tensor, src: Tensor, d: int, start: int, stop: int, step: int) -> ShardTensor:
+    mesh = mesh_of(x, src)
+    x, src = (reduced(t) if isinstance(t, ShardTensor) else t for t in (x, src))
+    # a plain target lies as its largest operand
+    dims = list(dims_of(x if isinstance(x, ShardTensor) else src))
+    if not isinstance(x, ShardTensor):
+        dims[d] = Dim(x.shape[d])
+    spec = Spec(mesh, tuple(dims))
+    new, local = picks(dims[d], spec.index[d], start, stop, step)
+    wanted = (*dims[:d], new, *dims[d + 1 :])
+    if src.shape != tuple(n.size for n in wanted):
+        raise RuntimeError(
+            "expected src to have a size equal to the slice of self. src size = "
+            f"{list(src.shape)}, slice size = {[n.size for n in wanted]}"
+        )
+    a, b = fit(mesh, spec.varying, (x, dims), (src, wanted))
+    assert a is not None and b is not None
+    return wrap(a.slice_scatter(b, d, local.start, local.stop, local.step or 1), spec)
