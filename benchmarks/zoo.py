@@ -53,7 +53,10 @@ def prepared(name: str, dtype: torch.dtype) -> nn.Module:
         for p in model.parameters():
             if p.is_floating_point() and not p.any():
                 p.normal_(0, 0.02)
-    return model.to(dtype)
+    wide = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+    if dtype is torch.float64:
+        model._apply(lambda t: t.to(wide.get(t.dtype, t.dtype)))
+    return model
 
 
 def uneven(n: int, ranks: int) -> list[int]:

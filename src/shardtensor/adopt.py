@@ -22,6 +22,8 @@ from .comm import wire
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import wrap
 
+_HERE = __name__.split(".")[0]
+
 
 def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     """Turn the plain x of `x[entries] = value` into a ShardTensor that lies as value does.
@@ -33,7 +35,7 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     if _torch.is_tracing() or not value.varying or value.partial:
         return False
     spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
-    mine = spec is not None and references == _usual() and _alone(x)
+    mine = spec is not None and references == _usual() and _is_variable(x) and _alone(x)
     group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
     (all_may,) = wire.all_reduce([torch.tensor([int(mine)], device=x.device)], "min", group)
     if not all_may or spec is None:
@@ -46,6 +48,14 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     local = local.clone(memory_format=torch.contiguous_format)
     torch.utils.swap_tensors(x, wrap(local, spec))
     return True
+
+
+def _is_variable(x: Tensor) -> bool:
+    """Whether the calling code has x as a variable, not as an attribute or an element."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_HERE):
+        frame = frame.f_back
+    return frame is not None and any(v is x for v in frame.f_locals.values())
 
 
 def _alone(x: Tensor) -> bool:

@@ -97,9 +97,10 @@ def following(handler: Handler) -> Handler:
     """
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x: Any = args[0] if args else None
-        if not isinstance(x, ShardTensor):
+        if not args or not isinstance(args[0], ShardTensor):
+            # no name for args[0] here: `adopt` counts references to it
             return handler(func, args, kwargs)
+        x = args[0]
         storage = x._local.untyped_storage()
         row = getattr(storage, "_shardtensor_row", None)
         base = None if row is None else row.base()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adopt import adopt
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
 from ..redistribute import fit, like, reduced, replicate, to_dims
@@ -281,9 +282,12 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Assignment to slices, rows, masks and tensors of indices."""
     x, index, value = args
     if not isinstance(x, ShardTensor):
-        # a plain tensor is whole on every rank, so it takes whole values
-        fall_back(func, args, kwargs)
-        return
+        places = _entries(index, x.ndim) if isinstance(value, ShardTensor) else None
+        # adopt counts the references to x: this must be its only name here
+        if places is None or not adopt(x, places, value._spec):
+            # a plain tensor is whole on every rank, so it takes whole values
+            fall_back(func, args, kwargs)
+            return
     check_writable(x, "x[...] = ")
     one = not isinstance(value, Tensor) or value.ndim == 0
     if isinstance(index, Tensor) and index.dtype is torch.bool and one:

@@ -1,0 +1,103 @@
+"""A plain tensor that takes a sharded part becomes sharded, or takes the whole of it."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+
+D = torch.float64
+X = torch.randn(2, 3, 9, 5, dtype=D)
+
+
+def blocks(x):
+    """The two blocks of modes of a Fourier layer."""
+    out = torch.zeros(2, 3, 12, 7, dtype=x.dtype)
+    out[:, :, :4, :5] = x[:, :, :4] * 2
+    out[:, :, -4:, :5] = x[:, :, -4:] * 3
+    return out + 1
+
+
+def rows(x):
+    out = x.new_zeros(1) + torch.zeros(2, 9, 5, dtype=x.dtype)
+    plain = torch.empty(2, 9, 5, dtype=torch.float64)
+    plain[...] = x[:, 0]
+    plain[1, 3] = x[0, 1, 3] * 2
+    return plain * 2 + out
+
+
+@pytest.mark.parametrize("fn", [blocks, rows])
+@pytest.mark.parametrize("cut", T.cuts(9))
+def test_values_and_gradients(fn, cut):
+    T.hold(fn, [X], [T.shard(2, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("fn", [blocks, rows])
+def test_placements(fn):
+    for place in (
+        [Shard(2), Shard(3)],
+        [Shard(2), Shard(2)],
+        [Shard(0), Shard(2)],
+        [Replicate(), Shard(3)],
+    ):
+        T.hold(fn, [X], [T.On(place)], (2, 2))
+
+
+def kinds():
+    x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    value = x[0, 0]
+
+    def taken():
+        out = torch.zeros(9, 5, dtype=D)
+        out[:] = value
+        return out
+
+    out = taken()
+    assert isinstance(out, st.ShardTensor) and out.spec.dims[0].sizes == (5, 4)
+
+    # what something else can see, or needs to stay plain, takes the whole value
+    def stays(out, seen=None):
+        with st.trace() as t:
+            out[:] = value
+        assert not isinstance(out, st.ShardTensor) and t.gathered
+        assert torch.equal(out, X[0, 0]) and (seen is None or np.allclose(seen, X[0, 0]))
+
+    array = np.zeros((9, 5))
+    stays(torch.from_numpy(array), array)
+    out = torch.zeros(9, 5, dtype=D)
+    stays(out, out.numpy())
+    out = torch.zeros(9, 5, dtype=D)
+    stays(out, out.view(9, 5))
+    with torch.no_grad():
+        out = torch.zeros(9, 5, dtype=D)
+        stays(out, out.view(9, 5))
+    out = torch.zeros(9, 5, dtype=D)
+    held = [out]
+    out[:] = value
+    assert not isinstance(held[0], st.ShardTensor)
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(9, 5, dtype=D))
+    module.kept[:] = value
+    assert not isinstance(module.kept, st.ShardTensor) and torch.equal(module.kept, X[0, 0])
+    grows = torch.zeros(9, 5, dtype=D, requires_grad=True) * 1
+    grows[:] = value
+    assert not isinstance(grows, st.ShardTensor)
+
+
+@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
+def test_what_stays_plain():
+    st.simulate(2, kinds)
+
+
+def test_nothing_is_gathered():
+    def run():
+        x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)
+        with st.fallback("error"), st.trace() as t:
+            out = torch.zeros(2, 3, 9, 5, dtype=D)
+            out[...] = x
+        return t.bytes
+
+    assert st.simulate(2, run) == [8, 8]
