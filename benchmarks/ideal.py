@@ -34,9 +34,8 @@ class Block(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.inside = nn.Sequential(
-            nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1)
-        )
+        first, second = (nn.Conv2d(n, n, 3, padding=1) for _ in range(2))
+        self.inside = nn.Sequential(first, nn.BatchNorm2d(n), nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.inside(x))
@@ -73,8 +72,16 @@ class Attention(nn.Module):
 # name -> (model, input shape, sharded dim). Attention and ViT do more work on a whole sequence than
 # on half of it: their ideal attends to all keys
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "conv 3x3, 64 channels, 256x256": (lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 256, 256), 2),
-    "conv 7x7, 16 channels, 256x256": (lambda: nn.Conv2d(16, 16, 7, padding=3), (1, 16, 256, 256), 2),
+    "conv 3x3, 64 channels, 256x256": (
+        lambda: nn.Conv2d(64, 64, 3, padding=1),
+        (1, 64, 256, 256),
+        2,
+    ),
+    "conv 7x7, 16 channels, 256x256": (
+        lambda: nn.Conv2d(16, 16, 7, padding=3),
+        (1, 16, 256, 256),
+        2,
+    ),
     "attention, 2048 tokens": (Attention, (1, 2048, 576), 1),
     "ConvNet, 64 channels, 4 blocks": (convnet, (1, 3, 256, 256), 2),
     "ViT, patch 8, width 192, depth 4": (ViT, (1, 3, 256, 256), 2),
@@ -145,7 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     pool = Pool(options.ranks)
     print(f"{'case':36} {'ideal ms':>17} {'sharded / ideal':>17} {'a step sends':>20}")
-    print(f"{'':36} {'forward':>8} {'step':>8} {'forward':>8} {'step':>8} {'messages':>9} {'MB':>10}")
+    both = f"{'forward':>8} {'step':>8}"
+    print(f"{'':36} {both} {both} {'messages':>9} {'MB':>10}")
     for name in CASES:
         if not name.startswith(options.only):
             continue

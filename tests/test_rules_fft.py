@@ -276,3 +276,16 @@ def test_latitudes_meet_as_coefficients():
 
     names, sent = st.simulate(2, run)[0]
     assert names == ["all_reduce"] * 2 and sent <= 2 * 2 * 3 * 16 * 4
+
+
+@pytest.mark.parametrize("cut", T.cuts(50))
+def test_stft(cut):
+    """Frames that reach over shards."""
+    signal, window = torch.randn(3, 50, dtype=torch.float64), torch.hann_window(8, dtype=torch.float64)
+
+    def fn(x, w):
+        return torch.view_as_real(torch.stft(x, 10, 3, 8, w, return_complex=True, normalized=True))
+
+    T.hold(fn, [signal, window], [T.shard(1, cut), None], (len(cut),))
+    if cut[0] >= 2:
+        T.hold(fn, [signal, window], [T.shard(0), None], (2,))
