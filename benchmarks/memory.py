@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--ranks 2 4] [--csv FILE]
 
-Of the activations and gradients that forward and backward hold at once, parameters not counted. 1.00
-is a perfect split. Kept: what the forward keeps for the backward, likewise.
+Of the activations and gradients that forward and backward hold at once, parameters not counted.
+1.00 is a perfect split. Kept: what the forward keeps for the backward, likewise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.condition = nn.Linear(width, 6 * width)
         self.heads = heads
 
@@ -96,7 +98,8 @@ def main() -> None:
     pool = Pool(1)
     alone = {name: pool.run(run, name)[0] for name in MODELS}
     pool.close()
-    print(f"{'model':8} {'ranks':>5} {'peak MiB':>10} {'of share':>9} {'kept MiB':>10} {'of share':>9}")
+    columns = {"ranks": 5, "peak MiB": 10, "of share": 9, "kept MiB": 10, " of share": 9}
+    print(f"{'model':8}", *(f"{name:>{width}}" for name, width in columns.items()))
     for n in options.ranks:
         pool = Pool(n)
         for name in MODELS:

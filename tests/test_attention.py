@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 import shardtensor as st
 from shardtensor import _torch
 from shardtensor import testing as T
+from shardtensor.attention import strategy
 from shardtensor.attention.plan import hops, pieces
 from shardtensor.measure import peak_bytes, saved_bytes
 
@@ -48,7 +49,7 @@ def sent(n, causal, places, grad=True):
         st.distribute_tensor(m, mesh, [p], src_data_rank=None).requires_grad_(grad)
         for m, p in zip(made, places, strict=True)
     ]
-    with st.trace() as forward:
+    with st.trace() as forward, strategy("ring"):
         out = sdpa(*x, is_causal=causal)
     with st.trace() as backward:
         out.sum().backward()

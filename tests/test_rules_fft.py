@@ -281,7 +281,10 @@ def test_latitudes_meet_as_coefficients():
 @pytest.mark.parametrize("cut", T.cuts(50))
 def test_stft(cut):
     """Frames that reach over shards."""
-    signal, window = torch.randn(3, 50, dtype=torch.float64), torch.hann_window(8, dtype=torch.float64)
+    signal, window = (
+        torch.randn(3, 50, dtype=torch.float64),
+        torch.hann_window(8, dtype=torch.float64),
+    )
 
     def fn(x, w):
         return torch.view_as_real(torch.stft(x, 10, 3, 8, w, return_complex=True, normalized=True))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from . import attention
+
 # Shard sizes differ from rank to rank; an order of collectives that depends on them would hang
 _SAME_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
 
@@ -119,4 +121,4 @@ def _modes(fn: Any) -> tuple[Any, ...]:
     casts = tuple(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     )
-    return torch.is_grad_enabled(), training, casts
+    return torch.is_grad_enabled(), training, casts, attention.chosen()

@@ -1,7 +1,8 @@
 """Scaled dot-product attention over batch, heads, queries and keys, however they are sharded.
 
 - A batch or head dim that is sharded stays so, and an operand that has it is cut alike.
-- Mesh axes that shard keys and queries: a ring, in which keys travel and queries stay.
+- Mesh axes that shard keys and queries: a ring, in which keys travel and queries stay; or, along
+  the innermost of them, an all-to-all of tokens for heads (see `shardtensor.attention.strategy`).
 - Mesh axes that shard keys alone: each rank attends to its keys, then the results are merged.
 - Mesh axes that shard queries alone: keys whole on each of them.
 - The embedding is made whole.
@@ -14,20 +15,20 @@ from __future__ import annotations
 
 from itertools import product
 from math import lcm, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
-from ..attention import attend
+from ..attention import all_to_all_pays, attend, chosen, strategy
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..random import generator_for
-from ..redistribute import fit, reduced
+from ..redistribute import fit, like, reduced, to_dims
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 
 Known = Spec | torch.Size
@@ -65,8 +66,13 @@ def scaled_dot_product_attention(
     if enable_gqa and not _heads_fit(_known(query), _known(key), _known(value)):
         key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
     given = (query, key, value, attn_mask)
+    known = _known(query), _known(key), _known(value)
     masked = None if attn_mask is None else _known(attn_mask)
-    p = plan(_known(query), _known(key), _known(value), masked, enable_gqa)
+    p = plan(*known, masked, enable_gqa)
+    dealt = _deal(p, known, attn_mask is None, dropout_p, is_causal)
+    if dealt is not None:
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return _by_heads(p, (query, key, value), dealt, options)
     q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
     assert q is not None and k is not None and v is not None
     if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p or q.numel() == 0):
@@ -93,6 +99,81 @@ def scaled_dot_product_attention(
         merged=comm.group(p.spec.mesh, p.merged),
     )
     return wrap(out.reshape(p.spec.local_shape), p.spec)
+
+
+# all-to-all --------------------------------------------------------------------------------------
+
+
+def _deal(
+    p: Plan, known: tuple[Known, Known, Known], unmasked: bool, drop: float, causal: bool
+) -> int | None:
+    """The mesh axis whose ranks exchange tokens for heads; None where keys travel instead."""
+    kind = chosen()
+    if kind == "ring" or not p.ring:
+        return None
+    axis = _innermost(p, *known)
+    if axis is None or not unmasked or drop:
+        if kind == "all_to_all":
+            raise UnsupportedOpError(
+                f"{NAME}: strategy('all_to_all') with a mask, with dropout, or for heads of "
+                f"{[tuple(d.size for d in _dims(x)) for x in known]}, which cannot be dealt "
+                f"to the ranks along mesh axes {p.ring}; leave the choice to 'auto'"
+            )
+        return None
+    if kind == "all_to_all":
+        return axis
+    n = p.spec.mesh.size(axis)
+    queries, keys, values = [prod(d.size for d in _dims(x)) for x in known]
+    output = queries // max(1, _dims(known[0])[-1].size) * _dims(known[2])[-1].size
+    return axis if all_to_all_pays(n, queries, keys, values, output, causal) else None
+
+
+@cached
+def _innermost(p: Plan, q: Known, k: Known, v: Known) -> int | None:
+    """The last mesh axis of queries and keys, if its ranks can share the heads out among them."""
+    queries, heads = p.spec.dims[-2], p.spec.dims[-3] if len(p.spec.dims) > 2 else None
+    if heads is None or heads.axes or min(len(_dims(x)) for x in (q, k, v)) < 3:
+        return None
+    axis = queries.axes[-1]
+    if axis != p.keys.axes[-1:][0] or axis not in p.ring:
+        return None
+    n = p.spec.mesh.size(axis)
+    every = [_dims(x)[-3].size for x in (q, k, v)]
+    alike = len(set(every)) == 1 and every[0] >= n
+    return axis if alike or all(h % n == 0 for h in every) else None
+
+
+def _by_heads(
+    p: Plan, operands: tuple[Tensor, ...], axis: int, options: dict[str, Any]
+) -> ShardTensor:
+    """Tokens of all ranks along the axis and heads of this one, then back."""
+    mesh, n = p.spec.mesh, p.spec.mesh.size(axis)
+
+    def dims(x: Tensor, tokens: Dim) -> Dims:
+        own = _dims(_known(x))
+        outer = Dim(tokens.size, tokens.axes[:-1], _merged_sizes(tokens, n))
+        heads = Dim(own[-3].size, (axis,), tuple(nested_chunk_sizes(own[-3].size, [n])))
+        lead = _cut_alike(own[:-3], p.spec.dims[:-3])
+        return (*lead, heads, outer if outer.axes else Dim(tokens.size), Dim(own[-1].size))
+
+    tokens = (p.spec.dims[-2], p.keys, p.keys)
+    wanted = [dims(x, t) for x, t in zip(operands, tokens, strict=True)]
+    if len({x.shape for x in operands}) == 1 and len(set(tokens)) == 1:
+        # one message instead of three
+        given = [like(x, Spec(mesh, w)) for x, w in zip(operands, p.wanted[:3], strict=True)]
+        together = torch.stack([_autocast(x) for x in given])
+        assert isinstance(together, ShardTensor)
+        moved = to_dims(together, [Dim(3), *wanted[0]]).unbind(0)
+    else:
+        moved = tuple(like(x, Spec(mesh, w)) for x, w in zip(operands, wanted, strict=True))
+    with strategy("ring"):
+        out = scaled_dot_product_attention(*moved, **options)  # type: ignore[arg-type]
+    return to_dims(out, p.spec.dims)
+
+
+def _merged_sizes(tokens: Dim, n: int) -> tuple[int, ...]:
+    """Sizes of a nested dim without its innermost axis."""
+    return tuple(sum(tokens.sizes[i : i + n]) for i in range(0, len(tokens.sizes), n))
 
 
 def _whole_sums(x: Tensor) -> Tensor:

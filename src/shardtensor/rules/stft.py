@@ -24,7 +24,8 @@ def stft(
     hop, width = hop_length or n_fft // 4, win_length or n_fft
     if not 0 < n_fft <= input.shape[-1] or hop <= 0 or not 0 < width <= n_fft:
         raise RuntimeError(
-            f"stft: n_fft {n_fft}, hop_length {hop}, win_length {width} for {input.shape[-1]} samples"
+            f"stft: n_fft {n_fft}, hop_length {hop}, win_length {width} for {input.shape[-1]} "
+            "samples"
         )
     frames = input.unfold(-1, n_fft, hop)
     if window is not None or width < n_fft:

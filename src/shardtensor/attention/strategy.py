@@ -1,0 +1,48 @@
+"""Ring or all-to-all: how attention over sharded queries and keys is parallelised.
+
+Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes), forward sends
+- ring: (n - 1) (K + V) in n - 1 messages, hidden behind the computation; under a causal mask the
+  ranks with late queries work longest;
+- all-to-all (Jacobs et al.: DeepSpeed Ulysses, 2023): (n - 1) / n (Q + K + V + O) in 2 (n - 1)
+  messages; each rank then has all tokens of some heads, so a causal mask loads all alike.
+"auto" takes the all-to-all where heads can be dealt to ranks and it sends less, or as much under a
+causal mask. Memory is that of one rank's share either way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_state = threading.local()
+KINDS = ("auto", "ring", "all_to_all")
+
+
+@contextmanager
+def strategy(kind: str) -> Iterator[None]:
+    """Force "ring" or "all_to_all" for attention inside; "auto" chooses by cost.
+
+    "all_to_all" raises UnsupportedOpError where heads cannot be dealt to the ranks.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"attention strategy {kind!r}; one of {KINDS}")
+    before = chosen()
+    _state.kind = kind
+    try:
+        yield
+    finally:
+        _state.kind = before
+
+
+def chosen() -> str:
+    """The strategy in force."""
+    return getattr(_state, "kind", "auto")
+
+
+def all_to_all_pays(
+    n: int, queries: int, keys: int, values: int, output: int, causal: bool
+) -> bool:
+    """Whether the all-to-all sends less than a ring of n ranks; arguments in elements of a rank."""
+    swapped = (queries + keys + values + output) / n
+    return swapped < keys + values or (causal and swapped == keys + values)

@@ -1,0 +1,94 @@
+"""Attention by an all-to-all of tokens for heads, against plain torch, and when it is chosen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.attention import strategy
+
+D = torch.float64
+torch.manual_seed(0)
+
+
+def operands(heads=4, kv=4, tokens=10, width=3, out=3):
+    shapes = (heads, width), (kv, width), (kv, out)
+    return [torch.randn(2, h, tokens, e, dtype=D) for h, e in shapes]
+
+
+def attention(kind, **options):
+    def run(q, k, v):
+        with strategy(kind):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cut", [(5, 5), (9, 1), (4, 0, 6), (3, 3, 2, 2), (1, 8, 0, 1)])
+def test_all_to_all(cut, causal):
+    fn = attention("all_to_all", is_causal=causal, scale=0.3)
+    for heads in (4, 5):
+        T.hold(fn, operands(heads, heads), [T.shard(2, cut)] * 3, (len(cut),))
+    T.hold(fn, operands(out=5), [T.shard(2, cut)] * 3, (len(cut),))
+
+
+def test_grouped_heads():
+    fn = attention("all_to_all", enable_gqa=True)
+    T.hold(fn, operands(8, 2), [T.shard(2)] * 3, (2,))
+
+
+def test_two_axes():
+    """Tokens over both axes: an all-to-all along the inner, a ring along the outer."""
+    place = T.On([Shard(2), Shard(2)], {2: (3, 4, 0, 3)})
+    for causal in (False, True):
+        T.hold(attention("all_to_all", is_causal=causal), operands(), [place] * 3, (2, 2))
+    T.hold(attention("all_to_all"), operands(), [T.On([Shard(0), Shard(2)])] * 3, (2, 2))
+
+
+def sent(kind, ranks, causal=False):
+    def run():
+        q, k, v = (
+            st.distribute_tensor(x, T.make_mesh((ranks,)), [Shard(2)])
+            for x in operands(4, 4, tokens=8 * ranks)
+        )
+        with st.trace() as t:
+            attention(kind, is_causal=causal)(q, k, v)
+        return t.bytes, t.messages, sorted({s.collective for s in t.sent})
+
+    return st.simulate(ranks, run)[0]
+
+
+def test_costs():
+    one = 2 * 4 * 8 * 3 * 8  # bytes of a rank's queries
+    assert sent("all_to_all", 4) == (3 * 4 * one // 4, 6, ["swap"])
+    assert sent("ring", 4) == (3 * 2 * one, 3, ["ring"])
+    # the choice
+    assert sent("auto", 4) == sent("all_to_all", 4)
+    assert sent("auto", 2) == sent("ring", 2)
+    assert sent("auto", 2, causal=True)[2] == ["swap"]
+
+
+def test_refused_where_heads_cannot_be_dealt():
+    fn = attention("all_to_all")
+    with pytest.raises(st.RankError, match="cannot be dealt"):
+        T.hold(fn, operands(2, 2), [T.shard(2)] * 3, (3,))
+    with pytest.raises(ValueError, match="strategy"), strategy("star"):
+        pass
+    T.hold(attention("auto"), operands(2, 2), [T.shard(2)] * 3, (3,))
+
+
+def test_compiled_anew():
+    def run():
+        q, k, v = (st.distribute_tensor(x, T.make_mesh((2,)), [Shard(2)]) for x in operands())
+        compiled = st.compile(F.scaled_dot_product_attention, backend="aot_eager")
+        found = []
+        for kind in ("ring", "all_to_all", "ring"):
+            with strategy(kind):
+                found.append(compiled(q, k, v).full_tensor())
+        assert compiled.traces == 2
+        return torch.allclose(found[0], found[1])
+
+    assert all(st.simulate(2, run))
