@@ -114,7 +114,7 @@ def binary(draw: Any, x: Tensor, program: Program) -> Any:
 @maker
 def reduction(draw: Any, x: Tensor, program: Program) -> Any:
     d, keep = some_dim(draw, x), draw(some.booleans())
-    names = ["sum", "mean", "amax", "logsumexp", "norm", "prod", "var", "median"]
+    names = ["sum", "mean", "amax", "logsumexp", "norm", "prod", "var", "median", "nansum"]
     name = draw(some.sampled_from(names))
     if not x.shape[d] or (name == "var" and x.shape[d] < 2):
         return None
@@ -286,6 +286,106 @@ def gathered(draw: Any, x: Tensor, program: Program) -> Any:
     if draw(some.booleans()):
         return f"gather {d}", lambda x, args: x.gather(d, index)
     return f"scatter_add {d}", lambda x, args: (x * 1).scatter_add(d, index, x)
+
+
+@maker
+def written(draw: Any, x: Tensor, program: Program) -> Any:
+    """Rows, blocks and elements written into a copy, in place and not."""
+    d = some_dim(draw, x)
+    if not x.shape[d]:
+        return None
+    rows = sorted(draw(some.sets(some.integers(0, x.shape[d] - 1), min_size=1, max_size=4)))
+    at = torch.tensor(rows)
+    shape = list(x.shape)
+    shape[d] = len(rows)
+    i = operand(draw, tuple(shape), program)
+    a, b = sorted((draw(some.integers(0, x.shape[d])), draw(some.integers(0, x.shape[d]))))
+    block = [slice(None)] * x.ndim
+    block[d] = slice(a, b)
+
+    def setitem(x: Tensor, args: Any) -> Tensor:
+        y = x * 1
+        y[tuple(block)] = args[i].sum()
+        return y
+
+    def moved(x: Tensor, args: Any) -> Tensor:
+        y = x.movedim(d, 0).clone()
+        y[at] = args[i].movedim(d, 0)
+        return y
+
+    ops: dict[str, Callable[[Tensor, Any], Tensor]] = {
+        "index_copy": lambda x, args: x.index_copy(d, at, args[i]),
+        "index_add": lambda x, args: x.index_add(d, at, args[i]),
+        "index_fill": lambda x, args: x.index_fill(d, at, 0.5),
+        "setitem": setitem,
+        "index_put": moved,
+        "narrow_mul": lambda x, args: x.narrow(d, a, b - a) * 2,
+    }
+    name = draw(some.sampled_from(sorted(ops)))
+    return f"{name} {d} {rows} {a}:{b}", ops[name]
+
+
+@maker
+def unfolded(draw: Any, x: Tensor, program: Program) -> Any:
+    d = some_dim(draw, x)
+    size, step = draw(some.integers(1, 4)), draw(some.integers(1, 3))
+    if size > x.shape[d]:
+        return None
+    return f"unfold {d} {size} {step}", lambda x, args: x.unfold(d, size, step)
+
+
+@maker
+def in_place(draw: Any, x: Tensor, program: Program) -> Any:
+    shape = tuple(draw(some.sampled_from([n, 1])) for n in x.shape)
+    i = operand(draw, shape, program)
+    name = draw(some.sampled_from(["add_", "mul_", "clamp_", "sigmoid_", "copy_"]))
+
+    def step(x: Tensor, args: Any) -> Tensor:
+        y = x.clone()
+        if name == "clamp_":
+            return y.clamp_(-0.9, 0.9)
+        return y.sigmoid_() if name == "sigmoid_" else getattr(y, name)(args[i])
+
+    return f"{name} {shape}", step
+
+
+@maker
+def repeated(draw: Any, x: Tensor, program: Program) -> Any:
+    d, n = some_dim(draw, x), draw(some.integers(1, 3))
+    if draw(some.booleans()):
+        return f"repeat_interleave {n} {d}", lambda x, args: x.repeat_interleave(n, d)
+    times = [1] * x.ndim
+    times[d] = n
+    return f"repeat {times}", lambda x, args: x.repeat(times)
+
+
+@maker
+def split(draw: Any, x: Tensor, program: Program) -> Any:
+    d, n = some_dim(draw, x), draw(some.integers(1, 3))
+    if not x.shape[d]:
+        return None
+
+    def step(x: Tensor, args: Any) -> Tensor:
+        parts = x.chunk(n, d)
+        return torch.cat([p * (k + 1) for k, p in enumerate(parts)][::-1], d)
+
+    return f"chunk {n} {d}", step
+
+
+@maker
+def compared(draw: Any, x: Tensor, program: Program) -> Any:
+    i = operand(draw, tuple(x.shape[-1:]), program)
+    name = draw(some.sampled_from(["cdist", "einsum", "lerp", "cross_entropy"]))
+    if name == "cdist" and x.ndim >= 2 and x.shape[-1]:
+        return name, lambda x, args: torch.cdist(x * 1.01, x.flip(-2).detach() + 0.3)
+    if name == "einsum":
+        return name, lambda x, args: torch.einsum("...i,i->...i", x, args[i])
+    if name == "lerp":
+        return name, lambda x, args: torch.lerp(x, args[i], 0.3)
+    if x.ndim < 2 or not x.shape[1] or 0 in x.shape:
+        return None
+    target = torch.zeros((x.shape[0], *x.shape[2:]), dtype=torch.int64)
+    return name, lambda x, args: F.cross_entropy(x, target, reduction="none")
 
 
 @maker
