@@ -1,73 +1,150 @@
-"""Scans along sharded dims, against plain torch."""
+"""Running sums, products and extrema along whole and sharded dims against plain torch."""
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
 
-D = torch.float64
 torch.manual_seed(0)
-X = torch.randn(3, 7, 4, dtype=D)
+D = torch.float64
+INF, NAN = float("inf"), float("nan")
+x = torch.randn(3, 7, 4, dtype=D)
 SCANS = {
-    "cumsum": lambda x: x.cumsum(1), "cumprod": lambda x: x.cumprod(-2),
-    "logcumsumexp": lambda x: x.logcumsumexp(1), "cummax": lambda x: x.cummax(1),
-    "cummin": lambda x: torch.cummin(x, dim=1), "cumsum_": lambda x: (x * 1).cumsum_(1),
-    "cumprod_": lambda x: (x * 1).cumprod_(1), "float": lambda x: x.cumsum(1, dtype=torch.float32),
-    "trapezoid": lambda x: torch.cumulative_trapezoid(x, dim=1), "trapz": lambda x: torch.trapezoid(x, dim=1),
-    "gradient": lambda x: torch.gradient(x, dim=1)[0], "diff": lambda x: torch.diff(x, 2, 1),
+    "cumsum": torch.cumsum, "cumprod": torch.cumprod, "logcumsumexp": torch.logcumsumexp,
+    "cummax": torch.cummax, "cummin": torch.cummin, "method": lambda a, d: a.cumsum(axis=d),
+    "leaf": lambda a, d: torch.ops.aten.cumprod(a, d),
+    "trapezoid": lambda a, d: (torch.cumulative_trapezoid(a, dim=d), torch.trapezoid(a, dim=d)),
+    "spaced": lambda a, d: torch.cumulative_trapezoid(a, dx=0.5, dim=d),
+    "masked": lambda a, d: torch.masked.cumsum(a, d, mask=torch.arange(a.shape[d] * 4).view(-1, 4) % 3 > 0)
+    if d == 1 else torch.masked.cumprod(a, d),
+    "differences": lambda a, d: (torch.diff(a, dim=d), torch.diff(a, n=2, dim=d),
+                                 torch.gradient(a, dim=d, spacing=0.5)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", T.cuts(7))
 @pytest.mark.parametrize("name", SCANS)
-def test_scans(name, cut):
-    # the gradient of a sum in single precision is in single precision
-    rtol = 1e-6 if name == "float" else None
-    T.hold(SCANS[name], [X], [T.shard(1, cut)], (len(cut),), rtol=rtol)
+def test_scan(name):
+    def fn(a):
+        return [SCANS[name](a, d) for d in (0, 1, -1)]
 
-
-@pytest.mark.parametrize("name", ["cumsum", "cumprod", "cummax"])
-def test_placements(name):
-    for place in ([Shard(0), Shard(1)], [Shard(1), Shard(1)]):
-        T.hold(SCANS[name], [X], [T.On(place)], (2, 2))
-    T.hold(SCANS[name], [X], [T.shard(2)], (3,))
-
-
-def test_zeros_in_products():
-    x = X.clone()
-    x[0, 2], x[1, 1], x[1, 5] = 0, 0, 0
     for cut in T.cuts(7):
-        T.hold(SCANS["cumprod"], [x], [T.shard(1, cut)], (len(cut),))
+        T.hold(fn, [x], [T.shard(1, cut)], (len(cut),))
+    T.hold(fn, [x], [T.shard(2, (0, 3, 1))], (3,))
+    for placements, sizes in (
+        ([Shard(1), Shard(2)], {1: (6, 1)}), ([Shard(1), Shard(1)], {1: (3, 0, 2, 2)}),
+        ([Shard(0), Shard(1)], None), ([Replicate(), Shard(1)], None),
+    ):  # fmt: skip
+        T.hold(fn, [x], [T.On(placements, sizes)], (2, 2))
 
 
-def test_ties_nan_and_infinities():
-    x = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, float("nan"), 1.0, float("-inf")], dtype=D)
-    for cut in T.cuts(8):
-        for scan in (lambda x: x.cummax(0), lambda x: x.cummin(0)):
-            T.hold(scan, [x], [T.shard(0, cut)], (len(cut),), grad=False)
-        low = x[:5].clone()
-        low[:3] = float("-inf")
-        T.hold(lambda x: x.logcumsumexp(0), [low], [T.shard(0)], (2,), grad=False)
+def test_stays_sharded_and_what_is_sent():
+    def fn(a):
+        return a.cumsum(1), a.cumprod(0), a.logcumsumexp(1), *a.cummax(1)
+
+    specs = T.hold(fn, [x], [T.shard(1, (5, 0, 2))], (3,))
+    assert all(s.sizes == {1: (5, 0, 2)} for s in specs)
+
+    def sent(dim):
+        s = st.distribute_tensor(x.float(), T.make_mesh((3,)), [Shard(1)]).requires_grad_()
+        with st.trace() as forward:
+            out = s.cumsum(dim)
+        with st.trace() as backward:
+            out.to_local().sum().backward()
+        return forward.bytes, forward.messages, backward.bytes
+
+    assert st.simulate(3, sent, 2) == [(0, 0, 0)] * 3
+    # one row of 12 numbers to each later rank, and its gradient back
+    assert st.simulate(3, sent, 1) == [(96, 2, 0), (48, 1, 48), (0, 0, 96)]
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.complex64])
-def test_dtypes(dtype):
-    x = torch.randint(0, 3, (9,)).to(dtype)
-    for scan in (lambda x: x.cumsum(0), lambda x: x.cumprod(0)):
-        T.hold(scan, [x], [T.shard(0, (4, 0, 5))], (3,), grad=False, rtol=1e-2)
+@pytest.mark.parametrize("zeros", [[1], [1, 2], [1, 5], [0, 1, 4, 6]])
+def test_products_with_zeros(zeros):
+    a = x.clone()
+    a[:, zeros] = 0
+    a[1, 3, 2] = 0
+    for cut in ((3, 4), (2, 0, 5), (1, 2, 2, 2)):
+        T.hold(lambda t: t.cumprod(1), [a], [T.shard(1, cut)], (len(cut),))
 
 
-def test_sends_one_row():
-    def run():
-        x = st.distribute_tensor(torch.ones(8, 5), T.make_mesh((2,)), [Shard(0)])
-        with st.trace() as t:
-            x.cumsum(0)
-        return t.bytes, t.messages
+def test_ties_infinities_and_nan():
+    def fn(a):
+        return *a.cummax(1), *a.cummin(1)
 
-    assert st.simulate(2, run) == [(4 * 5, 1), (0, 0)]
+    a = (x * 2).round()
+    for cut in ((3, 4), (2, 0, 5), (1, 2, 2, 2)):
+        T.hold(fn, [a], [T.shard(1, cut)], (len(cut),))
+        b = a.clone()
+        b[0, 2], b[1, 4:6], b[2, 0], b[:, 6, 2] = NAN, NAN, INF, -INF
+        T.hold(fn, [b], [T.shard(1, cut)], (len(cut),))
+        T.hold(lambda t: (t.cumsum(1), t.cumprod(1), t.logcumsumexp(1)), [b], [T.shard(1, cut)],
+               (len(cut),), grad=False)  # fmt: skip
+        b = a.clone()
+        b[:, 0] = -INF
+        b[1, :4] = -INF
+        T.hold(lambda t: t.logcumsumexp(1), [b], [T.shard(1, cut)], (len(cut),))
 
 
-def test_scalars():
-    T.hold(lambda x: x.sum().cumsum(0), [X], [T.shard(1)], (2,))
+def test_dtypes():
+    place = [T.shard(1, (5, 0, 2))]
+    whole = (x * 3).long()
+    T.hold(fn := lambda t: (t.cumsum(1), t.cumprod(1), *t.cummax(1)), [whole], place, (3,))
+    T.hold(fn, [whole.int()], place, (3,))
+    T.hold(lambda t: (t.cumsum(1), *t.cummin(1)), [whole > 0], place, (3,))
+    T.hold(lambda t: (t.cumsum(1), t.cumprod(1)), [torch.complex(x, x + 1)], place, (3,))
+    T.hold(lambda t: t.cumsum(1, dtype=D), [whole], place, (3,))
+    T.hold(lambda t: (t.cumsum(1), t.cumprod(1), t.logcumsumexp(1)), [x.float()], place, (3,))
+    half = x.to(torch.bfloat16)
+    T.hold(lambda t: (t.cumsum(1), t.cumprod(1), t.logcumsumexp(1)), [half], place, (3,), rtol=2e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        T.hold(lambda t: t.cumsum(1), [x.float()], place, (3,))
+
+
+def test_in_place_and_small():
+    def fn(a):
+        b = a * 1
+        b.cumsum_(1)
+        b.cumprod_(1)
+        return b
+
+    T.hold(fn, [x], [T.shard(1, (5, 0, 2))], (3,))
+    T.hold(lambda a: a.int().cumsum_(1), [(x * 3).int()], [T.shard(1)], (3,))
+    T.hold(lambda a: a.cumsum(0), [x[:, 0, 0]], [T.shard(0)], (3,))
+    T.hold(lambda a: (a.cumsum(1), *a.cummax(1)), [x[:, :1]], [T.shard(1)], (2,))
+    T.hold(lambda a: a.cumsum(1), [x[:0]], [T.shard(1)], (2,))
+    T.hold(lambda a: a.sum().cumsum(0), [x], [T.shard(1)], (2,))
+    T.hold(lambda a: a.sum().cummax(-1)[0], [x], [T.shard(1)], (2,))
+    for wrong in (lambda a: a.cumsum(3), lambda a: a.cummax(-4)):
+        with pytest.raises(IndexError, match="out of range"):
+            wrong(x)
+        with pytest.raises(st.RankError, match="out of range"):
+            T.hold(lambda a, f=wrong: f(a) if isinstance(a, st.ShardTensor) else a, [x],
+                   [T.shard(1)], (2,))  # fmt: skip
+
+
+def test_second_gradients():
+    def twice(a):
+        total = (
+            a.cumsum(1).pow(3).sum() + a.cumprod(1).pow(2).sum() + a.logcumsumexp(1).pow(2).sum()
+        )
+        return torch.autograd.grad(total, a, create_graph=True)[0].pow(2)
+
+    T.hold(twice, [x], [T.shard(1, (3, 0, 4))], (3,), rtol=1e-10)
+
+
+def test_compiled():
+    def fn(a):
+        return (a.cumsum(1) * a.cumprod(1) * a.cummax(1)[0] + a.logcumsumexp(1)).pow(2).sum()
+
+    def run(cut):
+        s = st.distribute_tensor(x, T.make_mesh((3,)), [Shard(1)], sizes={1: cut})
+        s.requires_grad_()
+        st.compile(fn, backend="aot_eager")(s).backward()
+        return s.grad.full_tensor()
+
+    plain = x.clone().requires_grad_()
+    fn(plain).backward()
+    for cut in ((4, 0, 3), (0, 6, 1), (4, 3, 0)):
+        for got in st.simulate(3, run, cut):
+            assert torch.allclose(got, plain.grad, rtol=1e-10)

@@ -1,10 +1,12 @@
-"""Counts and lookups: each rank counts its part, one all-reduce adds up.
+"""Counting and searching: every rank in its own part, then the counts added up.
 
-searchsorted over a sharded sequence: a place is the number of smaller elements, a sum over shards.
+Distinct values come together from each rank's own, and are the same on all ranks; where each
+element went stays sharded like the input. Runs stay where they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,163 +15,364 @@ from torch import Tensor
 from .. import _torch, comm
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
-from ..redistribute import fit, reduced, replicate
+from ..redistribute import aside, fit, reduced, replicate, to_dims
 from ..registry import rule
-from ..spec import Dim
+from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from .pointwise import function_rule
+from .pointwise import align, function_rule
+from .reduce import axes_of, finish, over
+from .rows import Dims, axes_in, dims_of, mesh_of
 
 
-def _total(local: Tensor, x: ShardTensor, op: str = "sum") -> Tensor:
-    return comm.reduce(local, comm.group(x._spec.mesh, x._spec.varying), op)
+def _settled(x: Any) -> Any:
+    """x, without addends and without a gradient."""
+    if isinstance(x, ShardTensor):
+        return reduced(x.detach())
+    return x.detach() if isinstance(x, Tensor) else x
 
 
-def _bounds(x: ShardTensor) -> tuple[float, float]:
-    """The smallest and the largest element; the same on every rank. (0, 0) of no elements."""
-    if not x.numel():
-        return 0.0, 0.0
-    low, high = torch.aminmax(x)
-    return low.item(), high.item()
+def _without(dims: Sequence[Dim], axes: set[int]) -> Dims:
+    """The dims, whole where one of the axes shards them."""
+    return tuple(Dim(d.size) if set(d.axes) & axes else d for d in dims)
 
 
-@rule("histc")
-def histc(input: ShardTensor, bins: int = 100, min: float = 0, max: float = 0) -> ShardTensor:
-    x = reduced(input)
-    low, high = (min, max) if min != max else _bounds(x)
-    if low == high:
-        low, high = low - 1, high + 1
-    counts = torch.histc(x._local, bins, low, high)
-    return wrap(_total(counts, x), x._spec.with_dims([Dim(bins)]))
+# searching ---------------------------------------------------------------------------------------
 
 
-@rule("bincount")
-def bincount(input: ShardTensor, weights: Tensor | None = None, minlength: int = 0) -> Any:
-    x = reduced(input)
-    if x.ndim != 1 or x.is_floating_point() or (x.numel() and _bounds(x)[0] < 0):
-        raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
-    n = max(minlength, int(_bounds(x)[1]) + 1 if x.numel() else 0)
-    own: Tensor | None = None
-    if weights is not None:
-        (own,) = fit(x._spec.mesh, x._spec.varying, (weights, x._spec.dims))
-    counts = torch.bincount(x._local, None if own is None else own.detach(), n)
-    if own is not None:
-        # an empty shard's counts are integers
-        counts = counts.to(own.dtype if own.dtype is torch.float32 else torch.float64)
-    return wrap(_total(counts, x), x._spec.with_dims([Dim(n)]))
+@rule("searchsorted")
+def searchsorted(
+    sorted_sequence: Tensor, input: Any, *, out_int32: bool = False, right: bool = False,
+    side: str | None = None, sorter: Tensor | None = None,
+) -> ShardTensor:  # fmt: skip
+    """Of a sharded sequence every rank counts its own elements below each value.
 
-
-@rule("histogram")
-def histogram(
-    input: ShardTensor, bins: Any, *, range: Any = None, weight: Tensor | None = None,
-    density: bool = False,
-) -> Any:  # fmt: skip
-    if not isinstance(input, ShardTensor) or isinstance(bins, ShardTensor):
-        given = {"range": range, "weight": weight, "density": density}
-        kwargs = {k: v for k, v in given.items() if v is not None}
-        return fall_back(torch.histogram, (input, bins), kwargs)
-    x = reduced(input)
-    own: dict[str, Any] = {}
-    if weight is not None:
-        (found,) = fit(x._spec.mesh, x._spec.varying, (weight, x._spec.dims))
-        own = {"weight": None if found is None else found.detach()}
-    if isinstance(bins, Tensor):
-        counts, edges = torch.histogram(x._local.detach(), bins, **own)
-    else:
-        low, high = range if range is not None else _bounds(x)
-        if low == high:
-            low, high = low - 0.5, high + 0.5
-        counts, edges = torch.histogram(x._local.detach(), bins, range=(low, high), **own)
-    counts = _total(counts, x)
-    if density:
-        counts = counts / (counts.sum() * edges.diff())
-    both = [wrap(t, x._spec.with_dims([Dim(len(t))])) for t in (counts, edges)]
-    return torch.return_types.histogram((both[0], both[1]))
-
-
-@function_rule("searchsorted", "bucketize")
-def searchsorted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Places in a sorted sequence; bucketize takes its arguments in the other order."""
-    names = ["sorted_sequence", "self"] if "search" in func.__name__ else ["self", "boundaries"]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    values: Any = given.get("self", given.get("input"))
-    sequence: Any = given.get("sorted_sequence", given.get("boundaries"))
-    options = {k: v for k, v in kwargs.items() if k in ("right", "side", "out_int32")}
-    known = {*names, "input", "sorted_sequence", "boundaries", "right", "side", "out_int32"}
-    if len(args) > 2 or set(kwargs) - known or not isinstance(values, Tensor):
-        return fall_back(func, args, kwargs)
-    if isinstance(sequence, ShardTensor) and sequence._spec.partial:
-        sequence = reduced(sequence)
-    if isinstance(values, ShardTensor) and values._spec.partial:
-        values = reduced(values)
-    flat = sequence.ndim == 1
-    cut = sequence._spec.dims[-1] if isinstance(sequence, ShardTensor) else Dim(0)
-    if flat and not cut.axes:
-        sequence = replicate(sequence)._local if isinstance(sequence, ShardTensor) else sequence
-        if not isinstance(values, ShardTensor):
-            return torch.searchsorted(sequence, values, **options)
-        return wrap(torch.searchsorted(sequence, values._local, **options), values._spec)
-    if flat:
-        mesh = sequence._spec.mesh
-        whole = values if not isinstance(values, ShardTensor) else replicate(values)._local
-        below = torch.searchsorted(sequence._local, whole.detach(), **options)
-        spec = sequence._spec.with_dims([Dim(n) for n in whole.shape])
-        return wrap(comm.reduce(below, comm.group(mesh, cut.axes)), spec)
-    lead = next(
-        (t._spec.dims[:-1] for t in (sequence, values)
-         if isinstance(t, ShardTensor) and any(d.axes for d in t._spec.dims[:-1])), None,
-    )  # fmt: skip
-    if lead is None or values.ndim != sequence.ndim:
-        return fall_back(func, args, kwargs)
-    mesh = next(t._spec.mesh for t in (sequence, values) if isinstance(t, ShardTensor))
-    axes = tuple(a for d in lead for a in d.axes)
-    dims = [(t, (*lead, Dim(t.shape[-1]))) for t in (sequence, values)]
-    a, b = fit(mesh, axes, *dims)
+    Where the same ranks share out sequence and values, the smaller of the two is gathered.
+    """
+    seq, values = _settled(sorted_sequence), _settled(input)
+    if sorter is not None:
+        if sorter.shape != seq.shape:
+            raise RuntimeError(
+                "torch.searchsorted(): boundary and sorter must have the same size, but got "
+                f"{list(seq.shape)} and {list(sorter.shape)}"
+            )
+        seq = torch.take_along_dim(seq, sorter, -1)
+    options: dict[str, Any] = {"out_int32": out_int32, "right": right, "side": side}
+    if not isinstance(values, Tensor):
+        seq = replicate(seq) if seq.ndim != 1 else seq
+        found = torch.searchsorted(seq._local, values, **options)
+        return wrap(finish(found, seq._spec, (0,)), seq._spec.with_dims(()))
+    mesh = mesh_of(seq, values)
+    if seq.ndim != 1 and seq.shape[:-1] != values.shape[:-1]:
+        raise RuntimeError(
+            "torch.searchsorted(): boundaries tensor should be 1 dimension or the first N-1 "
+            "dimensions of boundaries tensor and input value tensor must match, but we got "
+            f"boundaries tensor {list(seq.shape)} and input value tensor {list(values.shape)}"
+        )
+    own = list(dims_of(values))
+    *lead, last = dims_of(seq)
+    for i, d in enumerate(lead):
+        if not own[i].axes and not set(d.axes) & set(axes_in(own)):
+            own[i] = d
+    both = set(last.axes) & set(axes_in(own))
+    gathers = bool(both) and values.numel() < seq.numel()
+    dims = _without(own, both) if gathers else tuple(own)
+    last = Dim(last.size) if both and not gathers else last
+    a, b = fit(mesh, (), (seq, (*dims[: len(lead)], last)), (values, dims))
     assert a is not None and b is not None
-    found = torch.searchsorted(a.contiguous(), b, **options)
-    like = next(t for t in (sequence, values) if isinstance(t, ShardTensor))
-    return wrap(found, like._spec.with_dims([*lead, Dim(values.shape[-1])]))
+    found = torch.searchsorted(a.contiguous(), b.contiguous(), **options)
+    partial = tuple((axis, "sum") for axis in last.axes)
+    return to_dims(wrap(found, Spec(mesh, dims, partial)), own)
+
+
+@rule("bucketize")
+def bucketize(
+    input: Any, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
+) -> ShardTensor:
+    if boundaries.ndim != 1:
+        raise RuntimeError(f"boundaries tensor must be 1 dimension, but got dim({boundaries.ndim})")
+    return searchsorted(boundaries, input, out_int32=out_int32, right=right)
 
 
 @rule("isin")
 def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
-) -> Tensor:
-    """Elements stay where they are; what they are compared with is brought to every rank."""
-    if isinstance(test_elements, ShardTensor):
-        test_elements = replicate(test_elements)._local
-    if not isinstance(elements, ShardTensor):
-        return torch.isin(elements, test_elements, assume_unique=assume_unique, invert=invert)
-    x = reduced(elements)
-    found = torch.isin(x._local, test_elements, assume_unique=assume_unique, invert=invert)
-    return wrap(found, x._spec)
+) -> ShardTensor:
+    """Where the same ranks share out both, the smaller of the two is gathered."""
+    x, tests = (
+        _settled(t if isinstance(t, Tensor) else torch.as_tensor(t))
+        for t in (elements, test_elements)
+    )
+    mesh, own = mesh_of(x, tests), dims_of(x)
+    both = set(axes_in(own)) & set(axes_in(dims_of(tests)))
+    gathers = x.numel() < tests.numel()
+    dims = _without(own, both) if gathers else own
+    given = dims_of(tests) if gathers else _without(dims_of(tests), both)
+    a, b = fit(mesh, (), (x, dims), (tests, given))
+    assert a is not None and b is not None
+    found = torch.isin(a, b)
+    axes = axes_in(given)
+    if axes:
+        found = comm.reduce(found, comm.group(mesh, axes), "max")
+    return to_dims(wrap(~found if invert else found, Spec(mesh, dims)), own)
 
 
-def _uniques(x: ShardTensor) -> Tensor:
-    """The sorted distinct elements of all shards, on every rank."""
-    own = torch.unique(x._local)
-    name = comm.group(x._spec.mesh, x._spec.varying)
-    if comm.size(name) == 1:
-        return own
-    sizes = comm.counts(len(own), own, name)
-    return torch.unique(comm.gather(own, 0, sizes, name))
+# histograms --------------------------------------------------------------------------------------
+
+
+def _total(found: Tensor, spec: Spec) -> ShardTensor:
+    """Counts of every rank's part, added up."""
+    every = range(len(spec.dims))
+    return wrap(finish(found, spec, every), spec.with_dims([Dim(n) for n in found.shape]))
+
+
+def _ends(x: ShardTensor) -> tuple[float, float]:
+    """The least and the largest element."""
+    if not x.numel():
+        return 0.0, 0.0
+    low, high = (t.item() for t in x.aminmax())
+    return low, high
+
+
+@rule("histc")
+def histc(input: ShardTensor, bins: int = 100, min: float = 0, max: float = 0) -> ShardTensor:
+    x, low, high = _settled(input), min, max
+    if low == high and axes_of(x._spec, range(x.ndim)):
+        if _torch.is_tracing():
+            return fall_back(torch.histc, (x, bins, min, max), {})
+        if x.numel():
+            low, high = _ends(x)
+        # torch's own words about what is not finite
+        torch.histc(x._local.new_tensor([low, high]), bins, low, high)
+        low, high = (low - 1, high + 1) if low == high else (low, high)
+    return _total(torch.histc(x._local, bins, low, high), x._spec)
+
+
+@rule("histogram")
+def histogram(
+    input: Tensor, bins: Any, *, range: Any = None, weight: Tensor | None = None,
+    density: bool = False,
+) -> Any:  # fmt: skip
+    if weight is not None and weight.shape != input.shape:
+        options = {"range": range, "weight": weight, "density": density}
+        known = {k: v for k, v in options.items() if v is not None}
+        return fall_back(torch.histogram, (input, bins), known)
+    mesh = mesh_of(input, weight, bins)
+    given = [_settled(t) for t in (input, weight) if t is not None]
+    if not isinstance(given[0], ShardTensor):
+        given[0] = wrap(given[0], Spec(mesh, dims_of(given[0])))
+    spec, wanted = align(*given)
+    x, *w = fit(mesh, (), *zip(given, wanted, strict=True))
+    assert x is not None
+    options = {"weight": w[0] if w else None}
+    if isinstance(bins, Tensor):
+        bins = replicate(bins)._local if isinstance(bins, ShardTensor) else bins
+    elif range is None:
+        if _torch.is_tracing():
+            raise UnsupportedOpError(
+                f"histogram of {spec} by its least and largest element cannot be compiled: give "
+                "range="
+            )
+        options["range"] = _ends(wrap(x, spec))
+    else:
+        options["range"] = range
+    found, edges = torch.histogram(x, bins, **options)
+    return _dense(torch.return_types.histogram, _total(found, spec), (edges,), density)
+
+
+def _is_cut(*xs: Any) -> bool:
+    return any(axes_of(x._spec, range(x.ndim)) for x in xs if isinstance(x, ShardTensor))
+
+
+def _dense(kind: Any, counts: ShardTensor, edges: Sequence[Tensor], density: bool) -> Any:
+    """The result of a histogram; density: divided by the sum and by the sizes of the bins."""
+    whole = [wrap(e, counts._spec.with_dims([Dim(len(e))])) for e in edges]
+    if density:
+        local = counts._local / counts._local.sum()
+        for d, e in enumerate(edges):
+            local = local / e.diff().view(-1, *[1] * (local.ndim - 1 - d))
+        counts = wrap(local, counts._spec)
+    return kind((counts, whole[0] if kind is torch.return_types.histogram else tuple(whole)))
+
+
+@rule("histogramdd")
+def histogramdd(
+    input: Tensor, bins: Any, range: Any = None, weight: Tensor | None = None,
+    density: bool = False,
+) -> Any:  # fmt: skip
+    options = {"range": range, "weight": weight, "density": density}
+    plain = isinstance(bins, int) or all(isinstance(b, int) for b in bins)
+    if not isinstance(input, ShardTensor) or not input.numel() or _torch.is_tracing():
+        return fall_back(torch.histogramdd, (input, bins), options)
+    x = _settled(input)
+    y = aside(x, [x.ndim - 1])
+    if y is None or (weight is not None and weight.shape != x.shape[:-1]):
+        return fall_back(torch.histogramdd, (input, bins), options)
+    if plain and range is None:
+        low, high = (f(y, over(None, y.ndim - 1)) for f in (torch.amin, torch.amax))
+        range = torch.stack((low._local, high._local), 1).flatten().tolist()  # type: ignore[attr-defined]
+    (w,) = fit(y._spec.mesh, (), (_settled(weight), y._spec.dims[:-1]))
+    found = torch.histogramdd(y._local, bins, range=range, weight=w)
+    return _dense(type(found), _total(found.hist, y._spec), found.bin_edges, density)
+
+
+@rule("bincount")
+def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> ShardTensor:
+    given = [_settled(t) for t in (input, weights) if t is not None]
+    whole = weights is not None and weights.shape != input.shape
+    if whole or input.ndim != 1 or input.is_floating_point():
+        return fall_back(torch.bincount, (input, weights, minlength), {})
+    spec, wanted = align(*given)
+    _eager("bincount", spec)
+    x, *w = fit(spec.mesh, (), *zip(given, wanted, strict=True))
+    assert x is not None
+    low, high = _ends(wrap(x.long(), spec))
+    if low < 0:
+        raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
+    most = max(minlength, int(high) + 1 if input.numel() else 0)
+    counts = torch.bincount(x, w[0] if w else None, most)
+    if weights is not None:
+        # of no elements torch counts in integers
+        counts = counts.to(torch.float32 if weights.dtype is torch.float32 else torch.float64)
+    return _total(counts, spec)
+
+
+def _eager(op: str, spec: Spec) -> None:
+    if _torch.is_tracing():
+        raise UnsupportedOpError(
+            f"{op} on {spec}: the size of the result depends on values, so it cannot be compiled; "
+            "leave it out of st.compile"
+        )
+
+
+# distinct values ---------------------------------------------------------------------------------
+
+
+def _on(x: ShardTensor, d: int) -> ShardTensor:
+    """x with all its shards along dim d."""
+    axes = x._spec.varying
+    if axes == x._spec.dims[d].axes:
+        return x
+    parts = [x._spec.mesh.size(a) for a in axes]
+    dims = [Dim(n) for n in x.shape]
+    dims[d] = Dim(x.shape[d], axes, nested_chunk_sizes(x.shape[d], parts))
+    return to_dims(x, dims)
+
+
+def _distinct(fn: Any, local: Tensor, d: int, group: str, counting: bool) -> Any:
+    """fn gives (distinct rows, where each row went, counts); this of all ranks' rows."""
+    own, places, times = fn(local)
+    sizes = comm.counts(own.shape[d], own, group)
+    start = sum(sizes[: comm.rank(group)])
+    found, to, _ = fn(comm.gather(own, d, sizes, group))
+    if counting:
+        times = comm.gather(times, 0, sizes, group)
+        times = times.new_zeros(found.shape[d]).index_add(0, to, times)
+    return found, to[start : start + own.shape[d]][places], times
 
 
 @rule("_unique2")
 def unique(
     input: ShardTensor, sorted: bool = True, return_inverse: bool = False,
     return_counts: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Distinct elements, whole on every rank; the inverse lies as the input does."""
-    if _torch.is_tracing():
-        raise UnsupportedOpError("unique cannot be compiled: its size depends on values")
-    x = reduced(input).detach()
-    if x.is_complex() or bool(x.isnan().any()):
-        # each NaN is distinct, and which is which is undefined
-        return fall_back(torch._unique2, (x, sorted, return_inverse, return_counts), {})
-    distinct = _uniques(x)
-    spec = x._spec.with_dims([Dim(len(distinct))])
-    inverse = torch.searchsorted(distinct, x._local) if x.dtype is not torch.bool else (
-        torch.searchsorted(distinct.int(), x._local.int())
+) -> tuple[ShardTensor, ...]:  # fmt: skip
+    x = reduced(input)
+    axes = axes_of(x._spec, range(x.ndim))
+    if not axes:
+        found: Any = torch._unique2(x._local, sorted, return_inverse, return_counts)
+    else:
+        group = comm.group(x._spec.mesh, axes)
+        found = _distinct(
+            lambda t: torch._unique2(t, sorted, True, True), x._local.flatten(), 0, group,
+            return_counts,
+        )  # fmt: skip
+    values, places, times = found
+    n = x._spec.with_dims([Dim(len(values))])
+    if not (return_inverse and places.numel() == x._local.numel()):
+        inverse = wrap(places.new_zeros(0), x._spec.with_dims([Dim(0)]))
+    else:
+        inverse = wrap(places.view(x._spec.local_shape), x._spec)
+    if not return_counts:
+        times = times.new_zeros(0)
+    return wrap(values, n), inverse, wrap(times, n.with_dims([Dim(len(times))]))
+
+
+@rule("unique_dim")
+def unique_dim(
+    input: ShardTensor, dim: int, sorted: bool = True, return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[ShardTensor, ...]:  # fmt: skip
+    x = reduced(input)
+    if not x.ndim or not _is_cut(x):
+        return _plain(torch._VF.unique_dim, x, dim, sorted, return_inverse, return_counts)
+    (d,) = over(dim, x.ndim)
+    y = _on(x, d)
+    rows, mesh = y._spec.dims[d], x._spec.mesh
+    values, places, times = _distinct(
+        lambda t: torch._VF.unique_dim(t, d, sorted, True, True), y._local, d,
+        comm.group(mesh, rows.axes), return_counts,
     )  # fmt: skip
-    counts = _total(torch.bincount(inverse.flatten(), minlength=len(distinct)), x)
-    return wrap(distinct, spec), wrap(inverse, x._spec), wrap(counts, spec)
+    whole = y._spec.with_dims([Dim(n) for n in values.shape])
+    if not return_counts:
+        times = times.new_zeros(0)
+    return (
+        wrap(values, whole),
+        to_dims(wrap(places, whole.with_dims([rows])), [x._spec.dims[d]]),
+        wrap(times, whole.with_dims([Dim(len(times))])),
+    )
+
+
+def _plain(fn: Any, x: ShardTensor, *args: Any) -> Any:
+    """fn of a tensor that is the same on all ranks."""
+    found = fn(x._local, *args)
+    return tuple(wrap(f, x._spec.with_dims([Dim(n) for n in f.shape])) for f in found)
+
+
+@function_rule("unique_consecutive")
+def unique_consecutive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is Tensor.unique_consecutive:
+        # returns what is asked for only, and calls the builtin
+        return torch.unique_consecutive(*args, **kwargs)
+    return _runs(*args, **kwargs)
+
+
+def _runs(
+    input: ShardTensor, return_inverse: bool = False, return_counts: bool = False,
+    dim: int | None = None,
+) -> tuple[ShardTensor, ...]:  # fmt: skip
+    """Each rank's runs but those that began on an earlier rank; sharded along the runs."""
+    x = reduced(input)
+    if not x.numel() or not _is_cut(x):
+        return _plain(torch._VF.unique_consecutive, x, return_inverse, return_counts, dim)  # type: ignore[attr-defined]
+    lead = next((i for i, n in enumerate(x.shape) if n > 1), 0)
+    d = lead if dim is None else over(dim, x.ndim)[0]
+    y = _on(x, d)
+    _eager("unique_consecutive", y._spec)
+    rows, local = y._spec.dims[d], y._local
+    if dim is None:
+        size = x.numel() // max(1, x.shape[d])
+        rows = Dim(x.numel(), rows.axes, tuple(size * n for n in rows.sizes))
+        local, d = local.flatten(), 0
+    group = comm.group(y._spec.mesh, rows.axes)
+    values, places, times = Tensor.unique_consecutive(local, True, True, d)
+    # the row before this rank's first, wherever it is
+    edges = zip(rows.offsets, rows.sizes, strict=False)
+    before = comm.window(
+        local.detach(), d, rows.sizes, [(o - 1 if o and n else o, o) for o, n in edges], group
+    )
+    goes_on = before.shape[d] > 0 and bool((before == values.narrow(d, 0, 1)).all())
+    n = values.shape[d] - goes_on
+    sizes = comm.counts(n, values, group)
+    first = sum(sizes[: comm.rank(group)]) - goes_on
+    kept = Dim(sum(sizes), rows.axes, sizes)
+    runs = first + torch.arange(values.shape[d], device=values.device)
+    times = comm.put(times, runs, sizes, group)
+    dims = [kept] if dim is None else [*y._spec.dims[:d], kept, *y._spec.dims[d + 1 :]]
+    inverse = wrap(
+        (places + first).view(y._spec.local_shape if dim is None else -1),
+        y._spec if dim is None else y._spec.with_dims([rows]),
+    )
+    return (
+        wrap(values.narrow(d, int(goes_on), n), y._spec.with_dims(dims)),
+        to_dims(inverse, x._spec.dims if dim is None else [x._spec.dims[d]]),
+        wrap(times, y._spec.with_dims([kept])),
+    )

@@ -1,128 +1,126 @@
-"""Scans along a sharded dim: each rank scans its rows, then adds what earlier shards come to.
+"""Running sums, products and extrema along a sharded dim.
 
-Every rank gets the last rows of the shards before it, in one small exchange; nothing else is sent.
+Every shard scans its own rows after the totals of the non-empty shards before it, one row each: the
+only message. So zeros, infinities and NaN, and their gradients, are those of the stock op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.return_types import cummax as Cummax
-from torch.return_types import cummin as Cummin
 
 from .. import comm
+from ..cache import cached
 from ..fallback import fall_back
-from ..redistribute import reduced
+from ..redistribute import aside, reduced, to_dims
 from ..registry import rule
+from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable
-from .reduce import wide
-from .shape import _index
+from .index import assigned
+from .reduce import over, wide, with_one
 
 
-def _before(x: ShardTensor, d: int, *scanned: Tensor) -> list[Tensor]:
-    """The last rows along d of all shards before this one, of each scan.
+@cached
+def _before(dim: Dim) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """(how many totals each shard has: one or none, which of them come before each shard)."""
+    have = tuple(min(1, n) for n in dim.sizes)
+    starts = Dim(sum(have), dim.axes, have).offsets
+    return have, tuple((0, s) for s in starts[:-1])
 
-    A rank that has none before it must use them all the same: backward sends on every rank.
-    """
+
+def _totals(x: ShardTensor, d: int, total: Tensor) -> Tensor:
+    """The totals of the shards before this one, in order, from each non-empty shard's own."""
     dim = x._spec.dims[d]
-    name = comm.group(x._spec.mesh, dim.axes)
-    rows = [min(1, n) for n in dim.sizes]
-    windows = [(0, n) for n in accumulate(rows, initial=0)][:-1]
-    me = x._spec.index[d]
-    last = [s.narrow(d, s.shape[d] - rows[me], rows[me]) for s in scanned]
-    return [comm.window(t, d, rows, windows, name) for t in last]
+    have, windows = _before(dim)
+    return comm.window(total, d, have, windows, comm.group(x._spec.mesh, dim.axes))
+
+
+def _is_cut(x: ShardTensor, d: int) -> bool:
+    return len(x._spec.dims[d].sizes) > 1
 
 
 def _scan(
-    x: ShardTensor,
-    dim: int,
-    dtype: Any,
-    scan: Callable[[Tensor, int], Tensor],
-    combine: Callable[[Tensor, Tensor, int], Tensor],
+    fn: Any, total: Callable[[Tensor, int], Tensor], input: ShardTensor, dim: int, **options: Any
 ) -> ShardTensor:
-    x = reduced(x)
-    d = _index(dim, max(1, x.ndim))
-    local = x._local if dtype is None else x._local.to(dtype)
-    if x.ndim == 0 or len(x._spec.dims[d].sizes) < 2:
-        return wrap(scan(local, d), x._spec)
-    # halves are rounded once, as on one device
-    y = scan(local.to(wide(local.dtype)), d)
-    y = combine(y, _before(x, d, y)[0], d)
-    kept = local.dtype if local.is_floating_point() or local.is_complex() else y.dtype
-    return wrap(y.to(kept), x._spec)
+    x = reduced(input)
+    dims = over(dim, x.ndim)
+    if not dims or not _is_cut(x, dims[0]):
+        return wrap(fn(x._local, dim, **options), x._spec)
+    (d,) = dims
+    # what torch would give, under autocast too
+    out = fn(x._local.new_zeros(1), 0, **options).dtype
+    local = x._local.to(wide(out))
+    # an empty shard computes a total too, and sends none: traced graphs must have the same messages
+    own = total(with_one(local, dims, 1), d).narrow(d, 0, min(1, local.shape[d]))
+    before = _totals(x, d, own)
+    found = fn(torch.cat([before, local], d), d).narrow(d, before.shape[d], local.shape[d])
+    return wrap(found.to(out), x._spec)
 
 
 @rule("cumsum")
 def cumsum(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
-    return _scan(input, dim, dtype, torch.cumsum, lambda y, b, d: y + b.sum(d, keepdim=True))
+    return _scan(torch.cumsum, lambda t, d: t.sum(d, True, dtype=t.dtype), input, dim, dtype=dtype)
 
 
 @rule("cumprod")
 def cumprod(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
-    return _scan(input, dim, dtype, torch.cumprod, lambda y, b, d: y * b.prod(d, keepdim=True))
+    return _scan(
+        torch.cumprod, lambda t, d: t.prod(d, True, dtype=t.dtype), input, dim, dtype=dtype
+    )
 
 
-@rule("logcumsumexp")
-def logcumsumexp(input: ShardTensor, dim: int) -> Tensor:
+@rule("logcumsumexp", "_logcumsumexp")
+def logcumsumexp(input: ShardTensor, dim: int) -> Any:
     if input.is_complex():
-        return fall_back(torch.logcumsumexp, (input, dim), {})
-
-    def combine(y: Tensor, before: Tensor, d: int) -> Tensor:
-        if not before.shape[d]:
-            return y + before.sum(d, keepdim=True)
-        both = torch.stack([y, before.logsumexp(d, keepdim=True).expand_as(y)])
-        return both.logsumexp(0)
-
-    return _scan(input, dim, None, torch.logcumsumexp, combine)
+        # the imaginary part, which is known up to 2 pi, follows the order of the additions
+        x = reduced(input)
+        y = aside(x, over(dim, x.ndim))
+        if y is None:
+            return fall_back(torch.logcumsumexp, (x, dim), {})
+        return to_dims(wrap(torch.logcumsumexp(y._local, dim), y._spec), x._spec.dims)
+    return _scan(torch.logcumsumexp, lambda t, d: t.logsumexp(d, True), input, dim)
 
 
-def _in_place(scan: Callable[..., ShardTensor]) -> Callable[..., ShardTensor]:
-    def run(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
-        check_writable(input, f"{scan.__name__}_")
-        # a copy, which backward may keep
-        held = wrap(input._local.clone(), input._spec)
-        input._local.copy_(scan(held, dim, dtype=dtype)._local)
-        return input
-
-    return run
+@rule("cumsum_")
+def cumsum_(input: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    return assigned(input, "cumsum_", lambda: torch.cumsum(input, dim, dtype=dtype))
 
 
-rule("cumsum_")(_in_place(cumsum))
-rule("cumprod_")(_in_place(cumprod))
-
-
-def _extremes(input: ShardTensor, dim: int, scan: Any, kind: Any, ahead: Any) -> Any:
-    """(values, indices) of a running extreme; the later of equal ones counts, NaN before all."""
-    x = reduced(input)
-    d = _index(dim, max(1, x.ndim))
-    values, indices = scan(x._local, d)
-    if x.ndim == 0 or len(x._spec.dims[d].sizes) < 2:
-        return kind((wrap(values, x._spec), wrap(indices, x._spec)))
-    indices = indices + x._spec.offset[d]
-    tops, places = _before(x, d, values, indices)
-    n = tops.shape[d]
-    if not n:
-        values = values + tops.sum(d, keepdim=True).to(values.dtype)
-    else:
-        best, row = (s.narrow(d, n - 1, 1) for s in scan(tops, d))
-        where = places.gather(d, row)
-        # a NaN is unlike itself
-        own = (values != values) | ((best == best) & ahead(values, best))
-        values = torch.where(own, values, best)
-        indices = torch.where(own, indices, where)
-    return kind((wrap(values, x._spec), wrap(indices, x._spec)))
+@rule("cumprod_")
+def cumprod_(input: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    # the gradient needs the factors, which are overwritten
+    return assigned(input, "cumprod_", lambda: torch.cumprod(input.clone(), dim, dtype=dtype))
 
 
 @rule("cummax")
 def cummax(input: ShardTensor, dim: int) -> Any:
-    return _extremes(input, dim, torch.cummax, Cummax, torch.ge)
+    return torch.return_types.cummax(_extrema(torch.cummax, input, dim))
 
 
 @rule("cummin")
 def cummin(input: ShardTensor, dim: int) -> Any:
-    return _extremes(input, dim, torch.cummin, Cummin, torch.le)
+    return torch.return_types.cummin(_extrema(torch.cummin, input, dim))
+
+
+def _extrema(fn: Any, input: ShardTensor, dim: int) -> tuple[ShardTensor, ShardTensor]:
+    """(values, the global index of the last row that has each)."""
+    x = reduced(input)
+    dims = over(dim, x.ndim)
+    if not dims or not _is_cut(x, dims[0]):
+        values, indices = fn(x._local, dim)
+        return wrap(values, x._spec), wrap(indices, x._spec)
+    (d,) = dims
+    local, start = x._local, x._spec.offset[d]
+    # picked by index, since the stock op's gradient drops that of an empty shard, message and all
+    last = fn(local.detach(), d)[1].narrow(d, max(0, local.shape[d] - 1), min(1, local.shape[d]))
+    before = _totals(x, d, local.gather(d, last))
+    places = _totals(x, d, last + start)
+    n, rows = before.shape[d], torch.cat([before, local], d)
+    at = fn(rows.detach(), d)[1].narrow(d, n, local.shape[d])
+    found = at + (start - n)
+    if n:
+        found = torch.where(at < n, places.gather(d, at.clamp(max=n - 1)), found)
+    return wrap(rows.gather(d, at), x._spec), wrap(found, x._spec)

@@ -1,157 +1,235 @@
-"""Sorting along a sharded dim.
+"""Sorting along a sharded dim, and the largest of it.
 
-Where another dim can be sharded instead, one all-to-all brings each row to one rank and another
-brings it back. A vector is sorted by samples (Shi, Schaeffer: Parallel sorting by regular sampling,
-1992): every rank sorts its part, samples of all parts cut the values into ranges, one uneven
-all-to-all sends each range to a rank. Equal values keep their order, on any number of ranks.
+Where another dim can take the shards, `aside` brings the sorted one together. Else the ranks sort
+in parallel: each its own rows, then the exact places at which to cut every rank's sorted rows so
+that each piece of the result has the size of a shard (`cuts`: a few small all-reduces), one
+all-to-all, and a sort of what came. Ties keep their order in the whole tensor.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.return_types import sort as Sorted
-from torch.return_types import topk as Top
 
 from .. import _torch, comm
-from ..comm import wire
+from ..comm.ops import exchange_parts
 from ..fallback import fall_back
-from ..redistribute import aside, reduced, replicate, to_dims
+from ..redistribute import aside, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .shape import _index
+from .reduce import over
+from .slices import sliced
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {
+    torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}  # fmt: skip
+_INTEGERS = {torch.bool: torch.int8, torch.uint8: torch.int16} | {
+    t: t for t in (torch.int8, torch.int16, torch.int32, torch.int64)
+}
+_DIGIT = 8
+# up to so many elements, one all-gather takes less time than the messages that count
+FEW = 1 << 13
 
 
-def keys(x: Tensor, descending: bool) -> Tensor:
-    """int64 numbers that ascend as torch sorts x: NaN above all, zeros alike."""
-    if x.is_floating_point():
-        # adding zero makes -0.0 a 0.0
-        bits = (x.detach() + 0.0).view(_BITS[x.element_size()])
-        most = torch.iinfo(bits.dtype).max
-        found = torch.where(bits < 0, bits ^ most, bits).to(torch.int64)
-        found = torch.where(x.isnan(), torch.iinfo(torch.int64).max, found)
+def has_keys(dtype: torch.dtype) -> bool:
+    """Whether `keys` takes numbers of this dtype."""
+    return dtype in _BITS or dtype in _INTEGERS
+
+
+def keys(x: Tensor, descending: bool = False) -> Tensor:
+    """Integers in the order that torch sorts x: NaN above all else, both zeros alike."""
+    x = x.detach()
+    if x.dtype in _BITS:
+        # adding zero makes -0.0 positive; negative numbers have their bits in reverse order
+        bits = (x + 0.0).view(_BITS[x.dtype])
+        top = torch.iinfo(bits.dtype).max
+        found = torch.where(x.isnan(), top, torch.where(bits < 0, bits ^ top, bits))
     else:
-        found = x.to(torch.int64)
+        found = x.to(_INTEGERS[x.dtype])
     return ~found if descending else found
 
 
-def _sorted_places(key: Tensor, sizes: tuple[int, ...], group: str) -> Tensor:
-    """Global places of a sharded vector's elements in ascending order, cut in the same sizes."""
-    n, me = len(sizes), comm.rank(group)
-    start = list(accumulate(sizes, initial=0))[me]
-    key, order = torch.sort(key, stable=True)
-    place = order + start
-    # n samples of each part; a pair of key and place is like no other
-    at = torch.linspace(0, max(0, sizes[me] - 1), n).long()
-    mine = torch.stack([key[at], place[at]]) if sizes[me] else key.new_zeros(2, 0)
-    shapes = [(2, n if s else 0) for s in sizes]
-    sample = torch.cat(wire.all_gather(mine, shapes, group), 1)
-    _, by_place = torch.sort(sample[1], stable=True)
-    sample = sample[:, by_place]
-    sample = sample[:, torch.sort(sample[0], stable=True)[1]]
-    picked = [(i * sample.shape[1]) // n for i in range(1, n)]
-    cuts = [0, *(_below(key, place, *sample[:, i].tolist()) for i in picked), sizes[me]]
-    counts = [b - a for a, b in pairwise(cuts)]
-    table = wire.all_gather(torch.tensor(counts, device=key.device), [(n,)] * n, group)
-    arriving = [int(row[me]) for row in table]
-    both = torch.stack([key, place], 1)
-    parts = wire.exchange(
-        [[p] for p in both.split(counts)], [[[c, 2]] for c in arriving], both, group, "sort"
-    )
-    # parts come in the order of ranks, so that equal keys are in the order of their places
-    range_ = torch.cat([p[0] for p in parts])
-    range_ = range_[torch.sort(range_[:, 0], stable=True)[1]]
-    have = [sum(int(row[r]) for row in table) for r in range(n)]
-    windows = list(pairwise(accumulate(sizes, initial=0)))
-    return comm.window(range_[:, 1].contiguous(), 0, have, windows, group)
+def cuts(found: Tensor, first: Tensor, group: str) -> Tensor:
+    """How many of each rank's sorted keys are among the first ones of all ranks'.
+
+    found: (lanes, n) integers, each rank's own, ascending in each lane. first: (lanes, m), how many
+    of all are asked for, the same on all ranks. Gives (ranks, lanes, m), the same on all ranks;
+    equal keys count in the order of the ranks. One all-reduce of 256 counts for every byte of a
+    key, which is found from its highest byte on, and one small all-gather.
+    """
+    bits = torch.iinfo(found.dtype).bits
+    key = torch.zeros_like(first)
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        half = 1 << (_DIGIT - 1) if shift == bits - _DIGIT else 0
+        digits = torch.arange(-half, (1 << _DIGIT) - half, device=found.device)
+        edges = key[..., None] + (digits << shift)  # (lanes, m, 256)
+        below = _position(found, edges.flatten(1), False).view(edges.shape)
+        below = comm.reduce(below, group)
+        at = (below <= first[..., None]).sum(-1, keepdim=True) - 1
+        key = edges.gather(-1, at).squeeze(-1)
+    less, most = _position(found, key, False), _position(found, key, True)
+    every = comm.gather(torch.stack((less, most))[None], 0, [1] * comm.size(group), group)
+    less, ties = every[:, 0], every[:, 1] - every[:, 0]
+    wanted = first - less.sum(0) - (ties.cumsum(0) - ties)
+    return less + torch.minimum(wanted.clamp(min=0), ties)
 
 
-def _below(key: Tensor, place: Tensor, k: int, p: int) -> int:
-    """How many of a part's sorted (key, place) come before (k, p)."""
-    first = int(torch.searchsorted(key, k))
-    last = int(torch.searchsorted(key, k, right=True))
-    return first + int(torch.searchsorted(place[first:last].contiguous(), p))
+def _position(found: Tensor, at: Tensor, right: bool) -> Tensor:
+    return torch.searchsorted(found, at.to(found.dtype), right=right)
 
 
-def _vector(x: ShardTensor, descending: bool) -> tuple[ShardTensor, ShardTensor]:
-    dim = x._spec.dims[0]
-    name = comm.group(x._spec.mesh, dim.axes)
-    place = _sorted_places(keys(x._local, descending), dim.sizes, name)
-    return wrap(comm.take(x._local, place, dim.sizes, name), x._spec), wrap(place, x._spec)
+def cut_at(input: Tensor, dim: int) -> tuple[ShardTensor, int | None]:
+    """(input without addends, the dim if it lies in several shards that hold elements)."""
+    assert isinstance(input, ShardTensor)
+    x = reduced(input)
+    for d in over(dim, x.ndim):
+        if len(x._spec.dims[d].sizes) > 1 and x.numel():
+            return x, d
+    return x, None
 
 
-def ordered(x: ShardTensor, d: int, descending: bool) -> tuple[ShardTensor, ShardTensor] | None:
-    """Sorted values and places along d, sharded as x is; None where that takes a gather."""
-    dim = x._spec.dims[d] if x.ndim else Dim(1)
-    y = x if len(dim.sizes) < 2 else aside(x, [d])
-    if y is not None:
-        if x.ndim == 0:
-            found: Any = torch.sort(y._local)
-        else:
-            found = torch.sort(y._local, stable=True, dim=d, descending=descending)
-        back = [to_dims(wrap(f, y._spec), x._spec.dims) for f in found]
-        return back[0], back[1]
-    if _torch.is_tracing() or x.numel() != dim.size or x.is_complex():
+def beside(x: ShardTensor, d: int) -> ShardTensor | None:
+    """x with the cut dim d whole, where that is the cheapest; None: use `cuts`."""
+    most = max((n.size for i, n in enumerate(x._spec.dims) if i != d and not n.axes), default=1)
+    # a dim of fewer rows than ranks would leave some without work
+    if most >= len(x._spec.dims[d].sizes) or not has_keys(x.dtype) or _torch.is_tracing():
+        return aside(x, [d])
+    if x.numel() > FEW:
         return None
-    flat = Spec(x._spec.mesh, (dim,))
-    vector = wrap(x._local.reshape(-1), flat)
-    values, places = _vector(vector, descending)
-    shape = x._local.shape
-    return wrap(values._local.view(shape), x._spec), wrap(places._local.view(shape), x._spec)
+    return to_dims(x, [Dim(n.size) if i == d else n for i, n in enumerate(x._spec.dims)])
+
+
+def lanes(local: Tensor, d: int) -> Tensor:
+    """(lanes, rows of dim d): the other dims, in order, as one."""
+    moved = local.movedim(d, -1)
+    return moved.reshape(prod(moved.shape[:-1]), moved.shape[-1])
+
+
+# sort --------------------------------------------------------------------------------------------
+
+
+def _order(x: ShardTensor, d: int, descending: bool) -> Tensor:
+    """(lanes, rows): this rank's part of the indices that sort x along d."""
+    dim, me = x._spec.dims[d], x._spec.index[d]
+    group = comm.group(x._spec.mesh, dim.axes)
+    own, places = keys(lanes(x._local, d), descending).sort(stable=True)
+    count, device = own.shape[0], own.device
+    if not count:
+        return places
+    inner = torch.tensor(dim.offsets[1:-1], device=device).expand(count, -1)
+    inside = cuts(own, inner, group)
+    ends = torch.tensor(dim.sizes, device=device)[:, None, None].expand(-1, count, 1)
+    # (from, lane, to): how many rows each rank sends to each other
+    moves = torch.cat([inside, ends], -1).diff(dim=-1, prepend=torch.zeros_like(ends))
+    sent = moves.sum(1).tolist()
+    narrow = own.dtype is not torch.int64 and max(dim.sizes) <= torch.iinfo(torch.int32).max
+    dtype = torch.int32 if narrow else torch.int64
+    both = torch.stack((own.to(dtype), places.to(dtype)))  # (2, lanes, rows)
+    if count > 1:
+        # to one rank after the other, lane by lane
+        at = torch.arange(own.shape[1], device=device).expand(count, -1).contiguous()
+        to = torch.searchsorted(inside[me].contiguous(), at, right=True)
+        both = both[:, None].flatten(2)[..., to.flatten().argsort(stable=True)]
+    parts = both.flatten(1).split(sent[me], 1)
+    got = exchange_parts(parts, [[2, row[me]] for row in sent], both, group, "sort")
+    own = torch.cat([g[0] for g in got])
+    places = torch.cat([g[1].long() + o for g, o in zip(got, dim.offsets[:-1], strict=True)])
+    if count > 1:
+        each = torch.arange(count, device=device).expand(len(got), -1).flatten()
+        order = each.repeat_interleave(moves[..., me].flatten()).argsort(stable=True)
+        own, places = own[order], places[order]
+    # equal keys came in the order of the ranks
+    order = own.view(count, -1).sort(stable=True)[1]
+    return places.view(count, -1).gather(1, order)
+
+
+def _at(x: ShardTensor, d: int, index: Tensor) -> Tensor:
+    """The elements of x at this rank's (lanes, rows) of indices along d."""
+    dim = x._spec.dims[d]
+    n = index.shape[0]
+    flat = (index * n + torch.arange(n, device=index.device)[:, None]).flatten()
+    rows = x._local.movedim(d, 0).reshape(-1)
+    sizes = [n * s for s in dim.sizes]
+    return comm.take(rows, flat, sizes, comm.group(x._spec.mesh, dim.axes))
+
+
+def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | None) -> Any:
+    """(values, indices), or for argsort only the latter, sharded as the input is."""
+    options = {"dim": dim, "descending": descending, "stable": bool(stable)}
+    x, d = cut_at(input, dim)
+    if d is None:
+        return _wrapped(fn(x._local, **options), x._spec)
+    y = beside(x, d)
+    if y is not None:
+        found = _wrapped(fn(y._local, **options), y._spec)
+        return tuple(to_dims(f, x._spec.dims) for f in found)
+    if _torch.is_tracing() or not has_keys(x.dtype):
+        found = fall_back(fn, (x,), options)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+    index = _order(x, d, descending)
+    shape = x._spec.local_shape
+    shape = torch.Size([*shape[:d], *shape[d + 1 :], shape[d]])
+    parts = [index] if fn is torch.argsort else [_at(x, d, index), index]
+    return tuple(wrap(p.view(shape).movedim(-1, d), x._spec) for p in parts)
+
+
+def _wrapped(found: Any, spec: Spec) -> Any:
+    found = (found,) if isinstance(found, Tensor) else found
+    return tuple(wrap(f, spec) for f in found)
 
 
 @rule("sort")
-def sort(input: ShardTensor, *args: Any, **kwargs: Any) -> Any:
-    """sort(input, dim, descending) and sort(input, *, stable, dim, descending)."""
-    dim = kwargs.get("dim", args[0] if args else -1)
-    descending = kwargs.get("descending", args[1] if len(args) > 1 else False)
-    x = reduced(input)
-    found = ordered(x, _index(dim, max(1, x.ndim)), bool(descending))
-    if found is None:
-        return fall_back(torch.sort, (x, dim, descending), {})
-    return Sorted(found)
+def sort(
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool | None = False
+) -> Any:
+    return torch.return_types.sort(_sorted(torch.sort, input, dim, descending, stable))
 
 
 @rule("argsort")
 def argsort(
-    input: ShardTensor, dim: int = -1, descending: bool = False, *, stable: bool = False
-) -> ShardTensor:
-    return sort(input, dim=dim, descending=descending)[1]
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool | None = False
+) -> Tensor:
+    if input.dtype.is_complex:
+        return sort(input, dim, descending, stable)[1]
+    return _sorted(torch.argsort, input.detach(), dim, descending, stable)[0]
 
 
 @rule("msort")
-def msort(input: ShardTensor) -> ShardTensor:
-    return sort(input, dim=0)[0]
+def msort(input: Tensor) -> Tensor:
+    return sort(input, 0)[0]
+
+
+# topk --------------------------------------------------------------------------------------------
 
 
 @rule("topk")
-def topk(
-    input: ShardTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> Any:
-    """Each shard's own k, of which all ranks' are brought together."""
-    x = reduced(input)
-    d = _index(dim, max(1, x.ndim))
-    cut = x._spec.dims[d] if x.ndim else Dim(1)
-    if len(cut.sizes) > 1 and 0 <= k <= cut.size:
-        sizes = tuple(min(k, s) for s in cut.sizes)
-        dims = list(x._spec.dims)
-        dims[d] = Dim(sum(sizes), cut.axes, sizes)
-        spec = x._spec.with_dims(dims)
-        values, indices = x._local.topk(sizes[x._spec.index[d]], d, largest)
-        indices = indices + x._spec.offset[d]
-        own = wrap(values, spec), wrap(indices, spec)
-        moved = [aside(c, [d]) for c in own]
-        few, where = (replicate(c) if m is None else m for c, m in zip(own, moved, strict=True))
-    else:
-        few, where = x, None
-    values, rows = few._local.topk(k, d if x.ndim else 0, largest, sorted)
-    indices = rows if where is None else where._local.gather(d, rows)
-    dims = [Dim(k) if i == d else n for i, n in enumerate(few._spec.dims)]
-    spec = few._spec.with_dims(dims)
-    return Top((wrap(values, spec), wrap(indices, spec)))
+def topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """The best of the best k of each rank, alike on all; for large k a part of the sorted dim."""
+    x, d = cut_at(input, dim)
+    rows = x._spec.dims[d] if d is not None else Dim(0)
+    have = tuple(min(k, n) for n in rows.sizes)
+    if d is not None and not 0 <= k <= rows.size:
+        raise RuntimeError("selected index k out of range")
+    if d is not None and 2 * sum(have) > rows.size:
+        y = beside(x, d)
+        if y is not None:
+            x, d = y, None
+        elif has_keys(x.dtype) and not _torch.is_tracing():
+            values, indices = _sorted(torch.sort, x, d, largest, True)
+            return torch.return_types.topk((sliced(values, d, 0, k), sliced(indices, d, 0, k)))
+    kept = [Dim(k) if i in over(dim, x.ndim) else n for i, n in enumerate(x._spec.dims)]
+    spec = x._spec.with_dims(kept)
+    if d is None:
+        found = torch.topk(x._local, k, dim, largest, sorted)
+        return torch.return_types.topk(_wrapped(found, spec))
+    best, places = torch.topk(x._local, have[x._spec.index[d]], d, largest, sorted)
+    group = comm.group(x._spec.mesh, rows.axes)
+    best = comm.gather(best, d, have, group)
+    places = comm.gather(places + x._spec.offset[d], d, have, group)
+    best, at = torch.topk(best, k, d, largest, sorted)
+    return torch.return_types.topk((wrap(best, spec), wrap(places.gather(d, at), spec)))
