@@ -273,7 +273,8 @@ def normed(draw: Any, x: Tensor, program: Program) -> Any:
         return name, lambda x, args: F.group_norm(x, 1, eps=0.1)
     if x.numel() // x.shape[1] < 2:
         return None
-    return name, lambda x, args: F.batch_norm(x, None, None, training=True, eps=0.1)
+    # contiguous: torch 2.13 on a CPU gives a wrong gradient of a transposed input
+    return name, lambda x, args: F.batch_norm(x.contiguous(), None, None, training=True, eps=0.1)
 
 
 @maker
