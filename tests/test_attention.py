@@ -37,9 +37,9 @@ def test_pieces_are_the_causal_mask():
 
 def test_blocks_travel_only_to_who_needs_them():
     starts, sizes = (0, 4, 8, 12), (4, 4, 4, 4)
-    assert hops(starts, sizes, starts, sizes, False) == (3, 3, 3, 3)
-    assert hops(starts, sizes, starts, sizes, True) == (3, 2, 1, 0)
-    assert hops((0, 4, 4, 8), (4, 0, 4, 4), starts, (4, 4, 0, 8), False) == (3, 3, 0, 3)
+    assert hops(4, starts, sizes, starts, sizes, False) == (3, 3, 3, 3)
+    assert hops(4, starts, sizes, starts, sizes, True) == (3, 2, 1, 0)
+    assert hops(4, (0, 4, 4, 8), (4, 0, 4, 4), starts, (4, 4, 0, 8), False) == (3, 3, 0, 3)
 
 
 def sent(n, causal, places, grad=True):

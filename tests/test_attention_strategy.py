@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import strategy
+from shardtensor.attention.zigzag import chunks
 
 D = torch.float64
 torch.manual_seed(0)
@@ -24,6 +25,69 @@ def attention(kind, **options):
             return F.scaled_dot_product_attention(q, k, v, **options)
 
     return run
+
+
+@pytest.mark.parametrize("cut", [(10,), (5, 5), (9, 1), (4, 0, 6), (3, 3, 2, 2), (1, 8, 0, 1)])
+def test_zigzag(cut):
+    fn = attention("zigzag", is_causal=True, enable_gqa=True)
+    for heads, kv in ((3, 3), (4, 2)):
+        T.hold(fn, operands(heads, kv), [T.shard(2, cut)] * 3, (len(cut),))
+    T.hold(fn, operands(3, 3, out=5), [T.shard(2, cut)] * 3, (len(cut),))
+
+
+def test_zigzag_over_two_axes_and_beside_a_batch():
+    fn = attention("zigzag", is_causal=True)
+    place = T.On([Shard(2), Shard(2)], {2: (3, 4, 0, 3)})
+    T.hold(fn, operands(3, 3), [place] * 3, (2, 2))
+    T.hold(fn, operands(3, 3), [T.On([Shard(0), Shard(2)])] * 3, (2, 2))
+
+
+def test_zigzag_balances():
+    """Every rank multiplies about as many queries with keys, where a plain ring differs by far."""
+    for n in (2, 3, 4):
+        size = 24 * n
+        spans = chunks(size, n)
+        work = [sum(a + i + 1 for a, rows in pair for i in range(rows)) for pair in spans]
+        assert max(work) - min(work) <= size // n
+        assert sorted(x for pair in spans for a, m in pair for x in range(a, a + m)) == list(
+            range(size)
+        )
+
+
+def test_what_zigzag_sends():
+    n, tokens = 4, 8
+    block = 2 * tokens * 3 * D.itemsize  # batch, tokens, width of one head
+    for sent, names in st.simulate(n, zigzag_sent, n):
+        # three quarters of q, k, v go to their chunks and of the result back, then keys go round
+        there, ring, back = sent["window"][0], sent["ring"], sent["window"][1]
+        assert there <= 3 * 3 * block and back <= 3 * block
+        assert ring == [2 * 3 * block] * (n - 1)
+        assert names == {"window", "ring"}
+
+
+def zigzag_sent(n):
+    x = [
+        st.distribute_tensor(t, T.make_mesh((n,)), [Shard(2)]) for t in operands(3, 3, tokens=8 * n)
+    ]
+    with st.trace() as t:
+        attention("zigzag", is_causal=True)(*x)
+    names = {s.collective for s in t.sent}
+    return {c: [s.bytes for s in t.sent if s.collective == c] for c in names}, names
+
+
+def test_zigzag_refuses():
+    mask = torch.ones(10, 10, dtype=torch.bool)
+    with pytest.raises(st.RankError, match="zigzag"):
+        T.hold(
+            attention("zigzag", is_causal=True, dropout_p=0.5), operands(3, 3),
+            [T.shard(2)] * 3, (2,),
+        )  # fmt: skip
+    with pytest.raises(st.RankError, match="zigzag"):
+        T.hold(
+            attention("zigzag", is_causal=True), operands(3, 3),
+            [T.shard(2, (9, 1)), T.shard(2, (5, 5)), T.shard(2, (5, 5))], (2,),
+        )  # fmt: skip
+    T.hold(attention("zigzag", attn_mask=mask), operands(3, 3), [T.shard(2)] * 3, (2,))
 
 
 @pytest.mark.parametrize("causal", [False, True])

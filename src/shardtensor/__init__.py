@@ -1,9 +1,9 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
 # imported for what they register
+from . import attention, checkpoint, random, spectral, sphere, testing
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
-from . import random, testing
 from . import rules as _rules  # noqa: F401
 from .compile import compile
 from .construct import distribute_tensor
@@ -24,6 +24,8 @@ __all__ = [
     "ShardTensor",
     "Spec",
     "UnsupportedOpError",
+    "attention",
+    "checkpoint",
     "compile",
     "distribute_tensor",
     "fallback",
@@ -31,6 +33,8 @@ __all__ = [
     "random",
     "rule",
     "simulate",
+    "spectral",
+    "sphere",
     "testing",
     "trace",
 ]

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from ..cache import cached
 
+# (start, size) of tokens
+Spans = tuple[tuple[int, int], ...]
+
 
 class Piece(NamedTuple):
     """Rows of queries that meet columns of keys: all with all, or below a square's diagonal."""
@@ -41,6 +44,7 @@ def pieces(rows: int, keys: int, shift: int | None) -> tuple[Piece, ...]:
 
 @cached
 def hops(
+    n: int,
     q_starts: tuple[int, ...],
     q_sizes: tuple[int, ...],
     k_starts: tuple[int, ...],
@@ -49,16 +53,27 @@ def hops(
 ) -> tuple[int, ...]:
     """How many ranks on around the ring each block of keys must travel, to the last that needs it.
 
-    After t hops block j is on rank (j + t) % n.
+    After t hops block j is on rank (j + t) % n. A rank's tokens are one span or several, as many
+    for each of the n ranks, listed rank by rank.
     """
-    n = len(k_sizes)
+    queries = per_rank(n, q_starts, q_sizes)
     found = []
-    for j in range(n):
+    for j, block in enumerate(per_rank(n, k_starts, k_sizes)):
         furthest = 0
         for t in range(1, n):
-            r = (j + t) % n
-            shift = q_starts[r] - k_starts[j] if causal else None
-            if pieces(q_sizes[r], k_sizes[j], shift):
+            if any(
+                pieces(rows, keys, first - start if causal else None)
+                for first, rows in queries[(j + t) % n]
+                for start, keys in block
+            ):
                 furthest = t
         found.append(furthest)
     return tuple(found)
+
+
+@cached
+def per_rank(n: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Spans, ...]:
+    """The spans (start, size) of each of n ranks."""
+    each = len(starts) // n
+    spans = tuple(zip(starts, sizes, strict=True))
+    return tuple(spans[i : i + each] for i in range(0, len(spans), each))

@@ -1,9 +1,9 @@
 """Ring attention as a dispatcher op: keys and values travel, queries stay (arXiv 2310.01889).
 
 Rank r of `group` holds the queries [q_starts[r], + q_sizes[r]) and, before the first step, the keys
-[k_starts[r], + k_sizes[r]) of the ring. At each step every rank attends to the block that it has
-while the next one arrives. Ranks of `merged` hold other keys for the same queries: their results
-are merged at the end by two all-reduces.
+[k_starts[r], + k_sizes[r]) of the ring; or several such spans, as many on each rank. At each step
+every rank attends to the block that it has while the next one arrives. Ranks of `merged` hold other
+keys for the same queries: their results are merged at the end by two all-reduces.
 
 Backward recomputes the scores block by block from the merged log-sum-exp. Gradients of a block of
 keys travel along with it, and from the last rank that needs it straight home. Memory is that of
@@ -23,7 +23,9 @@ from torch import Tensor
 from ..comm import groups, wire
 from ..comm.ops import define
 from .blocks import Merge, Rule, backward, forward, wide
-from .plan import hops, pieces
+from .plan import Spans, hops, per_rank, pieces
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,37 +53,61 @@ class _Ring:
         return groups.rank(self.group)
 
     @property
+    def n(self) -> int:
+        return groups.size(self.group)
+
+    @property
     def hops(self) -> tuple[int, ...]:
-        return hops(self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
+        return hops(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
+
+    def keys(self, block: int) -> int:
+        """How many keys a block has."""
+        return sum(size for _, size in self._blocks[block])
+
+    @property
+    def _blocks(self) -> tuple[Spans, ...]:
+        return per_rank(self.n, self.k_starts, self.k_sizes)
 
     def held(self, rank: int, step: int) -> int:
         """The block that a rank may hold after `step` hops."""
-        return (rank - step) % len(self.k_sizes)
+        return (rank - step) % self.n
 
-    def seen(self, q: Tensor, block: int) -> list[tuple[tuple[int, int], tuple[int, int], Rule]]:
-        """Rows, keys and rule of each piece of a block that this rank computes."""
-        shift = self.q_starts[self.me] - self.k_starts[block] if self.causal else None
+    def seen(self, q: Tensor, block: int) -> list[tuple[Span, Span, Rule]]:
+        """Local rows, local keys and rule of each piece of a block that this rank computes."""
         # ranks may have no queries for other reasons than tokens: an empty shard of the batch
-        found = pieces(q.shape[2], self.k_sizes[block], shift) if q.numel() else ()
-        return [
-            (p.rows, p.keys, Rule(self.scale, p.triangle, self.drop, self._seed(block, n)))
-            for n, p in enumerate(found)
-        ]
+        if not q.numel():
+            return []
+        found: list[tuple[Span, Span, Rule]] = []
+        row = 0
+        for first, rows in per_rank(self.n, self.q_starts, self.q_sizes)[self.me]:
+            key = 0
+            for start, keys in self._blocks[block]:
+                for p in pieces(rows, keys, first - start if self.causal else None):
+                    rule = Rule(self.scale, p.triangle, self.drop, self._seed(block, len(found)))
+                    found.append((_moved(p.rows, row), _moved(p.keys, key), rule))
+                key += keys
+            row += rows
+        return found
 
     def _seed(self, block: int, piece: int) -> int:
-        return (self.seed + 3 * block + piece) % 2**63
+        most = 3 * (len(self.k_starts) // self.n) * (len(self.q_starts) // self.n)
+        return (self.seed + most * block + piece) % 2**63
 
-    def mask(self, mask: Tensor | None, block: int, rows: Any, keys: Any) -> Tensor | None:
-        """The part of the mask that a piece meets."""
+    def mask(self, mask: Tensor | None, block: int, rows: Span, keys: Span) -> Tensor | None:
+        """The part of the mask that a piece meets; tokens are one span then."""
         if mask is None:
             return None
         if mask.shape[-1] > 1:
-            first = self.k_starts[block] - self.mask_start
+            first = self._blocks[block][0][0] - self.mask_start
             mask = mask[..., first + keys[0] : first + keys[1]]
         return mask if mask.shape[-2] == 1 else mask[..., rows[0] : rows[1], :]
 
 
-def _cut(x: Tensor, rows: tuple[int, int]) -> Tensor:
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
+
+
+def _cut(x: Tensor, rows: Span) -> Tensor:
     return x[:, :, rows[0] : rows[1]]
 
 
@@ -94,7 +120,7 @@ def _post(
     ring: _Ring, to: int | None, parts: list[Tensor], arrivals: dict[int, list[list[int]]]
 ) -> Callable[[], dict[int, list[Tensor]]]:
     """Send parts to one rank; calling what it returns gives the tensors that came, by sender."""
-    n = len(ring.k_sizes)
+    n = ring.n
     sends = [parts if r == to else [] for r in range(n)]
     shapes = [arrivals.get(r, []) for r in range(n)]
     wait = wire.start_exchange(sends, shapes, parts[0], ring.group, "ring")
@@ -103,11 +129,11 @@ def _post(
 
 def _pass_keys(ring: _Ring, step: int, held: list[Tensor]) -> Callable[[], list[Tensor]]:
     """Start the hop after `step` of the blocks that have to travel on."""
-    n, me = len(ring.k_sizes), ring.me
+    n, me = ring.n, ring.me
     coming = ring.held(me, step + 1)
     arrivals = {}
     if step < ring.hops[coming]:
-        arrivals[(me - 1) % n] = [_like(x, ring.k_sizes[coming]) for x in held]
+        arrivals[(me - 1) % n] = [_like(x, ring.keys(coming)) for x in held]
     to = (me + 1) % n if step < ring.hops[ring.held(me, step)] else None
     wait = _post(ring, to, held, arrivals)
     return lambda: wait()[(me - 1) % n] or [x.new_empty(_like(x, 0)) for x in held]
@@ -117,14 +143,14 @@ def _pass_grads(
     ring: _Ring, step: int, grads: list[Tensor]
 ) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
     """Start the hop after `step` of the gradients: (those of the next block, those come home)."""
-    n, me, far = len(ring.k_sizes), ring.me, ring.hops
+    n, me, far = ring.n, ring.me, ring.hops
     block, coming = ring.held(me, step), ring.held(me, step + 1)
     before, last = (me - 1) % n, (me + step) % n
     arrivals = {}
     if step < far[coming]:
-        arrivals[before] = [_like(x, ring.k_sizes[coming]) for x in grads]
+        arrivals[before] = [_like(x, ring.keys(coming)) for x in grads]
     if step and step == far[me]:
-        arrivals[last] = [_like(x, ring.k_sizes[me]) for x in grads]
+        arrivals[last] = [_like(x, ring.keys(me)) for x in grads]
     to = None
     if step < far[block]:
         to = (me + 1) % n
@@ -291,8 +317,8 @@ def attend(
     v: Tensor,
     mask: Tensor | None,
     *,
-    q_spans: Sequence[tuple[int, int]],
-    k_spans: Sequence[tuple[int, int]],
+    q_spans: Sequence[Span],
+    k_spans: Sequence[Span],
     mask_start: int = 0,
     causal: bool,
     scale: float,
@@ -305,8 +331,9 @@ def attend(
 
     q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
     from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of each
-    ring rank's queries and keys. Over `merged` ranks hold other keys for the same queries; the
-    result is then the same on all of them. Sends each block once to each rank that needs it.
+    ring rank's queries and keys, one or several for each rank, listed rank by rank. Over `merged`
+    ranks hold other keys for the same queries; the result is then the same on all of them. Sends
+    each block once to each rank that needs it.
     """
     q_starts, q_sizes = zip(*q_spans, strict=True)
     k_starts, k_sizes = zip(*k_spans, strict=True)

@@ -1,12 +1,15 @@
-"""Ring or all-to-all: how attention over sharded queries and keys is parallelised.
+"""Ring, zigzag or all-to-all: how attention over sharded queries and keys is parallelised.
 
 Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes), forward sends
 - ring: (n - 1) (K + V) in n - 1 messages, hidden behind the computation; under a causal mask the
   ranks with late queries work longest;
+- zigzag, under a causal mask: the ring on chunks dealt so that all ranks work alike; at most
+  Q + K + V + O more in 2 (n - 1) messages;
 - all-to-all (Jacobs et al.: DeepSpeed Ulysses, 2023): (n - 1) / n (Q + K + V + O) in 2 (n - 1)
   messages; each rank then has all tokens of some heads, so a causal mask loads all alike.
 "auto" takes the all-to-all where heads can be dealt to ranks and it sends less, or as much under a
-causal mask. Memory is that of one rank's share either way.
+causal mask; else, under a causal mask, the zigzag where a rank has at least `BALANCE` tokens, so
+that a block's products take longer than its way. Memory is that of one rank's share in every case.
 """
 
 from __future__ import annotations
@@ -16,14 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _state = threading.local()
-KINDS = ("auto", "ring", "all_to_all")
+KINDS = ("auto", "ring", "zigzag", "all_to_all")
+# measured by benchmarks/attention.py on gloo, where messages are dear
+BALANCE = 2048
 
 
 @contextmanager
 def strategy(kind: str) -> Iterator[None]:
-    """Force "ring" or "all_to_all" for attention inside; "auto" chooses by cost.
+    """Force "ring", "zigzag" or "all_to_all" for attention inside; "auto" chooses by cost.
 
-    "all_to_all" raises UnsupportedOpError where heads cannot be dealt to the ranks.
+    "all_to_all" raises UnsupportedOpError where heads cannot be dealt to the ranks, "zigzag" where
+    queries and keys are not sharded alike. Without a causal mask "zigzag" is "ring".
     """
     if kind not in KINDS:
         raise ValueError(f"attention strategy {kind!r}; one of {KINDS}")
@@ -46,3 +52,8 @@ def all_to_all_pays(
     """Whether the all-to-all sends less than a ring of n ranks; arguments in elements of a rank."""
     swapped = (queries + keys + values + output) / n
     return swapped < keys + values or (causal and swapped == keys + values)
+
+
+def balance_pays(tokens: int) -> bool:
+    """Whether a ring of ranks with so many tokens each gains by the zigzag order."""
+    return tokens >= BALANCE

@@ -104,8 +104,9 @@ def window(
     """The global rows [start, stop) of windows[rank], from shards of `sizes` along dim.
 
     Ranges may overlap, reach over several ranks or be empty. Rows outside the global range are
-    periodic images with `wrap`, else `fill`. Sends only what others need; no message where no rank
-    needs another's rows.
+    periodic images with `wrap`, else `fill`. windows may also list several ranges for each rank,
+    as many for all, rank by rank: a rank gets its own, one after the other. Sends only what others
+    need; no message where no rank needs another's rows.
     """
     starts, stops = [a for a, _ in windows], [b for _, b in windows]
     if exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, rank(group)).identity:

@@ -175,7 +175,7 @@ def _window(
             for r in range(len(sizes))
         ]
         received = wire.exchange(sends, shapes, x, group, "window")
-    out = _empty(x, _resized(x.shape, dim, stops[me] - starts[me]))
+    out = _empty(x, _resized(x.shape, dim, plan.rows))
     row = 0
     for source, start, length in plan.pieces:
         here = out.narrow(dim, row, length)
@@ -192,8 +192,8 @@ def _window(
 def _window_fake(
     x: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, fill: float, group: str
 ) -> Tensor:
-    me = groups.rank(group)
-    return _empty(x, _resized(x.shape, dim, stops[me] - starts[me]))
+    plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, groups.rank(group))
+    return _empty(x, _resized(x.shape, dim, plan.rows))
 
 
 def _window_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:

@@ -13,16 +13,22 @@
 
 from __future__ import annotations
 
-from itertools import product
-from math import lcm, prod
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
-from ..attention import all_to_all_pays, attend, chosen, strategy
+from ..attention import (
+    all_to_all_pays,
+    attend,
+    attend_balanced,
+    balance_pays,
+    chosen,
+    strategy,
+)
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..random import generator_for
@@ -30,22 +36,7 @@ from ..redistribute import fit, like, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-
-Known = Spec | torch.Size
-Dims = tuple[Dim, ...]
-NAME = "scaled_dot_product_attention"
-
-
-class Plan(NamedTuple):
-    """Where operands are wanted, and between which ranks keys travel or results are merged."""
-
-    spec: Spec  # of the result
-    wanted: tuple[Dims, Dims, Dims, Dims | None]
-    keys: Dim
-    varying: tuple[int, ...]
-    ring: tuple[int, ...]
-    merged: tuple[int, ...]
-    shifted: bool  # this rank's queries need not be the first
+from .attention_plan import NAME, Dims, Known, Plan, cut_alike, dims_of, plan, spans
 
 
 @rule(NAME)
@@ -82,6 +73,12 @@ def scaled_dot_product_attention(
         return wrap(out, p.spec)
     lead = p.spec.local_shape[:-2]
     q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
+    if is_causal and _zigzags(p, mask is None and not dropout_p):
+        sizes = p.keys.sizes
+        out = attend_balanced(q, k, v, sizes=sizes, scale=scale, group=ring, alone=merged)
+        return wrap(out.reshape(p.spec.local_shape), p.spec)
     q_spans, k_spans = spans(p)
     out = attend(
         q,
@@ -92,13 +89,35 @@ def scaled_dot_product_attention(
         k_spans=k_spans,
         mask_start=0 if p.ring or not p.merged else k_spans[0][0],
         causal=is_causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         drop=dropout_p,
         seed=_seed(p, q.device) if dropout_p else 0,
-        group=comm.group(p.spec.mesh, p.ring),
-        merged=comm.group(p.spec.mesh, p.merged),
+        group=ring,
+        merged=merged,
     )
     return wrap(out.reshape(p.spec.local_shape), p.spec)
+
+
+def _zigzags(p: Plan, plain: bool) -> bool:
+    """Whether the tokens of a causal ring are dealt out anew, for equal work."""
+    kind = chosen()
+    if kind == "ring" or not p.ring:
+        return False
+    # sizes of 1 among the mesh axes change nothing
+    alike = p.spec.dims[-2] == p.keys and len(p.keys.sizes) == prod(
+        p.spec.mesh.size(a) for a in p.ring
+    )
+    if kind == "zigzag" and not (alike and plain and not p.merged):
+        raise UnsupportedOpError(
+            f"{NAME}: strategy('zigzag') with a mask, with dropout or for queries and keys that "
+            "are not sharded alike; leave the choice to 'auto'"
+        )
+    return (
+        alike
+        and plain
+        and not p.merged
+        and (kind == "zigzag" or balance_pays(p.keys.size // len(p.keys.sizes)))
+    )
 
 
 # all-to-all --------------------------------------------------------------------------------------
@@ -109,22 +128,22 @@ def _deal(
 ) -> int | None:
     """The mesh axis whose ranks exchange tokens for heads; None where keys travel instead."""
     kind = chosen()
-    if kind == "ring" or not p.ring:
+    if kind in ("ring", "zigzag") or not p.ring:
         return None
     axis = _innermost(p, *known)
     if axis is None or not unmasked or drop:
         if kind == "all_to_all":
             raise UnsupportedOpError(
                 f"{NAME}: strategy('all_to_all') with a mask, with dropout, or for heads of "
-                f"{[tuple(d.size for d in _dims(x)) for x in known]}, which cannot be dealt "
+                f"{[tuple(d.size for d in dims_of(x)) for x in known]}, which cannot be dealt "
                 f"to the ranks along mesh axes {p.ring}; leave the choice to 'auto'"
             )
         return None
     if kind == "all_to_all":
         return axis
     n = p.spec.mesh.size(axis)
-    queries, keys, values = [prod(d.size for d in _dims(x)) for x in known]
-    output = queries // max(1, _dims(known[0])[-1].size) * _dims(known[2])[-1].size
+    queries, keys, values = [prod(d.size for d in dims_of(x)) for x in known]
+    output = queries // max(1, dims_of(known[0])[-1].size) * dims_of(known[2])[-1].size
     return axis if all_to_all_pays(n, queries, keys, values, output, causal) else None
 
 
@@ -132,13 +151,13 @@ def _deal(
 def _innermost(p: Plan, q: Known, k: Known, v: Known) -> int | None:
     """The last mesh axis of queries and keys, if its ranks can share the heads out among them."""
     queries, heads = p.spec.dims[-2], p.spec.dims[-3] if len(p.spec.dims) > 2 else None
-    if heads is None or heads.axes or min(len(_dims(x)) for x in (q, k, v)) < 3:
+    if heads is None or heads.axes or min(len(dims_of(x)) for x in (q, k, v)) < 3:
         return None
     axis = queries.axes[-1]
     if axis != p.keys.axes[-1:][0] or axis not in p.ring:
         return None
     n = p.spec.mesh.size(axis)
-    every = [_dims(x)[-3].size for x in (q, k, v)]
+    every = [dims_of(x)[-3].size for x in (q, k, v)]
     alike = len(set(every)) == 1 and every[0] >= n
     return axis if alike or all(h % n == 0 for h in every) else None
 
@@ -150,10 +169,10 @@ def _by_heads(
     mesh, n = p.spec.mesh, p.spec.mesh.size(axis)
 
     def dims(x: Tensor, tokens: Dim) -> Dims:
-        own = _dims(_known(x))
+        own = dims_of(_known(x))
         outer = Dim(tokens.size, tokens.axes[:-1], _merged_sizes(tokens, n))
         heads = Dim(own[-3].size, (axis,), tuple(nested_chunk_sizes(own[-3].size, [n])))
-        lead = _cut_alike(own[:-3], p.spec.dims[:-3])
+        lead = cut_alike(own[:-3], p.spec.dims[:-3])
         return (*lead, heads, outer if outer.axes else Dim(tokens.size), Dim(own[-1].size))
 
     tokens = (p.spec.dims[-2], p.keys, p.keys)
@@ -166,7 +185,8 @@ def _by_heads(
         moved = to_dims(together, [Dim(3), *wanted[0]]).unbind(0)
     else:
         moved = tuple(like(x, Spec(mesh, w)) for x, w in zip(operands, wanted, strict=True))
-    with strategy("ring"):
+    # heads now have the axis; tokens may have others still
+    with strategy("auto"):
         out = scaled_dot_product_attention(*moved, **options)  # type: ignore[arg-type]
     return to_dims(out, p.spec.dims)
 
@@ -222,7 +242,7 @@ def _autocast(x: Tensor) -> Tensor:
 @cached
 def _heads_fit(q: Known, k: Known, v: Known) -> bool:
     """Whether every shard of the heads holds whole groups of query heads that share a key head."""
-    heads = [_dims(x)[-3] for x in (q, k, v)]
+    heads = [dims_of(x)[-3] for x in (q, k, v)]
     if heads[1].size != heads[2].size or heads[0].size % max(1, heads[1].size):
         return False
     times = heads[0].size // max(1, heads[1].size)
@@ -254,111 +274,6 @@ def _mask_apart(mask: Tensor, lead: torch.Size) -> Tensor:
     if mask.shape[:-3].numel() > 1:
         mask = mask.expand(*lead[:-1], *mask.shape[-3:])
     return mask.flatten(0, -4)
-
-
-# the plan ----------------------------------------------------------------------------------------
-
-
-def _dims(x: Known) -> Dims:
-    return x.dims if isinstance(x, Spec) else tuple(Dim(n) for n in x)
-
-
-@cached
-def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Plan:
-    """Batch and heads keep their mesh axes; queries and keys get theirs of what is left."""
-    known = [x for x in (q, k, v, mask) if x is not None]
-    meshes = {x.mesh for x in known if isinstance(x, Spec)}
-    if len(meshes) > 1:
-        raise UnsupportedOpError(f"{NAME} of tensors on different meshes: {known}")
-    (mesh,) = meshes
-    operands = [_dims(x) for x in known]
-    used: set[int] = set()
-    lead = max(len(dims) for dims in operands) - 2
-    batch = [
-        _batch_dim(operands, i - lead - 2, grouped and i == lead - 1, used) for i in range(lead)
-    ]
-    queries = _tokens(operands[0][-2], operands[3:], used)
-    keys = _tokens(operands[1][-2], [operands[2]], used)
-    apart = [a for a in keys.axes if mesh.size(a) > 1]
-    ring = tuple(a for a in apart if a in queries.axes)
-    merged = tuple(a for a in apart if a not in ring)
-    tokens = [queries, keys, keys]
-    wanted: list[Dims | None] = []
-    for own, at in zip(operands[:3], tokens, strict=True):
-        first = _cut_alike(own[:-2], batch)
-        wanted.append((*first, at, Dim(own[-1].size)))
-    if mask is None:
-        wanted.append(None)
-    else:
-        own = operands[3]
-        shape = [d.size for d in (*batch, queries, keys)]
-        if any(d.size not in (1, n) for d, n in zip(own[::-1], shape[::-1], strict=False)):
-            raise RuntimeError(f"{NAME}: a mask of {[d.size for d in own]} for scores of {shape}")
-        last = keys if merged and not ring else Dim(keys.size)
-        wanted.append((*_cut_alike(own[:-2], batch), *_cut_alike(own[-2:], [queries, last])))
-    return Plan(
-        Spec(mesh, (*batch, queries, Dim(operands[2][-1].size))),
-        tuple(wanted),  # type: ignore[arg-type]
-        keys,
-        tuple(sorted(used.union(queries.axes, keys.axes))),
-        ring,
-        merged,
-        any(mesh.size(a) > 1 for a in queries.axes),
-    )
-
-
-def _batch_dim(operands: list[Dims], at: int, heads: bool, used: set[int]) -> Dim:
-    """A leading dim of the result; takes the mesh axes of the first operand that shards it."""
-    own = [dims[at] for dims in operands if len(dims) >= -at]
-    size = 0 if any(d.size == 0 for d in own) else max(d.size for d in own)
-    if any(d.size not in (1, size) and (not heads or size % d.size) for d in own):
-        raise RuntimeError(f"{NAME}: leading dims {[d.size for d in own]} do not broadcast")
-    # sizes of heads must suit every operand: whole groups that share a key head
-    times = lcm(*(size // d.size for d in own if d.size > 1))
-    for d in own:
-        here = tuple(s * (size // d.size) for s in d.sizes) if d.size > 1 else d.sizes
-        fits = d.size == size or (heads and d.size > 1)
-        if d.axes and fits and used.isdisjoint(d.axes) and all(s % times == 0 for s in here):
-            used.update(d.axes)
-            return Dim(size, d.axes, here)
-    return Dim(size)
-
-
-def _cut_alike(own: Dims, wanted: list[Dim] | Dims) -> Dims:
-    """An operand's dims cut as those of the result: fewer heads in proportion, size 1 whole."""
-    found = []
-    for d, w in zip(own, wanted[len(wanted) - len(own) :], strict=True):
-        if d.size == w.size:
-            found.append(w)
-        elif d.size == 1:
-            found.append(Dim(1))
-        else:
-            found.append(Dim(d.size, w.axes, tuple(s * d.size // w.size for s in w.sizes)))
-    return tuple(found)
-
-
-def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
-    """Queries or keys, sharded as the first operand that shards them by free axes."""
-    for d in (own, *(dims[-2] for dims in others)):
-        if d.axes and d.size == own.size and used.isdisjoint(d.axes):
-            return d
-    return Dim(own.size)
-
-
-@cached
-def spans(p: Plan) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """(start, size) of the queries and of the keys of every rank of this rank's ring."""
-    mesh = p.spec.mesh
-    both = Spec(mesh, (p.spec.dims[-2],)), Spec(mesh, (p.keys,))
-    place = list(p.spec.coordinate)
-    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for ring in product(*(range(mesh.size(a)) for a in p.ring)):
-        for axis, i in zip(p.ring, ring, strict=True):
-            place[axis] = i
-        for spec, into in zip(both, found, strict=True):
-            (dim,), (i,) = spec.dims, spec.index_at(place)
-            into.append((dim.offsets[i], dim.sizes[i]) if dim.axes else (0, dim.size))
-    return tuple(found[0]), tuple(found[1])
 
 
 def _seed(p: Plan, device: torch.device) -> int:
