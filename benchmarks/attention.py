@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--csv FILE]
 
-Forward and backward on N gloo processes, taken in turns; the median of the slowest rank's times, and
-each over the plain ring's. The last column is the strategy that "auto" takes.
+Forward and backward on N gloo processes, taken in turns; the median of the slowest rank's times,
+and each over the plain ring's. The last column is the strategy that "auto" takes.
 """
 
 import argparse
