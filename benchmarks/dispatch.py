@@ -3,12 +3,16 @@
     OMP_NUM_THREADS=1 python benchmarks/dispatch.py [--csv FILE]
 
 Microseconds per call, the least of several repetitions, for plain tensors, ShardTensor and torch's
-DTensor side by side; the last row is forward and backward of a chain of products, per product.
+DTensor side by side. "products, both ways" is forward and backward of a chain of products, per
+product; "MLP, both ways" that of two blocks of linear, gelu, linear. Rows that begin with "new shape"
+are the median of first calls, each on a shape not seen before.
 """
 
 import argparse
 import csv
 import platform
+import statistics
+import time
 import timeit
 from pathlib import Path
 
@@ -33,6 +37,38 @@ def chain(x):
     for _ in range(CHAIN):
         y = y * x
     return y
+
+
+def mlp(x, layers):
+    leaves = [w.detach().requires_grad_() for layer in layers for w in layer]
+    for first, second in zip(leaves[::2], leaves[1::2], strict=True):
+        x = x + F.linear(F.gelu(F.linear(x, first)), second)
+    x.sum().backward()
+
+
+def first_calls(mesh, shapes=80):
+    """Name -> median microseconds of [plain, ShardTensor, DTensor] calls on new shapes."""
+    weight = torch.randn(8, 8)
+    ops = {
+        "x + y": lambda x, w: x + x,
+        "linear": lambda x, w: F.linear(x, w),
+        "view": lambda x, w: x.view(-1, 2, 4),
+        "sum": lambda x, w: x.sum(0),
+    }
+    found = {}
+    for name, fn in ops.items():
+        times = [[], [], []]
+        for n in range(shapes):
+            x = torch.randn(100 + n, 8)
+            dtensor = distribute_tensor(x, mesh, [Shard(0)])
+            ours = st.distribute_tensor(x, mesh, [Shard(0)])
+            replicated = distribute_tensor(weight, mesh, [Replicate()])
+            for i, (y, w) in enumerate(((x, weight), (ours, weight), (dtensor, replicated))):
+                begin = time.perf_counter()
+                fn(y, w)
+                times[i].append(1e6 * (time.perf_counter() - begin))
+        found[f"new shape: {name}"] = [statistics.median(t) for t in times]
+    return found
 
 
 def cases(mesh):
@@ -65,6 +101,12 @@ def cases(mesh):
         lambda x=x, k=k: F.conv2d(x, k, padding=1)
         for x, k in zip(every(image, 2), replicated(kernel), strict=True)
     ]
+    layers = [[replicated(torch.randn(*s)) for s in ((16, 8), (8, 16))] for _ in range(2)]
+    inputs = every(plain, 0)
+    found["MLP, both ways"] = [
+        lambda i=i, x=x: mlp(x, [[pair[i] for pair in layer] for layer in layers])
+        for i, x in enumerate(inputs)
+    ]
     leaves = [x.detach().requires_grad_() for x in every(plain, 0)]
     ones = every(torch.ones(4, 8), 0)
     found["products, both ways"] = [
@@ -86,10 +128,12 @@ def main():
         f"{'':20} {'plain':>8} {'ShardTensor':>12} {'DTensor':>9} {'over plain':>11} {'ratio':>6}"
     )
     rows = []
+    found = {}
     for name, calls in cases(mesh).items():
-        n = 200 if "products" in name else 2000
+        n = 200 if "both ways" in name else 2000
         per = CHAIN if "products" in name else 1
-        plain, ours, dtensor = (microseconds(c, n) / per for c in calls)
+        found[name] = [microseconds(c, n) / per for c in calls]
+    for name, (plain, ours, dtensor) in (found | first_calls(mesh)).items():
         over = ours - plain
         ratio = over / max(dtensor - plain, 1e-9)
         print(f"{name:20} {plain:8.2f} {ours:12.2f} {dtensor:9.2f} {over:11.2f} {ratio:6.2f}")

@@ -228,7 +228,7 @@ def fit(
     Raises UnsupportedOpError, before anything is sent, for operands on different meshes.
     """
     for x, _ in operands:
-        if isinstance(x, ShardTensor) and x._spec.mesh != mesh:
+        if isinstance(x, ShardTensor) and x._spec.mesh is not mesh and x._spec.mesh != mesh:
             raise UnsupportedOpError(
                 f"tensors on different meshes: {x._spec.mesh} and {mesh}; distribute both on one"
             )
@@ -239,7 +239,9 @@ def fit(
             found.append(None)
             continue
         own = () if dims is None else tuple(a for d in dims for a in d.axes)
-        if isinstance(x, ShardTensor) or own:
+        if isinstance(x, ShardTensor) and dims == x._spec.dims and not x._spec.partial:
+            local = x._local
+        elif isinstance(x, ShardTensor) or own:
             wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
             local = like(x, Spec(mesh, wanted))._local
         else:

@@ -282,7 +282,22 @@ class ShardTensor(torch.Tensor):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+        from .redistribute import like
+
+        if gradient is None:
+            if self.numel() != 1:
+                raise RuntimeError("grad can be implicitly created only for scalar outputs")
+            local = torch.ones_like(self._local)
+        else:
+            local = like(gradient, self._spec.cotangent)._local
+        given = (inputs,) if isinstance(inputs, Tensor) else inputs
+        wrt = (
+            None
+            if given is None
+            else [x._local if isinstance(x, ShardTensor) else x for x in given]
+        )
+        # local tensors all: nothing is dispatched again
+        torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
 
     # values ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..redistribute import reduced
 from ..registry import rule
@@ -38,12 +39,22 @@ def over(dim: Dims, ndim: int) -> tuple[int, ...]:
 
 def without(spec: Spec, dims: Sequence[int], keepdim: bool) -> Spec:
     """The spec after a reduction over dims, which leaves its result alike along their mesh axes."""
+    return _without(spec, tuple(dims), keepdim)
+
+
+@cached
+def _without(spec: Spec, dims: tuple[int, ...], keepdim: bool) -> Spec:
     kept = [Dim(1) if i in dims else d for i, d in enumerate(spec.dims) if keepdim or i not in dims]
     return spec.with_dims(kept)
 
 
 def axes_of(spec: Spec, dims: Sequence[int]) -> tuple[int, ...]:
     """The mesh axes that cut any of the dims into several shards, ascending."""
+    return _axes_of(spec, tuple(dims))
+
+
+@cached
+def _axes_of(spec: Spec, dims: tuple[int, ...]) -> tuple[int, ...]:
     found = [spec.dims[d] for d in dims]
     return tuple(sorted(a for d in found if len(d.sizes) > 1 for a in d.axes))
 
