@@ -260,8 +260,8 @@ def test_spherical_harmonics(pairs):
     x = torch.randn(2, 3, 6, 12, dtype=D)
     for d in (2, 3):
         for cut in T.cuts(x.shape[d]):
-            T.hold(net, [x], [T.shard(d, cut)], (len(cut),), gather=pairs)
-    T.hold(net, [x], [T.On([Shard(2), Shard(3)], {3: (5, 7)})], (2, 2), gather=pairs)
+            T.hold(net, [x], [T.shard(d, cut)], (len(cut),))
+    T.hold(net, [x], [T.On([Shard(2), Shard(3)], {3: (5, 7)})], (2, 2))
 
 
 def test_latitudes_meet_as_coefficients():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch_harmonics
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -100,3 +101,17 @@ def test_only_the_pad_is_sent(d, rows):
 def test_too_much_raises(pad, shape):
     with pytest.raises(ValueError, match="pad_sphere"):
         pad_sphere(torch.randn(shape), pad)
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_torch_harmonics(d):
+    """Its scalar and vector transforms, unmodified, there and back."""
+    x = torch.randn(2, 2, 8, 16, dtype=torch.float64)
+    for grid in ("equiangular", "legendre-gauss"):
+        for kinds in (("RealSHT", "InverseRealSHT"), ("RealVectorSHT", "InverseRealVectorSHT")):
+            there, back = (getattr(torch_harmonics, k)(8, 16, grid=grid).double() for k in kinds)
+            for cut in T.cuts(x.shape[d]):
+                T.hold(
+                    lambda x, there=there, back=back: back(there(x)), [x], [T.shard(d, cut)],
+                    (len(cut),), rtol=1e-11,
+                )  # fmt: skip
