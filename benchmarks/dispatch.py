@@ -4,8 +4,8 @@
 
 Microseconds per call, the least of several repetitions, for plain tensors, ShardTensor and torch's
 DTensor side by side. "products, both ways" is forward and backward of a chain of products, per
-product; "MLP, both ways" that of two blocks of linear, gelu, linear. Rows that begin with "new shape"
-are the median of first calls, each on a shape not seen before.
+product; "MLP, both ways" that of two blocks of linear, gelu, linear. Rows that begin with "new
+shape" are the median of first calls, each on a shape not seen before.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
 from .override import rule
 from .parallel import parallelize
+from .rehearse import rehearse
 from .simulate import RankError, simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor
@@ -31,6 +32,7 @@ __all__ = [
     "fallback",
     "parallelize",
     "random",
+    "rehearse",
     "rule",
     "simulate",
     "spectral",

@@ -209,6 +209,23 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
+@contextmanager
+def silent_world(rank: int, ranks: int) -> Iterator[None]:
+    """torch.distributed as one rank of many, alone: collectives return at once and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_silent(group: Any) -> bool:
+    """Whether the group is one of a `silent_world`."""
+    return bool(dist.get_backend(group) == "fake")
+
+
 def is_tracing() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
     return torch._C._len_torch_dispatch_stack() > 0

@@ -233,7 +233,7 @@ class Bucket:
         self.launched = True
         n = comm.size(self.reducer.everyone)
         nbytes = 2 * self.flat.numel() * self.flat.element_size() * (n - 1) // n
-        with sending("all_reduce", nbytes, 2 * (n - 1)):
+        with sending("all_reduce", nbytes, 2 * (n - 1), n):
             self.work = dist.all_reduce(
                 self.flat, group=groups.resolve(self.reducer.everyone), async_op=True
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import UnsupportedOpError
-from . import deferred, wire
+from . import deferred, groups, wire
 from .groups import group, rank, size
 from .ops import (
     exchange_parts,
@@ -164,6 +164,7 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
     """
     if size(group) == 1:
         return (n,)
+    groups.check_values(group)
     if _torch.is_tracing():
         raise UnsupportedOpError(
             "a result whose size depends on values cannot be compiled: leave it out of st.compile"

@@ -14,11 +14,12 @@ thread = threading.local()
 
 @dataclass(slots=True)
 class Sent:
-    """One collective as this rank saw it. bytes, messages: what it sent to other ranks."""
+    """One collective of a group of `ranks`. bytes, messages: what this rank sent to others."""
 
     collective: str
     bytes: int
     messages: int
+    ranks: int
     op: str
     seconds: float = 0.0
 
@@ -43,7 +44,7 @@ def simulated_rank() -> int | None:
 
 
 @contextmanager
-def sending(collective: str, nbytes: int, messages: int) -> Iterator[None]:
+def sending(collective: str, nbytes: int, messages: int, ranks: int) -> Iterator[None]:
     """Report a collective to every open record of this rank."""
     if not records:
         yield
@@ -51,9 +52,8 @@ def sending(collective: str, nbytes: int, messages: int) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     me = simulated_rank()
-    item = Sent(
-        collective, nbytes, messages, getattr(current_op, "name", ""), time.perf_counter() - begin
-    )
+    op, seconds = getattr(current_op, "name", ""), time.perf_counter() - begin
+    item = Sent(collective, nbytes, messages, ranks, op, seconds)
     for record in records:
         if record.rank == me:
             record.sent.append(item)

@@ -8,7 +8,9 @@ from weakref import WeakValueDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import _torch
 from ..cache import cached
+from ..errors import UnsupportedOpError
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
@@ -59,6 +61,14 @@ def size(name: str) -> int:
 def rank(name: str) -> int:
     """This rank's number within the group."""
     return 0 if name == ALONE else resolve(name).rank()
+
+
+def check_values(name: str) -> None:
+    """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
+    if name != ALONE and _torch.is_silent(resolve(name)):
+        raise UnsupportedOpError(
+            "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
+        )
 
 
 def forget() -> None:

@@ -326,6 +326,7 @@ def exchange_parts(
 
 def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[Tensor]]:
     """Sort global indices by owner and tell each owner: (order, counts, local rows asked of me)."""
+    groups.check_values(group)
     n = len(sizes)
     ends = torch.tensor(sizes, device=index.device).cumsum(0)
     owner = torch.bucketize(index, ends, right=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from .._torch import all_gather_flat
+from .._torch import all_gather_flat, is_silent
 from . import groups
 from .count import sending
 
@@ -49,15 +49,21 @@ def start_exchange(
     out_splits = [item * sum(_numel(s) for s in of) for of in shapes]
     in_splits = [item * sum(c.numel() for c in to) for to in chunks]
     received = like.new_empty(sum(out_splits) // item)
-    with sending(label, sum(in_splits), sum(n > 0 for n in in_splits)):
-        work = dist.all_to_all_single(
-            _as_bytes(received),
-            _as_bytes(send),
-            out_splits,
-            in_splits,
-            group=groups.resolve(group),
-            async_op=not wait,
-        )
+    to_group = groups.resolve(group)
+    with sending(label, sum(in_splits), sum(n > 0 for n in in_splits), len(shapes)):
+        work = None
+        if is_silent(to_group):
+            # nothing arrives, and what lies in memory may be slow to compute with
+            received.zero_()
+        else:
+            work = dist.all_to_all_single(
+                _as_bytes(received),
+                _as_bytes(send),
+                out_splits,
+                in_splits,
+                group=to_group,
+                async_op=not wait,
+            )
 
     def arrived() -> list[list[torch.Tensor]]:
         if work is not None:
@@ -78,7 +84,7 @@ def all_gather(
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
     received = local.new_empty(n * most)
     item = local.element_size()
-    with sending("all_gather", item * most * (n - 1), n - 1):
+    with sending("all_gather", item * most * (n - 1), n - 1, n):
         all_gather_flat(
             _as_bytes(received),
             _as_bytes(flat),
@@ -106,7 +112,8 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         op = {"sum": "max", "product": "min"}.get(op, op)
         wire = total.view(torch.uint8)
     # a ring all-reduce sends each byte twice but for this rank's own part
-    with sending("all_reduce", 2 * wire.numel() * wire.element_size() * (n - 1) // n, 2 * (n - 1)):
+    nbytes = 2 * wire.numel() * wire.element_size() * (n - 1) // n
+    with sending("all_reduce", nbytes, 2 * (n - 1), n):
         dist.all_reduce(wire, _REDUCE[op], group=groups.resolve(group))
     parts = total.split([x.numel() for x in xs])
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
@@ -118,7 +125,7 @@ def broadcast(flat: torch.Tensor, group: str) -> None:
     n = groups.size(group)
     first = groups.rank(group) == 0
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
-    with sending("broadcast", nbytes, (n - 1) * first):
+    with sending("broadcast", nbytes, (n - 1) * first, n):
         dist.broadcast(_as_bytes(flat), group=to, group_src=0)
 
 
