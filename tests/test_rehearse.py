@@ -97,10 +97,10 @@ def test_projection():
         (Sent("all_reduce", 4000, 6, 4, ""), Sent("window", 1000, 2, 16, ""),
          Sent("window", 0, 0, 16, "")),
     )  # fmt: skip
-    wire = 6 * 1e-6 + 4000 / 1e9 + 1e-3 + 1000 / 1e6
+    wire = 4 * 1e-6 + 4000 / 1e9 + 1e-3 + 1000 / 1e6
     hidden, exposed = found.projected(Network(fast, slow, node=8))
     assert hidden == 0.5 and exposed == pytest.approx(0.5 + wire)
-    assert Network(fast, slow, node=2).seconds(found.sent[0]) == pytest.approx(6e-3 + 4e-3)
+    assert Network(fast, slow, node=2).seconds(found.sent[0]) == pytest.approx(4e-3 + 4e-3)
 
 
 def test_alone_in_its_process():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil, log2
 from statistics import median
 from typing import Any
 
@@ -43,14 +44,18 @@ class Network:
     node: int = 8
 
     def seconds(self, sent: Sent) -> float:
-        """One collective: its rounds' latencies, and its bytes through this rank's link."""
+        """One collective: its rounds' latencies, and its bytes through this rank's link.
+
+        Reductions and gathers go up and down a tree, other messages leave together.
+        """
         link = self.inner if sent.ranks <= self.node else self.outer
-        rounds = sent.messages if sent.collective in _ROUNDS else min(1, sent.messages)
+        rounds = _TRIPS.get(sent.collective, 0) * ceil(log2(max(1, sent.ranks)))
+        rounds = rounds or min(1, sent.messages)
         return rounds * link.latency + sent.bytes / link.bandwidth
 
 
-# collectives whose messages wait for one another; those of the others leave together
-_ROUNDS = {"all_reduce", "all_gather"}
+# along a tree, up and down or only down
+_TRIPS = {"all_reduce": 2, "all_gather": 1, "broadcast": 1}
 # datasheets: NVLink 4 (H100, H200) 450 GB/s each way; NDR InfiniBand 400 Gb/s for each GPU.
 # Latencies include the launch of a kernel
 NVLINK = Link(10e-6, 450e9)

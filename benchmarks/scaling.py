@@ -1,0 +1,156 @@
+"""Strong and weak scaling of a training step: measured on this machine, rehearsed for more ranks.
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--models U-Net ...] [--csv FILE]
+
+Measured: the median step of the slowest of 1, 2 and 4 gloo processes; more processes than cores
+(marked *) share them. Rehearsed: one rank alone (`shardtensor.rehearse`): its compute time, peak
+memory and messages. Predicted: that compute time, times the processes that share a core, and its
+messages over a link with the latency and bandwidth that gloo showed here; over measured it tells how
+far a projection can be trusted. Projected: the same on an assumed network (`rehearse.DGX_H100`) at
+this CPU's compute speed, with communication hidden and not hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench_models import MODELS, step
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.measure import peak_bytes
+from shardtensor.pool import Pool
+from shardtensor.rehearse import DGX_H100, Link, Network, Rehearsal, rehearse
+
+ROWS, REPEATS = 128, 7
+CORES = len(os.sched_getaffinity(0))
+
+
+def prepare(name: str, rows: int) -> Callable[[], Callable[[], Any]]:
+    """What makes the step of one model on all ranks of the world."""
+
+    def made() -> Callable[[], Any]:
+        n = dist.get_world_size()
+        mesh = init_device_mesh("cpu", (n,))
+        torch.manual_seed(0)
+        build, shape = MODELS[name]
+        model = build(rows)
+        # of no size, until each rank draws its shard
+        like = torch.zeros(1).expand(shape(rows))
+        x = torch.randn_like(st.distribute_tensor(like, mesh, [Shard(2)], src_data_rank=None))
+        if n > 1:
+            st.parallelize(model, mesh)
+        return lambda: step(model, x)
+
+    return made
+
+
+def measured(name: str, rows: int) -> tuple[float, int]:
+    """(median seconds, peak bytes) of this rank's step."""
+    run = prepare(name, rows)()
+    run()
+    times = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        begin = time.perf_counter()
+        run()
+        dist.barrier()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times), peak_bytes(run)
+
+
+def link() -> tuple[float, float]:
+    """(latency, seconds per byte) of an exchange of two gloo processes."""
+    times = {}
+    for nbytes in (8, 1 << 22):
+        x, y = (
+            torch.zeros(2 * nbytes, dtype=torch.uint8),
+            torch.zeros(2 * nbytes, dtype=torch.uint8),
+        )
+        found = []
+        for _ in range(30):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_to_all_single(y, x)
+            found.append(time.perf_counter() - begin)
+        times[nbytes] = statistics.median(found)
+    return times[8], (times[1 << 22] - times[8]) / (1 << 22)
+
+
+def gloo() -> Network:
+    pool = Pool(2)
+    latency, per_byte = pool.run(link)[0]
+    pool.close()
+    one = Link(latency, 1 / max(per_byte, 1e-12))
+    return Network(one, one)
+
+
+def rehearsed(name: str, rows: int, n: int) -> Rehearsal:
+    return rehearse(prepare(name, rows), n, n // 2, repeats=REPEATS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--measure", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rehearse", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    network = gloo()
+    print(f"{CORES} cores; gloo: {1e6 * network.inner.latency:.0f} us, ", end="")
+    print(f"{network.inner.bandwidth / 1e9:.2f} GB/s; torch {torch.__version__}, 1 thread a rank")
+    heads = "model", "scaling", "ranks", "ms", "MiB", "alone ms", "MiB", "sent MB", "pred/meas"
+    print("{:6} {:7} {:>5} {:>9} {:>7} {:>9} {:>7} {:>8} {:>10}".format(*heads), " projected ms")
+    rows = []
+    for name in options.models:
+        for n in sorted({*options.measure, *options.rehearse}):
+            for kind in ("strong", "weak"):
+                size = ROWS if kind == "strong" else ROWS * n
+                if (kind == "weak" and n == 1) or size // n < 8 or (kind, name) in _SKIPPED:
+                    continue
+                row = line(name, kind, n, size, n in options.measure, network)
+                rows.append(row)
+    if options.csv:
+        with options.csv.open("a", newline="") as f:
+            csv.writer(f).writerows(rows)
+
+
+# every token sees every other: a rank's work grows with the ranks
+_SKIPPED = {("weak", "ViT"), ("weak", "DiT")}
+
+
+def line(name: str, kind: str, n: int, size: int, real: bool, network: Network) -> list[Any]:
+    """Measure, rehearse and print one row."""
+    ms = mib = ratio = float("nan")
+    if real:
+        pool = Pool(n)
+        found = pool.run(measured, name, size)
+        pool.close()
+        ms, mib = 1e3 * max(t for t, _ in found), max(p for _, p in found) / 2**20
+    one = rehearsed(name, size, n)
+    shared = max(1.0, n / CORES)
+    if real:
+        ratio = 1e3 * (one.seconds * shared + one.communication(network)) / ms
+    low, high = (1e3 * t for t in one.projected(DGX_H100))
+    sent = sum(s.bytes for s in one.sent) / 1e6
+    label = f"{n}*" if n > CORES and real else f"{n}"
+    print(
+        f"{name:6} {kind:7} {label:>5} {ms:9.1f} {mib:7.1f} {1e3 * one.seconds:9.1f} "
+        f"{one.peak / 2**20:7.1f} {sent:8.2f} {ratio:10.2f}   {low:.1f} to {high:.1f}",
+        flush=True,
+    )
+    return [name, kind, n, ms, mib, 1e3 * one.seconds, one.peak, sent, ratio, low, high]
+
+
+if __name__ == "__main__":
+    main()
