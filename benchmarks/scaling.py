@@ -5,9 +5,9 @@
 Measured: the median step of the slowest of 1, 2 and 4 gloo processes; more processes than cores
 (marked *) share them. Rehearsed: one rank alone (`shardtensor.rehearse`): its compute time, peak
 memory and messages. Predicted: that compute time, times the processes that share a core, and its
-messages over a link with the latency and bandwidth that gloo showed here; over measured it tells how
-far a projection can be trusted. Projected: the same on an assumed network (`rehearse.DGX_H100`) at
-this CPU's compute speed, with communication hidden and not hidden.
+messages over a link with the latency and bandwidth that gloo showed here; over measured it tells
+how far a projection can be trusted. Projected: the same on an assumed network, `rehearse.DGX_H100`,
+at this CPU's compute speed, with communication hidden and not hidden.
 """
 
 from __future__ import annotations

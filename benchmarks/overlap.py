@@ -1,0 +1,134 @@
+"""How much of a slow link's time is hidden behind computation.
+
+    OMP_NUM_THREADS=1 python benchmarks/overlap.py [--csv FILE]
+
+Two gloo processes; every exchange arrives a given delay after it was sent, while both compute on.
+alone: the op's time without a delay, the computation and gloo's own work. Efficiency: (alone +
+delays - together) / min(alone, delays), 1 where everything is hidden, 0 where nothing is. Forward
+and backward, median over repetitions of the slower process; delays are chosen so that those of one
+call sum to half of, and as much as, the time alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.attention import strategy
+from shardtensor.comm import wire
+from shardtensor.pool import Pool
+from shardtensor.testing import make_mesh
+
+REPEATS = 9
+stock = wire.start_exchange
+delay, exchanges = 0.0, 0
+
+
+def slow(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """`wire.start_exchange` over a link with a delay."""
+    global exchanges
+    exchanges += 1
+    due = time.perf_counter() + delay
+    arrived = stock(*args, **kwargs)
+
+    def late() -> Any:
+        found = arrived()
+        time.sleep(max(0.0, due - time.perf_counter()))
+        return found
+
+    return late
+
+
+def conv(kernel: int) -> Callable[[Tensor], Tensor]:
+    weight = torch.randn(32, 32, kernel, kernel, requires_grad=True)
+    return lambda x: F.conv2d(x, weight, padding=kernel // 2)
+
+
+def attention(x: Tensor) -> Tensor:
+    with strategy("ring"):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[int], list[int]], tuple[int, ...], int]] = {
+    "conv 3x3": (lambda: conv(3), lambda n: [1, 32, n, n], (128, 256, 512), 2),
+    "conv 7x7": (lambda: conv(7), lambda n: [1, 32, n, n], (128, 256, 512), 2),
+    "max_pool 3x3": (
+        lambda: lambda x: F.max_pool2d(x, 3, 2, 1), lambda n: [1, 32, n, n], (256, 512), 2,
+    ),
+    "ring attention": (lambda: attention, lambda n: [1, 2, n, 64], (512, 1024, 2048), 2),
+}  # fmt: skip
+
+
+def run(name: str, size: int) -> list[tuple[float, float, float]]:
+    """(seconds alone, of delays, together) for each of two delays."""
+    global delay, exchanges
+    wire.start_exchange = slow
+    build, shape, _, dim = CASES[name]
+    torch.manual_seed(0)
+    fn = build()
+    x = st.distribute_tensor(torch.randn(shape(size)), make_mesh((2,)), [Shard(dim)])
+    x.requires_grad_()
+    g = torch.ones_like(fn(x).detach())
+
+    def once() -> float:
+        dist.barrier()
+        begin = time.perf_counter()
+        fn(x).backward(g)
+        dist.barrier()
+        return time.perf_counter() - begin
+
+    def median() -> float:
+        found = torch.tensor(statistics.median(once() for _ in range(REPEATS)))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
+    delay = 0.0
+    once()
+    exchanges = 0
+    once()
+    count, rows = max(1, exchanges), []
+    for share in (0.5, 1.0):
+        delay = 0.0
+        alone = median()
+        delay = share * alone / count
+        rows.append((alone, count * delay, median()))
+    wire.start_exchange = stock
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    pool = Pool(2)
+    print(f"{'':15} {'size':>5} {'alone ms':>9} {'delays':>8} {'together':>9} {'efficiency':>11}")
+    lines = []
+    for name, (_, _, sizes, _) in CASES.items():
+        for size in sizes:
+            for alone, wait, both in pool.run(run, name, size)[0]:
+                hidden = (alone + wait - both) / min(alone, wait)
+                print(
+                    f"{name:15} {size:5} {1e3 * alone:9.2f} {1e3 * wait:8.2f} {1e3 * both:9.2f} "
+                    f"{hidden:11.2f}"
+                )
+                lines.append([name, size, alone, wait, both, hidden])
+    pool.close()
+    if options.csv:
+        with options.csv.open("a", newline="") as f:
+            csv.writer(f).writerows(lines)
+
+
+if __name__ == "__main__":
+    main()
