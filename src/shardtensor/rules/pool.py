@@ -15,6 +15,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .overlap import Taps, overlapped, pays
 from .windows import Ints, Reach, each, fetch, strided, trim
 
 Reaches = tuple[tuple[int, Reach], ...]
@@ -90,6 +91,19 @@ def _fetched(x: ShardTensor, reaches: Reaches, fill: float) -> Tensor:
     return local
 
 
+def _over_rows(
+    x: ShardTensor, reaches: Reaches, stencils: Sequence[Stencil], fill: float,
+    op: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """op of this rank's window; in large shards rows travel while others are pooled."""
+    if not reaches or not pays(x._spec):
+        return op(_fetched(x, reaches, fill))
+    (d, reach), *others = reaches
+    s = stencils[d - x.ndim + len(stencils)]
+    taps = Taps(s.stride, s.before, s.extent)
+    return overlapped(_fetched(x, tuple(others), fill), d, x._spec, reach, taps, op, fill)
+
+
 def some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
     """op(local), which torch refuses without channels: one of zeros then stands in for them."""
     if local.shape[d] or 0 in local.shape[d + 1 :]:
@@ -118,20 +132,29 @@ _MAX: dict[int, Callable[..., Any]] = {
 
 def _max_pool(
     n: int, input: ShardTensor, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
-    ceil_mode: bool,
-) -> tuple[ShardTensor, ShardTensor]:  # fmt: skip
+    ceil_mode: bool, indices: bool,
+) -> tuple[ShardTensor, ShardTensor | None]:  # fmt: skip
     x = reduced(input)
     stencils = _stencils(n, kernel, stride, padding, dilation)
     spec, reaches, left = _plan(x._spec, n, stencils, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
-    local = _fetched(x, reaches, low)
     kernels, strides = [s.kernel for s in stencils], [s.stride for s in stencils]
     dilations = [s.dilation for s in stencils]
-    out, index = some_channels(
-        local,
-        x.ndim - n - 1,
-        lambda some: _MAX[n](some, kernels, strides, left, dilations, ceil_mode),
-    )
+
+    def pool(local: Tensor) -> Any:
+        return some_channels(
+            local,
+            x.ndim - n - 1,
+            lambda some: _MAX[n](some, kernels, strides, left, dilations, ceil_mode),
+        )
+
+    if not indices:
+        out = _over_rows(x, reaches, stencils, low, lambda local: pool(local)[0])
+        for d, reach in reaches:
+            out = trim(out, d, spec, reach)
+        return wrap(out, spec), None
+    local = _fetched(x, reaches, low)
+    out, index = pool(local)
     index = _global_index(index, local.shape[-n:], x._spec, dilations, dict(reaches))
     for d, reach in reaches:
         out, index = trim(out, d, spec, reach), trim(index, d, spec, reach)
@@ -167,14 +190,14 @@ def _define_max_pool(n: int) -> None:
         input: ShardTensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0,
         dilation: Ints = 1, ceil_mode: bool = False,
     ) -> ShardTensor:  # fmt: skip
-        return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode)[0]
+        return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode, False)[0]
 
     @rule(f"max_pool{n}d_with_indices")
     def max_pool_with_indices(
         input: ShardTensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0,
         dilation: Ints = 1, ceil_mode: bool = False,
-    ) -> tuple[ShardTensor, ShardTensor]:  # fmt: skip
-        return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode)
+    ) -> tuple[ShardTensor, ShardTensor | None]:  # fmt: skip
+        return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
 # average -----------------------------------------------------------------------------------------
@@ -216,11 +239,14 @@ def _avg_pool(
         return wrap(out, spec)
     # torch's average over whole kernels, then corrected where fewer rows count
     by = divisor or (prod(kernels) if x.is_floating_point() else 1)
-    out = some_channels(
-        _fetched(x, reaches, 0.0),
-        first - 1,
-        lambda some: _kernel_average(some, n, kernels, strides, left, ceil_mode, by),
-    )
+    out = _over_rows(
+        x, reaches, stencils, 0.0,
+        lambda local: some_channels(
+            local,
+            first - 1,
+            lambda some: _kernel_average(some, n, kernels, strides, left, ceil_mode, by),
+        ),
+    )  # fmt: skip
     for i, s in enumerate(stencils if divisor is None else ()):
         d = first + i
         rows = range(spec.offset[d], spec.offset[d] + spec.local_shape[d])

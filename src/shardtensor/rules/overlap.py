@@ -1,0 +1,237 @@
+"""A stencil whose rows from other ranks travel while the rows that need none are computed.
+
+Forward: send rim rows, compute the outputs that read own rows only (a view: nothing is copied),
+receive, compute the few others. Backward runs in the reverse order by itself: the rim's gradient
+leaves before the interior's is computed and arrives after. Each of `_Begin` and `_End` is the
+adjoint of the other, so this can be differentiated any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _torch, comm
+from ..comm import wire
+from ..comm.plan import FILL, Exchange, exchange
+from ..spec import Spec
+from .windows import Reach, fetch
+
+# elements of a shard below which one more kernel launch costs more than a copy of the input
+WORTH = 2**18
+
+
+class Taps(NamedTuple):
+    """Output row j reads the rows from j * stride - before on, `extent` of them."""
+
+    stride: int
+    before: int
+    extent: int
+
+
+class _Route(NamedTuple):
+    """One exchange of rows: what this rank sends to and gets from each, in rows along dim."""
+
+    dim: int
+    sends: tuple[tuple[int, ...], ...]
+    gets: tuple[tuple[int, ...], ...]
+    group: str
+
+    def back(self) -> _Route:
+        return self._replace(sends=self.gets, gets=self.sends)
+
+
+def pays(spec: Spec) -> bool:
+    """Whether shards are large enough; alike on all ranks."""
+    shards = prod(len(d.sizes) for d in spec.dims if d.axes)
+    return spec.shape.numel() >= shards * WORTH and not _torch.is_tracing()
+
+
+def overlapped(
+    x: Tensor, d: int, spec: Spec, reach: Reach, taps: Taps, op: Callable[[Tensor], Tensor],
+    fill: float,
+) -> Tensor:  # fmt: skip
+    """op of this rank's window along dim d, where op makes its output rows from the rows `taps`."""
+    dim, me = spec.dims[d], spec.index[d]
+    group = comm.group(spec.mesh, dim.axes)
+    if reach.inside or comm.size(group) == 1:
+        return op(fetch(x, d, spec, reach, fill))
+    starts, stops = zip(*reach.windows, strict=True)
+    plan = exchange(dim.sizes, starts, stops, False, comm.rank(group))
+    first, last = _interior(spec, d, reach, taps)
+    own = _own(plan, me)
+    route, sent = _route(plan, d, me, group)
+    first, last = _interior(spec, d, reach, taps)
+    ends = reach.dim.offsets[me], reach.dim.offsets[me + 1]
+    ranges = _ranges(own, spec.offset[d], ends, first, last, taps)
+    pieces = _Cut.apply(x, d, (*sent, *ranges))
+    parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
+    coming = _Begin.apply(route, x, *parts)
+    middle = op(inner) if first < last else None
+    came, *rows = _End.apply(route, coming)
+    before, after = _around(plan, me, rows, x, d, fill)
+    if middle is None:
+        return _Join.apply(d, came, op(torch.cat([*before, top, *after], d)))
+    found = [middle]
+    if first > ends[0]:
+        found.insert(0, op(torch.cat([*before, top], d)))
+    if last < ends[1]:
+        found.append(op(torch.cat([bottom, *after], d)))
+    return _Join.apply(d, came, *found)
+
+
+def _ranges(
+    own: range, offset: int, ends: tuple[int, int], first: int, last: int, taps: Taps
+) -> list[tuple[int, int]]:
+    """Local rows that the outputs before, in and after the interior read of this rank's own."""
+    if first == last:
+        return [(own.start, own.stop), (0, 0), (0, 0)]
+    stride, before, extent = taps
+
+    def row(output: int) -> int:
+        return output * stride - before - offset
+
+    return [
+        (own.start, max(own.start, row(first - 1) + extent)) if first > ends[0] else (0, 0),
+        (row(first), row(last - 1) + extent),
+        (min(own.stop, row(last)), own.stop) if last < ends[1] else (0, 0),
+    ]
+
+
+def _interior(spec: Spec, d: int, reach: Reach, taps: Taps) -> tuple[int, int]:
+    """The output rows [first, last) of this rank that read own rows only."""
+    me, start = spec.index[d], spec.offset[d]
+    stop = start + spec.dims[d].sizes[me]
+    a, b = reach.dim.offsets[me], reach.dim.offsets[me + 1]
+    first = max(a, -(-(start + taps.before) // taps.stride))
+    last = min(b, (stop - taps.extent + taps.before) // taps.stride + 1)
+    return (first, last) if first < last else (a, a)
+
+
+def _own(plan: Exchange, me: int) -> range:
+    """The local rows in this rank's window."""
+    found = [range(p.start, p.start + p.length) for p in plan.pieces if p.source == me]
+    return found[0] if found else range(0)
+
+
+def _route(plan: Exchange, d: int, me: int, group: str) -> tuple[_Route, list[tuple[int, int]]]:
+    """The exchange, and the ranges of local rows that are sent, rank by rank."""
+    sends = tuple(tuple(n for _, n in to) for to in plan.sends)
+    gets = tuple(
+        tuple(p.length for p in plan.pieces if p.source == r and r != me)
+        for r in range(len(plan.sends))
+    )
+    return _Route(d, sends, gets, group), [(a, a + n) for to in plan.sends for a, n in to]
+
+
+def _around(
+    plan: Exchange, me: int, rows: list[Tensor], like: Tensor, d: int, fill: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows before and after this rank's own in its window."""
+    by_rank = sorted(
+        (i for i, p in enumerate(plan.pieces) if p.source not in (me, FILL)),
+        key=lambda i: (plan.pieces[i].source, i),
+    )
+    got = dict(zip(by_rank, rows, strict=True))
+    own = next((i for i, p in enumerate(plan.pieces) if p.source == me), len(plan.pieces))
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    for i, p in enumerate(plan.pieces):
+        if p.source == me:
+            continue
+        if p.source == FILL:
+            shape = list(like.shape)
+            shape[d] = p.length
+            row = like.new_full(shape, fill)
+        else:
+            row = got[i]
+        (before if i < own else after).append(row)
+    return before, after
+
+
+class _Cut(torch.autograd.Function):
+    """Ranges of rows, which may overlap; the adjoint adds them up in one buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, d: int, ranges: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.d, ctx.ranges = x.shape, d, ranges
+        return tuple(x.narrow(d, a, b - a) for a, b in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        d, n = ctx.d, ctx.shape[ctx.d]
+        if torch.is_grad_enabled():
+            total: Any = 0
+            for (a, b), g in zip(ctx.ranges, grads, strict=True):
+                total = total + F.pad(g, [0, 0] * (g.ndim - 1 - d) + [a, n - b])
+            return total, None, None
+        out = grads[0].new_zeros(ctx.shape)
+        for (a, b), g in zip(ctx.ranges, grads, strict=True):
+            out.narrow(d, a, b - a).add_(g)
+        return out, None, None
+
+
+def _start(route: _Route, like: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    """A tensor that stands for what is on its way; `_wait` gives what came."""
+    grouped, at = [], 0
+    for to in route.sends:
+        grouped.append([p.contiguous() for p in parts[at : at + len(to)]])
+        at += len(to)
+    shapes = [[_resized(like, route.dim, n) for n in of] for of in route.gets]
+    token = like.new_zeros(1)
+    token.arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")  # type: ignore[attr-defined]
+    token.row = like.new_empty(_resized(like, route.dim, 0))  # type: ignore[attr-defined]
+    return token
+
+
+def _wait(token: Any) -> list[Tensor]:
+    return [p for of in token.arrived() for p in of]
+
+
+def _resized(like: Tensor, d: int, n: int) -> list[int]:
+    return [*like.shape[:d], n, *like.shape[d + 1 :]]
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, route: _Route, like: Tensor, *parts: Tensor) -> Tensor:
+        ctx.route = route
+        return _start(route, like, parts)
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> Any:
+        return None, None, *_End.apply(ctx.route.back(), token)[1:]
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, route: _Route, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.route, ctx.like = route, token.row  # type: ignore[attr-defined]
+        return token.new_zeros(1), *_wait(token)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> Any:
+        return None, _Begin.apply(ctx.route.back(), ctx.like, *grads)
+
+
+class _Join(torch.autograd.Function):
+    """Rows one after the other, and a tie to the exchange: its backward runs on every rank.
+
+    A rank that receives nothing still sends gradients back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, d: int, tie: Tensor, *parts: Tensor) -> Tensor:
+        ctx.d, ctx.sizes = d, [p.shape[d] for p in parts]
+        return torch.cat(parts, d) if len(parts) > 1 else parts[0].view_as(parts[0])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return None, g.new_zeros(1), *g.split(ctx.sizes, ctx.d)

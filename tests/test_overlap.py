@@ -1,0 +1,121 @@
+"""Pools whose halo travels while the interior is pooled: against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.measure import saved_bytes
+from shardtensor.rules import overlap
+
+D = torch.float64
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """However small the shard; counts the calls that overlap."""
+    monkeypatch.setattr(overlap, "WORTH", 0)
+    calls = []
+    plain = overlap._Begin.forward
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(overlap._Begin, "forward", staticmethod(counted))
+    return calls
+
+
+def max_pool(*args, **kwargs):
+    return lambda x: F.max_pool2d(x, *args, **kwargs)
+
+
+def avg_pool(*args, **kwargs):
+    return lambda x: F.avg_pool2d(x, *args, **kwargs)
+
+
+POOLS = {
+    "max 3": max_pool(3, 1, 1),
+    "max 3 by 2": max_pool(3, 2, 1),
+    "max 5 dilated": max_pool((3, 2), 2, (1, 0), dilation=2),
+    "max 2 by 3": max_pool(2, 3, ceil_mode=True),
+    "avg 3": avg_pool(3, 1, 1),
+    "avg 3 by 2": avg_pool(3, 2, 1, count_include_pad=False, ceil_mode=True),
+    "avg 5": avg_pool(5, 2, 2, divisor_override=7),
+}
+
+
+@pytest.mark.parametrize("cut", [(12,), (6, 6), (3, 9), (1, 10, 0, 1), (4, 0, 8), (5, 2, 2, 3)])
+@pytest.mark.parametrize("name", POOLS)
+def test_pools(name, cut, taken):
+    x = torch.randn(2, 3, 12, 7, dtype=D)
+    T.hold(POOLS[name], [x], [T.shard(2, cut)], (len(cut),))
+    if name == "max 3" and len(cut) > 1:
+        assert len(taken) >= len(cut)
+
+
+@pytest.mark.parametrize("name", ["max 3", "avg 3 by 2"])
+def test_two_axes_and_the_last_dim(name, taken):
+    x = torch.randn(2, 3, 9, 8, dtype=D)
+    T.hold(POOLS[name], [x], [T.On([Shard(2), Shard(3)], {2: (5, 4), 3: (1, 7)})], (2, 2))
+    T.hold(POOLS[name], [x], [T.shard(3, (2, 3, 3))], (3,))
+    T.hold(POOLS[name], [x], [T.On([Shard(2), Shard(2)], {2: (3, 2, 0, 4)})], (2, 2))
+    assert taken
+
+
+def test_one_and_three_dims(taken):
+    x = torch.randn(2, 3, 9, dtype=D)
+    T.hold(lambda x: F.max_pool1d(x, 3, 1, 1), [x], [T.shard(2)], (3,))
+    y = torch.randn(1, 2, 8, 5, 4, dtype=D)
+    T.hold(lambda y: F.avg_pool3d(y, 3, 1, 1), [y], [T.shard(2, (3, 5))], (2,))
+    T.hold(lambda y: F.max_pool3d(y, 3, 2, 1), [y], [T.shard(3)], (2,))
+    assert taken
+
+
+@pytest.mark.parametrize("name", ["max 3", "avg 3"])
+def test_double_backward(name, taken):
+    def penalty(x):
+        (g,) = torch.autograd.grad(POOLS[name](x * x).square().sum(), x, create_graph=True)
+        return g.square()
+
+    T.hold(penalty, [torch.randn(1, 2, 8, 4, dtype=D)], [T.shard(2, (3, 5))], (2,))
+    assert taken
+
+
+def stem_pool(x):
+    return F.max_pool2d(x, 3, 2, 1)
+
+
+@pytest.mark.gloo
+def test_processes():
+    x = torch.randn(1, 16, 512, 256)
+    T.hold(stem_pool, [x], [T.shard(2, (200, 312))], (2,), run=T.run_workers)
+
+
+def cost(pool):
+    x = st.distribute_tensor(torch.randn(1, 4, 40, 64), T.make_mesh((4,)), [Shard(2)])
+    x.requires_grad_()
+    with st.trace() as t:
+        y = pool(x)
+        kept = saved_bytes(lambda: pool(x))
+    sent = [s for s in t.sent if s.collective in ("halo", "window")]
+    with st.trace() as back:
+        y.sum().backward()
+    returned = [s.bytes for s in back.sent if s.collective in ("halo", "window_add")]
+    return [(s.bytes, s.messages) for s in sent], kept, returned
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_is_sent_and_kept(small, monkeypatch):
+    """A row each way, and no copy of the shard beside the halo's rows."""
+    row = 4 * 64 * 4
+    monkeypatch.setattr(overlap, "WORTH", 2**30 if small else 0)
+    found = st.simulate(4, cost, POOLS["avg 3"])
+    for rank, (sent, kept, back) in enumerate(found):
+        n = 1 if rank in (0, 3) else 2
+        assert sent == [(n * row, n)] * 2
+        assert sum(back) == n * row
+        # the window keeps a copy of 12 rows; else the 10 rows themselves and 3 beside each rim
+        assert kept <= (12 if small else 10 + 6) * row
