@@ -3,8 +3,10 @@
 # imported for what they register
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
+from . import natten as _natten  # noqa: F401
 from . import random, testing
 from . import rules as _rules  # noqa: F401
+from .attention.neighborhood import neighborhood_attention
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
@@ -27,6 +29,7 @@ __all__ = [
     "compile",
     "distribute_tensor",
     "fallback",
+    "neighborhood_attention",
     "parallelize",
     "random",
     "rule",
