@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import neighborhood, tiles
-from shardtensor.measure import saved_bytes
+from shardtensor.measure import peak_bytes, saved_bytes
 
 torch.manual_seed(0)
 D = torch.float64
@@ -123,6 +123,16 @@ def test_scores_are_not_kept():
     x = [y.requires_grad_() for y in tokens(512, heads=1)]
     # q, k, v and the result are of one size, the log-sum-exp of a quarter of it
     assert saved_bytes(lambda: st.neighborhood_attention(*x, 63)) <= 4.25 * 512 * 4 * 8
+
+
+def test_memory_is_a_number_of_inputs():
+    found = []
+    for n in (8192, 32768):
+        x = [y.requires_grad_() for y in tokens(n)]
+        step = lambda x=x: st.neighborhood_attention(*x, 31).sum().backward()  # noqa: E731
+        found.append(peak_bytes(step) / (x[0].numel() * 8))
+    # the gradients among them; what does not grow is that of CHUNK scores
+    assert found[1] < found[0] and found[1] < 12, found
 
 
 def test_shapes_that_do_not_fit():
@@ -393,6 +403,21 @@ def test_versions_of_natten(natten):
         T.hold(natten.na2d, y, [T.shard(1)] * 3, (2,), kwargs=dict(kernel_size=3, return_lse=True))
 
 
+def test_windows_are_those_of_natten():
+    """Of the package itself, where it is installed."""
+    real = pytest.importorskip("natten")
+    for options in OPTIONS:
+        n, weights = 13, torch.eye(13, 16)[None, :, None]
+        nothing = torch.zeros(1, n, 1, 16)
+        got = real.na1d(nothing, nothing, weights, **options)[0, :, 0, :n] > 0
+        assert torch.equal(got, mask_of((n,), *((x,) for x in options.values()))), options
+    model = real.NeighborhoodAttention2D(32, 2, kernel_size=(5, 3), dilation=(1, 2))
+    x = torch.randn(1, 9, 8, 32)
+    with torch.no_grad():
+        for cut in T.cuts(9):
+            T.hold(model.forward, [x], [T.shard(1, cut)], (len(cut),), grad=False, rtol=1e-5)
+
+
 # shifted windows ---------------------------------------------------------------------------------
 
 
@@ -432,9 +457,14 @@ class Swin(nn.Module):
         return torch.roll(x, (self.shift, self.shift), (1, 2))
 
 
-@pytest.mark.parametrize(
-    "cut", [(16,), (8, 8), (4, 12), (4, 8, 4), (8, 0, 8), (4, 4, 4, 4)], ids=str
-)
+@pytest.mark.parametrize("cut", [
+    (16,), (8, 8), (4, 8, 4), (8, 0, 8), (4, 4, 4, 4), (11, 5), (1, 15), (13, 0, 3), (5, 5, 3, 3),
+], ids=str)  # fmt: skip
 def test_shifted_windows(cut):
     model = Swin((16, 8), 4, 2).double()
     T.hold(model, [torch.randn(1, 16, 8, 8, dtype=D)], [T.shard(1, cut)], (len(cut),))
+
+
+def test_shifted_windows_of_two_dims():
+    model = Swin((16, 8), 4, 1).double()
+    T.hold(model, [torch.randn(2, 16, 8, 8, dtype=D)], [T.On([S1, S2])], (2, 2))

@@ -77,6 +77,11 @@ class Strip(NamedTuple):
     seen: Seen
 
 
+def _slice(low: int, high: int, r: int, d: int, start: int) -> slice:
+    """Tokens [low, high) of residue class r among local rows that begin at global row `start`."""
+    return slice(low * d + r - start, (high - 1) * d + r - start + 1, d)
+
+
 def _strips(line: Line, starts: tuple[int, int], queries: int, side: int) -> list[Strip]:
     d, found = line.dilation, []
     for r in range(d):
@@ -84,11 +89,9 @@ def _strips(line: Line, starts: tuple[int, int], queries: int, side: int) -> lis
         for a in range(first, stop, side):
             seen = [line.window(p, line.members(r)) for p in range(a, min(a + side, stop))]
             low, high = seen[0][0], seen[-1][1]
-            spans = [
-                slice(x * d + r - start, (y - 1) * d + r - start + 1, d)
-                for (x, y), start in zip(((a, a + len(seen)), (low, high)), starts, strict=True)
-            ]
-            found.append(Strip(*spans, tuple((x - low, y - low) for x, y in seen)))
+            queries_at = _slice(a, a + len(seen), r, d, starts[0])
+            keys_at = _slice(low, high, r, d, starts[1])
+            found.append(Strip(queries_at, keys_at, tuple((x - low, y - low) for x, y in seen)))
     return found
 
 
@@ -185,9 +188,10 @@ def _attend_backward(
     dq = torch.zeros_like(q, dtype=wide(q.dtype))
     dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (k, v))
     for mask, queries, keys in call.batches(q):
-        one = [_taken(x, at) for x, at in ((g, queries), (q, queries), (k, keys), (v, keys))]
-        whole = _taken(out, queries), _taken(lse, queries).squeeze(-1)
-        grads = backward(*one[:4], mask, *whole, rule, False)
+        grads = backward(
+            _taken(g, queries), _taken(q, queries), _taken(k, keys), _taken(v, keys), mask,
+            _taken(out, queries), _taken(lse, queries).squeeze(-1), rule, False,
+        )  # fmt: skip
         for x, into, at in zip(grads[:3], (dq, dk, dv), (queries, keys, keys), strict=True):
             assert x is not None
             # tiles share keys
@@ -227,9 +231,9 @@ def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and not _torch.is_tracing():
         needs = ctx.needs_input_grad[:3]
         # nodes of their own: one operand may be the other, or be made from it
-        operands = [x.view_as(x) for x in (q, k, v)]
-        wanted = [x for x, need in zip(operands, needs, strict=True) if need]
-        y = _by_autograd(*operands, ctx.call)
+        q, k, v = (x.view_as(x) for x in (q, k, v))
+        wanted = [x for x, need in zip((q, k, v), needs, strict=True) if need]
+        y = _by_autograd(q, k, v, ctx.call)
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None, None
     return *_backward_op(g, q, k, v, out, lse, *ctx.call), None, None, None
