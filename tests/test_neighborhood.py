@@ -110,8 +110,9 @@ def test_second_derivative():
     torch.autograd.gradgradcheck(lambda *x: st.neighborhood_attention(*x, 3), x)
 
 
-def test_large_tiles_are_halved(monkeypatch):
-    monkeypatch.setattr(tiles, "MASK", 40)
+@pytest.mark.parametrize("entries", [1, 100])
+def test_large_tiles_are_halved(entries, monkeypatch):
+    monkeypatch.setattr(tiles, "MASK", entries)
     monkeypatch.setattr(tiles, "CHUNK", 100)
     tiles._tiles.cache_clear()
     x = tokens(11, 9)
@@ -310,6 +311,8 @@ calls = []
 def na2d(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None,
          additional_keys=None, additional_values=None, backend=None, return_lse=False):
     assert type(query) is torch.Tensor and query.shape == key.shape
+    for n, k, d in zip(query.shape[1:3], each(kernel_size, 2), each(dilation, 2)):
+        assert k * d <= n, "NATTEN refuses this"
     calls.append((tuple(query.shape), backend))
     return reference(query, key, value, kernel_size, stride, dilation, is_causal, scale)
 
@@ -345,7 +348,7 @@ def natten(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import natten.functional
 
-    natten.functional.reference = reference
+    natten.functional.reference, natten.functional.each = reference, each
     yield natten
     for name in ("natten", "natten.functional", "model_with_natten"):
         sys.modules.pop(name, None)

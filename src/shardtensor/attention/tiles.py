@@ -100,6 +100,8 @@ def _sides(lines: Sequence[Line]) -> list[int]:
     found = [max(line.kernel, LEAST[len(lines)]) for line in lines]
     while prod(n * (n + line.kernel) for n, line in zip(found, lines, strict=True)) > MASK:
         widest = max(range(len(found)), key=lambda i: found[i])
+        if found[widest] == 1:
+            break  # one query sees more than that
         found[widest] = -(-found[widest] // 2)
     return found
 
