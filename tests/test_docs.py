@@ -19,3 +19,8 @@ def test_the_worked_example_of_a_rule():
     finally:
         del sys.modules[module.__name__]
     assert callable(module.mean3.__wrapped__) and module.st is st
+
+
+def test_the_example_of_attention():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.S)
+    exec(block, {})

@@ -100,3 +100,13 @@ def test_keeps_the_input_and_two_strips():
     row, weight = 4 * (2 * 4), 4 * (2 * 2 * 9)
     # the input is a leaf, and alive anyway; so is the weight, but `vary` gives a view of it
     assert st.simulate(2, run) == [(row + weight, row, 1)] * 2
+
+
+def test_double_backward_where_the_weight_comes_from_the_input():
+    def penalty(x, w):
+        y = F.conv2d(x, w * x.mean(), padding=1)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return g.square().sum()
+
+    x, w = torch.randn(1, 2, 8, 5, dtype=D), torch.randn(2, 2, 3, 3, dtype=D)
+    T.hold(penalty, [x, w], [T.shard(2), None], (2,))

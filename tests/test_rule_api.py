@@ -129,6 +129,18 @@ def test_module():
     assert len(called) == 2, "the base class has no rule"
 
 
+def late(x):
+    raise AssertionError("has a rule")
+
+
+def test_functions_by_name():
+    @st.rule(f"{__name__}.late", f"{__name__}.missing", "no_such_module.function")
+    def rule(x):
+        return wrap(x.to_local() * 3, x.spec)
+
+    hold(lambda x: late(x) if isinstance(x, st.ShardTensor) else x * 3, [X], [shard(0)], (2,))
+
+
 def test_a_function_that_cannot_be_replaced():
     def local(x):
         return x

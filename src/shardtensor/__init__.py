@@ -4,7 +4,9 @@
 from . import attention, checkpoint, random, spectral, sphere, testing
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
+from . import natten as _natten  # noqa: F401
 from . import rules as _rules  # noqa: F401
+from .attention.neighborhood import neighborhood_attention
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
@@ -30,6 +32,7 @@ __all__ = [
     "compile",
     "distribute_tensor",
     "fallback",
+    "neighborhood_attention",
     "parallelize",
     "random",
     "rehearse",

@@ -2,14 +2,17 @@
 
 Torch functions, custom ops and functions wrapped by torch.overrides dispatch by themselves. A plain
 Python function (a Triton launcher, a binding) and a module's forward do not: their name is replaced
-by one that asks for ShardTensors first.
+by one that asks for ShardTensors first, as soon as their module is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +33,9 @@ def rule(*keys: Any) -> Callable[[F], F]:
     - a `torch.autograd.Function`: its `apply`;
     - an `nn.Module` class: its `forward`, the module being the first argument;
     - a Python function of a module: its name is replaced wherever loaded modules have it. The
-      original is its `__wrapped__`.
+      original is its `__wrapped__`;
+    - the full name of such a function ("natten.functional.na2d"): the same, now if its module is
+      loaded, else when it is; nothing where the module does not have it.
 
     The decorated function has the signature of what it stands for. At least one argument is a
     ShardTensor; a plain tensor is the same on all ranks. It must decide from specs alone, raise
@@ -41,7 +46,10 @@ def rule(*keys: Any) -> Callable[[F], F]:
 
     def register(fn: F) -> F:
         for key in keys:
-            registry.rule(*_targets(key))(fn)
+            if isinstance(key, str) and "." in key:
+                _when_loaded(*key.rpartition(".")[::2], fn)
+            else:
+                registry.rule(*_targets(key))(fn)
         return fn
 
     return register
@@ -58,6 +66,45 @@ def _targets(key: Any) -> list[Any]:
     if _torch.is_python_function(key) and not _torch.asks_for_overrides(key):
         return [_named(key)]
     return [key]
+
+
+class _Finder(MetaPathFinder):
+    """Gives a module that is waited for the rules for its functions when it is imported."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        others = (f for f in sys.meta_path if f is not self)
+        found = (f.find_spec(fullname, path, target) for f in others)
+        spec = next((s for s in found if s is not None), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_with_rules(module: ModuleType) -> None:
+                load(module)
+                for name, fn in self.waiting[fullname]:
+                    if hasattr(module, name):
+                        registry.rule(_named(getattr(module, name)))(fn)
+
+            spec.loader.exec_module = load_with_rules  # type: ignore[method-assign]
+        return spec
+
+
+_finder = _Finder()
+sys.meta_path.insert(0, _finder)
+
+
+def _when_loaded(module: str, name: str, fn: Callable[..., Any]) -> None:
+    # kept for a module that is imported anew
+    _finder.waiting.setdefault(module, []).append((name, fn))
+    function = getattr(sys.modules.get(module), name, None)
+    if function is not None:
+        registry.rule(_named(function))(fn)
 
 
 def _forward(module: type[nn.Module]) -> Callable[..., Any]:

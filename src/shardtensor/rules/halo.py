@@ -126,6 +126,9 @@ class _HaloConv(torch.autograd.Function):
         halo, settings = ctx.halo, ctx.settings
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            # other names: one of them may have been computed from another
+            x, weight = x.view_as(x), weight.view_as(weight)
+            bias = None if bias is None else bias.view_as(bias)
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             y = _plain(x, weight, bias, halo, settings)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
