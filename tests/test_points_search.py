@@ -121,9 +121,9 @@ def slabs(k, r, n=4):
 
 def test_only_what_is_in_reach_travels():
     row = 3 * 4 + 8
-    radius = st.simulate(4, slabs, 0, 0.5)
+    radius = st.simulate(4, slabs, 0, 0.05)
     assert [b for b, _ in radius] == [0, 0, 0, 0]
-    near = st.simulate(4, slabs, 0, 1.5)
+    near = st.simulate(4, slabs, 0, 0.5)
     # the point at the border, and those of the next slab that are in its reach
     assert near[0][0] == row and 0 < near[1][0] <= 40 * row and near[2][0] == near[3][0] == 0
     assert all(names == ["all_gather", "all_gather"] for _, names in near)
