@@ -5,6 +5,9 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+import torch
+
 import shardtensor as st
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -24,3 +27,13 @@ def test_the_worked_example_of_a_rule():
 def test_the_example_of_attention():
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.S)
     exec(block, {})
+
+
+def test_the_example_of_graphs():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
+    names = {}
+    exec(block, names)
+    x, (source, target) = names["nodes"], names["edges"]
+    messages = (x[source] - x[target]).relu()
+    mean = torch.zeros_like(x).index_reduce(0, target, messages, "mean", include_self=False)
+    assert names["sharded"] == [pytest.approx(mean.square().sum().item(), rel=1e-5)] * 4

@@ -1,7 +1,7 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
 # imported for what they register
-from . import attention, checkpoint, points, random, spectral, sphere, testing
+from . import attention, checkpoint, graph, points, random, spectral, sphere, testing
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
 from . import natten as _natten  # noqa: F401
@@ -32,6 +32,7 @@ __all__ = [
     "compile",
     "distribute_tensor",
     "fallback",
+    "graph",
     "neighborhood_attention",
     "parallelize",
     "points",

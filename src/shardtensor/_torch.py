@@ -226,6 +226,13 @@ def is_silent(group: Any) -> bool:
     return bool(dist.get_backend(group) == "fake")
 
 
+def storage_ref(x: torch.Tensor) -> Any:
+    """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(x.untyped_storage())
+
+
 def is_tracing() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
     return torch._C._len_torch_dispatch_stack() > 0

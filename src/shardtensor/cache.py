@@ -17,6 +17,11 @@ def cached(fn: F) -> F:
     return kept  # type: ignore[return-value]
 
 
+def register(kept: Any) -> None:
+    """Another cache to empty: anything with `cache_clear`."""
+    _caches.append(kept)
+
+
 def clear() -> None:
     """Forget every kept result."""
     for c in _caches:

@@ -315,6 +315,8 @@ def exchange_parts(
     parts: Sequence[Tensor], shapes: Sequence[Ints], like: Tensor, group: str, label: str
 ) -> list[Tensor]:
     """What each rank had for this one; parts[r] goes to rank r, this rank's own stays."""
+    if len(parts) == 1:
+        return list(parts)
     me = groups.rank(group)
     found = wire.exchange(
         [[p] if r != me else [] for r, p in enumerate(parts)],

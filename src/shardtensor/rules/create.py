@@ -1,7 +1,8 @@
 """New tensors made from a sharded one: x.new_zeros(...), and the copying forms of views.
 
 A new tensor of the shape of x is sharded like x. One of any other shape is a replicated
-ShardTensor: whole on each rank.
+ShardTensor: whole on each rank. But where x holds a row for each entry of an index (the messages of
+a graph's edges), a new tensor with a row for each row that was indexed (its nodes) lies as those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from .inout import fill_out
 from .pointwise import function_rule, pointwise
+from .rows import indexed
 from .shape import many
 
 
@@ -24,7 +26,12 @@ def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
     """What make(shape) gives, of this rank's part of the global shape."""
     spec = x._spec
     if shape != spec.shape:
-        spec = Spec(spec.mesh, tuple(Dim(int(n)) for n in shape))
+        dims = [Dim(int(n)) for n in shape]
+        if shape and spec.dims and spec.dims[0].axes and shape[1:] == spec.shape[1:]:
+            rows = indexed.dims.get((spec.mesh, shape[0]))
+            if rows is not None and rows.axes == spec.dims[0].axes:
+                dims[0] = rows
+        spec = Spec(spec.mesh, tuple(dims))
     elif spec.partial:
         spec = spec.cotangent
     return wrap(make(tuple(spec.local_shape)), spec)

@@ -1,8 +1,9 @@
 """Rows by global index, read from and written to a dim that may be sharded.
 
-The indexed dim comes first. Reads ask the owners of the rows (`comm.take`) and sums go to them
-(`comm.put`). For any other write each owner fetches the entries that fall into its rows and runs
-the stock op. An index that is the same on all ranks needs no asking.
+The indexed dim comes first. Reads ask the owners of the rows and sums go to them along a route
+(`comm.route`) that is found once for an index. For any other write each owner fetches the entries
+that fall into its rows and runs the stock op. An index that is the same on all ranks needs no
+asking.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _torch, comm
+from .. import _torch, cache, comm
 from ..cache import cached
+from ..comm.route import Route, deliver, fetch, find
 from ..redistribute import fit, like, reduced
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from .reduce import with_one
+from .routes import route_of
 
 Dims = tuple[Dim, ...]
 # kernel(rows, index (E,), values (E, ...)) gives the rows after the write
@@ -119,6 +122,20 @@ def integers(index: Tensor, op: str) -> Tensor:
     return index if index.numel() else index.long()
 
 
+class _Indexed:
+    """The dims whose rows were read by index, by mesh and size: nodes, most often."""
+
+    def __init__(self) -> None:
+        self.dims: dict[tuple[DeviceMesh, int], Dim] = {}
+
+    def cache_clear(self) -> None:
+        self.dims.clear()
+
+
+indexed = _Indexed()
+cache.register(indexed)
+
+
 def read(
     x: Tensor, index: Tensor, *, negative: bool | None = True, op: str = "index"
 ) -> ShardTensor:
@@ -129,6 +146,8 @@ def read(
     """
     mesh = mesh_of(x, index)
     (rows, *rest), own = dims_of(x), dims_of(index)
+    if cut_axes(rows):
+        indexed.dims[mesh, rows.size] = rows
     need, taken = cut_axes(rows), axes_in(rest)
     own = covering(mesh, own, (), taken)
     few = index.numel() < len(rows.sizes) and x.dtype not in _NO_SUM
@@ -142,8 +161,11 @@ def read(
         # index_select refuses what counts from the end
         alone = negative is False and at.ndim == 1
         return wrap(local.index_select(0, at) if alone else local[at.long()], out)
-    at = normal(at, Spec(mesh, dims), rows.size, negative, op)
-    group = comm.group(mesh, rows.axes)
+    spec, group = Spec(mesh, dims), comm.group(mesh, rows.axes)
+    if not few and not _torch.is_tracing():
+        route = _route(index, at, spec, rows, negative, op)
+        return wrap(fetch(local, route).reshape(out.local_shape), out)
+    at = normal(at, spec, rows.size, negative, op)
     if few:
         start = rows.offsets[comm.rank(group)]
         mine = (at >= start) & (at < start + rows.sizes[comm.rank(group)])
@@ -152,6 +174,19 @@ def read(
         return wrap(comm.reduce(torch.where(mine, found, 0), group), out)
     found = comm.take(local, at.reshape(-1), rows.sizes, group)
     return wrap(found.reshape(out.local_shape), out)
+
+
+def _route(
+    index: Tensor, at: Tensor, spec: Spec, rows: Dim, negative: bool | None, op: str
+) -> Route:
+    """The route of an index, of which this rank has the entries `at`, into a dim."""
+    group = comm.group(spec.mesh, rows.axes)
+    every = comm.group(spec.mesh, tuple(sorted({*rows.axes, *axes_in(spec.dims)})))
+
+    def make() -> Route:
+        return find(normal(at, spec, rows.size, negative, op).reshape(-1), rows.sizes, group)
+
+    return route_of(index, (spec, rows, negative, group), every, make)
 
 
 def write(
@@ -174,18 +209,20 @@ def write(
         mesh, sorted({*axes_in(dims), *axes_in(lead)}),
         (values, (*lead, *rest)), (index, lead),
     )  # fmt: skip
-    at = operands[1]
+    v, at = operands
     assert at is not None
-    at = normal(at, Spec(mesh, lead), rows.size, negative, op).reshape(-1)
-    v = (
-        None
-        if operands[0] is None
-        else operands[0].reshape(at.numel(), *operands[0].shape[len(own) :])
-    )
+    v = None if v is None else v.reshape(at.numel(), *v.shape[len(own) :])
     local = like(
         x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), Spec(mesh, dims)
     )._local
-    new = settle(local, at, v, kernel, rows, Spec(mesh, lead), axes_in(lead))
+    spec, have = Spec(mesh, lead), axes_in(lead)
+    asks = bool(set(cut_axes(rows)) & set(have))
+    if kernel is None and v is not None and asks and not _torch.is_tracing():
+        part = deliver(v, _route(index, at, spec, rows, negative, op), len(local))
+        new = local + _summed(part, mesh, tuple(a for a in have if a not in cut_axes(rows)))
+    else:
+        at = normal(at, spec, rows.size, negative, op).reshape(-1)
+        new = settle(local, at, v, kernel, rows, spec, have)
     final = (Dim(rows.size) if not old[0].axes else rows, *rest)
     return like(wrap(new, Spec(mesh, dims)), Spec(mesh, final))
 
