@@ -1,6 +1,7 @@
 """The compiled local program gives the values and gradients of the eager one, in one graph."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -79,3 +80,54 @@ def vit():
 @pytest.mark.parametrize("make", [unet, vit])
 def test_whole_models(make):
     st.simulate(2, eager_and_compiled, make, (2, 2, 16, 12), 2, "aot_eager")
+
+
+def bounded():
+    compiled = st.compile(lambda x: x * 2, backend="eager")
+    compiled.most = 2
+    mesh = make_mesh((2,))
+    x = torch.arange(12.0).view(6, 2)
+
+    def sharded(*sizes):
+        return st.distribute_tensor(x, mesh, [Shard(0)], sizes={0: sizes}, src_data_rank=None)
+
+    for sizes in ((3, 3), (4, 2), (3, 3), (5, 1), (3, 3), (4, 2)):
+        assert torch.equal(compiled(sharded(*sizes)).full_tensor(), x * 2)
+    return compiled.traces, len(compiled.traced)
+
+
+def test_the_number_of_graphs_is_bounded(caplog):
+    with caplog.at_level("INFO", logger="shardtensor.compile"):
+        # the third graph drops the second, which is then made again
+        assert st.simulate(2, bounded) == [(4, 2)] * 2
+    text = [r.getMessage() for r in caplog.records]
+    assert any("specs" in m and "[4, 2]" in m and "->" in m for m in text)
+    assert sum(r.levelname == "WARNING" for r in caplog.records) == 2
+
+
+def stock(net, x):
+    return torch.compile(net)(x)
+
+
+def under_torch_compile():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU())
+    x = torch.randn(1, 3, 8, 6)
+    s = st.distribute_tensor(x, make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    # at the time of tracing, in whichever rank traces
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        y = stock(net, s)
+    y.square().mean().backward()
+    got = net[0].weight.grad.clone()
+    net.zero_grad()
+    want = net(x)
+    want.square().mean().backward()
+    assert torch.allclose(y.full_tensor(), want, rtol=1e-5)
+    assert torch.allclose(got, net[0].weight.grad, rtol=1e-4)
+    return [str(w.message) for w in seen]
+
+
+@pytest.mark.gloo
+def test_stock_compile_runs_eagerly_and_says_what_to_call():
+    for found in run_workers(2, under_torch_compile):
+        assert any("shardtensor.compile(model)" in m for m in found)

@@ -226,6 +226,19 @@ def is_silent(group: Any) -> bool:
     return bool(dist.get_backend(group) == "fake")
 
 
+def hide_from_dynamo(fn: Callable[..., Any]) -> None:
+    """Let Dynamo run fn, and all that it calls, as they are."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(fn.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def tell_dynamo(warn: Callable[..., None], why: str) -> None:
+    """In a frame that Dynamo traces: call warn at that time, and break the graph, saying why."""
+    torch._dynamo.comptime.comptime(warn)
+    torch._dynamo.graph_break(msg=why)
+
+
 def storage_ref(x: torch.Tensor) -> Any:
     """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
     from torch.multiprocessing.reductions import StorageWeakRef

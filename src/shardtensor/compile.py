@@ -7,6 +7,8 @@ the flattened local tensors: a graph of plain ops and collectives, without Shard
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +19,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from . import attention
+
+log = logging.getLogger(__name__)
+# what a graph is for
+_PARTS = (
+    "specs", "tensors", "parameters", "arguments", "gradients", "training", "autocast",
+    "attention strategy",
+)  # fmt: skip
 
 # Shard sizes differ from rank to rank; an order of collectives that depends on them would hang
 _SAME_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -29,12 +38,18 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
     shapes, dtypes, grad mode and train/eval. A module's parameters and buffers are inputs of the
     graph, so they may change; tensors that a function closes over are read anew at each call, but
     must keep their shapes. Random ops raise UnsupportedOpError.
+
+    At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
+    at level INFO what each graph is for and how that differs from the graph before it; at WARNING,
+    once, that graphs are dropped.
     """
     return Compiled(fn, options)
 
 
 class Compiled:
     """What `compile` returns. `traces` counts the graphs made so far."""
+
+    most = 32
 
     def __init__(
         self,
@@ -47,23 +62,45 @@ class Compiled:
         self.options = dict(options)
         if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
             self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
-        self.traced: dict[Any, tuple[Callable[..., Any], pytree.TreeSpec]] = {}
-
-    @property
-    def traces(self) -> int:
-        return len(self.traced)
+        self.traced: OrderedDict[Any, tuple[Callable[..., Any], pytree.TreeSpec]] = OrderedDict()
+        self.traces = 0
+        self.last: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         state = _state(self.fn)
-        key = (_key(leaves), _key(list(state.values())), str(tree), *_modes(self.fn))
-        specs = tuple(_specs((args, kwargs)))
-        found = self.traced.get((key, specs))
+        key = (
+            tuple(_specs((args, kwargs))), _key(leaves), _key(list(state.values())), str(tree),
+            *_modes(self.fn),
+        )  # fmt: skip
+        found = self.traced.get(key)
         if found is None:
-            found = self.traced[key, specs] = self._trace(leaves, tree, state)
+            self._note(key)
+            found = self.traced[key] = self._trace(leaves, tree, state)
+            self.traces += 1
+        self.traced.move_to_end(key)
         run, out_tree = found
         flat = run(*state.values(), *(x for x in leaves if isinstance(x, Tensor)))
         return pytree.tree_unflatten(flat, out_tree)
+
+    def _note(self, key: tuple[Any, ...]) -> None:
+        """Log what a new graph is for; drop the one that was not used for longest, if too many."""
+        now = dict(zip(_PARTS, key, strict=True))
+        changed = [
+            f"{k}: {self.last[k]} -> {v}" for k, v in now.items() if self.last.get(k, v) != v
+        ]
+        what = "; ".join(changed) or f"specs: {now['specs']}"
+        log.info("graph %d of %s: %s", self.traces + 1, _name(self.fn), what)
+        self.last = now
+        if len(self.traced) < self.most:
+            return
+        if self.traces == self.most:
+            log.warning(
+                "%s has more than %d graphs: those not used for long are dropped and will be "
+                "compiled again. The newest differs in %s",
+                _name(self.fn), self.most, what,
+            )  # fmt: skip
+        self.traced.popitem(last=False)
 
     def _trace(
         self, leaves: list[Any], tree: pytree.TreeSpec, state: dict[str, Tensor]
@@ -90,6 +127,10 @@ class Compiled:
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return torch.compile(graph, **self.options), out_tree[0]
+
+
+def _name(fn: Any) -> str:
+    return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
 
 
 def _state(fn: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,16 @@ def refuse_transforms() -> None:
     )
 
 
+_COMPILE = (
+    "torch.compile does not see through ShardTensors: this model runs eagerly. Use "
+    "shardtensor.compile(model), or shardtensor.parallelize(model, mesh) and model.compile()"
+)
+
+
+def _warn(_: Any) -> None:
+    warnings.warn(_COMPILE, stacklevel=2)
+
+
 class ShardTensor(torch.Tensor):
     """A tensor of global shape `shape` of which this rank holds one shard, `to_local()`.
 
@@ -55,6 +66,8 @@ class ShardTensor(torch.Tensor):
     ) -> Any:
         if _level() is not None or forward_ad._current_level >= 0:
             refuse_transforms()
+        if torch.compiler.is_dynamo_compiling():
+            _torch.tell_dynamo(_warn, _COMPILE)
         return handlers[func](func, args, kwargs or {})
 
     @classmethod
@@ -385,3 +398,6 @@ pytree.register_pytree_node(
     _unflatten,
     serialized_type_name="shardtensor.ShardTensor",
 )
+
+
+_torch.hide_from_dynamo(ShardTensor.__torch_function__)
