@@ -3,7 +3,7 @@
 # imported for what they register
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
-from . import random, testing
+from . import points, random, testing
 from . import rules as _rules  # noqa: F401
 from .compile import compile
 from .construct import distribute_tensor
@@ -28,6 +28,7 @@ __all__ = [
     "distribute_tensor",
     "fallback",
     "parallelize",
+    "points",
     "random",
     "rule",
     "simulate",
