@@ -5,6 +5,8 @@ import sys
 import types
 from pathlib import Path
 
+import torch
+
 import shardtensor as st
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -19,3 +21,23 @@ def test_the_worked_example_of_a_rule():
     finally:
         del sys.modules[module.__name__]
     assert callable(module.mean3.__wrapped__) and module.st is st
+
+
+def test_the_example_of_point_clouds():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "points.md").read_text(), re.S)
+    names: dict = {}
+    exec(block, names)
+    points, values, grid = (names[k] for k in ("points", "values", "grid"))
+    neighbours = (
+        torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+        .topk(8, largest=False)
+        .indices
+    )
+    smooth = values[neighbours].mean(1)
+    d, at = torch.cdist(grid, points, compute_mode="donot_use_mm_for_euclid_dist").topk(
+        3, largest=False
+    )
+    w = d**-2
+    want = (w[..., None] * smooth[at]).sum(1) / w.sum(1, keepdim=True)
+    for found in names["found"]:
+        assert torch.allclose(found, want, rtol=1e-4)

@@ -149,7 +149,9 @@ def _named(found: Found, boxes: Boxes, chunk: int) -> Tensor:
 def nearest(met: Met, k: int, within: float | None, chunk: int, first: bool = False) -> Found:
     """The best k points (within a squared distance) for this rank's queries; see `Found`."""
     queries, points, sizes = wide(met.asking.detach()), wide(met.rows.detach()), met.sizes
-    found = Found(queries, k, within, first)
+    # chunks of queries are compact too
+    given = morton_order(queries, 63)
+    found = Found(queries[given], k, within, first)
     if not sum(sizes):
         return found
     order = morton_order(points, 63)
@@ -158,6 +160,8 @@ def nearest(met: Met, k: int, within: float | None, chunk: int, first: bool = Fa
     _scan(found, packed, sum(sizes[:me]), own, chunk)
     if len(sizes) > 1:
         _visit(found, packed, own, met, chunk)
+    back = given.argsort()
+    found.d2, found.index, found.counts = (x[back] for x in (found.d2, found.index, found.counts))
     return found
 
 

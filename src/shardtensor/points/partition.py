@@ -43,7 +43,7 @@ class Partition:
         spec = self._spec(x, self.sizes)
         index = self.order[self._own(spec)]
         if isinstance(x, ShardTensor):
-            return read(x, wrap(index, spec.with_dims(spec.dims[:1])), negative=False)
+            return read(x, wrap(index, spec.with_dims(spec.dims[:1])), negative=None)
         (x,) = comm.vary([x], comm.group(self.mesh, self.axes))
         return wrap(x[index], spec)
 
@@ -54,7 +54,7 @@ class Partition:
         """
         spec = self._spec(x, even(len(self.order), len(self.sizes)))
         index = wrap(self.inverse[self._own(spec)], spec.with_dims(spec.dims[:1]))
-        return read(x, index, negative=False)
+        return read(x, index, negative=None)
 
     def _spec(self, x: Tensor, sizes: Sequence[int]) -> Spec:
         n = len(self.order)

@@ -36,11 +36,11 @@ def farthest_point_sampling(points: Tensor, m: int, start: int = 0) -> Tensor:
     chosen = []
     for step in range(m):
         # argmax is the first of equals
-        best = far.argmax() if len(x) else far.new_zeros((), dtype=torch.int64)
+        best = far.argmax() if len(x) else starts[0]
         mine = (
-            torch.cat([far[best], x[best]])[None] if len(x) else x.new_full((1, x.shape[1] + 1), -1)
+            torch.cat([far[best, None], x[best]]) if len(x) else x.new_full((1 + x.shape[1],), -1)
         )
-        found = comm.gather(pack(mine, best[None]), 0, [1] * len(sizes), group)
+        found = comm.gather(pack(mine[None], best[None]), 0, [1] * len(sizes), group)
         rows, index = unpack(found, x.dtype)
         top = rows[:, 0].argmax()
         chosen.append(index[top] + starts[top])

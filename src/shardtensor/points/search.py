@@ -7,11 +7,11 @@ in fp32 at least, and differentiable in queries and points through the neighbour
 distance 0 the gradient is 0.
 
 Cost: the boxes of all chunks (2 D numbers for `chunk` points) and n numbers go to all n ranks.
-Then, in at most n - 1 rounds of two messages, come the chunks of other ranks' points that are within
-reach of a query, D + 1 numbers a point, once. Of a cloud in the order of `partition` that is what
-lies beside a rank's own part, of one in no order up to all of it; yet no rank ever holds more than
-its own points and what it takes from one other. Work: pairs of points and queries whose chunks are
-within reach. Where gradients are wanted, each rank fetches the neighbours that are not its own, each
+Then, in at most n - 1 rounds of two messages, come the chunks of other ranks' points that are
+within reach of a query, D + 1 numbers a point, once. Of a cloud in the order of `partition` that is
+what lies beside a rank's own part, of one in no order up to all of it; yet no rank ever holds more
+than its own points and what it takes from one other. Work: the pairs of a query and a chunk within
+its reach. Where gradients are wanted, each rank fetches the neighbours that are not its own, each
 once, and sends their gradients back.
 """
 

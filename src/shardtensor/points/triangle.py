@@ -14,27 +14,30 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def closest(p: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """The point (..., 3) of triangle a, b, c that is closest to p; all broadcast.
 
-    Ericson, Real-Time Collision Detection (2004), section 5.1.5. Triangles without area are the
-    segments or points that they are.
+    The nearest of the projection, where that lies inside, and of the closest points of the edges:
+    Ericson, Real-Time Collision Detection (2004), sections 5.1.5 and 5.1.2. Unlike a choice by the
+    signs of areas this holds for slivers, and for triangles that are segments or points.
     """
-    ab, ac = b - a, c - a
-    d1, d2 = dot(ab, p - a), dot(ac, p - a)
-    d3, d4 = dot(ab, p - b), dot(ac, p - b)
-    d5, d6 = dot(ab, p - c), dot(ac, p - c)
+    ab, ac, bc = b - a, c - a, c - b
+    ap, bp, cp = p - a, p - b, p - c
+    d1, d2, d3, d4, d5, d6 = (dot(e, x) for x in (ap, bp, cp) for e in (ab, ac))
     va, vb, vc = d3 * d6 - d5 * d4, d5 * d2 - d1 * d6, d1 * d4 - d3 * d2
-    # the face, then what has precedence over it: the last region that holds p wins
     whole = va + vb + vc
-    v, w = _ratio(vb, whole), _ratio(vc, whole)
-    along = _ratio(d4 - d3, (d4 - d3) + (d5 - d6))
-    for region, at_v, at_w in (
-        ((va <= 0) & (d4 >= d3) & (d5 >= d6), 1 - along, along),
-        ((vb <= 0) & (d2 >= 0) & (d6 <= 0), torch.zeros_like(v), _ratio(d2, d2 - d6)),
-        ((d6 >= 0) & (d5 <= d6), torch.zeros_like(v), torch.ones_like(w)),
-        ((vc <= 0) & (d1 >= 0) & (d3 <= 0), _ratio(d1, d1 - d3), torch.zeros_like(w)),
-        ((d3 >= 0) & (d4 <= d3), torch.ones_like(v), torch.zeros_like(w)),
-        ((d1 <= 0) & (d2 <= 0), torch.zeros_like(v), torch.zeros_like(w)),
-    ):
-        v, w = torch.where(region, at_v, v), torch.where(region, at_w, w)
+    inside = (va >= 0) & (vb >= 0) & (vc >= 0) & (whole > 0)
+    at_ab, at_ac, at_bc = (
+        _ratio(along, dot(e, e)).clamp(0, 1) for along, e in ((d1, ab), (d2, ac), (dot(bc, bp), bc))
+    )
+    zero = torch.zeros_like(whole)
+    v, w = torch.where(inside, _ratio(vb, whole), 0), torch.where(inside, _ratio(vc, whole), 0)
+    best = None
+    for new_v, new_w in ((v, w), (at_ab, zero), (zero, at_ac), (1 - at_bc, at_bc)):
+        to = ap - new_v[..., None] * ab - new_w[..., None] * ac
+        d = dot(to, to).detach()
+        if best is not None:
+            nearer = d < best
+            v, w = torch.where(nearer, new_v, v), torch.where(nearer, new_w, w)
+            d = torch.minimum(d, best)
+        best = d
     return a + v[..., None] * ab + w[..., None] * ac
 
 
