@@ -15,7 +15,7 @@ grid = torch.cartesian_prod(*[torch.arange(4, dtype=D)] * 2)[torch.randperm(16)]
 
 def serial(x, m, start):
     """The farthest from all chosen, of equals the lowest index, in Python."""
-    chosen = [start][:m]
+    x, chosen = x.detach(), [start][:m]
     while len(chosen) < m:
         far = [min(float(((a - x[c]) ** 2).sum()) for c in chosen) for a in x]
         chosen.append(max(range(len(x)), key=lambda i: (far[i], -i)))

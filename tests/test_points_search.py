@@ -167,6 +167,26 @@ def test_mistakes():
                [q, p], [T.shard(0)] * 2, (2,))  # fmt: skip
 
 
+def all_three(q, p):
+    return [case(q, p) for case in CASES.values()]
+
+
+@pytest.mark.gloo
+def test_worker_processes():
+    """Rounds of messages of any size, also none, over gloo."""
+    places = [T.shard(0, (3, 0, 6)), T.shard(0, (1, 12, 0))]
+    T.hold(all_three, [q, p], places, (3,), run=T.run_workers)
+
+
+def test_is_not_compiled():
+    def on_rank():
+        x = st.distribute_tensor(p, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        with pytest.raises(st.UnsupportedOpError, match="compiled"):
+            st.compile(lambda x: st.points.knn(x, x, 2)[0])(x)
+
+    st.simulate(2, on_rank)
+
+
 def line(gap):
     """Two ranks with 64 points each on a line, the second `gap` after the first; what knn sends."""
     x = torch.arange(128, dtype=D)[:, None]

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from ..comm import wire
+from ..errors import UnsupportedOpError
 from .curves import morton_order
 from .meet import Met, pack, squared, unpack, wide
 
@@ -148,6 +149,11 @@ def _named(found: Found, boxes: Boxes, chunk: int) -> Tensor:
 @torch.no_grad()
 def nearest(met: Met, k: int, within: float | None, chunk: int, first: bool = False) -> Found:
     """The best k points (within a squared distance) for this rank's queries; see `Found`."""
+    if _torch.is_tracing():
+        raise UnsupportedOpError(
+            "a search for neighbours depends on values and cannot be compiled: leave it out of "
+            "st.compile"
+        )
     queries, points, sizes = wide(met.asking.detach()), wide(met.rows.detach()), met.sizes
     # chunks of queries are compact too
     given = morton_order(queries, 63)
