@@ -37,3 +37,23 @@ def test_the_example_of_graphs():
     messages = (x[source] - x[target]).relu()
     mean = torch.zeros_like(x).index_reduce(0, target, messages, "mean", include_self=False)
     assert names["sharded"] == [pytest.approx(mean.square().sum().item(), rel=1e-5)] * 4
+
+
+def test_the_example_of_point_clouds():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "points.md").read_text(), re.S)
+    names: dict = {}
+    exec(block, names)
+    points, values, grid = (names[k] for k in ("points", "values", "grid"))
+    neighbours = (
+        torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+        .topk(8, largest=False)
+        .indices
+    )
+    smooth = values[neighbours].mean(1)
+    d, at = torch.cdist(grid, points, compute_mode="donot_use_mm_for_euclid_dist").topk(
+        3, largest=False
+    )
+    w = d**-2
+    want = (w[..., None] * smooth[at]).sum(1) / w.sum(1, keepdim=True)
+    for found in names["found"]:
+        assert torch.allclose(found, want, rtol=1e-4)
