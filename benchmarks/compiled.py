@@ -65,7 +65,7 @@ def run(name: str) -> tuple[float, float, float, float]:
     step(model)
     want = gradients()
     first = step(compiled)
-    largest = max(float(g.abs().max()) for g in want)
+    largest = max(float(g.abs().max()) for g in want) or 1.0
     error = max(float((a - b).abs().max()) for a, b in zip(gradients(), want, strict=True))
     times: list[list[float]] = [[], []]
     for _ in range(REPEATS):

@@ -11,6 +11,7 @@ from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
+from .options import Options
 from .override import rule
 from .parallel import parallelize
 from .rehearse import rehearse
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Dim",
     "FallbackWarning",
+    "Options",
     "RankError",
     "ShardTensor",
     "Spec",

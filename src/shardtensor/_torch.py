@@ -226,6 +226,13 @@ def is_silent(group: Any) -> bool:
     return bool(dist.get_backend(group) == "fake")
 
 
+def checkpointed(module: torch.nn.Module) -> None:
+    """Keep only the module's inputs for backward; its class and its state_dict stay."""
+    from torch.distributed._composable import checkpoint
+
+    checkpoint(module)
+
+
 def hide_from_dynamo(fn: Callable[..., Any]) -> None:
     """Let Dynamo run fn, and all that it calls, as they are."""
     frames = torch._C._dynamo.eval_frame

@@ -39,8 +39,10 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if not (x.is_leaf and x.requires_grad):
-            storage = x.untyped_storage()
+        # checkpointing keeps ShardTensors
+        local = getattr(x, "_local", x)
+        if not (local.is_leaf and local.requires_grad):
+            storage = local.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -12,56 +13,100 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import _torch, comm
+from . import _torch, comm, fsdp
 from .comm import groups, wire
 from .comm.count import sending
 from .compile import Compiled
 from .errors import UnsupportedOpError
+from .options import Options
 
 M = TypeVar("M", bound=nn.Module)
 _reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
 
 
-def parallelize(
-    model: M,
-    mesh: DeviceMesh,
-    *,
-    data: str | None = None,
-    sync: bool = True,
-    bucket_mb: float = 8.0,
-) -> M:
+def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **values: Any) -> M:
     """Prepare a model for training on samples that are sharded over a mesh; returns the model.
 
-    Weights and buffers become those of the mesh's first rank (sync). Gradients of parameters are
-    summed over the ranks in buckets of `bucket_mb` MiB, each sent as soon as backward has made its
-    last gradient, while backward goes on. Without this call every op sums its own weights'
-    gradients before backward goes on; the numbers are the same but for the order of the sums.
+    options, or its fields by name: see `Options`. mesh: all ranks that train together. Samples
+    differ along the axis `data`; inputs lie on the submesh of the other axes, and gradients are
+    averaged over the data axis. Without it inputs lie on `mesh`, also where an axis shards the
+    batch.
 
-    mesh: all ranks that train together. data: the name of a mesh axis along which samples differ;
-    inputs then lie on the submesh of the other axes, and gradients are averaged over the data axis.
-    Without it inputs lie on `mesh`, also where an axis shards the batch.
+    Without fsdp, gradients of parameters are summed over the ranks in buckets, each sent as soon as
+    backward has made its last gradient, while backward goes on. (Without this call every op sums
+    its own weights' gradients before backward goes on; the numbers are the same but for the order
+    of the sums.) Gradients are complete when backward() returns; a hook on a parameter sees this
+    rank's part. torch.autograd.grad with respect to a parameter raises UnsupportedOpError.
+    With fsdp, parameters become FSDP2's DTensors, and FSDP2 sums and averages.
 
-    Nothing else about the model changes: its class, its state_dict and how it is called. Gradients
-    are complete when backward() returns; a hook on a parameter sees this rank's part.
-    torch.autograd.grad with respect to a parameter raises UnsupportedOpError.
-    `model.compile(**options)` compiles its local program (see `shardtensor.compile`).
+    Nothing else about the model changes: the keys of its state_dict and how it is called stay.
+    `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
+    Raises ValueError for options that do not fit together, the mesh or the model.
     """
+    options = _options(options, values)
     names = mesh.mesh_dim_names or ()
-    if data is not None and data not in names:
-        raise ValueError(f"data axis {data!r} is not one of the mesh's {names}")
+    if options.data is not None and options.data not in names:
+        raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
     axes = tuple(range(mesh.ndim))
     everyone = comm.group(mesh, axes)
-    domain = comm.group(mesh, tuple(a for a in axes if data is None or names[a] != data))
-    if sync:
+    shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
+    domain = comm.group(mesh, shared)
+    if options.sync:
         synchronise(_tensors(model), everyone)
-    parameters = [p for p in dict.fromkeys(model.parameters()) if p.requires_grad]
     if model in _reducers:
         restore(model)
+    _adapt(model, options)
+    if options.fsdp is not None:
+        fsdp.shard(model, mesh, domain, options)
+        return model
+    parameters = [p for p in dict.fromkeys(model.parameters()) if p.requires_grad]
     copies = comm.size(everyone) // comm.size(domain)
-    _reducers[model] = Reducer(parameters, domain, everyone, copies, int(bucket_mb * 2**20))
+    most = int(options.bucket_mb * 2**20)
+    _reducers[model] = Reducer(parameters, domain, everyone, copies, most)
     # past nn.Module's bookkeeping: it is no part of the model's state
     model.__dict__["compile"] = partial(_compile, model)
+    if options.compile is not None:
+        model.compile(**options.compile)
     return model
+
+
+def _options(options: Options | None, values: dict[str, Any]) -> Options:
+    if options is None:
+        return Options.from_dict(values)
+    return replace(options, **values) if values else options
+
+
+def _adapt(model: nn.Module, options: Options) -> None:
+    """Checkpointing, offload and autocast, by hooks around forward."""
+    if options.checkpoint:
+        blocks = fsdp.blocks_of(model, options.blocks)
+        if not blocks:
+            raise ValueError("checkpoint: the model has no nn.ModuleList; name the blocks")
+        for block in blocks:
+            _torch.checkpointed(block)
+    if options.offload:
+        _around(model, lambda: torch.autograd.graph.save_on_cpu(pin_memory=False))
+    if options.precision is not None and options.fsdp is None:
+        dtype = fsdp.DTYPES[options.precision]
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        _around(model, lambda: torch.autocast(device, dtype))
+
+
+def _around(model: nn.Module, make: Callable[[], Any]) -> None:
+    """Run the model's forward inside the context that make() gives."""
+    entered: list[Any] = []
+
+    def enter(_: nn.Module, __: Any) -> None:
+        context = make()
+        context.__enter__()
+        entered.append(context)
+
+    def leave(_: nn.Module, __: Any, out: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return out
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
 
 
 def restore(model: nn.Module) -> None:
@@ -166,7 +211,7 @@ class Slot:
         parameter._shardtensor_slot = self  # type: ignore[attr-defined]
         self.hook = parameter.register_post_accumulate_grad_hook(self.ready)
 
-    def add(self, part: Tensor) -> None:
+    def add(self, part: Tensor) -> Tensor:
         """Note one more part of the gradient."""
         view = self.bucket.view(self)
         if self.touched:
@@ -175,6 +220,7 @@ class Slot:
             view.copy_(part)
         self.touched = True
         self.reducer.queue()
+        return part
 
     def __reduce__(self) -> Any:
         # a parameter is pickled with its attributes; the slot stays with this process

@@ -19,8 +19,8 @@ class Slot(Protocol):
 
     group: str
 
-    def add(self, part: Tensor) -> None:
-        """One more part."""
+    def add(self, part: Tensor) -> Tensor:
+        """One more part; returns what the parameter's own gradient gets of it."""
 
 
 def slot_of(x: Tensor, group: str) -> Slot | None:
@@ -30,7 +30,7 @@ def slot_of(x: Tensor, group: str) -> Slot | None:
 
 
 class Defer(torch.autograd.Function):
-    """The identity; backward notes the gradient in the slot and passes it on unsummed."""
+    """The identity; backward gives the gradient to the slot and passes on what that returns."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Slot) -> Tensor:
@@ -43,5 +43,4 @@ class Defer(torch.autograd.Function):
             # a gradient of this gradient is wanted: it must be whole now
             (whole,) = ops.reduce_op([g], "sum", ctx.slot.group)
             return whole, None
-        ctx.slot.add(g)
-        return g, None
+        return ctx.slot.add(g), None

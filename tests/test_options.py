@@ -1,0 +1,230 @@
+"""`parallelize` with FSDP2, checkpointing, offload, mixed precision: as one device trains."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional as F
+
+import shardtensor as st
+from shardtensor.measure import peak_bytes, saved_bytes
+from shardtensor.testing import run_workers
+
+D = torch.float64
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.7))
+
+    def forward(self, x):
+        # the last term uses a weight alone: its gradient is whole on every rank
+        return x + F.gelu(self.conv(self.norm(x))) * self.scale + self.scale.exp().sum()
+
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.first = nn.Conv2d(2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.unused = nn.Parameter(torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(width, 1, 1), requires_grad=False)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.first(x) * self.frozen
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def made(dtype=D):
+    torch.manual_seed(0)
+    return Net().to(dtype), [torch.randn(2, 2, 8, 6, dtype=dtype) for _ in range(3)]
+
+
+def train(model, batches, clip=True, pieces=1):
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.05)
+    losses = []
+    for x in batches:
+        for part in range(pieces):
+            loss = model(x).square().mean() / pieces
+            (loss * (part + 1)).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5) if clip else None
+        losses.append((loss.item(), None if norm is None else float(full(norm))))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: full(v).detach().clone() for k, v in model.state_dict().items()}, losses
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor | st.ShardTensor) else x
+
+
+def on_rank(shape, names, placements, values, pieces=1):
+    model, batches = made()
+    if dist.get_rank():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    keys = list(model.state_dict())
+    st.parallelize(model, mesh, **values)
+    assert list(model.state_dict()) == keys
+    domain = mesh
+    if "data" in names:
+        mine = mesh.get_local_rank("data")
+        batches = [x[mine : mine + 1] for x in batches]
+        others = tuple(n for n in names if n != "data")
+        domain = mesh[others if len(others) > 1 else others[0]]
+    given = [st.distribute_tensor(x, domain, placements, src_data_rank=None) for x in batches]
+    weights, losses = train(model, given, pieces=pieces)
+    return (
+        weights,
+        losses,
+        sum(
+            p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+            for p in model.parameters()
+        ),
+    )
+
+
+CASES = {
+    "data x domain, data": ((2, 2), ("data", "domain"), [Shard(2)], {"data": "data", "fsdp": "data"}),
+    "data x domain, all": ((2, 2), ("data", "domain"), [Shard(2)], {"data": "data", "fsdp": "all"}),
+    "domain, all": ((2,), ("domain",), [Shard(3)], {"fsdp": "all"}),
+    "two axes, all": ((2, 2), ("h", "w"), [Shard(2), Shard(3)], {"fsdp": "all"}),
+    "one of two axes, all": ((2, 2), ("h", "w"), [Replicate(), Shard(3)], {"fsdp": "all"}),
+    "named blocks": ((2,), ("domain",), [Shard(2)], {"fsdp": "all", "blocks": ["Block", "Linear"]}),
+    "checkpoint": ((2,), ("domain",), [Shard(2)], {"fsdp": "all", "checkpoint": True}),
+    "checkpoint and offload": ((2,), ("domain",), [Shard(2)], {"checkpoint": True, "offload": True}),
+    "compiled": ((2,), ("domain",), [Shard(2)], {"compile": {"backend": "aot_eager"}}),
+}  # fmt: skip
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", CASES)
+def test_trains_as_one_device(name):
+    shape, names, placements, values = CASES[name]
+    model, batches = made()
+    want, losses = train(model, batches)
+    found = run_workers(torch.Size(shape).numel(), on_rank, shape, names, placements, values)
+    total = sum(p.numel() for p in model.parameters())
+    for got, seen, held in found:
+        for k, w in want.items():
+            assert torch.allclose(got[k], w, rtol=1e-9, atol=1e-11), k
+        assert [n for _, n in seen] == [pytest.approx(n, rel=1e-9) for _, n in losses]
+        parts = {"all": torch.Size(shape).numel(), "data": 2, None: 1}[values.get("fsdp")]
+        assert held <= total / parts + 40
+
+
+@pytest.mark.gloo
+def test_accumulation_over_all():
+    model, batches = made()
+    want, _ = train(model, batches, pieces=2)
+    shape, names, placements, values = CASES["data x domain, all"]
+    for got, _, _ in run_workers(4, on_rank, shape, names, placements, values, 2):
+        for k, w in want.items():
+            assert torch.allclose(got[k], w, rtol=1e-9, atol=1e-11), k
+
+
+def largest_message(kind):
+    model, batches = made()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    st.parallelize(model, mesh, fsdp=kind)
+    x = st.distribute_tensor(batches[0], mesh, [Shard(2)], src_data_rank=None)
+    loss = model(x).square().mean()
+    with st.trace() as t:
+        loss.backward()
+    return max(s.bytes for s in t.sent if s.collective == "all_reduce")
+
+
+@pytest.mark.gloo
+def test_ops_sum_no_weights_gradients_over_all():
+    """The norms' statistics are left; FSDP2 sends the weights' gradients by itself."""
+    model = Net()
+    weights = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert run_workers(2, largest_message, None)[0] == weights
+    # two moments of every group of a norm, and the gradients of its own weights
+    assert run_workers(2, largest_message, "all")[0] <= 128
+
+
+def bf16(values):
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    model, batches = made(torch.float32)
+    st.parallelize(model, mesh, **values)
+    x = st.distribute_tensor(batches[0], mesh, [Shard(2)], src_data_rank=None)
+    y = model(x)
+    y.square().mean().backward()
+    grads = {k: full(p.grad).float() for k, p in model.named_parameters() if p.grad is not None}
+    return y.dtype, grads
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("fsdp", [None, "all"])
+def test_precision(fsdp):
+    model, batches = made(torch.float32)
+    model(batches[0]).square().mean().backward()
+    for dtype, grads in run_workers(2, bf16, {"precision": "bf16", "fsdp": fsdp}):
+        assert dtype is torch.bfloat16
+        for k, p in model.named_parameters():
+            if p.grad is not None:
+                away = (grads[k] - p.grad).norm() / p.grad.norm()
+                assert 0 < away < 0.1, k
+
+
+def kept(values):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    torch.manual_seed(0)
+    model = st.parallelize(Net(16), mesh, **values)
+    x = torch.randn(2, 2, 64, 48)
+    x = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None)
+
+    def step():
+        model(x).square().mean().backward()
+
+    step()
+    return saved_bytes(lambda: model(x)), peak_bytes(step)
+
+
+@pytest.mark.gloo
+def test_checkpoint_keeps_inputs_only():
+    plain, saved = run_workers(2, kept, {})[0], run_workers(2, kept, {"checkpoint": True})[0]
+    assert saved[0] < 0.4 * plain[0] and saved[1] < plain[1]
+
+
+def test_options(tmp_path):
+    file = tmp_path / "parallel.yaml"
+    file.write_text("data: data\nfsdp: all\nblocks: [Block]\nprecision: bf16\n")
+    want = st.Options(data="data", fsdp="all", blocks=("Block",), precision="bf16")
+    assert st.Options.from_yaml(file) == want
+    for text in ("fsdp: half", "data: data\ncolour: red", "fsdp: data", "- fsdp",
+                 "precision: fp8", "bucket_mb: 0", "fsdp: all\ncompile: {}", "blocks: Block"):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError):
+            st.Options.from_yaml(file)
+    file.write_text("data: !!python/object/apply:os.getcwd []")
+    with pytest.raises(Exception, match="python/object"):
+        st.Options.from_yaml(file)
+
+
+def wrong():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    for values, message in (
+        ({"blocks": ["Layer"], "checkpoint": True}, "Layer"), ({"data": "time"}, "time"),
+        ({"fsdp": "everything"}, "fsdp"), ({"buckets": 3}, "buckets"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            st.parallelize(Net(), mesh, **values)
+    with pytest.raises(ValueError, match="ModuleList"):
+        st.parallelize(nn.Linear(2, 2), mesh, checkpoint=True)
+
+
+def test_refusals():
+    st.simulate(2, wrong)
