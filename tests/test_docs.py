@@ -1,12 +1,15 @@
 """The code in the docs runs."""
 
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import shardtensor as st
 
@@ -57,3 +60,12 @@ def test_the_example_of_point_clouds():
     want = (w[..., None] * smooth[at]).sum(1) / w.sum(1, keepdim=True)
     for found in names["found"]:
         assert torch.allclose(found, want, rtol=1e-4)
+
+
+def test_the_example_of_launching():
+    """In a process of its own, which has no launcher."""
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "launch.md").read_text(), re.S)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", block], check=True, env=env, timeout=120)
+    (options,) = re.findall(r"```yaml\n(data.*?)```", (DOCS / "launch.md").read_text(), re.S)
+    assert st.Options.from_dict(yaml.safe_load(options)).fsdp == "all"

@@ -11,6 +11,7 @@ from .compile import compile
 from .construct import distribute_tensor
 from .errors import UnsupportedOpError
 from .fallback import FallbackWarning, fallback
+from .launch import init
 from .options import Options
 from .override import rule
 from .parallel import parallelize
@@ -35,6 +36,7 @@ __all__ = [
     "distribute_tensor",
     "fallback",
     "graph",
+    "init",
     "neighborhood_attention",
     "parallelize",
     "points",
