@@ -98,10 +98,16 @@ def test_an_index_that_changes_is_asked_anew():
         b = x[index].full_tensor()
         index[0] = 5
         c = x[index].full_tensor()
+        # a write that torch does not count
+        index.numpy()[1] = 6
+        e = x[index].full_tensor()
+        index.data[1] = 7
         sharded = st.distribute_tensor(index, T.make_mesh((2,)), [Shard(0)], sizes={0: (0, 4)})
         d = x[sharded].full_tensor()
         sharded.add_(-3)
-        return [t.tolist() for t in (a, b, c, d, x[sharded].full_tensor())]
+        return [t.tolist() for t in (a, b, c, e, d, x[sharded].full_tensor())]
 
     for found in st.simulate(2, run):
-        assert found == [[0, 7, 3, 3], [0, 7, 3, 3], [5, 7, 3, 3], [5, 7, 3, 3], [2, 4, 0, 0]]
+        assert found == [
+            [0, 7, 3, 3], [0, 7, 3, 3], [5, 7, 3, 3], [5, 6, 3, 3], [5, 7, 3, 3], [2, 4, 0, 0],
+        ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
 # imported for what they register
-from . import attention, checkpoint, graph, points, random, spectral, sphere, testing
+from . import attention, checkpoint, graph, points, random, sparse, spectral, sphere, testing
 from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
 from . import natten as _natten  # noqa: F401
@@ -44,6 +44,7 @@ __all__ = [
     "rehearse",
     "rule",
     "simulate",
+    "sparse",
     "spectral",
     "sphere",
     "testing",

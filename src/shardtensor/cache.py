@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 _caches: list[Any] = []
 
@@ -22,7 +26,33 @@ def register(kept: Any) -> None:
     _caches.append(kept)
 
 
+_of_tensors: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {}
+
+
+def of_tensor(x: Tensor, key: Hashable, make: Callable[[], V]) -> V:
+    """make(), kept under the key while the tensor object x lives and torch does not write to it."""
+    if x.is_inference():
+        # torch counts no writes to it
+        return make()
+    ref, version, kept = _of_tensors.get(id(x), (None, -1, {}))
+    if ref is None or ref() is not x or version != x._version:
+        kept = {}
+        at = id(x)
+        gone = weakref.ref(x, lambda ref: _forget(at, ref))
+        _of_tensors[at] = (gone, x._version, kept)
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def _forget(at: int, ref: Any) -> None:
+    # another tensor may lie there by now
+    if at in _of_tensors and _of_tensors[at][0] is ref:
+        del _of_tensors[at]
+
+
 def clear() -> None:
     """Forget every kept result."""
     for c in _caches:
         c.cache_clear()
+    _of_tensors.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Mapping
@@ -100,10 +101,17 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=store, rank=here.rank, world_size=here.ranks,
         )  # fmt: skip
+        atexit.register(_end)
     n = dist.get_world_size()
     sizes = _sizes(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     return init_device_mesh(device.type, sizes, mesh_dim_names=tuple(axes)), device
+
+
+def _end() -> None:
+    """gloo's threads abort a process that ends with its groups alive."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _sizes(axes: Mapping[str, int], n: int) -> tuple[int, ...]:

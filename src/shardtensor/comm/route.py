@@ -40,9 +40,14 @@ def find(index: Tensor, sizes: Sequence[int], group: str) -> Route:
     return Route(torch.cat(rows), tuple(len(r) for r in rows), tuple(gets), place, group)
 
 
+def arrivals(x: Tensor, route: Route) -> Tensor:
+    """The distinct rows that the index names, in order, of a tensor sharded along dim 0."""
+    return _moved(x.index_select(0, route.rows), route, "take")
+
+
 def fetch(x: Tensor, route: Route) -> Tensor:
     """The rows (E, ...) that the index names, of a tensor sharded along dim 0."""
-    return _moved(x.index_select(0, route.rows), route, "take").index_select(0, route.place)
+    return arrivals(x, route).index_select(0, route.place)
 
 
 def deliver(values: Tensor, route: Route, rows: int) -> Tensor:

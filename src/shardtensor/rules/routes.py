@@ -1,4 +1,8 @@
-"""Routes of indices that are used again: found once for each index, until it changes or is gone."""
+"""Routes of indices that are used again: found once for each index, until it changes or is gone.
+
+An index is known by its memory and compared with what it was, so that no way of writing to it goes
+unseen; all ranks agree, in one small message, that theirs is still the same.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,24 @@ class _Kept:
     """Routes by index; those of indices that are gone are dropped."""
 
     def __init__(self) -> None:
-        self.found: OrderedDict[Any, tuple[Any, Route]] = OrderedDict()
+        self.found: OrderedDict[Any, tuple[Any, Tensor, Route]] = OrderedDict()
 
     def cache_clear(self) -> None:
         self.found.clear()
 
-    def get(self, key: Any) -> Route | None:
-        ref, route = self.found.get(key, (None, None))
-        if ref is None or ref.expired():
+    def get(self, key: Any, at: Tensor) -> Route | None:
+        if key not in self.found:
+            return None
+        ref, was, route = self.found[key]
+        if ref.expired() or not torch.equal(was, at):
             return None
         self.found.move_to_end(key)
         return route
 
-    def put(self, key: Any, ref: Any, route: Route) -> None:
-        for k in [k for k, (r, _) in self.found.items() if r.expired()]:
+    def put(self, key: Any, ref: Any, at: Tensor, route: Route) -> None:
+        for k in [k for k, (r, *_) in self.found.items() if r.expired()]:
             del self.found[k]
-        self.found[key] = ref, route
+        self.found[key] = ref, at.clone(), route
         while len(self.found) > _MOST:
             self.found.popitem(last=False)
 
@@ -44,23 +50,20 @@ _kept = _Kept()
 cache.register(_kept)
 
 
-def route_of(index: Tensor, key: Any, group: str, make: Callable[[], Route]) -> Route:
-    """The route of an index; key: of what else it depends on. group: all ranks that make it.
+def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], Route]) -> Route:
+    """The route of an index, of which this rank has the entries `at`.
 
-    A plain index is the same on all ranks, and so is whether it was seen before. Ranks ask each
-    other, in one small message, about a sharded one: a change in place may leave an empty shard as
-    it was.
+    key: what else the route depends on. group: all ranks that make it together.
     """
     local = index._local if isinstance(index, ShardTensor) else index
     ref = _torch.storage_ref(local)
-    place = (ref.cdata, local.storage_offset(), local.shape, local.stride(), local.dtype)
-    full = (*place, local._version, key)
-    route = _kept.get(full)
-    if isinstance(index, ShardTensor) and comm.size(group) > 1:
+    full = (ref.cdata, local.storage_offset(), local.shape, local.stride(), local.dtype, key)
+    route = _kept.get(full, at)
+    if comm.size(group) > 1:
         seen = torch.tensor(int(route is not None), device=local.device)
         if not int(comm.reduce(seen, group, "min")):
             route = None
     if route is None:
         route = make()
-        _kept.put(full, ref, route)
+        _kept.put(full, ref, at, route)
     return route

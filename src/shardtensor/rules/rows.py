@@ -186,7 +186,7 @@ def _route(
     def make() -> Route:
         return find(normal(at, spec, rows.size, negative, op).reshape(-1), rows.sizes, group)
 
-    return route_of(index, (spec, rows, negative, group), every, make)
+    return route_of(index, at, (spec, rows, negative, group), every, make)
 
 
 def write(
