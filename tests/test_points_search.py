@@ -220,6 +220,6 @@ def gradients():
 
 
 def test_neighbours_travel_once():
-    # the 2 rows beside the border: how many, their numbers, and the rows themselves
+    # the 2 rows beside the border: how many, their numbers, and the rows themselves; then those
     take = 8 + 2 * 8 + 2 * 8
-    assert st.simulate(2, gradients) == [[take, take]] * 2
+    assert st.simulate(2, gradients) == [[take, 2 * 8]] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .meet import pick
 from .search import knn
 
 
@@ -29,4 +28,4 @@ def interpolate(
     distances, index = knn(queries, points, k)
     weights = distances.clamp(min=eps) ** -power
     weights = weights / weights.sum(1, keepdim=True)
-    return (weights.to(features.dtype).unsqueeze(-1) * pick(features, index)).sum(1)
+    return (weights.to(features.dtype).unsqueeze(-1) * features[index]).sum(1)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import comm
 from ..comm.groups import ALONE
+from ..comm.route import fetch, find
 from ..redistribute import fit
 from ..rules.rows import axes_in, covering, cut_axes, dims_of, mesh_of
 from ..spec import Dim, Spec
@@ -63,17 +64,7 @@ def meet(asking: Tensor, rows: Tensor) -> Met:
 
 def once(x: Tensor, index: Tensor, sizes: tuple[int, ...], group: str) -> Tensor:
     """Rows (E, ...) of x by global index (E,); each travels once, however often it is named."""
-    if len(sizes) == 1:
-        return x[index]
-    named, back = index.unique(return_inverse=True)
-    return comm.take(x, named, sizes, group)[back]
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along dim 0, for any shape of index: (*index.shape, ...), sharded as the index."""
-    met = meet(index, x)
-    found = once(met.rows, met.asking.reshape(-1), met.sizes, met.group)
-    return met.made(found.reshape(*met.asking.shape, *x.shape[1:]))
+    return x[index] if len(sizes) == 1 else fetch(x, find(index, sizes, group))
 
 
 def check(op: str, queries: Tensor, points: Tensor) -> None:
