@@ -61,11 +61,12 @@ def test_sizes():
 
 
 SCRIPT = """
-import torch, shardtensor as st
+import os, torch, shardtensor as st
 from torch.distributed.tensor import Shard
 mesh, device = st.init(data=1, domain=-1)
 x = st.distribute_tensor(torch.arange(6.0, device=device), mesh["domain"], [Shard(0)])
-print("found", x.sum().item(), tuple(mesh.shape), x.to_local().numel(), mesh.mesh_dim_names)
+found = f"found {x.sum().item()} {tuple(mesh.shape)} {x.to_local().numel()} {mesh.mesh_dim_names}"
+os.write(1, f"{found}\\n".encode())  # ranks share the stream
 torch.distributed.destroy_process_group()
 """
 
@@ -77,8 +78,9 @@ def ran(processes):
 def start(command, **env):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
     return subprocess.Popen(
-        command, env={**clean, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, text=True
-    )
+        command, env={**clean, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
 def free_port():
@@ -97,8 +99,8 @@ def test_started(launcher, tmp_path: Path):
         assert "found 15.0 (1, 1) 6" in texts[0]
         return
     if launcher == "torchrun":
-        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", str(free_port()), str(script)]  # fmt: skip
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(script)]  # fmt: skip
         texts = ran([start(run)])
     else:
         port = str(free_port())
@@ -108,4 +110,5 @@ def test_started(launcher, tmp_path: Path):
                   SLURM_STEP_NODELIST="localhost")
             for r in range(2)
         ])  # fmt: skip
-    assert "".join(texts).count("found 15.0 (1, 2) 3 ('data', 'domain')") == 2
+    text = "".join(texts)
+    assert text.count("found 15.0 (1, 2) 3 ('data', 'domain')") == 2, text
