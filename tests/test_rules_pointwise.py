@@ -196,3 +196,23 @@ def test_dropout(seed_by_rank):
     if not seed_by_rank:
         again = st.simulate(4, drops, False)
         assert torch.equal(found[0][0], again[0][0])
+
+
+def into_shards():
+    o = st.distribute_tensor(torch.zeros(6, 4), T.make_mesh((2,)), [Shard(0)])
+    a = torch.arange(24.0).view(6, 4)
+    for want, call in (
+        (a.sin(), lambda: torch.sin(a, out=o)), (a + a, lambda: torch.add(a, a, out=o)),
+        (a @ a[:4], lambda: torch.matmul(a, a[:4], out=o)),
+    ):  # fmt: skip
+        assert call() is o
+        T.same(o, want, "out= of plain operands")
+    total = o.sum(1)
+    assert torch.sum(a, 1, out=total) is total
+    T.same(total, a.sum(1), "out= of a plain reduction")
+    with pytest.raises(RuntimeError, match="int64"):
+        torch.add(a, a, out=o.long())
+
+
+def test_plain_operands_into_shards():
+    st.simulate(2, into_shards)

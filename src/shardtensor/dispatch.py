@@ -141,12 +141,24 @@ def _counted(handler: Handler, name: str) -> Handler:
     """The handler that notes its op in open traces; free while there are none."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs and kwargs.get("out") is not None:
+            leaves = pytree.tree_leaves((args, {**kwargs, "out": None}), is_leaf=is_shard)
+            if not any(is_shard(x) for x in leaves):
+                return _into(func, args, kwargs)
         if not count.records:
             return handler(func, args, kwargs)
         with count.running(name, handler.__name__):
             return handler(func, args, kwargs)
 
     return run
+
+
+def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func of plain tensors alone, written into ShardTensors."""
+    from .rules.inout import fill_out
+
+    out = kwargs.pop("out")
+    return fill_out(out, func(*args, **kwargs))
 
 
 def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

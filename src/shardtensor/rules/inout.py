@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedOpError
 from ..redistribute import like
 from ..tensor import ShardTensor
@@ -20,6 +22,8 @@ def fill_out(out: Any, result: Any) -> Any:
         raise UnsupportedOpError(
             f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"
         )
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise RuntimeError(f"out= of {out.dtype} for a result of {result.dtype}")
     check_writable(out, "out=")
     out._local.copy_(like(result, out._spec)._local)
     return out
