@@ -4,7 +4,8 @@
 
 Every rank is a process with one thread. The ideal is the plain model on an input of the shard's
 size, run on all ranks at once, so that they share the memory's bandwidth as in the sharded run. The
-two alternate; printed is the median of their ratios, forward alone and with backward.
+two alternate and each begins at a barrier and ends with the last rank; printed is the median of
+their ratios, forward alone and with backward.
 """
 
 from __future__ import annotations
@@ -72,20 +73,21 @@ class Attention(nn.Module):
 # name -> (model, input shape, sharded dim). Attention and ViT do more work on a whole sequence than
 # on half of it: their ideal attends to all keys
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "conv 3x3, 64 channels, 256x256": (
-        lambda: nn.Conv2d(64, 64, 3, padding=1),
-        (1, 64, 256, 256),
-        2,
-    ),
-    "conv 7x7, 16 channels, 256x256": (
-        lambda: nn.Conv2d(16, 16, 7, padding=3),
-        (1, 16, 256, 256),
-        2,
-    ),
+    "conv 3x3, 64 channels, 256x256": (lambda: conv(64, 3), (1, 64, 256, 256), 2),
+    "conv 3x3, 64 channels, 512x512": (lambda: conv(64, 3), (1, 64, 512, 512), 2),
+    "conv 7x7, 16 channels, 256x256": (lambda: conv(16, 7), (1, 16, 256, 256), 2),
+    "conv 7x7, 16 channels, 768x768": (lambda: conv(16, 7), (1, 16, 768, 768), 2),
     "attention, 2048 tokens": (Attention, (1, 2048, 576), 1),
+    "attention, 4096 tokens": (Attention, (1, 4096, 576), 1),
+    "attention, 8192 tokens": (Attention, (1, 8192, 576), 1),
     "ConvNet, 64 channels, 4 blocks": (convnet, (1, 3, 256, 256), 2),
     "ViT, patch 8, width 192, depth 4": (ViT, (1, 3, 256, 256), 2),
+    "the same ViT, 512x512": (ViT, (1, 3, 512, 512), 2),
 }
+
+
+def conv(n: int, kernel: int) -> nn.Module:
+    return nn.Conv2d(n, n, kernel, padding=kernel // 2)
 
 
 def ideal_attention(n: int) -> Callable[..., Tensor]:
@@ -98,8 +100,8 @@ def ideal_attention(n: int) -> Callable[..., Tensor]:
     return attend
 
 
-def run(name: str, repeats: int) -> dict[str, float]:
-    """Medians on this rank: seconds of the ideal, ratios of the sharded run to it."""
+def run(name: str, repeats: int) -> dict[str, Any]:
+    """On this rank: seconds of (ideal, sharded), repeat by repeat, and what a step sends."""
     build, shape, dim = CASES[name]
     n = dist.get_world_size()
     torch.manual_seed(0)
@@ -123,24 +125,34 @@ def run(name: str, repeats: int) -> dict[str, float]:
         return time.perf_counter() - begin
 
     plain = F.scaled_dot_product_attention
-    found: dict[str, float] = {}
-    for backward in (False, True):
-        ratios, alone = [], []
+    found: dict[str, Any] = {}
+    for kind in ("forward", "step"):
+        pairs = []
         for i in range(repeats + 2):
             F.scaled_dot_product_attention = ideal_attention(n)
-            ideal = timed(twin, local, backward)
+            ideal = timed(twin, local, kind == "step")
             F.scaled_dot_product_attention = plain
-            sharded = timed(model, x, backward)
+            sharded = timed(model, x, kind == "step")
             if i >= 2:
-                ratios.append(sharded / ideal)
-                alone.append(ideal)
-        kind = "step" if backward else "forward"
-        found[f"{kind} ms"] = 1e3 * statistics.median(alone)
-        found[kind] = statistics.median(ratios)
+                pairs.append((ideal, sharded))
+        found[kind] = pairs
     with st.trace() as t:
         model(x).sum().backward()
     found["messages"], found["MB"] = t.messages, t.bytes / 1e6
     return found
+
+
+def summary(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians of one case: a run is over when its last rank is."""
+    row: dict[str, float] = {}
+    for kind in ("forward", "step"):
+        repeats = list(zip(*(r[kind] for r in ranks), strict=True))
+        ended = [[max(times) for times in zip(*pairs, strict=True)] for pairs in repeats]
+        row[f"{kind} ms"] = 1e3 * statistics.median(ideal for ideal, _ in ended)
+        row[kind] = statistics.median(sharded / ideal for ideal, sharded in ended)
+    for key in ("messages", "MB"):
+        row[key] = max(r[key] for r in ranks)
+    return row
 
 
 def main() -> None:
@@ -157,8 +169,7 @@ def main() -> None:
     for name in CASES:
         if not name.startswith(options.only):
             continue
-        rows = pool.run(run, name, options.repeats, timeout=600)
-        row = {k: max(r[k] for r in rows) for k in rows[0]}
+        row = summary(pool.run(run, name, options.repeats, timeout=600))
         print(
             f"{name:36} {row['forward ms']:8.1f} {row['step ms']:8.1f} {row['forward']:8.2f} "
             f"{row['step']:8.2f} {row['messages']:9.0f} {row['MB']:10.3f}",

@@ -9,13 +9,11 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import _torch, comm, fsdp
-from .comm import groups, wire
-from .comm.count import sending
+from .comm import wire
 from .compile import Compiled
 from .errors import UnsupportedOpError
 from .options import Options
@@ -277,19 +275,14 @@ class Bucket:
             if not s.touched:
                 view.zero_()
         self.launched = True
-        n = comm.size(self.reducer.everyone)
-        nbytes = 2 * self.flat.numel() * self.flat.element_size() * (n - 1) // n
-        with sending("all_reduce", nbytes, 2 * (n - 1), n):
-            self.work = dist.all_reduce(
-                self.flat, group=groups.resolve(self.reducer.everyone), async_op=True
-            )
+        self.work = wire.start_all_reduce(self.flat, "sum", self.reducer.everyone)
 
     def finish(self) -> None:
         """Wait, and give the parameters their gradients."""
         if not self.launched:
             return
         if self.work is not None:
-            self.work.wait()
+            self.work()
         if self.reducer.copies > 1 and self.flat is not None:
             self.flat.div_(self.reducer.copies)
         for view, s in zip(self.views, self.slots, strict=True):

@@ -74,18 +74,32 @@ class Merge:
     """Out and lse over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
 
     def __init__(self, q: Tensor, v: Tensor) -> None:
-        dtype = wide(q.dtype)
-        b, h, rows, _ = q.shape
-        # the layout that fused kernels give: heads beside each other in memory
-        self.out = q.new_zeros([b, rows, h, v.shape[-1]], dtype=dtype).transpose(1, 2)
-        self.lse = q.new_full(q.shape[:-1], -inf, dtype=dtype)
+        self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
+        self.dtype = wide(q.dtype)
+        self.found: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:
         """Take in what the queries `rows` see in one more block."""
-        have_out, have_lse = (x[:, :, rows[0] : rows[1]] for x in (self.out, self.lse))
-        both = torch.logaddexp(have_lse, lse.to(have_lse.dtype))
+        if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
+            self.found = out.to(self.dtype), lse.to(self.dtype)
+            return
+        have_out, have_lse = (x[:, :, rows[0] : rows[1]] for x in self.result())
+        both = torch.logaddexp(have_lse, lse.to(self.dtype))
         have_out.mul_(_weight(have_lse, both)).add_(out * _weight(lse, both))
         have_lse.copy_(both)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out, lse); zeros and -inf where no key was seen."""
+        if self.found is None:
+            b, h, rows, width = self.shape
+            # the layout that fused kernels give: heads beside each other in memory
+            out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
+            self.found = out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
+        return self.found
+
+
+def _heads_beside(out: Tensor) -> bool:
+    return out.transpose(1, 2).is_contiguous()
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def _attention(
             found = forward(_cut(q, rows), _cut(held[0], keys), _cut(held[1], keys), part, rule)
             total.add(rows, *found)
         held = arriving() if arriving else held
-    out, lse = _over_ranks(total.out, total.lse, merged)
+    out, lse = _over_ranks(*total.result(), merged)
     return out.to(q.dtype), lse
 
 

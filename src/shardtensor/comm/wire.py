@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,20 @@ from .._torch import all_gather_flat, is_silent
 from . import groups
 from .count import sending
 
+# CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
+# on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
+DIRECT = 2**20
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
+}
+_COMBINE: dict[str, Any] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
 }
 
 
@@ -80,6 +90,8 @@ def all_gather(
     n = len(shapes)
     most = max(_numel(s) for s in shapes)
     flat = local.reshape(-1)
+    if _direct(flat, most, n):
+        return _start_to_all(flat, shapes, group, "all_gather")()
     if flat.numel() < most:
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
     received = local.new_empty(n * most)
@@ -111,12 +123,52 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         # logical or / and: sums of booleans saturate
         op = {"sum": "max", "product": "min"}.get(op, op)
         wire = total.view(torch.uint8)
-    # a ring all-reduce sends each byte twice but for this rank's own part
-    nbytes = 2 * wire.numel() * wire.element_size() * (n - 1) // n
-    with sending("all_reduce", nbytes, 2 * (n - 1), n):
-        dist.all_reduce(wire, _REDUCE[op], group=groups.resolve(group))
+    start_all_reduce(wire.view(-1), op, group)()
     parts = total.split([x.numel() for x in xs])
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
+
+
+def start_all_reduce(flat: torch.Tensor, op: str, group: str) -> Callable[[], Any]:
+    """Begin to reduce a vector in place; calling what is returned ends it."""
+    n = groups.size(group)
+    if _direct(flat, flat.numel(), n):
+        arrived = _start_to_all(flat, [[flat.numel()]] * n, group, "all_reduce")
+
+        def combine() -> None:
+            # in the order of the ranks, so that all get the same bits
+            first, second, *others = arrived()
+            total = _COMBINE[op](first, second)
+            for other in others:
+                _COMBINE[op](total, other, out=total)
+            flat.copy_(total)
+
+        return combine
+    # a ring all-reduce sends each byte twice but for this rank's own part
+    nbytes = 2 * flat.numel() * flat.element_size() * (n - 1) // n
+    with sending("all_reduce", nbytes, 2 * (n - 1), n):
+        work = dist.all_reduce(flat, _REDUCE[op], group=groups.resolve(group), async_op=True)
+    return lambda: None if work is None else work.wait()
+
+
+def _direct(x: torch.Tensor, most: int, n: int) -> bool:
+    """Whether every rank sends all it has to every other; alike on all ranks."""
+    few = n <= 8 and (n - 1) * most * x.element_size() <= DIRECT
+    return few and x.device.type == "cpu"
+
+
+def _start_to_all(
+    flat: torch.Tensor, shapes: Sequence[Sequence[int]], group: str, label: str
+) -> Callable[[], list[torch.Tensor]]:
+    """Every rank's vector on every rank, in shapes, in one round that may be under way."""
+    me = groups.rank(group)
+    arrived = start_exchange(
+        [[] if r == me else [flat] for r in range(len(shapes))],
+        [[] if r == me else [s] for r, s in enumerate(shapes)],
+        flat, group, label,
+    )  # fmt: skip
+    return lambda: [
+        flat.view(*shapes[me]) if r == me else parts[0] for r, parts in enumerate(arrived())
+    ]
 
 
 def broadcast(flat: torch.Tensor, group: str) -> None:
