@@ -51,9 +51,9 @@ def slow(*args: Any, **kwargs: Any) -> Callable[[], Any]:
     return late
 
 
-def conv(kernel: int) -> Callable[[Tensor], Tensor]:
+def conv(kernel: int, stride: int = 1) -> Callable[[Tensor], Tensor]:
     weight = torch.randn(32, 32, kernel, kernel, requires_grad=True)
-    return lambda x: F.conv2d(x, weight, padding=kernel // 2)
+    return lambda x: F.conv2d(x, weight, None, stride, kernel // 2)
 
 
 def attention(x: Tensor) -> Tensor:
@@ -64,6 +64,7 @@ def attention(x: Tensor) -> Tensor:
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int], list[int]], tuple[int, ...], int]] = {
     "conv 3x3": (lambda: conv(3), lambda n: [1, 32, n, n], (128, 256, 512), 2),
     "conv 7x7": (lambda: conv(7), lambda n: [1, 32, n, n], (128, 256, 512), 2),
+    "conv 3x3 by 2": (lambda: conv(3, 2), lambda n: [1, 32, n, n], (256, 512), 2),
     "max_pool 3x3": (
         lambda: lambda x: F.max_pool2d(x, 3, 2, 1), lambda n: [1, 32, n, n], (256, 512), 2,
     ),

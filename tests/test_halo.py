@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.measure import saved_bytes
-from shardtensor.rules import halo
+from shardtensor.rules import halo, overlap
 
 D = torch.float64
 
@@ -17,7 +17,7 @@ D = torch.float64
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """However small the shard."""
-    monkeypatch.setattr(halo, "WORTH", 0)
+    monkeypatch.setattr(overlap, "WORTH", 0)
     calls = []
     plain = halo._HaloConv.forward
 

@@ -1,4 +1,4 @@
-"""Pools whose halo travels while the interior is pooled: against plain torch."""
+"""Stencils whose halo travels while the interior is computed: against plain torch."""
 
 import pytest
 import torch
@@ -63,6 +63,51 @@ def test_two_axes_and_the_last_dim(name, taken):
     T.hold(POOLS[name], [x], [T.shard(3, (2, 3, 3))], (3,))
     T.hold(POOLS[name], [x], [T.On([Shard(2), Shard(2)], {2: (3, 2, 0, 4)})], (2, 2))
     assert taken
+
+
+CONVS = {
+    "3 by 2": dict(kernel_size=3, stride=2, padding=1),
+    "4 by 2": dict(kernel_size=4, stride=2, padding=1),
+    "3, no padding": dict(kernel_size=3),
+    "5 dilated": dict(kernel_size=(5, 3), padding=(4, 1), dilation=2, stride=(2, 3)),
+    "same": dict(kernel_size=(2, 3), padding="same", groups=3),
+}
+
+
+@pytest.mark.parametrize("cut", [(12,), (6, 6), (3, 9), (1, 10, 0, 1), (4, 0, 8), (5, 2, 2, 3)])
+@pytest.mark.parametrize("name", CONVS)
+def test_convs(name, cut, taken):
+    conv = torch.nn.Conv2d(3, 6, dtype=D, **CONVS[name])
+    T.hold(conv, [torch.randn(2, 3, 12, 7, dtype=D)], [T.shard(2, cut)], (len(cut),))
+    if cut == (6, 6):
+        assert taken
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convs_on_two_axes(name, taken):
+    conv = torch.nn.Conv2d(3, 6, dtype=D, **CONVS[name])
+    x = torch.randn(1, 3, 9, 11, dtype=D)
+    T.hold(conv, [x], [T.On([Shard(2), Shard(3)], {2: (5, 4), 3: (3, 8)})], (2, 2))
+    T.hold(conv, [x], [T.On([Shard(1), Shard(3)], {1: (1, 2), 3: (4, 7)})], (2, 2))
+    T.hold(conv, [x], [T.On([Shard(2), Shard(2)], {2: (3, 2, 0, 4)})], (2, 2))
+
+
+@pytest.mark.parametrize("halo", [True, False])
+def test_conv_on_two_axes_copies_one_halo(halo, monkeypatch):
+    """One axis by a window, the other in flight: the corners come with it."""
+    monkeypatch.setattr(overlap, "WORTH", 0 if halo else 2**30)
+
+    def sent():
+        x = st.distribute_tensor(
+            torch.randn(1, 2, 8, 10), T.make_mesh((2, 2)), [Shard(2), Shard(3)]
+        )
+        conv = torch.nn.Conv2d(2, 2, 3, padding=1)
+        with st.trace() as t:
+            conv(x)
+        return [(s.collective, s.bytes) for s in t.sent]
+
+    first, second = ("window", 2 * 5 * 4), ("halo" if halo else "window", 2 * 6 * 4)
+    assert st.simulate(4, sent) == [[first, second]] * 4
 
 
 def test_one_and_three_dims(taken):

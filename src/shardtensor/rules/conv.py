@@ -10,22 +10,21 @@ Weight and bias are whole on each rank, and their gradients are summed over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _torch, comm
+from .. import comm
 from ..cache import cached
 from ..redistribute import fit, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from . import halo as halo_rule
 from .halo import Halo, Settings, halo_conv
 from .norm import sharded
+from .overlap import Taps, overlapped, pays
 from .windows import Ints, Reach, each, fetch, spread, strided
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -40,8 +39,9 @@ class Local(NamedTuple):
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the local output rows to keep.
     dims: the spatial dims of the output.
-    halo: where the only sharded dim has halos of direct neighbours on both sides and as many rows
-        out as in, these halos and the padding of the whole convolution.
+    halo: where the last sharded dim has halos of direct neighbours on both sides and as many rows
+        out as in, its width and the padding in all dims, 0 in other sharded ones.
+    taps: how output rows of the last sharded dim read input rows, for a forward convolution.
     """
 
     reaches: tuple[tuple[int, Reach], ...]
@@ -50,7 +50,8 @@ class Local(NamedTuple):
     output_padding: tuple[int, ...]
     crops: tuple[tuple[int, int, int], ...]
     dims: tuple[Dim, ...]
-    halo: tuple[int, int, tuple[int, ...]] | None = None
+    halo: tuple[int, tuple[int, ...]] | None = None
+    taps: Taps | None = None
 
 
 class Channels(NamedTuple):
@@ -159,7 +160,8 @@ def _forward(
     lead = len(spec.dims) - len(kernel)
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    reaches, pads, ahead, dims, halos = [], [], [], [], []
+    reaches, pads, ahead, dims = [], [], [], []
+    width, taps = 0, None
     for i, (dim, k, s, d) in enumerate(
         zip(spec.dims[lead:], kernel, stride, dilation, strict=True)
     ):
@@ -179,8 +181,9 @@ def _forward(
             dims.append(reach.dim)
             pads.append(0)
             ahead.append(0)
-            if s == 1 and before == behind == span - before and min(dim.sizes) >= before > 0:
-                halos.append((lead + i, before))
+            taps = Taps(s, before, span + 1)
+            same = s == 1 and before == behind == span - before
+            width = before if same and min(dim.sizes) >= before else 0
         else:
             dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
             pads.append(before)
@@ -188,10 +191,11 @@ def _forward(
     crops = [(d, 0, 0) for d, reach in reaches if not reach.dim.sizes[spec.index[d]]]
     more = [n for a in reversed(ahead) for n in (0, a)] if any(ahead) else []
     halo = None
-    if len(reaches) == len(halos) == 1 and lead == 2 and not more:
-        d, width = halos[0]
-        halo = (d, width, tuple(width if lead + i == d else p for i, p in enumerate(pads)))
-    return Local(tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo)
+    if width and lead == 2 and not more:
+        halo = width, tuple(width if lead + i == reaches[-1][0] else p for i, p in enumerate(pads))
+    return Local(
+        tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo, taps
+    )
 
 
 @cached
@@ -283,28 +287,8 @@ def _run(
         (bias, [channels.output] if channels.output.axes else None),
     )
     assert w is not None
-    local = x._local
-    if plan.reaches:
-        local = _autocast(local)
-    if plan.halo and not channels.partial and _worth(spec) and not _torch.is_tracing():
-        d, width, padding = plan.halo
-        dim = spec.dims[d]
-        halo = Halo(d, width, dim.sizes, comm.group(spec.mesh, dim.axes))
-        settings = Settings(each(stride, n), padding, each(dilation, n), channels.groups)
-        w, b = _autocast(w), b if b is None else _autocast(b)
-        y = halo_conv(local, w, b, halo, settings)
-        return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
-    for d, reach in plan.reaches:
-        local = fetch(local, d, spec, reach)
-    if plan.ahead:
-        local = F.pad(local, plan.ahead)
     inner = None if channels.partial else b
-    if transposed:
-        y = TRANSPOSED[n](
-            local, w, inner, stride, plan.padding, plan.output_padding, channels.groups, dilation
-        )
-    else:
-        y = FORWARD[n](local, w, inner, stride, plan.padding, dilation, channels.groups)
+    y = _convolved(x, w, inner, plan, channels, stride, dilation, transposed)
     for d, start, length in plan.crops:
         y = _cropped(y, d, start, length)
     if channels.partial:
@@ -314,10 +298,36 @@ def _run(
     return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
 
 
-def _worth(spec: Spec) -> bool:
-    """Whether shards are large enough for the strips' own convolutions; alike on all ranks."""
-    shards = prod(len(d.sizes) for d in spec.dims if d.axes)
-    return spec.shape.numel() >= shards * halo_rule.WORTH
+def _convolved(
+    x: ShardTensor, w: Tensor, b: Tensor | None, plan: Local, channels: Channels,
+    stride: Ints, dilation: Ints, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """torch's own op on this rank's windows of x."""
+    n, spec, groups = w.ndim - 2, x._spec, channels.groups
+
+    def op(rows: Tensor) -> Tensor:
+        if plan.ahead:
+            rows = F.pad(rows, plan.ahead)
+        if transposed:
+            return TRANSPOSED[n](
+                rows, w, b, stride, plan.padding, plan.output_padding, groups, dilation
+            )
+        return FORWARD[n](rows, w, b, stride, plan.padding, dilation, groups)
+
+    if not plan.reaches:
+        return op(x._local)
+    local = _autocast(x._local)
+    *others, (d, reach) = plan.reaches
+    for other, needed in others:
+        local = fetch(local, other, spec, needed)
+    if plan.taps is None or not pays(spec):
+        return op(fetch(local, d, spec, reach))
+    if plan.halo is None or channels.partial:
+        return overlapped(local, d, spec, reach, plan.taps, op, 0.0)
+    width, padding = plan.halo
+    halo = Halo(d, width, spec.dims[d].sizes, comm.group(spec.mesh, spec.dims[d].axes))
+    settings = Settings(each(stride, n), padding, each(dilation, n), groups)
+    return halo_conv(local, _autocast(w), b if b is None else _autocast(b), halo, settings)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -21,9 +21,6 @@ from torch import Tensor
 from .. import comm
 from ..comm import wire
 
-# elements of a shard below which the strips' own convolutions cost more than a copy of the input
-WORTH = 2**18
-
 
 class Halo(NamedTuple):
     """One sharded dim of a convolution. dim: of the local tensor. width: rows of each strip."""
