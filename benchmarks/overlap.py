@@ -7,6 +7,11 @@ alone: the op's time without a delay, the computation and gloo's own work. Effic
 delays - together) / min(alone, delays), 1 where everything is hidden, 0 where nothing is. Forward
 and backward, median over repetitions of the slower process; delays are chosen so that those of one
 call sum to half of, and as much as, the time alone.
+
+    OMP_NUM_THREADS=1 python benchmarks/overlap.py --crossover
+
+From which size of a shard on it pays without any delay: the time with the halo in flight over that
+of one haloed copy, forward and backward.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import shardtensor as st
 from shardtensor.attention import strategy
 from shardtensor.comm import wire
 from shardtensor.pool import Pool
+from shardtensor.rules import overlap
 from shardtensor.testing import make_mesh
 
 REPEATS = 9
@@ -109,11 +115,49 @@ def run(name: str, size: int) -> list[tuple[float, float, float]]:
     return rows
 
 
+def crossing(name: str, size: int) -> float:
+    """Time in flight over time with a haloed copy: both in turn, the median of the ratios."""
+    build, shape, _, dim = CASES[name]
+    torch.manual_seed(0)
+    fn = build()
+    x = st.distribute_tensor(torch.randn(shape(size)), make_mesh((2,)), [Shard(dim)])
+    x.requires_grad_()
+    g = torch.ones_like(fn(x).detach())
+    worth, ratios = overlap.WORTH, []
+    for _ in range(4 * REPEATS):
+        times = []
+        for overlap.WORTH in (0, 2**40):
+            dist.barrier()
+            begin = time.perf_counter()
+            fn(x).backward(g)
+            took = torch.tensor(time.perf_counter() - begin)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times.append(float(took))
+        ratios.append(times[0] / times[1])
+    overlap.WORTH = worth
+    return statistics.median(ratios[2:])
+
+
+def crossover(pool: Pool) -> None:
+    print(f"in flight / copied; taken from {overlap.WORTH} elements a shard on")
+    print(f"{'':15} " + " ".join(f"{32 << i:>7}" for i in range(5)))
+    for name in list(CASES)[:-1]:
+        found = [pool.run(crossing, name, 32 << i)[0] for i in range(5)]
+        print(f"{name:15} " + " ".join(f"{r:7.2f}" for r in found), flush=True)
+    elements = " ".join(f"{32 * (32 << i) ** 2 // 2:7}" for i in range(5))
+    print(f"{'elements':15} {elements}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     pool = Pool(2)
+    if options.crossover:
+        crossover(pool)
+        pool.close()
+        return
     print(f"{'':15} {'size':>5} {'alone ms':>9} {'delays':>8} {'together':>9} {'efficiency':>11}")
     lines = []
     for name, (_, _, sizes, _) in CASES.items():
