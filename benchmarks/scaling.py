@@ -4,20 +4,23 @@
 
 Measured: the median step of the slowest of 1, 2 and 4 gloo processes; more processes than cores
 (marked *) share them. Rehearsed: one rank alone (`shardtensor.rehearse`): its compute time, peak
-memory and messages. Predicted: that compute time, times the processes that share a core, and its
-messages over a link with the latency and bandwidth that gloo showed here; over measured it tells
-how far a projection can be trusted. Projected: the same on an assumed network, `rehearse.DGX_H100`,
-at this CPU's compute speed, with communication hidden and not hidden.
+memory and messages. Predicted: all ranks rehearsed at once, each in a process that hears nothing of
+the others, so that they share cores and memory as in the measured run, and their messages over a
+link with the latency and bandwidth that gloo shows between as many processes; over measured it
+tells how far a projection can be trusted. Projected: one rank alone on an assumed network,
+`rehearse.DGX_H100`, at this CPU's compute speed, with communication hidden and not hidden.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing as mp
 import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from shardtensor.measure import peak_bytes
 from shardtensor.pool import Pool
 from shardtensor.rehearse import DGX_H100, Link, Network, Rehearsal, rehearse
 
-ROWS, REPEATS = 128, 7
+ROWS, REPEATS, ROUNDS = 128, 7, 10
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -70,29 +73,74 @@ def measured(name: str, rows: int) -> tuple[float, int]:
 
 
 def link() -> tuple[float, float]:
-    """(latency, seconds per byte) of an exchange of two gloo processes."""
+    """(latency, seconds per byte) of a message from each process to the next, between work.
+
+    Ranks that have just computed wait for the slowest of them and for a sleeping core to wake,
+    which ranks that do nothing else do not: seven times the latency on two virtual cores.
+    """
+    a = torch.randn(300, 300)
+    n, me = dist.get_world_size(), dist.get_rank()
     times = {}
-    for nbytes in (8, 1 << 22):
-        x, y = (
-            torch.zeros(2 * nbytes, dtype=torch.uint8),
-            torch.zeros(2 * nbytes, dtype=torch.uint8),
-        )
+    for nbytes in (0, 8, 1 << 22):
+        # to the next rank, as halos and blocks of keys travel
+        to, of = [0] * n, [0] * n
+        to[(me + 1) % n] = of[(me - 1) % n] = nbytes
+        x, y = torch.zeros(2, nbytes, dtype=torch.uint8)
         found = []
-        for _ in range(30):
+        for _ in range(15):
             dist.barrier()
             begin = time.perf_counter()
-            dist.all_to_all_single(y, x)
-            found.append(time.perf_counter() - begin)
+            for _ in range(ROUNDS):
+                for _ in range(5):
+                    a @ a
+                if nbytes:
+                    dist.all_to_all_single(y, x, of, to)
+            dist.barrier()
+            found.append((time.perf_counter() - begin) / ROUNDS)
         times[nbytes] = statistics.median(found)
-    return times[8], (times[1 << 22] - times[8]) / (1 << 22)
+    return times[8] - times[0], (times[1 << 22] - times[8]) / (1 << 22)
 
 
-def gloo() -> Network:
-    pool = Pool(2)
-    latency, per_byte = pool.run(link)[0]
+def gloo(n: int) -> Network:
+    """The link between n processes."""
+    if n == 1:
+        return Network(Link(0.0, 1e12), Link(0.0, 1e12))
+    pool = Pool(n)
+    latency, per_byte = map(max, zip(*pool.run(link), strict=True))
     pool.close()
     one = Link(latency, 1 / max(per_byte, 1e-12))
     return Network(one, one)
+
+
+class Crowd:
+    """n processes, each of which rehearses a rank at the same time as the others."""
+
+    def __init__(self, n: int) -> None:
+        context = mp.get_context("spawn")
+        self.n, self.network = n, gloo(n)
+        start = (context.Barrier(n),)
+        self.workers = ProcessPoolExecutor(n, context, initializer=_meet, initargs=start)
+
+    def predicted(self, name: str, rows: int) -> float:
+        """Seconds of the slowest rank's step: its work beside the others', and its messages."""
+        ranks = range(self.n)
+        found = self.workers.map(
+            _beside, [name] * self.n, [rows] * self.n, [self.n] * self.n, ranks
+        )
+        return max(one.seconds + one.communication(self.network) for one in found)
+
+
+_barrier: Any = None
+
+
+def _meet(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _beside(name: str, rows: int, n: int, rank: int) -> Rehearsal:
+    _barrier.wait(60)
+    return rehearse(prepare(name, rows), n, rank, repeats=2 * REPEATS)
 
 
 def rehearsed(name: str, rows: int, n: int) -> Rehearsal:
@@ -106,9 +154,11 @@ def main() -> None:
     parser.add_argument("--rehearse", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    network = gloo()
-    print(f"{CORES} cores; gloo: {1e6 * network.inner.latency:.0f} us, ", end="")
-    print(f"{network.inner.bandwidth / 1e9:.2f} GB/s; torch {torch.__version__}, 1 thread a rank")
+    print(f"{CORES} cores; torch {torch.__version__}, 1 thread a rank")
+    crowds = {n: Crowd(n) for n in options.measure}
+    for n, crowd in crowds.items():
+        here = crowd.network.inner
+        print(f"gloo, {n} ranks: {1e6 * here.latency:.0f} us, {here.bandwidth / 1e9:.2f} GB/s")
     heads = "model", "scaling", "ranks", "ms", "MiB", "alone ms", "MiB", "sent MB", "pred/meas"
     print("{:6} {:7} {:>5} {:>9} {:>7} {:>9} {:>7} {:>8} {:>10}".format(*heads), " projected ms")
     rows = []
@@ -118,7 +168,7 @@ def main() -> None:
                 size = ROWS if kind == "strong" else ROWS * n
                 if (kind == "weak" and n == 1) or size // n < 8 or (kind, name) in _SKIPPED:
                     continue
-                row = line(name, kind, n, size, n in options.measure, network)
+                row = line(name, kind, n, size, crowds.get(n))
                 rows.append(row)
     if options.csv:
         with options.csv.open("a", newline="") as f:
@@ -129,21 +179,19 @@ def main() -> None:
 _SKIPPED = {("weak", "ViT"), ("weak", "DiT")}
 
 
-def line(name: str, kind: str, n: int, size: int, real: bool, network: Network) -> list[Any]:
+def line(name: str, kind: str, n: int, size: int, crowd: Crowd | None) -> list[Any]:
     """Measure, rehearse and print one row."""
     ms = mib = ratio = float("nan")
-    if real:
+    if crowd is not None:
         pool = Pool(n)
         found = pool.run(measured, name, size)
         pool.close()
         ms, mib = 1e3 * max(t for t, _ in found), max(p for _, p in found) / 2**20
+        ratio = 1e3 * crowd.predicted(name, size) / ms
     one = rehearsed(name, size, n)
-    shared = max(1.0, n / CORES)
-    if real:
-        ratio = 1e3 * (one.seconds * shared + one.communication(network)) / ms
     low, high = (1e3 * t for t in one.projected(DGX_H100))
     sent = sum(s.bytes for s in one.sent) / 1e6
-    label = f"{n}*" if n > CORES and real else f"{n}"
+    label = f"{n}*" if n > CORES and crowd is not None else f"{n}"
     print(
         f"{name:6} {kind:7} {label:>5} {ms:9.1f} {mib:7.1f} {1e3 * one.seconds:9.1f} "
         f"{one.peak / 2**20:7.1f} {sent:8.2f} {ratio:10.2f}   {low:.1f} to {high:.1f}",

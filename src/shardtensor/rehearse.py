@@ -50,7 +50,7 @@ class Network:
         """
         link = self.inner if sent.ranks <= self.node else self.outer
         rounds = _TRIPS.get(sent.collective, 0) * ceil(log2(max(1, sent.ranks)))
-        rounds = rounds or min(1, sent.messages)
+        rounds = min(rounds or 1, sent.messages)
         return rounds * link.latency + sent.bytes / link.bandwidth
 
 
