@@ -1,6 +1,7 @@
 """Strong and weak scaling of a training step: measured on this machine, rehearsed for more ranks.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--models U-Net ...] [--csv FILE]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--models U-Net ...] [--rows 128]
+        [--csv FILE] [--picture FILE]
 
 Measured: the median step of the slowest of 1, 2 and 4 gloo processes; more processes than cores
 (marked *) share them. Rehearsed: one rank alone (`shardtensor.rehearse`): its compute time, peak
@@ -98,7 +99,7 @@ def link() -> tuple[float, float]:
             dist.barrier()
             found.append((time.perf_counter() - begin) / ROUNDS)
         times[nbytes] = statistics.median(found)
-    return times[8] - times[0], (times[1 << 22] - times[8]) / (1 << 22)
+    return max(0.0, times[8] - times[0]), (times[1 << 22] - times[8]) / (1 << 22)
 
 
 def gloo(n: int) -> Network:
@@ -152,7 +153,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--measure", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rehearse", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     print(f"{CORES} cores; torch {torch.__version__}, 1 thread a rank")
     crowds = {n: Crowd(n) for n in options.measure}
@@ -165,7 +168,7 @@ def main() -> None:
     for name in options.models:
         for n in sorted({*options.measure, *options.rehearse}):
             for kind in ("strong", "weak"):
-                size = ROWS if kind == "strong" else ROWS * n
+                size = options.rows if kind == "strong" else options.rows * n
                 if (kind == "weak" and n == 1) or size // n < 8 or (kind, name) in _SKIPPED:
                     continue
                 row = line(name, kind, n, size, crowds.get(n))
@@ -173,6 +176,50 @@ def main() -> None:
     if options.csv:
         with options.csv.open("a", newline="") as f:
             csv.writer(f).writerows(rows)
+    if options.picture:
+        draw(rows, options.rows, options.picture)
+
+
+def draw(rows: list[list[Any]], size: int, file: Path) -> None:
+    """Speed-up (strong) and efficiency (weak) against ranks: measured, and rehearsed with links."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for ax, kind in zip(axes, ("strong", "weak"), strict=True):
+        for colour, name in enumerate(dict.fromkeys(r[0] for r in rows)):
+            mine = [r for r in rows if r[0] == name and r[1] in (kind, "strong"[: 6 * (r[2] == 1)])]
+            mine = sorted(mine, key=lambda r: r[2])
+            if len(mine) < 2:
+                continue
+            one, alone = mine[0][3], mine[0][5]
+
+            def gain(n: int, base: float, ms: float, kind: str = kind) -> float:
+                return base / ms if kind == "strong" else 100 * base / ms
+
+            real = [(r[2], gain(r[2], one, r[3])) for r in mine if r[3] == r[3]]
+            style = dict(color=f"C{colour}")
+            ax.plot(*zip(*real, strict=True), "o-", label=f"{name}, measured", **style)
+            ranks = [r[2] for r in mine]
+            low, high = ([gain(r[2], alone, r[i]) for r in mine] for i in (10, 9))
+            ax.plot(ranks, high, "--", label=f"{name}, rehearsed", **style)
+            ax.fill_between(ranks, low, high, alpha=0.2, **style)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel(f"ranks (measured: more than {CORES} share {CORES} cores)")
+        ax.grid(alpha=0.3)
+    most = max(r[2] for r in rows)
+    axes[0].plot([1, most], [1, most], "k:", label="ideal")
+    axes[0].set_yscale("log", base=2)
+    axes[0].set_title(f"Strong scaling: {size} rows in all")
+    axes[0].set_ylabel("speed-up of a training step")
+    axes[1].axhline(100, color="k", ls=":")
+    axes[1].set_title(f"Weak scaling: {size} rows a rank")
+    axes[1].set_ylabel("efficiency (%)")
+    axes[1].set_ylim(0, 120)
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
 
 
 # every token sees every other: a rank's work grows with the ranks
