@@ -1,6 +1,24 @@
-"""Reading samples: each rank only what it holds."""
+"""Reading and writing samples: each rank only what it holds."""
 
+from .block import Report, aligned_sizes, read, read_block, report, spec_of
+from .latlon import LatLon
 from .sharded import read_sharded
+from .source import Source, open_array
 from .well import WellFile, write_well
+from .write import write_zarr
 
-__all__ = ["WellFile", "read_sharded", "write_well"]
+__all__ = [
+    "LatLon",
+    "Report",
+    "Source",
+    "WellFile",
+    "aligned_sizes",
+    "open_array",
+    "read",
+    "read_block",
+    "read_sharded",
+    "report",
+    "spec_of",
+    "write_well",
+    "write_zarr",
+]

@@ -1,0 +1,204 @@
+"""Blocks of arrays straight into ShardTensors: each rank reads only what it holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+
+from ..spec import Spec
+from ..tensor import ShardTensor, wrap
+from .source import Range, Source, open_array
+
+Index = Mapping[str | int, int | slice]
+# bytes touched over bytes wanted from which on a warning is due
+AMPLIFIED = 1.5
+
+
+def read(
+    source: Source | Any,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    *,
+    index: Index | None = None,
+    sizes: Mapping[int, Sequence[int]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> ShardTensor:
+    """An array, or a part of it, as a ShardTensor on the mesh's device; nothing is communicated.
+
+    source: or what `open_array` takes. index: for some dims, by name or number, one row (the dim
+    goes away) or a slice of step 1, for instance {"time": 3}. placements, sizes: of what is left;
+    `aligned_sizes` gives cuts at the borders of chunks. dtype: default the file's. Warns once for a
+    source of whose chunks this rank reads 1.5 times as many bytes as it wants. Raises ValueError
+    for a placement that is Partial, a dim that is not there, and sizes that do not fit.
+    """
+    source = source if isinstance(source, Source) else open_array(source)
+    spec = spec_of(source, mesh, placements, index, sizes)
+    local = read_block(source, spec, index=index, dtype=dtype)
+    _warn(source, spec, index)
+    return wrap(local.to(torch.device(mesh.device_type)), spec)
+
+
+def read_block(
+    source: Source,
+    spec: Spec,
+    *,
+    index: Index | None = None,
+    halo: Mapping[int, tuple[int, int]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """This rank's block of the array as a plain tensor on the CPU.
+
+    halo: for some dims of the spec, how many rows more before and after; fewer come at the ends of
+    the array, where there are none.
+    """
+    block = source.read(_ranges(source, spec, index, halo))
+    picked, _ = _kept(source, index)
+    whole = block.reshape([n for d, n in enumerate(block.shape) if d not in picked])
+    found = torch.from_numpy(np.ascontiguousarray(whole))
+    return found if dtype is None else found.to(dtype)
+
+
+def spec_of(
+    source: Source,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    index: Index | None = None,
+    sizes: Mapping[int, Sequence[int]] | None = None,
+) -> Spec:
+    """The spec of what `read` gives."""
+    _, kept = _kept(source, index)
+    spec = Spec.of(mesh, placements, [b - a for _, (a, b) in kept], sizes)
+    if spec.partial:
+        raise ValueError(f"{source.name}: an array is not read into {spec.placements}")
+    return spec
+
+
+def aligned_sizes(
+    source: Source,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    *,
+    index: Index | None = None,
+) -> dict[int, tuple[int, ...]]:
+    """Sizes of shards that end where chunks end, as equal as chunks allow: for `read`.
+
+    So no chunk is read by two ranks. With fewer chunks than ranks some shards are empty.
+    """
+    spec = spec_of(source, mesh, placements, index)
+    _, kept = _kept(source, index)
+    found: dict[int, tuple[int, ...]] = {}
+    for d, cuts in spec.sizes.items():
+        at, (start, stop) = kept[d]
+        chunk = source.chunks[at] if source.chunks else 1
+        found[d] = chunked(start, stop, chunk, len(cuts))
+    return found
+
+
+def chunked(start: int, stop: int, chunk: int, parts: int) -> tuple[int, ...]:
+    """Sizes of `parts` shards of the rows [start, stop) that end at multiples of `chunk`."""
+    first, last = start // chunk, -(-stop // chunk)
+    ends = [first + (last - first) * i // parts for i in range(parts + 1)]
+    rows = [min(max(e * chunk, start), stop) for e in ends]
+    return tuple(b - a for a, b in pairwise(rows))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What this rank reads. wanted: bytes of its block. touched: bytes of the chunks it meets.
+
+    aligned: sizes of shards with which no chunk is read twice.
+    """
+
+    wanted: int
+    touched: int
+    aligned: dict[int, tuple[int, ...]]
+
+    @property
+    def amplification(self) -> float:
+        """touched / wanted; 1 for a rank that holds nothing."""
+        return self.touched / self.wanted if self.wanted else 1.0
+
+
+def report(source: Source, spec: Spec, *, index: Index | None = None) -> Report:
+    """What this rank would read of the array."""
+    ranges = _ranges(source, spec, index, None)
+    wanted = prod(b - a for a, b in ranges) * source.item
+    aligned = aligned_sizes(source, spec.mesh, spec.placements, index=index)
+    return Report(wanted, source.touched(ranges) if wanted else 0, aligned)
+
+
+def _kept(source: Source, index: Index | None) -> tuple[set[int], list[tuple[int, Range]]]:
+    """The dims that go away, and for the others (dim, rows)."""
+    rows: list[Range] = [(0, n) for n in source.shape]
+    picked = set()
+    for key, at in (index or {}).items():
+        d = source.dim(key)
+        n = source.shape[d]
+        if isinstance(at, slice):
+            start, stop, step = at.indices(n)
+            if step != 1:
+                raise ValueError(f"{source.name}: {at} of dim {key}; only steps of 1 are read")
+            rows[d] = start, max(start, stop)
+        else:
+            if not -n <= at < n:
+                raise IndexError(f"{source.name}: row {at} of dim {key}, which has {n}")
+            rows[d] = at % n, at % n + 1
+            picked.add(d)
+    return picked, [(d, r) for d, r in enumerate(rows) if d not in picked]
+
+
+def _ranges(
+    source: Source, spec: Spec, index: Index | None, halo: Mapping[int, tuple[int, int]] | None
+) -> list[Range]:
+    """The rows of the array, in all its dims, that are this rank's block."""
+    picked, kept = _kept(source, index)
+    found: list[Range] = [(0, 0)] * len(source.shape)
+    for d in picked:
+        at = next(v for k, v in (index or {}).items() if source.dim(k) == d)
+        assert not isinstance(at, slice)
+        found[d] = at % source.shape[d], at % source.shape[d] + 1
+    for i, (d, (start, stop)) in enumerate(kept):
+        a = start + spec.offset[i]
+        before, after = (halo or {}).get(i, (0, 0))
+        b = a + spec.local_shape[i]
+        found[d] = (max(start, a - before), min(stop, b + after)) if a < b else (a, a)
+    return found
+
+
+_warned: set[str] = set()
+
+
+def _warn(source: Source, spec: Spec, index: Index | None) -> None:
+    if source.name in _warned or not source.chunks:
+        return
+    found = report(source, spec, index=index)
+    if found.amplification > AMPLIFIED:
+        _warned.add(source.name)
+        warnings.warn(
+            f"{source.name}: this rank wants {found.wanted / 1e6:.3g} MB of chunks "
+            f"{source.chunks} that have {found.touched / 1e6:.3g} MB "
+            f"({found.amplification:.1f} times as many). Cut where chunks end "
+            f"(sizes={found.aligned}, see io.aligned_sizes), or store chunks of at most "
+            f"{_better(source, spec, index)}",
+            stacklevel=3,
+        )
+
+
+def _better(source: Source, spec: Spec, index: Index | None) -> tuple[int, ...]:
+    """Chunks of which one rank's block is made of whole ones."""
+    _, kept = _kept(source, index)
+    found = [1] * len(source.shape)
+    for i, (d, _) in enumerate(kept):
+        sizes = [n for n in spec.dims[i].sizes if n] or [spec.shape[i]]
+        found[d] = int(np.gcd.reduce(sizes)) or 1
+    return tuple(found)

@@ -1,0 +1,282 @@
+"""Arrays in files, of which any block can be read: Zarr, HDF5, NetCDF, NumPy, xarray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import prod
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+
+Range = tuple[int, int]
+
+
+@dataclass
+class Source:
+    """One array that is read block by block.
+
+    dims: names of its dims where it has any. chunks: what storage reads at once; None where any
+    rows can be read alone. dtype: of what `read` gives. bytes_wanted, bytes_touched: of the blocks
+    read so far and of all the chunks that they meet (uncompressed). Reading may go on in several
+    threads.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...] | None
+    dims: tuple[str, ...] | None
+    attrs: Mapping[str, Any]
+    fetch: Callable[[tuple[slice, ...]], Any] = field(repr=False)
+    item: int = 0
+    bytes_wanted: int = 0
+    bytes_touched: int = 0
+
+    def __post_init__(self) -> None:
+        self.item = self.item or self.dtype.itemsize
+        self._lock = threading.Lock()
+
+    def read(self, ranges: Sequence[Range]) -> np.ndarray:
+        """The block of these (start, stop), one for each dim, in native byte order.
+
+        Raises IndexError for a range outside of the array.
+        """
+        for (a, b), n in zip(ranges, self.shape, strict=True):
+            if not 0 <= a <= b <= n:
+                raise IndexError(f"{self.name}: rows {a} to {b} of a dim of size {n}")
+        shape = [b - a for a, b in ranges]
+        if not prod(shape):
+            return np.zeros(shape, self.dtype)
+        with self._lock:
+            self.bytes_wanted += prod(shape) * self.item
+            self.bytes_touched += self.touched(ranges)
+        block = np.asarray(self.fetch(tuple(slice(a, b) for a, b in ranges)))
+        return np.ascontiguousarray(_unpacked(block, self.attrs), dtype=self.dtype)
+
+    def touched(self, ranges: Sequence[Range]) -> int:
+        """Bytes (uncompressed) of the chunks that a block meets."""
+        chunks = self.chunks or (1,) * len(self.shape)
+        rows = [
+            min(n, -(-b // c) * c) - a // c * c if a < b else 0
+            for (a, b), n, c in zip(ranges, self.shape, chunks, strict=True)
+        ]
+        return prod(rows) * self.item
+
+    def dim(self, name: str | int) -> int:
+        """The number of a dim. Raises ValueError for a name or number that it does not have."""
+        if isinstance(name, str):
+            if name not in (self.dims or ()):
+                raise ValueError(f"{self.name} has no dim {name!r}; its dims are {self.dims}")
+            return (self.dims or ()).index(name)
+        if not -len(self.shape) <= name < len(self.shape):
+            raise ValueError(f"{self.name} has no dim {name}; its shape is {self.shape}")
+        return name % len(self.shape)
+
+
+def open_array(where: Any, variable: str | None = None) -> Source:
+    """An array to read from.
+
+    where: the path or fsspec URL of a .npy file, of a Zarr store (v2 or v3), an HDF5 or a NetCDF
+    file (3 or 4); or an xarray DataArray or Dataset, a Zarr or h5py group or array, a NumPy array.
+    variable: the name within a store or file; it may be left out where there is one array only.
+    NetCDF's packing (scale_factor, add_offset) is undone and its _FillValue becomes NaN. Pickles
+    are never loaded. Raises ValueError where the variable is missing, FileNotFoundError where the
+    file is, ImportError that names the extra where the library is not installed.
+    """
+    if isinstance(where, np.ndarray):
+        return _plain(where, "array")
+    kind = type(where).__module__.split(".")[0]
+    if kind == "xarray":
+        return _xarray(where, variable)
+    if kind in ("zarr", "h5py"):
+        return _member(where, variable, kind)
+    url = fspath(where) if isinstance(where, PathLike) else str(where)
+    bare = url.split("::")[0].rstrip("/").lower()
+    if bare.endswith(".npy"):
+        return _npy(url)
+    if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")):
+        return _file(url, variable)
+    return _member(need("zarr").open(url, mode="r"), variable, "zarr")
+
+
+def need(module: str) -> Any:
+    """The module, or ImportError that names the extra."""
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise ImportError(f'{module} is needed: pip install "shardtensor[io]"') from e
+
+
+def is_url(where: str) -> bool:
+    """Whether fsspec has to open it."""
+    return "://" in where or "::" in where
+
+
+def _plain(x: Any, name: str) -> Source:
+    return Source(name, x.shape, x.dtype.newbyteorder("="), None, None, {}, x.__getitem__)
+
+
+def _npy(url: str) -> Source:
+    if not is_url(url):
+        return _plain(np.load(url, mmap_mode="r", allow_pickle=False), url)
+    opener = need("fsspec").open(url, "rb")
+    with opener as f:
+        version = np.lib.format.read_magic(f)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read[version[0]](f)
+        start = f.tell()
+    if fortran or dtype.hasobject:
+        raise ValueError(f"{url}: only arrays of numbers in C order can be read in part")
+    row = prod(shape[1:]) * dtype.itemsize
+
+    def fetch(block: tuple[slice, ...]) -> np.ndarray:
+        first, *others = block
+        with opener as f:
+            f.seek(start + first.start * row)
+            data = f.read((first.stop - first.start) * row)
+        rows = np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+        return rows[(slice(None), *others)]
+
+    # whole rows of the first dim are read
+    chunks = (1, *shape[1:])
+    return Source(url, shape, dtype.newbyteorder("="), chunks, None, {}, fetch)
+
+
+def _file(url: str, variable: str | None) -> Source:
+    opener = need("fsspec").open(url, "rb").open() if is_url(url) else open(url, "rb")  # noqa: SIM115
+    magic = opener.read(4)
+    opener.seek(0)
+    if magic[:3] == b"CDF":
+        opener.close()
+        if is_url(url):
+            raise ValueError(
+                f"{url}: NetCDF 3 is read from local files: use simplecache or copy it"
+            )
+        return _netcdf3(url, variable)
+    if not is_url(url):
+        opener.close()
+        opener = url
+    return _member(need("h5py").File(opener, "r"), variable, "h5py")
+
+
+def _netcdf3(url: str, variable: str | None) -> Source:
+    data = need("netCDF4").Dataset(url)
+    data.set_auto_maskandscale(False)
+    found = data.variables[_chosen(url, list(data.variables), variable)]
+    attrs = {k: found.getncattr(k) for k in found.ncattrs()}
+    return _of(f"{url}: {found.name}", found, found.dimensions, attrs, None)
+
+
+def _member(where: Any, variable: str | None, kind: str) -> Source:
+    """An array of a Zarr or HDF5 group, or the array itself."""
+    name = getattr(where, "filename", None) or str(getattr(where, "store_path", where.name))
+    if not hasattr(where, "dtype"):
+        arrays = _names(where)
+        chosen = _chosen(name, arrays, variable)
+        where = where[chosen]
+        name = f"{name}: {chosen}"
+    attrs = {k: _value(v) for k, v in dict(where.attrs).items() if k not in _SCALES}
+    return _of(name, where, _dims(where, kind), attrs, where.chunks)
+
+
+# HDF5's own bookkeeping of dims: references, not values
+_SCALES = {"DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid"}
+
+
+def _of(
+    name: str, array: Any, dims: Sequence[str] | None, attrs: Mapping[str, Any],
+    chunks: Sequence[int] | None,
+) -> Source:  # fmt: skip
+    stored = np.dtype(array.dtype)
+    dtype = stored.newbyteorder("=")
+    if any(k in attrs for k in ("scale_factor", "add_offset")) or (
+        "_FillValue" in attrs and stored.kind in "iuf"
+    ):
+        dtype = _wide(stored)
+    if dtype.kind not in "biufc":
+        raise ValueError(f"{name}: {stored} is not a dtype of numbers")
+    shape = tuple(int(n) for n in array.shape)
+    found = tuple(chunks) if chunks else None
+    return Source(
+        name, shape, dtype, found, tuple(dims) if dims else None, attrs, array.__getitem__,
+        stored.itemsize,
+    )  # fmt: skip
+
+
+def _names(group: Any) -> list[str]:
+    found: list[str] = []
+    if hasattr(group, "arrays"):
+        return [name for name, _ in group.arrays()]
+    group.visititems(lambda name, x: found.append(name) if hasattr(x, "dtype") else None)
+    return found
+
+
+def _chosen(where: str, names: list[str], variable: str | None) -> str:
+    if variable is None and len(names) == 1:
+        return names[0]
+    plain = None if variable is None else variable.strip("/")
+    if plain in names or (plain and "/" in plain):
+        return plain
+    raise ValueError(f"{where}: variable {variable!r}; there are {', '.join(sorted(names))}")
+
+
+def _dims(array: Any, kind: str) -> Sequence[str] | None:
+    if kind == "h5py":
+        names = [_scale(d) for d in array.dims]
+        return names if all(names) else None
+    names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    return names if names and all(names) else None
+
+
+def _scale(dim: Any) -> str:
+    """The name of an HDF5 dim: its label, or that of its scale, as NetCDF 4 has it."""
+    return dim.label or (dim[0].name.rsplit("/", 1)[-1] if len(dim) else "")
+
+
+def _xarray(data: Any, variable: str | None) -> Source:
+    if hasattr(data, "data_vars"):
+        data = data[_chosen("dataset", list(data.data_vars), variable)]
+    chunks = data.encoding.get("chunks") or data.encoding.get("chunksizes")
+    return Source(
+        str(data.name or "array"), data.shape, np.dtype(data.dtype).newbyteorder("="),
+        tuple(chunks) if chunks else None, tuple(map(str, data.dims)),
+        # xarray has decoded what it read
+        {k: v for k, v in data.attrs.items() if k not in _PACKING},
+        lambda block: data[block].values,
+    )  # fmt: skip
+
+
+_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
+
+
+def _unpacked(block: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    """CF conventions, section 8.1: stored * scale_factor + add_offset, NaN where nothing is."""
+    if not any(k in attrs for k in _PACKING):
+        return block
+    found = block.astype(_wide(block.dtype))
+    for key in ("_FillValue", "missing_value"):
+        if key in attrs:
+            found[np.isin(block, np.asarray(attrs[key], block.dtype))] = np.nan
+    scaled: np.ndarray = found * _number(attrs.get("scale_factor", 1))
+    return scaled + _number(attrs.get("add_offset", 0))
+
+
+def _wide(stored: np.dtype) -> np.dtype:
+    """The float that holds every number of a packed dtype."""
+    small = 4 if stored.kind == "f" else 2
+    return np.dtype(np.float64 if stored.itemsize > small else np.float32)
+
+
+def _number(value: Any) -> float:
+    return float(np.asarray(value).reshape(-1)[0])
+
+
+def _value(value: Any) -> Any:
+    """An attribute as Python has it: HDF5 stores text as bytes and numbers as arrays."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
