@@ -32,6 +32,14 @@ def test_the_example_of_attention():
     exec(block, {})
 
 
+def test_the_examples_of_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.S)
+    names: dict = {}
+    st.simulate(1, lambda: exec("".join(blocks), names))
+    assert names["x"].shape == (64, 96) and names["told"].amplification == 1.0
+
+
 def test_the_example_of_graphs():
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
     names = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
 from os import PathLike, fspath
+from struct import unpack
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,9 @@ def _member(where: Any, variable: str | None, kind: str) -> Source:
         where = where[chosen]
         name = f"{name}: {chosen}"
     attrs = {k: _value(v) for k, v in dict(where.attrs).items() if k not in _SCALES}
+    if isinstance(attrs.get("_FillValue"), str):
+        # xarray's encoding of floats in Zarr 3: base64 of eight little-endian bytes
+        (attrs["_FillValue"],) = unpack("<d", b64decode(attrs["_FillValue"]))
     return _of(name, where, _dims(where, kind), attrs, where.chunks)
 
 
