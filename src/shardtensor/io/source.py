@@ -57,7 +57,7 @@ class Source:
             self.bytes_wanted += prod(shape) * self.item
             self.bytes_touched += self.touched(ranges)
         block = np.asarray(self.fetch(tuple(slice(a, b) for a, b in ranges)))
-        return np.ascontiguousarray(_unpacked(block, self.attrs), dtype=self.dtype)
+        return np.require(_unpacked(block, self.attrs), self.dtype, ["C", "W"])
 
     def touched(self, ranges: Sequence[Range]) -> int:
         """Bytes (uncompressed) of the chunks that a block meets."""

@@ -1,0 +1,226 @@
+"""The loader: who gets which sample, when, and what happens where one cannot be read."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.utils.data import DataLoader
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.io import DomainSampler, Loader, read
+from shardtensor.io.loader import collate
+
+SAMPLES = np.random.default_rng(0).normal(size=(11, 6, 4)).astype(np.float32)
+
+
+class Fields:
+    """Reads one row of a file; sample `bad` cannot be read by domain rank 1."""
+
+    def __init__(self, path, mesh, bad=None, sleep=0.0):
+        self.path, self.mesh, self.bad, self.sleep = path, mesh, bad, sleep
+        self.bytes_read = 0
+        self.mine = mesh.get_coordinate()[-1]
+        self.domain = mesh["domain"] if mesh.ndim > 1 else mesh
+
+    def __len__(self):
+        return len(SAMPLES)
+
+    def __getitem__(self, i):
+        time.sleep(self.sleep)
+        if i == self.bad and self.mine == 1:
+            raise OSError("disk on fire")
+        sizes = {0: cut(self.domain)}
+        x = read(self.path, self.domain, [Shard(0)], index={0: i}, sizes=sizes)
+        self.bytes_read += x.to_local().numel() * 4
+        return {"x": x, "number": i, "name": f"s{i}"}
+
+
+def cut(domain):
+    n = domain.size()
+    return [6 - (n - 1)] + [1] * (n - 1)
+
+
+@pytest.fixture
+def path(tmp_path):
+    np.save(tmp_path / "samples.npy", SAMPLES)
+    return str(tmp_path / "samples.npy")
+
+
+def mesh_of(shape):
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain")[-len(shape) :])
+
+
+def epoch(path, shape, prefetch):
+    mesh = mesh_of(shape)
+    dataset = Fields(path, mesh)
+    loader = Loader(dataset, mesh, batch_size=2, prefetch=prefetch)
+    found = [(b["number"].tolist(), b["name"], b["x"].full_tensor().numpy()) for b in loader]
+    assert len(found) == len(loader)
+    return found, loader.bytes_read, mesh.get_coordinate()
+
+
+def check(results, shape):
+    groups = {}
+    rows = shape[-1]
+    for found, nbytes, place in results:
+        numbers = [n for batch, _, _ in found for n in batch]
+        for batch, names, x in found:
+            np.testing.assert_array_equal(x, SAMPLES[batch])
+            assert names == [f"s{n}" for n in batch]
+        groups.setdefault(place[0] if len(shape) > 1 else 0, []).append(numbers)
+        mine = 1 if place[-1] else 6 - (rows - 1)
+        # read ahead, but never more than the epoch
+        assert nbytes == len(numbers) * mine * 4 * 4
+    for same in groups.values():
+        assert all(n == same[0] for n in same)
+    everything = [n for same in groups.values() for n in same[0]]
+    assert len(set(everything)) == len(everything) >= 8
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (4,), (2, 2), (2, 1), (1, 3)])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_groups_get_the_same_samples(path, shape, prefetch):
+    check(st.simulate(int(np.prod(shape)), epoch, path, shape, prefetch), shape)
+
+
+@pytest.mark.gloo
+def test_groups_over_processes(path):
+    check(T.run_workers(4, epoch, path, (2, 2), 2), (2, 2))
+
+
+def orders(shape, **options):
+    sampler = DomainSampler(11, mesh_of(shape), **options)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert len(first) == len(sampler)
+    return first, list(sampler)
+
+
+def ordered(shape, **options):
+    return st.simulate(2, lambda: orders(shape, **options))
+
+
+def test_sampler():
+    for first, second in ordered((2, 1)):
+        assert len(first) == 5 and first != second
+    a, b = (f for f, _ in ordered((2, 1), drop_last=False))
+    assert len(a) == len(b) == 6 and set(a) | set(b) == set(range(11))
+    (plain, again), _ = ordered((1, 2), shuffle=False)
+    assert plain == again == list(range(11))
+    assert ordered((2, 1), seed=1) != ordered((2, 1), seed=2)
+
+    def refused():
+        with pytest.raises(ValueError, match="1 samples for 2 groups"):
+            DomainSampler(1, mesh_of((2, 1)))
+
+    st.simulate(2, refused)
+
+
+def test_sampler_in_a_torch_loader():
+    def run():
+        sampler = DomainSampler(11, mesh_of((2, 1)))
+        batches = list(DataLoader(torch.arange(11), batch_size=2, sampler=sampler))
+        return torch.cat(batches).tolist(), list(sampler)
+
+    for got, wanted in st.simulate(2, run):
+        assert got == wanted
+
+
+def resumed(path, stop):
+    mesh = mesh_of((2,))
+
+    def loader():
+        return Loader(Fields(path, mesh), mesh, batch_size=2)
+
+    whole, first = loader(), loader()
+    straight = [b["number"].tolist() for _ in range(2) for b in whole]
+    got = []
+    for _ in range(2):
+        for batch in first:
+            got.append(batch["number"].tolist())
+            if len(got) == stop:
+                break
+        if len(got) == stop:
+            break
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    while len(got) < len(straight):
+        got += [b["number"].tolist() for b in second]
+    return straight, got
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6, 9])
+def test_resumes_with_the_next_batch(path, stop):
+    for straight, got in st.simulate(2, resumed, path, stop):
+        assert got == straight and len(straight) == 10
+        assert straight[:5] != straight[5:]
+
+
+def burning(path, prefetch):
+    mesh = mesh_of((2,))
+    loader = Loader(Fields(path, mesh, bad=7), mesh, prefetch=prefetch)
+    seen = []
+    with pytest.raises(RuntimeError) as caught:
+        for batch in loader:
+            seen.append(batch["number"].tolist())
+    return seen, str(caught.value)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_raises_on_every_rank(path, prefetch):
+    (a, first), (b, second) = st.simulate(2, burning, path, prefetch)
+    assert a == b and [7] not in a
+    assert first == "another rank could not read its part of a sample"
+    assert second == "sample 7: disk on fire"
+
+
+def test_reads_ahead(path):
+    """Reading and computing take 20 ms each: together 20, not 40."""
+
+    def run(prefetch):
+        mesh = mesh_of((1,))
+        loader = Loader(Fields(path, mesh, sleep=0.02), mesh, prefetch=prefetch)
+        begin = time.perf_counter()
+        for _ in loader:
+            time.sleep(0.02)
+        return time.perf_counter() - begin, loader.waited
+
+    (alone, waited), (ahead, less) = (st.simulate(1, run, p)[0] for p in (0, 2))
+    assert ahead < 0.8 * alone
+    assert less < 0.6 * waited
+
+
+def test_progress_and_leaving_early(path, capsys):
+    def run():
+        mesh = mesh_of((1,))
+        loader = Loader(Fields(path, mesh), mesh, progress=True)
+        for i, _ in enumerate(loader):
+            if i == 3:
+                break
+        return loader.done
+
+    assert st.simulate(1, run) == [4]
+    assert "epoch 0" in capsys.readouterr().out
+
+
+def test_collate():
+    two = [{"a": torch.ones(2), "b": (1.5, "x")}, {"a": torch.zeros(3), "b": (2.5, "y")}]
+    found = collate(two)
+    assert [t.shape for t in found["a"]] == [(2,), (3,)]
+    assert found["b"][0].tolist() == [1.5, 2.5] and found["b"][1] == ["x", "y"]
+
+    def run():
+        mesh = T.make_mesh((2,))
+        made = [
+            st.distribute_tensor(torch.full((n,), float(n)), mesh, [Shard(0)]) for n in (3, 3, 4)
+        ]
+        with st.trace() as t:
+            batch, kept = collate(made[:2]), collate(made[1:])
+        assert not t.sent and isinstance(kept, list)
+        return batch.full_tensor()
+
+    assert torch.equal(st.simulate(2, run)[0], torch.full((2, 3), 3.0))
