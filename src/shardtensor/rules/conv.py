@@ -83,7 +83,9 @@ def conv(
     _check(x, n, "conv")
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(x._spec, tuple(weight.shape[2:]), each(stride, n), across, each(dilation, n))
-    channels = _channels(x._spec, n, weight.shape[0], groups, False)
+    channels = _columns(weight, x._spec, n, groups) or _channels(
+        x._spec, n, weight.shape[0], groups, False
+    )
     return _run(x, weight, bias, local, channels, stride, dilation, False)
 
 
@@ -255,6 +257,15 @@ def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Ch
     return Channels(dim, weight, cut, sizes[spec.index[-n - 1]] // each, False)
 
 
+def _columns(weight: Tensor, spec: Spec, n: int, groups: int) -> Channels | None:
+    """Output channels sharded as the weight's are, along mesh axes that do not shard the input."""
+    out = weight._spec.dims[0] if isinstance(weight, ShardTensor) else Dim(0)
+    size = spec.dims[-n - 1].size
+    if not out.axes or groups > 1 or not set(out.axes).isdisjoint(spec.varying):
+        return None
+    return Channels(Dim(size), (out, Dim(size)), out, 1, False)
+
+
 # the local program -------------------------------------------------------------------------------
 
 
@@ -276,14 +287,15 @@ def _run(
     cut = None
     if channels.output.axes:
         cut = [*channels.weight, *(Dim(k) for k in weight.shape[2:])]
-    w, b = fit(
+    varying = tuple(sorted({*spec.varying, *channels.output.axes}))
+    local, w, b = fit(
         spec.mesh,
-        spec.varying,
+        varying,
+        (x, spec.dims),
         (weight, cut),
         (bias, [channels.output] if channels.output.axes else None),
     )
-    assert w is not None
-    local = x._local
+    assert local is not None and w is not None
     if plan.reaches:
         local = _autocast(local)
     if plan.halo and not channels.partial and _worth(spec) and not _torch.is_tracing():
