@@ -239,10 +239,10 @@ def test_three_axes():
     run_workers(8, three_axes)
 
 
-def sent(name, shape, names):
+def sent(name, shape, names, fsdp=None):
     model, batches, dim, plan = made(name)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    st.parallelize(st.tensor_parallel(model, mesh["tp"], plan), mesh)
+    st.parallelize(st.tensor_parallel(model, mesh["tp"], plan), mesh, fsdp=fsdp)
     x = given(batches[0], mesh, dim).requires_grad_()
     with st.trace() as forward:
         y = model(x)
@@ -266,6 +266,12 @@ def test_messages(name, columns, shape, summed):
         assert len(forward) == 1 or ring
         assert backward.count("all_reduce") == columns + summed
         assert len(backward) == columns + summed or ring
+
+
+def test_messages_with_fsdp():
+    """FSDP2 sums the weights' gradients over the domain, but for the scale's and the norm's sum."""
+    for forward, backward in st.simulate(4, sent, "mlp", (2, 2), ("domain", "tp"), "all"):
+        assert forward == ["all_reduce"] and backward == ["all_reduce"] * 3
 
 
 def lookups(style):

@@ -51,3 +51,31 @@ def let_styles_pass(ours: type[torch.Tensor]) -> None:
     for style in (ColwiseParallel, RowwiseParallel):
         style._prepare_input_fn = staticmethod(through(style._prepare_input_fn))
         style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
+
+
+def _agree_on_overflow() -> None:
+    """Let GradScaler see an overflow in any shard of any gradient.
+
+    torch (2.11 to 2.13) reduces what ranks found along the axes that shard the first gradient of
+    the list only (found_inf_reduce_handler). So each placement is a list of its own.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    op = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    check = handlers[op]
+
+    def run(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grads, *rest = args
+        alike: dict[Any, list[Any]] = {}
+        for g in grads:
+            if not isinstance(g, DTensor):
+                # torch complains of the mixture
+                return check(op_call, args, kwargs)
+            alike.setdefault(g.placements, []).append(g)
+        for found in alike.values():
+            check(op_call, (found, *rest), kwargs)
+        return None
+
+    handlers[op] = run
+
+
+_agree_on_overflow()
