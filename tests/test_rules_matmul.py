@@ -156,3 +156,47 @@ def test_a_large_weight_is_not_cut():
 
     for names, sent in st.simulate(2, run):
         assert names == ["all_gather"] and sent == 4 * 32
+
+
+def products():
+    """Of a contracted dim that is cut: the addend is cast as the factors are."""
+    mesh = T.make_mesh((2,))
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(3, 4, 6), torch.randn(3, 6, 5), torch.randn(5)
+    s = st.distribute_tensor(a, mesh, [Shard(2)], src_data_rank=None)
+    for cast in (torch.bfloat16, torch.float16):
+        for call in (
+            lambda x: F.linear(x, b[0].T, bias),
+            lambda x: torch.addmm(bias, x[0], b[0]),
+            lambda x: torch.baddbmm(bias, x, b),
+        ):
+            with torch.autocast("cpu", cast):
+                got, want = call(s), call(a)
+            assert got.dtype is want.dtype
+            near = 4 * torch.finfo(cast).eps * want.float().abs().max()
+            assert (got.full_tensor() - want).abs().max() <= near
+
+
+def test_autocast_of_a_cut_product():
+    st.simulate(2, products)
+
+
+@pytest.mark.parametrize("cut", T.cuts(9))
+@pytest.mark.parametrize("dim", [0, 1])
+def test_embedding_of_a_sharded_table(dim, cut):
+    """Indices are whole: each rank looks up its own rows, or columns."""
+    table, i = torch.randn(9, 9, dtype=D), torch.tensor([[0, 8, 4], [4, 3, 7]])
+    T.hold(F.embedding, [i, table, 4], [None, T.shard(dim, cut), None], (len(cut),))
+    T.hold(F.embedding, [i, table, 4], [T.replicated(), T.shard(dim, cut), None], (len(cut),))
+
+
+def beyond(index):
+    table = st.distribute_tensor(torch.randn(9, 4), T.make_mesh((2,)), [Shard(0)])
+    for i in (index, -1):
+        with pytest.raises(IndexError, match="out of range"):
+            F.embedding(torch.tensor([0, i]), table)
+
+
+def test_embedding_beyond_a_sharded_table():
+    """Every rank raises; none waits for another."""
+    st.simulate(2, beyond, 9)

@@ -19,6 +19,7 @@ from .rehearse import rehearse
 from .simulate import RankError, simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor
+from .tensor_parallel import tensor_parallel
 from .trace import trace
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "sparse",
     "spectral",
     "sphere",
+    "tensor_parallel",
     "testing",
     "trace",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from . import comm
 from .comm import wire
@@ -158,6 +158,13 @@ def to_dtensor(x: ShardTensor) -> DTensor:
 
 def from_dtensor(d: DTensor) -> ShardTensor:
     """`ShardTensor.from_dtensor`."""
+    for p in d.placements:
+        # subclasses of these mean something else: rows that are to be masked, interleaved shards
+        if type(p) not in (Shard, Replicate, Partial):
+            raise UnsupportedOpError(
+                f"a DTensor placed as {p!r}: redistribute it to Shard, Replicate or Partial first; "
+                "parameters of FSDP2 are gathered by the module that fully_shard was applied to"
+            )
     spec = Spec.of(d.device_mesh, d.placements, d.shape)
     grads = [Replicate() if p.is_partial() else p for p in spec.placements]
     return wrap(d.to_local(grad_placements=grads), spec)

@@ -15,6 +15,7 @@ from . import _torch
 from .comm import count
 from .errors import UnsupportedOpError
 from .fallback import fall_back, is_shard
+from .meet import apart, met
 from .registry import Handler, handlers, rules
 from .spec import Dim, Spec
 from .tensor import wrap
@@ -95,9 +96,10 @@ def _resolve(func: Any) -> Handler:
         handler = fall_back
     if reflected:
         handler = _reflected(handler, name, own)
-    if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+    writes = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    if writes:
         handler = following(handler)
-    return _counted(handler, name)
+    return _counted(handler, name, writes)
 
 
 def _splits_up(packet: Any) -> bool:
@@ -137,10 +139,12 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     return reflect
 
 
-def _counted(handler: Handler, name: str) -> Handler:
-    """The handler that notes its op in open traces; free while there are none."""
+def _counted(handler: Handler, name: str, writes: bool) -> Handler:
+    """The handler that notes its op in open traces, of operands on one mesh."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if apart(args, kwargs):
+            return met(run, writes, func, args, kwargs)
         if kwargs and kwargs.get("out") is not None:
             leaves = pytree.tree_leaves((args, {**kwargs, "out": None}), is_leaf=is_shard)
             if not any(is_shard(x) for x in leaves):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from . import comm
 from .options import Options
@@ -35,32 +35,69 @@ class Part:
         return type(None), ()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, domain: str, options: Options) -> None:
+def shard(
+    model: nn.Module, mesh: DeviceMesh, axes: tuple[int, ...], domain: str, options: Options
+) -> list[nn.Parameter]:
     """Apply `fully_shard` to the blocks of the model and to the model.
 
-    domain: the group of ranks that share samples.
+    axes: those of the mesh that are not tensor-parallel. domain: the group of ranks that share
+    samples. Returns the 0-dim parameters, which FSDP2 does not take: replicated DTensors whose
+    gradients are still to be summed.
     """
-    over = _flat(mesh) if options.fsdp == "all" else mesh[options.data or ""]
+    over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
     policy = MixedPrecisionPolicy()
     if options.precision is not None:
         policy = MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
+    scalars = {p for p in model.parameters() if p.ndim == 0}
     for block in (*blocks_of(model, options.blocks), model):
-        fully_shard(block, mesh=over, mp_policy=policy)
+        fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars)
+    kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
         slot = Part(domain)
+        tensor = {n for a, n in enumerate(mesh.mesh_dim_names or ()) if a not in axes}
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # after FSDP2's own hook, which puts whole parameters in place
-                module.register_forward_pre_hook(lambda m, _: _mark(m, slot))
+                module.register_forward_pre_hook(lambda m, _: _mark(m, tensor, slot))
+    return kept
 
 
-def _mark(module: nn.Module, slot: Part) -> None:
+def _replicate(
+    model: nn.Module, scalars: set[nn.Parameter], over: DeviceMesh
+) -> list[nn.Parameter]:
+    """Put DTensors on the mesh of FSDP2's parameters in the place of plain 0-dim ones.
+
+    clip_grad_norm_ and fused optimizers take no mixture of the two.
+    """
+    others = (p for p in model.parameters() if p not in scalars)
+    mesh = next((p.device_mesh for p in others if isinstance(p, DTensor)), over)
+    made = {}
+    for p in scalars:
+        whole = DTensor.from_local(local(p.detach()), mesh, [Replicate()] * mesh.ndim)
+        made[p] = nn.Parameter(whole, p.requires_grad)
+    for module in model.modules():
+        for key, own in module._parameters.items():
+            if own is not None and own in made:
+                module._parameters[key] = made[own]
+    return [p for p in dict.fromkeys(model.parameters()) if p.ndim == 0]
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, in its own memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _mark(module: nn.Module, tensor: set[str], slot: Part) -> None:
+    """Give the slot to the parameters that are gathered now; those of other units are not yet."""
     for p in module.parameters():
-        if not isinstance(p, DTensor):
+        if not isinstance(p, DTensor) or tensor.issuperset(p.device_mesh.mesh_dim_names or ("",)):
             p._shardtensor_slot = slot  # type: ignore[attr-defined]
 
 
-def _flat(mesh: DeviceMesh) -> DeviceMesh:
+def _flat(mesh: DeviceMesh, axes: tuple[int, ...]) -> DeviceMesh:
+    if len(axes) < mesh.ndim:
+        names = mesh.mesh_dim_names or ()
+        mesh = mesh[tuple(names[a] for a in axes)]
     return mesh if mesh.ndim == 1 else mesh._flatten()
 
 

@@ -11,11 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from . import _torch, comm, fsdp
 from .comm import wire
 from .compile import Compiled
 from .errors import UnsupportedOpError
+from .fsdp import local
+from .meet import is_slice
 from .options import Options
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,6 +40,8 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     of the sums.) Gradients are complete when backward() returns; a hook on a parameter sees this
     rank's part. torch.autograd.grad with respect to a parameter raises UnsupportedOpError.
     With fsdp, parameters become FSDP2's DTensors, and FSDP2 sums and averages.
+    After `tensor_parallel` its axis takes no part in this: along it all ranks have the same
+    gradients, or those of their own weights.
 
     Nothing else about the model changes: the keys of its state_dict and how it is called stay.
     `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
@@ -45,22 +51,33 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
-    axes = tuple(range(mesh.ndim))
+    if any(isinstance(m, FSDPModule) for m in model.modules()):
+        raise ValueError("fully_shard was applied already; parallelize does it with fsdp=...")
+    tensor = _tensor_axes(model, mesh)
+    if tensor and options.compile is not None:
+        raise ValueError("compile and tensor_parallel: the compiled program takes whole parameters")
+    axes = tuple(a for a in range(mesh.ndim) if a not in tensor)
     everyone = comm.group(mesh, axes)
     shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
     domain = comm.group(mesh, shared)
     if options.sync:
-        synchronise(_tensors(model), everyone)
+        state = [*(p.detach() for p in model.parameters()), *model.buffers()]
+        plain = [t for t in state if not isinstance(t, DTensor)]
+        synchronise(plain, comm.group(mesh, tuple(range(mesh.ndim))))
+        synchronise((local(t) for t in state if isinstance(t, DTensor)), everyone)
     if model in _reducers:
         restore(model)
     _adapt(model, options)
     if options.fsdp is not None:
-        fsdp.shard(model, mesh, domain, options)
-        return model
-    parameters = [p for p in dict.fromkeys(model.parameters()) if p.requires_grad]
+        parameters = fsdp.shard(model, mesh, axes, domain, options)
+    else:
+        parameters = list(dict.fromkeys(model.parameters()))
+    parameters = [p for p in parameters if p.requires_grad]
     copies = comm.size(everyone) // comm.size(domain)
     most = int(options.bucket_mb * 2**20)
     _reducers[model] = Reducer(parameters, domain, everyone, copies, most)
+    if options.fsdp is not None:
+        return model
     # past nn.Module's bookkeeping: it is no part of the model's state
     model.__dict__["compile"] = partial(_compile, model)
     if options.compile is not None:
@@ -118,9 +135,19 @@ def _compile(model: nn.Module, **options: Any) -> None:
     model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
 
 
-def _tensors(model: nn.Module) -> Iterable[Tensor]:
-    yield from (p.detach() for p in model.parameters())
-    yield from model.buffers()
+def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
+    """The axes of the mesh on which the model's DTensor parameters lie."""
+    names = mesh.mesh_dim_names or ()
+    found: set[int] = set()
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            if not is_slice(p.device_mesh, mesh):
+                raise ValueError(
+                    f"a parameter lies on {p.device_mesh}, which is no slice of {mesh}: give "
+                    "parallelize the mesh of all axes"
+                )
+            found.update(names.index(n) for n in p.device_mesh.mesh_dim_names or ())
+    return found
 
 
 @torch.no_grad()
@@ -202,7 +229,8 @@ class Slot:
 
     def __init__(self, parameter: nn.Parameter, group: str, reducer: Reducer) -> None:
         self.parameter, self.group, self.reducer = parameter, group, reducer
-        self.nbytes = parameter.numel() * parameter.element_size()
+        self.shape = local(parameter.detach()).shape
+        self.nbytes = self.shape.numel() * parameter.element_size()
         self.touched = self.accumulated = False
         self.bucket: Bucket
         self.index = 0
@@ -224,9 +252,17 @@ class Slot:
         # a parameter is pickled with its attributes; the slot stays with this process
         return type(None), ()
 
+    def grad(self) -> Tensor | None:
+        """This rank's part of the parameter's .grad, which may be written to."""
+        p, grad = self.parameter, self.parameter.grad
+        if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+            # ops of DTensors alone may leave addends
+            p.grad = grad = grad.redistribute(placements=p.placements)
+        return None if grad is None else local(grad)
+
     def ready(self, _: Any) -> None:
         """The parameter's .grad has all of this backward: parts, and what was whole already."""
-        grad = self.parameter.grad
+        grad = self.grad()
         if grad is None or not (self.touched or self.reducer.copies > 1):
             return
         view = self.bucket.view(self)
@@ -255,10 +291,10 @@ class Bucket:
         """Where a slot's numbers lie; the memory is taken on first use."""
         if self.flat is None:
             p = self.slots[0].parameter
-            sizes = [s.parameter.numel() for s in self.slots]
+            sizes = [s.shape.numel() for s in self.slots]
             self.flat = torch.zeros(sum(sizes), dtype=p.dtype, device=p.device)
             parts = self.flat.split(sizes)
-            self.views = [v.view(s.parameter.shape) for v, s in zip(parts, self.slots, strict=True)]
+            self.views = [v.view(s.shape) for v, s in zip(parts, self.slots, strict=True)]
         return self.views[slot.index]
 
     def count(self) -> None:
@@ -286,7 +322,8 @@ class Bucket:
         if self.reducer.copies > 1 and self.flat is not None:
             self.flat.div_(self.reducer.copies)
         for view, s in zip(self.views, self.slots, strict=True):
-            if s.touched and s.parameter.grad is not None:
-                s.parameter.grad.copy_(view)
+            grad = s.grad()
+            if s.touched and grad is not None:
+                grad.copy_(view)
             s.touched = s.accumulated = False
         self.work, self.launched = None, False

@@ -24,9 +24,11 @@ class Slot(Protocol):
 
 
 def slot_of(x: Tensor, group: str) -> Slot | None:
-    """The slot of a parameter whose gradient is summed over this group later."""
+    """The slot of a parameter, or of a DTensor parameter's local tensor, whose gradient is summed
+    over this group later.
+    """
     slot = getattr(x, "_shardtensor_slot", None)
-    return slot if slot is not None and slot.group == group and x.is_leaf else None
+    return slot if slot is not None and slot.group == group else None
 
 
 class Defer(torch.autograd.Function):

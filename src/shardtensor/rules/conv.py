@@ -84,7 +84,9 @@ def conv(
     _check(x, n, "conv")
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(x._spec, tuple(weight.shape[2:]), each(stride, n), across, each(dilation, n))
-    channels = _channels(x._spec, n, weight.shape[0], groups, False)
+    channels = _columns(weight, x._spec, n, groups) or _channels(
+        x._spec, n, weight.shape[0], groups, False
+    )
     return _run(x, weight, bias, local, channels, stride, dilation, False)
 
 
@@ -259,6 +261,15 @@ def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Ch
     return Channels(dim, weight, cut, sizes[spec.index[-n - 1]] // each, False)
 
 
+def _columns(weight: Tensor, spec: Spec, n: int, groups: int) -> Channels | None:
+    """Output channels sharded as the weight's are, along mesh axes that do not shard the input."""
+    out = weight._spec.dims[0] if isinstance(weight, ShardTensor) else Dim(0)
+    size = spec.dims[-n - 1].size
+    if not out.axes or groups > 1 or not set(out.axes).isdisjoint(spec.varying):
+        return None
+    return Channels(Dim(size), (out, Dim(size)), out, 1, False)
+
+
 # the local program -------------------------------------------------------------------------------
 
 
@@ -280,15 +291,17 @@ def _run(
     cut = None
     if channels.output.axes:
         cut = [*channels.weight, *(Dim(k) for k in weight.shape[2:])]
-    w, b = fit(
+    varying = tuple(sorted({*spec.varying, *channels.output.axes}))
+    local, w, b = fit(
         spec.mesh,
-        spec.varying,
+        varying,
+        (x, spec.dims),
         (weight, cut),
         (bias, [channels.output] if channels.output.axes else None),
     )
-    assert w is not None
+    assert local is not None and w is not None
     inner = None if channels.partial else b
-    y = _convolved(x, w, inner, plan, channels, stride, dilation, transposed)
+    y = _convolved(local, spec, w, inner, plan, channels, stride, dilation, transposed)
     for d, start, length in plan.crops:
         y = _cropped(y, d, start, length)
     if channels.partial:
@@ -299,11 +312,11 @@ def _run(
 
 
 def _convolved(
-    x: ShardTensor, w: Tensor, b: Tensor | None, plan: Local, channels: Channels,
+    local: Tensor, spec: Spec, w: Tensor, b: Tensor | None, plan: Local, channels: Channels,
     stride: Ints, dilation: Ints, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """torch's own op on this rank's windows of x."""
-    n, spec, groups = w.ndim - 2, x._spec, channels.groups
+    """torch's own op on this rank's windows of its local tensor."""
+    n, groups = w.ndim - 2, channels.groups
 
     def op(rows: Tensor) -> Tensor:
         if plan.ahead:
@@ -315,8 +328,8 @@ def _convolved(
         return FORWARD[n](rows, w, b, stride, plan.padding, dilation, groups)
 
     if not plan.reaches:
-        return op(x._local)
-    local = _autocast(x._local)
+        return op(local)
+    local = _autocast(local)
     *others, (d, reach) = plan.reaches
     for other, needed in others:
         local = fetch(local, other, spec, needed)

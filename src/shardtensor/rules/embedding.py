@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
 from ..redistribute import fit
@@ -30,17 +31,46 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> ShardTensor:
-    """Rows of weight (V, C) for each index; a sharded weight is gathered."""
+    """Rows of weight (V, C) for each index.
+
+    A weight sharded along other mesh axes than the indices stays so: its columns are columns of the
+    result; of its rows each rank looks up its own, and one all-reduce adds up the results. Else it
+    is gathered.
+    """
     spec = indices._spec if isinstance(indices, ShardTensor) else None
     if spec is None:
         assert isinstance(weight, ShardTensor)
         spec = Spec(weight._spec.mesh, tuple(Dim(n) for n in indices.shape))
-    if spec.varying and (scale_grad_by_freq or sparse):
+    rows, columns = _kept(weight, spec)
+    apart = spec.varying or rows.axes
+    if apart and (scale_grad_by_freq or sparse):
         raise UnsupportedOpError(
             f"embedding with indices on {spec}: scale_grad_by_freq and sparse gradients need all "
             "indices on one rank; set both to False"
         )
-    w, i = fit(spec.mesh, spec.varying, (weight, None), (indices, spec.dims))
+    varying = tuple(sorted((*spec.varying, *rows.axes, *columns.axes)))
+    w, i = fit(spec.mesh, varying, (weight, (rows, columns)), (indices, spec.dims))
     assert w is not None and i is not None
-    local = torch.embedding(w, i, padding_idx, scale_grad_by_freq, sparse)
-    return wrap(local, spec.with_dims([*spec.dims, Dim(weight.shape[1])]))
+    out = spec.with_dims([*spec.dims, columns])
+    if not rows.axes:
+        return wrap(torch.embedding(w, i, padding_idx, scale_grad_by_freq, sparse), out)
+    assert isinstance(weight, ShardTensor)
+    first = rows.offsets[weight._spec.index[0]]
+    mine = (i >= first) & (i < first + w.shape[0])
+    # an index that no rank has is passed on, so that torch complains
+    others = (i >= 0) & (i < rows.size) & ~mine
+    own = padding_idx - first if first <= padding_idx < first + w.shape[0] else -1
+    if w.shape[0]:
+        found = torch.embedding(w, torch.where(others, 0, i - first), own)
+    else:
+        found = w.new_zeros(*i.shape, w.shape[1]) + w.sum()
+    found = torch.where(mine.unsqueeze(-1), found, 0)
+    return wrap(comm.reduce(found, comm.group(spec.mesh, rows.axes)), out)
+
+
+def _kept(weight: Tensor, indices: Spec) -> tuple[Dim, Dim]:
+    """How the weight may stay: sharded along axes that do not shard the indices."""
+    known = weight._spec if isinstance(weight, ShardTensor) else None
+    if known is None or not set(known.varying).isdisjoint(indices.varying) or known.partial:
+        return Dim(weight.shape[0]), Dim(weight.shape[1])
+    return known.dims[0], known.dims[1]

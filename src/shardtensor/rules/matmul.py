@@ -122,7 +122,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     free = _labels("n", input.ndim - 1)
     lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
     product = contract(F.linear, input, weight, (*free, "k"), lw, (*free, *lw[:-1]))
-    return product if bias is None else torch.add(product, bias)
+    return product if bias is None else torch.add(product, _cast(bias, product))
+
+
+def _cast(x: Tensor, product: Tensor) -> Tensor:
+    """An addend in the dtype in which autocast made the product, as one op would cast both."""
+    return x.to(product.dtype) if torch.is_autocast_enabled(product.device.type) else x
 
 
 @cached
@@ -169,6 +174,7 @@ def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product
+    input = _cast(input, product)
     return torch.add(product, input if beta == 1 else input * beta)
 
 

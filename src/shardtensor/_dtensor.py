@@ -1,0 +1,81 @@
+# mypy: disable-error-code="attr-defined, assignment"
+"""Private torch APIs around DTensors: root meshes, FSDP2's parameters, parallel styles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed._composable_state import _get_module_state, _module_state_mapping
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._api import _FromTorchTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from_torch_tensor = _FromTorchTensor
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one is a slice of, or itself."""
+    return mesh._get_root_mesh()
+
+
+def is_kept_by_fsdp(x: DTensor) -> bool:
+    """Whether x is a parameter in the shards that FSDP2 keeps of it outside of forward."""
+    for module in list(_module_state_mapping):
+        state = _get_module_state(module)
+        # one group until torch 2.12
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]:
+            if any(p.sharded_param is x for p in getattr(group, "fsdp_params", ())):
+                return True
+    return False
+
+
+def let_styles_pass(ours: type[torch.Tensor]) -> None:
+    """Let the hooks of parallelize_module's styles leave activations of this type as they are."""
+
+    def through(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        # distribute_module counts its parameters
+        @functools.wraps(prepare)
+        def hook(*args: Any) -> Any:
+            # the style's settings, then module, activation or activations, mesh
+            seen = args[-2]
+            first = seen[0] if isinstance(seen, tuple) and seen else seen
+            return first if isinstance(first, ours) else prepare(*args)
+
+        return hook
+
+    for style in (ColwiseParallel, RowwiseParallel):
+        style._prepare_input_fn = staticmethod(through(style._prepare_input_fn))
+        style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
+
+
+def _agree_on_overflow() -> None:
+    """Let GradScaler see an overflow in any shard of any gradient.
+
+    torch (2.11 to 2.13) reduces what ranks found along the axes that shard the first gradient of
+    the list only (found_inf_reduce_handler). So each placement is a list of its own.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    op = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    check = handlers[op]
+
+    def run(op_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grads, *rest = args
+        alike: dict[Any, list[Any]] = {}
+        for g in grads:
+            if not isinstance(g, DTensor):
+                # torch complains of the mixture
+                return check(op_call, args, kwargs)
+            alike.setdefault(g.placements, []).append(g)
+        for found in alike.values():
+            check(op_call, (found, *rest), kwargs)
+        return None
+
+    handlers[op] = run
+
+
+_agree_on_overflow()
