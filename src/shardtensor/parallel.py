@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import _torch, comm, fsdp
 from .comm import groups, wire
-from .comm.count import sending
+from .comm.count import finish, sending
 from .compile import Compiled
 from .errors import UnsupportedOpError
 from .options import Options
@@ -279,7 +279,10 @@ class Bucket:
         self.launched = True
         n = comm.size(self.reducer.everyone)
         nbytes = 2 * self.flat.numel() * self.flat.element_size() * (n - 1) // n
-        with sending("all_reduce", nbytes, 2 * (n - 1), n):
+        with sending(
+            "all_reduce", nbytes, 2 * (n - 1), n, self.reducer.everyone,
+            dtype=self.flat.dtype, lengths=[v.numel() for v in self.views],
+        ):  # fmt: skip
             self.work = dist.all_reduce(
                 self.flat, group=groups.resolve(self.reducer.everyone), async_op=True
             )
@@ -289,7 +292,7 @@ class Bucket:
         if not self.launched:
             return
         if self.work is not None:
-            self.work.wait()
+            finish(self.work)
         if self.reducer.copies > 1 and self.flat is not None:
             self.flat.div_(self.reducer.copies)
         for view, s in zip(self.views, self.slots, strict=True):

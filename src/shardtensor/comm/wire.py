@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from .._torch import all_gather_flat, is_silent
 from . import groups
-from .count import sending
+from .count import finish, sending
 
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
@@ -50,7 +50,11 @@ def start_exchange(
     in_splits = [item * sum(c.numel() for c in to) for to in chunks]
     received = like.new_empty(sum(out_splits) // item)
     to_group = groups.resolve(group)
-    with sending(label, sum(in_splits), sum(n > 0 for n in in_splits), len(shapes)):
+    messages = sum(n > 0 for n in in_splits)
+    with sending(
+        label, sum(in_splits), messages, len(shapes), group,
+        dtype=like.dtype, gives=in_splits, gets=out_splits,
+    ):  # fmt: skip
         work = None
         if is_silent(to_group):
             # nothing arrives, and what lies in memory may be slow to compute with
@@ -67,7 +71,7 @@ def start_exchange(
 
     def arrived() -> list[list[torch.Tensor]]:
         if work is not None:
-            work.wait()
+            finish(work)
         return _split(received, shapes)
 
     return arrived
@@ -78,13 +82,16 @@ def all_gather(
 ) -> list[torch.Tensor]:
     """Every rank's tensor, whose shapes are known, on every rank; padded where they differ."""
     n = len(shapes)
-    most = max(_numel(s) for s in shapes)
+    lengths = [_numel(s) for s in shapes]
+    most = max(lengths)
     flat = local.reshape(-1)
     if flat.numel() < most:
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
     received = local.new_empty(n * most)
     item = local.element_size()
-    with sending("all_gather", item * most * (n - 1), n - 1, n):
+    with sending(
+        "all_gather", item * most * (n - 1), n - 1, n, group, dtype=local.dtype, lengths=lengths
+    ):
         all_gather_flat(
             _as_bytes(received),
             _as_bytes(flat),
@@ -113,9 +120,12 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         wire = total.view(torch.uint8)
     # a ring all-reduce sends each byte twice but for this rank's own part
     nbytes = 2 * wire.numel() * wire.element_size() * (n - 1) // n
-    with sending("all_reduce", nbytes, 2 * (n - 1), n):
+    lengths = [x.numel() for x in xs]
+    with sending(
+        "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=total.dtype, lengths=lengths, by=op
+    ):
         dist.all_reduce(wire, _REDUCE[op], group=groups.resolve(group))
-    parts = total.split([x.numel() for x in xs])
+    parts = total.split(lengths)
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
 
 
@@ -125,7 +135,9 @@ def broadcast(flat: torch.Tensor, group: str) -> None:
     n = groups.size(group)
     first = groups.rank(group) == 0
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
-    with sending("broadcast", nbytes, (n - 1) * first, n):
+    with sending(
+        "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
+    ):
         dist.broadcast(_as_bytes(flat), group=to, group_src=0)
 
 
