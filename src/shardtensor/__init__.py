@@ -9,14 +9,15 @@ from . import rules as _rules  # noqa: F401
 from .attention.neighborhood import neighborhood_attention
 from .compile import compile
 from .construct import distribute_tensor
-from .errors import UnsupportedOpError
+from .errors import DivergenceError, RankError, UnsupportedOpError
 from .fallback import FallbackWarning, fallback
+from .guard import guard, start_from_environment
 from .launch import init
 from .options import Options
 from .override import rule
 from .parallel import parallelize
 from .rehearse import rehearse
-from .simulate import RankError, simulate
+from .simulate import simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor
 from .tensor_parallel import tensor_parallel
@@ -25,6 +26,7 @@ from .trace import trace
 __version__ = "0.1.0"
 __all__ = [
     "Dim",
+    "DivergenceError",
     "FallbackWarning",
     "Options",
     "RankError",
@@ -37,6 +39,7 @@ __all__ = [
     "distribute_tensor",
     "fallback",
     "graph",
+    "guard",
     "init",
     "neighborhood_attention",
     "parallelize",
@@ -52,3 +55,5 @@ __all__ = [
     "testing",
     "trace",
 ]
+
+start_from_environment()

@@ -226,6 +226,24 @@ def is_silent(group: Any) -> bool:
     return bool(dist.get_backend(group) == "fake")
 
 
+def default_store() -> Any:
+    """The key-value store by which the ranks of this program met."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def at_uncaught(call: Callable[[BaseException], None]) -> None:
+    """Run call(error) when an exception is about to end the program, before it is printed."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, at: Any) -> None:
+        # an interactive session goes on
+        if not hasattr(sys, "ps1"):
+            call(error)
+        before(kind, error, at)
+
+    sys.excepthook = hook
+
+
 def checkpointed(module: torch.nn.Module) -> None:
     """Keep only the module's inputs for backward; its class and its state_dict stay."""
     from torch.distributed._composable import checkpoint
@@ -313,6 +331,11 @@ def guard_transforms(check: Callable[[Any], None]) -> None:
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Run call() when the backward that is running has ended."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def in_backward() -> bool:
+    """Whether a backward runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def allocations(step: Callable[[], Any]) -> list[int]:

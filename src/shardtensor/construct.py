@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from . import comm
-from .comm import wire
+from .comm import count, wire
 from .errors import UnsupportedOpError
 from .spec import Spec
 from .tensor import ShardTensor, wrap
@@ -43,6 +43,8 @@ def distribute_tensor(
         raise ValueError("distribute_tensor to Partial: use ShardTensor.from_local")
     name = comm.group(device_mesh, tuple(range(device_mesh.ndim)))
     source = tensor.detach()
+    if count.records and src_data_rank is None:
+        count.called("distribute_tensor", (source, device_mesh))
     if src_data_rank is None or comm.size(name) == 1:
         local = _slice(source, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
     else:
@@ -103,6 +105,8 @@ def from_local(
         raise ValueError(
             f"local shape {tuple(local.shape)} where sizes say {tuple(spec.local_shape)}"
         )
+    if count.records and not spec.varying and not spec.partial:
+        count.called("from_local", (local, mesh))
     return wrap(local, spec)
 
 

@@ -151,7 +151,7 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
                 return _into(func, args, kwargs)
         if not count.records:
             return handler(func, args, kwargs)
-        with count.running(name, handler.__name__):
+        with count.running(name, handler.__name__, args, kwargs):
             return handler(func, args, kwargs)
 
     return run

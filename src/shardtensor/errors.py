@@ -7,3 +7,14 @@ class UnsupportedOpError(NotImplementedError):
     Raised on every rank alike, before anything is sent; the message names the op, the specs and
     the next step.
     """
+
+
+class RankError(RuntimeError):
+    """Another rank raised or died, or ranks wait for each other for ever."""
+
+
+class DivergenceError(RankError):
+    """Ranks part: one came to another collective than the others, with other sizes, or not at all.
+
+    Raised under `guard` on every rank; the message names ranks, ops and lines.
+    """

@@ -6,14 +6,14 @@ import atexit
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from datetime import timedelta
 from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from . import watch
 
 
 class Place(NamedTuple):
@@ -85,6 +85,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     Default: domain=-1. GPUs and NCCL where there are GPUs, one for each rank of a host, else CPUs
     and gloo. Without a launcher this process is the only rank. A process group that exists already
     is used. Raises ValueError where sizes do not make up the number of ranks.
+    A rank that raises or dies later ends the others within seconds, with its message (see `watch`).
 
         mesh, device = st.init(data=2, domain=-1)
     """
@@ -104,6 +105,8 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
             store=store, rank=here.rank, world_size=here.ranks,
         )  # fmt: skip
         atexit.register(_end)
+        if here.ranks > 1:
+            watch.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))
     n = dist.get_world_size()
     sizes = _sizes(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
@@ -111,17 +114,9 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
 
 
 def _end() -> None:
-    """Leave together: gloo's threads abort a process now and then that others leave behind.
-
-    (Seen with torch 2.13 alone: a mesh, an all-to-all, the end of the program.)
-    """
-    if not dist.is_initialized():
-        return
-    if dist.get_backend() == "gloo":
-        # a rank that failed does not come
-        with suppress(RuntimeError):
-            dist.monitored_barrier(timeout=timedelta(seconds=5))
-    dist.destroy_process_group()
+    watch.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _sizes(axes: Mapping[str, int], n: int) -> tuple[int, ...]:

@@ -311,7 +311,8 @@ class Bucket:
             if not s.touched:
                 view.zero_()
         self.launched = True
-        self.work = wire.start_all_reduce(self.flat, "sum", self.reducer.everyone)
+        lengths = [v.numel() for v in self.views]
+        self.work = wire.start_all_reduce(self.flat, "sum", self.reducer.everyone, lengths)
 
     def finish(self) -> None:
         """Wait, and give the parameters their gradients."""

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from . import _torch, cache
+from .agree import difference, position
 from .comm import count, groups
+from .errors import DivergenceError, RankError
+from .where import described
 
 T = TypeVar("T")
-
-
-class RankError(RuntimeError):
-    """A simulated rank raised, or ranks wait for each other for ever."""
 
 
 class _Turns:
@@ -34,13 +33,14 @@ class _Turns:
         self.errors: dict[int, BaseException] = {}
         self.arrived: dict[str, dict[int, Any]] = {}
         self.done: set[str] = set()
-        self.stuck = ""
+        self.stuck: RankError | None = None
 
     def next_after(self, rank: int) -> None:
         """Give the turn to the next rank that can run."""
         n = len(self.go)
-        if self.errors:
-            self.stuck = self.stuck or f"rank {min(self.errors)} raised"
+        if self.errors and self.stuck is None:
+            r, error = next(iter(self.errors.items()))
+            self.stuck = RankError(f"rank {r} raised {described(error)}")
         for step in range(1, n + 1):
             r = (rank + step) % n
             if r in self.ended:
@@ -51,7 +51,7 @@ class _Turns:
         if len(self.ended) < n:
             what = ", ".join(f"rank {r} in {w}" for r, (_, w) in sorted(self.waiting.items()))
             gone = f"; ranks {sorted(self.ended)} have returned" if self.ended else ""
-            self.stuck = f"ranks wait for each other for ever: {what}{gone}"
+            self.stuck = DivergenceError(f"ranks wait for each other for ever: {what}{gone}")
             self.next_after(rank)
 
     def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
@@ -64,28 +64,38 @@ class _Turns:
         del self.waiting[rank]
         torch.set_rng_state(state)
         if not ready():
-            raise RankError(self.stuck)
+            assert self.stuck is not None
+            raise type(self.stuck)(*self.stuck.args)
 
     def join(self, key: str, size: int, rank: int, collective: Any, data: Any) -> None:
         """Meet the other members of a group; the last to come does the work."""
+        me = count.simulated_rank()
+        assert me is not None
+        # those of the library say what they bring, torch's own do not
+        record = count.thread.__dict__.pop("facts", None)
+        record = record or {"collective": type(collective).__name__}
         here = self.arrived.setdefault(key, {})
-        here[rank] = data
-        if len(here) == size:
-            collective.work([here[r] for r in range(size)])
-            del self.arrived[key]
-            self.done.add(key)
-        else:
-            me = count.simulated_rank()
-            assert me is not None
-            self.wait(me, lambda: key in self.done, type(collective).__name__)
+        here[rank] = (data, me, record)
+        if len(here) < size:
+            self.wait(me, lambda: key in self.done, position(record))
+            return
+        met = [here[r] for r in range(size)]
+        parted = difference({member: brought for _, member, brought in met})
+        if parted:
+            self.stuck = DivergenceError(parted)
+            raise DivergenceError(parted)
+        collective.work([data for data, _, _ in met])
+        del self.arrived[key]
+        self.done.add(key)
 
 
 def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     """Run fn(*args) on `world_size` ranks, threads of this process; returns what each returned.
 
     Inside fn, torch.distributed is initialised, as under torchrun: make a mesh with
-    `init_device_mesh("cpu", ...)`. Raises RankError from the first exception of a rank, or, naming
-    every rank, where ranks wait for each other for ever.
+    `init_device_mesh("cpu", ...)`. Raises RankError from the first exception of a rank, and
+    DivergenceError, which is one and names every rank, where ranks wait for each other for ever or
+    come to a collective with another one, another dtype or other sizes.
     """
     turns = _Turns(world_size)
     results: list[Any] = [None] * world_size
@@ -124,5 +134,6 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     sys.excepthook = hook
     if turns.errors:
         rank, error = min(turns.errors.items(), key=lambda e: isinstance(e[1], RankError))
-        raise RankError(f"rank {rank}: {type(error).__name__}: {error}") from error
+        kind = DivergenceError if isinstance(error, DivergenceError) else RankError
+        raise kind(f"rank {rank}: {type(error).__name__}: {error}") from error
     return results

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from ..cache import cached
 from ..errors import UnsupportedOpError
+from . import count
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
@@ -45,6 +46,8 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     elif ranks == list(range(dist.get_world_size())) and mesh.device_type == "cpu":
         made = dist.group.WORLD
     else:
+        if count.Hooks.meeting is not None and count.simulated_rank() is None:
+            count.Hooks.meeting("new_group", ranks, {})
         made = dist.new_group(ranks, use_local_synchronization=True)
     assert made is not None
     # ranks of a simulated world share this table, hence their number in the key

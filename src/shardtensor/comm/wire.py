@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .._torch import all_gather_flat, is_silent
 from . import groups
-from .count import sending
+from .count import finish, sending
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
@@ -51,8 +51,12 @@ def start_exchange(
     label: str,
     *,
     wait: bool = False,
+    **facts: Any,
 ) -> Callable[[], list[list[torch.Tensor]]]:
-    """`exchange` that may still be under way: calling what it returns gives what arrived."""
+    """`exchange` that may still be under way: calling what it returns gives what arrived.
+
+    facts: what ranks must agree on beside the dtype; default: how much each gives each.
+    """
     flat = [c.reshape(-1) for to in chunks for c in to]
     send = torch.cat(flat) if flat else like.new_empty(0)
     item = like.element_size()
@@ -60,7 +64,11 @@ def start_exchange(
     in_splits = [item * sum(c.numel() for c in to) for to in chunks]
     received = like.new_empty(sum(out_splits) // item)
     to_group = groups.resolve(group)
-    with sending(label, sum(in_splits), sum(n > 0 for n in in_splits), len(shapes)):
+    messages = sum(n > 0 for n in in_splits)
+    with sending(
+        label, sum(in_splits), messages, len(shapes), group,
+        dtype=like.dtype, **(facts or dict(gives=in_splits, gets=out_splits)),
+    ):  # fmt: skip
         work = None
         if is_silent(to_group):
             # nothing arrives, and what lies in memory may be slow to compute with
@@ -77,7 +85,7 @@ def start_exchange(
 
     def arrived() -> list[list[torch.Tensor]]:
         if work is not None:
-            work.wait()
+            finish(work)
         return _split(received, shapes)
 
     return arrived
@@ -88,15 +96,18 @@ def all_gather(
 ) -> list[torch.Tensor]:
     """Every rank's tensor, whose shapes are known, on every rank; padded where they differ."""
     n = len(shapes)
-    most = max(_numel(s) for s in shapes)
+    lengths = [_numel(s) for s in shapes]
+    most = max(lengths)
     flat = local.reshape(-1)
     if _direct(flat, most, n):
-        return _start_to_all(flat, shapes, group, "all_gather")()
+        return _start_to_all(flat, shapes, group, "all_gather", lengths=lengths)()
     if flat.numel() < most:
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
     received = local.new_empty(n * most)
     item = local.element_size()
-    with sending("all_gather", item * most * (n - 1), n - 1, n):
+    with sending(
+        "all_gather", item * most * (n - 1), n - 1, n, group, dtype=local.dtype, lengths=lengths
+    ):
         all_gather_flat(
             _as_bytes(received),
             _as_bytes(flat),
@@ -123,16 +134,24 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         # logical or / and: sums of booleans saturate
         op = {"sum": "max", "product": "min"}.get(op, op)
         wire = total.view(torch.uint8)
-    start_all_reduce(wire.view(-1), op, group)()
-    parts = total.split([x.numel() for x in xs])
+    lengths = [x.numel() for x in xs]
+    start_all_reduce(wire.view(-1), op, group, lengths)()
+    parts = total.split(lengths)
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
 
 
-def start_all_reduce(flat: torch.Tensor, op: str, group: str) -> Callable[[], Any]:
-    """Begin to reduce a vector in place; calling what is returned ends it."""
+def start_all_reduce(
+    flat: torch.Tensor, op: str, group: str, lengths: Sequence[int]
+) -> Callable[[], Any]:
+    """Begin to reduce a vector in place; calling what is returned ends it.
+
+    lengths: of the tensors that the vector is made of, on which ranks must agree.
+    """
     n = groups.size(group)
     if _direct(flat, flat.numel(), n):
-        arrived = _start_to_all(flat, [[flat.numel()]] * n, group, "all_reduce")
+        arrived = _start_to_all(
+            flat, [[flat.numel()]] * n, group, "all_reduce", lengths=lengths, by=op
+        )
 
         def combine() -> None:
             # in the order of the ranks, so that all get the same bits
@@ -145,9 +164,11 @@ def start_all_reduce(flat: torch.Tensor, op: str, group: str) -> Callable[[], An
         return combine
     # a ring all-reduce sends each byte twice but for this rank's own part
     nbytes = 2 * flat.numel() * flat.element_size() * (n - 1) // n
-    with sending("all_reduce", nbytes, 2 * (n - 1), n):
+    with sending(
+        "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=flat.dtype, lengths=lengths, by=op
+    ):
         work = dist.all_reduce(flat, _REDUCE[op], group=groups.resolve(group), async_op=True)
-    return lambda: None if work is None else work.wait()
+    return lambda: None if work is None else finish(work)
 
 
 def _direct(x: torch.Tensor, most: int, n: int) -> bool:
@@ -157,14 +178,14 @@ def _direct(x: torch.Tensor, most: int, n: int) -> bool:
 
 
 def _start_to_all(
-    flat: torch.Tensor, shapes: Sequence[Sequence[int]], group: str, label: str
+    flat: torch.Tensor, shapes: Sequence[Sequence[int]], group: str, label: str, **facts: Any
 ) -> Callable[[], list[torch.Tensor]]:
     """Every rank's vector on every rank, in shapes, in one round that may be under way."""
     me = groups.rank(group)
     arrived = start_exchange(
         [[] if r == me else [flat] for r in range(len(shapes))],
         [[] if r == me else [s] for r, s in enumerate(shapes)],
-        flat, group, label,
+        flat, group, label, **facts,
     )  # fmt: skip
     return lambda: [
         flat.view(*shapes[me]) if r == me else parts[0] for r, parts in enumerate(arrived())
@@ -177,7 +198,9 @@ def broadcast(flat: torch.Tensor, group: str) -> None:
     n = groups.size(group)
     first = groups.rank(group) == 0
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
-    with sending("broadcast", nbytes, (n - 1) * first, n):
+    with sending(
+        "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
+    ):
         dist.broadcast(_as_bytes(flat), group=to, group_src=0)
 
 

@@ -1,0 +1,55 @@
+"""What an op's operands are, in few words and numbers, so that ranks can compare them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from . import cache
+from .tensor import ShardTensor
+
+
+def operands(tree: Any) -> dict[str, Any]:
+    """For a tree of arguments: what (text), the ranks they lie on, values of plain tensors.
+
+    values: for each plain tensor its dtype and shape, the sum of magnitudes and a weighted sum.
+    """
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, ShardTensor))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    meshes = [x._spec.mesh for x in tensors if isinstance(x, ShardTensor)]
+    mesh = next((x for x in (*meshes, *leaves) if isinstance(x, DeviceMesh)), None)
+    plain = [x for x in tensors if not isinstance(x, ShardTensor)]
+    return {
+        "what": ", ".join(map(_name, tensors)) or "no tensors",
+        "ranks": [] if mesh is None else mesh.mesh.flatten().tolist(),
+        "values": [
+            _value(x) for x in plain if x.layout is torch.strided and x.device.type != "meta"
+        ],
+    }
+
+
+def _name(x: Tensor) -> str:
+    dtype = str(x.dtype).removeprefix("torch.")
+    if isinstance(x, ShardTensor):
+        return f"{dtype} {x._spec}"
+    return f"{dtype} {list(x.shape)}"
+
+
+def _value(x: Tensor) -> tuple[str, float, float]:
+    return cache.of_tensor(x, "operands", lambda: _summed(x))
+
+
+@torch.no_grad()
+def _summed(x: Tensor) -> tuple[str, float, float]:
+    kind = f"{x.dtype} {list(x.shape)}"
+    x = x.detach()
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    v = x.reshape(-1).to(torch.float64).nan_to_num(1.5, 2.5, -2.5)
+    # weights without order, so that a permutation shows
+    weights = torch.arange(len(v), device=v.device, dtype=torch.float64).mul_(0.7548776662).frac_()
+    return kind, v.abs().sum().item(), (v * weights).sum().item()

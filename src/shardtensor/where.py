@@ -1,0 +1,59 @@
+"""Which line of the user's code is running."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_OURS = (
+    str(Path(__file__).parent),
+    str(Path(torch.__file__).parent),
+    *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")},
+)
+_SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+
+
+@lru_cache(maxsize=4096)
+def _of_user(file: str) -> bool:
+    if file.startswith("<") or "torchinductor" in file:
+        return False
+    if file.startswith(_OURS[:2]):
+        return False
+    # packages lie inside the standard library's folder
+    return not file.startswith(_OURS[2:]) or file.startswith(_SITE)
+
+
+def call_of_user() -> tuple[str, str]:
+    """ "file:line" of the innermost frame outside of this package, torch and Python's library.
+
+    And the name of the function of this package that it called, if it called one. "" where there is
+    no such frame, as in a thread of autograd's own.
+    """
+    frame, called = sys._getframe(1), ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _of_user(file):
+            return f"{file}:{frame.f_lineno}", called
+        called = frame.f_code.co_name if file.startswith(_OURS[0]) else ""
+        frame = frame.f_back  # type: ignore[assignment]
+    return "", ""
+
+
+def error_line(error: BaseException) -> str:
+    """The same for where an exception was raised."""
+    found, at = "", error.__traceback__
+    while at is not None:
+        if _of_user(at.tb_frame.f_code.co_filename):
+            found = f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}"
+        at = at.tb_next
+    return found
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line: its type, message and the user's line."""
+    line = error_line(error)
+    return f"{type(error).__name__}: {error}" + (f" ({line})" if line else "")

@@ -1,0 +1,118 @@
+"""A rank that raises, dies or leaves ends the others, in time and with its message."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import os, signal, sys, time, torch, shardtensor as st
+from torch.distributed.tensor import Shard
+mesh, device = st.init()
+x = st.distribute_tensor(torch.arange(6.0, device=device), mesh, [Shard(0)], src_data_rank=None)
+me, (case, who, others) = mesh.get_rank(), sys.argv[1:]
+x.sum().item()
+os.write(1, f"started {time.time()}\\n".encode())
+if me == int(who):
+    if case == "raise":
+        raise KeyError("no such variable")
+    if case == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "leave":
+        sys.exit(0)
+if others == "busy":
+    time.sleep(60)
+x.mean().item()
+os.write(1, b"finished\\n")
+"""
+SAID = {
+    "raise": "rank {} raised KeyError: 'no such variable'",
+    "kill": "rank {} died without a word",
+    "leave": "ranks [{}] have ended their programs",
+}
+# what the docs say, and what a loaded machine adds
+SECONDS = 10 + 20
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def launched(script, ranks, torchrun, args):
+    """(exit code, output, seconds since the ranks had started) of each process."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
+    clean |= {"OMP_NUM_THREADS": "1", "SHARDTENSOR_DEBUG": "0"}
+    port = free_port()
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    envs = [{}] if torchrun else [
+        {"SLURM_PROCID": str(r), "SLURM_NTASKS": str(ranks), "SLURM_LOCALID": str(r),
+         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+        for r in range(ranks)
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *(agent if torchrun else []), str(script), *args],
+            env=clean | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for env in envs
+    ]  # fmt: skip
+    found = []
+    for p in processes:
+        text, _ = p.communicate(timeout=150)
+        begun = [float(t.split()[1]) for t in text.splitlines() if t.startswith("started")]
+        found.append((p.returncode, text, time.time() - max(begun)))
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "case, who, others, ranks, torchrun",
+    [
+        ("raise", 1, "waiting", 2, True),
+        ("raise", 0, "busy", 3, True),
+        ("kill", 1, "waiting", 3, True),
+        # without an agent that ends the others
+        ("raise", 1, "busy", 3, False),
+        ("kill", 1, "busy", 3, False),
+        ("kill", 1, "waiting", 2, False),
+        # rank 0 keeps the store
+        ("kill", 0, "busy", 3, False),
+        ("leave", 1, "waiting", 2, False),
+    ],
+)
+def test_others_end_with_its_message(case, who, others, ranks, torchrun, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    found = launched(script, ranks, torchrun, [case, str(who), others])
+    message = SAID[case].format(who)
+    for rank, (code, text, seconds) in enumerate(found):
+        assert "finished" not in text
+        assert seconds < SECONDS, text
+        if torchrun:
+            # the agent may end ranks before they have read it, but not all of them
+            assert code != 0 and message in text, text
+        elif rank != who:
+            # who sees the store end before the process that kept it says so
+            kept = who == 0 and "died" in text
+            assert code == 1 and (message in text or kept), text
+        elif case != "leave":
+            assert code == (-signal.SIGKILL if case == "kill" else 1)
+
+
+@pytest.mark.gloo
+def test_ranks_that_end_in_order_are_left_alone(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        SCRIPT.replace('if others == "busy":', "if me == 1: time.sleep(8); sys.exit(0)\nif False:")
+    )
+    begin = time.monotonic()
+    # rank 0, which keeps the store, is gone before rank 1 has finished its own work
+    for code, text, _ in launched(script, 2, False, ["leave", "0", "waiting"]):
+        assert code == 0 and "shardtensor:" not in text, text
+    assert time.monotonic() - begin > 8
