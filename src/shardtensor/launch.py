@@ -5,15 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from math import prod
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from . import watch
+from . import checkpoint, watch
 
 
 class Place(NamedTuple):
@@ -98,6 +101,8 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
         else:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = here.address, str(here.port)
             store = None
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _fresh(here)
         if gpus:
             torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
         dist.init_process_group(
@@ -113,7 +118,39 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     return init_device_mesh(device.type, sizes, mesh_dim_names=tuple(axes)), device
 
 
+def _fresh(here: Place) -> dist.Store:
+    """A part of torchrun's store that no earlier attempt has written to, the same on all ranks.
+
+    torchrun keeps one store when it starts all ranks again (torch 2.13). Ranks would meet at the
+    addresses of dead ones: they hang, or are refused. How often this host's ranks were started says
+    nothing of other hosts', so the first rank names the part and answers whoever asks now.
+    """
+    limit = timedelta(minutes=5)
+    store = dist.TCPStore(here.address, here.port, is_master=False, timeout=limit)
+    meet = dist.PrefixStore("shardtensor/init", store)
+    if here.rank:
+        mine = uuid4().hex
+        meet.set(f"asks/{here.rank}", mine)
+        meet.wait([f"name/{mine}"], limit)
+        name = meet.get(f"name/{mine}").decode()
+        meet.add(f"known/{name}", 1)
+        return dist.PrefixStore(name, store)
+    name, answered, end = uuid4().hex, set[str](), time.monotonic() + limit.total_seconds()
+    while meet.add(f"known/{name}", 0) < here.ranks - 1:
+        for r in range(1, here.ranks):
+            # what a rank of an earlier attempt asked is answered, too: nobody hears it
+            asked = meet.get(f"asks/{r}").decode() if meet.check([f"asks/{r}"]) else ""
+            if asked and asked not in answered:
+                answered.add(asked)
+                meet.set(f"name/{asked}", name)
+        if time.monotonic() > end:
+            raise RuntimeError(f"{here.ranks} ranks were started, but not all came within {limit}")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 def _end() -> None:
+    checkpoint.finish()
     watch.leave()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,229 @@
+"""Checkpoints saved while training goes on, of random states, and from strangers."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import checkpoint
+from shardtensor.states import Randomness
+from shardtensor.testing import make_mesh, run_workers
+
+X = torch.arange(9 * 5, dtype=torch.float64).reshape(9, 5)
+
+
+def changing(folder):
+    """What is saved is the state at the call, however it changes while it is written."""
+    mesh = make_mesh((dist.get_world_size(),))
+    x = st.distribute_tensor(X, mesh, [Shard(0)], src_data_rank=None)
+    plain, number = torch.ones(3), [1, 2]
+    for step in range(3):
+        saving = checkpoint.save_async(
+            {"x": x, "plain": plain, "number": number, "step": step}, folder, f"{step}"
+        )
+        x += 100
+        plain.zero_()
+        number.append(3)
+        # collectives of training meet none of the thread's
+        assert x.sum().item() == X.sum().item() + 4500 * (step + 1)
+    path = saving.wait()
+    assert path == checkpoint.latest(folder)
+    assert sorted(p.name for p in folder.glob("*")) == ["1", "2"]
+    state = {"x": torch.zeros_like(x), "plain": torch.zeros(3), "number": [0] * 4, "step": 0}
+    checkpoint.load(state, folder / "1")
+    assert state["step"] == 1 and state["plain"].tolist() == [0, 0, 0]
+    return state["x"].full_tensor()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_saves_the_state_of_the_call(tmp_path, ranks):
+    assert all(x.equal(X + 100) for x in run_workers(ranks, changing, tmp_path / "c"))
+
+
+def test_on_simulated_ranks(tmp_path):
+    assert all(x.equal(X + 100) for x in st.simulate(2, changing, tmp_path / "c"))
+
+
+def failing(folder):
+    checkpoint.save_async({"x": torch.ones(2)}, folder, "good").wait()
+    plain = dcp.save
+    dcp.save = lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
+    try:
+        checkpoint.save_async({"x": torch.ones(2)}, folder, "bad")
+        with pytest.raises(RuntimeError, match="bad was not saved") as caught:
+            checkpoint.finish()
+    finally:
+        dcp.save = plain
+    assert isinstance(caught.value.__cause__, OSError)
+    assert checkpoint.latest(folder).name == "good"
+    checkpoint.save_async({"x": torch.ones(2)}, folder, "next").wait()
+    assert checkpoint.latest(folder).name == "next"
+
+
+@pytest.mark.gloo
+def test_an_error_of_the_thread_is_raised_later(tmp_path):
+    run_workers(2, failing, tmp_path / "c")
+
+
+def drawing(folder):
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    np.random.seed(rank)
+    random.seed(rank)
+
+    def draws():
+        return torch.rand(2).tolist(), np.random.normal(size=3).tolist(), random.random()
+
+    draws()
+    checkpoint.save({"random": Randomness()}, folder, "r")
+    after = draws()
+    draws()
+    checkpoint.load({"random": Randomness()}, folder / "r")
+    assert draws() == after
+    return after
+
+
+def continued(folder):
+    checkpoint.load({"random": Randomness()}, folder / "r")
+    return torch.rand(2).tolist(), np.random.normal(size=3).tolist(), random.random()
+
+
+@pytest.mark.gloo
+def test_every_rank_continues_its_draws(tmp_path):
+    after = run_workers(2, drawing, tmp_path)
+    assert after[0] != after[1]
+    # a third rank draws what the first does
+    assert run_workers(3, continued, tmp_path) == [*after, after[0]]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_nothing_of_a_stranger_is_executed(tmp_path):
+    """A pickle in place of the metadata, and one among the values."""
+    proof = tmp_path / "executed"
+    checkpoint.save({"x": torch.ones(2), "n": 3}, tmp_path, "good")
+    dcp.save({"x": torch.ones(2), "n": Evil(proof)}, checkpoint_id=tmp_path / "bad", no_dist=True)
+    with pytest.raises(RuntimeError, match=r"posix\.system"):
+        checkpoint.load({"x": torch.zeros(2), "n": 0}, tmp_path / "bad")
+    assert not proof.exists()
+    metadata = pickle.loads((tmp_path / "good" / ".metadata").read_bytes())
+    metadata.planner_data["more"] = Evil(proof)
+    (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(RuntimeError, match=r"posix\.system is not loaded"):
+        checkpoint.load({"x": torch.zeros(2), "n": 0}, tmp_path / "good")
+    assert not proof.exists()
+    # this file would have been executed
+    with pytest.raises(Exception):  # noqa: B017
+        dcp.load({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "good", no_dist=True)
+    assert proof.exists()
+
+
+KILLED = """
+import os, sys, time, torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Shard
+import shardtensor as st
+from shardtensor import checkpoint
+
+mesh, _ = st.init()
+folder, rank = sys.argv[1], mesh.get_local_rank()
+x = st.distribute_tensor(torch.full((8, 4), 1.0), mesh, [Shard(0)])
+checkpoint.save({"x": x}, folder, "good")
+plain = dcp.FileSystemWriter.write_data
+def slow(*args, **kwargs):
+    found = plain(*args, **kwargs)
+    if rank == 1:
+        open(os.path.join(folder, "writing"), "w").close()
+        time.sleep(60)
+    return found
+dcp.FileSystemWriter.write_data = slow
+checkpoint.save_async({"x": x + 1}, folder, "torn").wait()
+"""
+
+
+@pytest.mark.gloo
+def test_killed_while_it_writes(tmp_path):
+    """SIGKILL to a rank that has written half of a checkpoint: the one before is found."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    folder = tmp_path / "c"
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29731",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, folder],
+            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.DEVNULL,
+        )
+        for r in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "writing").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (folder / "writing").exists()
+        ranks[1].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(60) != 0
+    finally:
+        for r in ranks:
+            r.kill()
+    assert (folder / ".torn.partial").exists()
+    assert checkpoint.latest(folder).name == "good"
+    state = checkpoint.load({"x": torch.zeros(8, 4)}, folder / "good")
+    assert state["x"].eq(1).all()
+    checkpoint.save(state, folder, "next")
+    assert not (folder / ".torn.partial").exists()
+    assert checkpoint.latest(folder).name == "next"
+
+
+def whole_state(path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
+    mesh = make_mesh((2,))
+    st.parallelize(model, mesh)
+    x = st.distribute_tensor(torch.randn(2, 1, 8, 8), mesh, [Shard(2)])
+    model(x).square().mean().backward()
+    torch.optim.AdamW(model.parameters()).step()
+    if dist.get_rank() == 0:
+        torch.save(model.state_dict(), path)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+ALONE = """
+import sys, torch
+from torch import nn
+model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
+model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+assert "shardtensor" not in sys.modules
+print(sum(p.double().sum().item() for p in model.parameters()))
+"""
+
+
+@pytest.mark.gloo
+def test_a_plain_script_loads_the_state_dict(tmp_path):
+    state = run_workers(2, whole_state, tmp_path / "model.pt")[0]
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "model.pt"], capture_output=True, text=True
+    )
+    want = sum(v.double().sum().item() for k, v in state.items() if k.endswith(("weight", "bias")))
+    assert float(found.stdout) == pytest.approx(want, rel=1e-12), found.stderr

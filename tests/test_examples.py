@@ -1,0 +1,57 @@
+"""The examples run as their first lines say, under torchrun, and give one device's numbers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def torchrun(ranks, script, *args, restarts=0):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), EXAMPLES / script, *args,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(folder):
+    """The loss of every step; a step that was computed twice gave the same."""
+    found = {}
+    for line in (folder / "losses.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert found.setdefault(entry["step"], entry["loss"]) == entry["loss"]
+    return [found[i] for i in sorted(found)]
+
+
+@pytest.mark.gloo
+def test_killed_and_resumed(tmp_path):
+    """SIGKILL to rank 1 in step 7: the losses are those of a run that nobody killed, bit by bit."""
+    torchrun(2, "resume.py", "--folder", tmp_path / "whole")
+    out = torchrun(
+        2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2
+    )
+    assert re.search(r"resumed at step [36] from", out)
+    assert (tmp_path / "killed" / "killed").exists()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 12
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("package", ["fabric", "accelerate"])
+def test_with_a_trainer(package):
+    pytest.importorskip("lightning" if package == "fabric" else package)
+    out = torchrun(2, f"with_{package}.py")
+    apart = float(re.search(r"difference from one device: (\S+)", out)[1])
+    first, last = map(float, re.search(r"losses (\S+) to (\S+)", out).groups())
+    assert apart < 1e-5 and last < 0.9 * first
