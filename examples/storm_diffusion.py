@@ -109,23 +109,18 @@ class Storms:
         """Fields (frames, names, H, W) at some times; each rank reads its rows and columns only."""
 
         def block(b: int, rows: slice, columns: slice) -> Tensor:
-            fields = []
-            for name in names:
-                mean, std = self.scale(name)
-                values = torch.from_numpy(self.root[name][frames[b], rows, columns])
-                fields.append((values - mean) / std)
-            return torch.stack(fields)
+            values = (self.root[n][frames[b], rows, columns] for n in names)
+            scaled = zip(values, map(self.scale, names), strict=True)
+            return torch.stack([(torch.from_numpy(v) - mean) / std for v, (mean, std) in scaled])
 
         return self.where.tensor((len(frames), len(names), *self.shape), block)
 
     def given(self, stage: Stage, frames: Sequence[int], later: Tensor | None = None) -> Tensor:
         """What a stage's model sees. later: instead of the true fields of the next frame."""
         now = self.read(stage.now, frames)
-        if not stage.later:
-            return now
-        if later is None:
+        if stage.later and later is None:
             later = self.read(stage.later, [f + 1 for f in frames])
-        return torch.cat([later, now], 1)
+        return torch.cat([later, now], 1) if stage.later else now
 
     def noise(self, seeds: Sequence[int], channels: int) -> Tensor:
         """Normal numbers (seeds, channels, H, W): each sample's from its seed, however sharded.
@@ -193,10 +188,9 @@ def train(
 def mean_over_data(value: float, where: Where) -> float:
     if where.mesh is None:
         return value
-    data = where.mesh["data"]
     total = torch.tensor(value, device=where.device, dtype=torch.float64)
-    dist.all_reduce(total, group=data.get_group())
-    return total.item() / data.size()
+    dist.all_reduce(total, group=where.mesh.get_group("data"))
+    return total.item() / where.mesh["data"].size()
 
 
 @torch.no_grad()
@@ -242,20 +236,17 @@ def physical(x: Tensor, storms: Storms) -> Tensor:
 def run(where: Where, args: argparse.Namespace) -> dict[str, Any]:
     """Train both models and sample; on a mesh also with the weights that one device found."""
     storms, begin, used = Storms(args.data_file, where), time.perf_counter(), args.frames * 4 // 5
+    how = dict(steps=args.steps, batch=args.batch, frames=used)
     models, losses = {}, {}
     for name in STAGES:
-        models[name], losses[name] = train(
-            name, storms, steps=args.steps, batch=args.batch, frames=used
-        )
+        models[name], losses[name] = train(name, storms, **how)
     frame = (used + args.frames) // 2
     shown = partial(forecast, models, storms, frame, args.members, churn=args.churn)
     found = {"settings": settings(args), "losses": losses, "samples": shown()}
     found["seconds"] = time.perf_counter() - begin
     if where.mesh is None:
         found["truth"] = physical(storms.read(list(FIELDS), [frame + 1]), storms)[0]
-        found["weights"] = {
-            k: [p.detach().cpu() for p in m.parameters()] for k, m in models.items()
-        }
+        found["weights"] = {k: [p.data.cpu() for p in m.parameters()] for k, m in models.items()}
     elif (one := single(args)) is not None:
         for name, model in models.items():
             load(model, one["weights"][name])
@@ -264,7 +255,7 @@ def run(where: Where, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("resolution", "frames", "steps", "batch", "members", "churn")
+    names = "resolution", "frames", "steps", "batch", "members", "churn"
     return {n: getattr(args, n) for n in names}
 
 
@@ -277,23 +268,22 @@ def single(args: argparse.Namespace) -> dict[str, Any] | None:
     return found
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest deviation of b from its mean."""
-    return ((a - b).abs().max() / (b - b.mean()).abs().max()).item()
-
-
 def report(one: dict[str, Any], many: dict[str, Any], out: Path) -> None:
-    """Write the losses and the differences of samples as CSV, and print what they come to."""
+    """Write CSV files of losses and of the samples' differences, and print what they come to.
+
+    The largest difference of samples is relative to a field's largest deviation from its mean.
+    """
     losses, samples = [], []
     for name in STAGES:
         pairs = zip(one["losses"][name], many["losses"][name], strict=True)
         here = [(name, i, a, b, abs(a - b) / a) for i, (a, b) in enumerate(pairs)]
         losses += here
-        early, whole = max(r[4] for r in here[:10]), max(r[4] for r in here)
-        print(f"{name} loss: relative difference {early:.1e} in 10 steps, {whole:.1e} in all")
+        early, ever = (max(r[4] for r in rows) for rows in (here[:10], here))
+        print(f"{name} loss: relative difference {early:.1e} in 10 steps, {ever:.1e} in all")
     for i, name in enumerate(FIELDS):
         a = one["samples"][:, i]
-        both = [difference(many[kind][:, i], a) for kind in ("same_weights", "samples")]
+        differences = [(many[k][:, i] - a).abs().max() for k in ("same_weights", "samples")]
+        both = [(d / (a - a.mean()).abs().max()).item() for d in differences]
         samples.append((name, *both))
         print(f"sampled {name}: relative difference {both[0]:.1e} with the same weights, "
               f"{both[1]:.1e} with those of its own training")  # fmt: skip
@@ -313,49 +303,38 @@ def draw(one: dict[str, Any], many: dict[str, Any], storms: Storms, path: Path) 
     import matplotlib.pyplot as plt
 
     shown = {"brightness_temperature": "gray_r", "vorticity": "RdBu_r", "reflectivity": "turbo"}
-    y, x = (storms.root[n][:] for n in ("latitude", "longitude"))
-    figure = plt.figure(figsize=(11, 10), layout="constrained")
-    grid = figure.add_gridspec(4, 4)
-    for row, (name, colours) in enumerate(shown.items()):
+    y, x = (torch.from_numpy(storms.root[n][:]) for n in ("latitude", "longitude"))
+    titles = "truth", "sample on one device", f"sample on {many['ranks']} ranks", "|difference|"
+    plt.rcParams.update({"font.size": 8})
+    upper, lower = plt.figure(figsize=(11, 10.4), layout="constrained").subfigures(
+        2, height_ratios=[3.4, 1]
+    )
+    grid = upper.subplots(3, 4, sharex=True, sharey=True)
+    for axes, (name, colours) in zip(grid, shown.items(), strict=True):
         i = list(FIELDS).index(name)
         truth, a, b = one["truth"][i], one["samples"][0, i], many["same_weights"][0, i]
-        low, high = truth.min(), truth.max()
-        if name == "vorticity":
-            low, high = -truth.abs().max(), truth.abs().max()
-        panels = {
-            "truth": truth, "sample on one device": a, f"sample on {many['ranks']} ranks": b,
-            "|difference|": (a - b).abs(),
-        }  # fmt: skip
-        for column, (title, field) in enumerate(panels.items()):
-            axis = figure.add_subplot(grid[row, column])
-            style = (
-                dict(cmap=colours, vmin=low, vmax=high)
-                if column < 3
-                else dict(cmap="magma", vmin=0)
-            )
-            image = axis.pcolormesh(x, y, field, rasterized=True, **style)
-            axis.set_aspect(1 / math.cos(math.radians(float(y.mean()))))
-            axis.tick_params(labelsize=7, labelleft=column == 0, labelbottom=row == 2)
-            axis.set_title(title if row == 0 else "", size=10)
-            axis.set_xlabel("longitude (degrees)" if row == 2 else "", size=8)
-            if column == 0:
-                axis.set_ylabel(f"{name.replace('_', ' ')}\nlatitude (degrees)", size=8)
-            if column == 2:
-                for edge in many["cuts"][2]:
-                    axis.axhline((y[edge - 1] + y[edge]) / 2, color="black", lw=1, ls="--")
-                for edge in many["cuts"][3]:
-                    axis.axvline((x[edge - 1] + x[edge]) / 2, color="black", lw=1, ls="--")
+        low = -truth.abs().max() if name == "vorticity" else truth.min()
+        style = dict(cmap=colours, vmin=low, vmax=-low if name == "vorticity" else truth.max())
+        units = FIELDS[name][0].replace("-1", "$^{-1}$")
+        for column, field in enumerate((truth, a, b, (a - b).abs())):
+            options = style if column < 3 else dict(cmap="magma", vmin=0)
+            image = axes[column].pcolormesh(x, y, field, rasterized=True, **options)
+            axes[column].set_aspect(1 / math.cos(math.radians(y.mean())))
             if column >= 2:
-                bar = figure.colorbar(image, ax=axis, shrink=0.85)
-                bar.set_label(FIELDS[name][0], size=8)
-                bar.ax.tick_params(labelsize=7)
-    for i, name in enumerate(STAGES):
-        axis = figure.add_subplot(grid[3, 2 * i : 2 * i + 2])
+                upper.colorbar(image, ax=axes[:3] if column == 2 else axes[3], label=units)
+        axes[0].set_ylabel(f"{name.replace('_', ' ')}\nlatitude (degrees)")
+        for at, cut, line in ((y, 2, axes[2].axhline), (x, 3, axes[2].axvline)):
+            for edge in many["cuts"][cut]:
+                line((at[edge - 1] + at[edge]) / 2, color="lime", lw=1.2, ls="--")
+    for top, bottom, title in zip(grid[0], grid[2], titles, strict=True):
+        top.set_title(title, size=10)
+        bottom.set_xlabel("longitude (degrees)")
+    for axis, name in zip(lower.subplots(1, 2), STAGES, strict=True):
         axis.semilogy(one["losses"][name], color="C0", lw=3, alpha=0.5, label="one device")
         axis.semilogy(many["losses"][name], "k--", lw=0.8, label=f"{many['ranks']} ranks")
         axis.set(title=f"EDM loss of the {name} model", xlabel="step")
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+        axis.legend()
+    lower.figure.savefig(path, dpi=80)
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -376,8 +355,8 @@ def worker(args: argparse.Namespace) -> None:
         return
     if not args.plain:
         spec = where.spec((1, 1, args.resolution, args.resolution))
-        found["ranks"] = dist.get_world_size()
         found["cuts"] = {d: spec.dims[d].offsets[1:-1] for d in (2, 3)}
+        found["ranks"] = dist.get_world_size()
     torch.save(found, args.out / f"storm_{'single' if args.plain else 'sharded'}.pt")
     if "same_weights" in found:
         one = single(args)
@@ -387,23 +366,25 @@ def worker(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--data", type=int, default=1, help="ranks along the batch")
-    parser.add_argument("--columns", type=int, default=1, help="ranks along W; the rest: along H")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--frames", type=int, default=240)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--members", type=int, default=2, help="samples")
-    parser.add_argument("--churn", type=float, default=0.0, help="S_churn of the sampler")
+    for name, default, text in (
+        ("ranks", torch.cuda.device_count() or 2, "processes to start"),
+        ("data", 1, "ranks along the batch"),
+        ("columns", 1, "ranks along W; the rest: along H"),
+        ("resolution", 64, "points along H and W"),
+        ("frames", 240, "of the data, half an hour apart; the last fifth is not trained on"),
+        ("steps", 200, "of training, for each model"),
+        ("batch", 4, "samples in a step"),
+        ("members", 2, "samples to draw in the end"),
+        ("churn", 0.0, "S_churn of the sampler; 0: no fresh noise"),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     parser.add_argument("--plain", action="store_true", help="one device, no sharding")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True, parents=True)
     args.data_file = args.out / f"storms_{args.resolution}_{args.frames}.zarr"
     if args.plain or place().launcher != "none":
-        worker(args)
-        return
+        return worker(args)
     # one thread each: one core against one core for each rank
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     me = [__file__, *sys.argv[1:]]
