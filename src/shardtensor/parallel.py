@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,7 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
     domain = comm.group(mesh, shared)
     if options.sync:
+        _check_same(model, everyone)
         synchronise(_tensors(model), everyone)
     if model in _reducers:
         restore(model)
@@ -118,6 +120,22 @@ def restore(model: nn.Module) -> None:
 def _compile(model: nn.Module, **options: Any) -> None:
     """As nn.Module.compile: the model's calls run compiled from now on."""
     model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
+
+
+def _check_same(model: nn.Module, group: str) -> None:
+    """Raise ValueError on every rank unless all have parameters of the same names and shapes."""
+    if comm.size(group) == 1:
+        return
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    text = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in state.items())
+    device = next((v.device for v in state.values()), torch.device("cpu"))
+    mine = torch.tensor([len(state), zlib.crc32(text.encode())], device=device)
+    known = [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(group), group)]
+    if any(k != known[0] for k in known):
+        raise ValueError(
+            f"parallelize: ranks have different models, of {[k[0] for k in known]} parameters and "
+            "buffers, or of other names, shapes or dtypes; make the same model on every rank"
+        )
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:
