@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from . import comm
-from .comm import count, wire
+from .comm import count, groups, wire
 from .errors import UnsupportedOpError
 from .spec import Spec
 from .tensor import ShardTensor, wrap
@@ -62,6 +62,7 @@ def distribute_tensor(
 
 def _check(tensor: Any, mesh: Any, what: str) -> None:
     """Raise TypeError or ValueError for what cannot lie on a mesh."""
+    groups.renew()
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} of a {type(tensor).__name__}: make it a torch.Tensor first")
     if not isinstance(mesh, DeviceMesh):
@@ -209,6 +210,7 @@ def to_dtensor(x: ShardTensor) -> DTensor:
 
 def from_dtensor(d: DTensor) -> ShardTensor:
     """`ShardTensor.from_dtensor`."""
+    groups.renew()
     spec = Spec.of(d.device_mesh, d.placements, d.shape)
     grads = [Replicate() if p.is_partial() else p for p in spec.placements]
     return wrap(d.to_local(grad_placements=grads), spec)

@@ -93,6 +93,8 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     here = place()
     gpus = torch.cuda.is_available()
     if not dist.is_initialized():
+        # of a process group that was destroyed; its store gives the port back
+        watch.leave()
         if here.ranks == 1:
             store = dist.HashStore()
         else:
@@ -104,6 +106,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=store, rank=here.rank, world_size=here.ranks,
         )  # fmt: skip
+        atexit.unregister(_end)
         atexit.register(_end)
         if here.ranks > 1:
             watch.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
     Raises ValueError for options that do not fit together, the mesh or the model.
     """
+    groups.renew()
     options = _options(options, values)
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
@@ -221,13 +222,21 @@ class Slot:
     """One parameter's place in a bucket."""
 
     def __init__(self, parameter: nn.Parameter, group: str, reducer: Reducer) -> None:
-        self.parameter, self.group, self.reducer = parameter, group, reducer
+        # the parameter's hook holds this, in C++, where Python finds no cycle to collect
+        self._parameter = ref(parameter)
+        self.group, self.reducer = group, reducer
         self.nbytes = parameter.numel() * parameter.element_size()
         self.touched = self.accumulated = False
         self.bucket: Bucket
         self.index = 0
         parameter._shardtensor_slot = self  # type: ignore[attr-defined]
         self.hook = parameter.register_post_accumulate_grad_hook(self.ready)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self._parameter()
+        assert found is not None
+        return found
 
     def add(self, part: Tensor) -> Tensor:
         """Note one more part of the gradient."""
