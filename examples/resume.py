@@ -23,9 +23,8 @@ from shardtensor import checkpoint
 
 def build():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.GELU(), nn.Conv2d(16, 1, 3, padding=1)
-    )  # fmt: skip
+    first, last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+    return nn.Sequential(first, nn.GroupNorm(4, 16), nn.GELU(), last)
 
 
 def main():

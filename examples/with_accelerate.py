@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/with_accelerate.py
 
 `accelerator.prepare(model)` would wrap the model in DDP, which averages gradients over ranks that
-have samples of their own. Here the ranks share each sample and `parallelize` sums the gradients: the
-model stays as it is, and Accelerate has the optimizer, mixed precision, backward and logging.
+have samples of their own. Here the ranks share each sample and `parallelize` sums the gradients:
+the model stays as it is; Accelerate has the optimizer, mixed precision, backward and logging.
 """
 
 import torch

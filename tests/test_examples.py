@@ -38,9 +38,7 @@ def losses(folder):
 def test_killed_and_resumed(tmp_path):
     """SIGKILL to rank 1 in step 7: the losses are those of a run that nobody killed, bit by bit."""
     torchrun(2, "resume.py", "--folder", tmp_path / "whole")
-    out = torchrun(
-        2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2
-    )
+    out = torchrun(2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2)
     assert re.search(r"resumed at step [36] from", out)
     assert (tmp_path / "killed" / "killed").exists()
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

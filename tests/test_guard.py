@@ -300,6 +300,17 @@ def test_records_are_compared_by_base_name_of_the_file():
     assert "rank 1 gives rank 0 4 bytes, where rank 0 expects 8" in wrong
 
 
+def test_the_example_of_the_docs(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "debugging.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(compile(block, "train.py", "exec"), names)
+    want = (
+        "ranks part: rank 0 in `sum` (all-reduce of float32 [1]) at train.py:13; rank 1 in `mean`"
+    )
+    assert want in names["message"] and want in " ".join(text.split())
+
+
 SCRIPT = """
 import os, sys, time, torch, shardtensor as st
 from torch.distributed.tensor import Shard

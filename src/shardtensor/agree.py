@@ -100,7 +100,7 @@ def _sizes(records: Mapping[int, Record]) -> str:
 
 
 def _operands(records: Mapping[int, Record]) -> str:
-    """Where an op had plain tensors of other values on some rank."""
+    """Where an op had other operands on some rank."""
     trails = [x.get("ops", []) for x in records.values()]
     for ops in zip(*trails, strict=False):
         if len({(o["op"], os.path.basename(o["line"])) for o in ops}) > 1:
@@ -108,20 +108,21 @@ def _operands(records: Mapping[int, Record]) -> str:
             return ""
         for i, (a, x) in enumerate(zip(records, ops, strict=True)):
             for b, y in list(zip(records, ops, strict=True))[i + 1 :]:
-                if x["ranks"] == y["ranks"] and not _alike(x["values"], y["values"]):
+                if x["ranks"] == y["ranks"] and not _alike(x, y):
                     return (
-                        f"rank {a} and rank {b} gave `{x['op']}` at {x['line']} plain tensors that "
-                        f"differ ({x['what']} and {y['what']}). A plain tensor must be the same "
-                        "on every rank: seed the ranks alike, broadcast it (a model: "
-                        "shardtensor.parallelize), or shard it with distribute_tensor"
+                        f"rank {a} and rank {b} gave `{x['op']}` at {x['line']} operands that "
+                        f"differ ({x['what']} and {y['what']}). Specs, numbers and plain tensors "
+                        "must be the same on every rank: seed the ranks alike, broadcast what "
+                        "differs (a model: shardtensor.parallelize), or shard it with "
+                        "distribute_tensor"
                     )
     return ""
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if len(a) != len(b):
+def _alike(x: Record, y: Record) -> bool:
+    if x["what"] != y["what"] or len(x["values"]) != len(y["values"]):
         return False
     return all(
         kind == other and abs(m - n) <= _CLOSE * m and abs(s - t) <= _CLOSE * m
-        for (kind, m, s), (other, n, t) in zip(a, b, strict=True)
+        for (kind, m, s), (other, n, t) in zip(x["values"], y["values"], strict=True)
     )

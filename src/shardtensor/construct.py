@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from . import comm
-from .comm import count, wire
+from .comm import count, groups, wire
 from .errors import UnsupportedOpError
 from .spec import Spec
 from .tensor import ShardTensor, wrap
@@ -34,8 +35,14 @@ def distribute_tensor(
     sizes: for a sharded dim the sizes of all shards (default: torch.chunk's).
     Raises ValueError where placements, sizes and shape do not fit.
     """
+    _check(tensor, device_mesh, "distribute_tensor")
     if isinstance(tensor, ShardTensor):
         raise ValueError("distribute_tensor of a ShardTensor: use x.redistribute")
+    if src_data_rank is not None and not 0 <= src_data_rank < device_mesh.size():
+        raise ValueError(
+            f"src_data_rank {src_data_rank}: a rank of the mesh, 0 to {device_mesh.size() - 1}, or "
+            "None where every rank has the values"
+        )
     if placements is None:
         placements = [Replicate()] * device_mesh.ndim
     spec = Spec.of(device_mesh, placements, tensor.shape, sizes)
@@ -48,8 +55,52 @@ def distribute_tensor(
     if src_data_rank is None or comm.size(name) == 1:
         local = _slice(source, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
     else:
+        _same_everywhere(source, name)
         local = _scatter(source, spec, src_data_rank, name)
     return wrap(local.requires_grad_(tensor.requires_grad), spec)
+
+
+def _check(tensor: Any, mesh: Any, what: str) -> None:
+    """Raise TypeError or ValueError for what cannot lie on a mesh."""
+    groups.renew()
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} of a {type(tensor).__name__}: make it a torch.Tensor first")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"{what} on a {type(mesh).__name__}: give a DeviceMesh, as shardtensor.init returns"
+        )
+    if isinstance(tensor, DTensor):
+        raise ValueError(f"{what} of a DTensor: use ShardTensor.from_dtensor")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{what} of a sparse tensor: use tensor.to_dense()")
+    if tensor.device.type != mesh.device_type:
+        raise ValueError(
+            f"{what} of a tensor on {tensor.device} and a mesh of {mesh.device_type} devices: use "
+            f"tensor.to({mesh.device_type!r})"
+        )
+
+
+def _same_everywhere(x: Tensor, name: str) -> None:
+    """Raise ValueError on every rank unless all have the same shape and dtype."""
+    known = _facts(x, name)
+    if any(k != known[0] for k in known):
+        raise ValueError(
+            "distribute_tensor: ranks have different tensors, "
+            + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in known)
+            + "; every rank gives the whole tensor's shape and dtype (torch.empty where it has no "
+            "values), or its own part to ShardTensor.from_local"
+        )
+
+
+def _facts(x: Tensor, name: str) -> list[list[int]]:
+    """Number of dims, number of dtype and shape of every rank's tensor, by one all-gather."""
+    if x.ndim > _MOST_DIMS:
+        raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
+    facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
+    mine = torch.tensor(facts + [0] * (_MOST_DIMS + 2 - len(facts)), device=x.device)
+    if comm.size(name) == 1:
+        return [mine.tolist()]
+    return [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(name), name)]
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
@@ -88,6 +139,7 @@ def from_local(
     sizes: dict[int, Sequence[int]] | None = None,
 ) -> ShardTensor:
     """`ShardTensor.from_local`."""
+    _check(local, mesh, "from_local")
     if isinstance(local, ShardTensor):
         raise ValueError("from_local takes this rank's plain local tensor, not a ShardTensor")
     # a spec of the right axes, with sizes still unknown
@@ -95,6 +147,9 @@ def from_local(
     if sizes is None:
         learned = _learn_sizes(local, cut)
     else:
+        for d in sizes:
+            if not -local.ndim <= d < local.ndim:
+                raise ValueError(f"sizes for dim {d} of a tensor of {local.ndim} dims")
         learned = {d % local.ndim: tuple(s) for d, s in sizes.items()}
         missing = [d for d, dim in enumerate(cut.dims) if dim.axes and d not in learned]
         if missing:
@@ -114,14 +169,7 @@ def _learn_sizes(local: Tensor, cut: Spec) -> dict[int, tuple[int, ...]]:
     """All shard sizes, by one all-gather of every rank's shape."""
     mesh = cut.mesh
     name = comm.group(mesh, tuple(range(mesh.ndim)))
-    if local.ndim > _MOST_DIMS:
-        raise ValueError(f"a tensor of {local.ndim} dims; at most {_MOST_DIMS}")
-    facts = [local.ndim, _DTYPES.index(local.dtype), *local.shape]
-    mine = torch.tensor(facts + [0] * (_MOST_DIMS + 2 - len(facts)), device=local.device)
-    if comm.size(name) == 1:
-        known = [mine.tolist()]
-    else:
-        known = [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(name), name)]
+    known = _facts(local, name)
     if any(k[:2] != known[0][:2] for k in known):
         raise ValueError(
             "from_local: ranks hold different dims or dtypes: "
@@ -169,6 +217,7 @@ def from_dtensor(d: DTensor) -> ShardTensor:
                 f"a DTensor placed as {p!r}: redistribute it to Shard, Replicate or Partial first; "
                 "parameters of FSDP2 are gathered by the module that fully_shard was applied to"
             )
+    groups.renew()
     spec = Spec.of(d.device_mesh, d.placements, d.shape)
     grads = [Replicate() if p.is_partial() else p for p in spec.placements]
     return wrap(d.to_local(grad_placements=grads), spec)

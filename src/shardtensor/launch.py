@@ -96,11 +96,13 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     here = place()
     gpus = torch.cuda.is_available()
     if not dist.is_initialized():
+        # of a process group that was destroyed; its store gives the port back
+        watch.leave()
+        store: dist.Store | None = None
         if here.ranks == 1:
             store = dist.HashStore()
         else:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = here.address, str(here.port)
-            store = None
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 store = _fresh(here)
         if gpus:
@@ -109,6 +111,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=store, rank=here.rank, world_size=here.ranks,
         )  # fmt: skip
+        atexit.unregister(_end)
         atexit.register(_end)
         if here.ranks > 1:
             watch.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))

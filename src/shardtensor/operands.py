@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from . import cache
 from .tensor import ShardTensor
 
+_SHOWN = (Tensor, int, float, complex, str, slice)
+
 
 def operands(tree: Any) -> dict[str, Any]:
-    """For a tree of arguments: what (text), the ranks they lie on, values of plain tensors.
+    """Of a tree of arguments: what they are (text), their ranks, values of plain tensors.
 
     values: for each plain tensor its dtype and shape, the sum of magnitudes and a weighted sum.
     """
@@ -22,9 +25,9 @@ def operands(tree: Any) -> dict[str, Any]:
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     meshes = [x._spec.mesh for x in tensors if isinstance(x, ShardTensor)]
     mesh = next((x for x in (*meshes, *leaves) if isinstance(x, DeviceMesh)), None)
-    plain = [x for x in tensors if not isinstance(x, ShardTensor)]
+    plain = [x for x in tensors if not isinstance(x, (ShardTensor, DTensor))]
     return {
-        "what": ", ".join(map(_name, tensors)) or "no tensors",
+        "what": ", ".join(map(_name, (x for x in leaves if isinstance(x, _SHOWN)))) or "nothing",
         "ranks": [] if mesh is None else mesh.mesh.flatten().tolist(),
         "values": [
             _value(x) for x in plain if x.layout is torch.strided and x.device.type != "meta"
@@ -32,7 +35,12 @@ def operands(tree: Any) -> dict[str, Any]:
     }
 
 
-def _name(x: Tensor) -> str:
+def _name(x: Any) -> str:
+    if isinstance(x, float):
+        # ranks may have computed it, each for itself
+        return f"{x:.6g}"
+    if not isinstance(x, Tensor):
+        return repr(x)
     dtype = str(x.dtype).removeprefix("torch.")
     if isinstance(x, ShardTensor):
         return f"{dtype} {x._spec}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from . import _torch, comm, fsdp
-from .comm import wire
+from .comm import groups, wire
 from .compile import Compiled
 from .errors import UnsupportedOpError
 from .fsdp import local
@@ -47,6 +48,7 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
     Raises ValueError for options that do not fit together, the mesh or the model.
     """
+    groups.renew()
     options = _options(options, values)
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
@@ -61,6 +63,7 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
     domain = comm.group(mesh, shared)
     if options.sync:
+        _check_same(model, everyone)
         state = [*(p.detach() for p in model.parameters()), *model.buffers()]
         plain = [t for t in state if not isinstance(t, DTensor)]
         synchronise(plain, comm.group(mesh, tuple(range(mesh.ndim))))
@@ -150,6 +153,22 @@ def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
     return found
 
 
+def _check_same(model: nn.Module, group: str) -> None:
+    """Raise ValueError on every rank unless all have parameters of the same names and shapes."""
+    if comm.size(group) == 1:
+        return
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    text = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in state.items())
+    device = next((v.device for v in state.values()), torch.device("cpu"))
+    mine = torch.tensor([len(state), zlib.crc32(text.encode())], device=device)
+    known = [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(group), group)]
+    if any(k != known[0] for k in known):
+        raise ValueError(
+            f"parallelize: ranks have different models, of {[k[0] for k in known]} parameters and "
+            "buffers, or of other names, shapes or dtypes; make the same model on every rank"
+        )
+
+
 @torch.no_grad()
 def synchronise(tensors: Iterable[Tensor], group: str) -> None:
     """Copy tensors from the group's first rank to all, in one message per dtype and device."""
@@ -228,7 +247,9 @@ class Slot:
     """One parameter's place in a bucket."""
 
     def __init__(self, parameter: nn.Parameter, group: str, reducer: Reducer) -> None:
-        self.parameter, self.group, self.reducer = parameter, group, reducer
+        # the parameter's hook holds this, in C++, where Python finds no cycle to collect
+        self._parameter = ref(parameter)
+        self.group, self.reducer = group, reducer
         self.shape = local(parameter.detach()).shape
         self.nbytes = self.shape.numel() * parameter.element_size()
         self.touched = self.accumulated = False
@@ -236,6 +257,12 @@ class Slot:
         self.index = 0
         parameter._shardtensor_slot = self  # type: ignore[attr-defined]
         self.hook = parameter.register_post_accumulate_grad_hook(self.ready)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self._parameter()
+        assert found is not None
+        return found
 
     def add(self, part: Tensor) -> Tensor:
         """Note one more part of the gradient."""

@@ -13,12 +13,14 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import DTensor, Placement
 
 from . import comm
 from .errors import UnsupportedOpError
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import ShardTensor, wrap
+
+_DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
 
 def replicate(x: ShardTensor) -> ShardTensor:
@@ -61,6 +63,10 @@ def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
 def like(x: Tensor, spec: Spec) -> ShardTensor:
     """A plain (replicated) tensor or a ShardTensor as one with this spec."""
     if not isinstance(x, ShardTensor):
+        if type(x) is DTensor:
+            raise UnsupportedOpError(_DTENSOR)
+        if x.shape != spec.shape:
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
         x = wrap(x, spec.replicated())
     return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
 
@@ -244,6 +250,8 @@ def fit(
         elif isinstance(x, ShardTensor) or own:
             wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
             local = like(x, Spec(mesh, wanted))._local
+        elif type(x) is DTensor:
+            raise UnsupportedOpError(_DTENSOR)
         else:
             local = x
         found.append(local)

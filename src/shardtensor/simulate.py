@@ -97,6 +97,8 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     DivergenceError, which is one and names every rank, where ranks wait for each other for ever or
     come to a collective with another one, another dtype or other sizes.
     """
+    if count.simulated_rank() is not None:
+        raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
     turns = _Turns(world_size)
     results: list[Any] = [None] * world_size
     store = dist.HashStore()
@@ -112,7 +114,8 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
             with torch.autograd.set_multithreading_enabled(False):
                 dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
                 results[rank] = fn(*args)
-                dist.destroy_process_group()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         except BaseException as e:
             if not isinstance(e, RankError) or not turns.errors:
                 turns.errors.setdefault(rank, e)

@@ -85,6 +85,9 @@ class Spec:
                 partial.append((axis, str(placement.reduce_op)))
             elif not isinstance(placement, Replicate):
                 raise ValueError(f"placement {placement!r}: use Shard, Replicate or Partial")
+        for d in sizes or ():
+            if not -ndim <= d < ndim:
+                raise ValueError(f"sizes for dim {d} of a tensor of {ndim} dims")
         given = {
             d % ndim if ndim else d: tuple(int(n) for n in s) for d, s in (sizes or {}).items()
         }

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
+
 # set in the threads of a simulated world, so that each rank counts its own
 thread = threading.local()
 
@@ -66,6 +68,10 @@ def sending(
 
     facts: what all ranks of the group must agree on, such as dtype and number of elements.
     """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "the process group was destroyed: make the mesh and its ShardTensors anew"
+        )
     if Hooks.meeting is not None or simulated_rank() is not None:
         meeting(collective, group, facts)
     with explaining():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from math import prod
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
-from ..cache import cached
+from ..cache import cached, clear
 from ..errors import UnsupportedOpError
 from . import count
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+# the process group that the caches of functions of meshes are for
+_world: ref[dist.ProcessGroup] | None = None
 # the name of a group of one rank, which needs no process group
 ALONE = "self"
 
@@ -72,6 +74,22 @@ def check_values(name: str) -> None:
         raise UnsupportedOpError(
             "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
         )
+
+
+def renew() -> None:
+    """Forget what was kept for a process group that was destroyed, if there is another now.
+
+    A mesh of the new one equals that of the old one, hence is found in caches.
+    """
+    global _world
+    if count.simulated_rank() is not None or not dist.is_initialized():
+        return
+    now = dist.group.WORLD
+    assert now is not None
+    if _world is None or _world() is not now:
+        clear()
+        forget()
+        _world = ref(now)
 
 
 def forget() -> None:
