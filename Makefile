@@ -15,7 +15,7 @@ CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo test lint types unit format docs fuzz operators zoo bench clean
+.PHONY: help .venv demo resume storms test lint types unit format docs fuzz operators zoo bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -23,7 +23,15 @@ help: ## This list
 demo: .venv/.stamp ## Run the demonstration
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint types unit ## The gate: lint, types, unit
+resume: .venv/.stamp ## Kill a rank of a run and see it resume with the same losses
+	rm -rf out/resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 3 \
+		examples/resume.py --kill-at 7 $(ARGS)
+
+storms: .venv/.stamp ## Storm-scale diffusion: train, sample, compare, draw
+	$(BIN)/python examples/storm_diffusion.py $(ARGS)
+
+test: lint types docs unit ## The gate: lint, types, docs, unit
 
 lint: .venv/.stamp ## Style, formatting and the order of imports
 	$(BIN)/ruff check .
@@ -40,7 +48,7 @@ format: .venv/.stamp ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-docs: .venv/.docs ## Build the documentation into site/
+docs: .venv/.stamp ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 fuzz: .venv/.stamp ## Random programs on random shards; CASES=20000 tries more
@@ -70,8 +78,4 @@ clean: ## Remove what the tools leave behind; .venv stays
 
 .venv/.zoo: .venv/.stamp
 	$(PIP) install -c constraints.txt -e '.[zoo]'
-	touch $@
-
-.venv/.docs: .venv/.stamp
-	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@

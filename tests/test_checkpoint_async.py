@@ -132,8 +132,7 @@ def test_nothing_of_a_stranger_is_executed(tmp_path):
         checkpoint.load({"x": torch.zeros(2), "n": 0}, tmp_path / "good")
     assert not proof.exists()
     # this file would have been executed
-    with pytest.raises(Exception):  # noqa: B017
-        dcp.load({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "good", no_dist=True)
+    dcp.load({"x": torch.zeros(2)}, checkpoint_id=tmp_path / "good", no_dist=True)
     assert proof.exists()
 
 

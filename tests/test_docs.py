@@ -40,6 +40,14 @@ def test_the_examples_of_data(tmp_path, monkeypatch):
     assert names["x"].shape == (64, 96) and names["told"].amplification == 1.0
 
 
+def test_the_example_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "checkpoints.md").read_text(), re.S)
+    names: dict = {}
+    exec(block, names)
+    assert names["path"].name == "step3" and names["state"]["step"] == 3
+
+
 def test_the_example_of_graphs():
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
     names = {}
