@@ -70,10 +70,17 @@ def shapenet_car(root):
     return quads
 
 
+def write_obj(path, mesh):
+    """Wavefront's text: a line a point, and a line a face of numbers that begin with 1."""
+    lines = ["v {} {} {}".format(*p) for p in mesh.points]
+    lines += ["f {} {} {}".format(*(f + 1)) for f in mesh.faces.reshape(-1, 4)[:, 1:]]
+    path.write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.parametrize("kind", ["vtp", "vtk", "stl", "ply", "obj"])
 def test_surfaces(tmp_path, kind):
     path = tmp_path / f"s.{kind}"
-    pv.save_meshio(path, sphere()) if kind == "obj" else sphere().save(path)
+    write_obj(path, sphere()) if kind == "obj" else sphere().save(path)
     mesh = read_mesh(path)
     assert len(mesh.triangles) == len(mesh.centres) == sphere().n_cells
     # a polyhedron inscribed in the sphere of radius 1/2
