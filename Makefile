@@ -15,10 +15,10 @@ CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms test lint types unit format docs fuzz operators zoo bench clean
+.PHONY: help .venv demo resume storms test lint types unit format docs fuzz operators zoo bench endurance clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.stamp ## Run the demonstration
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -62,6 +62,9 @@ zoo: .venv/.zoo ## Third-party models, unmodified, against one device
 
 bench: .venv/.stamp ## What a call costs over the plain one
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)
+
+endurance: .venv/.stamp ## A thousand steps, random kills, a hundred starts; ARGS=--help
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(ARGS)
 
 clean: ## Remove what the tools leave behind; .venv stays
 	rm -rf dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
