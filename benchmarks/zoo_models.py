@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import shardtensor as st
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {}
 IMAGE = (1, 3, 128, 64)
 SQUARE = (1, 3, 64, 64)
@@ -235,6 +237,15 @@ def _vit_pytorch() -> None:
 
 
 def _physicsnemo() -> None:
+    def joined(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([y.flatten(1, -3) for y in model(x)], 1)
+
+    def seeded(model: nn.Module, x: Tensor) -> Tensor:
+        # it draws noise in eval mode, too
+        torch.manual_seed(1)
+        with st.random.match_single_device():
+            return model(x, x)
+
     models = "physicsnemo.models."
     add("pn.AFNO", (1, 2, 32, 64), lambda: new(models + "afno.AFNO", inp_shape=[32, 64],
         in_channels=2, out_channels=1, patch_size=[8, 8], embed_dim=32, depth=2, num_blocks=2))  # fmt: skip
@@ -256,6 +267,27 @@ def _physicsnemo() -> None:
     add("pn.Transolver", (1, 512, 3), lambda: Picked(new(models + "transolver.Transolver",
         functional_dim=3, out_dim=2, embedding_dim=3, n_layers=2, n_hidden=32, n_head=4, slice_num=8,
         unified_pos=False, structured_shape=None, use_te=False), lambda m, x: m(x, x)), dim=1)  # fmt: skip
+    points = {"functional_dim": 3, "out_dim": 2, "n_layers": 2, "n_hidden": 32, "n_head": 4, "slice_num": 8,
+              "use_te": False}  # fmt: skip
+    add("pn.Transolver++", (1, 512, 3), lambda: Picked(new(models + "transolver.Transolver", **points,
+        embedding_dim=3, unified_pos=False, structured_shape=None, plus=True), seeded), dim=1)  # fmt: skip
+    add("pn.GeoTransolver", (1, 512, 3), lambda: Picked(new(models + "geotransolver.GeoTransolver", **points,
+        geometry_dim=3, global_dim=4), lambda m, x: m(x, geometry=x, global_embedding=torch.ones(1, 1, 4,
+        dtype=x.dtype))), dim=1)  # fmt: skip
+    add("pn.GeoTransolver.local", (1, 512, 3), lambda: Picked(new(models + "geotransolver.GeoTransolver",
+        **points, geometry_dim=3, include_local_features=True, radii=[0.5, 1.0], neighbors_in_radius=[4, 8]),
+        lambda m, x: m(x, local_positions=x, geometry=x)), dim=1)  # fmt: skip
+    add("pn.FLARE", (1, 512, 3), lambda: Picked(new(models + "flare.FLARE", functional_dim=3, out_dim=2,
+        embedding_dim=3, n_layers=2, n_hidden=32, n_head=4, slice_num=8, use_te=False),
+        lambda m, x: m(x, x)), dim=1)  # fmt: skip
+    add("pn.DiT", (1, 2, 64, 32), lambda: Picked(new(models + "dit.DiT", (64, 32), 2, (8, 8), hidden_size=32,
+        depth=2, num_heads=4), lambda m, x: m(x, torch.tensor([0.5], dtype=x.dtype))))  # fmt: skip
+    add("pn.DPOT", (1, 64, 64, 1, 1), lambda: new(models + "dpot.DPOTNet", 64, 8, embed_dim=32, depth=2, modes=4,
+        num_blocks=2), dim=1)  # fmt: skip
+    add("pn.Pangu", (1, 72, 32, 64), lambda: Picked(new(models + "pangu.Pangu", (32, 64), (2, 4, 4), 24,
+        (2, 2, 2, 2), (2, 2, 4)), joined))  # fmt: skip
+    add("pn.Fengwu", (1, 24, 32, 64), lambda: Picked(new(models + "fengwu.Fengwu", (32, 64), 4, 24, (4, 4),
+        (2, 2, 2, 2), (2, 2, 4)), joined))  # fmt: skip
 
 
 for _family in (_torchvision, _timm, _diffusers, _neuralop, _monai, _smp, _transformers,

@@ -13,7 +13,33 @@ import yaml
 
 import shardtensor as st
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = ["index.md", "errors.md", *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page(page):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+    assert blocks or page == "errors.md"
+    exec(compile("\n".join(blocks), page, "exec"), {})
+
+
+def test_the_example_of_the_readme():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    st.simulate(2, lambda: exec(block, {}))
+
+
+def test_error_messages_are_those_of_the_code():
+    source = "".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
+    # pieces of a message stand on lines of their own
+    source = re.sub(r'"\s+f?"', "", source)
+    quoted = re.findall(r"^`.*`$", (DOCS / "errors.md").read_text(), re.M)
+    pieces = [p for line in quoted for text in re.findall("`(.*?)`", line)
+              for p in re.split(r"\b(?:NAME|SPEC|N|FILE|LINE)\b|rank \d( in)?|\.\.\.", text) if p]  # fmt: skip
+    pieces = [p.strip(" :;()") for p in pieces]
+    missing = [p for p in pieces if len(p) > 3 and p not in source]
+    assert len(pieces) > 20 and not missing
 
 
 def test_the_worked_example_of_a_rule():
