@@ -16,6 +16,7 @@ from .launch import init
 from .options import Options
 from .override import rule
 from .parallel import parallelize
+from .plan import plan
 from .rehearse import rehearse
 from .simulate import simulate
 from .spec import Dim, Spec
@@ -43,6 +44,7 @@ __all__ = [
     "init",
     "neighborhood_attention",
     "parallelize",
+    "plan",
     "points",
     "random",
     "rehearse",

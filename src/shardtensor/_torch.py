@@ -17,10 +17,18 @@ import torch
 import torch.distributed as dist
 from torch._functorch import eager_transforms
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _python_dispatch
+from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
 no_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -45,7 +53,7 @@ def composite_call() -> Iterator[None]:
     before = getattr(_outer, "state", None)
     with ExitStack() as stack:
         modes: list[Any] = []
-        if is_tracing():
+        if torch._C._len_torch_dispatch_stack() > 0:
             modes = stack.enter_context(_python_dispatch._disable_current_modes())
         keys = (
             torch._C._dispatch_tls_local_include_set(),
@@ -272,8 +280,29 @@ def storage_ref(x: torch.Tensor) -> Any:
 
 
 def is_tracing() -> bool:
-    """Whether a dispatch mode (fake tensors, make_fx) is watching the ops of this thread."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Whether a dispatch mode (fake tensors, make_fx) is recording the ops of this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not getattr(_outer, "counting", False)
+
+
+@contextmanager
+def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
+    """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
+    with silent_world(rank, ranks), FakeTensorMode(), mode:
+        _outer.counting = True
+        try:
+            yield
+        finally:
+            _outer.counting = False
+
+
+outside_fake = unset_fake_temporarily
+# what reading a fake tensor's values raises
+DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has no memory."""
+    return isinstance(x, FakeTensor)
 
 
 def ops_of(key: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -97,19 +98,11 @@ def _facts(x: Tensor, name: str) -> list[list[int]]:
     if x.ndim > _MOST_DIMS:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
     facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
-    mine = torch.tensor(facts + [0] * (_MOST_DIMS + 2 - len(facts)), device=x.device)
-    if comm.size(name) == 1:
-        return [mine.tolist()]
-    return [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(name), name)]
+    return wire.all_gather_numbers(facts + [0] * (_MOST_DIMS + 2 - len(facts)), x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
-    return [
-        tuple(c)
-        for c in torch.cartesian_prod(*map(torch.arange, mesh.shape))
-        .reshape(-1, mesh.ndim)
-        .tolist()
-    ]
+    return list(product(*map(range, mesh.shape)))
 
 
 def _slice(x: Tensor, spec: Spec, coordinate: Sequence[int]) -> Tensor:

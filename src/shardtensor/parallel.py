@@ -70,7 +70,7 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
         synchronise((local(t) for t in state if isinstance(t, DTensor)), everyone)
     if model in _reducers:
         restore(model)
-    _adapt(model, options)
+    adapt(model, options)
     if options.fsdp is not None:
         parameters = fsdp.shard(model, mesh, axes, domain, options)
     else:
@@ -94,7 +94,7 @@ def _options(options: Options | None, values: dict[str, Any]) -> Options:
     return replace(options, **values) if values else options
 
 
-def _adapt(model: nn.Module, options: Options) -> None:
+def adapt(model: nn.Module, options: Options) -> None:
     """Checkpointing, offload and autocast, by hooks around forward."""
     if options.checkpoint:
         blocks = fsdp.blocks_of(model, options.blocks)
@@ -160,8 +160,7 @@ def _check_same(model: nn.Module, group: str) -> None:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     text = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in state.items())
     device = next((v.device for v in state.values()), torch.device("cpu"))
-    mine = torch.tensor([len(state), zlib.crc32(text.encode())], device=device)
-    known = [t.tolist() for t in wire.all_gather(mine, [mine.shape] * comm.size(group), group)]
+    known = wire.all_gather_numbers([len(state), zlib.crc32(text.encode())], device, group)
     if any(k != known[0] for k in known):
         raise ValueError(
             f"parallelize: ranks have different models, of {[k[0] for k in known]} parameters and "

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 # one module each, whose function of the same name is the command; typer reads its signature
-COMMANDS = ("check", "doctor", "plan")
+COMMANDS = ("plan",)
 
 
 def main() -> None:
@@ -22,6 +22,8 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    # so that there are commands, also where there is one
+    app.callback()(lambda: None)
     for name in COMMANDS:
         app.command(name)(getattr(import_module(f".{name}", __package__), name))
     try:

@@ -169,8 +169,7 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
         raise UnsupportedOpError(
             "a result whose size depends on values cannot be compiled: leave it out of st.compile"
         )
-    mine = torch.tensor([n], device=like.device)
-    return tuple(int(c) for c in wire.all_gather(mine, [[1]] * size(group), group))
+    return tuple(c for (c,) in wire.all_gather_numbers([n], like.device, group))
 
 
 def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:

@@ -34,6 +34,8 @@ from .plan import FILL, exchange
 
 _library = Library("shardtensor", "DEF")
 Ints = Sequence[int]
+# what each op runs; a plan runs it on fake tensors, where the dispatcher would take the fake kernel
+KERNELS: dict[Any, Callable] = {}
 
 
 def define(
@@ -47,7 +49,9 @@ def define(
     torch.library.register_autograd(
         f"shardtensor::{name}", adjoint, setup_context=setup, lib=_library
     )
-    return getattr(torch.ops.shardtensor, name).default
+    op = getattr(torch.ops.shardtensor, name).default
+    KERNELS[op] = kernel
+    return op
 
 
 def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -119,6 +119,20 @@ def all_gather(
     ]
 
 
+def all_gather_numbers(
+    mine: Sequence[int], device: torch.device | str, group: str
+) -> list[list[int]]:
+    """Every rank's numbers, of which all have as many, on every rank.
+
+    In a world that is silent or of fake tensors every rank has those of this one.
+    """
+    n = groups.size(group)
+    if n == 1 or is_silent(groups.resolve(group)):
+        return [list(mine)] * n
+    local = torch.tensor(mine, device=device)
+    return [x.tolist() for x in all_gather(local, [local.shape] * n, group)]
+
+
 def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
     """Elementwise reduction over the ranks, of tensors of one dtype in one message."""
     n = groups.size(group)

@@ -1,0 +1,168 @@
+"""`shardtensor plan`: the configurations of a model as a table, JSON or a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..estimate import DEVICES, Device, Estimate
+from ..ledger import KINDS
+from ..plan import fewest
+from ..plan import plan as planned
+from .subject import Input, factory
+
+GIB = 2**30
+MOST_ROWS = 12
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="package.module:name or folder/file.py:name")],
+    input: Annotated[list[str], typer.Option(help="1x3x512x512 or 1x3x512x512:bfloat16")],
+    arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
+    devices: Annotated[int, typer.Option(help="0: the fewest on which it fits")] = 0,
+    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "h100",
+    memory: Annotated[float, typer.Option(help="GiB of the device, instead of its own")] = 0,
+    shard: Annotated[str, typer.Option(help="dims of the first input: 2,3; default: from 2")] = "",
+    inference: Annotated[bool, typer.Option(help="a forward pass only")] = False,
+    thorough: Annotated[bool, typer.Option(help="all options, also where not needed")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
+) -> None:
+    """What a model needs on so many devices: memory, messages and time; no device is used."""
+    inputs = [Input.parse(text) for text in input]
+    hardware = _device(device, memory)
+    task = dict(
+        make=factory(model, arg),
+        shapes=[i.shape for i in inputs],
+        dtypes=[i.dtype for i in inputs],
+        dims=_dims(shard),
+        train=not inference,
+    )
+    if not devices:
+        least = fewest(device=hardware, **task)  # type: ignore[arg-type]
+        if least is None:
+            raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
+        devices = least[0]
+    found = planned(devices=devices, device=hardware, thorough=thorough, **task)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps([facts(e, hardware) for e in found], indent=1))
+    else:
+        _print(found, hardware, devices, thorough)
+    if picture is not None:
+        draw(found, hardware, picture)
+
+
+def facts(e: Estimate, device: Device) -> dict[str, Any]:
+    """An estimate as plain values."""
+    return {
+        "layout": str(e.layout),
+        "mesh": e.layout.mesh,
+        "options": {k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "precision")},
+        "fits": e.fits(device),
+        "refused": e.refused,
+        "memory": e.memory,
+        "peak": e.peak,
+        "seconds": e.seconds,
+        "compute": e.compute,
+        "communication": e.communication,
+        "flop": e.flop,
+        "gathered": list(e.gathered),
+        "collectives": {
+            k: dict(zip(("calls", "messages", "bytes"), v, strict=True))
+            for k, v in e.collectives().items()
+        },
+    }
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(",") if n)
+    except ValueError:
+        raise ValueError(f"{text!r} are no dims: write --shard 2,3") from None
+
+
+def _device(name: str, memory: float) -> Device:
+    if name not in DEVICES:
+        raise ValueError(f"no device {name!r}; there are {', '.join(DEVICES)}")
+    found = DEVICES[name]
+    return replace(found, memory=memory * GIB) if memory else found
+
+
+def _print(found: list[Estimate], device: Device, devices: int, thorough: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    most = max(e.peak for e in found)
+    kinds = [k for k in KINDS if any(e.memory.get(k, 0) > most / 500 for e in found)]
+    size, unit = (GIB, "GiB") if most > GIB else (2**20, "MiB")
+    table = Table(
+        title=f"{devices} x {device.name} of {device.memory / GIB:.0f} GiB: {unit} of a rank at "
+        "its peak, and a step",
+        title_justify="left",
+    )
+    table.add_column("configuration", no_wrap=True)
+    for name in ("peak", *kinds, "MB sent", "compute ms", "wire ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = [e for e in found if not e.refused][: None if thorough else MOST_ROWS]
+    for e in shown:
+        numbers = [e.peak / size, *(e.memory[k] / size for k in kinds)]
+        numbers += [sum(s.bytes for s in e.sent) / 1e6, 1e3 * e.compute, 1e3 * e.communication]
+        style = "" if e.fits(device) else "red"
+        table.add_row(str(e.layout), *(f"{n:.2f}" for n in numbers), style=style)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+    if len(found) > len(shown):
+        console.print(f"{len(found) - len(shown)} more with --thorough or --json.")
+    for e in found:
+        if e.refused:
+            console.print(f"refused, {e.layout}: {e.refused}", style="dim", highlight=False)
+    gathered = sorted({op for e in found for op in e.gathered})
+    if gathered:
+        console.print(f"These ops have no rule and gather their operands: {', '.join(gathered)}")
+    if not any(e.fits(device) for e in found):
+        console.print("None fits: take more devices, or let more dims be cut (--shard).")
+
+
+def draw(found: list[Estimate], device: Device, path: Path) -> None:
+    """Memory by kind and time of every configuration, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [e for e in found if not e.refused][:MOST_ROWS]
+    if not found:
+        raise ValueError("every configuration is refused: nothing to draw")
+    names = [str(e.layout) for e in found]
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.2 + 0.42 * len(found)), sharey=True, layout="constrained"
+    )
+    start = [0.0] * len(found)
+    for kind in KINDS:
+        width = [e.memory[kind] / GIB for e in found]
+        if any(width):
+            left.barh(names, width, left=start, label=kind)
+            start = [a + b for a, b in zip(start, width, strict=True)]
+    if max(start) > device.memory / GIB / 20:
+        left.axvline(device.memory / GIB, color="black", ls="--", label=f"memory of {device.name}")
+    left.set_xlabel("peak of a rank (GiB)")
+    left.invert_yaxis()
+    right.barh(names, [1e3 * e.compute for e in found], height=0.35, align="edge", label="compute")
+    right.barh(
+        names,
+        [1e3 * e.communication for e in found],
+        height=-0.35,
+        align="edge",
+        label="communication",
+    )
+    right.set_xlabel("step, estimated (ms)")
+    for ax in (left, right):
+        ax.legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)

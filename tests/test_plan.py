@@ -1,0 +1,195 @@
+"""A plan on fake tensors, held against steps that really run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import shardtensor as st
+from shardtensor.estimate import A100, H100, Layout, Task, estimate
+from shardtensor.measure import peak_bytes
+from shardtensor.options import Options
+from shardtensor.plan import fewest, layouts, plan
+from shardtensor.testing import run_workers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from bench_models import MODELS  # noqa: E402
+
+ROWS = 96
+
+
+def task(name, batch=2, dims=(2, 3)):
+    build, shape = MODELS[name]
+    return Task(lambda: build(ROWS), [(batch, *shape(ROWS)[1:])], dims=dims)
+
+
+def held(tensors):
+    return sum(t.nbytes for t in ((x.to_local() if isinstance(x, DTensor) else x) for x in tensors))
+
+
+def measured(name, batch, cuts, options, data):
+    """(peak of a step, collectives) of this rank: the same step in a process, for real."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, x = build(ROWS), torch.randn(batch, *shape(ROWS)[1:])
+    if dist.get_world_size() > 1:
+        mesh = init_device_mesh("cpu", (data, *cuts), mesh_dim_names=("data", "a", "b"))
+        st.parallelize(model, mesh, options, **({"data": "data"} if data > 1 else {}))
+        n = batch // data
+        x = x[mesh.get_local_rank("data") * n :][:n]
+        x = st.distribute_tensor(x, mesh["a", "b"], [Shard(2), Shard(3)])
+        # a part of what was global
+        x = st.ShardTensor.from_local(
+            x.to_local().clone(), x.device_mesh, x.placements, sizes=x.spec.sizes
+        )
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+    with st.trace() as t:
+        step()
+    local = x.to_local() if isinstance(x, st.ShardTensor) else x
+    states = [v for s in optimizer.state.values() for v in s.values()]
+    alive = held([*model.parameters(), *model.buffers(), *states, local])
+    # other threads of the process allocate, too
+    return alive + sorted(peak_bytes(step) for _ in range(3))[1], [
+        (s.collective, s.bytes, s.messages) for s in t.sent
+    ]
+
+
+CASES = [("U-Net", c, Options(), 1) for c in ((1, 1), (2, 1), (2, 2))]
+CASES += [("ViT", c, Options(), 1) for c in ((1, 1), (2, 1), (4, 1))]
+CASES += [("DiT", c, Options(), 1) for c in ((1, 1), (2, 1), (2, 2))]
+CASES += [("FNO", c, Options(), 1) for c in ((1, 1), (2, 1), (4, 1))]
+CASES += [
+    ("ViT", (1, 2), Options(fsdp="all"), 2),
+    ("U-Net", (2, 1), Options(fsdp="all"), 1),
+    ("DiT", (2, 1), Options(checkpoint=True), 1),
+    ("U-Net", (2, 1), Options(precision="bf16"), 1),
+]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name, cuts, options, data", CASES)
+def test_what_is_planned_is_what_is_measured(name, cuts, options, data):
+    layout = Layout(data, (2, 3), cuts, options)
+    real = run_workers(layout.ranks, measured, name, 2, cuts, options, data)
+    found = estimate(task(name), layout)
+    assert not found.refused
+    peak = max(p for p, _ in real)
+    assert found.peak == pytest.approx(peak, rel=0.1)
+    # what FSDP2 sends is not in a trace of the real run
+    sent = [(s.collective, s.bytes, s.messages) for s in found.sent if s.op != "fsdp"]
+    assert sent in [s for _, s in real]
+
+
+def test_kinds():
+    found = estimate(task("ViT"), Layout(1, (2,), (2,)))
+    model = task("ViT").make()
+    weights = held(model.parameters())
+    assert found.memory["parameters"] == weights
+    # AdamW: two moments of each, and the number of steps
+    assert found.memory["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))
+    shape = task("ViT").shapes[0]
+    assert found.memory["inputs"] == torch.Size(shape).numel() // 2 * 4
+    assert found.memory["activations"] > 0 and found.peak == sum(found.memory.values())
+    assert found.flop > 0 and 0 < found.compute < 1 and 0 < found.communication < 1
+    fsdp = estimate(task("ViT"), Layout(1, (2,), (2,), Options(fsdp="all")))
+    assert fsdp.memory["optimizer"] < 0.6 * found.memory["optimizer"]
+    # half of each gradient is another rank's; FSDP2 cuts dim 0, and pads it
+    half = sum(4 * -(-p.shape[0] // 2) * p[0].numel() for p in model.parameters())
+    assert fsdp.collectives()["reduce_scatter"][2] == half
+
+
+class Sorts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x[x > 0] * self.scale
+
+
+def test_what_depends_on_values_is_refused():
+    found = plan(Sorts, [(1, 8, 64)], 2, dims=(2,))
+    assert found and all(e.refused for e in found)
+    assert not any(e.fits(H100) for e in found)
+
+
+def test_layouts():
+    t = Task(nn.Identity, [(4, 3, 8, 2)])
+    found = [(x.data, x.cuts) for x in layouts(t, 8)]
+    assert all(d * a * b == 8 and 4 % d == 0 and b <= 2 for d, (a, b) in found)
+    assert len(found) == len(set(found)) and (1, (8, 1)) in found and (4, (1, 2)) in found
+    assert str(Layout(2, (2, 3), (4, 1), Options(fsdp="all"))) == "data 2 x dim2 4, fsdp=all"
+    with pytest.raises(ValueError, match="dims"):
+        Task(nn.Identity, [(4, 3, 8, 2)], dims=(4,))
+
+
+def test_ranking_and_the_fewest():
+    t = task("U-Net", 1, (2,))
+    one = estimate(t, Layout(1, (2,), (1,)))
+    # two thirds of what one device needs: two hold it
+    small = replace(A100, memory=one.peak * 2 / 3)
+    n, best = fewest(t.make, t.shapes, small, dims=(2,), precisions=(None,))
+    assert n == 2 and best.fits(small) and best.layout.cuts == (2,)
+    found = plan(t.make, t.shapes, 2, small, dims=(2,), thorough=True)
+    fits = [e.fits(small) for e in found]
+    assert fits == sorted(fits, reverse=True)
+    times = [e.seconds for e in found if e.fits(small)]
+    assert times == sorted(times)
+    assert fewest(t.make, t.shapes, replace(A100, memory=1), dims=(2,), most=2) is None
+
+
+def run(*args):
+    code = "from shardtensor.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *args],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+
+
+UNET = ["plan", "examples/models.py:UNet", "--arg", "c_in=1", "--arg", "c_out=1"]
+
+
+def test_command(tmp_path):
+    done = run(*UNET, "--input", "1x1x64x64", "--devices", "2", "--json", "--shard", "2",
+               "--picture", str(tmp_path / "p.png"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [e["mesh"] for e in found] == [{"data": 1, "dim2": 2}] * 2
+    assert {e["options"]["precision"] for e in found} == {None, "bf16"}
+    assert all(e["fits"] and e["peak"] == sum(e["memory"].values()) for e in found)
+    assert found[0]["collectives"]["window"]["bytes"] > 0
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    table = run(*UNET, "--input", "1x1x64x64", "--shard", "2")
+    assert table.returncode == 0 and "1 x h100" in table.stdout and "one device" in table.stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--input", "1x1x64xa"], "is no input"),
+        (["--input", "1x1x64x64", "--device", "abacus"], "no device"),
+        (["--input", "1x1x64x64", "--shard", "0"], "dim 0 is the batch"),
+        (["--input", "1x1x64x64", "--arg", "width"], "is no argument"),
+    ],
+)
+def test_mistakes_of_the_command(args, message):
+    done = run(*UNET, *args)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
