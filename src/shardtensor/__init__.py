@@ -7,6 +7,7 @@ from . import dispatch as _dispatch  # noqa: F401
 from . import natten as _natten  # noqa: F401
 from . import rules as _rules  # noqa: F401
 from .attention.neighborhood import neighborhood_attention
+from .check import check
 from .compile import compile
 from .construct import distribute_tensor
 from .errors import DivergenceError, RankError, UnsupportedOpError
@@ -35,6 +36,7 @@ __all__ = [
     "Spec",
     "UnsupportedOpError",
     "attention",
+    "check",
     "checkpoint",
     "compile",
     "distribute_tensor",

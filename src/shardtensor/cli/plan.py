@@ -13,7 +13,7 @@ from ..estimate import DEVICES, Device, Estimate
 from ..ledger import KINDS
 from ..plan import fewest
 from ..plan import plan as planned
-from .subject import Input, factory
+from .subject import Input, factory, numbers
 
 GIB = 2**30
 MOST_ROWS = 12
@@ -39,7 +39,7 @@ def plan(
         make=factory(model, arg),
         shapes=[i.shape for i in inputs],
         dtypes=[i.dtype for i in inputs],
-        dims=_dims(shard),
+        dims=numbers(shard, ",", "--shard 2,3"),
         train=not inference,
     )
     if not devices:
@@ -76,13 +76,6 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
             for k, v in e.collectives().items()
         },
     }
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(n) for n in text.split(",") if n)
-    except ValueError:
-        raise ValueError(f"{text!r} are no dims: write --shard 2,3") from None
 
 
 def _device(name: str, memory: float) -> Device:

@@ -41,6 +41,14 @@ class Input:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
+def numbers(text: str, between: str, example: str) -> tuple[int, ...]:
+    """ "2,3" or "2x2". Raises ValueError, which shows the example."""
+    try:
+        return tuple(int(n) for n in text.split(between) if n)
+    except ValueError:
+        raise ValueError(f"{text!r} are no numbers: write {example}") from None
+
+
 def factory(path: str, arguments: Sequence[str] = ()) -> Callable[[], nn.Module]:
     """What makes the model that `path` names: "package.module:name" or "folder/file.py:name".
 

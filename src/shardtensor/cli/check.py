@@ -1,0 +1,40 @@
+"""`shardtensor check`: whether a model is right when sharded, on simulated ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import torch
+import typer
+from torch.distributed.tensor import Shard
+
+from ..check import check as checked
+from .subject import Input, factory, numbers
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="package.module:name or folder/file.py:name")],
+    input: Annotated[list[str], typer.Option(help="1x3x64x64 or 1x3x64x64:int64; small will do")],
+    arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
+    shard: Annotated[str, typer.Option(help="dims, one for each mesh axis: 2 or 2,3")] = "2",
+    mesh: Annotated[list[str], typer.Option(help="ranks along the axes: 3 or 2x2")] = [],  # noqa: B006
+    train: Annotated[bool, typer.Option(help="train() or eval()")] = True,
+    single: Annotated[bool, typer.Option(help="compare in float32")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Hold a model, sharded, against itself on one device. Status 1: it is not right."""
+    torch.manual_seed(0)
+    made = factory(model, arg)().train(train)
+    inputs = [Input.parse(text).make() for text in input]
+    shapes = [numbers(text, "x", "--mesh 2x2") for text in mesh] or None
+    placements = [Shard(d) for d in numbers(shard, ",", "--shard 2,3")]
+    report = checked(made, inputs, placements, shapes, double=not single)
+    if as_json:
+        found = {"ok": report.ok, "findings": list(map(asdict, report.findings))}
+        print(json.dumps({**found, "notes": report.notes}, indent=1))
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
