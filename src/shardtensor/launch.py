@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from . import checkpoint, watch
+from . import _torch, checkpoint, doctor, watch
+from .attention.strategy import assume_link
 
 
 class Place(NamedTuple):
@@ -114,11 +115,24 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
         atexit.unregister(_end)
         atexit.register(_end)
         if here.ranks > 1:
+            _share_links(here.rank == 0, "nccl" if gpus else "gloo")
             watch.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))
     n = dist.get_world_size()
     sizes = _sizes(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     return init_device_mesh(device.type, sizes, mesh_dim_names=tuple(axes)), device
+
+
+def _share_links(first: bool, backend: str) -> None:
+    """What the first rank knows of the links, for the choices of all: else ranks would part."""
+    store = dist.PrefixStore("shardtensor/links", _torch.default_store())
+    if first:
+        known = doctor.saved(backend, dist.get_world_size())
+        link = None if known is None else known.network().inner
+        store.set("link", "" if link is None else f"{link.latency!r} {link.bandwidth!r}")
+    text = store.get("link").decode()
+    if text:
+        assume_link(*map(float, text.split()))
 
 
 def _fresh(here: Place) -> dist.Store:

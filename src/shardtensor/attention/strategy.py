@@ -10,6 +10,8 @@ Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes),
 "auto" takes the all-to-all where heads can be dealt to ranks and it sends less, or as much under a
 causal mask; else, under a causal mask, the zigzag where a rank has at least `BALANCE` tokens, so
 that a block's products take longer than its way. Memory is that of one rank's share in every case.
+Where `shardtensor doctor` has measured the links of as many ranks, `init` gives what the first rank
+knows of them to all ranks, and the all-to-all is taken where it spends less time on them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ _state = threading.local()
 KINDS = ("auto", "ring", "zigzag", "all_to_all")
 # measured by benchmarks/attention.py on gloo, where messages are dear
 BALANCE = 2048
+# latency and bandwidth, where they were measured
+_link: list[float] = []
 
 
 @contextmanager
@@ -46,12 +50,25 @@ def chosen() -> str:
     return getattr(_state, "kind", "auto")
 
 
+def assume_link(latency: float, bandwidth: float) -> None:
+    """Choose by the time on such a link (s, bytes/s); the same on all ranks, or they part."""
+    _link[:] = [latency, bandwidth]
+
+
 def all_to_all_pays(
-    n: int, queries: int, keys: int, values: int, output: int, causal: bool
+    n: int, queries: int, keys: int, values: int, output: int, causal: bool, item: int = 4
 ) -> bool:
-    """Whether the all-to-all sends less than a ring of n ranks; arguments in elements of a rank."""
+    """Whether the all-to-all costs less than a ring of n ranks.
+
+    By the time on the link that is assumed, else by what is sent. queries, keys, values, output:
+    elements of all ranks, of item bytes.
+    """
     swapped = (queries + keys + values + output) / n
-    return swapped < keys + values or (causal and swapped == keys + values)
+    if not _link:
+        return swapped < keys + values or (causal and swapped == keys + values)
+    latency, bandwidth = _link
+    share = (n - 1) / n * item / bandwidth
+    return 2 * latency + share * swapped < (n - 1) * latency + share * (keys + values)
 
 
 def balance_pays(tokens: int) -> bool:

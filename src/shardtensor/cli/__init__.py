@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 # one module each, whose function of the same name is the command; typer reads its signature
-COMMANDS = ("check", "plan")
+COMMANDS = ("check", "doctor", "plan")
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..doctor import parsed, saved
 from ..estimate import DEVICES, Device, Estimate
 from ..ledger import KINDS
 from ..plan import fewest
 from ..plan import plan as planned
+from ..rehearse import DGX_H100, Network
 from .subject import Input, factory, numbers
 
 GIB = 2**30
@@ -30,6 +32,7 @@ def plan(
     inference: Annotated[bool, typer.Option(help="a forward pass only")] = False,
     thorough: Annotated[bool, typer.Option(help="all options, also where not needed")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    links: Annotated[Path | None, typer.Option(help="a file that `doctor` saved")] = None,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
 ) -> None:
     """What a model needs on so many devices: memory, messages and time; no device is used."""
@@ -43,11 +46,19 @@ def plan(
         train=not inference,
     )
     if not devices:
-        least = fewest(device=hardware, **task)  # type: ignore[arg-type]
+        network = _network(links, 0)
+        least = fewest(device=hardware, network=network, **task)  # type: ignore[arg-type]
         if least is None:
             raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
         devices = least[0]
-    found = planned(devices=devices, device=hardware, thorough=thorough, **task)  # type: ignore[arg-type]
+    network = _network(links, devices)
+    found = planned(
+        devices=devices,
+        device=hardware,
+        network=network,
+        thorough=thorough,
+        **task,  # type: ignore[arg-type]
+    )
     if as_json:
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
@@ -76,6 +87,14 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
             for k, v in e.collectives().items()
         },
     }
+
+
+def _network(links: Path | None, devices: int) -> Network:
+    """Of the file, else what was measured on this host between so many GPUs, else NVLink."""
+    if links is not None:
+        return parsed(links.read_text()).network()
+    known = saved("nccl", devices)
+    return DGX_H100 if known is None else known.network()
 
 
 def _device(name: str, memory: float) -> Device:

@@ -60,7 +60,8 @@ def scaled_dot_product_attention(
     known = _known(query), _known(key), _known(value)
     masked = None if attn_mask is None else _known(attn_mask)
     p = plan(*known, masked, enable_gqa)
-    dealt = _deal(p, known, attn_mask is None, dropout_p, is_causal)
+    plain = attn_mask is None and not dropout_p
+    dealt = _deal(p, known, plain, is_causal, query.dtype.itemsize)
     if dealt is not None:
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return _by_heads(p, (query, key, value), dealt, options)
@@ -124,14 +125,14 @@ def _zigzags(p: Plan, plain: bool) -> bool:
 
 
 def _deal(
-    p: Plan, known: tuple[Known, Known, Known], unmasked: bool, drop: float, causal: bool
+    p: Plan, known: tuple[Known, Known, Known], plain: bool, causal: bool, item: int
 ) -> int | None:
     """The mesh axis whose ranks exchange tokens for heads; None where keys travel instead."""
     kind = chosen()
     if kind in ("ring", "zigzag") or not p.ring:
         return None
     axis = _innermost(p, *known)
-    if axis is None or not unmasked or drop:
+    if axis is None or not plain:
         if kind == "all_to_all":
             raise UnsupportedOpError(
                 f"{NAME}: strategy('all_to_all') with a mask, with dropout, or for heads of "
@@ -144,7 +145,8 @@ def _deal(
     n = p.spec.mesh.size(axis)
     queries, keys, values = [prod(d.size for d in dims_of(x)) for x in known]
     output = queries // max(1, dims_of(known[0])[-1].size) * dims_of(known[2])[-1].size
-    return axis if all_to_all_pays(n, queries, keys, values, output, causal) else None
+    pays = all_to_all_pays(n, queries, keys, values, output, causal, item)
+    return axis if pays else None
 
 
 @cached

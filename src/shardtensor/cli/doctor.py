@@ -1,0 +1,108 @@
+"""`shardtensor doctor`: the installation, the environment and the links between ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from torch.distributed.device_mesh import init_device_mesh
+
+from .. import doctor as doctors
+from ..doctor import Measured
+from ..launch import init, place
+from ..pool import Pool
+from ..testing import make_mesh
+
+QUICK = (1 << 10, 1 << 18)
+
+
+def doctor(
+    ranks: Annotated[int, typer.Option(help="start so many here; under torchrun: its own")] = 2,
+    quick: Annotated[bool, typer.Option(help="two sizes of messages only")] = False,
+    keep: Annotated[bool, typer.Option(help="save what was measured")] = True,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Versions, devices, likely mistakes; latency and bandwidth of each collective.
+
+    What is measured is saved for `shardtensor plan` and for the choice of an attention strategy
+    by programs of as many ranks that start with `init`.
+    """
+    sizes = QUICK if quick else doctors.SIZES
+    if place().ranks > 1:
+        mesh, _ = init()
+        ranks = mesh.size()
+        measured: Measured | None = doctors.measure(mesh, sizes)
+        if dist.get_rank():
+            return
+    else:
+        measured = _here(ranks, sizes) if ranks > 1 else None
+    path = doctors.save(measured) if measured is not None and keep else None
+    known, found = doctors.facts(), doctors.suspects(ranks)
+    if as_json:
+        links = None if measured is None else asdict(measured)
+        print(json.dumps({**known, "suspects": found, "measured": links}, indent=1))
+    else:
+        _print(known, found, measured)
+        if path is not None:
+            print(f"saved: {path}")
+
+
+def _here(ranks: int, sizes: tuple[int, ...]) -> Measured:
+    backend = "nccl" if torch.cuda.device_count() >= ranks else "gloo"
+    pool = Pool(ranks, backend)
+    try:
+        return pool.run(_measure, sizes, backend)[0]
+    finally:
+        pool.close()
+
+
+def _measure(sizes: tuple[int, ...], backend: str) -> Measured:
+    if backend == "nccl":
+        torch.cuda.set_device(dist.get_rank())
+        mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+        return doctors.measure(mesh, sizes)
+    return doctors.measure(make_mesh((dist.get_world_size(),)), sizes)
+
+
+def _print(known: dict[str, Any], found: list[str], measured: Measured | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    libraries = ", ".join(f"{k} {v}" for k, v in known["libraries"].items() if v)
+    backends = ", ".join(k for k, v in known["backends"].items() if v)
+    rows = {
+        "shardtensor": f"{known['shardtensor']}, Python {known['python']}, torch {known['torch']}",
+        "libraries": libraries,
+        "backends": backends,
+        "host": f"{known['host']}, {known['cores']} cores",
+        "devices": ", ".join(known["devices"]) or "none but the CPU",
+        "environment": ", ".join(f"{k}={v}" for k, v in known["environment"].items()) or "-",
+    }
+    for k, v in rows.items():
+        console.print(f"{k:12} {v}")
+    for text in found:
+        console.print(f"[bold]look:[/bold] {text}")
+    if measured is None:
+        return
+    sizes = list(next(iter(measured.seconds.values())))
+    table = Table(
+        title=f"{measured.ranks} ranks, {measured.backend}: microseconds by KiB of a rank",
+        title_justify="left",
+    )
+    table.add_column("collective")
+    for text in (*(f"{n >> 10}" for n in sizes), "latency us", "GB/s sent"):
+        table.add_column(text, justify="right")
+    for kind, times in measured.seconds.items():
+        link = measured.links[kind]
+        table.add_row(
+            kind,
+            *(f"{1e6 * t:.0f}" for t in times.values()),
+            f"{1e6 * link.latency:.0f}",
+            f"{link.bandwidth / 1e9:.2f}",
+        )
+    console.print(table)
