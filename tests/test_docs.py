@@ -15,7 +15,13 @@ import shardtensor as st
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ["index.md", "errors.md", *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*"))]
+PAGES = [
+    "index.md",
+    "errors.md",
+    "plan.md",
+    "trace.md",
+    *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

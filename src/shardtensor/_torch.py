@@ -369,15 +369,38 @@ def in_backward() -> bool:
 
 def allocations(step: Callable[[], Any]) -> list[int]:
     """Signed bytes of every CPU allocation and release during step(), in time order."""
+    with allocating() as found:
+        step()
+    return [nbytes for _, nbytes in found]
+
+
+@contextmanager
+def allocating() -> Iterator[list[tuple[float, int]]]:
+    """When it is left, the list has (time.time(), signed bytes) of CPU allocations in it."""
     prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    found: list[tuple[float, int]] = []
     with _no_stderr():
         prof.start()
         try:
-            step()
+            yield found
         finally:
             prof.stop()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    found += sorted((1e-9 * e.start_ns(), e.nbytes()) for e in events)
+
+
+def sequence_nr() -> int:
+    """The number that the next node of autograd gets in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def backward_nr() -> int | None:
+    """The number of the node whose backward is running in this thread."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+profiling = torch._C._autograd._profiler_enabled
 
 
 @contextmanager

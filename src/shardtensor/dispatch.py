@@ -149,9 +149,12 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
             leaves = pytree.tree_leaves((args, {**kwargs, "out": None}), is_leaf=is_shard)
             if not any(is_shard(x) for x in leaves):
                 return _into(func, args, kwargs)
-        if not count.records:
+        if not (count.records or _torch.profiling()):
             return handler(func, args, kwargs)
-        with count.running(name, handler.__name__, args, kwargs):
+        with (
+            count.named(f"shardtensor::{name}"),
+            count.running(name, handler.__name__, args, kwargs),
+        ):
             return handler(func, args, kwargs)
 
     return run

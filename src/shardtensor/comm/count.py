@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from torch.profiler import record_function
+
+from .. import _torch
+from ..where import call_of_user
 
 # set in the threads of a simulated world, so that each rank counts its own
 thread = threading.local()
@@ -17,7 +22,12 @@ thread = threading.local()
 
 @dataclass(slots=True)
 class Sent:
-    """One collective of a group of `ranks`. bytes, messages: what this rank sent to others."""
+    """One collective of a group of `ranks`. bytes, messages: what this rank sent to others.
+
+    op, rule, line: of the user's call that it belongs to, in backward of the forward call, if that
+    was traced. begin, end: of time.perf_counter(), to when its result was there. seconds: that this
+    rank spent in it: starting it, and waiting for it.
+    """
 
     collective: str
     bytes: int
@@ -25,16 +35,42 @@ class Sent:
     ranks: int
     op: str
     seconds: float = 0.0
+    rule: str = ""
+    line: str = ""
+    backward: bool = False
+    begin: float = 0.0
+    end: float = 0.0
+    peers: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of the user on ShardTensors. first, last: autograd's numbers of its nodes."""
+
+    op: str
+    rule: str
+    line: str
+    begin: float
+    first: int
+    last: int = -1
+    end: float = 0.0
 
 
 @dataclass(eq=False)
 class Record:
-    """The collectives of one rank between two points in time."""
+    """The calls and collectives of one rank between two points in time."""
 
     rank: int | None
     sent: list[Sent] = field(default_factory=list)
-    ops: list[tuple[str, str]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     gathered: list[tuple[str, int]] = field(default_factory=list)
+    # called after each call of the user
+    sample: Callable[[], None] | None = None
+
+    def origin(self, number: int) -> Call | None:
+        """The call that made this node of autograd."""
+        at = bisect(self.calls, number, key=lambda c: c.first) - 1
+        return self.calls[at] if at >= 0 and number < self.calls[at].last else None
 
 
 records: list[Record] = []
@@ -63,7 +99,7 @@ def simulated_rank() -> int | None:
 @contextmanager
 def sending(
     collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
-) -> Iterator[None]:
+) -> Iterator[Sent | None]:
     """Report a collective to every open record of this rank, and to who looks on.
 
     facts: what all ranks of the group must agree on, such as dtype and number of elements.
@@ -74,18 +110,45 @@ def sending(
         )
     if Hooks.meeting is not None or simulated_rank() is not None:
         meeting(collective, group, facts)
-    with explaining():
-        if not records:
-            yield
+    with explaining(), named(f"shardtensor::send {collective}"):
+        me = simulated_rank()
+        mine = [r for r in records if r.rank == me]
+        if not mine:
+            yield None
             return
-        begin = time.perf_counter()
-        yield
-    me = simulated_rank()
-    op, seconds = getattr(current_op, "name", ""), time.perf_counter() - begin
-    item = Sent(collective, nbytes, messages, ranks, op, seconds)
-    for record in records:
-        if record.rank == me:
-            record.sent.append(item)
+        item = _noted(mine[0], collective, nbytes, messages, ranks, group)
+        yield item
+    item.end = time.perf_counter()
+    item.seconds = item.end - item.begin
+    for record in mine:
+        record.sent.append(item)
+
+
+def _noted(
+    record: Record, collective: str, nbytes: int, messages: int, ranks: int, group: str
+) -> Sent:
+    """The entry of a collective that begins, and to which call it belongs."""
+    item = Sent(collective, nbytes, messages, ranks, getattr(current_op, "name", ""))
+    call = record.calls[-1] if item.op and record.calls else None
+    if not item.op:
+        number = _torch.backward_nr()
+        item.backward = number is not None
+        call = None if number is None else record.origin(number)
+    if call is not None:
+        item.op, item.rule, item.line = item.op or call.op, call.rule, call.line
+    else:
+        item.line = call_of_user()[0]
+    # groups imports this module
+    from .groups import members
+
+    item.peers = members(group)
+    item.begin = time.perf_counter()
+    return item
+
+
+def named(name: str) -> AbstractContextManager[Any]:
+    """A name for what happens inside, where a profiler looks on."""
+    return record_function(name) if _torch.profiling() else nullcontext()
 
 
 def meeting(collective: str, group: str, facts: dict[str, Any]) -> None:
@@ -109,13 +172,17 @@ def explaining() -> Iterator[None]:
         raise found from e
 
 
-def finish(work: Any) -> None:
-    """Wait for a collective that was started."""
+def finish(work: Any, item: Sent | None = None) -> None:
+    """Wait for a collective that was started; item: what `sending` gave for it."""
+    begin = time.perf_counter()
     if Hooks.explained is None:
         work.wait()
-        return
-    with explaining():
-        work.wait()
+    else:
+        with explaining():
+            work.wait()
+    if item is not None:
+        item.end = time.perf_counter()
+        item.seconds += item.end - begin
 
 
 def called(op: str, args: Any, kwargs: Any = None) -> None:
@@ -128,17 +195,26 @@ def called(op: str, args: Any, kwargs: Any = None) -> None:
 def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[None]:
     """Note an op in every open record of this rank; collectives inside carry its name."""
     before = getattr(current_op, "name", "")
+    call = None
     if not before:
         called(op, args, kwargs)
+        me = simulated_rank()
+        for record in records:
+            if record.rank == me:
+                if call is None:
+                    line, first = call_of_user()[0], _torch.sequence_nr()
+                    call = Call(op, rule, line, time.perf_counter(), first)
+                record.calls.append(call)
     current_op.name = op
-    me = simulated_rank()
-    for record in records:
-        if record.rank == me and not before:
-            record.ops.append((op, rule))
     try:
         yield
     finally:
         current_op.name = before
+        if call is not None:
+            call.end, call.last = time.perf_counter(), _torch.sequence_nr()
+            for record in records:
+                if record.sample is not None:
+                    record.sample()
 
 
 def gathering(op: str, nbytes: int) -> None:

@@ -68,6 +68,22 @@ def rank(name: str) -> int:
     return 0 if name == ALONE else resolve(name).rank()
 
 
+def world() -> str:
+    """The group of all ranks."""
+    made = dist.group.WORLD
+    assert made is not None
+    name = f"{made.group_name}:{dist.get_rank()}"
+    _groups[name] = made
+    return name
+
+
+def members(name: str) -> tuple[int, ...]:
+    """The global ranks of the group, in its order."""
+    if name == ALONE:
+        return (dist.get_rank(),)
+    return tuple(dist.get_process_group_ranks(resolve(name)))
+
+
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
     if name != ALONE and _torch.is_silent(resolve(name)):

@@ -68,7 +68,7 @@ def start_exchange(
     with sending(
         label, sum(in_splits), messages, len(shapes), group,
         dtype=like.dtype, **(facts or dict(gives=in_splits, gets=out_splits)),
-    ):  # fmt: skip
+    ) as entry:  # fmt: skip
         work = None
         if is_silent(to_group):
             # nothing arrives, and what lies in memory may be slow to compute with
@@ -85,7 +85,7 @@ def start_exchange(
 
     def arrived() -> list[list[torch.Tensor]]:
         if work is not None:
-            finish(work)
+            finish(work, entry)
         return _split(received, shapes)
 
     return arrived
@@ -180,9 +180,9 @@ def start_all_reduce(
     nbytes = 2 * flat.numel() * flat.element_size() * (n - 1) // n
     with sending(
         "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=flat.dtype, lengths=lengths, by=op
-    ):
+    ) as entry:
         work = dist.all_reduce(flat, _REDUCE[op], group=groups.resolve(group), async_op=True)
-    return lambda: None if work is None else finish(work)
+    return lambda: None if work is None else finish(work, entry)
 
 
 def _direct(x: torch.Tensor, most: int, n: int) -> bool:

@@ -1,0 +1,209 @@
+"""What a trace tells: ops, lines, times, waiting, memory; and what it costs when it is off."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import shardtensor as st
+from shardtensor.comm.count import Sent
+from shardtensor.measure import peak_bytes
+from shardtensor.testing import make_mesh, run_workers
+from shardtensor.timeline import Part, Timeline
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 5, padding=2), nn.GroupNorm(2, 8), nn.Conv2d(8, 1, 3, padding=1)
+    )
+
+
+def rows(sizes=None, n=24):
+    mesh = make_mesh((dist.get_world_size(),))
+    x = torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(0))
+    return st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None, sizes=sizes and {2: sizes})
+
+
+def traced():
+    model, x = net(), rows()
+    with st.trace() as t:
+        out = model(x)  # the line of the forward
+        loss = out.square().mean()
+        loss.backward()
+    return t
+
+
+def line_of(text):
+    source = Path(__file__).read_text().splitlines()
+    (number,) = [i for i, s in enumerate(source, 1) if s.strip() == text]
+    return f"{__file__}:{number}"
+
+
+def facts_of_a_trace():
+    t = traced()
+    return [(s.collective, s.op, s.rule, s.line, s.backward) for s in t.sent], t.ops, [
+        (c.begin, c.end) for c in t.calls
+    ], [(s.begin, s.end, s.seconds) for s in t.sent], t.table(), t.table("line")  # fmt: skip
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("run", [run_workers, st.simulate])
+def test_ops_lines_and_times(run):
+    for sent, ops, calls, times, table, lines in run(2, facts_of_a_trace):
+        forward = line_of("out = model(x)  # the line of the forward")
+        assert ("conv2d", "window") in {(op, name) for name, op, *_ in sent}
+        of_model = [s for s in sent if s[1] in ("conv2d", "group_norm")]
+        # also those of the backward pass, which know the call that they belong to
+        assert {b for *_, b in of_model} == {True, False}
+        assert {line for _, _, _, line, _ in of_model} == {forward}
+        assert all(rule for _, _, rule, _, _ in of_model)
+        assert line_of("loss = out.square().mean()") in {s[3] for s in sent}
+        assert [op for op, _ in ops][:3] == ["conv2d", "group_norm", "conv2d"]
+        assert all(a <= b for a, b in calls) and calls == sorted(calls)
+        assert all(a <= b and seconds <= b - a + 1e-6 for a, b, seconds in times)
+        assert "conv2d" in table and "backward" in table and "ms" in table
+        assert "test_trace.py" in lines
+
+
+def late(rank):
+    x = rows()
+    total = None
+    with st.trace() as t:
+        if dist.get_rank() == rank:
+            time.sleep(0.3)
+        total = x.sum()  # where the others wait
+        total = total + x.mean()
+    found = t.gather()
+    return found.waits(), found.waits("line"), found.waits("op"), found.table()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("rank", [0, 2])
+def test_who_waits_for_whom(rank):
+    for by_rank, by_line, by_op, table in run_workers(3, late, rank):
+        others = [w for r, w in by_rank.items() if r != rank]
+        assert all(0.25 < w < 0.45 for w in others) and by_rank[rank] < 0.1
+        line = line_of("total = x.sum()  # where the others wait")
+        assert by_line[line] > 0.5 > by_line[next(k for k in by_line if k != line)]
+        assert by_op["sum"] > 0.5
+        assert len(table.splitlines()) == 4
+
+
+def test_waiting_by_hand():
+    def sent(begin, seconds, peers=(0, 1)):
+        return Sent("swap", 8, 1, 2, "op", seconds, begin=begin, end=begin + seconds, peers=peers)
+
+    # rank 1's clock is 10 s ahead; its second collective is with rank 2, who came first
+    parts = [
+        Part(0, 0.0, 0.0, 9.0, [], [sent(1.0, 4.0)], []),
+        Part(1, 10.0, 10.0, 19.0, [], [sent(14.0, 1.0), sent(17.0, 0.5, (1, 2))], []),
+        Part(2, 0.0, 0.0, 9.0, [], [sent(5.0, 0.1, (1, 2))], []),
+    ]
+    found = Timeline(parts[::-1])
+    assert found.late() == {0: [3.0], 1: [0.0, 0.0], 2: [2.0]}
+    # rank 2 was not in the call for longer
+    assert found.waits() == {0: 3.0, 1: 0.0, 2: pytest.approx(0.1)}
+    with pytest.raises(ValueError, match="by"):
+        found.waits("day")
+
+
+def saved(path):
+    model, x = net(), rows([16, 2, 6])
+    model(x).square().mean().backward()
+    with st.trace(memory=True) as t:
+        model(x).square().mean().backward()
+    found = t.gather()
+    if dist.get_rank() == 0:
+        found.save(f"{path}/all.json")
+        found.picture(f"{path}/all.png")
+    t.save(f"{path}/{dist.get_rank()}.json")
+    model.zero_grad(set_to_none=True)
+    most = max(b for _, b in t.memory)
+
+    def step():
+        model(x).square().mean().backward()
+
+    return most, peak_bytes(step), found.table()
+
+
+@pytest.mark.gloo
+def test_saved_events_and_memory(tmp_path):
+    found = run_workers(3, saved, str(tmp_path))
+    for most, peak, table in found:
+        assert most == pytest.approx(peak, rel=0.1) and "peak" in table
+    # the first rank has two thirds of the rows
+    assert found[0][0] > 2 * found[2][0]
+    events = json.loads((tmp_path / "all.json").read_text())["traceEvents"]
+    assert {e["pid"] for e in events} == {0, 1, 2} and {e["ph"] for e in events} == {"X", "M", "C"}
+    for pid in range(3):
+        of_rank = [e for e in events if e["pid"] == pid]
+        assert any(e["name"] == "window" and e["args"]["bytes"] > 0 for e in of_rank)
+        for tid in {e["tid"] for e in of_rank if e["ph"] == "X"}:
+            track = [e for e in of_rank if e["ph"] == "X" and e["tid"] == tid]
+            ends = [e["ts"] + e["dur"] for e in track]
+            assert all(a <= b["ts"] + 0.01 for a, b in zip(ends, track[1:], strict=False))
+        counter = [e["ts"] for e in of_rank if e["ph"] == "C"]
+        assert counter == sorted(counter) and len(counter) > 10
+    assert all((tmp_path / f"{r}.json").exists() for r in range(3))
+    assert (tmp_path / "all.png").stat().st_size > 5_000
+
+
+def profiled():
+    model, x = net(), rows()
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        model(x).square().mean().backward()
+    return {e.key for e in p.key_averages()}
+
+
+@pytest.mark.gloo
+def test_names_in_the_profiler():
+    for names in run_workers(2, profiled):
+        assert {"shardtensor::conv2d", "shardtensor::group_norm", "shardtensor::mean"} <= names
+        assert "shardtensor::send window" in names
+
+
+def surroundings():
+    x = rows()
+    conv = nn.Conv2d(2, 4, 3, padding=1)
+    with st.trace() as outer:
+        with st.guard(), st.trace() as inner:
+            checkpoint(conv, x, use_reentrant=False).sum().backward()
+        conv(x)
+    return [s.collective for s in inner.sent], [s.collective for s in outer.sent], inner.bytes
+
+
+@pytest.mark.gloo
+def test_inside_checkpoint_guard_and_another_trace():
+    for inner, outer, nbytes in run_workers(2, surroundings):
+        # forward and recomputed; the outer trace has one more
+        assert inner.count("window") == 2 and nbytes > 0
+        assert outer[: len(inner)] == inner and outer.count("window") == 3
+
+
+def test_memory_of_simulated_ranks_is_refused():
+    def run():
+        with st.trace(memory=True):
+            pass
+
+    with pytest.raises(st.RankError, match="run ranks as processes"):
+        st.simulate(2, run)
+    with pytest.raises(ValueError, match="by"):
+        st.simulate(1, traced)[0].table("day")
+
+
+def test_gather_of_simulated_ranks():
+    def run():
+        x = rows()
+        with st.trace() as t:
+            x.sum()
+        return sorted(t.gather().waits())
+
+    assert st.simulate(3, run) == [[0, 1, 2]] * 3
