@@ -15,7 +15,7 @@ CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms test lint types unit format docs fuzz operators zoo bench endurance clean
+.PHONY: help .venv demo resume storms vit gallery test lint types unit format docs fuzz operators zoo bench endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,12 @@ resume: .venv/.stamp ## Kill a rank of a run and see it resume with the same los
 
 storms: .venv/.stamp ## Storm-scale diffusion: train, sample, compare, draw
 	$(BIN)/python examples/storm_diffusion.py $(ARGS)
+
+vit: .venv/.stamp ## How a ViT scales: latency, memory, ring attention
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore examples/vit_scaling.py $(ARGS)
+
+gallery: .venv/.stamp ## Seven families of models, sharded and on one device
+	OMP_NUM_THREADS=1 $(BIN)/python examples/gallery.py $(ARGS)
 
 test: lint types docs unit ## The gate: lint, types, docs, unit
 
