@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, X... spatial dims, N points or nodes, E edges, D width.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with GELU between."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
@@ -185,7 +186,7 @@ class SparseNet(nn.Module):
     def __init__(self, width: int = 8, depth: int = 2) -> None:
         super().__init__()
         widths = [1, *[width] * depth]
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(27, a, b) / (9 * a) ** 0.5) for a, b in pairs
         )

@@ -210,7 +210,7 @@ def draw(rows: list[Row], scale: float, path: Path) -> None:
                 ("rehearsed", dict(ls="--", mfc="white")),
             ):
                 mine = sorted(
-                    ((x(r), y(r)) for r in chosen if of(r) == key and r.how.startswith(how))
+                    (x(r), y(r)) for r in chosen if of(r) == key and r.how.startswith(how)
                 )
                 if mine:
                     ax.plot(*zip(*mine, strict=True), marker="o", ms=4.5, lw=1, color=f"C{i}",
