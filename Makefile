@@ -15,7 +15,7 @@ CASES ?= 5000
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit gallery test lint types unit format docs fuzz operators zoo bench endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit format docs fuzz operators zoo bench endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ storms: .venv/.stamp ## Storm-scale diffusion: train, sample, compare, draw
 
 vit: .venv/.stamp ## How a ViT scales: latency, memory, ring attention
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore examples/vit_scaling.py $(ARGS)
+
+aero: .venv/.stamp ## Transolvers on irregular points, sharded and on one device
+	OMP_NUM_THREADS=1 $(BIN)/python examples/vehicle_aero.py $(ARGS)
 
 gallery: .venv/.stamp ## Seven families of models, sharded and on one device
 	OMP_NUM_THREADS=1 $(BIN)/python examples/gallery.py $(ARGS)
