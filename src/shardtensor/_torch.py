@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 import threading
 import types
@@ -17,18 +16,9 @@ import torch
 import torch.distributed as dist
 from torch._functorch import eager_transforms
 from torch._library.custom_ops import CustomOpDef
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.profiler import ProfilerActivity, profile
 from torch.utils import _python_dispatch
-from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
 no_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -217,23 +207,6 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
-@contextmanager
-def silent_world(rank: int, ranks: int) -> Iterator[None]:
-    """torch.distributed as one rank of many, alone: collectives return at once and move nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def is_silent(group: Any) -> bool:
-    """Whether the group is one of a `silent_world`."""
-    return bool(dist.get_backend(group) == "fake")
-
-
 def default_store() -> Any:
     """The key-value store by which the ranks of this program met."""
     return dist.distributed_c10d._get_default_store()
@@ -285,24 +258,13 @@ def is_tracing() -> bool:
 
 
 @contextmanager
-def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
-    """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
-    with silent_world(rank, ranks), FakeTensorMode(), mode:
-        _outer.counting = True
-        try:
-            yield
-        finally:
-            _outer.counting = False
-
-
-outside_fake = unset_fake_temporarily
-# what reading a fake tensor's values raises
-DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
-
-
-def is_fake(x: torch.Tensor) -> bool:
-    """Whether a tensor has no memory."""
-    return isinstance(x, FakeTensor)
+def not_tracing() -> Iterator[None]:
+    """Modes of this thread only count: ops run as if nobody looked."""
+    _outer.counting = True
+    try:
+        yield
+    finally:
+        _outer.counting = False
 
 
 def ops_of(key: Any) -> list[Any]:
@@ -365,56 +327,6 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
 def in_backward() -> bool:
     """Whether a backward runs in this thread."""
     return torch._C._current_graph_task_id() != -1
-
-
-def allocations(step: Callable[[], Any]) -> list[int]:
-    """Signed bytes of every CPU allocation and release during step(), in time order."""
-    with allocating() as found:
-        step()
-    return [nbytes for _, nbytes in found]
-
-
-@contextmanager
-def allocating() -> Iterator[list[tuple[float, int]]]:
-    """When it is left, the list has (time.time(), signed bytes) of CPU allocations in it."""
-    prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    found: list[tuple[float, int]] = []
-    with _no_stderr():
-        prof.start()
-        try:
-            yield found
-        finally:
-            prof.stop()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    found += sorted((1e-9 * e.start_ns(), e.nbytes()) for e in events)
-
-
-def sequence_nr() -> int:
-    """The number that the next node of autograd gets in this thread."""
-    return torch._C._autograd._get_sequence_nr()
-
-
-def backward_nr() -> int | None:
-    """The number of the node whose backward is running in this thread."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
-
-
-profiling = torch._C._autograd._profiler_enabled
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Torch 2.13's profiler writes lines of its own to the process's stderr."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 class AttentionKernel(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _torch
+from . import _probe, _torch
 from .comm import count
 from .errors import UnsupportedOpError
 from .fallback import fall_back, is_shard
@@ -149,7 +149,7 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
             leaves = pytree.tree_leaves((args, {**kwargs, "out": None}), is_leaf=is_shard)
             if not any(is_shard(x) for x in leaves):
                 return _into(func, args, kwargs)
-        if not (count.records or _torch.profiling()):
+        if not (count.records or _probe.profiling()):
             return handler(func, args, kwargs)
         with (
             count.named(f"shardtensor::{name}"),

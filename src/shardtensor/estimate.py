@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
 
-from . import _torch, cache
+from . import _probe, cache
 from .comm import groups
 from .comm.count import Sent
 from .errors import UnsupportedOpError
@@ -174,7 +174,7 @@ def estimate(
     for rank in (middle,) if even else sorted({0, middle}):
         try:
             found.append(_of_rank(task, layout, rank, device, network))
-        except (UnsupportedOpError, *_torch.DependsOnValues) as e:
+        except (UnsupportedOpError, *_probe.DependsOnValues) as e:
             text = str(e) if isinstance(e, UnsupportedOpError) else f"depends on values ({e})"
             return Estimate(layout, {}, refused=text.splitlines()[0])
     return max(found, key=lambda e: e.peak)
@@ -187,7 +187,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
-    with _torch.fake_world(rank, layout.ranks, ledger):
+    with _probe.fake_world(rank, layout.ranks, ledger):
         try:
             step = _prepared(task, layout, ledger)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
@@ -213,7 +213,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
     """The step on this rank; the ledger is told what memory is for."""
     mesh = None
     if layout.ranks > 1:
-        with _torch.outside_fake():
+        with _probe.outside_fake():
             mesh = init_device_mesh(
                 "cpu", tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh)
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import _torch
+from . import _probe, _torch
 from .agree import difference, position
 from .comm import count, groups
 from .errors import DivergenceError
@@ -107,7 +107,7 @@ def _meeting(collective: str, group: str | list[int], facts: dict[str, Any]) -> 
         count.thread.facts = record
     elif isinstance(group, list):
         _agree(record, group)
-    elif not _torch.is_silent(groups.resolve(group)):
+    elif not _probe.is_silent(groups.resolve(group)):
         _agree(record, dist.get_process_group_ranks(groups.resolve(group)))
 
 

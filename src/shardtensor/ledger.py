@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _torch
+from . import _probe, _torch
 from .comm.count import Sent
 from .comm.ops import KERNELS
 
@@ -53,9 +53,9 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if given and not any(_torch.is_fake(x) for x in given):
+        if given and not any(_probe.is_fake(x) for x in given):
             # of a mesh's ranks, which are read
-            with _torch.outside_fake():
+            with _probe.outside_fake():
                 return func(*args, **kwargs)
         if func in KERNELS:
             with self._inside_collective():
@@ -89,13 +89,15 @@ class Ledger(TorchDispatchMode):
     def _cost(
         self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]
     ) -> tuple[int, int, torch.dtype]:
-        count = _torch.FLOPS.get(func.overloadpacket)
+        count = _probe.FLOPS.get(func.overloadpacket)
         flop = count(*args, **kwargs, out_val=out) if count is not None else 0
         moved = sum(x.numel() * x.element_size() for x in {id(x): x for x in given + made}.values())
         return flop, moved, (given or made)[0].dtype
 
     def book(self, x: Tensor, kind: str) -> bool:
-        """Enter a tensor's memory; False where it is known already."""
+        """Enter a tensor's memory; False where it is known already, or there is none."""
+        if x.device.type == "meta":
+            return False
         storage = local(x).untyped_storage()
         at = storage._cdata
         if at in self._numbers:
@@ -115,7 +117,7 @@ class Ledger(TorchDispatchMode):
     def mark(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Tell what the memory of these tensors is for."""
         for x in tensors:
-            if x is not None:
+            if x is not None and x.device.type != "meta":
                 self.book(x, kind)
                 self.kinds[self._numbers[local(x).untyped_storage()._cdata]] = kind
 

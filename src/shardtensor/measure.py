@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _probe
 from .comm.count import simulated_rank
 
 
@@ -28,7 +28,7 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> i
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     held = most = 0
-    for nbytes in _torch.allocations(step):
+    for nbytes in _probe.allocations(step):
         held += nbytes
         most = max(most, held)
     return most

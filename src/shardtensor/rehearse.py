@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import _torch, cache
+from . import _probe, cache
 from .comm import groups
 from .comm.count import Sent
 from .measure import peak_bytes
@@ -106,7 +106,7 @@ def rehearse(
         raise RuntimeError("rehearse in a process of its own: torch.distributed is initialised")
     device = torch.device(device)
     cache.clear()
-    with _torch.silent_world(rank, ranks):
+    with _probe.silent_world(rank, ranks):
         try:
             step = prepare()
             with trace() as t:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import _torch
+from . import _probe
 from .comm import count, groups, wire
 from .timeline import Part, Timeline
 
@@ -137,7 +137,7 @@ def _memory(t: Trace) -> Iterator[None]:
         yield
         return
     since = time.perf_counter() - time.time()
-    with _torch.allocating() as moves:
+    with _probe.allocating() as moves:
         yield
     held = 0
     for at, nbytes in moves:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from .. import _torch
+from .. import _probe
 from ..where import call_of_user
 
 # set in the threads of a simulated world, so that each rank counts its own
@@ -131,7 +131,7 @@ def _noted(
     item = Sent(collective, nbytes, messages, ranks, getattr(current_op, "name", ""))
     call = record.calls[-1] if item.op and record.calls else None
     if not item.op:
-        number = _torch.backward_nr()
+        number = _probe.backward_nr()
         item.backward = number is not None
         call = None if number is None else record.origin(number)
     if call is not None:
@@ -148,7 +148,7 @@ def _noted(
 
 def named(name: str) -> AbstractContextManager[Any]:
     """A name for what happens inside, where a profiler looks on."""
-    return record_function(name) if _torch.profiling() else nullcontext()
+    return record_function(name) if _probe.profiling() else nullcontext()
 
 
 def meeting(collective: str, group: str, facts: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[
         for record in records:
             if record.rank == me:
                 if call is None:
-                    line, first = call_of_user()[0], _torch.sequence_nr()
+                    line, first = call_of_user()[0], _probe.sequence_nr()
                     call = Call(op, rule, line, time.perf_counter(), first)
                 record.calls.append(call)
     current_op.name = op
@@ -211,7 +211,7 @@ def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[
     finally:
         current_op.name = before
         if call is not None:
-            call.end, call.last = time.perf_counter(), _torch.sequence_nr()
+            call.end, call.last = time.perf_counter(), _probe.sequence_nr()
             for record in records:
                 if record.sample is not None:
                     record.sample()

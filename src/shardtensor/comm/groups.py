@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary, ref
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _torch
+from .. import _probe
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
 from . import count
@@ -86,7 +86,7 @@ def members(name: str) -> tuple[int, ...]:
 
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
-    if name != ALONE and _torch.is_silent(resolve(name)):
+    if name != ALONE and _probe.is_silent(resolve(name)):
         raise UnsupportedOpError(
             "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
         )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .._torch import all_gather_flat, is_silent
+from .._probe import is_silent
+from .._torch import all_gather_flat
 from . import groups
 from .count import finish, sending
 

@@ -1,0 +1,108 @@
+# mypy: disable-error-code="attr-defined, union-attr"
+"""Private torch APIs of worlds that are not there, and of who looks on: fake tensors, profilers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
+
+from ._torch import not_tracing
+
+
+@contextmanager
+def silent_world(rank: int, ranks: int) -> Iterator[None]:
+    """torch.distributed as one rank of many, alone: collectives return at once and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_silent(group: Any) -> bool:
+    """Whether the group is one of a `silent_world`."""
+    return bool(dist.get_backend(group) == "fake")
+
+
+@contextmanager
+def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
+    """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
+    with silent_world(rank, ranks), FakeTensorMode(), mode, not_tracing():
+        yield
+
+
+outside_fake = unset_fake_temporarily
+# what reading a fake tensor's values raises
+DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has no memory."""
+    return isinstance(x, FakeTensor)
+
+
+def allocations(step: Callable[[], Any]) -> list[int]:
+    """Signed bytes of every CPU allocation and release during step(), in time order."""
+    with allocating() as found:
+        step()
+    return [nbytes for _, nbytes in found]
+
+
+@contextmanager
+def allocating() -> Iterator[list[tuple[float, int]]]:
+    """When it is left, the list has (time.time(), signed bytes) of CPU allocations in it."""
+    prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    found: list[tuple[float, int]] = []
+    with _no_stderr():
+        prof.start()
+        try:
+            yield found
+        finally:
+            prof.stop()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found += sorted((1e-9 * e.start_ns(), e.nbytes()) for e in events)
+
+
+def sequence_nr() -> int:
+    """The number that the next node of autograd gets in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def backward_nr() -> int | None:
+    """The number of the node whose backward is running in this thread."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+profiling = torch._C._autograd._profiler_enabled
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Torch 2.13's profiler writes lines of its own to the process's stderr."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
