@@ -49,7 +49,9 @@ def shard(
     if options.precision is not None:
         policy = MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
     scalars = {p for p in model.parameters() if p.ndim == 0}
-    for block in (*blocks_of(model, options.blocks), model):
+    inside = [b for b in blocks_of(model, options.blocks) if b is not model]
+    # blocks in blocks first
+    for block in (*reversed(inside), model):
         fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars)
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
