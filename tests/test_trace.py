@@ -117,7 +117,7 @@ def test_waiting_by_hand():
 
 
 def saved(path):
-    model, x = net(), rows([16, 2, 6])
+    model, x = net(), rows([128, 16, 48], 192)
     model(x).square().mean().backward()
     with st.trace(memory=True) as t:
         model(x).square().mean().backward()
@@ -139,7 +139,8 @@ def saved(path):
 def test_saved_events_and_memory(tmp_path):
     found = run_workers(3, saved, str(tmp_path))
     for most, peak, table in found:
-        assert most == pytest.approx(peak, rel=0.1) and "peak" in table
+        # buffers of messages come and go as the ranks' timing has it
+        assert abs(most - peak) < 0.1 * found[0][1] and "peak" in table
     # the first rank has two thirds of the rows
     assert found[0][0] > 2 * found[2][0]
     events = json.loads((tmp_path / "all.json").read_text())["traceEvents"]
