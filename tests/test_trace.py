@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
+from shardtensor import _probe
 from shardtensor.comm.count import Sent
 from shardtensor.measure import peak_bytes
 from shardtensor.testing import make_mesh, run_workers
@@ -156,6 +157,27 @@ def test_saved_events_and_memory(tmp_path):
         assert counter == sorted(counter) and len(counter) > 10
     assert all((tmp_path / f"{r}.json").exists() for r in range(3))
     assert (tmp_path / "all.png").stat().st_size > 5_000
+
+
+def test_allocations_keep_their_order(monkeypatch):
+    """50 ns apart, which are one number as seconds since 1970."""
+
+    class Move:
+        def __init__(self, ns, nbytes):
+            self.name, self.nbytes = (lambda: "[memory]"), (lambda: nbytes)
+            self.start_ns = lambda: 1_800_000_000_000_000_000 + ns
+
+    class Profiler:
+        def __init__(self, **_):
+            self.profiler = self.kineto_results = self
+            self.start = self.stop = lambda: None
+
+        def events(self):
+            return [Move(100, -8), Move(0, 8), Move(50, 8)]
+
+    monkeypatch.setattr(_probe, "profile", Profiler)
+    assert _probe.allocations(lambda: None) == [8, 8, -8]
+    assert peak_bytes(lambda: None) == 16
 
 
 def profiled():

@@ -77,7 +77,8 @@ def allocating() -> Iterator[list[tuple[float, int]]]:
         finally:
             prof.stop()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    found += sorted((1e-9 * e.start_ns(), e.nbytes()) for e in events)
+    # by nanoseconds: as seconds, moves that follow each other closely would fall together
+    found += [(1e-9 * e.start_ns(), e.nbytes()) for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def sequence_nr() -> int:
