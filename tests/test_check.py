@@ -197,7 +197,7 @@ def test_another_shape_is_named():
 def test_a_function_of_the_users_that_mixes_rows():
     report = check(model(lambda self, x: Halves.apply(x)))
     # its ops are intercepted, so the value is right; its backward is wrong on one device, too
-    assert report.ok or report.findings[0].module == "3"
+    assert report.ok, str(report)
 
 
 def test_gathers_are_told():

@@ -22,9 +22,9 @@ from .errors import DivergenceError, RankError, UnsupportedOpError
 from .fallback import FallbackWarning
 from .random import match_single_device
 from .simulate import simulate
-from .testing import make_mesh
+from .testing import make_mesh, tensors
 from .trace import trace
-from .watching import Run, run, tensors
+from .watching import Run, run
 from .where import error_line
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
-from torch.utils import _pytree as pytree
 
 from . import _probe, cache
 from .comm import groups
@@ -29,7 +28,8 @@ from .options import Options
 from .parallel import adapt, parallelize
 from .rehearse import DGX_H100, Network
 from .spec import Spec
-from .tensor import ShardTensor, wrap
+from .tensor import wrap
+from .testing import tensors
 from .trace import trace
 
 
@@ -193,18 +193,18 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
             with trace() as t:
                 step()
-            memory = ledger.peak(at)
-            work = ledger.work[begun:]
+            memory, work = ledger.peak(at), ledger.work[begun:]
+            messages = (*t.sent, *ledger.sent[sent:])
         finally:
             cache.clear()
             groups.forget()
     return Estimate(
         layout,
         memory,
-        (*t.sent, *ledger.sent[sent:]),
+        messages,
         tuple(dict.fromkeys(op for op, _ in t.gathered)),
         compute=sum(device.seconds(*w) for w in work),
-        communication=sum(network.seconds(s) for s in (*t.sent, *ledger.sent[sent:])),
+        communication=sum(network.seconds(s) for s in messages),
         flop=sum(f for f, _, _ in work),
     )
 
@@ -257,18 +257,13 @@ def _infer(model: nn.Module, inputs: list[Any]) -> None:
 def _loss(task: Task, out: Any) -> Tensor:
     if task.loss is not None:
         return task.loss(out)
-    found = [x for x in _tensors(out) if x.is_floating_point() and x.requires_grad]
+    found = [x for x in tensors(out) if x.is_floating_point() and x.requires_grad]
     if not found:
         raise ValueError("the model's output has no gradient: give a loss")
     total = found[0].float().square().mean()
     for x in found[1:]:
         total = total + x.float().square().mean()
     return total
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, ShardTensor))
-    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int) -> Tensor:

@@ -132,10 +132,6 @@ class Ledger(TorchDispatchMode):
                 most, found = total, dict(held)
         return found
 
-    def held(self) -> int:
-        """Bytes held now."""
-        return sum(nbytes for _, nbytes in self.moves)
-
 
 def local(x: Tensor) -> Tensor:
     """The plain tensor that a ShardTensor or DTensor holds here."""

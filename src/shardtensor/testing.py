@@ -108,7 +108,8 @@ def _differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _tensors(out: Any) -> list[Tensor]:
+def tensors(out: Any) -> list[Tensor]:
+    """The tensors in an output, sharded ones whole wrappers."""
     found = pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, ShardTensor))
     return [x for x in found if isinstance(x, Tensor)]
 
@@ -125,7 +126,7 @@ def _cotangents(outs: list[Tensor]) -> list[Tensor]:
 def _run(
     fn: Any, args: list[Any], kwargs: dict[str, Any], grad: bool, leaves: list[Any]
 ) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
-    outs = _tensors(fn(*args, **kwargs))
+    outs = tensors(fn(*args, **kwargs))
     grads: list[Tensor | None] = []
     if grad:
         pairs = [

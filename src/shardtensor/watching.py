@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from .tensor import ShardTensor
+from .testing import full, tensors
 
 
 @dataclass
@@ -40,20 +38,20 @@ def run(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor], 
     pending: list[tuple[Seen, list[Tensor]]] = []
     with watched(model, found, pending):
         out = model(*args)
-        found.outputs = [whole(x) for x in tensors(out)]
+        found.outputs = [full(x) for x in tensors(out)]
         total = loss(out)
         if total.requires_grad:
             total.backward()
     for seen, caught in pending:
         # of an output that is used several times, the hook is called once, with the sum
-        seen.gradient = whole(caught[-1]) if caught else None
+        seen.gradient = full(caught[-1]) if caught else None
     found.gradients = {
-        k: None if p.grad is None else whole(p.grad) for k, p in model.named_parameters()
+        k: None if p.grad is None else full(p.grad) for k, p in model.named_parameters()
     }
     for i, x in enumerate(args):
         if isinstance(x, Tensor) and x.requires_grad:
-            found.gradients[f"input {i}"] = None if x.grad is None else whole(x.grad)
-    found.buffers = {k: whole(b) for k, b in model.named_buffers()}
+            found.gradients[f"input {i}"] = None if x.grad is None else full(x.grad)
+    found.buffers = {k: full(b) for k, b in model.named_buffers()}
 
 
 @contextmanager
@@ -69,7 +67,7 @@ def watched(
         def hook(module: nn.Module, given: Any, out: Any) -> None:
             found.inside.pop()
             for x in tensors(out):
-                seen = Seen(name, whole(x).clone())
+                seen = Seen(name, full(x).clone())
                 found.seen.append(seen)
                 if x.requires_grad and not x.is_leaf:
                     caught: list[Tensor] = []
@@ -88,15 +86,3 @@ def watched(
     finally:
         for h in handles:
             h.remove()
-
-
-def tensors(out: Any) -> list[Tensor]:
-    """The tensors in a module's output."""
-    leaves = pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, ShardTensor))
-    return [x for x in leaves if isinstance(x, Tensor)]
-
-
-@torch.no_grad()
-def whole(x: Tensor) -> Tensor:
-    """The global tensor; communicates."""
-    return x.full_tensor() if isinstance(x, ShardTensor) else x.detach()
