@@ -60,8 +60,8 @@ format: .venv/.stamp ## Format and fix what can be fixed
 docs: .venv/.stamp ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-fuzz: .venv/.stamp ## Random programs on random shards; CASES=20000 tries more
-	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py $(ARGS)
+fuzz: .venv/.stamp ## Random programs and campaigns of cases; CASES=20000 tries more
+	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py tests/test_campaigns.py $(ARGS)
 
 operators: .venv/.stamp ## docs/operators.md, from PyTorch's operator database
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/test_operators.py --docs > docs/operators.md
