@@ -23,6 +23,7 @@ from .fallback import FallbackWarning
 from .random import match_single_device
 from .simulate import simulate
 from .testing import make_mesh, tensors
+from .tolerance import ROUNDING, gap, shaken
 from .trace import trace
 from .watching import Run, run
 from .where import error_line
@@ -171,7 +172,7 @@ class _Case:
         model, args = self._fresh()
         found = Run()
         if shake:
-            args = tuple(map(_shaken, args))
+            args = tuple(shaken(x) if isinstance(x, Tensor) else x for x in args)
         torch.manual_seed(seed)
         run(model, args, self.loss, found)
         return found
@@ -260,13 +261,13 @@ class _Case:
         def far(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> str:
             """By how much a differs from b, "" where rounding may: it moves c away from b."""
             nonlocal most
-            gap, scale = _gap(a, b)
-            if gap <= rtol * scale:
-                most = max(most, gap / scale if scale else 0.0)
+            off, scale = gap(a, b)
+            if off <= rtol * scale:
+                most = max(most, off / scale if scale else 0.0)
                 return ""
-            if gap <= _ROUNDING * _gap(c, b)[0]:
+            if off <= ROUNDING * gap(c, b)[0]:
                 return ""
-            return f"differs by {gap / scale if scale else gap:.0e} of its largest value"
+            return f"differs by {off / scale if scale else off:.0e} of its largest value"
 
         names = [s.module for s in want.seen]
         if [s.module for s in got.seen] != names:
@@ -296,8 +297,6 @@ class _Case:
         return Finding(layout, True, most)
 
 
-# how much more than a change in the inputs' last digits another order of sums may do
-_ROUNDING = 1e3
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
          torch.complex64: torch.complex128}  # fmt: skip
 _ADVICE_PARTED = (
@@ -315,29 +314,6 @@ _SIGNS = {
     r"torch\.autograd\.Function|\.apply\(": "a torch.autograd.Function runs on shards: if it mixes "
     "rows, give it a rule with st.rule (docs/rules.md)",
 }
-
-
-def _gap(a: Tensor | None, b: Tensor | None) -> tuple[float, float]:
-    """Largest difference, and largest value of b; no gradient is as good as zeros."""
-    if a is None or b is None:
-        other = b if a is None else a
-        return (0.0, 0.0) if other is None else (other.abs().max().item(), 0.0)
-    if a.shape != b.shape or not (b.is_floating_point() or b.is_complex()):
-        return (0.0 if torch.equal(a, b) else float("inf")), 1.0
-    if not a.numel():
-        return 0.0, 0.0
-    same = (a == b) | (a.isnan() & b.isnan())
-    gap = torch.where(same, 0, (a - b).abs()).nan_to_num(float("inf")).max().item()
-    return gap, b.abs().nan_to_num(0, 0, 0).max().item()
-
-
-def _shaken(x: Any) -> Any:
-    """A tensor whose last digits are others."""
-    if not isinstance(x, Tensor) or not x.requires_grad:
-        return x
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * noise).to(x.dtype)
-    return moved.requires_grad_()
 
 
 def _wrong(layout: str, model: nn.Module, name: str, what: str) -> Finding:

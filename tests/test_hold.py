@@ -1,0 +1,73 @@
+"""`testing.hold` itself: what it takes for right, what not, and what a failure says."""
+
+import pytest
+import torch
+from torch import nn
+
+import shardtensor as st
+from shardtensor import testing as T
+
+X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _layers():
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_in_front_of_a_norm_has_a_gradient_of_rounding(dtype):
+    model = nn.Sequential(*_layers()).to(dtype)
+    T.hold(model, [X.to(dtype)], [T.shard(2, (5, 4))], (2,))
+
+
+class _Off(nn.Module):
+    """Adds to the gradient of a bias in front of a norm where it is sharded."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.layers, self.by = nn.ModuleList(_layers()).double(), by
+
+    def forward(self, x):
+        conv, norm, gelu = self.layers
+        out = gelu(norm(conv(x)))
+        return out + self.by * conv.bias.sum() if isinstance(x, st.ShardTensor) else out
+
+
+def test_rounding_hides_nothing_larger():
+    # values alike, as the bias is zero; its gradient is not
+    model = _Off(1e-9)
+    nn.init.zeros_(model.layers[0].bias)
+    with pytest.raises(st.RankError, match="gradient 2: relative error"):
+        T.hold(model, [X.double()], [T.shard(2, (5, 4))], (2,))
+
+
+def test_a_flipped_choice_is_no_rounding():
+    def largest(x):
+        i = x.argmax(0)
+        return i + 1 if isinstance(x, st.ShardTensor) else i
+
+    ties = torch.ones(6, dtype=torch.float64)
+    with pytest.raises(st.RankError, match="values differ"):
+        T.hold(largest, [ties], [T.shard(0)], (2,), grad=False)
+
+
+def test_a_failure_names_op_cut_and_mesh():
+    def twice(x, n):
+        return x * n + (1 if isinstance(x, st.ShardTensor) else 0)
+
+    with pytest.raises(st.RankError) as e:
+        T.hold(twice, [X, 2], [T.shard(2, (5, 4)), None], (2,))
+    assert "twice(float32[2, 3, 9, 8] on [S(2)] in {2: (5, 4)}, 2) on mesh (2,): output 0" in str(e)
+
+
+def test_a_refusal_names_op_cut_and_mesh():
+
+    def unsupported(x):
+        if isinstance(x, st.ShardTensor):
+            raise st.UnsupportedOpError("no")
+        return x
+
+    with pytest.raises(st.RankError) as e:
+        T.hold(unsupported, [X], [T.shard(2)], (3,))
+    assert e.value.__notes__ == ["unsupported(float32[2, 3, 9, 8] on [S(2)]) on mesh (3,)"]
