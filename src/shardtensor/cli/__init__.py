@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from .. import __version__
+
 # one module each, whose function of the same name is the command; typer reads its signature
 COMMANDS = ("check", "doctor", "plan")
 
@@ -17,13 +19,24 @@ def main() -> None:
     except ImportError as e:
         sys.exit(f"{e}: pip install shardtensor[cli]")
     app = typer.Typer(
-        help="Domain parallelism: know before you run.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    # so that there are commands, also where there is one
-    app.callback()(lambda: None)
+
+    def version(asked: bool) -> None:
+        if asked:
+            print(f"shardtensor {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def _(
+        version: bool = typer.Option(
+            False, "--version", callback=version, is_eager=True, help="Print the version."
+        ),
+    ) -> None:
+        """Domain parallelism: know before you run."""
+
     for name in COMMANDS:
         app.command(name)(getattr(import_module(f".{name}", __package__), name))
     try:

@@ -1,0 +1,54 @@
+"""What is in the repository, and what is built from it."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import shardtensor as st
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(*command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_large_files():
+    found = [ROOT / name for name in _run("git", "ls-files", "-z").split("\0") if name]
+    large = [str(p) for p in found if p.exists() and p.stat().st_size > 2**20]
+    assert len(found) > 100 and not large
+
+
+def test_the_version_of_the_command_line():
+    assert (
+        _run(sys.executable, "-m", "shardtensor", "--version") == f"shardtensor {st.__version__}\n"
+    )
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist(tmp_path):
+    _run(sys.executable, "-m", "build", "--outdir", str(tmp_path), ".")
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    modules = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+    assert modules <= names and "shardtensor/py.typed" in names
+    with tarfile.open(sdist) as t:
+        packed = {name.partition("/")[2] for name in t.getnames()}
+    assert {f"src/{m}" for m in modules} <= packed and {"LICENSE", "README.md"} <= packed
+    # installed apart, found before the checkout: every module is there and imports
+    apart = tmp_path / "apart"
+    _run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", str(apart), str(wheel))
+    code = (
+        f"import sys; sys.path.insert(0, {str(apart)!r}); import shardtensor; "
+        "print(shardtensor.__file__, shardtensor.__version__)"
+    )
+    assert _run(sys.executable, "-c", code).split() == [
+        str(apart / "shardtensor" / "__init__.py"), st.__version__,
+    ]  # fmt: skip
