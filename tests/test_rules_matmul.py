@@ -200,3 +200,28 @@ def beyond(index):
 def test_embedding_beyond_a_sharded_table():
     """Every rank raises; none waits for another."""
     st.simulate(2, beyond, 9)
+
+
+@pytest.mark.parametrize("equation", ["ik,kj->ij", "ik,kj->kij", "...k,kj->...j", "ik,kj->"])
+@pytest.mark.parametrize("shapes", [((5, 1), (6, 4)), ((5, 6), (1, 4)), ((1, 6), (6, 4))])
+@pytest.mark.parametrize("dims", [(0, 0), (1, 0), (1, 1), (None, 0), (1, None)])
+def test_einsum_broadcasts(equation, shapes, dims):
+    torch.manual_seed(0)
+    a, b = (torch.randn(*s, dtype=torch.float64) for s in shapes)
+    places = [None if d is None else T.shard(d) for d in dims]
+    T.hold(torch.einsum, [equation, a, b], [None, *places], (3,))
+
+
+@pytest.mark.parametrize("dims", [(0, None), (1, None), (None, 0), (1, 0)])
+def test_a_summed_dim_of_one_row_does_not_broadcast(dims):
+    """A shard of one row must not pass for a dim of size 1."""
+    a, b = torch.randn(3, 1), torch.randn(2, 4)
+    places = [None if d is None else T.shard(d) for d in dims]
+    with pytest.raises(st.RankError, match="do not fit"):
+        T.hold(_matmul_on_ranks, [a, b], places, (2,), grad=False)
+
+
+def _matmul_on_ranks(a, b):
+    # torch raises on one device, too
+    sharded = isinstance(a, st.ShardTensor) or isinstance(b, st.ShardTensor)
+    return a @ b if sharded else a.sum()

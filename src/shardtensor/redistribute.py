@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -224,9 +225,17 @@ def _move_axes(
             return local, have
 
 
+@overload
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor, Sequence[Dim] | None]
+) -> list[Tensor]: ...
+@overload
 def fit(
     mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
-) -> list[Tensor | None]:
+) -> list[Tensor | None]: ...
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
+) -> Any:
     """Local values of operands for a local program that varies along mesh axes `varying`.
 
     Each operand comes with the dims it is wanted in (None: whole). Where an operand is the same

@@ -106,7 +106,7 @@ def mask_put(x: ShardTensor, d: int, mask: Tensor, values: Tensor) -> ShardTenso
     rows = learnt(int(m.sum()), m, spec.dims[0], spec)
     v = values.expand(*x.shape[:d], rows.size, *x.shape[d + k :])
     v = v.movedim(d, 0) if d else v
-    (v,) = fit(spec.mesh, spec.varying, (v, (rows, *spec.dims[1:])))  # type: ignore[assignment]
+    (v,) = fit(spec.mesh, spec.varying, (v, (rows, *spec.dims[1:])))
     return _back(wrap(y.index_put((m,), v), spec), x, d, k)
 
 
@@ -151,7 +151,7 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     if rows.size > source.numel():
         raise RuntimeError("masked_scatter: expected the source to have as many elements as mask")
     v = source.reshape(-1)[: rows.size]
-    (v,) = fit(spec.mesh, spec.varying, (v, (rows,)))  # type: ignore[assignment]
+    (v,) = fit(spec.mesh, spec.varying, (v, (rows,)))
     return _back(wrap(y.masked_scatter(at, v), spec), x, 0, m.ndim).reshape(shape)
 
 

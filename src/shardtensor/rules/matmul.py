@@ -1,11 +1,4 @@
-"""Products: linear, matmul and their kin as one contraction over labelled dims.
-
-Each dim of two operands has a label. A mesh axis shards one label: the largest operand's choice
-counts, the other operand follows (cut along a label that it has, whole where it has not). A label
-that is summed away while sharded leaves addends, which one all-reduce adds up; but a small operand
-whose partner is large and whole (features before a classifier) is gathered instead: cutting the
-weight would copy it, and its gradient would have to be put together again.
-"""
+"""Products: linear, matmul and their kin as one contraction over labelled dims."""
 
 from __future__ import annotations
 
@@ -16,93 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
-from ..redistribute import fit, reduced
+from ..redistribute import fit
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-
-Labels = tuple[str, ...]
-Known = Spec | torch.Size
-
-
-@cached
-def plan(
-    a: Known, b: Known, la: Labels, lb: Labels, lo: Labels, weight: int | None = None
-) -> tuple[Spec, tuple[Dim, ...], tuple[Dim, ...], tuple[int, ...], tuple[int, ...]]:
-    """(spec of the output, dims wanted of a and of b, axes that vary, axes to reduce over).
-
-    weight: which operand is a whole one that is learned.
-    """
-    specs = [(k, labels) for k, labels in ((a, la), (b, lb)) if isinstance(k, Spec)]
-    mesh = specs[0][0].mesh
-    if any(s.mesh != mesh for s, _ in specs):
-        raise UnsupportedOpError(f"a product of tensors on different meshes: {a} and {b}")
-    sizes: dict[str, int] = {}
-    for k, labels in ((a, la), (b, lb)):
-        shape = k.shape if isinstance(k, Spec) else k
-        for name, n in zip(labels, shape, strict=True):
-            if sizes.setdefault(name, n) != n:
-                raise RuntimeError(f"product of shapes that do not fit: {a} and {b}")
-    chosen: dict[str, Dim] = {}
-    used: set[int] = set()
-    numel = [(k.shape if isinstance(k, Spec) else k).numel() for k in (a, b)]
-    small = (weight == 1 and numel[0] < numel[1]) or (weight == 0 and numel[1] < numel[0])
-    for spec, labels in sorted(specs, key=lambda s: -s[0].shape.numel()):
-        for name, dim in zip(labels, spec.dims, strict=True):
-            if small and name not in lo:
-                continue
-            # a label that only one operand has and the output has not is a broadcast dim of size 1
-            alone = (name in la) + (name in lb) + (name in lo) == 1
-            if dim.axes and name not in chosen and used.isdisjoint(dim.axes) and not alone:
-                chosen[name] = dim
-                used.update(dim.axes)
-    dims = {name: chosen.get(name, Dim(n)) for name, n in sizes.items()}
-    summed = sorted(a for name, d in chosen.items() if name not in lo for a in d.axes)
-    return (
-        Spec(mesh, tuple(dims[name] for name in lo)),
-        tuple(dims[name] for name in la),
-        tuple(dims[name] for name in lb),
-        tuple(sorted(used)),
-        tuple(summed),
-    )
-
-
-def _known(x: Tensor) -> Known:
-    return x._spec if isinstance(x, ShardTensor) else x.shape
+from . import labels
+from .labels import Labels
 
 
 def contract(
-    product: Callable[[Tensor, Tensor], Tensor],
-    a: Tensor,
-    b: Tensor,
-    la: Labels,
-    lb: Labels,
-    lo: Labels,
+    product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, *terms: Labels
 ) -> Tensor:
-    """product(a, b) of global tensors whose dims carry labels la, lb; the result has labels lo."""
-    if not isinstance(a, ShardTensor) and not isinstance(b, ShardTensor):
-        return product(a, b)
-    a, b = _whole_sums(a), _whole_sums(b)
-    weight = next((i for i, w in enumerate((a, b)) if _is_weight(w)), None)
-    spec, da, db, varying, summed = plan(_known(a), _known(b), la, lb, lo, weight)
-    x, y = fit(spec.mesh, varying, (a, da), (b, db))
-    assert x is not None and y is not None
-    local = product(x, y)
-    if summed:
-        local = comm.reduce(local, comm.group(spec.mesh, summed))
-    return wrap(local, spec)
-
-
-def _is_weight(x: Tensor) -> bool:
-    return x.requires_grad and x.is_leaf and not isinstance(x, ShardTensor)
-
-
-def _whole_sums(x: Tensor) -> Tensor:
-    return reduced(x) if isinstance(x, ShardTensor) else x
+    """product(a, b) of global tensors whose dims carry labels; the last term is the result's."""
+    return labels.run(terms, product, a, b)
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -138,32 +60,19 @@ def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
 @rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Batched matrix product with torch.matmul's broadcasting."""
-    na, nb = input.ndim, other.ndim
-    if na == 0 or nb == 0:
+    if not input.ndim or not other.ndim:
         raise RuntimeError("matmul: both arguments need to be at least 1D")
+    return labels.run(_products(input.ndim, other.ndim), torch.matmul, input, other)
+
+
+@cached
+def _products(na: int, nb: int) -> tuple[Labels, ...]:
+    """The labels of a product of tensors of na and nb dims: vectors have no rows or columns."""
     batch = max(na, nb, 2) - 2
-    la: list[str] = []
-    lb: list[str] = []
-    lo: list[str] = []
-    for i in range(batch):
-        da, db = i - batch + na - 2, i - batch + nb - 2
-        name = f"b{i}"
-        sizes = [x.shape[d] for x, d in ((input, da), (other, db)) if d >= 0]
-        whole = max(sizes) if 0 not in sizes else 0
-        if da >= 0:
-            la.append(name if input.shape[da] == whole else f"{name}a")
-        if db >= 0:
-            lb.append(name if other.shape[db] == whole else f"{name}b")
-        lo.append(name)
-    if na > 1:
-        la.append("i")
-        lo.append("i")
-    la.append("k")
-    lb.append("k")
-    if nb > 1:
-        lb.append("j")
-        lo.append("j")
-    return contract(torch.matmul, input, other, tuple(la), tuple(lb), tuple(lo))
+    rows, columns = ("i",) * (na > 1), ("j",) * (nb > 1)
+    left = (*labels.broadcast(max(na - 2, 0), batch), *rows, "k")
+    right = (*labels.broadcast(max(nb - 2, 0), batch), "k", *columns)
+    return left, right, (*labels.broadcast(batch, batch), *rows, *columns)
 
 
 def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
@@ -244,7 +153,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 @rule(torch.einsum)
 def einsum(equation: str, *operands: Tensor) -> Tensor:
-    """Einstein sums, two operands at a time from the left; letters and one ellipsis."""
+    """Einstein sums, two operands at a time from the left; sizes of 1 broadcast, as in torch."""
     if not isinstance(equation, str):
         raise UnsupportedOpError("einsum with sublists: give it an equation with letters")
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -267,7 +176,8 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         if not isinstance(x, ShardTensor) and not isinstance(y, ShardTensor):
             x = torch.einsum(local, x, y)
         else:
-            x = contract(partial(torch.einsum, local), x, y, lx, ly, lo)
+            terms = [tuple([f".{name}" for name in term]) for term in (lx, ly, lo)]
+            x = contract(partial(torch.einsum, local), x, y, *terms)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]
     if gone:

@@ -19,6 +19,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
+from . import labels
 from .inout import fill_out
 
 
@@ -94,32 +95,19 @@ def is_in_place(func: Any) -> bool:
 
 def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     """The spec of the broadcast result and the dims in which each operand is wanted."""
-    return _align(*(x._spec if isinstance(x, ShardTensor) else x.shape for x in tensors))
+    return _align(*[x._spec if isinstance(x, ShardTensor) else x.shape for x in tensors])
+
+
+@cached
+def _align(*known: labels.Known) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
+    ndims = [len(k.dims if isinstance(k, Spec) else k) for k in known]
+    plan = labels.plan(labels.elementwise(*ndims), *known)
+    return plan.out, plan.wanted
 
 
 def align_to(spec: Spec, *tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     """As `align`, for a result whose spec is given."""
     return spec, tuple(_wanted(spec.dims, x.shape) for x in tensors)
-
-
-@cached
-def _align(*known: Spec | torch.Size) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
-    specs = [k for k in known if isinstance(k, Spec)]
-    mesh = specs[0].mesh
-    if any(s.mesh != mesh for s in specs):
-        raise UnsupportedOpError(f"tensors on different meshes: {specs}; distribute all on one")
-    shapes = [k.shape if isinstance(k, Spec) else k for k in known]
-    shape = torch.broadcast_shapes(*shapes)
-    dims = [Dim(n) for n in shape]
-    used: set[int] = set()
-    for spec in sorted(specs, key=lambda s: -s.shape.numel()):
-        lead = len(shape) - len(spec.dims)
-        for d, dim in enumerate(spec.dims, lead):
-            free = not dims[d].axes and used.isdisjoint(dim.axes)
-            if dim.axes and dim.size == shape[d] and free:
-                dims[d] = dim
-                used.update(dim.axes)
-    return Spec(mesh, tuple(dims)), tuple(_wanted(tuple(dims), s) for s in shapes)
 
 
 def _wanted(dims: tuple[Dim, ...], shape: torch.Size) -> tuple[Dim, ...]:
