@@ -176,8 +176,8 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         if not isinstance(x, ShardTensor) and not isinstance(y, ShardTensor):
             x = torch.einsum(local, x, y)
         else:
-            terms = [tuple([f".{name}" for name in term]) for term in (lx, ly, lo)]
-            x = contract(partial(torch.einsum, local), x, y, *terms)
+            dotted = [tuple([f".{name}" for name in term]) for term in (lx, ly, lo)]
+            x = contract(partial(torch.einsum, local), x, y, *dotted)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]
     if gone:
