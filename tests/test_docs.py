@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor import registry
+from shardtensor import testing as T
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -48,15 +51,54 @@ def test_error_messages_are_those_of_the_code():
     assert len(pieces) > 20 and not missing
 
 
-def test_the_worked_example_of_a_rule():
+def test_the_rules_of_the_page_on_rules():
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "rules.md").read_text(), re.S)
     module = types.ModuleType("example_of_a_rule")
     sys.modules[module.__name__] = module
     try:
-        exec(blocks[0] + blocks[1], module.__dict__)
+        exec("\n".join(blocks), module.__dict__)
+        _hold_the_rules_of_the_page(module)
     finally:
         del sys.modules[module.__name__]
     assert callable(module.mean3.__wrapped__) and module.st is st
+
+
+def _hold_the_rules_of_the_page(module):
+    g = torch.Generator().manual_seed(0)
+    image, a, b, w = (
+        torch.randn(*s, dtype=torch.float64, generator=g)
+        for s in ((2, 3, 7, 6), (2, 7, 3), (5, 3), (3,))
+    )
+    for cut in T.cuts(7):
+        mesh, rows = (len(cut),), T.shard(1, cut)
+        T.hold(module.smooth, [image], [T.shard(2, cut)], mesh)
+        T.hold(module.similarity, [a, b, w], [rows, None, None], mesh)
+        T.hold(module.similarity, [a, b, w], [T.shard(2), T.replicated(), None], mesh)
+        T.hold(module.unit, [a], [rows], mesh)
+    two = T.On([Shard(2), Shard(3)])
+    T.hold(module.smooth, [image], [two], (2, 2))
+    T.hold(module.similarity, [a, b, w], [T.On([Shard(1), Shard(2)]), None, None], (2, 2))
+    T.hold(module.unit, [a], [T.On([Shard(0), Shard(1)])], (2, 2))
+
+
+def test_the_rule_of_contributing(monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rule, test = re.findall(r"```python\n(.*?)```", text, re.S)
+    # outside the library: absolute imports
+    rule = re.sub(r"from \.\.(\w+)", r"from shardtensor.\1", rule)
+    rule = re.sub(r"from \.(\w+)", r"from shardtensor.rules.\1", rule)
+    module = {"__name__": "example_of_contributing"}
+    # undone by monkeypatch, as the library takes diff apart without a rule
+    monkeypatch.setitem(registry.rules, "diff", None)
+    try:
+        exec(rule + test, module)
+        for cut in T.cuts(7):
+            for n in (1, 3, 8):
+                module["test_diff"](cut, n)
+        module["test_diff_refuses_prepend"]()
+    finally:
+        monkeypatch.undo()
+        registry.handlers.clear()
 
 
 def test_the_example_of_attention():

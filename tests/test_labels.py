@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -35,7 +36,7 @@ def test_a_pairwise_op(cut, places):
     on = {
         "p": [T.shard(1, cut), None], "r": [None, T.shard(0)], "M": [T.shard(2), T.shard(1)],
         "both": [T.shard(1, cut), T.shard(0)], "batch": [T.shard(0), None],
-        "partial": [T.On([T.Replicate()]), T.shard(0)],
+        "partial": [T.On([Replicate()]), T.shard(0)],
     }[places]  # fmt: skip
     T.hold(_pairs, [_numbers(2, 7, 3), _numbers(5, 3)], on, (len(cut),))
 
@@ -50,16 +51,16 @@ def test_a_contraction_of_three(dims, ranks):
 
 
 def test_two_axes():
-    on = [T.On([T.Shard(1), T.Shard(0)]), T.On([T.Replicate(), T.Shard(0)])]
+    on = [T.On([Shard(1), Shard(0)]), T.On([Replicate(), Shard(0)])]
     T.hold(_pairs, [_numbers(2, 7, 3), _numbers(5, 3)], on, (2, 2))
 
 
 def test_a_summed_label_costs_one_all_reduce():
     def run():
         mesh = T.make_mesh((2,))
-        a = st.distribute_tensor(_numbers(2, 5, 4), mesh, [T.Shard(2)])
-        w = st.distribute_tensor(_numbers(4), mesh, [T.Shard(0)])
-        b = st.distribute_tensor(_numbers(2, 4), mesh, [T.Shard(1)])
+        a = st.distribute_tensor(_numbers(2, 5, 4), mesh, [Shard(2)])
+        w = st.distribute_tensor(_numbers(4), mesh, [Shard(0)])
+        b = st.distribute_tensor(_numbers(2, 4), mesh, [Shard(1)])
         with st.trace() as t:
             _weighted(a, w, b)
         return t.messages, t.bytes
@@ -78,7 +79,7 @@ def test_a_summed_label_costs_one_all_reduce():
 def test_what_does_not_fit_raises_on_every_rank(pattern, shapes, error):
     def run():
         mesh = T.make_mesh((2,))
-        given = [st.distribute_tensor(torch.ones(s), mesh, [T.Shard(0)]) for s in shapes]
+        given = [st.distribute_tensor(torch.ones(s), mesh, [Shard(0)]) for s in shapes]
         with pytest.raises(error):
             labels.run(pattern, lambda *x: x[0], *given)
 

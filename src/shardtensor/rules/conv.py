@@ -24,8 +24,8 @@ from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from .halo import Halo, Settings, halo_conv
 from .norm import sharded
-from .overlap import Taps, overlapped, pays
-from .windows import Ints, Reach, each, fetch, spread, strided
+from .overlap import overlapped, pays
+from .windows import Ints, Reach, Stencil, each, fetch, spread, strided
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
@@ -41,7 +41,7 @@ class Local(NamedTuple):
     dims: the spatial dims of the output.
     halo: where the last sharded dim has halos of direct neighbours on both sides and as many rows
         out as in, its width and the padding in all dims, 0 in other sharded ones.
-    taps: how output rows of the last sharded dim read input rows, for a forward convolution.
+    last: the stencil of the last sharded dim, for a forward convolution.
     """
 
     reaches: tuple[tuple[int, Reach], ...]
@@ -51,7 +51,7 @@ class Local(NamedTuple):
     crops: tuple[tuple[int, int, int], ...]
     dims: tuple[Dim, ...]
     halo: tuple[int, tuple[int, ...]] | None = None
-    taps: Taps | None = None
+    last: Stencil | None = None
 
 
 class Channels(NamedTuple):
@@ -163,27 +163,27 @@ def _forward(
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
     reaches, pads, ahead, dims = [], [], [], []
-    width, taps = 0, None
+    width, last = 0, None
     for i, (dim, k, s, d) in enumerate(
         zip(spec.dims[lead:], kernel, stride, dilation, strict=True)
     ):
         span = d * (k - 1)
         before = span // 2 if padding == "same" else 0 if isinstance(padding, str) else padding[i]
         behind = span - before if padding == "same" else before
-        free = dim.size + before + behind - span - 1
-        if free < 0:
+        stencil = Stencil(k, s, before, d, behind)
+        out = stencil.outputs(dim.size)
+        if dim.size + before + behind <= span:
             raise RuntimeError(
                 f"conv{len(kernel)}d: Kernel size {span + 1} can't be greater than the padded "
                 f"input: dim {lead + i} has size {dim.size}, padding {before} and {behind}"
             )
-        out = free // s + 1
         if _is_cut(dim):
-            reach = strided(dim, k, s, before, d, out)
+            reach = strided(dim, stencil)
             reaches.append((lead + i, reach))
             dims.append(reach.dim)
             pads.append(0)
             ahead.append(0)
-            taps = Taps(s, before, span + 1)
+            last = stencil
             same = s == 1 and before == behind == span - before
             width = before if same and min(dim.sizes) >= before else 0
         else:
@@ -196,7 +196,7 @@ def _forward(
     if width and lead == 2 and not more:
         halo = width, tuple(width if lead + i == reaches[-1][0] else p for i, p in enumerate(pads))
     return Local(
-        tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo, taps
+        tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo, last
     )
 
 
@@ -333,10 +333,10 @@ def _convolved(
     *others, (d, reach) = plan.reaches
     for other, needed in others:
         local = fetch(local, other, spec, needed)
-    if plan.taps is None or not pays(spec):
+    if plan.last is None or not pays(spec):
         return op(fetch(local, d, spec, reach))
     if plan.halo is None or channels.partial:
-        return overlapped(local, d, spec, reach, plan.taps, op, 0.0)
+        return overlapped(local, d, spec, reach, plan.last, op, 0.0)
     width, padding = plan.halo
     halo = Halo(d, width, spec.dims[d].sizes, comm.group(spec.mesh, spec.dims[d].axes))
     settings = Settings(each(stride, n), padding, each(dilation, n), groups)

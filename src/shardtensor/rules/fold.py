@@ -22,9 +22,9 @@ from ..redistribute import reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_view
 from .shape import _gathered_on_lead, _index, _on_multiples
-from .windows import Ints, each, fetch, spread, strided, trim
+from .sliding import sliding
+from .windows import Ints, Stencil, each, fetch, spread, stencils, strided
 
 _im2col, _col2im = torch._C._nn.im2col, torch._C._nn.col2im
 
@@ -45,8 +45,9 @@ def im2col(
     blocks, local = Dim(shape[-1]), x._local
     image = spec.dims[h]
     if image.axes:
-        wide = (x.shape[w] + 2 * p[1] - d[1] * (k[1] - 1) - 1) // s[1] + 1
-        reach = strided(image, k[0], s[0], p[0], d[0], shape[-1] // wide)
+        high, across = stencils(2, k, s, p, d)
+        wide = across.outputs(x.shape[w])
+        reach = strided(image, high)
         blocks = _times(reach.dim, wide)
         local, p = fetch(local, h, spec, reach), (0, p[1])
     out = spec.with_dims([*spec.dims[: h - 1], channels, blocks])
@@ -64,7 +65,7 @@ def col2im(
     x = reduced(input)
     size, k, d, p, s = (each(v, 2) for v in (output_size, kernel_size, dilation, padding, stride))
     shape = _shape(_col2im, tuple(x.shape), size, k, d, p, s)
-    wide = (size[1] + 2 * p[1] - d[1] * (k[1] - 1) - 1) // s[1] + 1
+    wide = stencils(2, k, s, p, d)[1].outputs(size[1])
     c, blocks = x.ndim - 2, x.ndim - 1
     dims = list(x._spec.dims)
     for i, q in ((c, k[0] * k[1]), (blocks, wide)):
@@ -132,14 +133,9 @@ def unfold(input: ShardTensor, dimension: int, size: int, step: int) -> ShardTen
         return wrap(local, spec.with_dims(dims))
     if not 0 < size <= dim.size or step <= 0:
         return fall_back(torch.Tensor.unfold, (x, d, size, step), {})
-    reach = strided(dim, size, step, 0, 1, None)
-    rows = fetch(x._local, d, spec, reach)
-    local = trim(rows.unfold(d, size, step), d, spec, reach)
-    dims = [*spec.dims, Dim(size)]
-    dims[d] = reach.dim
-    if not reach.inside:
-        stands_for_view(local, x._local, "unfold")
-    return wrap(local, spec.with_dims(dims))
+    return sliding(
+        x, {d: Stencil(size, step)}, lambda rows: rows.unfold(d, size, step), view="unfold"
+    )
 
 
 @rule("rot90")

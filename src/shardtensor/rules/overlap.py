@@ -20,18 +20,10 @@ from .. import _torch, comm
 from ..comm import wire
 from ..comm.plan import FILL, Exchange, exchange
 from ..spec import Spec
-from .windows import Reach, fetch
+from .windows import Reach, Stencil, fetch
 
 # elements of a shard below which one more kernel launch costs more than a copy of the input
 WORTH = 2**18
-
-
-class Taps(NamedTuple):
-    """Output row j reads the rows from j * stride - before on, `extent` of them."""
-
-    stride: int
-    before: int
-    extent: int
 
 
 class _Route(NamedTuple):
@@ -53,22 +45,21 @@ def pays(spec: Spec) -> bool:
 
 
 def overlapped(
-    x: Tensor, d: int, spec: Spec, reach: Reach, taps: Taps, op: Callable[[Tensor], Tensor],
+    x: Tensor, d: int, spec: Spec, reach: Reach, stencil: Stencil, op: Callable[[Tensor], Tensor],
     fill: float,
 ) -> Tensor:  # fmt: skip
-    """op of this rank's window along dim d, where op makes its output rows from the rows `taps`."""
+    """op of this rank's window along dim d, where op makes its output rows as the stencil says."""
     dim, me = spec.dims[d], spec.index[d]
     group = comm.group(spec.mesh, dim.axes)
     if reach.inside or comm.size(group) == 1:
         return op(fetch(x, d, spec, reach, fill))
     starts, stops = zip(*reach.windows, strict=True)
     plan = exchange(dim.sizes, starts, stops, False, comm.rank(group))
-    first, last = _interior(spec, d, reach, taps)
     own = _own(plan, me)
     route, sent = _route(plan, d, me, group)
-    first, last = _interior(spec, d, reach, taps)
+    first, last = _interior(spec, d, reach, stencil)
     ends = reach.dim.offsets[me], reach.dim.offsets[me + 1]
-    ranges = _ranges(own, spec.offset[d], ends, first, last, taps)
+    ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
     pieces = _Cut.apply(x, d, (*sent, *ranges))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
     coming = _Begin.apply(route, x, *parts)
@@ -86,12 +77,12 @@ def overlapped(
 
 
 def _ranges(
-    own: range, offset: int, ends: tuple[int, int], first: int, last: int, taps: Taps
+    own: range, offset: int, ends: tuple[int, int], first: int, last: int, stencil: Stencil
 ) -> list[tuple[int, int]]:
     """Local rows that the outputs before, in and after the interior read of this rank's own."""
     if first == last:
         return [(own.start, own.stop), (0, 0), (0, 0)]
-    stride, before, extent = taps
+    stride, before, extent = stencil.stride, stencil.before, stencil.extent
 
     def row(output: int) -> int:
         return output * stride - before - offset
@@ -103,13 +94,13 @@ def _ranges(
     ]
 
 
-def _interior(spec: Spec, d: int, reach: Reach, taps: Taps) -> tuple[int, int]:
+def _interior(spec: Spec, d: int, reach: Reach, stencil: Stencil) -> tuple[int, int]:
     """The output rows [first, last) of this rank that read own rows only."""
     me, start = spec.index[d], spec.offset[d]
     stop = start + spec.dims[d].sizes[me]
     a, b = reach.dim.offsets[me], reach.dim.offsets[me + 1]
-    first = max(a, -(-(start + taps.before) // taps.stride))
-    last = min(b, (stop - taps.extent + taps.before) // taps.stride + 1)
+    first = max(a, -(-(start + stencil.before) // stencil.stride))
+    last = min(b, (stop - stencil.extent + stencil.before) // stencil.stride + 1)
     return (first, last) if first < last else (a, a)
 
 

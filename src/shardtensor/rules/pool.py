@@ -4,104 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import cached
 from ..redistribute import reduced
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from .overlap import Taps, overlapped, pays
-from .windows import Ints, Reach, each, fetch, strided, trim
-
-Reaches = tuple[tuple[int, Reach], ...]
-
-
-class Stencil(NamedTuple):
-    """One dim's kernel, stride, padding and dilation."""
-
-    kernel: int
-    stride: int
-    before: int
-    dilation: int
-
-    @property
-    def extent(self) -> int:
-        """The rows from the first to the last that one output reads."""
-        return (self.kernel - 1) * self.dilation + 1
-
-    def outputs(self, size: int, ceil: bool) -> int:
-        """How many outputs torch makes of `size` rows.
-
-        With ceil a last partial output counts if it starts within the input or the padding before.
-        """
-        span = size + 2 * self.before - self.extent
-        rows = (-(-span // self.stride) if ceil else span // self.stride) + 1
-        if ceil and (rows - 1) * self.stride >= size + self.before:
-            rows -= 1
-        return rows
-
-
-@cached
-def _plan(
-    spec: Spec, n: int, stencils: tuple[Stencil, ...], ceil: bool
-) -> tuple[Spec, Reaches, tuple[int, ...]]:
-    """(output spec, the rows to fetch in each sharded dim, the padding left to the local op)."""
-    first = len(spec.dims) - n
-    dims, reaches, left = list(spec.dims), [], []
-    for i, s in enumerate(stencils):
-        d = first + i
-        if 2 * s.before > s.extent:
-            raise RuntimeError(f"pad should be at most half of effective kernel size, but is {s}")
-        rows = s.outputs(spec.dims[d].size, ceil)
-        if rows <= 0:
-            raise RuntimeError(f"pooling {spec} with {s}: output size is too small")
-        if spec.dims[d].axes:
-            reach = strided(spec.dims[d], s.kernel, s.stride, s.before, s.dilation, rows)
-            dims[d] = reach.dim
-            reaches.append((d, reach))
-            left.append(0)
-        else:
-            dims[d] = Dim(rows)
-            left.append(s.before)
-    return spec.with_dims(dims), tuple(reaches), tuple(left)
+from .sliding import fetched, plan, sliding
+from .windows import Ints, Reach, Stencil, stencils, trim
 
 
 def _stencils(
-    n: int, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints = 1
-) -> tuple[Stencil, ...]:
+    x: ShardTensor, n: int, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
+    ceil: bool,
+) -> dict[int, Stencil]:  # fmt: skip
+    """The stencil of each of the last n dims; raises what torch raises."""
     strides = kernel if stride is None or (not isinstance(stride, int) and not stride) else stride
-    return tuple(
-        Stencil(k, s, p, d)
-        for k, s, p, d in zip(
-            each(kernel, n), each(strides, n), each(padding, n), each(dilation, n),
-            strict=True,
-        )
-    )  # fmt: skip
+    found = {}
+    for d, s in enumerate(stencils(n, kernel, strides, padding, dilation), x.ndim - n):
+        if 2 * s.before > s.extent:
+            raise RuntimeError(f"pad should be at most half of effective kernel size, but is {s}")
+        found[d] = s._replace(ceil=ceil)
+        if found[d].outputs(x.shape[d]) <= 0:
+            raise RuntimeError(f"pooling {x._spec} with {s}: output size is too small")
+    return found
 
 
-def _fetched(x: ShardTensor, reaches: Reaches, fill: float) -> Tensor:
-    local = x._local
-    for d, reach in reaches:
-        local = fetch(local, d, x._spec, reach, fill)
-    return local
-
-
-def _over_rows(
-    x: ShardTensor, reaches: Reaches, stencils: Sequence[Stencil], fill: float,
-    op: Callable[[Tensor], Tensor],
-) -> Tensor:  # fmt: skip
-    """op of this rank's window; in large shards rows travel while others are pooled."""
-    if not reaches or not pays(x._spec):
-        return op(_fetched(x, reaches, fill))
-    (d, reach), *others = reaches
-    s = stencils[d - x.ndim + len(stencils)]
-    taps = Taps(s.stride, s.before, s.extent)
-    return overlapped(_fetched(x, tuple(others), fill), d, x._spec, reach, taps, op, fill)
+def _kernels(found: dict[int, Stencil]) -> tuple[list[int], list[int]]:
+    return [s.size for s in found.values()], [s.stride for s in found.values()]
 
 
 def some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
@@ -135,13 +69,12 @@ def _max_pool(
     ceil_mode: bool, indices: bool,
 ) -> tuple[ShardTensor, ShardTensor | None]:  # fmt: skip
     x = reduced(input)
-    stencils = _stencils(n, kernel, stride, padding, dilation)
-    spec, reaches, left = _plan(x._spec, n, stencils, ceil_mode)
+    found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
-    kernels, strides = [s.kernel for s in stencils], [s.stride for s in stencils]
-    dilations = [s.dilation for s in stencils]
+    kernels, strides = _kernels(found)
+    dilations = [s.dilation for s in found.values()]
 
-    def pool(local: Tensor) -> Any:
+    def pool(local: Tensor, left: Sequence[int] = (0,) * n) -> Any:
         return some_channels(
             local,
             x.ndim - n - 1,
@@ -149,15 +82,16 @@ def _max_pool(
         )
 
     if not indices:
-        out = _over_rows(x, reaches, stencils, low, lambda local: pool(local)[0])
-        for d, reach in reaches:
-            out = trim(out, d, spec, reach)
-        return wrap(out, spec), None
-    local = _fetched(x, reaches, low)
-    out, index = pool(local)
-    index = _global_index(index, local.shape[-n:], x._spec, dilations, dict(reaches))
-    for d, reach in reaches:
-        out, index = trim(out, d, spec, reach), trim(index, d, spec, reach)
+        return sliding(x, found, lambda *rows: pool(*rows)[0], fill=low), None
+    dims, reaches, left = plan(x._spec, tuple(found.items()))
+    local = fetched(x, reaches, low)
+    out, index = pool(local, left)
+    index = _global_index(
+        index, local.shape[-n:], x._spec, dilations, {d: reach for d, _, reach in reaches}
+    )
+    for d, _, reach in reaches:
+        out, index = trim(out, d, x._spec, reach), trim(index, d, x._spec, reach)
+    spec = x._spec.with_dims([*x._spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
     return wrap(out, spec), wrap(index, spec)
 
 
@@ -215,7 +149,7 @@ def _counts(s: Stencil, rows: range, size: int, include_pad: bool) -> list[int]:
     found = []
     for j in rows:
         start = j * s.stride - s.before
-        stop = min(start + s.kernel, size + s.before)
+        stop = min(start + s.size, size + s.before)
         found.append(stop - start if include_pad else max(0, min(stop, size) - max(start, 0)))
     return found
 
@@ -225,43 +159,38 @@ def _avg_pool(
     count_include_pad: bool, divisor: int | None,
 ) -> ShardTensor:  # fmt: skip
     x = reduced(input)
-    stencils = _stencils(n, kernel, stride, padding)
-    spec, reaches, left = _plan(x._spec, n, stencils, ceil_mode)
+    found = _stencils(x, n, kernel, stride, padding, 1, ceil_mode)
     first = x.ndim - n
-    kernels, strides = [s.kernel for s in stencils], [s.stride for s in stencils]
-    if not reaches:
-        over = () if n == 1 else (divisor,)
-        out = some_channels(
-            x._local,
-            first - 1,
-            lambda some: _AVG[n](some, kernels, strides, left, ceil_mode, count_include_pad, *over),
-        )
-        return wrap(out, spec)
+    kernels, strides = _kernels(found)
+    cut = any(dim.axes for dim in x._spec.dims[first:])
     # torch's average over whole kernels, then corrected where fewer rows count
     by = divisor or (prod(kernels) if x.is_floating_point() else 1)
-    out = _over_rows(
-        x, reaches, stencils, 0.0,
-        lambda local: some_channels(
-            local,
-            first - 1,
-            lambda some: _kernel_average(some, n, kernels, strides, left, ceil_mode, by),
-        ),
-    )  # fmt: skip
-    for i, s in enumerate(stencils if divisor is None else ()):
-        d = first + i
+    over = () if n == 1 else (divisor,)
+
+    def average(local: Tensor, left: Sequence[int] = (0,) * n) -> Tensor:
+        if cut:
+            return _kernel_average(local, n, kernels, strides, left, ceil_mode, by)
+        return _AVG[n](local, kernels, strides, left, ceil_mode, count_include_pad, *over)
+
+    def pool(local: Tensor, *left: Sequence[int]) -> Tensor:
+        return some_channels(local, first - 1, lambda some: average(some, *left))
+
+    pooled = sliding(x, found, pool)
+    if not cut or divisor is not None:
+        return pooled
+    out, spec = pooled._local, pooled._spec
+    for d, s in found.items():
         rows = range(spec.offset[d], spec.offset[d] + spec.local_shape[d])
         if not rows:
             continue
         counts = _counts(s, rows, x.shape[d], count_include_pad)
-        shape = [-1] + [1] * (n - 1 - i)
+        shape = [-1] + [1] * (x.ndim - 1 - d)
         if not x.is_floating_point():
             whole = torch.tensor(counts, dtype=out.dtype, device=out.device)
             out = torch.div(out, whole.view(shape), rounding_mode="trunc")
-        elif any(c != s.kernel for c in counts):
-            more = torch.tensor([s.kernel / c for c in counts], dtype=out.dtype, device=out.device)
+        elif any(c != s.size for c in counts):
+            more = torch.tensor([s.size / c for c in counts], dtype=out.dtype, device=out.device)
             out = out * more.view(shape)
-    for d, reach in reaches:
-        out = trim(out, d, spec, reach)
     return wrap(out, spec)
 
 

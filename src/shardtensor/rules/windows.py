@@ -27,6 +27,38 @@ def each(v: Ints, n: int) -> tuple[int, ...]:
     return tuple(v) * n if len(v) == 1 else tuple(v)
 
 
+class Stencil(NamedTuple):
+    """Output row j reads input rows j * stride - before + t * dilation for t in range(size).
+
+    before, after: rows of padding (after: as many as before, if None). ceil: whether a last partial
+    output counts, if it starts within the input or the padding before.
+    """
+
+    size: int
+    stride: int = 1
+    before: int = 0
+    dilation: int = 1
+    after: int | None = None
+    ceil: bool = False
+
+    @property
+    def extent(self) -> int:
+        """The rows from the first to the last that one output reads."""
+        return (self.size - 1) * self.dilation + 1
+
+    def outputs(self, rows: int) -> int:
+        """How many outputs `rows` input rows make; 0 or less where they are too few for one."""
+        after = self.before if self.after is None else self.after
+        span = rows + self.before + after - self.extent
+        out = (-(-span // self.stride) if self.ceil else span // self.stride) + 1
+        return out - (self.ceil and (out - 1) * self.stride >= rows + self.before)
+
+
+def stencils(n: int, *values: Ints) -> tuple[Stencil, ...]:
+    """Stencils of n spatial dims from torch's kernel, stride, padding, dilation."""
+    return tuple([Stencil(*row) for row in zip(*(each(v, n) for v in values), strict=True)])
+
+
 class Reach(NamedTuple):
     """The output dim, and the input rows [start, stop) of every rank; they may lie outside.
 
@@ -41,22 +73,18 @@ class Reach(NamedTuple):
 
 
 @cached
-def strided(
-    dim: Dim, kernel: int, stride: int, padding: int, dilation: int, out: int | None
-) -> Reach:
-    """Output row j of `out` reads rows j * stride - padding + t * dilation for t in range(kernel).
+def strided(dim: Dim, stencil: Stencil) -> Reach:
+    """The output rows of a stencil and what they read.
 
-    padding: rows before the first; what follows the last is part of `out`, the number of output
-    rows. Rows are cut where input rows are, at kernel centres: halos are the same on both sides,
-    and "same" padding keeps sizes.
+    Rows are cut where input rows are, at kernel centres: halos are the same on both sides, and
+    "same" padding keeps sizes.
     """
-    reach = dilation * (kernel - 1)
-    if out is None:
-        out = (dim.size + 2 * padding - reach - 1) // stride + 1
-    centre = reach // 2 - padding
+    reach, stride, before = stencil.extent - 1, stencil.stride, stencil.before
+    out = max(0, stencil.outputs(dim.size))
+    centre = reach // 2 - before
     ends = _cut(dim, out, [-(-(o - centre) // stride) for o in dim.offsets])
     windows = [
-        (a * stride - padding, (b - 1) * stride - padding + reach + 1) if a < b else (-reach - 1, 0)
+        (a * stride - before, (b - 1) * stride - before + reach + 1) if a < b else (-reach - 1, 0)
         for a, b in pairwise(ends)
     ]
     return _reach(dim, ends, windows)
