@@ -32,6 +32,11 @@ handle_torch_function_names = (
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _outer = threading.local()
+# the dispatcher's state above autograd, outside of autocast
+_KEYS = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
 
 
 @contextmanager
@@ -59,12 +64,11 @@ def composite_call() -> Iterator[None]:
 
 @contextmanager
 def leaf_call() -> Iterator[None]:
-    """Around the local program of a leaf op: autograd, autocast, tracing as at the outer call."""
-    state = getattr(_outer, "state", None)
-    if state is None:
-        yield
-        return
-    keys, modes = state
+    """Around the local program of a leaf op: autograd, autocast, tracing as at the outer call.
+
+    Where C++ came here by itself it has done its autograd on the wrapper, which has none.
+    """
+    keys, modes = getattr(_outer, "state", None) or (_KEYS, ())
     with torch._C._ForceDispatchKeyGuard(*keys), torch._C._EnableTorchFunction():
         for mode in reversed(modes):
             _python_dispatch._push_mode(mode)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _probe, _torch
+from . import _jit, _probe, _torch
 from .comm import count
 from .errors import UnsupportedOpError
 from .fallback import fall_back, is_shard
@@ -67,6 +67,8 @@ def _canonical(func: Any) -> tuple[str, bool]:
 
 
 def _resolve(func: Any) -> Handler:
+    if isinstance(func, _jit.Scripted):
+        return _counted(_scripted, str(func.name), False)
     name, reflected = _canonical(func)
     packet = _torch.aten_packet(name)
     own = func in rules or name in rules
@@ -172,15 +174,34 @@ def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(args[0]._local, *args[1:], **kwargs)
 
 
-def _decompose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A C++ composite: its leaf ops come back through `__torch_dispatch__`."""
+def _scripted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What torch.jit made: the Python that was scripted, else its graph op by op."""
+    python = _jit.python_of(func)
+    if python is not None:
+        return python(*args, **kwargs)
+    program, given = _jit.op_by_op(func, args, kwargs)
+    return _decompose(program, given, {}, True)
+
+
+def _of_shards(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handler | None:
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=is_shard)
+    return handlers[func] if any(map(is_shard, leaves)) else None
+
+
+def _decompose(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool = False
+) -> Any:
+    """A C++ composite: its leaf ops come back through `__torch_dispatch__`.
+
+    every: plain tensors are wrapped too, for a program with autograd of its own.
+    """
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
     mesh = next(x._spec.mesh for x in leaves if is_shard(x))
     for i, x in enumerate(leaves):
         if is_shard(x):
             # without history of its own, else C++ would record the composite a second time
             leaves[i] = wrap(x._local, x._spec)
-        elif isinstance(x, Tensor) and _torch.is_tracing():
+        elif isinstance(x, Tensor) and (every or _torch.is_tracing()):
             # what the composite does to plain tensors alone must be traced as well
             leaves[i] = wrap(x, Spec(mesh, tuple(Dim(n) for n in x.shape)))
     args, kwargs = pytree.tree_unflatten(leaves, tree)
@@ -225,3 +246,5 @@ def _opened(func: Any) -> Handler:
 
 
 handlers.resolve = _resolve
+handlers.passing = _jit.Scripted
+_jit.install_script_hook(_of_shards)

@@ -15,9 +15,13 @@ class Handlers(dict[Any, Handler]):
     """Torch function -> handler(func, args, kwargs); a miss asks `resolve`, once."""
 
     resolve: Callable[[Any], Handler]
+    # types of functions that are made anew for each call
+    passing: tuple[type, ...] = ()
 
     def __missing__(self, func: Any) -> Handler:
-        handler = self[func] = self.resolve(func)
+        handler = self.resolve(func)
+        if not isinstance(func, self.passing):
+            self[func] = handler
         return handler
 
 
