@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from .redistribute import like
+from .redistribute import cotangent, gradient
 from .registry import rules
 from .spec import Spec
 from .tensor import ShardTensor, refuse_transforms, wrap
@@ -26,13 +26,13 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, wrapper: ShardTensor) -> ShardTensor:
-        ctx.spec = wrapper._spec.cotangent
+        ctx.spec = wrapper._spec
         ctx.mark_dirty(wrapper)
         return wrapper
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return like(grad, ctx.spec)._local, None
+        return cotangent(grad, ctx.spec), None
 
 
 class _Continue(torch.autograd.Function):
@@ -40,12 +40,12 @@ class _Continue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
-        ctx.spec = spec.cotangent
+        ctx.spec = spec
         return local.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
-        return wrap(grad, ctx.spec), None, None
+        return gradient(grad, ctx.spec), None, None
 
 
 def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -92,7 +92,7 @@ def _local(x: Any) -> Any:
 
 def _roots(outputs: Any, grads: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     paired = [
-        like(g, x._spec.cotangent)._local if isinstance(x, ShardTensor) and g is not None else g
+        cotangent(g, x._spec) if isinstance(x, ShardTensor) and g is not None else g
         for x, g in zip(outputs, grads, strict=True)
     ]
     return tuple(_local(x) for x in outputs), tuple(paired)

@@ -11,7 +11,6 @@ from itertools import pairwise
 from math import prod
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
@@ -70,6 +69,30 @@ def like(x: Tensor, spec: Spec) -> ShardTensor:
             raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
         x = wrap(x, spec.replicated())
     return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
+
+
+def gradient(local: Tensor, spec: Spec) -> ShardTensor:
+    """The gradient of a tensor that lies as spec, from that of its local tensor."""
+    if spec.partial:
+        group, parts = _addends(spec)
+        local = comm.alike(local if parts == 1 else local * parts, group)
+    return wrap(local, spec.cotangent)
+
+
+def cotangent(g: Tensor, spec: Spec) -> Tensor:
+    """The gradient of the local tensor from that of a tensor that lies as spec: the reverse."""
+    local = like(g, spec.cotangent)._local
+    if spec.partial:
+        group, parts = _addends(spec)
+        (local,) = comm.vary([local if parts == 1 else local / parts], group)
+    return local
+
+
+def _addends(spec: Spec) -> tuple[str, int]:
+    """(the ranks that hold addends of the same elements, of how many ranks they are averages)."""
+    axes = tuple(a for a, _ in spec.partial)
+    averaged = [spec.mesh.size(a) for a, op in spec.partial if op == "avg"]
+    return comm.group(spec.mesh, axes), prod(averaged)
 
 
 def to_placements(
@@ -141,18 +164,12 @@ def _settle_partial(
 
 def _make_partial(local: Tensor, mesh: DeviceMesh, axis: int, op: str) -> Tensor:
     """A replicated value as addends: whole on the axis' first rank, zero on the others."""
+    name = comm.group(mesh, (axis,))
     if op == "avg":
-        return local
+        return comm.vary([local], name)[0]
     if op != "sum":
         raise UnsupportedOpError(f"redistribute to Partial({op!r}): only sum and avg")
-    name = comm.group(mesh, (axis,))
-    n = comm.size(name)
-    if n == 1:
-        return local
-    if comm.rank(name) == 0:
-        return local
-    # an addend's cotangent is whole on every rank, so zeroing must not zero the gradient
-    return torch.nan_to_num(local - local.detach(), 0.0, 0.0, 0.0)
+    return comm.addend(local, name)
 
 
 def _block(dim: Dim, mesh: DeviceMesh, depth: int) -> tuple[int, ...]:

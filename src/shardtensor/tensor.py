@@ -241,8 +241,10 @@ class ShardTensor(torch.Tensor):
     @property
     def grad(self) -> ShardTensor | None:
         """The gradient, sharded like the tensor itself."""
+        from .redistribute import gradient
+
         g = self._local.grad
-        return None if g is None else wrap(g, self._spec.cotangent)
+        return None if g is None else gradient(g, self._spec)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -274,13 +276,13 @@ class ShardTensor(torch.Tensor):
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         """Call hook with the gradient as a ShardTensor; what it returns replaces it."""
-        from .redistribute import like
+        from .redistribute import cotangent, gradient
 
-        spec = self._spec.cotangent
+        spec = self._spec
 
         def local_hook(g: Tensor) -> Tensor | None:
-            new = hook(wrap(g, spec))
-            return None if new is None else like(new, spec)._local
+            new = hook(gradient(g, spec))
+            return None if new is None else cotangent(new, spec)
 
         return self._local.register_hook(local_hook)
 
@@ -295,20 +297,16 @@ class ShardTensor(torch.Tensor):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        from .redistribute import like
+        from .redistribute import cotangent
 
         if gradient is None:
             if self.numel() != 1:
                 raise RuntimeError("grad can be implicitly created only for scalar outputs")
             local = torch.ones_like(self._local)
         else:
-            local = like(gradient, self._spec.cotangent)._local
+            local = cotangent(gradient, self._spec)
         given = (inputs,) if isinstance(inputs, Tensor) else inputs
-        wrt = (
-            None
-            if given is None
-            else [x._local if isinstance(x, ShardTensor) else x for x in given]
-        )
+        wrt = None if given is None else [getattr(x, "_local", x) for x in given]
         # local tensors all: nothing is dispatched again
         torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _torch
 from ..errors import UnsupportedOpError
 from . import deferred, groups, wire
+from .addends import addend_op, alike_op
 from .groups import group, rank, size
 from .ops import (
     exchange_parts,
@@ -32,6 +33,8 @@ from .ops import vary as _vary
 from .plan import exchange
 
 __all__ = [
+    "addend",
+    "alike",
     "asked",
     "counts",
     "gather",
@@ -79,6 +82,16 @@ def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     Only the sum has a gradient.
     """
     return x if size(group) == 1 else reduce_op([x], op, group)[0]
+
+
+def addend(x: Tensor, group: str) -> Tensor:
+    """This rank's addend of a replicated value: all of it on the first rank, zeros on others."""
+    return x if size(group) == 1 else addend_op(x, group)
+
+
+def alike(x: Tensor, group: str) -> Tensor:
+    """The cotangent of addends, which every rank has, as one replicated value."""
+    return alike_op(x, group) if size(group) > 1 and x.requires_grad else x
 
 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:

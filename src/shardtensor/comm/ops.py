@@ -12,6 +12,8 @@
 | ring          | pass blocks `shift` ranks on           | ring by -shift                   |
 | take          | rows by global index                   | put                              |
 | put           | rows added at global indices           | take                             |
+| addend        | Replicate to Partial: on the first rank | alike                           |
+| alike         | cotangents of addends to Replicate     | addend                           |
 
 Reduce-scatter (Partial to Shard) is `window_add` with every rank's range the whole dim; its
 adjoint is then the all-gather that the design asks for. Cotangents: that of a shard is the shard of

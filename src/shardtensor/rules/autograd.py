@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
-from ..redistribute import like
+from ..redistribute import cotangent, gradient
 from ..registry import rule
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor
 
 
 @rule(torch.autograd.grad)
@@ -31,7 +31,7 @@ def grad(
     outs, ins = _many(outputs), _many(inputs)
     given = [None] * len(outs) if grad_outputs is None else _many(grad_outputs)
     cotangents = [
-        like(g, o._spec.cotangent)._local if isinstance(o, ShardTensor) and g is not None else g
+        cotangent(g, o._spec) if isinstance(o, ShardTensor) and g is not None else g
         for o, g in zip(outs, given, strict=True)
     ]
     for o, g in zip(outs, cotangents, strict=True):
@@ -48,7 +48,7 @@ def grad(
         materialize_grads=materialize_grads,
     )
     return tuple(
-        wrap(g, i._spec.cotangent) if isinstance(i, ShardTensor) and g is not None else g
+        gradient(g, i._spec) if isinstance(i, ShardTensor) and g is not None else g
         for i, g in zip(ins, found, strict=True)
     )
 

@@ -138,16 +138,26 @@ def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @function_rule(
     "clone", "contiguous", "detach", "detach_", "alias", "view_as_real_copy", "requires_grad_",
     "_conj", "conj", "resolve_conj", "resolve_neg", "pin_memory", "lift_fresh", "positive", "real",
-    "imag", "_conj_physical", "_neg_view", "zeros_like", "ones_like", "full_like", "empty_like",
+    "imag", "_conj_physical", "_neg_view",
 )  # fmt: skip
 def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs.pop("input")
+    if any(op not in ("sum", "avg") for _, op in x._spec.partial):
+        # the largest real part is not that of the largest number
+        x = reduced(x)
     out = func(x._local, *args[1:], **kwargs)
     if out is x._local and func.__name__ == "contiguous":
         # a shard of one row is contiguous where the whole is not, and must be copied all the same
         dims = zip(x._local.shape, x._spec.dims, strict=True)
         out = out.clone() if any(n <= 1 < d.size for n, d in dims) else out
     return wrap(out, x._spec)
+
+
+@function_rule("zeros_like", "ones_like", "full_like", "empty_like")
+def like_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new tensor that lies as x; where x is addends, whole on each rank."""
+    x = args[0] if args else kwargs.pop("input")
+    return wrap(func(x._local, *args[1:], **kwargs), x._spec.cotangent)
 
 
 @function_rule(

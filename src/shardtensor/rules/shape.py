@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import replicate, to_dims
+from ..redistribute import like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
@@ -31,8 +31,8 @@ def many(first: Any, rest: tuple[Any, ...] = ()) -> tuple[int, ...]:
 
 
 def moved(x: ShardTensor, dims: Sequence[Dim], op: str) -> ShardTensor:
-    """x in other dims, for an op that is a view in torch."""
-    y = to_dims(x, dims)
+    """x in other dims, for an op that is a view in torch; addends stay addends."""
+    y = like(x, Spec(x._spec.mesh, tuple(dims), x._spec.partial))
     if y is not x:
         stands_for_view(y._local, x._local, op)
     return y
@@ -161,7 +161,10 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
     if isinstance(shape[0], torch.dtype):
         if shape[0].itemsize != x.dtype.itemsize:
             raise UnsupportedOpError(f"view as {shape[0]} of {x.dtype}: item sizes differ")
-        return wrap(x._local.view(shape[0]), x._spec)
+        # the bits of a sum are not the sums of bits
+        y = reduced(x)
+        stands_for_view(y._local, x._local, "view")
+        return wrap(y._local.view(shape[0]), y._spec)
     # as a leaf of a composite the wrapper's strides were those of a contiguous tensor
     leaf = isinstance(func, torch._ops.OpOverload)
     return _reshape(x, many(shape[0], tuple(shape[1:])), "view", not leaf)
