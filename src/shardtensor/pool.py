@@ -104,9 +104,6 @@ def _work(end: Connection, store: str, rank: int, world_size: int, backend: str)
 def run_workers(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     """fn(*args) on every rank of a pool of gloo processes that lives until this process ends."""
     if world_size not in _pools:
-        # two cores: the pools of other world sizes give way
-        for other in list(_pools.values()):
-            other.close()
         _pools[world_size] = Pool(world_size)
     return _pools[world_size].run(fn, *args)
 
