@@ -130,7 +130,7 @@ def take(input: Tensor, index: Tensor) -> Tensor:
 def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     index = integers(index, "put")
     if index.numel() != source.numel():
-        raise RuntimeError("put_(): Expected source and index to have the same number of elements")
+        raise IndexError("put_(): Expected source and index to have the same number of elements")
     if input.dtype != source.dtype:
         raise RuntimeError("put_(): self and source expected to have the same dtype")
     x, source = summed(input), summed(source)
