@@ -7,15 +7,17 @@
 #   make TORCH_INDEX=<url> demo
 #
 # PYTHON: the interpreter that makes .venv. ARGS: more arguments for unit, demo and bench.
+# JOBS: how many tests run at a time.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 CASES ?= 5000
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit format docs fuzz operators zoo bench endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs fuzz operators zoo bench endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -51,7 +53,10 @@ types: .venv/.stamp ## mypy
 	$(BIN)/mypy
 
 unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+quick: .venv/.stamp ## The tests that take no processes and no time, for the daily loop
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gloo" $(ARGS)
 
 format: .venv/.stamp ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix-only .
