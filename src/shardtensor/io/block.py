@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
+from torch.utils.data import get_worker_info
 
+from ..errors import UnsupportedOpError
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from .source import Range, Source, open_array
@@ -45,7 +47,18 @@ def read(
     spec = spec_of(source, mesh, placements, index, sizes)
     local = read_block(source, spec, index=index, dtype=dtype)
     _warn(source, spec, index)
-    return wrap(local.to(torch.device(mesh.device_type)), spec)
+    return placed(local, spec)
+
+
+def placed(local: Tensor, spec: Spec) -> ShardTensor:
+    """This rank's block, from the CPU, as a ShardTensor on the mesh's device."""
+    if get_worker_info() is not None:
+        raise UnsupportedOpError(
+            f"a ShardTensor of {spec} in a worker of torch's DataLoader: processes send each other "
+            "plain tensors only. Give the dataset to io.Loader, which reads ahead in a thread, or "
+            "return io.read_block and wrap it outside with ShardTensor.from_local"
+        )
+    return wrap(local.to(torch.device(spec.mesh.device_type)), spec)
 
 
 def read_block(
@@ -64,7 +77,9 @@ def read_block(
     block = source.read(_ranges(source, spec, index, halo))
     picked, _ = _kept(source, index)
     whole = block.reshape([n for d, n in enumerate(block.shape) if d not in picked])
-    found = torch.from_numpy(np.ascontiguousarray(whole))
+    if whole.dtype.kind not in "biufc":
+        raise ValueError(f"{source.name}: {whole.dtype} is not a dtype of numbers")
+    found = torch.from_numpy(np.require(whole, requirements=["C", "W"]))
     return found if dtype is None else found.to(dtype)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
 from os import PathLike, fspath
-from struct import unpack
 from typing import Any
 
 import numpy as np
+
+from .cf import PACKING, Packing, packing
 
 Range = tuple[int, int]
 
@@ -23,8 +24,9 @@ class Source:
 
     dims: names of its dims where it has any. chunks: what storage reads at once; None where any
     rows can be read alone. dtype: of what `read` gives. bytes_wanted, bytes_touched: of the blocks
-    read so far and of all the chunks that they meet (uncompressed). Reading may go on in several
-    threads.
+    read so far and of all the chunks that they meet (uncompressed). packing: how stored numbers
+    become values. origin: what `open_array` makes the same source of: another process, forked or
+    sent a pickle of this one, opens it again. Reading may go on in several threads.
     """
 
     name: str
@@ -37,10 +39,29 @@ class Source:
     item: int = 0
     bytes_wanted: int = 0
     bytes_touched: int = 0
+    packing: Packing | None = None
+    origin: tuple[Any, str | None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.item = self.item or self.dtype.itemsize
         self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in vars(self).items() if k not in ("_lock", "_process")}
+        if self.origin is not None:
+            del state["fetch"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._open()
+
+    def _open(self) -> None:
+        if self.origin is not None:
+            self.fetch = open_array(*self.origin).fetch
 
     def read(self, ranges: Sequence[Range]) -> np.ndarray:
         """The block of these (start, stop), one for each dim, in native byte order.
@@ -53,11 +74,15 @@ class Source:
         shape = [b - a for a, b in ranges]
         if not prod(shape):
             return np.zeros(shape, self.dtype)
+        if self._process != os.getpid():
+            # forked: handles of files, and a lock that another thread may have held
+            self.__setstate__(self.__getstate__())
         with self._lock:
             self.bytes_wanted += prod(shape) * self.item
             self.bytes_touched += self.touched(ranges)
         block = np.asarray(self.fetch(tuple(slice(a, b) for a, b in ranges)))
-        return np.require(_unpacked(block, self.attrs), self.dtype, ["C", "W"])
+        found = block if self.packing is None else self.packing.decode(block)
+        return np.require(found, self.dtype, ["C", "W"])
 
     def touched(self, ranges: Sequence[Range]) -> int:
         """Bytes (uncompressed) of the chunks that a block meets."""
@@ -83,26 +108,34 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     """An array to read from.
 
     where: the path or fsspec URL of a .npy file, of a Zarr store (v2 or v3), an HDF5 or a NetCDF
-    file (3 or 4); or an xarray DataArray or Dataset, a Zarr or h5py group or array, a NumPy array.
-    variable: the name within a store or file; it may be left out where there is one array only.
-    NetCDF's packing (scale_factor, add_offset) is undone and its _FillValue becomes NaN. Pickles
-    are never loaded. Raises ValueError where the variable is missing, FileNotFoundError where the
-    file is, ImportError that names the extra where the library is not installed.
+    file (3 or 4); or an xarray DataArray or Dataset, lazily opened or selected or not, a Zarr or
+    h5py group or array, a NumPy array. variable: the name within a store or file; it may be left
+    out where there is one array only. Packed and masked numbers of NetCDF and of xarray's Zarr are
+    decoded as by xarray.open_dataset, times are not: see `cf`. Pickles are never loaded. The
+    source can be sent to other processes, that of an open h5py file only where it has a path.
+    Raises ValueError where the variable is missing, FileNotFoundError where the file is,
+    ImportError that names the extra where the library is not installed, TypeError for what
+    cannot be opened.
     """
     if isinstance(where, np.ndarray):
-        return _plain(where, "array")
+        return _plain(where, "array", where)
     kind = type(where).__module__.split(".")[0]
     if kind == "xarray":
         return _xarray(where, variable)
     if kind in ("zarr", "h5py"):
         return _member(where, variable, kind)
-    url = fspath(where) if isinstance(where, PathLike) else str(where)
+    if not isinstance(where, str | PathLike):
+        raise TypeError(f"open_array of a {type(where).__name__}: give a path, a URL or an array")
+    url = fspath(where)
     bare = url.split("::")[0].rstrip("/").lower()
     if bare.endswith(".npy"):
         return _npy(url)
-    if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")):
-        return _file(url, variable)
-    return _member(need("zarr").open(url, mode="r"), variable, "zarr")
+    if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or _magic(url):
+        found = _file(url, variable)
+    else:
+        found = _member(need("zarr").open(url, mode="r"), variable, "zarr")
+    found.origin = (url, variable)
+    return found
 
 
 def need(module: str) -> Any:
@@ -118,13 +151,24 @@ def is_url(where: str) -> bool:
     return "://" in where or "::" in where
 
 
-def _plain(x: Any, name: str) -> Source:
-    return Source(name, x.shape, x.dtype.newbyteorder("="), None, None, {}, x.__getitem__)
+def _magic(url: str) -> bool:
+    """Whether a local file of any name is HDF5 or NetCDF 3."""
+    if not os.path.isfile(url):
+        return False
+    with open(url, "rb") as f:
+        return f.read(4) in (b"\x89HDF", b"CDF\x01", b"CDF\x02", b"CDF\x05")
+
+
+def _plain(x: Any, name: str, origin: Any) -> Source:
+    return Source(
+        name, x.shape, x.dtype.newbyteorder("="), None, None, {}, x.__getitem__,
+        origin=(origin, None),
+    )  # fmt: skip
 
 
 def _npy(url: str) -> Source:
     if not is_url(url):
-        return _plain(np.load(url, mmap_mode="r", allow_pickle=False), url)
+        return _plain(np.load(url, mmap_mode="r", allow_pickle=False), url, url)
     opener = need("fsspec").open(url, "rb")
     with opener as f:
         version = np.lib.format.read_magic(f)
@@ -145,7 +189,7 @@ def _npy(url: str) -> Source:
 
     # whole rows of the first dim are read
     chunks = (1, *shape[1:])
-    return Source(url, shape, dtype.newbyteorder("="), chunks, None, {}, fetch)
+    return Source(url, shape, dtype.newbyteorder("="), chunks, None, {}, fetch, origin=(url, None))
 
 
 def _file(url: str, variable: str | None) -> Source:
@@ -182,10 +226,18 @@ def _member(where: Any, variable: str | None, kind: str) -> Source:
         where = where[chosen]
         name = f"{name}: {chosen}"
     attrs = {k: _value(v) for k, v in dict(where.attrs).items() if k not in _SCALES}
-    if isinstance(attrs.get("_FillValue"), str):
-        # xarray's encoding of floats in Zarr 3: base64 of eight little-endian bytes
-        (attrs["_FillValue"],) = unpack("<d", b64decode(attrs["_FillValue"]))
-    return _of(name, where, _dims(where, kind), attrs, where.chunks)
+    if kind == "h5py":
+        origin = (where.file.filename, where.name) if os.path.isfile(where.file.filename) else None
+    else:
+        origin = (where, None)
+        # where xarray writes the dims of Zarr 2, the array's fill value is its _FillValue; other
+        # Zarr says with it only what chunks hold that were never written
+        masked = "_ARRAY_DIMENSIONS" in attrs and where.metadata.zarr_format == 2
+        if masked and where.fill_value is not None:
+            attrs["_FillValue"] = where.fill_value
+    found = _of(name, where, _dims(where, kind), attrs, where.chunks)
+    found.origin = origin
+    return found
 
 
 # HDF5's own bookkeeping of dims: references, not values
@@ -197,18 +249,14 @@ def _of(
     chunks: Sequence[int] | None,
 ) -> Source:  # fmt: skip
     stored = np.dtype(array.dtype)
-    dtype = stored.newbyteorder("=")
-    if any(k in attrs for k in ("scale_factor", "add_offset")) or (
-        "_FillValue" in attrs and stored.kind in "iuf"
-    ):
-        dtype = _wide(stored)
-    if dtype.kind not in "biufc":
+    if stored.kind not in "biufc":
         raise ValueError(f"{name}: {stored} is not a dtype of numbers")
+    packed = packing(stored, attrs, name)
     shape = tuple(int(n) for n in array.shape)
     found = tuple(chunks) if chunks else None
     return Source(
-        name, shape, dtype, found, tuple(dims) if dims else None, attrs, array.__getitem__,
-        stored.itemsize,
+        name, shape, packed.dtype, found, tuple(dims) if dims else None, attrs, array.__getitem__,
+        stored.itemsize, packing=packed,
     )  # fmt: skip
 
 
@@ -244,40 +292,33 @@ def _scale(dim: Any) -> str:
 
 def _xarray(data: Any, variable: str | None) -> Source:
     if hasattr(data, "data_vars"):
-        data = data[_chosen("dataset", list(data.data_vars), variable)]
-    chunks = data.encoding.get("chunks") or data.encoding.get("chunksizes")
+        # coordinates can be named
+        known = data.data_vars if variable is None else data.variables
+        data = data[_chosen("dataset", list(map(str, known)), variable)]
     return Source(
         str(data.name or "array"), data.shape, np.dtype(data.dtype).newbyteorder("="),
-        tuple(chunks) if chunks else None, tuple(map(str, data.dims)),
+        _stored_chunks(data), tuple(map(str, data.dims)),
         # xarray has decoded what it read
-        {k: v for k, v in data.attrs.items() if k not in _PACKING},
-        lambda block: data[block].values,
+        {k: v for k, v in data.attrs.items() if k not in PACKING},
+        _Values(data), origin=(data, None),
     )  # fmt: skip
 
 
-_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
+class _Values:
+    """Blocks of a DataArray."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __call__(self, block: tuple[slice, ...]) -> Any:
+        return self.data[block].values
 
 
-def _unpacked(block: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    """CF conventions, section 8.1: stored * scale_factor + add_offset, NaN where nothing is."""
-    if not any(k in attrs for k in _PACKING):
-        return block
-    found = block.astype(_wide(block.dtype))
-    for key in ("_FillValue", "missing_value"):
-        if key in attrs:
-            found[np.isin(block, np.asarray(attrs[key], block.dtype))] = np.nan
-    scaled: np.ndarray = found * _number(attrs.get("scale_factor", 1))
-    return scaled + _number(attrs.get("add_offset", 0))
-
-
-def _wide(stored: np.dtype) -> np.dtype:
-    """The float that holds every number of a packed dtype."""
-    small = 4 if stored.kind == "f" else 2
-    return np.dtype(np.float64 if stored.itemsize > small else np.float32)
-
-
-def _number(value: Any) -> float:
-    return float(np.asarray(value).reshape(-1)[0])
+def _stored_chunks(data: Any) -> tuple[int, ...] | None:
+    """What storage reads at once: by the names of dims, as some may be selected or moved."""
+    known = data.encoding.get("preferred_chunks") or {}
+    found = (known.get(d) for d in data.dims)
+    return tuple(n if isinstance(n, int) else 1 for n in found) if known else None
 
 
 def _value(value: Any) -> Any:
