@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor
+from .block import placed
 from .source import Source, open_array
 
 Number = float | Sequence[float]
@@ -98,7 +99,7 @@ class LatLon:
         """The normalised channels at one time, float32 (C, latitude, longitude)."""
         blocks = [self._block(name, time) for name in self.sources]
         local = torch.cat(blocks).sub_(self.mean).div_(self.std)
-        return wrap(local.to(self.spec.mesh.device_type), self.spec)
+        return placed(local, self.spec)
 
     def _block(self, name: str, time: int) -> Tensor:
         """(channels, latitude, longitude) of this rank, of one variable."""

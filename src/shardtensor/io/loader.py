@@ -7,16 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+from zlib import crc32
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import Sampler
 
 from .. import comm
 from ..comm import wire
-from ..spec import Dim
-from ..tensor import ShardTensor, wrap
+from .collate import collate, moved
 
 
 class Dataset(Protocol):
@@ -50,6 +49,7 @@ class DomainSampler(Sampler[int]):
         if place is None:
             raise ValueError("this rank is not part of the mesh")
         axis = names.index(data) if data in names else None
+        self.data = data
         self.groups = 1 if axis is None else mesh.size(axis)
         self.group = 0 if axis is None else place[axis]
         self.length, self.shuffle, self.seed, self.drop_last = length, shuffle, seed, drop_last
@@ -78,15 +78,18 @@ class DomainSampler(Sampler[int]):
 class Loader:
     """Batches of a dataset, read ahead in a thread; one epoch for each `iter`.
 
-    batch_size: of one domain group. prefetch: how many batches wait ready; 0 reads when asked.
-    Samples are dicts, tuples, lists, tensors or numbers of equal structure: ShardTensors of one
-    spec get a batch dim in front without communication, as do tensors of one shape; what differs
-    from sample to sample becomes a list. Batches come on the mesh's device, copied from pinned
-    memory where that is a GPU. progress: a bar on the first rank (extra `demo`).
+    batch_size: of one domain group. sampler: default a DomainSampler of the dataset, which leaves
+    out the samples that fill no round of batches, unless all of them are fewer than that; another
+    one, of any kind, has to give the ranks of a domain group the same numbers. With its drop_last
+    (or without the attribute) unset, the last batch may be smaller. prefetch: how many batches wait
+    ready; 0 reads when asked. Batches are what `collate` makes, on the mesh's device, copied from
+    pinned memory where that is a GPU. progress: a bar on the first rank (extra `demo`).
 
     A sample that cannot be read raises RuntimeError with its number on every rank: each batch costs
-    one all-reduce of a byte for that. waited: seconds spent waiting for batches. state_dict() and
-    load_state_dict() resume within an epoch with the next batch.
+    one all-reduce of a byte for that. Each epoch costs an all-gather of a few numbers: ValueError
+    on every rank where samples part. waited: seconds spent waiting for batches. state_dict() and
+    load_state_dict() resume within an epoch with the next batch, also on other numbers of ranks
+    where as many samples make a round or a whole number of rounds.
     """
 
     def __init__(
@@ -95,38 +98,79 @@ class Loader:
         mesh: DeviceMesh,
         *,
         batch_size: int = 1,
-        sampler: DomainSampler | None = None,
+        sampler: Any = None,
         prefetch: int = 2,
         progress: bool = False,
     ) -> None:
         if batch_size < 1 or prefetch < 0:
             raise ValueError(f"batch_size {batch_size}, prefetch {prefetch}")
         self.dataset, self.mesh, self.batch_size = dataset, mesh, batch_size
-        self.sampler = DomainSampler(len(dataset), mesh) if sampler is None else sampler
+        if sampler is None:
+            sampler = DomainSampler(len(dataset), mesh, drop_last=False)
+            sampler.drop_last = len(dataset) >= sampler.groups * batch_size
+        self.sampler = sampler
+        if not len(self):
+            raise ValueError(
+                f"{len(self.sampler)} samples of a domain group make no batch of {batch_size}: "
+                "take a smaller batch_size, or a sampler with drop_last=False"
+            )
         self.prefetch, self.progress = prefetch, progress
         self.device = torch.device(mesh.device_type)
         self.done, self.waited = 0, 0.0
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch_size
+        n = len(self.sampler)
+        whole = getattr(self.sampler, "drop_last", False)
+        return n // self.batch_size if whole else -(-n // self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        return int(getattr(self.sampler, "epoch", 0))
+
+    def _set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
 
     @property
     def bytes_read(self) -> int | None:
         """What this rank has read, if the dataset tells."""
         return getattr(self.dataset, "bytes_read", None)
 
+    @property
+    def _round(self) -> int:
+        """How many samples all groups together take at a time."""
+        return self.batch_size * int(getattr(self.sampler, "groups", 1))
+
+    def _order(self) -> dict[str, int]:
+        """What the order of samples follows from, as far as the sampler tells."""
+        known = {k: getattr(self.sampler, k, None) for k in ("length", "seed", "shuffle")}
+        return {k: int(v) for k, v in known.items() if v is not None}
+
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "done": self.done}
+        return {"epoch": self.epoch, "done": self.done, "round": self._round, **self._order()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.sampler.set_epoch(state["epoch"])
-        self.done = state["done"]
+        """Raises ValueError for the state of another order of samples, and where `round` differs
+        and what was done ends within one of this loader's.
+        """
+        for key, mine in self._order().items():
+            if int(state.get(key, mine)) != mine:
+                raise ValueError(f"resume: {key} was {state[key]}, this sampler has {mine}")
+        samples = int(state["done"]) * int(state.get("round", self._round))
+        if samples % self._round and state["done"]:
+            raise ValueError(
+                f"resume after {samples} samples of an epoch, {self._round} a round: take a "
+                f"batch_size such that a round of all groups divides {samples}"
+            )
+        self._set_epoch(int(state["epoch"]))
+        self.done = samples // self._round
 
     def __iter__(self) -> Iterator[Any]:
         if self.done >= len(self):
-            self.sampler.set_epoch(self.sampler.epoch + 1)
+            self._set_epoch(self.epoch + 1)
             self.done = 0
         order = list(self.sampler)
+        self._same(order)
         batches = [
             order[i * self.batch_size : (i + 1) * self.batch_size]
             for i in range(self.done, len(self))
@@ -136,10 +180,36 @@ class Loader:
         try:
             for found in self._watched(source, len(batches)):
                 self.done += 1
-                yield _moved(found, self.device)
+                yield moved(found, self.device)
         finally:
             if read is not None:
                 read.close()
+
+    def _same(self, order: Sequence[int]) -> None:
+        """Raise ValueError on every rank unless the ranks of each domain group read the same
+        samples, and all ranks as many batches.
+        """
+        mesh = self.mesh
+        names = mesh.mesh_dim_names or ()
+        place = mesh.get_coordinate()
+        on = getattr(self.sampler, "data", "data")
+        mine = place[names.index(on)] if place is not None and on in names else 0
+        numbers = [mine, self.done, len(order), len(self), crc32(repr(order).encode())]
+        ranks = wire.all_gather_numbers(numbers, self.device, self._group())
+        if len({(done, n) for _, done, _, n, _ in ranks}) > 1:
+            told = ", ".join(f"{n} batches from {done}" for _, done, _, n, _ in ranks)
+            raise ValueError(f"Loader: ranks part: {told}; give all the same dataset and state")
+        seen: dict[int, list[int]] = {}
+        for rank, (group, *facts) in enumerate(ranks):
+            if seen.setdefault(group, [rank, *facts])[1:] != facts:
+                raise ValueError(
+                    f"Loader: ranks {seen[group][0]} and {rank} hold parts of one sample and would "
+                    f"read different ones: a {type(self.sampler).__name__} that deals samples to "
+                    "single ranks, or shuffles by another seed on each; take io.DomainSampler"
+                )
+
+    def _group(self) -> str:
+        return comm.group(self.mesh, tuple(range(self.mesh.ndim)))
 
     def _batch(self, indices: Sequence[int]) -> Any:
         """The samples as one batch, or the exception that one of them raised."""
@@ -169,30 +239,30 @@ class Loader:
                 bar.stop()
 
     def _agree(self, failed: _Failed | None) -> None:
-        group = comm.group(self.mesh, tuple(range(self.mesh.ndim)))
+        group = self._group()
         bad = failed is not None
         if comm.size(group) > 1:
             flag = torch.tensor([bad], device=self.device)
             bad = bool(wire.all_reduce([flag], "max", group)[0])
         if failed is not None:
-            raise RuntimeError(f"sample {failed.index}: {failed.error}") from failed.error
+            why = str(failed.error) or type(failed.error).__name__
+            raise RuntimeError(f"sample {failed.index}: {why}") from failed.error
         if bad:
             raise RuntimeError("another rank could not read its part of a sample")
 
     def _bar(self, total: int) -> Any:
-        group = comm.group(self.mesh, tuple(range(self.mesh.ndim)))
-        if not self.progress or comm.rank(group):
+        if not self.progress or comm.rank(self._group()):
             return None
         from rich.progress import Progress
 
         bar = Progress()
-        bar.add_task(f"epoch {self.sampler.epoch}", total=total)
+        bar.add_task(f"epoch {self.epoch}", total=total)
         bar.start()
         return bar
 
 
 class _Failed:
-    def __init__(self, index: int, error: Exception) -> None:
+    def __init__(self, index: int, error: BaseException) -> None:
         self.index, self.error = index, error
 
 
@@ -207,7 +277,11 @@ class _Ahead:
 
     def _run(self, fn: Callable[[Any], Any], items: Sequence[Any]) -> None:
         for item in items:
-            found = fn(item)
+            try:
+                found = fn(item)
+            except BaseException as e:
+                # what ends the thread would leave every rank waiting
+                found = _Failed(item[0], e)
             while not self.stop.is_set():
                 try:
                     self.ready.put(found, timeout=0.1)
@@ -227,36 +301,3 @@ class _Ahead:
         """End the thread; a sample that is being read is waited for."""
         self.stop.set()
         self.thread.join()
-
-
-def collate(samples: Sequence[Any]) -> Any:
-    """Samples as one batch: see `Loader`."""
-    first = samples[0]
-    if isinstance(first, Mapping):
-        return {k: collate([s[k] for s in samples]) for k in first}
-    if isinstance(first, tuple | list):
-        return type(first)(collate(parts) for parts in zip(*samples, strict=True))
-    if isinstance(first, ShardTensor):
-        if any(s.spec != first.spec for s in samples):
-            return list(samples)
-        local = torch.stack([s.to_local() for s in samples])
-        return wrap(local, first.spec.with_dims([Dim(len(samples)), *first.spec.dims]))
-    if isinstance(first, Tensor):
-        alike = all(s.shape == first.shape for s in samples)
-        return torch.stack(list(samples)) if alike else list(samples)
-    if isinstance(first, bool | int | float):
-        return torch.tensor(samples)
-    return list(samples)
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    """x on the device; from pinned memory to a GPU, without waiting."""
-    if isinstance(x, Mapping):
-        return {k: _moved(v, device) for k, v in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_moved(v, device) for v in x)
-    if isinstance(x, ShardTensor):
-        return wrap(_moved(x.to_local(), device), x.spec)
-    if not isinstance(x, Tensor) or x.device.type == device.type:
-        return x
-    return x.pin_memory().to(device, non_blocking=True)

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor
+from .block import placed
 
 Fields = dict[str, np.ndarray]
 
@@ -259,7 +260,7 @@ class Points:
         local = torch.from_numpy(np.array(stored[rows]))
         self.bytes_read += local.numel() * local.element_size()
         full = Spec.of(self.mesh, self.placements, (spec.shape[0], *local.shape[1:]), spec.sizes)
-        return wrap(local.to(self.mesh.device_type), full)
+        return placed(local, full)
 
 
 def _shared(n: int, shares: Sequence[float]) -> list[int]:

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor
+from .block import placed
 from .well import WellFile
 
 
@@ -37,5 +38,4 @@ def read_sharded(
         (start, start + n) for start, n in zip(spec.offset[2:], spec.local_shape[2:], strict=True)
     ]
     blocks = [file.read(fields, trajectory, step, window) for trajectory, step in places]
-    device = torch.device(mesh.device_type)
-    return wrap(torch.stack(blocks).to(device), spec)
+    return placed(torch.stack(blocks), spec)
