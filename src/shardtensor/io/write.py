@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +15,14 @@ from torch.distributed.tensor import Replicate
 from .. import comm
 from ..comm import wire
 from ..tensor import ShardTensor
+from . import staged
 from .block import chunked
 from .source import need
 
 
 def write_zarr(
     x: ShardTensor,
-    url: str,
+    url: str | PathLike[str],
     name: str,
     *,
     step: int | None = None,
@@ -31,78 +34,150 @@ def write_zarr(
     """Write a tensor as the array `name` of a Zarr group; every rank calls this.
 
     step: write row `step` of an array (steps, *x.shape), which grows as needed. chunks: of x's
-    dims; default the largest shard. dims: names of all dims of the array, that of the steps first.
-    The first rank makes the group (of `zarr_format`), the array and its metadata; what is there is
-    written into. Rows move to ranks only so that no chunk is written by two. All ranks return when
+    dims; default those of the array that is there, else the largest shard. dims: names of all dims
+    of the array, that of the steps first. The first rank makes the group (of `zarr_format`), the
+    array and its metadata; what is there is written into. Rows move to ranks only so that no chunk,
+    and no shard of Zarr 3, is written by two. On a file system the array changes when all ranks
+    have written, see `staged`; object stores are written in place. All ranks return when
     everything is written. Raises ValueError on every rank for an array that is there with another
-    shape, dtype or other chunks, and RuntimeError where another rank could not write.
+    shape, dtype or other chunks, RuntimeError where another rank could not write, and TypeError for
+    a plain tensor.
     """
     zarr = need("zarr")
+    if not isinstance(x, ShardTensor):
+        raise TypeError(
+            f"write_zarr of a {type(x).__name__}, which has no mesh: where every rank has it "
+            "whole, give ShardTensor.from_local(x, mesh, [Replicate()])"
+        )
+    if not name or {"", ".", ".."} & set(name.split("/")) or (step is not None and step < 0):
+        raise ValueError(f"write_zarr: name {name!r}, step {step}")
+    url = fspath(url)
     x = x.detach()
     if x.spec.partial:
         x = x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
-    whole = tuple(chunks) if chunks else tuple(max(d.sizes or (d.size,)) or 1 for d in x.spec.dims)
-    if len(whole) != x.ndim or min(whole, default=1) < 1:
-        raise ValueError(f"chunks {whole} of a tensor of {x.ndim} dims")
-    lead: tuple[int, ...] = () if step is None else (step + 1,)
-    error = None
-    if _first(x.device_mesh):
+    if chunks is not None and (len(chunks) != x.ndim or min(chunks, default=1) < 1):
+        raise ValueError(f"chunks {tuple(chunks)} of a tensor of {x.ndim} dims")
+    mesh, first = x.device_mesh, _first(x.device_mesh)
+    part = staged.place(url, name)
+    error, unit = None, [1] * (x.ndim + 1)
+    if first:
         try:
-            _prepare(zarr, url, name, x, lead, whole, dims, attrs, zarr_format)
+            unit = _prepare(zarr, url, name, part, x, step, chunks, dims, attrs, zarr_format)
         except Exception as e:
             error = e
-    _agree(x.device_mesh, error, f"{name} could not be made by the first rank")
+    unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
     aligned: dict[int, Sequence[int]] = {
-        d: chunked(0, dim.size, whole[d], len(dim.sizes))
+        d: chunked(0, dim.size, unit[1 + d], len(dim.sizes))
         for d, dim in enumerate(x.spec.dims)
         if dim.axes
     }
     x = x.redistribute(placements=x.placements, sizes=aligned)
     try:
         if _owner(x) and x.to_local().numel():
-            array = zarr.open_group(url, mode="r+")[name]
+            array = zarr.open_group(part or url, mode="r+", use_consolidated=False)[name]
             at: list[Any] = [] if step is None else [step]
             at += [slice(a, a + n) for a, n in zip(x.spec.offset, x.spec.local_shape, strict=True)]
             array[tuple(at)] = _numbers(x.to_local())
     except Exception as e:
         error = e
-    _agree(x.device_mesh, error, f"{name} could not be written by another rank")
+    _agree(mesh, error, f"{name} could not be written by another rank")
+    if first:
+        try:
+            if part is not None:
+                row = None if step is None else step // unit[0]
+                staged.commit(part, name, _array_folder(url, name), row)
+            if zarr.open_group(url, mode="r").metadata.consolidated_metadata is not None:
+                zarr.consolidate_metadata(url)
+        except Exception as e:
+            error = e
+    _agree(mesh, error, f"{name} could not be completed by the first rank")
+
+
+def _array_folder(url: str, name: str) -> Path:
+    return Path(url.removeprefix("file://")) / name
 
 
 def _prepare(
-    zarr: Any, url: str, name: str, x: ShardTensor, lead: tuple[int, ...], chunks: tuple[int, ...],
-    dims: Sequence[str] | None, attrs: Mapping[str, Any] | None, zarr_format: int,
-) -> None:  # fmt: skip
-    """The group, and the array with room for this step."""
+    zarr: Any, url: str, name: str, part: Path | None, x: ShardTensor, step: int | None,
+    chunks: Sequence[int] | None, dims: Sequence[str] | None, attrs: Mapping[str, Any] | None,
+    zarr_format: int,
+) -> list[int]:  # fmt: skip
+    """The group, and where it is written the array with room for this step.
+
+    Returns the rows of all dims, that of the steps first, that only one rank may write together.
+    """
+    if part is not None:
+        staged.settle(part)
     try:
-        group = zarr.open_group(url, mode="r+")
+        group = zarr.open_group(url, mode="r+", use_consolidated=False)
     except FileNotFoundError:
         group = zarr.open_group(url, mode="a", zarr_format=zarr_format)
+    lead: tuple[int, ...] = () if step is None else (step + 1,)
     shape = (*lead, *x.shape)
-    chunks = (*(1 for _ in lead), *chunks)
     dtype = _numbers(x.to_local()[..., :0] if x.ndim else x.to_local()).dtype
-    if name not in group:
-        names = list(dims) if dims else None
-        if names is not None and len(names) != len(shape):
-            raise ValueError(f"dims {names} for an array of shape {shape}")
-        more = dict(attrs or {})
-        extra: dict[str, Any] = {}
-        if names and group.metadata.zarr_format == 2:
-            more["_ARRAY_DIMENSIONS"] = names
-        elif names:
-            extra["dimension_names"] = names
-        array = group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, **extra)
-        array.attrs.update(more)
-        return
-    array = group[name]
-    fits = array.shape[len(lead) :] == tuple(x.shape) and array.ndim == len(shape)
-    if not fits or array.dtype != dtype or array.chunks != chunks:
+    there = name in group
+    if there:
+        array = group[name]
+        _check(name, array, shape, dtype, chunks, len(lead))
+    if part is not None:
+        version = group.metadata.zarr_format
+        if "/" in name:
+            group.require_group(name.rpartition("/")[0])
+        group = zarr.open_group(part, mode="w", zarr_format=version)
+        if there:
+            unit = (array.shards or array.chunks)[0] if lead else 1
+            staged.clone(
+                _array_folder(url, name), part / name, None if step is None else step // unit
+            )
+            array = group[name]
+    if there:
+        if lead and array.shape[0] < lead[0]:
+            array.resize((lead[0], *array.shape[1:]))
+    else:
+        array = _made(group, name, shape, dtype, chunks or _largest(x), dims, attrs)
+    found = [int(n) for n in array.shards or array.chunks]
+    return found if lead else [1, *found]
+
+
+def _check(
+    name: str, array: Any, shape: tuple[int, ...], dtype: Any, chunks: Sequence[int] | None,
+    lead: int,
+) -> None:  # fmt: skip
+    """Raise ValueError for an array that the tensor does not fit into."""
+    told = f" in chunks {(*array.chunks[:lead], *chunks)}" if chunks is not None else ""
+    fits = array.shape[lead:] == shape[lead:] and array.ndim == len(shape)
+    alike = chunks is None or tuple(chunks) == array.chunks[lead:]
+    if not fits or array.dtype != dtype or not alike:
         raise ValueError(
             f"{name}: {array.shape} of {array.dtype} in chunks {array.chunks} is there; to be "
-            f"written is {shape} of {dtype} in chunks {chunks}"
+            f"written is {shape} of {dtype}{told}"
         )
-    if lead and array.shape[0] < lead[0]:
-        array.resize((lead[0], *array.shape[1:]))
+
+
+def _made(
+    group: Any, name: str, shape: tuple[int, ...], dtype: Any, chunks: Sequence[int],
+    dims: Sequence[str] | None, attrs: Mapping[str, Any] | None,
+) -> Any:  # fmt: skip
+    names = list(dims) if dims else None
+    if names is not None and len(names) != len(shape):
+        raise ValueError(f"dims {names} for an array of shape {shape}")
+    more = dict(attrs or {})
+    extra: dict[str, Any] = {}
+    if group.metadata.zarr_format == 2:
+        # xarray takes a fill value of 0 for a mask of all zeros
+        extra["fill_value"] = None
+        if names:
+            more["_ARRAY_DIMENSIONS"] = names
+    elif names:
+        extra["dimension_names"] = names
+    chunks = (*(1 for _ in shape[len(chunks) :]), *chunks)
+    array = group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, **extra)
+    array.attrs.update(more)
+    return array
+
+
+def _largest(x: ShardTensor) -> tuple[int, ...]:
+    return tuple(max(d.sizes or (d.size,)) or 1 for d in x.spec.dims)
 
 
 def _numbers(local: Tensor) -> Any:
@@ -124,14 +199,17 @@ def _everyone(mesh: DeviceMesh) -> str:
     return comm.group(mesh, tuple(range(mesh.ndim)))
 
 
-def _agree(mesh: DeviceMesh, error: Exception | None, elsewhere: str) -> None:
-    """Wait for all ranks; raise on each of them if one failed."""
+def _agree(
+    mesh: DeviceMesh, error: Exception | None, elsewhere: str, told: Sequence[int] = ()
+) -> list[int]:
+    """Wait for all ranks; raise on each of them if one failed. The largest of what they told."""
     group = _everyone(mesh)
-    failed = error is not None
+    numbers = torch.tensor([int(error is not None), *told], device=mesh.device_type)
     if comm.size(group) > 1:
-        flag = torch.tensor([int(failed)], device=mesh.device_type)
-        failed = bool(wire.all_reduce([flag], "max", group)[0])
+        (numbers,) = wire.all_reduce([numbers], "max", group)
+    failed, *found = numbers.tolist()
     if error is not None:
         raise error
     if failed:
         raise RuntimeError(elsewhere)
+    return found
