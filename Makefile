@@ -17,7 +17,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs fuzz operators zoo bench endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs fuzz campaigns operators zoo bench endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ docs: .venv/.stamp ## Build the documentation into site/
 
 fuzz: .venv/.stamp ## Random programs and campaigns of cases; CASES=20000 tries more
 	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py tests/test_campaigns.py $(ARGS)
+
+campaigns: .venv/.stamp ## docs/campaigns.md, from CASES cases of each campaign
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -W ignore -m campaigns --docs $(CASES) > ../docs/campaigns.md
 
 operators: .venv/.stamp ## docs/operators.md, from PyTorch's operator database
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/test_operators.py --docs > docs/operators.md
