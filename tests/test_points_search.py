@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor.points.meet import pack, unpack
 
 torch.manual_seed(0)
 D = torch.float64
@@ -223,3 +224,14 @@ def test_neighbours_travel_once():
     # the 2 rows beside the border: how many, their numbers, and the rows themselves; then those
     take = 8 + 2 * 8 + 2 * 8
     assert st.simulate(2, gradients) == [[take, 2 * 8]] * 2
+
+
+def test_more_points_on_a_rank_than_32_bits_count():
+    """A row and its index travel as integers of the row's width."""
+    x, index = torch.rand(2, 3), torch.tensor([5, 2**31 - 2])
+    rows, found = unpack(pack(x, index, (2**31 - 1, 3)), torch.float32)
+    assert torch.equal(rows, x) and torch.equal(found, index)
+    with pytest.raises(st.UnsupportedOpError, match=r"2147483648 points of .* on one rank"):
+        pack(x, index, (3, 2**31))
+    rows, found = unpack(pack(x.double(), index + 2**40, (2**50,)), torch.float64)
+    assert torch.equal(found, index + 2**40)

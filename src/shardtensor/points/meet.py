@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import comm
 from ..comm.groups import ALONE
 from ..comm.route import fetch, find
+from ..errors import UnsupportedOpError
 from ..redistribute import fit
 from ..rules.rows import axes_in, covering, cut_axes, dims_of, mesh_of
 from ..spec import Dim, Spec
@@ -95,9 +97,16 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def pack(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (n, C) and an integer for each, as integers (n, C + 1)."""
+def pack(x: Tensor, index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows of x (n, C) and for each its index on this rank, as integers (n, C + 1).
+
+    sizes: of all ranks' rows. Raises UnsupportedOpError where an index does not fit.
+    """
     integers = _INTEGERS[x.dtype]
+    if max(sizes) > torch.iinfo(integers).max:
+        raise UnsupportedOpError(
+            f"{max(sizes)} points of {x.dtype} on one rank: take more ranks, or float64"
+        )
     return torch.cat([x.contiguous().view(integers), index[:, None].to(integers)], 1)
 
 

@@ -161,7 +161,7 @@ def nearest(met: Met, k: int, within: float | None, chunk: int, first: bool = Fa
     if not sum(sizes):
         return found
     order = morton_order(points, 63)
-    packed, me = pack(points[order], order), comm.rank(met.group)
+    packed, me = pack(points[order], order, sizes), comm.rank(met.group)
     own = _boxes(points[order], chunk)
     _scan(found, packed, sum(sizes[:me]), own, chunk)
     if len(sizes) > 1:

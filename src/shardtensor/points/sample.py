@@ -40,7 +40,7 @@ def farthest_point_sampling(points: Tensor, m: int, start: int = 0) -> Tensor:
         mine = (
             torch.cat([far[best, None], x[best]]) if len(x) else x.new_full((1 + x.shape[1],), -1)
         )
-        found = comm.gather(pack(mine[None], best[None]), 0, [1] * len(sizes), group)
+        found = comm.gather(pack(mine[None], best[None], sizes), 0, [1] * len(sizes), group)
         rows, index = unpack(found, x.dtype)
         top = rows[:, 0].argmax()
         chosen.append(index[top] + starts[top])
