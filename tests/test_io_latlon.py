@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import io
 from shardtensor import testing as T
+from shardtensor.io.latlon import decoded_times
 
 pytest.importorskip("zarr")
 xr = pytest.importorskip("xarray")
@@ -154,3 +155,65 @@ def test_refusals(tmp_path):
             io.LatLon(url, ["2m_temperature"], mesh, [Shard(1)])[4]
 
     st.simulate(1, run)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_datasets_of_xarray(tmp_path, lazy):
+    """Opened lazily or in memory, times decoded or not, and a part of it."""
+    url = str(tmp_path / "era5.zarr")
+    made = make(url)
+
+    def run(data, times):
+        weather = io.LatLon(data, ["2m_temperature", "geopotential"], T.make_mesh((2,)), [Shard(1)])
+        assert (weather.times == times.astype("datetime64[s]")).all()
+        return weather[0]["x"].full_tensor()
+
+    for decode in (True, False):
+        data = xr.open_zarr(url, decode_times=decode, chunks=None) if lazy else made
+        found = st.simulate(2, run, data, TIMES)[0]
+        torch.testing.assert_close(found, expected(made, 0, LEVELS))
+        found = st.simulate(2, run, data.isel(time=slice(2, None)), TIMES[2:])[0]
+        torch.testing.assert_close(found, expected(made, 2, LEVELS))
+
+
+@pytest.mark.parametrize(
+    "units, calendar",
+    [
+        ("hours since 1900-01-01 00:00:00.0", "gregorian"),
+        ("days since 1800-1-1 6:30", None),
+        ("Hours since 1970-01-01T12:00:00Z", "standard"),
+        ("seconds since 1950-01-01 00:00:30 UTC", "proleptic_gregorian"),
+        ("days since 0001-01-01", "proleptic_gregorian"),
+        ("minutes since 2000-02-28 +00:00", None),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["i4", "f8"])
+def test_times_are_those_of_xarray(units, calendar, dtype):
+    """Hours since 1900 in 32 bits, as reanalyses have them, are more seconds than 32 bits hold."""
+    attrs = {"units": units} | ({"calendar": calendar} if calendar else {})
+    raw = xr.Dataset({"time": ("time", np.array([0, 31, 72000]).astype(dtype), attrs)})
+    if dtype == "f8":
+        raw["time"] = raw["time"].copy(data=np.array([0, 31.25, 72000.5]))
+    found = decoded_times(io.open_array(raw, "time"))
+    wanted = xr.decode_cf(raw)["time"].values
+    assert (found == wanted.astype("datetime64[s]")).all()
+
+
+@pytest.mark.parametrize(
+    "units, calendar, text",
+    [
+        ("hours since 1959-01-01", "noleap", "calendar 'noleap'"),
+        ("days since 0001-01-01", None, "calendar 'standard'"),
+        ("hours since 1959-01-01 00:00 +02:00", None, "expected 'hours since"),
+        ("hours since 1959-13-01", None, "units 'hours since 1959-13-01'"),
+        ("months since 1959-01-01", None, "expected 'hours since"),
+    ],
+)
+def test_times_that_are_refused(units, calendar, text):
+    attrs = {"units": units} | ({"calendar": calendar} if calendar else {})
+    raw = xr.Dataset({"time": ("time", np.arange(3.0), attrs)})
+    with pytest.raises(ValueError, match=text):
+        decoded_times(io.open_array(raw, "time"))
+    raw["time"] = ("time", np.array([0, np.nan]), {"units": "days since 2000-01-01"})
+    with pytest.raises(ValueError, match="times are missing"):
+        decoded_times(io.open_array(raw, "time"))

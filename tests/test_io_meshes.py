@@ -202,3 +202,17 @@ def test_converts_points_and_refuses(tmp_path):
             Points([folder], T.make_mesh((1,)), names=["T"])
 
     st.simulate(1, refused)
+
+
+def test_integers_that_float32_does_not_hold(tmp_path):
+    surface = sphere()
+    numbers = np.arange(surface.n_cells)
+    surface.cell_data["id"], surface.cell_data["small"] = numbers + 2**24 + 1, numbers
+    surface.cell_data["huge"] = numbers + 1e300
+    surface.save(tmp_path / "s.vtp")
+    folder = convert(tmp_path / "s.vtp", tmp_path / "p", fields=["id", "small"])
+    found, _, _ = st.simulate(2, whole, folder, (2,), {})[0]
+    assert found["small"].dtype == torch.float32 and not found["id"].is_floating_point()
+    assert torch.equal(found["id"], found["small"].long() + 2**24 + 1)
+    with pytest.raises(ValueError, match=r"huge: values to 1e\+300, more than float32 holds"):
+        convert(tmp_path / "s.vtp", tmp_path / "q", fields=["huge"])

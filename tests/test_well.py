@@ -1,6 +1,7 @@
 """Files of The Well: read as its schema says, block by block, and written."""
 
 import io
+import pickle
 import sys
 
 import numpy as np
@@ -267,3 +268,14 @@ def test_each_rank_reads_its_block(tmp_path):
     write_well(tmp_path / "f", sample_set(2, (0, 1)), name="v", times=range(STEPS))
     found = st.simulate(4, blocks, tmp_path / "f")
     assert found == [2 * 3 * rows * columns * 4 for rows in (4, 2) for columns in (3, 2)]
+
+
+def test_files_are_pickled(tmp_path):
+    whole = schema_file(tmp_path / "f", 2, False)
+    with WellFile(tmp_path / "f") as file:
+        again = pickle.loads(pickle.dumps(file))
+        assert torch.equal(again.read(["plain"], 0, 1), file.read(["plain"], 0, 1))
+    assert whole
+    file = WellFile(io.BytesIO((tmp_path / "f").read_bytes()))
+    with file, pytest.raises(TypeError, match="open it by its path"):
+        pickle.dumps(file)

@@ -169,18 +169,44 @@ def _axis(where: Any, name: str) -> np.ndarray:
 
 
 def decoded_times(source: Source) -> np.ndarray:
-    """A time coordinate as datetime64[s], from CF's "<unit> since <date>".
+    """A time coordinate as datetime64[s], from CF's "<unit> since <date>" or decoded by xarray.
 
-    Raises ValueError for other units than days, hours, minutes and seconds.
+    Raises ValueError for other units than days, hours, minutes and seconds, other calendars than
+    that of everyday life, dates before it, times of another zone than UTC and missing times.
     """
-    if source.dtype.kind == "M":
-        raise ValueError(f"{source.name}: already decoded times are not read; open the file itself")
+    if source.dtype.kind not in "iufM":
+        raise ValueError(f"{source.name}: times of {source.dtype}; expected numbers or datetime64")
     values = source.read([(0, n) for n in source.shape])
+    if np.isnat(values).any() if source.dtype.kind == "M" else np.isnan(values).any():
+        raise ValueError(f"{source.name}: times are missing")
+    if source.dtype.kind == "M":
+        return values.astype("datetime64[s]")
     units = str(source.attrs.get("units", ""))
-    found = re.fullmatch(r"(day|hour|minute|second)s? since (\S+)(?:[T ](\S+))?.*", units)
+    calendar = str(source.attrs.get("calendar", "standard")).lower()
+    found = re.fullmatch(_SINCE, units.strip(), re.IGNORECASE)
     if found is None:
         raise ValueError(f"{source.name}: units {units!r}; expected 'hours since 1959-01-01'")
-    unit, day, clock = found.groups()
-    start = np.datetime64(f"{day}T{clock[:8]}" if clock else day, "s")
-    seconds = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}[unit]
-    return start + np.round(values * seconds).astype("timedelta64[s]")
+    unit, year, month, day, hour, minute, second = found.groups()
+    try:
+        first = np.datetime64(f"{int(year):04}-{int(month):02}-{int(day):02}", "s")
+    except ValueError as e:
+        raise ValueError(f"{source.name}: units {units!r}: {e}") from e
+    # before it, the standard calendar is the Julian one
+    reformed = first >= np.datetime64("1582-10-15") or calendar == "proleptic_gregorian"
+    if calendar not in ("standard", "gregorian", "proleptic_gregorian") or not reformed:
+        raise ValueError(
+            f"{source.name}: units {units!r} of the calendar {calendar!r} are not read"
+        )
+    seconds = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}[unit.lower()]
+    # integers of 32 bits would overflow
+    since: np.ndarray = (
+        values.astype(np.int64 if values.dtype.kind in "iu" else np.float64) * seconds
+    )
+    since = since + int(hour or 0) * 3600 + int(minute or 0) * 60 + float(second or 0)
+    return first + np.round(since).astype("timedelta64[s]")
+
+
+_SINCE = (
+    r"(day|hour|minute|second)s? since (\d{1,4})-(\d{1,2})-(\d{1,2})"
+    r"(?:[T ]+(\d{1,2}):(\d{1,2})(?::(\d{1,2}(?:\.\d*)?))?)? ?(?:Z|UTC|GMT|[+-]?00?:?00?)?"
+)

@@ -161,8 +161,9 @@ def convert(
 
     on: "cells" (their centres, sizes, normals and fields) or "points". fields: default all. rename:
     fields to the names of arrays. Rows are ordered along Hilbert's curve, so that neighbours in
-    space lie on the same rank. Each array is a .npy file, float32. The folder appears when it is
-    complete; one that is there is kept.
+    space lie on the same rank. Each array is a .npy file, float32; integers that float32 does not
+    hold stay integers. The folder appears when it is complete; one that is there is kept. Raises
+    ValueError for numbers that are too large.
     """
     from ..points import hilbert_order
 
@@ -188,7 +189,7 @@ def convert(
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
     for name, values in arrays.items():
-        np.save(part / f"{name}.npy", np.ascontiguousarray(values[order], dtype=np.float32))
+        np.save(part / f"{name}.npy", _stored(name, values[order]))
     info = {"on": on, "rows": len(order), "arrays": list(arrays)}
     (part / "info.json").write_text(json.dumps(info))
     try:
@@ -198,6 +199,16 @@ def convert(
         if not (folder / "info.json").exists():
             raise
     return folder
+
+
+def _stored(name: str, values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind in "iu" and values.size and np.abs(values.astype(float)).max() > 2**24:
+        return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(values, dtype=np.float32)
+    if np.isinf(found).any() and not np.isinf(values).sum() == np.isinf(found).sum():
+        raise ValueError(f"{name}: values to {np.abs(values).max():.3g}, more than float32 holds")
+    return found
 
 
 class Points:

@@ -53,6 +53,7 @@ class WellFile:
     """
 
     def __init__(self, path: str | PathLike[str] | BinaryIO) -> None:
+        self._path = path
         self._file = _h5py().File(path, "r")
         self.bytes_read = 0
         names = [_text(n) for n in self._file["dimensions"].attrs["spatial_dims"]]
@@ -73,6 +74,11 @@ class WellFile:
                     raise ValueError(f"{data.name}: an earlier group has a field of that name")
                 self.fields[name] = self._field(order, data)
                 self._data[name] = data
+
+    def __reduce__(self) -> Any:
+        if not isinstance(self._path, str | PathLike):
+            raise TypeError("a WellFile of an open file is not pickled: open it by its path")
+        return WellFile, (self._path,)
 
     def __enter__(self) -> WellFile:
         return self
