@@ -5,10 +5,14 @@ What was saved from one mesh and cut loads into any other: the files hold global
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+import warnings
+from collections.abc import Callable
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +27,15 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from .comm.count import simulated_rank
 from .errors import UnsupportedOpError
-from .states import Planner, Reader, snapshot
+from .planner import Planner, SavePlanner
 from .states import Randomness as Randomness
+from .states import snapshot
+from .storage import METADATA, Contents, Reader, Writer, complete, contents
 from .tensor import ShardTensor
 
 _pending: Saving | None = None
 _group: Any = None
+T = TypeVar("T")
 
 
 def chunks(x: ShardTensor) -> list[ChunkStorageMetadata]:
@@ -57,13 +64,15 @@ def write_items(fqn: str, x: ShardTensor) -> list[WriteItem]:
 
 
 def save(state: dict[str, Any], folder: str | Path, name: str, *, keep: int = 2) -> Path:
-    """Write a checkpoint folder/name by all ranks; the `keep` newest stay.
+    """Write a checkpoint folder/name by all ranks; the `keep` newest stay, with 0 all.
 
     state: as for torch.distributed.checkpoint (see its `get_state_dict` for models and optimizers,
-    and `Randomness`).
+    and `Randomness`): tensors, numbers, text and containers of these.
     It gets its name only when it is complete: a run that is killed while it saves leaves the last
-    good one. Raises FileExistsError, on all ranks, for a name that is taken.
+    good one. Raises on all ranks alike: ValueError for a name that is not one of a file,
+    FileExistsError for one that is taken, RuntimeError where the checkpoint could not be written.
     """
+    keep = _checked(name, keep)
     finish()
     path = _prepare(folder, name)
     _write(state, path, keep, None)
@@ -77,6 +86,7 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
     What went wrong in the thread is raised then. Every rank calls this.
     """
     global _pending, _group
+    keep = _checked(name, keep)
     finish()
     path = _prepare(folder, name)
     copy = snapshot(state)
@@ -124,63 +134,169 @@ def finish() -> None:
         saving.wait()
 
 
-def load(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dict[str, Any]:
     """Fill the tensors of a state from a checkpoint; other values come back in the same dict.
 
+    A first key of the file that the state does not have is not read. Below those that it has all
+    must match: raises RuntimeError that names the keys which the file does not have, and those for
+    which the state has no place; with strict=False both are left as they are. The state_dict of an
+    optimizer that has not stepped yet takes what the file has. A tensor is converted to the dtype
+    of the state's, not from float to integer or from complex to real.
+
     No code of the file is executed: only tensors, numbers, text, bytes and containers of them are
-    loaded. Raises RuntimeError on every rank for anything else, and where the checkpoint does not
-    have what the state asks for.
+    loaded. What a rank reads is held against the checksums that `save` wrote. Raises RuntimeError
+    on every rank, which names the file, where a checkpoint is cut, damaged or has anything else;
+    tensors of the state may then be filled in part.
     """
+    path = Path(path)
     alone = not dist.is_initialized()
+    found, first = _decide(lambda: (_contents(path), path.name))
+    planner = Planner(strict, path.name, first)
     try:
-        dcp.load(state, storage_reader=Reader(path), planner=Planner(), no_dist=alone)
+        dcp.load(state, storage_reader=Reader(path, found), planner=planner, no_dist=alone)
     except CheckpointException as e:
-        rank, (error, _) = next(iter(e.failures.items()))
+        planner.undo()
+        rank = min(e.failures)
+        error = e.failures[rank][0]
         raise RuntimeError(f"checkpoint {path} cannot be loaded on rank {rank}: {error}") from error
     return state
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder, None if there is none."""
-    found = _complete(Path(folder))
-    return found[-1] if found else None
+    """The newest complete checkpoint of a folder, None if there is none.
+
+    Warns of newer ones that are not complete, and says what is wrong with them.
+    """
+    for path in reversed(_found(Path(folder))):
+        try:
+            complete(path)
+            return path
+        except (ValueError, OSError) as e:
+            warnings.warn(f"checkpoint {path} is not complete: {e}", stacklevel=2)
+    return None
+
+
+def _contents(path: Path) -> Contents:
+    try:
+        return contents(path)
+    except (ValueError, OSError) as e:
+        raise RuntimeError(f"checkpoint {path} cannot be loaded: {e}") from e
+
+
+def _checked(name: str, keep: int) -> int:
+    """The number of checkpoints that stay. Raises ValueError for it, and for an odd name."""
+    if (
+        not isinstance(name, str) or not name.isprintable() or name != name.strip()
+        or {"/", "\\"} & set(name) or name[:1] in ("", ".") or len(name.encode()) > 240
+    ):  # fmt: skip
+        raise ValueError(
+            f"name {name!r}: the checkpoint becomes a folder of that name; give one without /, "
+            "that does not begin with a dot"
+        )
+    try:
+        keep = index(keep)
+    except TypeError:
+        keep = -1
+    if keep < 0:
+        raise ValueError("keep is how many of the newest checkpoints stay; 0 for all")
+    return keep
 
 
 def _prepare(folder: str | Path, name: str) -> Path:
     """Clear what killed runs left behind; where the checkpoint will be."""
     folder = Path(folder)
     path = folder / name
-    if path.exists():
-        raise FileExistsError(f"{path} is complete already: name each checkpoint by its step")
-    _meet()
-    if _first():
+
+    def cleared() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} is complete already: name each checkpoint by its step")
         for left in folder.glob(".*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-    _meet()
+            if left.is_symlink() or not left.is_dir():
+                left.unlink()
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        _partial(path).mkdir()
+
+    _decide(cleared)
     return path
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _write(state: dict[str, Any], path: Path, keep: int, group: Any) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    dcp.save(state, checkpoint_id=partial, process_group=group, no_dist=not dist.is_initialized())
-    _meet(group)
-    if _first():
+    partial = _partial(path)
+    try:
+        dcp.save(
+            state,
+            storage_writer=Writer(partial),
+            planner=SavePlanner(),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as e:
+        rank = min(e.failures)
+        error = e.failures[rank][0]
+        raise RuntimeError(f"checkpoint {path} was not saved: rank {rank}: {error}") from error
+
+    def named() -> None:
         partial.rename(path)
-        for old in _complete(path.parent)[:-keep] if keep else ():
-            shutil.rmtree(old)
-    _meet(group)
+        _settle(path.parent)
+        _prune(path.parent, keep)
+
+    _decide(named, group)
 
 
-def _complete(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("*") if (p / ".metadata").exists() and p.name[0] != "."]
-    return sorted(found, key=lambda p: (p / ".metadata").stat().st_mtime_ns)
+def _settle(folder: Path) -> None:
+    """The names in a folder survive a loss of power."""
+    at = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
 
 
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what is older than the `keep` newest complete ones."""
+    left = keep
+    for path in reversed([p for p in _found(folder) if not p.is_symlink()] if keep else []):
+        if left:
+            left -= _complete(path)
+            continue
+        # no half of one is ever found under its name
+        gone = _partial(path)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
-def _meet(group: Any = None) -> None:
-    if dist.is_initialized():
-        dist.barrier(group)
+def _complete(path: Path) -> bool:
+    try:
+        complete(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _found(folder: Path) -> list[Path]:
+    """What looks like checkpoints, the newest last."""
+    found = [p for p in folder.glob("*") if p.name[0] != "." and (p / METADATA).exists()]
+    return sorted(found, key=lambda p: ((p / METADATA).stat().st_mtime_ns, p.name))
+
+
+def _decide(work: Callable[[], T], group: Any = None) -> T:
+    """What the first rank finds or does, on all ranks; what it raises, all raise."""
+    if not dist.is_initialized():
+        return work()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = work()
+        except (OSError, ValueError, RuntimeError) as e:
+            told[1] = e
+    dist.broadcast_object_list(told, src=0, group=group)
+    if told[1] is not None:
+        raise told[1]
+    found: T = told[0]
+    return found

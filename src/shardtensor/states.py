@@ -1,10 +1,9 @@
-"""What goes into checkpoints and what may come out of them."""
+"""What goes into checkpoints: a copy of a state, the states of generators."""
 
 from __future__ import annotations
 
 import copy
 import io
-import pickle
 import random
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
@@ -68,67 +65,26 @@ class Randomness:
         return {"states": buffer.getvalue()}
 
     def load_state_dict(self, state: dict[str, bytes]) -> None:
-        every = torch.load(io.BytesIO(state["states"]), weights_only=True)
-        rank = simulated_rank()
-        if rank is None:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-        mine = every[rank if rank < len(every) else 0]
-        torch.set_rng_state(mine["torch"])
-        if mine["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(mine["cuda"])
-        kind, keys, *rest = mine["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-        random.setstate(mine["python"])
+        try:
+            every = torch.load(io.BytesIO(state["states"]), weights_only=True)
+            # those of all ranks are tried on each, so that all raise or none
+            for each in every:
+                torch.Generator().set_state(each["torch"])
+                np.random.RandomState().set_state(_numpy(each))
+                random.Random().setstate(each["python"])
+            rank = simulated_rank()
+            if rank is None:
+                rank = dist.get_rank() if dist.is_initialized() else 0
+            mine = every[rank if rank < len(every) else 0]
+            torch.set_rng_state(mine["torch"])
+            if mine["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(mine["cuda"])
+            np.random.set_state(_numpy(mine))
+            random.setstate(mine["python"])
+        except Exception as e:
+            raise RuntimeError(f"these are no states of random generators: {e}") from e
 
 
-class Planner(DefaultLoadPlanner):
-    """Loads values that are no tensors without executing what they were pickled with."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises for anything but data
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-class Reader(FileSystemReader):
-    """Reads a checkpoint's metadata, which is a pickle, as the few classes that it is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as stream:
-            _Careful(stream).load()
-        return super().read_metadata(*args, **kwargs)
-
-
-class _Careful(pickle.Unpickler):
-    """Nothing but what DCP's own metadata is made of."""
-
-    _METADATA = "torch.distributed.checkpoint.metadata"
-    _OTHERS = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-            # Python 3.13 names them so
-            ("pathlib._local", "PosixPath"),
-            ("pathlib._local", "WindowsPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        of_torch = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(of_torch, torch.dtype):
-            return of_torch
-        if "." not in name and (module == self._METADATA or (module, name) in self._OTHERS):
-            found = super().find_class(module, name)
-            # what the module imports is not part of it
-            if getattr(found, "__module__", module) in (
-                module,
-                "torch",
-                "pathlib",
-                "pathlib._local",
-            ):
-                return found
-        raise pickle.UnpicklingError(f"a checkpoint with {module}.{name} is not loaded")
+def _numpy(of_rank: dict[str, Any]) -> tuple[Any, ...]:
+    kind, keys, *rest = of_rank["numpy"]
+    return (kind, keys.numpy().astype(np.uint32), *rest)
