@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.attention import blocks
+from shardtensor.attention import blocks, strategy
 
 torch.manual_seed(0)
 D = torch.float64
@@ -121,6 +122,54 @@ def test_masks_without_gradient_take_the_fused_kernel():
         for cq, ck in [((6, 3), (3, 4)), ((7, 0, 2), (3, 2, 2))]:
             T.hold(lambda *x, m=mask: sdpa(*x, m), [q, k, v], *ring(cq, ck))
     T.hold(lambda *x: sdpa(*x, some, is_causal=True), [q, k, v], *ring((6, 3), (3, 4)))
+
+
+def exact(*args, **kwargs):
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", ["min", -1e9, NO])
+def test_rows_that_a_mask_hides_from_all_keys(low, dtype):
+    """Their weights are even, whatever number hides them, and however many ranks hold the keys."""
+    qkv = [x.to(dtype) for x in (q, k, v)]
+    mask = torch.zeros(B, 1, L, S, dtype=dtype)
+    low = torch.finfo(dtype).min if low == "min" else low
+    mask[:, :, 1], mask[0, :, 5, :4], mask[1, ..., 4:], mask[1, :, 3] = low, low, low, low
+    rtol = {D: None, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    on, n = ring((4, 0, 5), (3, 4, 0))
+    for places in (on, [None, *on[1:]]):
+        # torch's fused kernel for CPUs has gradients of its own in these rows, and so have we
+        for fn in (sdpa, exact):
+            T.hold(lambda *x, f=fn: f(*x, mask), qkv, places, n, rtol=rtol)
+        T.hold(exact, [*qkv, mask], [*places, None], n, rtol=rtol)
+    T.hold(sdpa, [*qkv, mask], [*on, T.shard(3)], n, rtol=rtol, grad=False)
+    three = [x[:, 0] for x in qkv]
+    T.hold(lambda *x: sdpa(*x, mask[:, 0]), three, on, n, rtol=rtol)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_scores_that_are_equal(causal):
+    """The number of keys that share the weight counts where the scores have many digits."""
+    big = [x.float() for x in (q[:, :, :S].abs() * 300, torch.ones_like(k) * 300, v)]
+    for kind in ("ring", "auto", "zigzag"):
+        if kind != "zigzag" or causal:
+            with strategy(kind):
+                on, n = ring((4, 3), (4, 3))
+                T.hold(exact, big, on, n, kwargs=dict(is_causal=causal), rtol=2e-5)
+
+
+def test_a_mask_beside_is_causal():
+    """As torch: together only where its fused kernel takes them."""
+    on, n = ring((6, 3), (3, 4))
+    bias = torch.randn(L, S, dtype=D)
+    T.hold(lambda *x: sdpa(*x, bias, is_causal=True), [q, k, v], on, n)
+    for fn, args in ((exact, [q, k, v]), (sdpa, [q[0], k[0], v[0]])):
+        with pytest.raises(st.RankError, match="should not be set when is_causal"):
+            T.hold(lambda *x, f=fn: f(*x, bias, is_causal=True), args, on, n)
+    with pytest.raises(st.RankError, match="a mask of torch.float16 for a query of torch.float64"):
+        T.hold(lambda *x: sdpa(*x, bias.half()), [q, k, v], on, n)
 
 
 def test_extreme_scores():

@@ -1,14 +1,16 @@
 """Attention of one block of queries to one block of keys, and merging such blocks.
 
 Shapes: q (B, H, L, E), k (B, G, S, E), v (B, G, S, F), where H is a multiple of G; mask
-broadcasts to (B, H, L, S); out (B, H, L, F); lse (B, H, L), the log-sum-exp of each row's scores,
--inf where the row sees no key. Gradients of a block need only the merged out and lse of all blocks:
-P = exp(scores - lse), dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
+broadcasts to (B, H, L, S); out (B, H, L, F); sums (2, B, H, L): for each row m and t such that its
+sum of exp(scores) is t exp(m); m is -inf where the row sees no key. Two numbers, since their
+log-sum-exp m + log t rounds t away where m is about the most negative number: in a row that a mask
+of such numbers fills. Gradients of a block need only the merged out and sums of all blocks:
+P = exp(scores - m) / t, dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -18,16 +20,23 @@ from .. import _torch
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
+# log-sum-exps beyond this have lost digits of the sums that they stand for
+COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What turns scores into weights. seed: of the dropout of one block, with probability drop."""
+    """What turns scores into weights. seed: of the dropout of one block, with probability drop.
+
+    exact: backward is exact where the fused kernels' own, torch's on one device, is not: those of
+    torch 2.13 take P from a log-sum-exp.
+    """
 
     scale: float
     triangle: bool = False
     drop: float = 0.0
     seed: int = 0
+    exact: bool = True
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -36,19 +45,32 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dead: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a block, by a fused kernel where one takes it."""
+    """(out, sums) of a block, by a fused kernel where one takes it.
+
+    dead: the rows (B or 1, H or 1, L or 1) that an additive mask hides from the keys of all blocks.
+    """
     kernel = _fused(q, k, v, mask, rule)
     if kernel is None:
         return _plain_forward(q, k, v, mask, rule)
     bias = _bias(mask, q.dtype)
     out, lse = kernel.forward(q, k, v, bias, rule.triangle, rule.scale)
+    hidden = None
     if bias is not None:
+        most = bias.amax(-1)
+        most = most.view(*[1] * (3 - most.ndim), *most.shape)
         # torch 2.13's CPU kernel gives 0 as the log-sum-exp of a row that sees no key
-        blind = bias.isneginf().all(-1)
-        lse = torch.where(blind.view(*[1] * (3 - blind.ndim), *blind.shape), -inf, lse)
-    return out, lse
+        lse = torch.where(most == -inf, -inf, lse)
+        # what another block outweighs by far needs no digits
+        hidden = (most < -COARSE[lse.dtype]) & ~dead if dead is not None else None
+    sums = torch.stack((lse, torch.ones_like(lse)))
+    rows = _coarse(lse, hidden)
+    if rows is not None:
+        again = _plain_forward(*_part(rows, q, k, v, mask, rule))
+        out = out.index_copy(2, rows, again[0].to(out.dtype))
+        sums = sums.index_copy(3, rows, again[1])
+    return out, sums
 
 
 def backward(
@@ -58,53 +80,117 @@ def backward(
     v: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     rule: Rule,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dmask) of a block, given out and lse over all keys, +inf for a blind row."""
+    """(dq, dk, dv, dmask) of a block, given out and `settled` sums over all keys."""
     kernel = None if mask_grad else _fused(q, k, v, mask, rule)
     if kernel is None:
-        return _plain_backward(g, q, k, v, mask, out, lse, rule, mask_grad)
+        return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
+    lse = sums[0] + sums[1].log()
+    rows = _coarse(sums[0]) if rule.exact else None
+    if rows is not None:
+        lse = lse.index_fill(2, rows, inf)
     bias = _bias(mask, q.dtype)
-    return *kernel.backward(g, q, k, v, bias, out, lse, rule.triangle, rule.scale), None
+    dq, dk, dv = kernel.backward(g, q, k, v, bias, out, lse, rule.triangle, rule.scale)
+    if rows is not None:
+        some, *others = _part(rows, q, k, v, mask, rule)
+        more = _plain_backward(
+            g[:, :, rows], some, *others[:3], out[:, :, rows], sums[..., rows], others[3], False
+        )
+        dq = dq.to(more[0].dtype).index_copy(2, rows, more[0])
+        dk, dv = dk + more[1], dv + more[2]
+    return dq, dk, dv, None
+
+
+def settled(sums: Tensor) -> Tensor:
+    """sums for `backward`: a row that sees no key has weights of zero."""
+    top, total = sums
+    return torch.stack((top.masked_fill(top == -inf, inf), total.masked_fill(total == 0, 1.0)))
+
+
+def dead_rows(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The rows of queries in `dtype` that an additive mask hides from all keys."""
+    if mask is None or mask.dtype is torch.bool or not mask.shape[-1]:
+        return None
+    dead = mask.detach().amax(-1) < -COARSE[wide(dtype)]
+    return dead.view(*[1] * (3 - dead.ndim), *dead.shape)
+
+
+def _coarse(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
+    """Rows with a log-sum-exp that has lost digits, None without any.
+
+    Not on CUDA, where the question would wait for the device: kernels there take no mask, and
+    scores of such size have lost as many digits already.
+    """
+    if lse.device.type != "cpu":
+        return None
+    size = lse.abs()
+    found = (size > COARSE[lse.dtype]) & (size < inf)
+    if not found.any():
+        return None
+    if hidden is not None:
+        found &= ~hidden
+    rows = found.flatten(0, 1).any(0).nonzero().squeeze(1)
+    return rows if rows.numel() else None
+
+
+def _part(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rule]:
+    """Operands and rule for some of the rows of q."""
+    if rule.triangle:
+        mask = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
+    elif mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return q[:, :, rows], k, v, mask, replace(rule, triangle=False)
 
 
 class Merge:
-    """Out and lse over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
+    """Out and sums over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
 
     def __init__(self, q: Tensor, v: Tensor) -> None:
         self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
         self.dtype = wide(q.dtype)
         self.found: tuple[Tensor, Tensor] | None = None
 
-    def add(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:
+    def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor) -> None:
         """Take in what the queries `rows` see in one more block."""
         if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
-            self.found = out.to(self.dtype), lse.to(self.dtype)
+            self.found = out.to(self.dtype), sums.to(self.dtype)
             return
-        have_out, have_lse = (x[:, :, rows[0] : rows[1]] for x in self.result())
-        both = torch.logaddexp(have_lse, lse.to(self.dtype))
-        have_out.mul_(_weight(have_lse, both)).add_(out * _weight(lse, both))
-        have_lse.copy_(both)
+        all_out, every = self.result()
+        have_out, have = all_out[:, :, rows[0] : rows[1]], every[..., rows[0] : rows[1]]
+        sums = sums.to(self.dtype)
+        top = torch.maximum(have[0], sums[0])
+        parts = [relative(s, top) for s in (have, sums)]
+        total = parts[0] + parts[1]
+        safe = total.masked_fill(total == 0, 1.0)
+        a, b = ((part / safe).unsqueeze(-1) for part in parts)
+        have_out.mul_(a).add_(out * b)
+        have[0].copy_(top)
+        have[1].copy_(total)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(out, lse); zeros and -inf where no key was seen."""
+        """(out, sums); zeros and -inf where no key was seen."""
         if self.found is None:
             b, h, rows, width = self.shape
             # the layout that fused kernels give: heads beside each other in memory
             out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
-            self.found = out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
+            sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
+            sums[0] = -inf
+            self.found = out, sums
         return self.found
+
+
+def relative(sums: Tensor, top: Tensor) -> Tensor:
+    """The sums of exp(scores - top), 0 where nothing was seen."""
+    return torch.where(sums[0] == -inf, 0.0, sums[1] * (sums[0] - top).exp())
 
 
 def _heads_beside(out: Tensor) -> bool:
     return out.transpose(1, 2).is_contiguous()
-
-
-def _weight(lse: Tensor, total: Tensor) -> Tensor:
-    """exp(lse - total), 0 where nothing was seen."""
-    return torch.where(lse == -inf, 0.0, (lse - total).exp()).unsqueeze(-1)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -113,7 +199,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     if mask.dtype is torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -inf)
-    return mask.to(dtype)
+    return mask if mask.dtype is torch.float32 else mask.to(dtype)
 
 
 def _fused(
@@ -153,9 +239,9 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule, first: int) -
     return s
 
 
-def _weights(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(s - lse), in place; lse is +inf for a blind row."""
-    return s.sub_(lse.unsqueeze(-1)).exp_()
+def _powers(s: Tensor, top: Tensor) -> Tensor:
+    """exp(s - top), in place."""
+    return s.sub_(top.unsqueeze(-1)).exp_()
 
 
 def _kept(p: Tensor, rule: Rule, generator: torch.Generator | None) -> Tensor | None:
@@ -175,18 +261,20 @@ def _plain_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = wide(q.dtype)
     generator = _generator(q, rule)
-    outs, lses = [], []
+    outs, sums = [], []
     with torch.autocast(q.device.type, enabled=False):
         k, v = k.to(dtype), v.to(dtype)
         for a, b in _chunks(q, k):
             s = _scores(q[:, :, a:b].to(dtype), k, _cut(mask, a, b), rule, a)
-            lse = s.logsumexp(-1)
-            p = _weights(s, lse.masked_fill(lse == -inf, inf))
+            top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -inf)
+            p = _powers(s, top.masked_fill(top == -inf, inf))
+            total = p.sum(-1)
             keep = _kept(p, rule, generator)
             p = p if keep is None else p.mul_(keep)
-            outs.append((_grouped(p, k.shape[1]) @ v).view(*p.shape[:3], v.shape[-1]))
-            lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+            found = (_grouped(p, k.shape[1]) @ v).view(*p.shape[:3], v.shape[-1])
+            outs.append(found.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1)))
+            sums.append(torch.stack((top, total)))
+    return torch.cat(outs, 2), torch.cat(sums, 3)
 
 
 def _plain_backward(
@@ -196,7 +284,7 @@ def _plain_backward(
     v: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     rule: Rule,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -210,7 +298,8 @@ def _plain_backward(
         for a, b in _chunks(q, k):
             rows = q[:, :, a:b].to(dtype)
             gr = g[:, :, a:b].to(dtype)
-            p = _weights(_scores(rows, k, _cut(mask, a, b), rule, a), lse[:, :, a:b])
+            top, total = sums[..., a:b]
+            p = _powers(_scores(rows, k, _cut(mask, a, b), rule, a), top).div_(total.unsqueeze(-1))
             keep = _kept(p, rule, generator)
             dp = (_grouped(gr, groups) @ v.mT).view(p.shape)
             dp = dp if keep is None else dp.mul_(keep)

@@ -5,7 +5,7 @@ Rank r of `group` holds the queries [q_starts[r], + q_sizes[r]) and, before the 
 every rank attends to the block that it has while the next one arrives. Ranks of `merged` hold other
 keys for the same queries: their results are merged at the end by two all-reduces.
 
-Backward recomputes the scores block by block from the merged log-sum-exp. Gradients of a block of
+Backward recomputes the scores block by block from the merged sums. Gradients of a block of
 keys travel along with it, and from the last rank that needs it straight home. Memory is that of
 some blocks (at most 28 of one rank's queries were measured), whatever the number of ranks.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..comm import groups, wire
 from ..comm.ops import define
-from .blocks import Merge, Rule, backward, forward, wide
+from .blocks import Merge, Rule, backward, dead_rows, forward, relative, settled, wide
 from .plan import Spans, hops, per_rank, pieces
 
 Span = tuple[int, int]
@@ -38,6 +37,7 @@ class _Ring:
     k_sizes: tuple[int, ...]
     mask_start: int
     causal: bool
+    exact: bool
     scale: float
     drop: float
     seed: int
@@ -83,7 +83,8 @@ class _Ring:
             key = 0
             for start, keys in self._blocks[block]:
                 for p in pieces(rows, keys, first - start if self.causal else None):
-                    rule = Rule(self.scale, p.triangle, self.drop, self._seed(block, len(found)))
+                    seed = self._seed(block, len(found))
+                    rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
                     found.append((_moved(p.rows, row), _moved(p.keys, key), rule))
                 key += keys
             row += rows
@@ -109,6 +110,10 @@ def _moved(span: Span, by: int) -> Span:
 
 def _cut(x: Tensor, rows: Span) -> Tensor:
     return x[:, :, rows[0] : rows[1]]
+
+
+def _hidden(dead: Tensor | None, rows: Span) -> Tensor | None:
+    return dead if dead is None or dead.shape[-1] == 1 else _cut(dead, rows)
 
 
 def _like(x: Tensor, tokens: int) -> list[int]:
@@ -174,30 +179,34 @@ def _attention(
     ring, merged = _Ring.of(*rest[:-1]), rest[-1]
     steps = max(ring.hops)
     total = Merge(q, v)
+    dead = dead_rows(mask, q.dtype)
     held = [k, v]
     for step in range(steps + 1):
         arriving = _pass_keys(ring, step, held) if step < steps else None
         block = ring.held(ring.me, step)
         for rows, keys, rule in ring.seen(q, block):
             part = ring.mask(mask, block, rows, keys)
-            found = forward(_cut(q, rows), _cut(held[0], keys), _cut(held[1], keys), part, rule)
+            found = forward(
+                _cut(q, rows), _cut(held[0], keys), _cut(held[1], keys), part, rule,
+                _hidden(dead, rows),
+            )  # fmt: skip
             total.add(rows, *found)
         held = arriving() if arriving else held
-    out, lse = _over_ranks(*total.result(), merged)
-    return out.to(q.dtype), lse
+    out, sums = _over_ranks(*total.result(), merged)
+    return out.to(q.dtype), sums
 
 
-def _over_ranks(out: Tensor, lse: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def _over_ranks(out: Tensor, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Merge what ranks found for the same queries and different keys."""
     if groups.size(group) == 1:
-        return out, lse
-    (top,) = wire.all_reduce([lse], "max", group)
-    weight = torch.where(lse == -inf, 0.0, (lse - top).exp())
+        return out, sums
+    (top,) = wire.all_reduce([sums[0]], "max", group)
+    weight = relative(sums, top)
     summed, total = wire.all_reduce([(out * weight.unsqueeze(-1)), weight], "sum", group)
     safe = total.masked_fill(total == 0, 1.0)
     # the layout that fused kernels give: heads beside each other in memory
     merged = (summed / safe.unsqueeze(-1)).transpose(1, 2).contiguous().transpose(1, 2)
-    return merged, torch.where(total == 0, -inf, top + safe.log())
+    return merged, torch.stack((top, total))
 
 
 def _attention_backward(
@@ -207,14 +216,14 @@ def _attention_backward(
     v: Tensor,
     mask: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     mask_grad: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ring = _Ring.of(*rest)
     steps, me = max(ring.hops), ring.me
     dtype = wide(q.dtype)
-    lse = lse.masked_fill(lse == -inf, inf)
+    sums = settled(sums)
     dq = q.new_zeros(q.shape, dtype=dtype)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
     held, home = [k, v], list[Tensor]()
@@ -226,8 +235,8 @@ def _attention_backward(
         for rows, keys, rule in ring.seen(q, block):
             found = backward(
                 _cut(g, rows), _cut(q, rows), _cut(held[0], keys), _cut(held[1], keys),
-                ring.mask(mask, block, rows, keys), _cut(out, rows), _cut(lse, rows), rule,
-                mask_grad,
+                ring.mask(mask, block, rows, keys), _cut(out, rows), sums[..., rows[0] : rows[1]],
+                rule, mask_grad,
             )  # fmt: skip
             parts = _cut(dq, rows), _cut(grads[0], keys), _cut(grads[1], keys)
             for into, x in zip((*parts, ring.mask(dmask, block, rows, keys)), found, strict=True):
@@ -257,18 +266,18 @@ def _attention_backward(
 
 _INTEGERS = (
     "int[] q_starts, int[] q_sizes, int[] k_starts, int[] k_sizes, int mask_start, bool causal, "
-    "float scale, float drop, int seed, str group"
+    "bool exact, float scale, float drop, int seed, str group"
 )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
     b, h, rows, _ = q.shape
     out = q.new_empty([b, rows, h, v.shape[-1]]).transpose(1, 2)
-    return out, q.new_empty([b, h, rows], dtype=wide(q.dtype))
+    return out, q.new_empty([2, b, h, rows], dtype=wide(q.dtype))
 
 
 def _fake_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor,
     mask_grad: bool, *rest: Any,
 ) -> Any:  # fmt: skip
     dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
@@ -283,7 +292,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     mask_grad = ctx.needs_input_grad[3]
     *grads, dmask = backward_op(g, *ctx.saved_tensors, mask_grad, *ctx.rest)
-    return *grads, dmask if mask_grad else None, *[None] * 11
+    return *grads, dmask if mask_grad else None, *[None] * 12
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
@@ -303,7 +312,7 @@ attention_op = define(
 )
 backward_op: Any = define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-    f"Tensor lse, bool mask_grad, {_INTEGERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor sums, bool mask_grad, {_INTEGERS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _fake_backward,
     lambda ctx, inputs, output: None,
@@ -322,6 +331,7 @@ def attend(
     mask_start: int = 0,
     causal: bool,
     scale: float,
+    exact: bool = True,
     drop: float = 0.0,
     seed: int = 0,
     group: str,
@@ -332,12 +342,12 @@ def attend(
     q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
     from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of each
     ring rank's queries and keys, one or several for each rank, listed rank by rank. Over `merged`
-    ranks hold other keys for the same queries; the result is then the same on all of them. Sends
-    each block once to each rank that needs it.
+    ranks hold other keys for the same queries; the result is then the same on all of them. exact:
+    as of `blocks.Rule`. Sends each block once to each rank that needs it.
     """
     q_starts, q_sizes = zip(*q_spans, strict=True)
     k_starts, k_sizes = zip(*k_spans, strict=True)
     return attention_op(
-        q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal, scale, drop, seed,
-        group, merged,
+        q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal, exact, scale, drop,
+        seed, group, merged,
     )[0]  # fmt: skip

@@ -46,7 +46,15 @@ def _windows(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[
 
 
 def attend_balanced(
-    q: Tensor, k: Tensor, v: Tensor, *, sizes: tuple[int, ...], scale: float, group: str, alone: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sizes: tuple[int, ...],
+    scale: float,
+    exact: bool = True,
+    group: str,
+    alone: str,
 ) -> Tensor:
     """softmax(scale q k^T) v under a causal mask, over the tokens of all ranks of the ring.
 
@@ -63,8 +71,8 @@ def attend_balanced(
         q, k, v = (comm.window(x, 2, sizes, there, group) for x in (q, k, v))
     spans = [span for pair in chunks(sum(sizes), n) for span in pair]
     out = attend(
-        q, k, v, None, q_spans=spans, k_spans=spans, causal=True, scale=scale, group=group,
-        merged=alone,
+        q, k, v, None, q_spans=spans, k_spans=spans, causal=True, scale=scale, exact=exact,
+        group=group, merged=alone,
     )  # fmt: skip
     held = [sum(rows for _, rows in pair) for pair in chunks(sum(sizes), n)]
     return comm.window(out, 2, held, back, group)

@@ -54,11 +54,15 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _whole_sums(attn_mask)
     _check(query, key, value, attn_mask)
+    given = (query, key, value, attn_mask)
+    exact = not (query.device.type == "cpu" and _takes_flash(given, dropout_p, enable_gqa))
+    if attn_mask is not None and is_causal and exact and query.device.type == "cpu":
+        raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
     if enable_gqa and not _heads_fit(_known(query), _known(key), _known(value)):
         key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
-    given = (query, key, value, attn_mask)
     known = _known(query), _known(key), _known(value)
     masked = None if attn_mask is None else _known(attn_mask)
+    given = (query, key, value, attn_mask)
     p = plan(*known, masked, enable_gqa)
     plain = attn_mask is None and not dropout_p
     dealt = _deal(p, known, plain, is_causal, query.dtype.itemsize)
@@ -78,7 +82,9 @@ def scaled_dot_product_attention(
     ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
     if is_causal and _zigzags(p, mask is None and not dropout_p):
         sizes = p.keys.sizes
-        out = attend_balanced(q, k, v, sizes=sizes, scale=scale, group=ring, alone=merged)
+        out = attend_balanced(
+            q, k, v, sizes=sizes, scale=scale, exact=exact, group=ring, alone=merged
+        )
         return wrap(out.reshape(p.spec.local_shape), p.spec)
     q_spans, k_spans = spans(p)
     out = attend(
@@ -91,6 +97,7 @@ def scaled_dot_product_attention(
         mask_start=0 if p.ring or not p.merged else k_spans[0][0],
         causal=is_causal,
         scale=scale,
+        exact=exact,
         drop=dropout_p,
         seed=_seed(p, q.device) if dropout_p else 0,
         group=ring,
@@ -218,12 +225,37 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         if mask.dtype is not torch.bool and not mask.is_floating_point():
             raise RuntimeError(f"{NAME}: a mask of {mask.dtype}; use bool or a floating dtype")
+        if mask.dtype not in (torch.bool, torch.float32) and _dtype(mask) != _dtype(q):
+            raise RuntimeError(
+                f"{NAME}: a mask of {mask.dtype} for a query of {q.dtype}; use bool, float32 or "
+                "the dtype of the query"
+            )
         if mask.ndim < 2:
             raise RuntimeError(
                 f"{NAME}: a mask of shape {tuple(mask.shape)}; it has 2 dims or more"
             )
         if mask.ndim > max(x.ndim for x in (q, k, v)):
             raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
+
+
+def _takes_flash(given: tuple[Tensor | None, ...], drop: float, grouped: bool) -> bool:
+    """Whether one device would take torch's fused kernel for CPUs, of which some gradients differ.
+
+    The conditions are those of torch 2.11 to 2.13, in sdp_utils_cpp.h.
+    """
+    *qkv, mask = given
+    q, k, v = qkv
+    assert q is not None and k is not None and v is not None
+    return (
+        torch.backends.cuda.flash_sdp_enabled()
+        and not drop
+        and q.ndim == k.ndim == v.ndim == 4
+        and q.shape[0] == k.shape[0] == v.shape[0]
+        and (grouped or q.shape[1] == k.shape[1] == v.shape[1])
+        and q.shape[-1] == v.shape[-1]
+        and bool(q.shape[-2] and k.shape[-2])
+        and (mask is None or (mask.ndim in (2, 4) and not mask.requires_grad))
+    )
 
 
 def _dtype(x: Tensor) -> torch.dtype:
