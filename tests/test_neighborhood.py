@@ -417,3 +417,15 @@ def test_windows_are_those_of_natten():
     with torch.no_grad():
         for cut in T.cuts(9):
             T.hold(model.forward, [x], [T.shard(1, cut)], (len(cut),), grad=False, rtol=1e-5)
+
+
+def test_large_scores_that_are_equal():
+    """Their gradients, too, know how many keys share the weight."""
+    q, k, v = (x.float() for x in tokens(9, heads=1, width=8))
+    q, k = q.abs() * 300, torch.ones_like(k) * 300
+    mine, theirs = ([y.clone().requires_grad_() for y in (q, k, v)] for _ in range(2))
+    st.neighborhood_attention(*mine, 3).square().sum().backward()
+    reference(*[y.double() for y in theirs], 3).square().sum().backward()
+    # that of the queries is zero
+    for a, b in zip(mine[1:], theirs[1:], strict=True):
+        T.same(a.grad, b.grad.to(a.dtype), "gradient", 2e-4)

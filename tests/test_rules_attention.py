@@ -124,11 +124,6 @@ def test_masks_without_gradient_take_the_fused_kernel():
     T.hold(lambda *x: sdpa(*x, some, is_causal=True), [q, k, v], *ring((6, 3), (3, 4)))
 
 
-def exact(*args, **kwargs):
-    with sdpa_kernel(SDPBackend.MATH):
-        return sdpa(*args, **kwargs)
-
-
 @pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("low", ["min", -1e9, NO])
 def test_rows_that_a_mask_hides_from_all_keys(low, dtype):
@@ -141,9 +136,10 @@ def test_rows_that_a_mask_hides_from_all_keys(low, dtype):
     on, n = ring((4, 0, 5), (3, 4, 0))
     for places in (on, [None, *on[1:]]):
         # torch's fused kernel for CPUs has gradients of its own in these rows, and so have we
-        for fn in (sdpa, exact):
-            T.hold(lambda *x, f=fn: f(*x, mask), qkv, places, n, rtol=rtol)
-        T.hold(exact, [*qkv, mask], [*places, None], n, rtol=rtol)
+        T.hold(lambda *x: sdpa(*x, mask), qkv, places, n, rtol=rtol)
+        with sdpa_kernel(SDPBackend.MATH):
+            T.hold(lambda *x: sdpa(*x, mask), qkv, places, n, rtol=rtol)
+            T.hold(sdpa, [*qkv, mask], [*places, None], n, rtol=rtol)
     T.hold(sdpa, [*qkv, mask], [*on, T.shard(3)], n, rtol=rtol, grad=False)
     three = [x[:, 0] for x in qkv]
     T.hold(lambda *x: sdpa(*x, mask[:, 0]), three, on, n, rtol=rtol)
@@ -155,9 +151,13 @@ def test_large_scores_that_are_equal(causal):
     big = [x.float() for x in (q[:, :, :S].abs() * 300, torch.ones_like(k) * 300, v)]
     for kind in ("ring", "auto", "zigzag"):
         if kind != "zigzag" or causal:
-            with strategy(kind):
-                on, n = ring((4, 3), (4, 3))
-                T.hold(exact, big, on, n, kwargs=dict(is_causal=causal), rtol=2e-5)
+
+            def run(*args, kind=kind):
+                with strategy(kind):
+                    return sdpa(*args, is_causal=causal)
+
+            with sdpa_kernel(SDPBackend.MATH):
+                T.hold(run, big, *ring((4, 3), (4, 3)), rtol=2e-5)
 
 
 def test_a_mask_beside_is_causal():
@@ -165,11 +165,20 @@ def test_a_mask_beside_is_causal():
     on, n = ring((6, 3), (3, 4))
     bias = torch.randn(L, S, dtype=D)
     T.hold(lambda *x: sdpa(*x, bias, is_causal=True), [q, k, v], on, n)
-    for fn, args in ((exact, [q, k, v]), (sdpa, [q[0], k[0], v[0]])):
-        with pytest.raises(st.RankError, match="should not be set when is_causal"):
-            T.hold(lambda *x, f=fn: f(*x, bias, is_causal=True), args, on, n)
-    with pytest.raises(st.RankError, match="a mask of torch.float16 for a query of torch.float64"):
-        T.hold(lambda *x: sdpa(*x, bias.half()), [q, k, v], on, n)
+
+    def refused():
+        mesh = T.make_mesh((2,))
+        a, b, c = (st.distribute_tensor(x, mesh, [Shard(-2)]) for x in (q, k, v))
+        with pytest.raises(RuntimeError, match="should not be set when is_causal"):
+            sdpa(a[0], b[0], c[0], bias, is_causal=True)
+        with pytest.raises(RuntimeError, match=r"a mask of torch\.float16 for a query"):
+            sdpa(a, b, c, bias.half())
+        return True
+
+    assert all(st.simulate(2, refused))
+    three = [x[0] for x in (q, k, v)]
+    with pytest.raises(RuntimeError, match="should not be set when is_causal"):
+        sdpa(*three, bias, is_causal=True)
 
 
 def test_extreme_scores():

@@ -179,7 +179,9 @@ def sent(fn):
     (lambda a: a.sum(2), 0, 0), (lambda a: a.amax(2), 0, 0), (lambda a: a.std(0), 0, 0),
     # 12 numbers of 4 bytes, and nothing on the way back
     (lambda a: a.sum(1), 48, 0), (lambda a: a.mean(1), 48, 0), (lambda a: a.norm(dim=1), 48, 0),
-    (lambda a: a.logsumexp(1), 48, 0), (lambda a: a.prod(1), 48, 0),
+    (lambda a: a.prod(1), 48, 0),
+    # the largest and the sum relative to it
+    (lambda a: a.logsumexp(1), 96, 0),
     (lambda a: a.var(1), 96, 0), (lambda a: torch.std_mean(a, 1)[0], 96, 0),
     # with the number of ties where a gradient is asked for
     (lambda a: a.detach().amax(1), 48, 0), (lambda a: a.amax(1), 96, 0),

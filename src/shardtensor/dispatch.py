@@ -32,6 +32,7 @@ _PLAIN_DUNDER |= {"abs", "getitem", "setitem", "pos"}
 _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 # elementwise, though torch does not tag them so
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
+_UNTAGGED |= {"masked_fill", "masked_fill_"}
 # attributes of the local tensor that are those of the whole
 _LOCAL_ATTRIBUTES = {
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
@@ -110,8 +111,6 @@ def _splits_up(packet: Any) -> bool:
 
 def _calling(fn: Callable[..., Any]) -> Handler:
     """The handler of a rule: arguments bound by Python, numpy's names for them translated."""
-    from .rules.inout import fill_out
-
     if getattr(fn, "takes_function", False):
         return fn
 
@@ -122,9 +121,7 @@ def _calling(fn: Callable[..., Any]) -> Handler:
             kwargs["dim"] = kwargs.pop("axis")
         if "keepdims" in kwargs:
             kwargs["keepdim"] = kwargs.pop("keepdims")
-        out = kwargs.pop("out", None)
-        result = fn(*args, **kwargs)
-        return result if out is None else fill_out(out, result)
+        return fn(*args, **kwargs)
 
     return handler
 
@@ -135,7 +132,7 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     def reflect(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         a, b = args
         if not isinstance(b, Tensor):
-            b = torch.as_tensor(b, device=a.device) if name in ("pow", "matmul") else b
+            b = torch.as_tensor(b, device=a.device) if name == "matmul" else b
         return handlers[forward](forward, (b, a), kwargs)
 
     return reflect
@@ -147,10 +144,8 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if apart(args, kwargs):
             return met(run, writes, func, args, kwargs)
-        if kwargs and kwargs.get("out") is not None:
-            leaves = pytree.tree_leaves((args, {**kwargs, "out": None}), is_leaf=is_shard)
-            if not any(is_shard(x) for x in leaves):
-                return _into(func, args, kwargs)
+        if kwargs and "out" in kwargs:
+            return _into(run, func, args, kwargs)
         if not (count.records or _probe.profiling()):
             return handler(func, args, kwargs)
         with (
@@ -162,12 +157,16 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     return run
 
 
-def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """func of plain tensors alone, written into ShardTensors."""
+def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result written into `out=`, whatever handles func; of plain tensors alone func itself."""
     from .rules.inout import fill_out
 
     out = kwargs.pop("out")
-    return fill_out(out, func(*args, **kwargs))
+    if isinstance(func, torch._ops.OpOverload):
+        func = func.overloadpacket
+    sharded = any(is_shard(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=is_shard))
+    result = run(func, args, kwargs) if sharded or out is None else func(*args, **kwargs)
+    return result if out is None else fill_out(out, result)
 
 
 def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,6 +194,8 @@ def _decompose(
 
     every: plain tensors are wrapped too, for a program with autograd of its own.
     """
+    if "out" in kwargs:
+        return _into(_decompose, func, args, kwargs)
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
     mesh = next(x._spec.mesh for x in leaves if is_shard(x))
     for i, x in enumerate(leaves):
@@ -209,6 +210,26 @@ def _decompose(
         return func(*args, **kwargs)
 
 
+class _Instead:
+    """A module of which some names are others."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# for bodies that ask torch.overrides itself, such as those of nn.init
+_unasking = _Instead(
+    torch,
+    overrides=_Instead(
+        torch.overrides,
+        **{n: lambda *_: False for n in _torch.handle_torch_function_names if n.startswith("has_")},
+    ),
+)
+
+
 @cache
 def opened(func: Any) -> Callable[..., Any]:
     """A Python composite without its own override check, so that calling it runs its body.
@@ -217,6 +238,8 @@ def opened(func: Any) -> Callable[..., Any]:
     `max_pool2d`), whose check would lead back to func.
     """
     inside = dict(func.__globals__)
+    if inside.get("torch") is torch and "overrides" in func.__code__.co_names:
+        inside["torch"] = _unasking
     for name in _torch.handle_torch_function_names:
         if name in inside:
             inside[name] = lambda *_: False

@@ -65,7 +65,7 @@ def forward(
         # what another block outweighs by far needs no digits
         hidden = (most < -COARSE[lse.dtype]) & ~dead if dead is not None else None
     sums = torch.stack((lse, torch.ones_like(lse)))
-    rows = _coarse(lse, hidden)
+    rows = coarse_rows(lse, hidden)
     if rows is not None:
         again = _plain_forward(*_part(rows, q, k, v, mask, rule))
         out = out.index_copy(2, rows, again[0].to(out.dtype))
@@ -89,15 +89,15 @@ def backward(
     if kernel is None:
         return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
     lse = sums[0] + sums[1].log()
-    rows = _coarse(sums[0]) if rule.exact else None
+    rows = coarse_rows(sums[0]) if rule.exact else None
     if rows is not None:
         lse = lse.index_fill(2, rows, inf)
     bias = _bias(mask, q.dtype)
     dq, dk, dv = kernel.backward(g, q, k, v, bias, out, lse, rule.triangle, rule.scale)
     if rows is not None:
-        some, *others = _part(rows, q, k, v, mask, rule)
+        part, *kv, seen, alone = _part(rows, q, k, v, mask, rule)
         more = _plain_backward(
-            g[:, :, rows], some, *others[:3], out[:, :, rows], sums[..., rows], others[3], False
+            g[:, :, rows], part, kv[0], kv[1], seen, out[:, :, rows], sums[..., rows], alone, False
         )
         dq = dq.to(more[0].dtype).index_copy(2, rows, more[0])
         dk, dv = dk + more[1], dv + more[2]
@@ -118,7 +118,7 @@ def dead_rows(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return dead.view(*[1] * (3 - dead.ndim), *dead.shape)
 
 
-def _coarse(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
+def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     """Rows with a log-sum-exp that has lost digits, None without any.
 
     Not on CUDA, where the question would wait for the device: kernels there take no mask, and

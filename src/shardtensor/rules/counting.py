@@ -98,10 +98,14 @@ def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> ShardTensor:
     """Where the same ranks share out both, the smaller of the two is gathered."""
-    x, tests = (
-        _settled(t if isinstance(t, Tensor) else torch.as_tensor(t))
-        for t in (elements, test_elements)
-    )
+    x, tests = _settled(elements), _settled(test_elements)
+    if not (isinstance(x, Tensor) and isinstance(tests, Tensor)):
+        of = x if isinstance(x, ShardTensor) else tests
+        a, b = (t._local if isinstance(t, ShardTensor) else t for t in (x, tests))
+        if of is x:
+            return wrap(torch.isin(a, b, invert=invert), of._spec)
+        found = comm.reduce(torch.isin(a, b), comm.group(mesh_of(of), axes_in(dims_of(of))), "max")
+        return wrap(~found if invert else found, of._spec.with_dims(()))
     mesh, own = mesh_of(x, tests), dims_of(x)
     both = set(axes_in(own)) & set(axes_in(dims_of(tests)))
     gathers = x.numel() < tests.numel()
@@ -128,7 +132,8 @@ def _total(found: Tensor, spec: Spec) -> ShardTensor:
 def _ends(x: ShardTensor) -> tuple[float, float]:
     """The least and the largest element."""
     if not x.numel():
-        return 0.0, 0.0
+        # as torch.histogram takes nothing for; it widens a range without width only if it found it
+        return 0.0, 1.0
     low, high = (t.item() for t in x.aminmax())
     return low, high
 

@@ -16,7 +16,6 @@ from ..redistribute import reduced
 from ..registry import handlers, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .inout import fill_out
 from .pointwise import function_rule, pointwise
 from .rows import indexed
 from .shape import many
@@ -94,7 +93,6 @@ _VIEWS = (
 @function_rule(*(f"{name}_copy" for name in _VIEWS))
 def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule of the view, then a copy of what it gives."""
-    out = kwargs.pop("out", None)
     name = func.__name__.split(".")[0].removesuffix("_copy")
     if name in ("alias", "detach"):
         x = reduced(args[0])
@@ -104,5 +102,4 @@ def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             args = (kwargs.pop("input"), *args)
         view = getattr(torch.Tensor, name, torch.ops.aten.slice.Tensor)
         made = handlers[view](view, args, kwargs)
-    found = made.clone() if isinstance(made, Tensor) else tuple(m.clone() for m in made)
-    return found if out is None else fill_out(out, found)
+    return made.clone() if isinstance(made, Tensor) else tuple(m.clone() for m in made)

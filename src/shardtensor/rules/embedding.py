@@ -1,4 +1,4 @@
-"""Embedding: sharded indices look up a table that every rank has."""
+"""Embedding: sharded indices look up a table, whole on every rank or cut."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..redistribute import fit
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..views import check_writable
 from .pointwise import function_rule
 
 
@@ -74,3 +75,29 @@ def _kept(weight: Tensor, indices: Spec) -> tuple[Dim, Dim]:
     if known is None or not set(known.varying).isdisjoint(indices.varying) or known.partial:
         return Dim(weight.shape[0]), Dim(weight.shape[1])
     return known.dims[0], known.dims[1]
+
+
+@rule("embedding_renorm_")
+def embedding_renorm_(
+    weight: Tensor, indices: Tensor, max_norm: float, norm_type: float = 2.0
+) -> Tensor:
+    """Scales down in place the rows that any rank looks up, if they are longer than max_norm."""
+    known = weight._spec if isinstance(weight, ShardTensor) else None
+    if isinstance(weight, ShardTensor):
+        check_writable(weight, "embedding_renorm_")
+        if weight._spec.dims[1].axes:
+            raise UnsupportedOpError(
+                f"embedding with max_norm, of a table on {known}, which cuts its rows; "
+                "redistribute it to Replicate or to Shard(0)"
+            )
+    rows = Dim(weight.shape[0]) if known is None else known.dims[0]
+    local = weight._local if isinstance(weight, ShardTensor) else weight
+    place = indices._local if isinstance(indices, ShardTensor) else indices
+    used = torch.zeros(rows.size, dtype=torch.bool, device=local.device)
+    used[place.flatten()] = True
+    if isinstance(indices, ShardTensor) and indices._spec.varying:
+        used = comm.reduce(used, comm.group(indices._spec.mesh, indices._spec.varying), "max")
+    first = rows.offsets[known.index[0]] if known is not None and rows.axes else 0
+    own = used[first : first + local.shape[0]].nonzero().flatten()
+    torch.embedding_renorm_(local, own, max_norm, norm_type)
+    return weight

@@ -12,7 +12,6 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from .inout import fill_out
 from .pointwise import function_rule, pointwise
 from .reduce import Dims, axes_of, over, stacked, wide, with_one, without
 
@@ -124,9 +123,7 @@ def max_or_min(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     second = args[1] if len(args) > 1 else kwargs.get("other")
     if isinstance(second, Tensor):
         return pointwise(torch.maximum if largest else torch.minimum, args, kwargs)
-    out = kwargs.pop("out", None)
-    found = _max_or_min(largest, *args, **kwargs)
-    return found if out is None else fill_out(out, found)
+    return _max_or_min(largest, *args, **kwargs)
 
 
 def _max_or_min(

@@ -21,7 +21,6 @@ from ..redistribute import reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from .inout import fill_out
 from .pointwise import function_rule
 from .reduce import with_one
 from .shape import _index, many, whole_in
@@ -76,14 +75,13 @@ _ARGUMENTS = {"": _one, "2": _two, "n": _any}
 @function_rule(*(f"fft_{kind}{n}" for kind in KINDS for n in ("", "2", "n")))
 def fft(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """All of torch.fft's transforms."""
-    out = kwargs.pop("out", None)
     if "axis" in kwargs:
         kwargs["dim"] = kwargs.pop("axis")
     name = func.__name__.split(".")[0].removeprefix("fft_")
     count = name[-1] if name[-1] in "2n" else ""
     x, s, dim, norm = _ARGUMENTS[count](*args, **kwargs)
     if not isinstance(x, ShardTensor):
-        return fill_out(out, func(*args, **kwargs))
+        return func(*args, **kwargs)
     given = None if s is None else tuple(many(s))
     if dim is None:
         first = 0 if given is None else x.ndim - len(given)
@@ -95,12 +93,12 @@ def fft(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = local_call(func, x, args[1:], kwargs, dims)
     elif any(all(n == 1 for i, n in enumerate(x.shape) if i != d) for d in dims):
         # nothing else could be sharded
-        return fall_back(func, args, kwargs if out is None else {**kwargs, "out": out})
+        return fall_back(func, args, kwargs)
     else:
         _check(func, x, args[1:], kwargs)
         lengths = tuple(None if n == -1 else n for n in given or (-1,) * len(dims))
         result = transformed(x, Transform(KINDS[name.removesuffix(count)], dims, lengths, norm))
-    return result if out is None else fill_out(out, result)
+    return result
 
 
 def local_call(

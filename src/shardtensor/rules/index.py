@@ -289,10 +289,15 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             fall_back(func, args, kwargs)
             return
     check_writable(x, "x[...] = ")
-    one = not isinstance(value, Tensor) or value.ndim == 0
+    if not isinstance(value, Tensor):
+        # as torch converts a number for this; a fill, an index_put and a new tensor each differ
+        one = x._local.new_empty(())
+        one[...] = value
+        value = one
+    one = value.numel() == 1
     if isinstance(index, Tensor) and index.dtype is torch.bool and one:
         mask = index.reshape(*index.shape, *[1] * (x.ndim - index.ndim))
-        x.masked_fill_(mask, value)
+        x.masked_fill_(mask, value.reshape(()))
         return
     entries = _entries(index, x.ndim)
     if entries is None or None in [e for e in entries if not isinstance(e, Tensor)]:
@@ -300,9 +305,12 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             f"x[index] = value with None, True or False in the index of x on {x._spec}: leave None "
             "out, or use torch.where"
         )
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if any(isinstance(e, Tensor) for e in entries):
+        if value.dtype != x.dtype:
+            raise RuntimeError(
+                "Index put requires the source and destination dtypes match, got "
+                f"{x.dtype} for the destination and {value.dtype} for the source."
+            )
         _set_at(x, entries, value)
         return
     # one row of a sharded dim stays as a range, which leaves other ranks with nothing to write

@@ -18,6 +18,11 @@ def fill_out(out: Any, result: Any) -> Any:
         return type(result)(fill_out(o, r) for o, r in zip(out, result, strict=True))
     if not isinstance(out, ShardTensor):
         raise UnsupportedOpError("out= a plain tensor: give a ShardTensor, or use the returned one")
+    if torch.is_grad_enabled() and (out.requires_grad or result.requires_grad):
+        raise RuntimeError(
+            "functions with out=... arguments don't support automatic differentiation, but one of "
+            "the arguments requires grad."
+        )
     if out.shape != result.shape:
         raise UnsupportedOpError(
             f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"

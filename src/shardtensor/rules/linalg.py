@@ -144,7 +144,13 @@ def _meet(
     return spec, free, [(*w, *e) for w, e in zip(wanted, ends, strict=True)]
 
 
-def agreed(run: Callable[[], Any], spec: Spec, varying: tuple[int, ...]) -> Any:
+def agreed(
+    run: Callable[[], Any],
+    spec: Spec,
+    varying: tuple[int, ...],
+    error_type: type[RuntimeError] = torch.linalg.LinAlgError,
+    what: str = "the matrices of {0} other ranks, the first of them number {1}, cannot be factored",
+) -> Any:
     """run(), where an error of one rank is raised on all: a matrix may be singular on one only.
 
     The ranks tell each other in one small all-gather; not in traced graphs.
@@ -154,17 +160,15 @@ def agreed(run: Callable[[], Any], spec: Spec, varying: tuple[int, ...]) -> Any:
     error, found = None, None
     try:
         found = run()
-    except torch.linalg.LinAlgError as e:
+    except error_type as e:
         error = e
     like = torch.empty(0, device=spec.mesh.device_type)
     failed = comm.counts(int(error is not None), like, comm.group(spec.mesh, varying))
     if error is not None:
         raise error
     if any(failed):
-        raise torch.linalg.LinAlgError(
-            f"the matrices of {sum(failed)} other ranks, the first of them number "
-            f"{next(i for i, f in enumerate(failed) if f)}, cannot be factored"
-        )
+        first = next(i for i, f in enumerate(failed) if f)
+        raise error_type(what.format(sum(failed), first))
     return found
 
 

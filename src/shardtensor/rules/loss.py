@@ -6,6 +6,7 @@ that PyTorch composes of other ops need no rule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from .pointwise import function_rule, pointwise
 from .reduce import finish, wide
+from .rows import mesh_of
 from .shape import whole_in
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -58,12 +60,11 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     return _reduced(pointwise(each, tensors, rest), reduction)
 
 
-def _classes_whole(x: Tensor, target: Tensor) -> tuple[ShardTensor, int]:
+def _classes_whole(x: Tensor, *others: Tensor | None) -> tuple[ShardTensor, int]:
     """(the input with its classes on every rank, the dim of the classes)."""
     classes = 0 if x.ndim == 1 else 1
     if not isinstance(x, ShardTensor):
-        assert isinstance(target, ShardTensor)
-        x = wrap(x, Spec(target._spec.mesh, tuple(Dim(n) for n in x.shape)))
+        x = wrap(x, Spec(mesh_of(*others), tuple(Dim(n) for n in x.shape)))
     return whole_in(reduced(x), [classes], "loss"), classes
 
 
@@ -99,7 +100,7 @@ def _nll(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float,
 ) -> Tensor:  # fmt: skip
-    x, classes = _classes_whole(input, target)
+    x, classes = _classes_whole(input, target, weight)
     spec = x._spec
     dims = tuple(d for i, d in enumerate(spec.dims) if i != classes)
     if tuple(d.size for d in dims) != tuple(target.shape):
@@ -112,17 +113,26 @@ def _nll(
     index = torch.where(valid, t, 0)
     scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
     picked = logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
-    each = -picked * scale
+    parts = [-picked * scale]
     if smoothing:
         shape = [-1] + [1] * (logs.ndim - classes - 1)
         every = -(logs if w is None else logs * w.view(shape)).sum(classes)
-        each = (1 - smoothing) * each + smoothing / logs.shape[classes] * every * valid
+        parts.append(every)
+    # what is ignored has no gradient, even where the mean of nothing has one that is not finite
+    parts = [torch.where(valid, p, 0) for p in parts]
+
+    def smoothed(values: Sequence[Tensor]) -> Tensor:
+        if not smoothing:
+            return values[0]
+        return (1 - smoothing) * values[0] + smoothing / logs.shape[classes] * values[1]
+
     if reduction != MEAN:
-        return _reduced(wrap(each, spec.with_dims(dims)), reduction)
-    # both sums in one message
-    sums = torch.stack([v.sum(dtype=wide(each.dtype)) for v in (each, scale.detach())])
-    total, weights = finish(sums, spec, range(x.ndim)).unbind()
-    return wrap((total / weights).to(each.dtype), spec.with_dims(()))
+        return _reduced(wrap(smoothed(parts), spec.with_dims(dims)), reduction)
+    # all sums in one message
+    sums = torch.stack([v.sum(dtype=wide(logs.dtype)) for v in (*parts, scale.detach())])
+    *totals, weights = finish(sums, spec, range(x.ndim)).unbind()
+    mean = smoothed([t / weights for t in totals])
+    return wrap(mean.to(logs.dtype), spec.with_dims(()))
 
 
 @rule("multi_margin_loss")
@@ -131,7 +141,7 @@ def multi_margin_loss(
     reduction: int = MEAN,
 ) -> Tensor:  # fmt: skip
     """input: scores (N, C) or (C,); target: class indices (N,) or one."""
-    x, classes = _classes_whole(input, target)
+    x, classes = _classes_whole(input, target, weight)
     spec, dims = x._spec, x._spec.dims[:classes]
     local, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
     each = torch.ops.aten.multi_margin_loss(local, t, p, margin, w, NONE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from .. import comm
 from ..errors import UnsupportedOpError
+from ..fallback import fall_back
 from ..redistribute import fit, like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from .moments import Dims, accumulated, merged, normalised, spread, squares, statistics
+from .pointwise import function_rule
 
 
 def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
@@ -102,6 +105,10 @@ def batch_norm(
     axes, counts = spread(spec, dims)
     n = sum(counts)
     mine = (channels,)
+    if not n:
+        # nothing to learn from: running statistics stay
+        w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
+        return wrap(affine(local, w, b, _per_channel(local)), spec)
     if not training or not axes:
         w, b, mean, var = fit(
             spec.mesh, spec.varying, (weight, mine), (bias, mine), *((r, mine) for r in running)
@@ -126,6 +133,18 @@ def batch_norm(
         update(running[1], stats[1] / (n - 1), momentum)
     y = normalised(local, mean, m2 / n, w, b, eps, lambda *c: comm.vary(c, group))
     return wrap(y, spec)
+
+
+@function_rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"
+)
+def native_batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gathered; running statistics that are cut would be updated in a copy."""
+    names = ("input", "weight", "bias", "running_mean", "running_var")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name in names[3:]:
+        buffer(func.__name__, given.get(name))
+    return fall_back(func, args, kwargs)
 
 
 def _per_channel(x: Tensor) -> tuple[int, ...]:

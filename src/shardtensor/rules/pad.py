@@ -53,6 +53,11 @@ def _pad(
 ) -> ShardTensor:
     x = reduced(input)
     pad = tuple(int(n) for n in amounts)
+    if isinstance(value, complex):
+        raise TypeError("pad(): argument 'value' (position 4) must be float, not complex")
+    if value and any(pad):
+        # a value that the dtype cannot hold is an error on ranks that pad nothing, too
+        torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)
     if len(pad) % 2 or len(pad) > 2 * x.ndim:
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
     if mode == "circular" and min(pad, default=0) < 0:

@@ -20,7 +20,6 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
 from . import labels
-from .inout import fill_out
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +51,6 @@ def _wrap_all(out: Any, spec: Spec) -> Any:
 
 def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func.__name__
-    out = kwargs.pop("out", None)
     named = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
     at = [i for i, v in enumerate(args) if isinstance(v, Tensor)]
     tensors = [reduced(x) if isinstance(x, ShardTensor) else x for x in (
@@ -80,8 +78,7 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
     if in_place:
         return target
-    wrapped = _wrap_all(result, spec)
-    return wrapped if out is None else fill_out(out, wrapped)
+    return _wrap_all(result, spec)
 
 
 @cache
@@ -123,6 +120,15 @@ def function_rule(*names: str) -> Any:
         return rule(*names)(handler)
 
     return register
+
+
+@function_rule("floor_divide", "floor_divide_", "remainder", "remainder_", "fmod", "fmod_")
+def divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A rank without elements meets the error of an integer divided by zero as the others do."""
+    x, by = (*args, *kwargs.values())[:2]
+    if isinstance(x, ShardTensor) and isinstance(by, int) and x.numel() and not x._local.numel():
+        torch.fmod(x._local.new_ones(1), by)
+    return pointwise(func, args, kwargs)
 
 
 @function_rule("where")
@@ -187,8 +193,16 @@ def equal(input: Tensor, other: Tensor) -> bool:
 @rule("prelu")
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """weight: one number, or one for each channel (dim 1)."""
-    if weight.numel() > 1:
+    channels = input.shape[1] if input.ndim > 1 else 1
+    if weight.numel() != 1:
+        if weight.numel() != channels:
+            raise RuntimeError(
+                f"Mismatch of parameter numbers and input channel size. Found parameter numbers = "
+                f"{weight.numel()} and channel size = {channels}."
+            )
         weight = weight.reshape(-1, *[1] * (input.ndim - 2))
+    elif weight.ndim:
+        weight = weight.reshape(())
     return torch.where(input > 0, input, weight * input)
 
 
@@ -212,14 +226,3 @@ def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     assert value is not None
     input._local.copy_(value, non_blocking)
     return input
-
-
-@rule("masked_fill")
-def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    return torch.where(mask, value.to(input), input)
-
-
-@rule("masked_fill_")
-def masked_fill_(input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    return copy_(input, masked_fill(input, mask, value))

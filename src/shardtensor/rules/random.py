@@ -14,6 +14,7 @@ from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
+from .linalg import agreed
 from .pointwise import align, function_rule
 
 
@@ -200,4 +201,9 @@ def multinomial(
     x = replicate(input) if x is None else x
     spec = x._spec.with_dims([*x._spec.dims[:-1], Dim(num_samples)])
     g = generator_for(spec, x.device, generator)
-    return wrap(torch.multinomial(x._local, num_samples, replacement, generator=g), spec)
+    drawn = agreed(
+        lambda: torch.multinomial(x._local, num_samples, replacement, generator=g), x._spec,
+        x._spec.varying, RuntimeError,
+        "invalid multinomial distribution in the rows of {0} other ranks, the first number {1}",
+    )  # fmt: skip
+    return wrap(drawn, spec)

@@ -192,6 +192,8 @@ def vector_norm(
         size = x.abs()
         return size.amax(dims, keepdim) if ord > 0 else size.amin(dims, keepdim)
     local = x._local
+    if ord > 0 and x.requires_grad:
+        return wrap(_root_of_sum(x, ord, dims, keepdim), spec)
     if ord < 0:
         # an infinite element adds nothing, and a norm of this order needs an element
         local = with_one(local, dims, float("inf"))
@@ -199,6 +201,23 @@ def vector_norm(
     # how many are not zero adds up; other orders are norms of norms
     out = torch.linalg.vector_norm(stacked(out, x._spec, dims), 1 if ord == 0 else ord, 0)
     return wrap(out.to(x.dtype) if x.dtype in _HALVES else out, spec)
+
+
+def _root_of_sum(x: ShardTensor, ord: float, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """As a norm of norms has no second derivative where a rank's part is zero or empty."""
+    local = x._local.to(wide(x.dtype))
+    if ord == 2:
+        powers = local.square() if not local.is_complex() else (local * local.conj()).real
+    else:
+        zero = local == 0 if ord < 2 else None
+        size = local.abs() if zero is None else local.abs().masked_fill(zero, 1.0)
+        powers = size if ord == 1 else size.pow(ord)
+        powers = powers if zero is None else powers.masked_fill(zero, 0.0)
+    total = finish(powers.sum(dims, keepdim), x._spec, dims)
+    if ord != 1:
+        none = total == 0
+        total = total.masked_fill(none, 1.0).pow(1 / ord).masked_fill(none, 0.0)
+    return total.to(x.dtype.to_real())
 
 
 @rule("dist")
@@ -221,10 +240,26 @@ def norm(
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     dims = over(dim, input.ndim)
     x = reduced(input if input.is_floating_point() or input.is_complex() else input.float())  # type: ignore[arg-type]
-    if axes_of(x._spec, dims):
+    if axes_of(x._spec, dims) and not x.dtype.is_complex:
         # halves are rounded once, as on one device
-        local = torch.logsumexp(x._local.to(wide(x.dtype)), dims, keepdim)
-        local = stacked(local, x._spec, dims).logsumexp(0).to(x.dtype)
+        part = x._local.to(wide(x.dtype))
+        most = with_one(part.detach(), dims, float("-inf")).amax(dims, True)
+        total = (part - _finite(most)).exp().sum(dims, True)
+        both = stacked(torch.stack((most, total)), x._spec, dims)
+        mosts, totals = both[:, 0].detach(), both[:, 1]
+        most = mosts.amax(0)
+        # of a part without any weight only the sum counts, which is 0
+        factor = torch.where(mosts == float("-inf"), 0.0, (_finite(mosts) - _finite(most)).exp())
+        local = ((totals * factor).sum(0).log() + _finite(most)).to(x.dtype)
+        local = local if keepdim else local.squeeze(dims)
+    elif axes_of(x._spec, dims):
+        local = torch.logsumexp(x._local, dims, keepdim)
+        local = stacked(local, x._spec, dims).logsumexp(0)
     else:
         local = torch.logsumexp(x._local, dims, keepdim)
     return wrap(local, without(x._spec, dims, keepdim))
+
+
+def _finite(most: Tensor) -> Tensor:
+    """What scores are taken relative to: as in torch the largest, 0 where that is infinite."""
+    return most.masked_fill(most.isinf(), 0.0)

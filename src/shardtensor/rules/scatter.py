@@ -256,6 +256,10 @@ def scatter(
             return _scattered("scatter", input, dim, index, given, reduce_kernel("prod", True))
         raise RuntimeError("reduce argument must be either add or multiply.")
     options = {} if reduce is None else {"reduce": reduce}
+    if index.numel() and input.numel():
+        # a value that the dtype cannot hold is an error on ranks without elements, too
+        one = torch.zeros(1, dtype=torch.int64, device=input.device)
+        torch.zeros(1, dtype=input.dtype, device=input.device).scatter_(0, one, given, **options)
 
     def fill(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
         return rows.scatter(0, at, given, **options)
