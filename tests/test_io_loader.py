@@ -130,6 +130,19 @@ def test_sampler():
     st.simulate(2, refused)
 
 
+def test_frameworks_leave_the_sampler_alone():
+    """Lightning and Fabric deal samples to single ranks where the sampler is not a distributed one."""
+    data_connector = pytest.importorskip("lightning.fabric.utilities.data")
+
+    def run():
+        loader = DataLoader(range(11), sampler=DomainSampler(11, mesh_of((2, 1))))
+        assert isinstance(loader.sampler, DistributedSampler)
+        data_connector._set_sampler_epoch(loader, 3)
+        return loader.sampler.epoch
+
+    assert st.simulate(2, run) == [3, 3]
+
+
 def test_sampler_in_a_torch_loader():
     def run():
         sampler = DomainSampler(11, mesh_of((2, 1)))

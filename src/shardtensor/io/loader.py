@@ -11,7 +11,7 @@ from zlib import crc32
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 from .. import comm
 from ..comm import wire
@@ -25,13 +25,15 @@ class Dataset(Protocol):
     def __getitem__(self, i: int) -> Any: ...
 
 
-class DomainSampler(Sampler[int]):
+class DomainSampler(DistributedSampler[int]):
     """Indices of samples: one order for all ranks, dealt out along the mesh's data axis.
 
     Ranks that differ along other axes only get the same samples. data: the name of the data axis;
     a mesh without it has one domain group. Every group gets equally many: with drop_last the rest
     of an epoch is left out, else its first samples fill up the last round. Epochs are shuffled by
-    seed + epoch. Works with torch's DataLoader, too.
+    seed + epoch, the same way for any number of groups. Works with torch's DataLoader, too; being
+    torch's own kind of sampler, it is not replaced by one that deals samples to single ranks, as
+    Lightning does with others.
     """
 
     def __init__(
@@ -50,29 +52,14 @@ class DomainSampler(Sampler[int]):
             raise ValueError("this rank is not part of the mesh")
         axis = names.index(data) if data in names else None
         self.data = data
-        self.groups = 1 if axis is None else mesh.size(axis)
+        self.length, self.groups = length, 1 if axis is None else mesh.size(axis)
         self.group = 0 if axis is None else place[axis]
-        self.length, self.shuffle, self.seed, self.drop_last = length, shuffle, seed, drop_last
-        self.epoch = 0
         if length < 1 or (drop_last and length < self.groups):
             raise ValueError(f"{length} samples for {self.groups} groups of ranks")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        n = self.length
-        return n // self.groups if self.drop_last else -(-n // self.groups)
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.length))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
-        wanted = len(self) * self.groups
-        order = (order * -(-wanted // self.length))[:wanted]
-        return iter(order[self.group :: self.groups])
+        samples: Any = range(length)
+        super().__init__(
+            samples, self.groups, self.group, shuffle=shuffle, seed=seed, drop_last=drop_last
+        )
 
 
 class Loader:
@@ -107,7 +94,8 @@ class Loader:
         self.dataset, self.mesh, self.batch_size = dataset, mesh, batch_size
         if sampler is None:
             sampler = DomainSampler(len(dataset), mesh, drop_last=False)
-            sampler.drop_last = len(dataset) >= sampler.groups * batch_size
+            if len(dataset) >= sampler.groups * batch_size:
+                sampler = DomainSampler(len(dataset), mesh)
         self.sampler = sampler
         if not len(self):
             raise ValueError(
