@@ -323,14 +323,47 @@ def guard_transforms(check: Callable[[Any], None]) -> None:
     forward_ad.make_dual = checked(forward_ad.make_dual)
 
 
-def at_end_of_backward(call: Callable[[], None]) -> None:
-    """Run call() when the backward that is running has ended."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread, -1 if none does."""
+    return torch._C._current_graph_task_id()
 
 
 def in_backward() -> bool:
     """Whether a backward runs in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that runs has a node of a graph to run, or has run it."""
+    return torch._C._will_engine_execute_node(node)
+
+
+def run_last(node: Any) -> None:
+    """Let backward run a node when nothing else is left to do."""
+    node._set_sequence_nr(0)
+
+
+def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
+    """A hook on a leaf's gradient before all others, those of earlier and of later; its handle."""
+    wanted = leaf.requires_grad
+    handle = leaf.requires_grad_().register_hook(hook)
+    leaf.requires_grad_(wanted)
+    # C++ calls them in the order in which they came into the dict
+    hooks = leaf._backward_hooks
+    for key in [k for k in hooks if k != handle.id]:
+        hooks[key] = hooks.pop(key)
+    return handle
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype is b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+    )
 
 
 class AttentionKernel(NamedTuple):

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from . import comm
+from .comm.ops import reduce_op
 from .options import Options
+from .tensor import ShardTensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,13 +28,29 @@ class Part:
     """The slot of a parameter of FSDP2: a part of the gradient, weighted for a mean over all."""
 
     def __init__(self, group: str) -> None:
-        self.group, self.parts = group, comm.size(group)
+        self.group = group
 
-    def add(self, part: Tensor) -> Tensor:
-        return part * self.parts
+    def use(self, x: Tensor) -> Tensor:
+        return Weighted.apply(x, self.group)
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+class Weighted(torch.autograd.Function):
+    """The identity; the gradient counts as often as there are parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: it must be whole now
+            return reduce_op([g], "sum", ctx.group)[0], None
+        return g * comm.size(ctx.group), None
 
 
 def shard(
@@ -48,11 +66,12 @@ def shard(
     policy = MixedPrecisionPolicy()
     if options.precision is not None:
         policy = MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
-    scalars = {p for p in model.parameters() if p.ndim == 0}
+    scalars = {p for p in model.parameters() if p.ndim == 0 and not isinstance(p, ShardTensor)}
     inside = [b for b in blocks_of(model, options.blocks) if b is not model]
+    sharded = {p for p in model.parameters() if isinstance(p, ShardTensor)}
     # blocks in blocks first
     for block in (*reversed(inside), model):
-        fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars)
+        fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
         slot = Part(domain)
@@ -81,7 +100,7 @@ def _replicate(
         for key, own in module._parameters.items():
             if own is not None and own in made:
                 module._parameters[key] = made[own]
-    return [p for p in dict.fromkeys(model.parameters()) if p.ndim == 0]
+    return list(made.values())
 
 
 def local(x: Tensor) -> Tensor:

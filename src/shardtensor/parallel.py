@@ -5,26 +5,34 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch, comm, fsdp
 from .comm import groups, wire
 from .compile import Compiled
-from .errors import UnsupportedOpError
 from .fsdp import local
 from .meet import is_slice
 from .options import Options
+from .reducer import Ranks, Reducer
+from .tensor import ShardTensor
 
 M = TypeVar("M", bound=nn.Module)
-_reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
+_trained: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
+
+
+class _Changes:
+    """How many parameters and modules were put into modules, once that is counted."""
+
+    number = 0
 
 
 def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **values: Any) -> M:
@@ -38,8 +46,9 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     Without fsdp, gradients of parameters are summed over the ranks in buckets, each sent as soon as
     backward has made its last gradient, while backward goes on. (Without this call every op sums
     its own weights' gradients before backward goes on; the numbers are the same but for the order
-    of the sums.) Gradients are complete when backward() returns; a hook on a parameter sees this
-    rank's part. torch.autograd.grad with respect to a parameter raises UnsupportedOpError.
+    of the sums.) Whatever sees a parameter's gradient sees the sum and mean: hooks, on one rank
+    only, too, torch.autograd.grad, second derivatives, DDP around the model, in it or beside it.
+    Over the data axis, gradients of uses that meet no sharded tensor are averaged one by one.
     With fsdp, parameters become FSDP2's DTensors, and FSDP2 sums and averages.
     After `tensor_parallel` its axis takes no part in this: along it all ranks have the same
     gradients, or those of their own weights.
@@ -62,25 +71,22 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     everyone = comm.group(mesh, axes)
     shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
     domain = comm.group(mesh, shared)
+    if model in _trained:
+        restore(model)
+    data = comm.group(mesh, tuple(a for a in axes if a not in shared))
+    reducer = Reducer(Ranks(domain, data, everyone), int(options.bucket_mb * 2**20))
+    everybody = comm.group(mesh, tuple(range(mesh.ndim)))
+    trained = Trained(reducer, everybody if options.sync else None)
     if options.sync:
         _check_same(model, everyone)
-        state = [*(p.detach() for p in model.parameters()), *model.buffers()]
-        plain = [t for t in state if not isinstance(t, DTensor)]
-        synchronise(plain, comm.group(mesh, tuple(range(mesh.ndim))))
-        synchronise((local(t) for t in state if isinstance(t, DTensor)), everyone)
-    if model in _reducers:
-        restore(model)
+        trained.synchronise(model)
     adapt(model, options)
+    _trained[model] = trained
     if options.fsdp is not None:
-        parameters = fsdp.shard(model, mesh, axes, domain, options)
-    else:
-        parameters = list(dict.fromkeys(model.parameters()))
-    parameters = [p for p in parameters if p.requires_grad]
-    copies = comm.size(everyone) // comm.size(domain)
-    most = int(options.bucket_mb * 2**20)
-    _reducers[model] = Reducer(parameters, domain, everyone, copies, most)
-    if options.fsdp is not None:
+        reducer.take(fsdp.shard(model, mesh, axes, domain, options))
         return model
+    trained.take(model)
+    trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)
     # past nn.Module's bookkeeping: it is no part of the model's state
     model.__dict__["compile"] = partial(_compile, model)
     if options.compile is not None:
@@ -129,7 +135,10 @@ def _around(model: nn.Module, make: Callable[[], Any]) -> None:
 
 def restore(model: nn.Module) -> None:
     """Undo `parallelize`: every op sums its own weights' gradients again."""
-    _reducers.pop(model).remove()
+    trained = _trained.pop(model)
+    trained.reducer.remove()
+    if trained.handle is not None:
+        trained.handle.remove()
     model.__dict__.pop("compile", None)
 
 
@@ -168,6 +177,64 @@ def _check_same(model: nn.Module, group: str) -> None:
         )
 
 
+class Trained:
+    """What `parallelize` keeps of a model: what has been synchronised and is summed.
+
+    everybody: the group whose first rank's weights count, None if each rank's own do.
+    """
+
+    def __init__(self, reducer: Reducer, everybody: str | None) -> None:
+        self.reducer, self.everybody = reducer, everybody
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        _counting()
+        self.changes = _Changes.number
+        self.handle: Any = None
+
+    def new(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """Those that were not there before; a ShardTensor is left alone."""
+        found = dict.fromkeys(t for t in tensors if not isinstance(t, ShardTensor))
+        return [t for t in found if t not in self.known]
+
+    def synchronise(self, model: nn.Module) -> None:
+        """Give all ranks the first one's parameters and buffers, if they are new."""
+        if self.everybody is None:
+            return
+        state = [t.detach() for t in self.new((*model.parameters(), *model.buffers()))]
+        plain = [t for t in state if not isinstance(t, DTensor)]
+        synchronise(plain, self.everybody)
+        synchronise(
+            (local(t) for t in state if isinstance(t, DTensor)), self.reducer.ranks.everyone
+        )
+
+    def take(self, model: nn.Module) -> None:
+        """Sum the gradients of new parameters."""
+        self.reducer.take(self.new(model.parameters()))
+        self.known.update(dict.fromkeys((*model.parameters(), *model.buffers()), True))
+
+
+@cache
+def _counting() -> None:
+    for watch in (
+        nn.modules.module.register_module_parameter_registration_hook,
+        nn.modules.module.register_module_module_registration_hook,
+    ):
+        watch(_count)
+
+
+def _count(*_: Any) -> None:
+    _Changes.number += 1
+
+
+def _take_new(model: nn.Module, _: Any) -> None:
+    """Before forward: what is new in the model, such as another head, trains as the rest."""
+    trained = _trained.get(model)
+    if trained is None or trained.changes == _Changes.number or _torch.is_tracing():
+        return
+    trained.changes = _Changes.number
+    trained.synchronise(model)
+    trained.take(model)
+
+
 @torch.no_grad()
 def synchronise(tensors: Iterable[Tensor], group: str) -> None:
     """Copy tensors from the group's first rank to all, in one message per dtype and device."""
@@ -181,176 +248,3 @@ def synchronise(tensors: Iterable[Tensor], group: str) -> None:
         wire.broadcast(flat, group)
         for t, value in zip(found, flat.split([t.numel() for t in found]), strict=True):
             t.copy_(value.view(t.shape))
-
-
-class Reducer:
-    """Sums parameters' gradients over ranks, a bucket at a time, while backward runs.
-
-    domain: ranks that share samples, whose parts are added up. everyone: those and their copies on
-    other samples, over which the sum is averaged.
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], domain: str, everyone: str, copies: int, most: int
-    ) -> None:
-        self.everyone, self.copies = everyone, copies
-        # whole gradients count once in the sum over the domain
-        self.first = comm.rank(domain) == 0
-        self.queued = False
-        self.slots: list[Slot] = []
-        self.buckets: list[Bucket] = []
-        if comm.size(everyone) == 1:
-            return
-        # backward makes the last parameters' gradients first
-        for p in reversed(parameters):
-            self.slots.append(Slot(p, domain, self))
-        waiting: dict[Any, list[Slot]] = {}
-        for slot in self.slots:
-            key = (slot.parameter.dtype, slot.parameter.device)
-            here = waiting.setdefault(key, [])
-            here.append(slot)
-            if sum(s.nbytes for s in here) >= most:
-                self.buckets.append(Bucket(waiting.pop(key), self))
-        self.buckets += [Bucket(slots, self) for slots in waiting.values()]
-
-    def queue(self) -> None:
-        """Have `finish` run at the end of this backward."""
-        if not self.queued:
-            self.queued = True
-            _torch.at_end_of_backward(self.finish)
-
-    def finish(self) -> None:
-        """Complete all gradients."""
-        self.queued = False
-        lost = [s for s in self.slots if s.touched and not s.accumulated]
-        if lost:
-            for s in self.slots:
-                s.touched = s.accumulated = False
-            raise UnsupportedOpError(
-                "torch.autograd.grad with respect to parameters of a parallelized model: call "
-                "backward(), or shardtensor.parallel.restore(model) first"
-            )
-        for b in self.buckets:
-            b.launch()
-        for b in self.buckets:
-            b.finish()
-
-    def remove(self) -> None:
-        """Forget the parameters."""
-        for s in self.slots:
-            s.hook.remove()
-            del s.parameter._shardtensor_slot  # type: ignore[attr-defined]
-
-
-class Slot:
-    """One parameter's place in a bucket."""
-
-    def __init__(self, parameter: nn.Parameter, group: str, reducer: Reducer) -> None:
-        # the parameter's hook holds this, in C++, where Python finds no cycle to collect
-        self._parameter = ref(parameter)
-        self.group, self.reducer = group, reducer
-        self.shape = local(parameter.detach()).shape
-        self.nbytes = self.shape.numel() * parameter.element_size()
-        self.touched = self.accumulated = False
-        self.bucket: Bucket
-        self.index = 0
-        parameter._shardtensor_slot = self  # type: ignore[attr-defined]
-        self.hook = parameter.register_post_accumulate_grad_hook(self.ready)
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        found = self._parameter()
-        assert found is not None
-        return found
-
-    def add(self, part: Tensor) -> Tensor:
-        """Note one more part of the gradient."""
-        view = self.bucket.view(self)
-        if self.touched:
-            view.add_(part)
-        else:
-            view.copy_(part)
-        self.touched = True
-        self.reducer.queue()
-        return part
-
-    def __reduce__(self) -> Any:
-        # a parameter is pickled with its attributes; the slot stays with this process
-        return type(None), ()
-
-    def grad(self) -> Tensor | None:
-        """This rank's part of the parameter's .grad, which may be written to."""
-        p, grad = self.parameter, self.parameter.grad
-        if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
-            # ops of DTensors alone may leave addends
-            p.grad = grad = grad.redistribute(placements=p.placements)
-        return None if grad is None else local(grad)
-
-    def ready(self, _: Any) -> None:
-        """The parameter's .grad has all of this backward: parts, and what was whole already."""
-        grad = self.grad()
-        if grad is None or not (self.touched or self.reducer.copies > 1):
-            return
-        view = self.bucket.view(self)
-        if self.reducer.first:
-            view.copy_(grad)
-        elif not self.touched:
-            view.zero_()
-        self.touched = self.accumulated = True
-        self.reducer.queue()
-        self.bucket.count()
-
-
-class Bucket:
-    """Parameters whose gradients travel in one message."""
-
-    def __init__(self, slots: list[Slot], reducer: Reducer) -> None:
-        self.slots, self.reducer = slots, reducer
-        self.work: Any = None
-        self.launched = False
-        self.flat: Tensor | None = None
-        self.views: list[Tensor] = []
-        for i, s in enumerate(slots):
-            s.bucket, s.index = self, i
-
-    def view(self, slot: Slot) -> Tensor:
-        """Where a slot's numbers lie; the memory is taken on first use."""
-        if self.flat is None:
-            p = self.slots[0].parameter
-            sizes = [s.shape.numel() for s in self.slots]
-            self.flat = torch.zeros(sum(sizes), dtype=p.dtype, device=p.device)
-            parts = self.flat.split(sizes)
-            self.views = [v.view(s.shape) for v, s in zip(parts, self.slots, strict=True)]
-        return self.views[slot.index]
-
-    def count(self) -> None:
-        """Launch once every slot is ready."""
-        if all(s.accumulated for s in self.slots):
-            self.launch()
-
-    def launch(self) -> None:
-        """Start the sum over ranks."""
-        if self.launched or not any(s.touched for s in self.slots):
-            return
-        assert self.flat is not None
-        for view, s in zip(self.views, self.slots, strict=True):
-            if not s.touched:
-                view.zero_()
-        self.launched = True
-        lengths = [v.numel() for v in self.views]
-        self.work = wire.start_all_reduce(self.flat, "sum", self.reducer.everyone, lengths)
-
-    def finish(self) -> None:
-        """Wait, and give the parameters their gradients."""
-        if not self.launched:
-            return
-        if self.work is not None:
-            self.work()
-        if self.reducer.copies > 1 and self.flat is not None:
-            self.flat.div_(self.reducer.copies)
-        for view, s in zip(self.views, self.slots, strict=True):
-            grad = s.grad()
-            if s.touched and grad is not None:
-                grad.copy_(view)
-            s.touched = s.accumulated = False
-        self.work, self.launched = None, False

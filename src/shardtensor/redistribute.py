@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from . import comm
+from .comm.deferred import check_mesh
 from .errors import UnsupportedOpError
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import ShardTensor, wrap
@@ -285,7 +286,10 @@ def fit(
         if same and local.requires_grad:
             alike.setdefault(same, []).append(i)
     for axes, picked in alike.items():
-        values = comm.vary([found[i] for i in picked], comm.group(mesh, axes))  # type: ignore[misc]
+        group = comm.group(mesh, axes)
+        for i in picked:
+            check_mesh(found[i], group, mesh)
+        values = comm.vary([found[i] for i in picked], group)  # type: ignore[misc]
         for i, value in zip(picked, values, strict=True):
             found[i] = value
     return found

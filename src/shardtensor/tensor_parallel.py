@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from .meet import declare
+from .tensor import ShardTensor
 
 M = TypeVar("M", bound=nn.Module)
 # how a style places the parameters of a module: weight, bias
@@ -50,7 +51,7 @@ def tensor_parallel(model: M, mesh: DeviceMesh, plan: Mapping[str, Any]) -> M:
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for key, p in module._parameters.items():
-            if p is None or places[p] is None:
+            if p is None or places[p] is None or isinstance(p, ShardTensor):
                 continue
             if p not in made:
                 d = distribute_tensor(p.detach(), mesh, [places[p] or Replicate()])

@@ -60,16 +60,20 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
     The gradients of one call travel in one message per dtype.
     """
     found = list(xs)
-    if size(group) == 1 or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return found
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
         if x.requires_grad:
-            slot = deferred.slot_of(x, group)
-            if slot is not None and not _torch.is_tracing():
-                found[i] = deferred.Defer.apply(x, slot)
-                continue
+            slot = deferred.slot_of(x)
+            if slot is not None and slot.group == group and not _torch.is_tracing():
+                value = slot.use(x)
+                if value is not None:
+                    found[i] = value
+                    continue
             by_dtype.setdefault(x.dtype, []).append(i)
+    if size(group) == 1:
+        return found
     for picked in by_dtype.values():
         for i, x in zip(picked, _vary([found[i] for i in picked], group), strict=True):
             found[i] = x

@@ -1,48 +1,48 @@
 """Gradients of parameters that are summed over the ranks later, many in one message.
 
-`vary` of a parameter that has a slot leaves this rank's part of the gradient as it is, and notes it
-in the slot. Whoever made the slot (`parallelize`) sums what the slots hold over the ranks.
+`vary` of a parameter that has a slot leaves the sum of its gradient to whoever made the slot
+(`parallelize`).
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from . import ops
+from ..cache import cached
+from . import groups
 
 
 class Slot(Protocol):
-    """Where the part of a parameter's gradient goes that is still to be summed over `group`."""
+    """What a parameter has whose gradient is summed over `group` later."""
 
     group: str
 
-    def add(self, part: Tensor) -> Tensor:
-        """One more part; returns what the parameter's own gradient gets of it."""
+    def use(self, x: Tensor) -> Tensor | None:
+        """The parameter's value, whose gradient this rank's part is; None: sum it now."""
 
 
-def slot_of(x: Tensor, group: str) -> Slot | None:
-    """The slot of a parameter, or of a DTensor parameter's local tensor, whose gradient is summed
-    over this group later.
+def slot_of(x: Tensor) -> Slot | None:
+    """The slot of a parameter, or of a DTensor parameter's local tensor."""
+    return getattr(x, "_shardtensor_slot", None)
+
+
+def check_mesh(x: Any, group: str, mesh: DeviceMesh) -> None:
+    """Raise ValueError if a parameter's gradient is the sum over more ranks than share the sample.
+
+    group: over which its gradient is summed at this use, beside a tensor that lies on the mesh.
     """
     slot = getattr(x, "_shardtensor_slot", None)
-    return slot if slot is not None and slot.group == group else None
+    if slot is not None and slot.group != group and not _holds(mesh, slot.group):
+        raise ValueError(
+            f"parallelize was told that {groups.size(slot.group)} ranks share each sample, but a "
+            f"parameter meets a tensor on {mesh}: name the axis along which samples differ, "
+            "parallelize(model, mesh, data=...), or distribute the samples over all its other axes"
+        )
 
 
-class Defer(torch.autograd.Function):
-    """The identity; backward gives the gradient to the slot and passes on what that returns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Slot) -> Tensor:
-        ctx.slot = slot
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():
-            # a gradient of this gradient is wanted: it must be whole now
-            (whole,) = ops.reduce_op([g], "sum", ctx.slot.group)
-            return whole, None
-        return ctx.slot.add(g), None
+@cached
+def _holds(mesh: DeviceMesh, group: str) -> bool:
+    return set(groups.members(group)) <= set(mesh.mesh.flatten().tolist())
