@@ -5,11 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import shardtensor as st
-from shardtensor.testing import make_mesh
+from shardtensor.testing import make_mesh, run_workers
 
 D = torch.float64
 
@@ -294,3 +295,102 @@ def test_samples_that_differ_along_an_axis_nobody_named():
     with pytest.raises(st.RankError, match="name the axis along which samples differ"):
         st.simulate(4, two_meshes, None)
     st.simulate(4, two_meshes, "domain")
+
+
+def broken_fsdp(mesh):
+    """As FSDP2, too, before and after a forward and backwards that the user caught."""
+
+    def error(*_):
+        raise FloatingPointError("from a hook")
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.ModuleList([nn.Linear(3, 3) for _ in range(3)]), nn.Linear(3, 2)
+    ).double()
+    net.scale = nn.Parameter(torch.tensor(0.7, dtype=D))
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head, self.scale = net[0], net[1], net.scale
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return self.head(x) * self.scale
+
+    model, xs = Chain(), [torch.randn(4, 7, 3, dtype=D) for _ in range(4)]
+    if mesh is not None:
+        early = torch.optim.AdamW(model.parameters())
+        st.parallelize(model, mesh, fsdp="all")
+        with pytest.raises(ValueError, match="make the optimizer after parallelize"):
+            early.step()
+        xs = [st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None) for x in xs]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for x in xs:
+        for register in (
+            model.blocks[1].register_full_backward_hook,
+            model.blocks[2].register_forward_hook,
+            model.head.register_full_backward_hook,
+        ):
+            handle = register(error)
+            with pytest.raises(FloatingPointError):
+                model(x).square().mean().backward()
+            handle.remove()
+            optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
+        for k, v in model.state_dict().items()
+    }
+
+
+def broken_fsdp_on_rank():
+    return broken_fsdp(init_device_mesh("cpu", (2,), mesh_dim_names=("domain",)))
+
+
+@pytest.mark.gloo
+def test_fsdp_after_an_error_that_was_caught():
+    want = broken_fsdp(None)
+    for got in run_workers(2, broken_fsdp_on_rank):
+        same(got, want)
+
+
+def early_optimizer():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("domain", "tp"))
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    st.tensor_parallel(model, mesh["tp"], {"": ColwiseParallel()})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="make the optimizer after tensor_parallel"):
+            optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_an_optimizer_of_replaced_parameters():
+    st.simulate(2, early_optimizer)
+
+
+def with_a_sharded_parameter(run):
+    net, mesh = run.net, run.mesh
+    torch.manual_seed(1)
+    position = torch.randn(7, 3, dtype=D)
+    if mesh is not None:
+        on = mesh["domain"] if mesh.ndim == 2 else mesh
+        position = st.distribute_tensor(position, on, [Shard(0)], src_data_rank=None)
+    net.position = nn.Parameter(position)
+    if mesh is not None:
+        st.parallelize(net, mesh)
+    (net(run.batches[0] + net.position)).square().mean().backward()
+    grads = run.grads()
+    if mesh is not None:
+        assert isinstance(net.position, st.ShardTensor)
+        grads["position"] = grads["position"].full_tensor()
+    return grads
+
+
+def test_a_sharded_parameter_is_left_alone():
+    held(3, None, with_a_sharded_parameter)

@@ -34,6 +34,32 @@ def is_kept_by_fsdp(x: DTensor) -> bool:
     return False
 
 
+def mend_fsdp(root: torch.nn.Module) -> None:
+    """Put the parameters of FSDP2 back in place after a forward or backward that broke off.
+
+    FSDP2 itself (2.11 to 2.13) goes on with the state of the pass that broke, so that it neither
+    reduces nor shards. What that pass had made of gradients is dropped.
+    """
+    state: Any = _get_module_state(root)
+    if torch._C._current_graph_task_id() != -1 or not (
+        state._state_ctx.post_backward_final_callback_queued
+        or state._training_state is not type(state._training_state).IDLE
+    ):
+        return
+    if not hasattr(state, "_reset_iter_state"):
+        raise RuntimeError(
+            "a forward or backward of this FSDP2 model broke off, and this torch can not mend it: "
+            "make the model anew and load its weights, or use torch 2.13 or newer"
+        )
+    state._reset_iter_state()
+    for each in state._state_ctx.all_states:
+        for group in each._fsdp_param_groups:
+            for p in group.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p._unsharded_param.grad = None
+
+
 def let_styles_pass(ours: type[torch.Tensor]) -> None:
     """Let the hooks of parallelize_module's styles leave activations of this type as they are."""
 

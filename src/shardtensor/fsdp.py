@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from . import comm
+from ._dtensor import mend_fsdp
 from .comm.ops import reduce_op
 from .options import Options
 from .tensor import ShardTensor
@@ -72,6 +73,8 @@ def shard(
     # blocks in blocks first
     for block in (*reversed(inside), model):
         fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
+    # before FSDP2's own
+    model.register_forward_pre_hook(_mend, prepend=True)
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
         slot = Part(domain)
@@ -81,6 +84,10 @@ def shard(
                 # after FSDP2's own hook, which puts whole parameters in place
                 module.register_forward_pre_hook(lambda m, _: _mark(m, tensor, slot))
     return kept
+
+
+def _mend(model: nn.Module, _: Any) -> None:
+    mend_fsdp(model)
 
 
 def _replicate(

@@ -23,6 +23,7 @@ from .fsdp import local
 from .meet import is_slice
 from .options import Options
 from .reducer import Ranks, Reducer
+from .replaced import replacing
 from .tensor import ShardTensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,7 +84,8 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     adapt(model, options)
     _trained[model] = trained
     if options.fsdp is not None:
-        reducer.take(fsdp.shard(model, mesh, axes, domain, options))
+        with replacing(model, "parallelize(fsdp=...)"):
+            reducer.take(fsdp.shard(model, mesh, axes, domain, options))
         return model
     trained.take(model)
     trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from .meet import declare
+from .replaced import replacing
 from .tensor import ShardTensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,14 +50,15 @@ def tensor_parallel(model: M, mesh: DeviceMesh, plan: Mapping[str, Any]) -> M:
         raise ValueError(f"tensor_parallel on a mesh of {mesh.ndim} axes; name one: mesh['tp']")
     places = _places(model, plan)
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for key, p in module._parameters.items():
-            if p is None or places[p] is None or isinstance(p, ShardTensor):
-                continue
-            if p not in made:
-                d = distribute_tensor(p.detach(), mesh, [places[p] or Replicate()])
-                made[p] = nn.Parameter(d, p.requires_grad)
-            module._parameters[key] = made[p]
+    with replacing(model, "tensor_parallel"):
+        for module in model.modules():
+            for key, p in module._parameters.items():
+                if p is None or places[p] is None or isinstance(p, ShardTensor):
+                    continue
+                if p not in made:
+                    d = distribute_tensor(p.detach(), mesh, [places[p] or Replicate()])
+                    made[p] = nn.Parameter(d, p.requires_grad)
+                module._parameters[key] = made[p]
     declare(mesh)
     return model
 

@@ -1,0 +1,55 @@
+"""Parameters that were replaced in their model: an optimizer that holds one raises at its step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# how often parameters were replaced; for each optimizer, when it was looked at
+_times = 0
+_seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def replacing(model: nn.Module, by: str) -> Iterator[None]:
+    """Inside, parameters of the model are replaced by others; by: who does so."""
+    global _times
+    before = list(model.parameters())
+    yield
+    after = {id(p) for p in model.parameters()}
+    _watch()
+    _times += 1
+    for p in before:
+        if id(p) not in after:
+            p._shardtensor_replaced = by  # type: ignore[attr-defined]
+
+
+@cache
+def _watch() -> None:
+    register_optimizer_step_pre_hook(_check)
+
+
+def _check(optimizer: Optimizer, *_: Any) -> None:
+    if _seen.get(optimizer) == _times:
+        return
+    _seen[optimizer] = _times
+    for by in _replaced(p for group in optimizer.param_groups for p in group["params"]):
+        del _seen[optimizer]
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds parameters that {by} has replaced in their "
+            f"model, so it would step nothing: make the optimizer after {by}"
+        )
+
+
+def _replaced(parameters: Iterable[nn.Parameter]) -> Iterator[str]:
+    for p in parameters:
+        by = getattr(p, "_shardtensor_replaced", None)
+        if by is not None:
+            yield by
