@@ -1,5 +1,8 @@
 """`parallelize` with FSDP2, checkpointing, offload, mixed precision: as one device trains."""
 
+import re
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -215,6 +218,66 @@ def test_options(tmp_path):
     file.write_text("data: !!python/object/apply:os.getcwd []")
     with pytest.raises(Exception, match="python/object"):
         st.Options.from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("checkpoint: 'no'", "checkpoint is 'no'; expected True or False"),
+        ("sync: 1", "sync is 1; expected True or False"), ("offload: null", "offload is None"),
+        ("bucket_mb: 1e3", "bucket_mb is '1e3'; expected a positive number, in YAML with a point"),
+        ("bucket_mb: .nan", "bucket_mb is nan; expected a positive number"),
+        ("bucket_mb: .inf", "bucket_mb is inf"), ("bucket_mb: yes", "bucket_mb is True"),
+        ("data: no", "data is False; expected the name of a mesh axis"), ("data: [data]", "data is"),
+        ("fsdp: off", "fsdp is False; one of"), ("fsdp: [all]", "fsdp is"),
+        ("precision: 16", "precision is 16; one of"), ("precision: {}", "precision is"),
+        ("blocks: null", "blocks is None; expected a list of class names"), ("blocks: [1]", "blocks is"),
+        ("blocks: {Block: 1}", "blocks is"), ("compile: true", "compile is True; expected the arguments"),
+        ("compile: {1: 2}", "compile is"), ("1: 2", "no options: 1"), ("", "not NoneType"),
+        ("data: [", "while parsing"),
+    ],
+)  # fmt: skip
+def test_values_are_checked_by_type(tmp_path, text, said):
+    file = tmp_path / "parallel.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as e:
+        st.Options.from_yaml(file)
+    assert str(file) in str(e.value)
+
+
+class Config(Mapping):
+    """A mapping that is no dict, as OmegaConf's DictConfig."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def __getitem__(self, key):
+        return self.values[key]
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __len__(self):
+        return len(self.values)
+
+
+def from_mappings():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    for options in ({"bucket_mb": 2}, Config(bucket_mb=2, compile=Config())):
+        st.parallelize(Net(), mesh, options, sync=False)
+        st.parallelize(Net(), mesh, options=options)
+    with pytest.raises(ValueError, match="options is 'domain'; expected Options"):
+        st.parallelize(Net(), mesh, "domain")
+    with pytest.raises(ValueError, match="no options: buckets"):
+        st.parallelize(Net(), mesh, st.Options(), buckets=2)
+    with pytest.raises(ValueError, match="no options: buckets"):
+        st.parallelize(Net(), mesh, {"buckets": 2})
+
+
+def test_options_from_mappings():
+    st.simulate(2, from_mappings)
+    got = st.Options.from_dict(Config(blocks=["Block"], compile=Config(mode="default")))
+    assert got.compile == {"mode": "default"} and got.blocks == ("Block",)
 
 
 def wrong():

@@ -349,7 +349,7 @@ def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
     handle = leaf.requires_grad_().register_hook(hook)
     leaf.requires_grad_(wanted)
     # C++ calls them in the order in which they came into the dict
-    hooks = leaf._backward_hooks
+    hooks: Any = leaf._backward_hooks
     for key in [k for k in hooks if k != handle.id]:
         hooks[key] = hooks.pop(key)
     return handle

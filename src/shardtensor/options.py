@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ class Options:
     precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it.
     compile: arguments of `model.compile`; None: eager.
 
-    Raises ValueError for values that do not fit together.
+    Raises ValueError for a value of another type and for values that do not fit together.
     """
 
     data: str | None = None
@@ -40,6 +43,10 @@ class Options:
     compile: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name, (fits, what) in _TYPES.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name} is {value!r}; expected {what}")
         if self.fsdp not in SHARDING:
             raise ValueError(f"fsdp is {self.fsdp!r}; one of {SHARDING}")
         if self.precision not in PRECISION:
@@ -48,27 +55,74 @@ class Options:
             raise ValueError("fsdp over 'data' needs the name of the data axis: data=...")
         if self.fsdp is not None and self.compile is not None:
             raise ValueError("compile and fsdp: the compiled program takes whole parameters")
-        if self.bucket_mb <= 0:
-            raise ValueError(f"bucket_mb is {self.bucket_mb}; expected a positive number")
-        if isinstance(self.blocks, str):
-            raise ValueError("blocks is one name; expected a list of class names")
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.compile is not None:
+            object.__setattr__(self, "compile", dict(self.compile))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Options:
-        """Raises ValueError for a name that is no option."""
+    def of(cls, options: Options | Mapping[str, Any] | None, values: Mapping[str, Any]) -> Options:
+        """Options, or a mapping of their names, some of them replaced by values."""
+        if isinstance(options, cls):
+            return replace(options, **cls._known(values))
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"options is {options!r}; expected Options, or a mapping of their names"
+            )
+        return cls.from_dict({**(options or {}), **values})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Options:
+        """From any mapping (a DictConfig, too). Raises ValueError for a name that is no option."""
+        return cls(**cls._known(values))
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"no options: {', '.join(unknown)}; there are {', '.join(known)}")
-        return cls(**values)
+        return dict(values)
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Options:
         """From a YAML mapping of names to values (extra `yaml`). It is data: no code is run."""
         import yaml
 
-        found = yaml.safe_load(Path(file).read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"{file}: expected names and values, not {type(found).__name__}")
-        return cls.from_dict(found)
+        try:
+            found = yaml.safe_load(Path(file).read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"expected names and values, not {type(found).__name__}")
+            return cls.from_dict(found)
+        except (yaml.YAMLError, ValueError) as e:
+            raise ValueError(f"{file}: {e}") from e
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and 0 < float(x) < math.inf
+
+
+def _names(x: Any) -> bool:
+    return isinstance(x, Iterable) and not isinstance(x, str | Mapping) and all(map(_name, x))
+
+
+def _name(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _flag(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+_FLAG = (_flag, "True or False, in YAML without quotes")
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data": (lambda x: x is None or _name(x), "the name of a mesh axis"),
+    "sync": _FLAG,
+    "bucket_mb": (_number, "a positive number, in YAML with a point, as in 1.0e+3"),
+    "blocks": (_names, "a list of class names"),
+    "checkpoint": _FLAG,
+    "offload": _FLAG,
+    "compile": (
+        lambda x: x is None or (isinstance(x, Mapping) and all(map(_name, x))),
+        "the arguments of model.compile by name; {} for none",
+    ),
+}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -36,13 +35,15 @@ class _Changes:
     number = 0
 
 
-def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **values: Any) -> M:
+def parallelize(
+    model: M, mesh: DeviceMesh, options: Options | Mapping[str, Any] | None = None, **values: Any
+) -> M:
     """Prepare a model for training on samples that are sharded over a mesh; returns the model.
 
-    options, or its fields by name: see `Options`. mesh: all ranks that train together. Samples
-    differ along the axis `data`; inputs lie on the submesh of the other axes, and gradients are
-    averaged over the data axis. Without it inputs lie on `mesh`, also where an axis shards the
-    batch.
+    options, or its fields by name, also in a mapping: see `Options`. mesh: all ranks that train
+    together. Samples differ along the axis `data`; inputs lie on the submesh of the other axes, and
+    gradients are averaged over the data axis. Without it inputs lie on `mesh`, also where an axis
+    shards the batch; a weight that meets a tensor on fewer axes raises ValueError.
 
     Without fsdp, gradients of parameters are summed over the ranks in buckets, each sent as soon as
     backward has made its last gradient, while backward goes on. (Without this call every op sums
@@ -55,11 +56,14 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     gradients, or those of their own weights.
 
     Nothing else about the model changes: the keys of its state_dict and how it is called stay.
+    Parameters that are ShardTensors stay as they are. New parameters, such as those of another
+    head or of weight_norm, are taken in at the next call of the model. An optimizer that was made
+    before its parameters were replaced (fsdp) raises ValueError at its step.
     `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
     Raises ValueError for options that do not fit together, the mesh or the model.
     """
     groups.renew()
-    options = _options(options, values)
+    options = Options.of(options, values)
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
@@ -94,12 +98,6 @@ def parallelize(model: M, mesh: DeviceMesh, options: Options | None = None, **va
     if options.compile is not None:
         model.compile(**options.compile)
     return model
-
-
-def _options(options: Options | None, values: dict[str, Any]) -> Options:
-    if options is None:
-        return Options.from_dict(values)
-    return replace(options, **values) if values else options
 
 
 def adapt(model: nn.Module, options: Options) -> None:
