@@ -25,6 +25,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import stock
 from .pool import result_dtype, some_channels
 
 _MAX: dict[int, Callable[..., Any]] = {
@@ -32,10 +33,11 @@ _MAX: dict[int, Callable[..., Any]] = {
     2: torch._C._nn.adaptive_max_pool2d,
     3: torch._C._nn.adaptive_max_pool3d,
 }
+# the kernels themselves: above them, torch takes the mean where a shard has one row of results
 _AVG: dict[int, Callable[..., Any]] = {
-    1: torch.adaptive_avg_pool1d,
-    2: torch._C._nn.adaptive_avg_pool2d,
-    3: torch._C._nn.adaptive_avg_pool3d,
+    1: lambda x, m: torch.ops.aten._adaptive_avg_pool2d(x.unsqueeze(-2), (1, *m)).squeeze(-2),
+    2: torch.ops.aten._adaptive_avg_pool2d,
+    3: torch.ops.aten._adaptive_avg_pool3d,
 }
 
 
@@ -142,7 +144,7 @@ def _sums(local: Tensor, d: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
     parts = local.split([b - a for a, b in pairwise(edges)], d)
     sums = torch.stack([p.sum(d, dtype=wide) for p in parts], d)
     found = [sums.narrow(d, edges.index(a), edges.index(b) - edges.index(a)) for a, b in ranges]
-    if all(f.shape[d] == 1 for f in found):
+    if list(ranges) == list(pairwise(edges)):
         return sums
     return torch.cat([f.sum(d, keepdim=True) for f in found], d)
 
@@ -156,7 +158,7 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
         ranges = _own(x._spec.dims[d], plan.out.size, x._spec.index[d])
         local = _sums(local, d, ranges)
         here[d - first] = len(ranges)
-    if here != list(local.shape[first:]):
+    if any(x.shape[first + i] != m for i, m in enumerate(targets) if first + i not in plans):
         local = _local(local, n, here, _AVG[n])
     for d, plan in plans.items():
         m, size, i = plan.out.size, x.shape[d], x._spec.index[d]
@@ -177,9 +179,11 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
 
 def _local(local: Tensor, n: int, here: list[int], op: Callable[..., Any]) -> Any:
     """Torch's op on the local tensor, which it refuses without rows."""
-    if 0 in local.shape[-n:]:
-        return local.new_zeros([*local.shape[:-n], *here]) + local.sum()
-    return some_channels(local, local.ndim - n - 1, lambda some: op(some, here))
+    target = here if local.numel() else [max(1, m) for m in here]
+    return stock(
+        lambda z: some_channels(z, z.ndim - n - 1, lambda some: op(some, target)),
+        [*local.shape[:-n], *here], local,
+    )  # fmt: skip
 
 
 # max ---------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ def _define_adaptive(n: int) -> None:
         x = _floating(input, f"adaptive_max_pool{n}d")
         targets = _targets(x, n, output_size)
         spec, here, plans = _split_up(x, n, targets)
-        if plans or 0 in x._local.shape[-n:]:
+        if plans:
             return _maxima(x, n, targets)
         out, index = _local(x._local, n, here, _MAX[n])
         if any(d.axes for d in x._spec.dims[-n:]):

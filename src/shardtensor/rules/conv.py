@@ -10,7 +10,7 @@ Weight and bias are whole on each rank, and their gradients are summed over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ..redistribute import fit, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from .empty import some
 from .halo import Halo, Settings, halo_conv
 from .norm import sharded
 from .overlap import overlapped, pays
@@ -321,11 +322,17 @@ def _convolved(
     def op(rows: Tensor) -> Tensor:
         if plan.ahead:
             rows = F.pad(rows, plan.ahead)
+        more: tuple[Any, ...]
         if transposed:
-            return TRANSPOSED[n](
-                rows, w, b, stride, plan.padding, plan.output_padding, groups, dilation
-            )
-        return FORWARD[n](rows, w, b, stride, plan.padding, dilation, groups)
+            more = (stride, plan.padding, plan.output_padding, groups, dilation)
+        else:
+            more = (stride, plan.padding, dilation, groups)
+        y = (TRANSPOSED if transposed else FORWARD)[n](
+            some(rows), some(w), b if b is None else some(b), *more
+        )
+        # neither samples nor output channels where this rank has none
+        y = y if rows.ndim == n + 1 or rows.shape[0] else y.narrow(0, 0, 0)
+        return y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)
 
     if not plan.reaches:
         return op(local)

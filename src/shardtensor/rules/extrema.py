@@ -12,8 +12,9 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from .empty import with_one
 from .pointwise import function_rule, pointwise
-from .reduce import Dims, axes_of, over, stacked, wide, with_one, without
+from .reduce import Dims, axes_of, over, stacked, wide, without
 
 
 def _worst(x: Tensor, largest: bool) -> Any:

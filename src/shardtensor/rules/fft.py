@@ -21,8 +21,8 @@ from ..redistribute import reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from .empty import with_one
 from .pointwise import function_rule
-from .reduce import with_one
 from .shape import _index, many, whole_in
 
 

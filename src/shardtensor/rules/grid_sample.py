@@ -25,6 +25,7 @@ from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from .empty import stock
 from .extents import Window, by_shard, extent, tell
 
 NEAREST, BICUBIC = 1, 2
@@ -71,10 +72,8 @@ def grid_sampler(
 
 
 def _sampled(x: Tensor, at: Tensor, way: Way, out: Spec | None = None) -> Tensor:
-    if out is not None and 0 in out.local_shape:
-        blank = x.new_zeros(out.local_shape) + x.sum(dtype=x.dtype)
-        return blank + at.sum(dtype=at.dtype)
-    return torch.grid_sampler(x, at, *way)
+    shape = at.shape if out is None else out.local_shape
+    return stock(lambda x, at: torch.grid_sampler(x, at, *way), shape, x, at)
 
 
 def _check(x: Tensor, g: Tensor, way: Way) -> None:
@@ -301,10 +300,9 @@ def affine_grid(theta: ShardTensor, size: Sequence[int], align_corners: bool) ->
     spec = x._spec.with_dims([batch, *(Dim(n) for n in x.shape[1:])])
     local = fit(spec.mesh, spec.varying, (x, spec.dims))[0]
     assert local is not None
-    rows = max(1, local.shape[0])
-    if not local.shape[0]:
-        # torch refuses an empty batch
-        local = torch.cat([local, local.new_zeros(1, *local.shape[1:])])
-    grid = torch.affine_grid_generator(local, [rows, *map(int, size[1:])], align_corners)
-    grid = grid.narrow(0, 0, spec.local_shape[0])
+    # torch refuses an empty batch
+    shape = [max(1, local.shape[0]), *map(int, size[1:])]
+    grid = stock(
+        lambda z: torch.affine_grid_generator(z, shape, align_corners), local.shape[:1], local
+    )
     return wrap(grid, spec.with_dims([batch, *(Dim(n) for n in grid.shape[1:])]))

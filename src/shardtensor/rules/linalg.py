@@ -20,6 +20,7 @@ from ..redistribute import aside, fit, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import cut, some
 from .pointwise import align, function_rule
 
 # names of tensor arguments, in their order wherever several stand together
@@ -96,18 +97,17 @@ def batched(
     spec, free, wanted = _meet(operands, letters)
     varying = tuple(sorted({a for d in (*spec.dims, *free.values()) for a in d.axes}))
     values = fit(spec.mesh, varying, *zip(operands, wanted, strict=True))
+    # torch 2.13 drops some gradients of empty batches, and with them what others wait for
+    values = [
+        some(v) if v is not None and x.numel() else v for v, x in zip(values, given, strict=True)
+    ]
     inside = dict(zip(at, values, strict=True))
     args = tuple(inside.get(i, a) for i, a in enumerate(args))
     kwargs = {k: inside.get(k, a) for k, a in kwargs.items()}
     found = agreed(lambda: (call or func)(*args, **kwargs), spec, varying)
     single = isinstance(found, Tensor)
     outs = [found] if single else list(found)
-    none = [v for v in values if v is not None and v.requires_grad and not v.numel()]
     for i, local in enumerate(outs):
-        if none and local.requires_grad:
-            # torch 2.13 drops some gradients of empty batches, and with them what others wait for
-            total = sum(v.sum() for v in none)
-            local = local + (total if local.is_complex() else total.real)
         outs[i] = _wrapped(local, spec, free, results[i] if i < len(results) else None)
     return outs[0] if single else type(found)(outs)
 
@@ -120,7 +120,8 @@ def _wrapped(local: Tensor, spec: Spec, free: dict[str, Dim], named: str | None)
         return wrap(local, Spec(spec.mesh, tuple(Dim(m) for m in local.shape)))
     named = named or " " * (local.ndim - n)
     core = [free.get(c, Dim(m)) for c, m in zip(named, local.shape[n:], strict=True)]
-    return wrap(local, spec.with_dims([*spec.dims, *core]))
+    spec = spec.with_dims([*spec.dims, *core])
+    return wrap(cut(local, spec.local_shape), spec)
 
 
 def _meet(

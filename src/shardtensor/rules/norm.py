@@ -26,6 +26,7 @@ from ..redistribute import fit, like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import stock
 from .moments import Dims, accumulated, merged, normalised, spread, squares, statistics
 from .pointwise import function_rule
 
@@ -43,12 +44,6 @@ def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(op(x.detach().new_zeros((1,) * x.ndim)).dtype)
-
-
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """x * weight + bias, both viewed in a shape: an empty shard's result, with all its operands."""
-    y = x if weight is None else x * weight.view(shape)
-    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 
 # batch, instance and group norm ------------------------------------------------------------------
@@ -105,18 +100,15 @@ def batch_norm(
     axes, counts = spread(spec, dims)
     n = sum(counts)
     mine = (channels,)
-    if not n:
+    if not n and training:
         # nothing to learn from: running statistics stay
-        w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
-        return wrap(affine(local, w, b, _per_channel(local)), spec)
+        running, axes = [None, None], ()
     if not training or not axes:
         w, b, mean, var = fit(
             spec.mesh, spec.varying, (weight, mine), (bias, mine), *((r, mine) for r in running)
         )
-        if spec.local_shape.numel():
-            y = torch.batch_norm(local, w, b, mean, var, training, momentum, eps, cudnn_enabled)
-        else:
-            y = affine(local, w, b, _per_channel(local))
+        rest: Any = (training, momentum, eps, cudnn_enabled)
+        y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, local, w, b, mean, var)
         if training:
             for r, part in zip(running, (mean, var), strict=True):
                 if r is not None and part is not None and part is not r:
@@ -145,10 +137,6 @@ def native_batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for name in names[3:]:
         buffer(func.__name__, given.get(name))
     return fall_back(func, args, kwargs)
-
-
-def _per_channel(x: Tensor) -> tuple[int, ...]:
-    return (1, x.shape[1], *[1] * (x.ndim - 2))
 
 
 @rule("instance_norm")
@@ -182,11 +170,8 @@ def instance_norm(
     apart = tuple(sorted(spec.dims[0].axes + channels.axes))
     w, b = fit(spec.mesh, apart, (weight, mine), (bias, mine))
     if not axes and not (tracked and apart):
-        if not spec.local_shape.numel():
-            return wrap(affine(local, w, b, _per_channel(local)), spec)
-        y = torch.instance_norm(
-            local, w, b, running[0], running[1], True, momentum, eps, cudnn_enabled
-        )
+        rest = (*running, True, momentum, eps, cudnn_enabled)
+        y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, local, w, b)
         return wrap(y, spec)
     group = comm.group(spec.mesh, axes) if axes else None
     mean, m2 = (
@@ -235,10 +220,12 @@ def group_norm(
         apart = tuple(sorted(batch.axes + channels.axes))
         w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
         if not axes:
-            if not spec.local_shape.numel():
-                return wrap(affine(local, w, b, _per_channel(local)), spec)
-            groups = local.shape[1] // width
-            return wrap(torch.group_norm(local, groups, w, b, eps, cudnn_enabled), spec)
+            rest: Any = (eps, cudnn_enabled)
+            groups = max(1, local.shape[1] // width)
+            y = stock(
+                lambda z, *wb: torch.group_norm(z, groups, *wb, *rest), local.shape, local, w, b
+            )
+            return wrap(y, spec)
     else:
         w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
     group = comm.group(spec.mesh, axes) if axes else None
@@ -298,11 +285,13 @@ def layer_norm(
     axes, counts = spread(spec, dims)
     mine = spec.dims[dims[0] :]
     w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
-    shape = local.shape[dims[0] :]
     if not axes:
-        if spec.local_shape.numel():
-            return wrap(torch.layer_norm(local, shape, w, b, eps, cudnn_enable), spec)
-        return wrap(affine(local, w, b, shape), spec)
+        lead = dims[0]
+        rest: Any = (eps, cudnn_enable)
+        y = stock(
+            lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
+        )
+        return wrap(y, spec)
     group = comm.group(spec.mesh, axes)
     mean, m2 = statistics(local, dims, counts, group, accumulated(local.dtype))
     # the leading dims, which have a statistic each, take the place of channels
@@ -333,10 +322,9 @@ def rms_norm(
     mine = spec.dims[dims[0] :]
     (w,) = fit(spec.mesh, spec.varying, (weight, mine))
     if not axes:
-        shape = local.shape[dims[0] :]
-        if spec.local_shape.numel():
-            return wrap(torch.rms_norm(local, shape, w, eps), spec)
-        return wrap(affine(local, w, None, shape), spec)
+        lead = dims[0]
+        y = stock(lambda z, w: torch.rms_norm(z, z.shape[lead:], w, eps), local.shape, local, w)
+        return wrap(y, spec)
     group = comm.group(spec.mesh, axes)
     dtype = accumulated(local.dtype)
     if local.is_complex():
@@ -362,7 +350,8 @@ def local_response_norm(
     spec, local = x._spec, x._local
     channels = spec.dims[1] if len(spec.dims) > 1 else Dim(0)
     if not channels.axes:
-        return wrap(F.local_response_norm(local, size, alpha, beta, k), spec)
+        y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), local.shape, local)
+        return wrap(y, spec)
     ends = channels.offsets
     windows = [
         (max(0, a - size // 2), min(channels.size, b + (size - 1) // 2)) if a < b else (a, a)
@@ -370,6 +359,6 @@ def local_response_norm(
     ]
     group = comm.group(spec.mesh, channels.axes)
     seen = comm.window(local, 1, channels.sizes, windows, group)
-    y = F.local_response_norm(seen, size, alpha, beta, k)
+    y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), seen.shape, seen)
     start, first = ends[spec.index[1]], windows[spec.index[1]][0]
     return wrap(y.narrow(1, start - first, channels.sizes[spec.index[1]]), spec)

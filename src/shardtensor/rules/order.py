@@ -18,7 +18,8 @@ from ..redistribute import aside, fit, reduced, replicate
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from .reduce import axes_of, over, with_one, without
+from .empty import with_one
+from .reduce import axes_of, over, without
 from .sort import FEW, beside, cut_at, cuts, has_keys, keys, lanes
 
 

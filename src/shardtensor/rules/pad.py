@@ -20,6 +20,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import stock
 from .index import sliced
 
 
@@ -68,16 +69,14 @@ def _pad(
         dim = x._spec.dims[d]
         group = comm.group(x._spec.mesh, dim.axes)
         local = comm.window(local, d, dim.sizes, windows, group, wrap=mode == "circular")
-    if 0 in local.shape and mode != "constant":
-        # torch refuses to reflect or repeat beside an empty dim; only the new shape matters
-        more = [n for i in range(0, len(pad), 2) for n in (sum(plan.amounts[i : i + 2]), 0)]
-        local = F.pad(local, more)
-    elif local is x._local or any(plan.amounts):
-        if mode == "constant":
-            # F.pad itself takes no complex value
-            local = torch.constant_pad_nd(local, plan.amounts, value or 0.0)
-        else:
-            local = F.pad(local, plan.amounts, mode)
+    if mode == "constant":
+        # F.pad itself takes no complex value
+        local = torch.constant_pad_nd(local, plan.amounts, value or 0.0)
+    elif mode != "circular" or local is x._local or any(plan.amounts):
+        shape = list(local.shape)
+        for d, (low, high) in _ends(plan.amounts, x.ndim):
+            shape[d] += low + high
+        local = stock(lambda z: F.pad(z, plan.amounts, mode), shape, local)
     for d, start, length in plan.keep:
         local = local.narrow(d, start, length).contiguous()
     return wrap(local, plan.out)

@@ -15,8 +15,8 @@ from ..fallback import fall_back
 from ..redistribute import aside, fit, like, reduced
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import with_one
 from .pointwise import function_rule
-from .reduce import with_one
 
 
 @function_rule("lstm", "gru", "rnn_tanh", "rnn_relu")

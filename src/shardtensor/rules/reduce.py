@@ -19,6 +19,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .empty import with_one
 
 Dims = int | Sequence[int] | None
 _HALVES = (torch.float16, torch.bfloat16)
@@ -69,16 +70,6 @@ def stacked(local: Tensor, spec: Spec, dims: Sequence[int]) -> Tensor:
     """What every rank got over its part of dims, along a new first dim, the same on each rank."""
     group = comm.group(spec.mesh, axes_of(spec, dims))
     return comm.gather(local.unsqueeze(0), 0, [1] * comm.size(group), group)
-
-
-def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
-    """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
-    for d in dims:
-        if local.shape[d] == 0:
-            shape = list(local.shape)
-            shape[d] = 1
-            local = torch.cat([local, local.new_full(shape, value)], d)
-    return local
 
 
 @rule("sum")

@@ -23,7 +23,7 @@ from ..comm.route import Route, deliver, fetch, find
 from ..redistribute import fit, like, reduced
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from .reduce import with_one
+from .empty import with_one
 from .routes import route_of
 
 Dims = tuple[Dim, ...]

@@ -19,8 +19,9 @@ from ..redistribute import aside, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from .empty import stock, with_one
 from .index import assigned
-from .reduce import over, wide, with_one
+from .reduce import over, wide
 
 
 @cached
@@ -48,15 +49,17 @@ def _scan(
     x = reduced(input)
     dims = over(dim, x.ndim)
     if not dims or not _is_cut(x, dims[0]):
-        return wrap(fn(x._local, dim, **options), x._spec)
+        local = stock(lambda z: fn(z, dim, **options), x._local.shape, x._local)
+        return wrap(local, x._spec)
     (d,) = dims
     # what torch would give, under autocast too
     out = fn(x._local.new_zeros(1), 0, **options).dtype
     local = x._local.to(wide(out))
     # an empty shard computes a total too, and sends none: traced graphs must have the same messages
-    own = total(with_one(local, dims, 1), d).narrow(d, 0, min(1, local.shape[d]))
-    before = _totals(x, d, own)
-    found = fn(torch.cat([before, local], d), d).narrow(d, before.shape[d], local.shape[d])
+    row = [min(1, n) if i == d else n for i, n in enumerate(local.shape)]
+    before = _totals(x, d, stock(lambda z: total(z, d), row, with_one(local, dims, 1)))
+    rows = torch.cat([before, local], d)
+    found = stock(lambda z: fn(z, d), rows.shape, rows).narrow(d, before.shape[d], local.shape[d])
     return wrap(found.to(out), x._spec)
 
 
@@ -110,7 +113,7 @@ def _extrema(fn: Any, input: ShardTensor, dim: int) -> tuple[ShardTensor, ShardT
     x = reduced(input)
     dims = over(dim, x.ndim)
     if not dims or not _is_cut(x, dims[0]):
-        values, indices = fn(x._local, dim)
+        values, indices = stock(lambda z: fn(z, dim), x._local.shape, x._local)
         return wrap(values, x._spec), wrap(indices, x._spec)
     (d,) = dims
     local, start = x._local, x._spec.offset[d]

@@ -14,7 +14,8 @@ from .. import comm
 from ..redistribute import reduced
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
-from .reduce import over, wide, with_one
+from .empty import with_one
+from .reduce import over, wide
 
 
 def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:

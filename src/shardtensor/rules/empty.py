@@ -1,0 +1,56 @@
+"""A shard without elements: stock ops run on one row in place of none, which is then cut off.
+
+So a rank without rows records the graph that the others record. Torch's own shortcuts for empty
+tensors leave out parts of it, and with them the messages of backward and of second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
+    """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
+    for d in dims:
+        if local.shape[d] == 0:
+            shape = list(local.shape)
+            shape[d] = 1
+            local = torch.cat([local, local.new_full(shape, value)], d)
+    return local
+
+
+def some(x: Tensor) -> Tensor:
+    """x; where it has no elements, one row in place of none.
+
+    Its numbers are without ties, zeros and singular matrices; an integer is 1, as LAPACK counts.
+    """
+    if x.numel():
+        return x
+    ahead = [n for size in reversed(x.shape) for n in (0, int(size == 0))]
+    y = torch.constant_pad_nd(x, ahead)
+    if not (y.is_floating_point() or y.is_complex()):
+        return torch.ones_like(y)
+    rows = torch.linspace(1, 2, y.numel(), dtype=torch.float64, device=y.device).reshape(y.shape)
+    if y.ndim > 1:
+        most = 4 * max(y.shape[-2:])
+        rows = rows + most * torch.eye(*y.shape[-2:], dtype=rows.dtype, device=y.device)
+    return y + rows.to(y.dtype)
+
+
+def stock(fn: Callable[..., Any], shape: Sequence[int], *xs: Tensor | None) -> Any:
+    """fn(*xs), a tensor of this shape or several, of local tensors some of which may be empty."""
+    if all(x is None or x.numel() for x in xs):
+        return fn(*xs)
+    out = fn(*(x if x is None else some(x) for x in xs))
+    return cut(out, shape) if isinstance(out, Tensor) else tuple(cut(o, shape) for o in out)
+
+
+def cut(out: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first rows of out in each dim, as many as shape says."""
+    for d, n in enumerate(shape):
+        out = out.narrow(d, 0, n) if out.shape[d] > n else out
+    return out
