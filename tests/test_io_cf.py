@@ -121,6 +121,14 @@ def test_what_xarray_wrote(tmp_path, version, fill):
             np.testing.assert_array_equal(found, back[name].values)
 
 
+def test_the_only_variable_of_a_file(tmp_path):
+    """Dims without coordinates are arrays in HDF5, but no variables."""
+    path = as_netcdf(tmp_path, "i2", {}, "NETCDF4")
+    source = io.open_array(path)
+    assert source.dims == ("y", "x")
+    np.testing.assert_array_equal(source.read([(0, 2), (0, 4)]), STORED)
+
+
 def test_fill_of_plain_zarr_is_a_number(tmp_path):
     """Zarr 2 gives every array a fill value of 0; only xarray's convention makes it a mask."""
     group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2)

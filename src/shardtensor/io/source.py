@@ -264,8 +264,14 @@ def _names(group: Any) -> list[str]:
     found: list[str] = []
     if hasattr(group, "arrays"):
         return [name for name, _ in group.arrays()]
-    group.visititems(lambda name, x: found.append(name) if hasattr(x, "dtype") else None)
+    group.visititems(lambda name, x: found.append(name) if _is_variable(x) else None)
     return found
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether it is an array, and more than the length of a dim of NetCDF 4."""
+    length = b"This is a netCDF dimension but not a netCDF variable"
+    return hasattr(x, "dtype") and not bytes(x.attrs.get("NAME", b"")).startswith(length)
 
 
 def _chosen(where: str, names: list[str], variable: str | None) -> str:

@@ -43,8 +43,11 @@ def clone(array: Path, part: Path, row: int | None) -> None:
         return
     for chunk in _chunks(array, row):
         (part / chunk).parent.mkdir(parents=True, exist_ok=True)
-        # written files replace others, they are never written into
-        os.link(array / chunk, part / chunk)
+        try:
+            # written files replace others, they are never written into
+            os.link(array / chunk, part / chunk)
+        except OSError:
+            shutil.copyfile(array / chunk, part / chunk)
 
 
 def commit(part: Path, name: str, array: Path, row: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -94,7 +95,7 @@ def write_zarr(
 
 
 def _array_folder(url: str, name: str) -> Path:
-    return Path(url.removeprefix("file://")) / name
+    return Path(os.path.abspath(url.removeprefix("file://"))) / name
 
 
 def _prepare(
