@@ -31,7 +31,8 @@ def distribute_tensor(
 ) -> ShardTensor:
     """A leaf ShardTensor of a plain tensor that has the same shape and dtype on every rank.
 
-    src_data_rank: the mesh rank whose values count; it sends each other rank its slice only. None:
+    src_data_rank: the mesh rank whose values count; it sends each other rank its slice only. What
+    the others hold is lost: under `guard` it must be the same, or one value throughout. None:
     every rank slices its own copy and nothing is sent.
     sizes: for a sharded dim the sizes of all shards (default: torch.chunk's).
     Raises ValueError where placements, sizes and shape do not fit.
@@ -57,6 +58,9 @@ def distribute_tensor(
         local = _slice(source, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
     else:
         _same_everywhere(source, name)
+        if count.records:
+            told = {"src_data_rank": src_data_rank}
+            count.called("distribute_tensor", (source, device_mesh), told)
         local = _scatter(source, spec, src_data_rank, name)
     return wrap(local.requires_grad_(tensor.requires_grad), spec)
 
@@ -88,7 +92,7 @@ def _same_everywhere(x: Tensor, name: str) -> None:
         raise ValueError(
             "distribute_tensor: ranks have different tensors, "
             + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in known)
-            + "; every rank gives the whole tensor's shape and dtype (torch.empty where it has no "
+            + "; every rank gives the whole tensor's shape and dtype (torch.zeros where it has no "
             "values), or its own part to ShardTensor.from_local"
         )
 

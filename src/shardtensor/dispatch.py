@@ -150,9 +150,10 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
             return handler(func, args, kwargs)
         with (
             count.named(f"shardtensor::{name}"),
-            count.running(name, handler.__name__, args, kwargs),
+            count.running(name, handler.__name__, args, kwargs) as given,
         ):
-            return handler(func, args, kwargs)
+            given.append(handler(func, args, kwargs))
+            return given[0]
 
     return run
 

@@ -1,15 +1,15 @@
 """Ranks agree before each collective, so that one that goes another way is named, not waited for.
 
 Each rank leaves a record in the store of the process group: what collective it comes to, from
-which op and line, with which dtype and sizes, and which ops it ran since the last one. Nobody
-enters before everybody's record is there and fits; the first verdict counts for all.
+which op and line, with which dtype and sizes, and which ops it ran since the last one (see
+`trail`). Nobody enters before everybody's record is there and fits; the first verdict counts for
+all. The end of the guard is such a meeting, too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,18 +17,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import _probe, _torch
+from . import _probe, _torch, trail
 from .agree import difference, position
 from .comm import count, groups
 from .errors import DivergenceError
-from .operands import operands
 from .where import call_of_user, described
 
-_MOST_OPS = 100
 _open: list[float] = []
 _session = 0
 _counts: dict[str, int] = {}
-_trail = threading.local()
 # an open record turns the noting of ops on; no thread has this rank, so it stays empty
 _RECORD = count.Record(-1)
 
@@ -43,13 +40,15 @@ def guard(seconds: float | None = None) -> Iterator[None]:
     """Inside, ranks agree before each collective; SHARDTENSOR_DEBUG=1 does so for a whole program.
 
     seconds: how long ranks wait for one that does not come (default: SHARDTENSOR_DEBUG_TIMEOUT,
-    else 10). Enter it on all ranks alike. Raises DivergenceError on every rank, naming ranks, ops
-    and lines, where one comes to another collective, brings another dtype or other sizes, gave an
-    op another plain tensor than the others, raised, or does not come in time.
+    else 10). Enter and leave it on all ranks alike. Raises DivergenceError on every rank, naming
+    ranks, ops and lines, where one comes to another collective, brings another dtype or other
+    sizes, ran another op on a ShardTensor, gave one another plain tensor than the others, raised,
+    or does not come in time.
     """
     start(timeout() if seconds is None else seconds)
     try:
         yield
+        _end()
     except DivergenceError:
         raise
     except BaseException as e:
@@ -68,8 +67,11 @@ def start(seconds: float) -> None:
         _counts.clear()
     if not _open:
         count.records.append(_RECORD)
-        count.Hooks.meeting, count.Hooks.calling = _meeting, _calling
+        count.Hooks.meeting, count.Hooks.calling = _meeting, trail.began
+        count.Hooks.called = trail.ended
+        trail.follow_methods()
     _open.append(seconds)
+    trail.enter()
 
 
 def stop() -> None:
@@ -77,21 +79,34 @@ def stop() -> None:
     _open.pop()
     if not _open:
         count.records.remove(_RECORD)
-        count.Hooks.meeting = count.Hooks.calling = None
-        _trail.ops = []
+        count.Hooks.meeting = count.Hooks.calling = count.Hooks.called = None
+        trail.leave_methods()
+    trail.leave()
 
 
-def _calling(op: str, args: Any, kwargs: Any) -> None:
-    """Note an op of the user, with what must be the same on all ranks."""
-    if _torch.is_tracing():
+def _end() -> None:
+    """The last meeting: of the ops after the last collective, and of ranks that left earlier."""
+    if trail.depth() > 1:
+        # the guard around this one goes on
         return
-    ops = _trail.__dict__.setdefault("ops", [])
-    ops.append({"op": op, "line": call_of_user()[0], **operands((args, kwargs))})
-    del ops[:-_MOST_OPS]
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if count.simulated_rank() is not None:
+        _meeting("end of the guard", groups.world(), {})
+        dist.barrier()
+    elif dist.get_backend() != "fake":
+        _meeting("end of the guard", list(range(dist.get_world_size())), {})
 
 
 def _meeting(collective: str, group: str | list[int], facts: dict[str, Any]) -> None:
     """Agree with the other ranks of a group, or of a list, on the collective that comes next."""
+    if not trail.depth():
+        return
+    ranks = group
+    if isinstance(group, str):
+        if _probe.is_silent(groups.resolve(group)):
+            return
+        ranks = dist.get_process_group_ranks(groups.resolve(group))
     line, called = call_of_user()
     op = getattr(count.current_op, "name", "")
     record = {
@@ -99,16 +114,16 @@ def _meeting(collective: str, group: str | list[int], facts: dict[str, Any]) -> 
         "op": "backward" if _torch.in_backward() else op or called,
         "line": line,
         "facts": {k: str(v) if k == "dtype" else v for k, v in facts.items()},
-        "ops": _trail.__dict__.get("ops", []),
+        "trails": trail.since_last(ranks),
     }
-    _trail.ops = []
+    if collective == "end of the guard":
+        record["op"] = ""
     if count.simulated_rank() is not None:
         # the simulated world compares when all have come
         count.thread.facts = record
-    elif isinstance(group, list):
-        _agree(record, group)
-    elif not _probe.is_silent(groups.resolve(group)):
-        _agree(record, dist.get_process_group_ranks(groups.resolve(group)))
+        trail.agreed(ranks)
+    else:
+        _agree(record, ranks)
 
 
 def _agree(record: dict[str, Any], ranks: list[int]) -> None:
@@ -127,7 +142,9 @@ def _agree(record: dict[str, Any], ranks: list[int]) -> None:
     # whoever is first decides for all: a rank that comes late must not enter alone
     verdict = store.compare_set(f"{key}/verdict", "", found or "agreed").decode()
     if verdict != "agreed":
+        trail.forget(ranks)
         raise DivergenceError(verdict)
+    trail.agreed(ranks)
     # all have left the collective before this one
     store.delete_key(f"{name}/{number - 1}/{me}")
     if me == ranks[0]:

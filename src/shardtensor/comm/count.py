@@ -82,12 +82,14 @@ class Hooks:
 
     meeting(collective, group, facts) is called before each collective: facts are what the ranks of
     the group (its name, or its ranks) must agree on. calling(op, args, kwargs): before each op of
-    the user, while a record is open. explained(error): what an error of a collective means, from
-    what other ranks left.
+    the user, while a record is open; called(what calling returned, args, a list of the result,
+    error): after it. explained(error): what an error of a collective means, from what other ranks
+    left.
     """
 
     meeting: Callable[[str, Any, dict[str, Any]], None] | None = None
-    calling: Callable[[str, Any, Any], None] | None = None
+    calling: Callable[[str, Any, Any], Any] | None = None
+    called: Callable[[Any, Any, list[Any], BaseException | None], None] | None = None
     explained: Callable[[BaseException], BaseException | None] | None = None
 
 
@@ -185,19 +187,22 @@ def finish(work: Any, item: Sent | None = None) -> None:
         item.seconds += item.end - begin
 
 
-def called(op: str, args: Any, kwargs: Any = None) -> None:
+def called(op: str, args: Any, kwargs: Any = None) -> Any:
     """Tell who looks on of a call of the user whose plain tensors must be the same everywhere."""
-    if Hooks.calling is not None:
-        Hooks.calling(op, args, kwargs)
+    return None if Hooks.calling is None else Hooks.calling(op, args, kwargs)
 
 
 @contextmanager
-def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[None]:
-    """Note an op in every open record of this rank; collectives inside carry its name."""
+def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[list[Any]]:
+    """Note an op in every open record of this rank; collectives inside carry its name.
+
+    Whoever enters puts the op's result into the list.
+    """
     before = getattr(current_op, "name", "")
-    call = None
+    call = seen = error = None
+    given: list[Any] = []
     if not before:
-        called(op, args, kwargs)
+        seen = called(op, args, kwargs)
         me = simulated_rank()
         for record in records:
             if record.rank == me:
@@ -207,9 +212,14 @@ def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[
                 record.calls.append(call)
     current_op.name = op
     try:
-        yield
+        yield given
+    except BaseException as e:
+        error = e
+        raise
     finally:
         current_op.name = before
+        if seen is not None and Hooks.called is not None:
+            Hooks.called(seen, args, given, error)
         if call is not None:
             call.end, call.last = time.perf_counter(), _probe.sequence_nr()
             for record in records:
