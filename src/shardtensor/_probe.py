@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,6 +39,27 @@ def silent_world(rank: int, ranks: int) -> Iterator[None]:
 def is_silent(group: Any) -> bool:
     """Whether the group is one of a `silent_world`."""
     return bool(dist.get_backend(group) == "fake")
+
+
+def collectives() -> dict[str, int]:
+    """For each group of this rank (see `group_key`): how many collectives this rank has come to."""
+    found: dict[str, int] = {}
+    for group in list(dist.distributed_c10d._world.pg_names):
+        with suppress(RuntimeError):
+            found[group_key(group)] = group._get_sequence_number_for_group()
+    return found
+
+
+def group_key(group: Any) -> str:
+    """The ranks of a group (None: of all) and its name, alike on all of them: "0,1/name"."""
+    group = dist.group.WORLD if group is None else group
+    ranks = sorted(dist.get_process_group_ranks(group))
+    return f"{','.join(map(str, ranks))}/{group.group_name}"
+
+
+def cuda_runs() -> bool:
+    """Whether this process uses a GPU: then it waits for ranks wherever it waits for the device."""
+    return torch.cuda.is_initialized()
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """A rank that raises or dies ends the others, with its message.
 
 `init` starts it. An exception that ends the program is left in the store of the process group; a
-process that dies is noticed by its neighbours (see `links`), which leave that. On every other
-rank a thread looks for such news: it prints it, a collective that fails raises it, and a rank that
-goes on regardless ends after `GRACE` seconds.
+process that dies is noticed by its neighbours (see `links`), which leave that, as they do if ranks
+wait for each other for ever (see `waiting`). On every other rank a thread looks for such news: it
+prints it, a collective that fails raises it, and a rank that goes on regardless ends after `GRACE`
+seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from . import _torch
 from .comm import count
 from .errors import RankError
 from .links import Links
+from .waiting import Look, say
 from .where import described
 
 GRACE = 5.0
@@ -45,6 +47,7 @@ class Watch:
         prefix = f"shardtensor/watch/{next(_numbers)}"
         self.store = dist.PrefixStore(prefix, _torch.default_store())
         self.links = Links(self.store, self.rank, self.ranks, one_host)
+        self.waiting = Look(self.store, self.rank, self.ranks)
         self.news, self.ending = threading.Event(), threading.Event()
         self.text = ""
         # joined in `leave`: a thread inside torch when Python ends aborts the process
@@ -77,6 +80,9 @@ class Watch:
                         )
                         self.store.compare_set("news", "", f":{died}")
                 known = self.store.check(["news"])
+                ends = "" if known or self.ending.is_set() else self.waiting.look()
+                if ends:
+                    self.store.compare_set("news", "", f":{ends}")
             except RuntimeError:
                 # in order it would have said so
                 self._end("", "the process that keeps the store (rank 0 or the launcher) died")
@@ -93,16 +99,10 @@ class Watch:
         self.text = text
         self.news.set()
         if author != str(self.rank):
-            _say(f"{text}. Rank {self.rank} ends.")
+            say(f"{text}. Rank {self.rank} ends.")
             if not self.ending.wait(GRACE) and dist.is_initialized():
                 sys.stdout.flush()
                 os._exit(1)
-
-
-def _say(text: str) -> None:
-    # one write: ranks share the stream
-    with suppress(OSError):
-        os.write(2, f"shardtensor: {text}\n".encode())
 
 
 def leave() -> None:

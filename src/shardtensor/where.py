@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -27,19 +28,19 @@ def _of_user(file: str) -> bool:
     return not file.startswith(_OURS[2:]) or file.startswith(_SITE)
 
 
-def call_of_user() -> tuple[str, str]:
+def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:
     """ "file:line" of the innermost frame outside of this package, torch and Python's library.
 
     And the name of the function of this package that it called, if it called one. "" where there is
-    no such frame, as in a thread of autograd's own.
+    no such frame, as in a thread of autograd's own. frame: where to begin, if not here.
     """
-    frame, called = sys._getframe(1), ""
+    frame, called = frame or sys._getframe(1), ""
     while frame is not None:
         file = frame.f_code.co_filename
         if _of_user(file):
             return f"{file}:{frame.f_lineno}", called
         called = frame.f_code.co_name if file.startswith(_OURS[0]) else ""
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "", ""
 
 
