@@ -59,8 +59,38 @@ def apart():
 
 
 def test_ranks_that_never_meet_raise():
-    with pytest.raises(st.RankError, match=r"rank 0 in AllReduce.*ranks \[1\] have returned"):
+    with pytest.raises(
+        st.RankError,
+        match=r"rank 0 in barrier at .*test_simulate.py:\d+.*ranks \[1\] have returned",
+    ):
         st.simulate(3, apart)
+
+
+def saves_alone(folder):
+    mesh = T.make_mesh((2,))
+    x = st.distribute_tensor(torch.ones(6), mesh, [Shard(0)], src_data_rank=None)
+    if dist.get_rank() == 0:
+        st.checkpoint.save({"x": x}, folder, "step")
+    return x.sum().item()
+
+
+def torchs_own():
+    found = [None] * 2
+    if dist.get_rank() == 0:
+        dist.all_gather_object(found, 1)
+    dist.barrier()
+
+
+def test_what_parts_is_named_with_op_and_line(tmp_path):
+    with pytest.raises(
+        st.DivergenceError,
+        match=r"rank 0 in `save` \(barrier\) at .*test_simulate.py:\d+; rank 1 in `sum` \(all-reduce.*simulate.py:\d",
+    ):
+        st.simulate(2, saves_alone, tmp_path)
+    with pytest.raises(
+        st.DivergenceError, match=r"rank 0 in all-gather at .*; rank 1 in barrier at "
+    ):
+        st.simulate(2, torchs_own)
 
 
 def one_fails():
@@ -70,7 +100,9 @@ def one_fails():
 
 
 def test_the_first_error_counts():
-    with pytest.raises(st.RankError, match="rank 1: KeyError: 'lost'") as e:
+    with pytest.raises(
+        st.RankError, match=r"rank 1: KeyError: 'lost' \(.*test_simulate.py:\d+\)"
+    ) as e:
         st.simulate(3, one_fails)
     assert isinstance(e.value.__cause__, KeyError)
     assert st.simulate(2, dist.get_rank) == [0, 1]

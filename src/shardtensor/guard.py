@@ -102,10 +102,11 @@ def _meeting(collective: str, group: str | list[int], facts: dict[str, Any]) -> 
     """Agree with the other ranks of a group, or of a list, on the collective that comes next."""
     if not trail.depth():
         return
-    ranks = group
-    if isinstance(group, str):
-        if _probe.is_silent(groups.resolve(group)):
-            return
+    if isinstance(group, list):
+        ranks = group
+    elif _probe.is_silent(groups.resolve(group)):
+        return
+    else:
         ranks = dist.get_process_group_ranks(groups.resolve(group))
     line, called = call_of_user()
     op = getattr(count.current_op, "name", "")

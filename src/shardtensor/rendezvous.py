@@ -64,7 +64,7 @@ def met(here: Place) -> dist.Store:
     while known.add("count", 0) < here.ranks:
         if known.check(["wrong"]):
             break
-        if not told and time.monotonic() > end - seconds + _SAY or time.monotonic() > end:
+        if (not told and time.monotonic() > end - seconds + _SAY) or time.monotonic() > end:
             missing = [r for r in range(here.ranks) if not known.check([f"came/{r}"])]
             told = _waited(here, missing, end, seconds, told)
         time.sleep(0.02)

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from . import _torch, cache
-from .agree import difference, position
+from .agree import Record, difference, position
 from .comm import count, groups
 from .errors import DivergenceError, RankError
-from .where import described
+from .waiting import op_of
+from .where import call_of_user, described
 
 T = TypeVar("T")
 
@@ -28,7 +29,8 @@ class _Turns:
 
     def __init__(self, world_size: int) -> None:
         self.go = [threading.Event() for _ in range(world_size)]
-        self.waiting: dict[int, tuple[Callable[[], bool], str]] = {}
+        self.waiting: dict[int, tuple[Callable[[], bool], Record]] = {}
+        self.threads: dict[int, int] = {}
         self.ended: set[int] = set()
         self.errors: dict[int, BaseException] = {}
         self.arrived: dict[str, dict[int, Any]] = {}
@@ -49,12 +51,19 @@ class _Turns:
                 self.go[r].set()
                 return
         if len(self.ended) < n:
-            what = ", ".join(f"rank {r} in {w}" for r, (_, w) in sorted(self.waiting.items()))
+            waits = {r: self.placed(r, w) for r, (_, w) in sorted(self.waiting.items())}
+            what = ", ".join(f"rank {r} in {position(w)}" for r, w in waits.items())
             gone = f"; ranks {sorted(self.ended)} have returned" if self.ended else ""
             self.stuck = DivergenceError(f"ranks wait for each other for ever: {what}{gone}")
             self.next_after(rank)
 
-    def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+    def placed(self, rank: int, record: Record) -> Record:
+        """What a rank that waits brings, with the op and the user's line that its thread is in."""
+        frame = sys._current_frames().get(self.threads[rank])
+        line, called = call_of_user(frame)
+        return {"at": line, **record, "op": record.get("op") or op_of(frame) or called}
+
+    def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
         """Let other ranks run until ready()."""
         state = torch.get_rng_state()
         self.waiting[rank] = (ready, what)
@@ -73,20 +82,29 @@ class _Turns:
         assert me is not None
         # those of the library say what they bring, torch's own do not
         record = count.thread.__dict__.pop("facts", None)
-        record = record or {"collective": type(collective).__name__}
+        record = record or {"collective": _called() or type(collective).__name__}
         here = self.arrived.setdefault(key, {})
         here[rank] = (data, me, record)
         if len(here) < size:
-            self.wait(me, lambda: key in self.done, position(record))
+            self.wait(me, lambda: key in self.done, record)
             return
         met = [here[r] for r in range(size)]
-        parted = difference({member: brought for _, member, brought in met})
-        if parted:
+        records = {member: brought for _, member, brought in met}
+        if difference(records):
+            parted = difference({r: self.placed(r, x) for r, x in records.items()})
             self.stuck = DivergenceError(parted)
             raise DivergenceError(parted)
         collective.work([data for data, _, _ in met])
         del self.arrived[key]
         self.done.add(key)
+
+
+def _called() -> str:
+    """The function of torch.distributed that is running in this thread."""
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.endswith("distributed_c10d.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else frame.f_code.co_name
 
 
 def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
@@ -109,6 +127,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         turns.go[rank].wait()
         turns.go[rank].clear()
         count.thread.rank = rank
+        turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
         try:
             with torch.autograd.set_multithreading_enabled(False):
@@ -138,5 +157,8 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     if turns.errors:
         rank, error = min(turns.errors.items(), key=lambda e: isinstance(e[1], RankError))
         kind = DivergenceError if isinstance(error, DivergenceError) else RankError
-        raise kind(f"rank {rank}: {type(error).__name__}: {error}") from error
+        # those of ranks name lines themselves
+        text = f"{type(error).__name__}: {error}"
+        text = text if isinstance(error, RankError) else described(error)
+        raise kind(f"rank {rank}: {text}") from error
     return results

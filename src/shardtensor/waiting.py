@@ -37,14 +37,14 @@ _WRAPPERS = {"wrapper", "inner", "_fn", "wait_tensor"}
 
 
 def here(thread: int) -> dict[str, Any]:
-    """Where a thread is: line, op, collective and its group, and how many of each group it came to."""
+    """Where a thread is: line, op, collective and group, and how many of each group it came to."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return {"line": "", "op": "", "collective": "", "group": None, "counts": {}}
     line, called = call_of_user(frame)
     return {
         "line": line,
-        "op": _op(frame) or called,
+        "op": op_of(frame) or called,
         "collective": _collective(frame),
         "group": _group(frame),
         "counts": _probe.collectives(),
@@ -91,7 +91,7 @@ def _group(frame: FrameType) -> str | None:
     return None
 
 
-def _op(frame: FrameType | None) -> str:
+def op_of(frame: FrameType | None) -> str:
     """The torch function on ShardTensors, or "backward", that the frame belongs to."""
     while frame is not None:
         code = frame.f_code
