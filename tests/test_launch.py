@@ -1,13 +1,17 @@
 """Launchers' environments, and processes that they start."""
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+import shardtensor as st
+from shardtensor import rendezvous
 from shardtensor.launch import Place, _sizes, first_host, place
 
 TORCHRUN = {
@@ -42,6 +46,99 @@ def test_places():
         place({"PMI_RANK": "0", "PMI_SIZE": "4"})
     with pytest.raises(RuntimeError, match="MASTER_ADDR"):
         place({k: v for k, v in TORCHRUN.items() if not k.startswith("MASTER")})
+
+
+@pytest.mark.parametrize(
+    "env, change, told",
+    [
+        (TORCHRUN, {"WORLD_SIZE": "two"}, "WORLD_SIZE='two': a whole number from 1"),
+        (TORCHRUN, {"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        (TORCHRUN, {"WORLD_SIZE": "4.0"}, "WORLD_SIZE='4.0'"),
+        (TORCHRUN, {"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        (TORCHRUN, {"RANK": "4"}, "RANK='4': a whole number from 0 to 3"),
+        (TORCHRUN, {"RANK": "-1"}, "RANK='-1'"),
+        (TORCHRUN, {"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        (TORCHRUN, {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        (
+            TORCHRUN,
+            {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+            "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2",
+        ),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE='8'"),
+        (TORCHRUN, {"MASTER_PORT": "0"}, "MASTER_PORT='0'"),
+        (TORCHRUN, {"MASTER_PORT": "70000"}, "MASTER_PORT='70000'"),
+        (TORCHRUN, {"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        (SLURM, {"SLURM_PROCID": "8"}, "SLURM_PROCID='8': a whole number from 0 to 7"),
+        (SLURM, {"SLURM_NTASKS": "8(x2)"}, r"SLURM_NTASKS='8\(x2\)'"),
+        (SLURM, {"SLURM_LOCALID": ""}, "SLURM_LOCALID=''"),
+        (SLURM, {"SLURM_JOB_ID": "a"}, "SLURM_JOB_ID='a'"),
+        (SLURM, {"SLURM_STEP_NODELIST": "gpu[03-"}, "SLURM_STEP_NODELIST='gpu.03-' is no list"),
+        (SLURM, {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST='' is no list"),
+        (OPEN_MPI, {"OMPI_COMM_WORLD_SIZE": "-2"}, "OMPI_COMM_WORLD_SIZE='-2'"),
+        ({"PMI_RANK": "1"}, {"PMI_SIZE": "1"}, "PMI_RANK='1'"),
+        # half of a launcher: each process would run alone
+        ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
+        ({}, {"RANK": "0"}, "RANK=0, but WORLD_SIZE is not set"),
+    ],
+)
+def test_odd_variables_are_named(env, change, told):
+    with pytest.raises(ValueError, match=told):
+        place(env | change)
+
+
+def meet(ranks, said, monkeypatch, port=None):
+    """What each of these ranks, threads here, gets from `met`; said: how many each says they are."""
+    monkeypatch.setenv("SHARDTENSOR_INIT_TIMEOUT", "3" if len(ranks) < max(said) else "60")
+    monkeypatch.setattr(rendezvous, "_starts", itertools.repeat(0))
+    port = port or free_port()
+    found = {}
+
+    def run(i, rank, n):
+        try:
+            found[i] = rendezvous.met(Place("torchrun", rank, n, 0, "localhost", port))
+        except (RuntimeError, ValueError) as e:
+            found[i] = f"{type(e).__name__}: {e}"
+
+    threads = [
+        threading.Thread(target=run, args=(i, r, n))
+        for i, (r, n) in enumerate(zip(ranks, said, strict=True))
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return [found[i] for i in range(len(ranks))]
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    for text in meet([0, 2], [4, 4], monkeypatch):
+        assert "waits in st.init for ranks 1, 3" in text and "SHARDTENSOR_INIT_TIMEOUT" in text
+    (text,) = meet([1], [2], monkeypatch)
+    assert "rank 1 of 2 (torchrun) waits in st.init for rank 0 at localhost:" in text
+    assert not any(isinstance(s, str) for s in meet([0, 1], [2, 2], monkeypatch))
+
+
+def test_ranks_that_are_told_other_things(monkeypatch):
+    for text in meet([0, 1, 1], [3, 3, 3], monkeypatch):
+        assert text.startswith("ValueError: two processes say that they are rank 1 of 3")
+    for text in meet([0, 1, 2], [3, 2, 3], monkeypatch):
+        assert "one of 3" in text and "one of 2" in text and "the same number" in text
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        (text,) = meet([0], [2], monkeypatch, taken.getsockname()[1])
+    assert "rank 0 cannot open localhost:" in text and "MASTER_PORT" in text
+    here = Place("torchrun", 1, 2, 0, "no.such.host.invalid", free_port())
+    with pytest.raises(RuntimeError, match=r"MASTER_ADDR='no\.such\.host\.invalid': no such host"):
+        rendezvous.met(here)
+
+
+def test_odd_axes_are_named_before_ranks_meet(monkeypatch):
+    for axes, told in [
+        ({"data": "2"}, "data"), ({"data": 2.0}, "data"), ({"data": True}, "data"), ({"domain": 3}, "3"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"mesh axes.*{told}"):
+            st.init(**axes)
 
 
 @pytest.mark.parametrize(

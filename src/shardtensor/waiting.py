@@ -108,7 +108,7 @@ class Look:
 
     def __init__(self, store: Any, rank: int, ranks: int, thread: int | None = None) -> None:
         self.store, self.rank, self.ranks = store, rank, ranks
-        self.thread = threading.main_thread().ident if thread is None else thread
+        self.thread = thread or threading.main_thread().ident or 0
         self.seen: Any = None
         self.since = time.monotonic()
         self.asked = self.round = 0
@@ -117,7 +117,6 @@ class Look:
 
     def look(self) -> str:
         """One look; returns what ends all ranks, if they wait for each other for ever."""
-        assert self.thread is not None
         frame = sys._current_frames().get(self.thread)
         seen = None
         if frame is not None and (_waits(frame) or _probe.cuda_runs()):
@@ -147,7 +146,6 @@ class Look:
         return LONG * _AGAIN[min(self.asked, len(_AGAIN) - 1)]
 
     def _answer(self, now: float) -> None:
-        assert self.thread is not None
         state = here(self.thread) | {"seconds": now - self.since if self.seen else 0.0}
         self.store.set(f"at/{self.round}/{self.rank}", json.dumps(state))
         self.round += 1
@@ -249,6 +247,11 @@ def told(rank: int, states: Mapping[int, State], ranks: int) -> str:
 def _ranks(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def standing(state: State) -> str:
+    """What a rank waits in, and where; "" if it waits in nothing."""
+    return _place(state) if state["collective"] else ""
 
 
 def _place(state: State) -> str:

@@ -9,6 +9,7 @@ seconds.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from . import _torch
 from .comm import count
 from .errors import RankError
 from .links import Links
-from .waiting import Look, say
+from .waiting import Look, here, say, standing
 from .where import described
 
 GRACE = 5.0
@@ -32,6 +33,10 @@ _TOLD = 2.0
 _TICK = 0.5
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|timed out|refused|remote|aborted", re.I
+)
+_CAUSES = (
+    "killed, out of memory, a crash, or gloo's end of collectives of which ranks came to different "
+    "ones, which SHARDTENSOR_DEBUG=1 names"
 )
 _watch: Watch | None = None
 _hooked = False
@@ -75,9 +80,7 @@ class Watch:
                 if lost is None:
                     lost = self.links.lost(_TICK)
                     if lost is not None and not self.ending.is_set():
-                        died = (
-                            f"rank {lost} died without a word (killed, out of memory, or a crash)"
-                        )
+                        died = f"rank {lost} died without a word ({_CAUSES}){self._standing()}"
                         self.store.compare_set("news", "", f":{died}")
                 known = self.store.check(["news"])
                 ends = "" if known or self.ending.is_set() else self.waiting.look()
@@ -91,6 +94,11 @@ class Watch:
             author, _, text = self.store.get("news").decode().partition(":")
             self.store.add("told", 1)
             self._end(author, text)
+
+    def _standing(self) -> str:
+        """Where this rank is, if it waits."""
+        place = standing(here(self.waiting.thread))
+        return f"; rank {self.rank} waits in {place}" if place else ""
 
     def _end(self, author: str, text: str) -> None:
         """What comes after news; no text: the rank that keeps the store ended in order."""
@@ -133,6 +141,9 @@ def start(one_host: bool) -> None:
     """Watch the ranks of the process group that was initialised."""
     global _watch, _hooked
     _watch = Watch(one_host)
+    if not faulthandler.is_enabled():
+        # where this process is, should C++ end it
+        faulthandler.enable()
     count.Hooks.explained = _explained
     if not _hooked:
         _torch.at_uncaught(_uncaught)

@@ -1,0 +1,149 @@
+"""A rank that waits long says for what; ranks that wait for each other for ever end. No flag is set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_watch import free_port
+
+from shardtensor.waiting import doomed, late, told
+
+SCRIPT = """
+import os, sys, time, torch, shardtensor as st
+from torch.distributed.tensor import Shard
+mesh, device = st.init()
+x = st.distribute_tensor(torch.arange(6.0), mesh, [Shard(0)], src_data_rank=None)
+me, case = mesh.get_rank(), sys.argv[1]
+x.sum().item()
+if case == "save" and me == 0:
+    st.checkpoint.save({"x": x}, sys.argv[2], "step")  # save
+if case == "caught":
+    w = torch.ones(6, requires_grad=True)
+    y = x * w
+    if me == 1:
+        y.register_hook(lambda g: 1 / 0)
+    try:
+        y.sum().backward()  # backward
+    except ZeroDivisionError:
+        x.roll(1, 0)  # caught
+if case == "slow" and me == 1:
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.1)  # slow
+x.mean().item()  # mean
+os.write(1, b"finished\\n")
+"""
+
+
+def state(line, collective="", group=None, counts=(), left=False, op="", seconds=12.0):
+    if left:
+        return {"left": True}
+    return {
+        "line": line, "op": op, "collective": collective, "group": group, "counts": dict(counts),
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+WORLD, PAIR = "0,1,2/0", "1,2/7"
+
+
+def test_who_is_waited_for():
+    states = {
+        0: state("a.py:1", "barrier", WORLD, {WORLD: 5}, op="save"),
+        1: state("a.py:2", "all-reduce", WORLD, {WORLD: 5, PAIR: 2}, op="sum"),
+        2: state("a.py:3", counts={WORLD: 4, PAIR: 2}),
+    }
+    assert late(0, states[0], states) == [1, 2]
+    # rank 1 comes to another collective at the same time: neither can go on
+    assert doomed(states) == [0, 1]
+    assert told(0, states, 4) == (
+        "rank 0 waits for 12 s in `save` (barrier) at a.py:1, to which ranks 1, 2 did not come: "
+        "rank 1 waits in `sum` (all-reduce) at a.py:2; rank 2 runs a.py:3, after 4 of 5 collectives "
+        "of this group; rank 3 does not answer (stopped, or in code that holds Python's lock). "
+        "Every rank must call the same ops: look for a branch on the rank, or an error that one "
+        "rank caught; SHARDTENSOR_DEBUG=1 names the first op that differs"
+    )
+
+
+def test_who_can_go_on_is_not_ended():
+    # 0 waits for 1, which waits for 2, which computes
+    chain = {
+        0: state("a", "barrier", WORLD, {WORLD: 5}),
+        1: state("b", "all-reduce", PAIR, {WORLD: 4, PAIR: 3}),
+        2: state("c", counts={WORLD: 4, PAIR: 2}),
+    }
+    assert doomed(chain) == []
+    # all are in the same one: a transfer that takes long
+    assert doomed({r: state("a", "all-gather", WORLD, {WORLD: 5}) for r in range(3)}) == []
+    assert doomed(chain | {2: state("c", "barrier", WORLD, {WORLD: 5, PAIR: 2})}) == [0, 1, 2]
+    assert doomed(chain | {2: {"left": True}}) == [0, 1]
+    # whose group is not seen may wait for anything
+    assert doomed(chain | {2: state("c", "wait", None, {WORLD: 5, PAIR: 2})}) == []
+
+
+def ran(script, ranks, args, until="", then=lambda: None):
+    """The code and text of each process; then() is called once `until` was printed."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
+    clean |= {"OMP_NUM_THREADS": "1", "SHARDTENSOR_DEBUG": "0", "SHARDTENSOR_WAIT": "2"}
+    clean |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=clean | {"RANK": str(r), "LOCAL_RANK": str(r), "SHARDTENSOR_INIT_TIMEOUT": "120"},
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+    early = ""
+    if until:
+        for text in processes[0].stdout:
+            early += text
+            if until in text:
+                then()
+                break
+    texts = [p.communicate(timeout=150)[0] for p in processes]
+    texts[0] = early + texts[0]
+    return [(p.returncode, t) for p, t in zip(processes, texts, strict=True)]
+
+
+def place(mark):
+    (found,) = [i for i, t in enumerate(SCRIPT.splitlines(), 1) if t.endswith(f"# {mark}")]
+    return f"job.py:{found}"
+
+
+@pytest.mark.gloo
+def test_ranks_that_wait_for_ever_end_with_both_lines(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    found = ran(script, 2, ["save", str(tmp_path / "checkpoints")])
+    text = "".join(t for _, t in found)
+    assert "finished" not in text and all(code == 1 for code, _ in found), text
+    assert "ranks wait for each other for ever: rank" in text, text
+    assert "`save` (barrier) at " in text and place("save") in text, text
+    assert "`mean` (all-reduce) at " in text and place("mean") in text, text
+
+
+@pytest.mark.gloo
+def test_collectives_of_other_sizes_end_with_a_line(tmp_path):
+    """gloo ends the process that gets more bytes than it expects."""
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    found = ran(script, 2, ["caught"])
+    text = "".join(t for _, t in found)
+    assert "finished" not in text and all(code for code, _ in found), text
+    assert "died without a word" in text and "SHARDTENSOR_DEBUG=1 names" in text, text
+    number = place("caught").partition(":")[2]
+    assert f'job.py", line {number} in <module>' in text or place("caught") in text, text
+
+
+@pytest.mark.gloo
+def test_a_slow_rank_is_told_and_waited_for(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    go = tmp_path / "go"
+    said = "to which rank 1 did not come: rank 1 runs "
+    found = ran(script, 2, ["slow", str(go)], said, go.touch)
+    assert [code for code, _ in found] == [0, 0], found
+    assert all("finished" in t and "for ever" not in t for _, t in found), found
+    text = found[0][1]
+    assert "rank 0 waits for " in text and "`mean` (all-reduce) at " in text, text
+    assert place("mean") in text and place("slow") in text and "after 1 of 2 collectives" in text
