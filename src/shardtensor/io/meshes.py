@@ -21,6 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 from ..spec import Spec
 from ..tensor import ShardTensor
 from .block import placed
+from .foreign import named, plain_name, whole_ply
 
 Fields = dict[str, np.ndarray]
 
@@ -48,7 +49,8 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
     """A .vtp, .vtu, .vtk, .stl, .ply or .obj file, by pyvista (extra `mesh`).
 
     A .vtk file of surface cells only is a surface, whatever kind of grid it was written as. Raises
-    FileNotFoundError, and ValueError for a file without cells.
+    FileNotFoundError, and ValueError that names the file for one without cells, one that is cut or
+    damaged, and other kinds of files, some of which lead to further ones.
     """
     try:
         import pyvista
@@ -56,7 +58,18 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
         raise ImportError('meshes need pyvista: pip install "shardtensor[mesh]"') from e
     if not Path(path).exists():
         raise FileNotFoundError(path)
-    grid = pyvista.read(str(path))
+    if Path(path).suffix.lower() not in KINDS:
+        raise ValueError(f"{path}: not one of {', '.join(KINDS)}")
+    if Path(path).suffix.lower() == ".ply":
+        whole_ply(Path(path))
+    with named(path), pyvista.VtkErrorCatcher(send_to_logging=False) as seen:
+        grid = pyvista.read(str(path))
+    # VTK gives what it has: for a file that ends too early, whatever was in memory
+    said = [*seen.events, *getattr(seen, "warning_events", [])]
+    wrong = [" ".join(str(e).split()) for e in said if "rror" in str(e)]
+    if wrong:
+        raise ValueError(f"{path} cannot be read: {wrong[0][:300]}")
+    _check(grid, path)
     if not isinstance(grid, pyvista.PolyData):
         grid = grid.cast_to_unstructured_grid()
         dims = {2 if t in _FLAT else 3 for t in grid.celltypes.tolist()}
@@ -76,6 +89,36 @@ def read_mesh(path: str | os.PathLike[str]) -> Mesh:
         np.asarray(grid.points), np.asarray(grid.cell_centers().points),
         np.asarray(sized["Volume"]), None, None, *fields,
     )  # fmt: skip
+
+
+KINDS = (".vtp", ".vtu", ".vtk", ".stl", ".ply", ".obj")
+
+
+def _check(grid: Any, path: Any) -> None:
+    """Raises ValueError for what VTK would read beyond its memory for, or compute NaN from."""
+    import pyvista
+
+    if not isinstance(grid, pyvista.DataSet):
+        raise ValueError(f"{path}: a {type(grid).__name__} is no mesh")
+    if not np.isfinite(grid.points).all():
+        raise ValueError(f"{path}: points that are not finite")
+    if isinstance(grid, pyvista.PolyData):
+        faces = [grid.GetPolys(), grid.GetStrips()]
+        cells = [(grid.GetVerts(), 1), (grid.GetLines(), 1), *((f, 3) for f in faces)]
+    else:
+        known = isinstance(grid, pyvista.UnstructuredGrid)
+        cells = [(grid.GetCells(), 1)] if known else []
+    for each, least in cells:
+        ids = np.asarray(pyvista.convert_array(each.GetConnectivityArray()))
+        ends = np.asarray(pyvista.convert_array(each.GetOffsetsArray()))
+        if ids.size and not 0 <= ids.min() <= ids.max() < grid.n_points:
+            raise ValueError(f"{path}: cells of points that are not there (of {grid.n_points})")
+        if ends.size and (ends[0] != 0 or ends[-1] != ids.size or (np.diff(ends) < least).any()):
+            raise ValueError(f"{path}: cells without points")
+    for data, n in ((grid.point_data, grid.n_points), (grid.cell_data, grid.n_cells)):
+        for name, values in _arrays(data).items():
+            if len(values) != n:
+                raise ValueError(f"{path}: {name} has {len(values)} values for {n}")
 
 
 # VTK's numbers of the cell types triangle, strip, polygon, pixel, quad
@@ -163,7 +206,7 @@ def convert(
     fields to the names of arrays. Rows are ordered along Hilbert's curve, so that neighbours in
     space lie on the same rank. Each array is a .npy file, float32; integers that float32 does not
     hold stay integers. The folder appears when it is complete; one that is there is kept. Raises
-    ValueError for numbers that are too large.
+    ValueError for numbers that are too large, text, and names that are no names of files.
     """
     from ..points import hilbert_order
 
@@ -183,8 +226,15 @@ def convert(
         arrays["sizes"] = mesh.sizes
         if mesh.normals is not None:
             arrays["normals"] = mesh.normals
-    for name in stored if fields is None else fields:
-        arrays[(rename or {}).get(name, name)] = stored[name]
+    for field in stored if fields is None else fields:
+        name = (rename or {}).get(field, field)
+        if not plain_name(name) or name in arrays or stored[field].dtype.kind not in "biuf":
+            raise ValueError(
+                f"field {field!r} of {stored[field].dtype} cannot be stored as {name!r}: give "
+                f"numbers and names of files (rename={{{field!r}: ...}}), none of them twice or "
+                f"{', '.join(arrays)}; or choose others (fields=...)"
+            )
+        arrays[name] = stored[field]
     order = hilbert_order(torch.from_numpy(np.ascontiguousarray(arrays["coordinates"]))).numpy()
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
@@ -240,13 +290,20 @@ class Points:
         self.placements = [Shard(0) if a in on else Replicate() for a in range(mesh.ndim)]
         info = self._info(0)
         self.names = list(info["arrays"] if names is None else names)
-        missing = sorted(set(self.names) - set(info["arrays"]))
+        missing = sorted(set(map(str, self.names)) - set(info["arrays"]))
         if missing:
             raise ValueError(f"{self.folders[0]}: no arrays {missing}; it has {info['arrays']}")
         self.bytes_read = 0
 
     def _info(self, i: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folders[i] / "info.json").read_text())
+        path = self.folders[i] / "info.json"
+        with named(path):
+            found: dict[str, Any] = json.loads(path.read_text())
+            rows, names = found["rows"], found["arrays"]
+            if type(rows) is not int or rows < 0 or not all(plain_name(n) for n in names):
+                raise ValueError(
+                    f"{rows} rows of {names}, which are not numbers and names of files"
+                )
         return found
 
     def __len__(self) -> int:
@@ -263,12 +320,16 @@ class Points:
             draw = torch.Generator().manual_seed(self.seed + i)
             mine = torch.randperm(rows, generator=draw)[:n].sort().values[a:b].numpy()
         return {
-            name: self._read(self.folders[i] / f"{name}.npy", mine, spec) for name in self.names
+            name: self._read(self.folders[i] / f"{name}.npy", rows, mine, spec)
+            for name in self.names
         }
 
-    def _read(self, path: Path, rows: Any, spec: Spec) -> ShardTensor:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        local = torch.from_numpy(np.array(stored[rows]))
+    def _read(self, path: Path, n: int, rows: Any, spec: Spec) -> ShardTensor:
+        with named(path):
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
+            if stored.ndim < 1 or len(stored) != n or stored.dtype.kind not in "biuf":
+                raise ValueError(f"it is {stored.dtype} of {stored.shape}, info.json has {n} rows")
+            local = torch.from_numpy(np.array(stored[rows]))
         self.bytes_read += local.numel() * local.element_size()
         full = Spec.of(self.mesh, self.placements, (spec.shape[0], *local.shape[1:]), spec.sizes)
         return placed(local, full)

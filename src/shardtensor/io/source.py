@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .cf import PACKING, Packing, packing
+from .foreign import member, named, refuse_pickles, zarr_store
 
 Range = tuple[int, int]
 
@@ -80,9 +81,12 @@ class Source:
         with self._lock:
             self.bytes_wanted += prod(shape) * self.item
             self.bytes_touched += self.touched(ranges)
-        block = np.asarray(self.fetch(tuple(slice(a, b) for a, b in ranges)))
-        found = block if self.packing is None else self.packing.decode(block)
-        return np.require(found, self.dtype, ["C", "W"])
+        with named(self.name):
+            block = np.asarray(self.fetch(tuple(slice(a, b) for a, b in ranges)))
+            if list(block.shape) != shape:
+                raise ValueError(f"rows {list(ranges)} are a block of {block.shape}")
+            found = block if self.packing is None else self.packing.decode(block)
+            return np.require(found, self.dtype, ["C", "W"])
 
     def touched(self, ranges: Sequence[Range]) -> int:
         """Bytes (uncompressed) of the chunks that a block meets."""
@@ -115,7 +119,7 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     source can be sent to other processes, that of an open h5py file only where it has a path.
     Raises ValueError where the variable is missing, FileNotFoundError where the file is,
     ImportError that names the extra where the library is not installed, TypeError for what
-    cannot be opened.
+    cannot be opened, ValueError that names the file for one that is damaged or leads to others.
     """
     if isinstance(where, np.ndarray):
         return _plain(where, "array", where)
@@ -128,12 +132,14 @@ def open_array(where: Any, variable: str | None = None) -> Source:
         raise TypeError(f"open_array of a {type(where).__name__}: give a path, a URL or an array")
     url = fspath(where)
     bare = url.split("::")[0].rstrip("/").lower()
-    if bare.endswith(".npy"):
-        return _npy(url)
-    if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or _magic(url):
-        found = _file(url, variable)
-    else:
-        found = _member(need("zarr").open(url, mode="r"), variable, "zarr")
+    with named(url):
+        if bare.endswith(".npy"):
+            return _npy(url)
+        if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or _magic(url):
+            found = _file(url, variable)
+        else:
+            zarr = need("zarr")
+            found = _member(zarr.open(zarr_store(zarr, url), mode="r"), variable, "zarr")
     found.origin = (url, variable)
     return found
 
@@ -160,6 +166,8 @@ def _magic(url: str) -> bool:
 
 
 def _plain(x: Any, name: str, origin: Any) -> Source:
+    if x.dtype.kind not in "biufc":
+        raise ValueError(f"{name}: {x.dtype} is not a dtype of numbers")
     return Source(
         name, x.shape, x.dtype.newbyteorder("="), None, None, {}, x.__getitem__,
         origin=(origin, None),
@@ -175,8 +183,10 @@ def _npy(url: str) -> Source:
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = read[version[0]](f)
         start = f.tell()
-    if fortran or dtype.hasobject:
-        raise ValueError(f"{url}: only arrays of numbers in C order can be read in part")
+    if dtype.kind not in "biufc":
+        raise ValueError(f"{url}: {dtype} is not a dtype of numbers")
+    if fortran or min(shape, default=0) < 0:
+        raise ValueError(f"{url}: {shape}, of which only arrays in C order can be read in part")
     row = prod(shape[1:]) * dtype.itemsize
 
     def fetch(block: tuple[slice, ...]) -> np.ndarray:
@@ -223,12 +233,16 @@ def _member(where: Any, variable: str | None, kind: str) -> Source:
     if not hasattr(where, "dtype"):
         arrays = _names(where)
         chosen = _chosen(name, arrays, variable)
-        where = where[chosen]
+        where = member(where, chosen, name) if kind == "h5py" else where[chosen]
         name = f"{name}: {chosen}"
     attrs = {k: _value(v) for k, v in dict(where.attrs).items() if k not in _SCALES}
     if kind == "h5py":
         origin = (where.file.filename, where.name) if os.path.isfile(where.file.filename) else None
+        if where.external or where.is_virtual:
+            # opened by the caller; by its path it would be refused
+            origin = None
     else:
+        refuse_pickles(where, name)
         origin = (where, None)
         # where xarray writes the dims of Zarr 2, the array's fill value is its _FillValue; other
         # Zarr says with it only what chunks hold that were never written
@@ -254,6 +268,8 @@ def _of(
     packed = packing(stored, attrs, name)
     shape = tuple(int(n) for n in array.shape)
     found = tuple(chunks) if chunks else None
+    if min(shape, default=0) < 0 or (found and min(found) < 1):
+        raise ValueError(f"{name}: a shape of {shape} in chunks of {found}")
     return Source(
         name, shape, packed.dtype, found, tuple(dims) if dims else None, attrs, array.__getitem__,
         stored.itemsize, packing=packed,

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .foreign import closed, named
+
 Window = Sequence[tuple[int, int] | slice | None]
 _GROUPS = ("t0_fields", "t1_fields", "t2_fields")
 
@@ -54,8 +56,18 @@ class WellFile:
 
     def __init__(self, path: str | PathLike[str] | BinaryIO) -> None:
         self._path = path
-        self._file = _h5py().File(path, "r")
         self.bytes_read = 0
+        where = path if isinstance(path, str | PathLike) else getattr(path, "name", "a file")
+        with named(where):
+            self._file = _h5py().File(path, "r")
+            try:
+                closed(self._file, str(where))
+                self._look()
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _look(self) -> None:
         names = [_text(n) for n in self._file["dimensions"].attrs["spatial_dims"]]
         self.dims = tuple(names)
         self.shape = tuple(self._file["dimensions"][n].shape[-1] for n in names)
@@ -126,7 +138,10 @@ class WellFile:
                 f"trajectories of {self.n_steps} steps"
             )
         ranges = self._ranges(window)
-        return torch.cat([self._read(f, trajectory, step, ranges) for f in fields])
+        for f in fields:
+            self.fields[f]  # KeyError
+        with named(self._file.filename):
+            return torch.cat([self._read(f, trajectory, step, ranges) for f in fields])
 
     def _ranges(self, window: Window | None) -> list[slice]:
         found = []
