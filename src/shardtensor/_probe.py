@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
 
@@ -71,7 +73,24 @@ def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
 
 outside_fake = unset_fake_temporarily
 # what reading a fake tensor's values raises
-DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
+DependsOnValues = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def global_hooks() -> list[Any]:
+    """The tables of hooks that run for all modules."""
+    from torch.nn.modules import module
+
+    return [v for k, v in vars(module).items() if k.startswith("_global_") and isinstance(v, dict)]
+
+
+def is_recording() -> bool:
+    """Whether make_fx makes a graph of ops as they are called, above autograd, in this thread."""
+    mode = get_proxy_mode()
+    return mode is not None and bool(mode.pre_dispatch)
 
 
 def is_fake(x: torch.Tensor) -> bool:

@@ -79,6 +79,10 @@ def leaf_call() -> Iterator[None]:
                 _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None))
 
 
+# no fake tensors and no graph inside
+outside_modes = _python_dispatch._disable_current_modes
+
+
 def c_grad_fn(x: torch.Tensor) -> Any:
     """The autograd node that C++ sees on a wrapper."""
     with no_torch_function():

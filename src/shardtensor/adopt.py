@@ -21,8 +21,7 @@ from . import _torch, comm
 from .comm import wire
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import wrap
-
-_HERE = __name__.split(".")[0]
+from .where import caller
 
 
 def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
@@ -52,9 +51,7 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
 
 def _is_variable(x: Tensor) -> bool:
     """Whether the calling code has x as a variable, not as an attribute or an element."""
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_HERE):
-        frame = frame.f_back
+    frame = caller()
     return frame is not None and any(v is x for v in frame.f_locals.values())
 
 

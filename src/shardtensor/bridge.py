@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
-from . import _torch
+from . import _probe, _torch
+from .errors import UnsupportedOpError
 from .redistribute import cotangent, gradient
 from .registry import rules
 from .spec import Spec
@@ -50,6 +52,8 @@ class _Continue(torch.autograd.Function):
 
 def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if not any(isinstance(a, ShardTensor) for a in args):
+        if _torch.is_tracing():
+            _check_recording(call.__self__, args)  # type: ignore[attr-defined]
         out = call(*args)
         _continue(out, {})
         return out
@@ -58,6 +62,7 @@ def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return call(*args)
     if function in rules:
         return rules[function](*args)
+    _check_recording(function, args)
     sent: dict[int, ShardTensor] = {}
     passed = []
     for a in args:
@@ -70,6 +75,18 @@ def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         passed.append(a)
     out = call(*passed)
     return _continue(out, sent)
+
+
+def _check_recording(function: Any, args: tuple[Any, ...]) -> None:
+    """Raise where a graph is made, which would hold forward's ops and lose backward."""
+    if not (_torch.is_tracing() and _probe.is_recording() and torch.is_grad_enabled()):
+        return
+    if any(isinstance(a, Tensor) and a.requires_grad for a in args) or function is _Checkpoint:
+        raise UnsupportedOpError(
+            f"{function.__name__}.apply in a compiled program, which would lose its backward: "
+            "register a rule for it (shardtensor.rule), make it a torch.library.custom_op, use "
+            "checkpoint(..., use_reentrant=False), or leave this part out of st.compile"
+        )
 
 
 def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from .redistribute import replicate, to_dims
 from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
 from .views import stands_for_view
+from .where import call_of_user
 
 DEFAULT_MAX_BYTES = 1 << 26
 
@@ -41,7 +41,7 @@ def fallback(mode: str = "replicate", *, max_bytes: int = DEFAULT_MAX_BYTES) -> 
     """
     if mode not in ("replicate", "error"):
         raise ValueError(f'fallback mode {mode!r}: use "replicate" or "error"')
-    before = _limit()
+    before = limit()
     _policy.limit = max_bytes if mode == "replicate" else -1
     try:
         yield
@@ -49,7 +49,8 @@ def fallback(mode: str = "replicate", *, max_bytes: int = DEFAULT_MAX_BYTES) -> 
         _policy.limit = before
 
 
-def _limit() -> int:
+def limit() -> int:
+    """The bytes that an op without a rule may gather, -1 if it may not run."""
     return getattr(_policy, "limit", DEFAULT_MAX_BYTES)
 
 
@@ -112,7 +113,7 @@ def _check(
             "draw on a plain tensor and distribute it"
         )
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
-    if nbytes and nbytes > _limit():
+    if nbytes and nbytes > limit():
         raise UnsupportedOpError(
             f"{name} has no rule for {specs}. It would gather {nbytes} bytes on every rank; "
             "allow that with shardtensor.fallback(max_bytes=...), redistribute its operands, or "
@@ -121,12 +122,7 @@ def _check(
 
 
 def _warn(name: str, nbytes: int) -> None:
-    frames = [
-        f
-        for f in traceback.extract_stack()
-        if f"{__package__}" not in f.filename.split("/") and "/torch/" not in f.filename
-    ]
-    line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    line = call_of_user()[0] or "?"
     if (name, line) not in _warned:
         _warned.add((name, line))
         warnings.warn(

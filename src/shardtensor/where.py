@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from functools import lru_cache
@@ -10,22 +11,39 @@ from types import FrameType
 
 import torch
 
-_OURS = (
-    str(Path(__file__).parent),
-    str(Path(torch.__file__).parent),
-    *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")},
+_OURS = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        str(Path(__file__).parent),
+        str(Path(torch.__file__).parent),
+        *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")},
+    )
 )
 _SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
 @lru_cache(maxsize=4096)
-def _of_user(file: str) -> bool:
-    if file.startswith("<") or "torchinductor" in file:
-        return False
+def is_library(file: str) -> bool:
+    """Whether code of this file is this package's, torch's or Python's own."""
+    if file.startswith(("<frozen", "<eval_with_key")) or "torchinductor" in file:
+        return True
     if file.startswith(_OURS[:2]):
-        return False
+        return True
     # packages lie inside the standard library's folder
-    return not file.startswith(_OURS[2:]) or file.startswith(_SITE)
+    return file.startswith(_OURS[2:]) and not file.startswith(_SITE)
+
+
+def _of_user(file: str) -> bool:
+    """Whether the file is one that a user can open."""
+    return not (file.startswith("<") or is_library(file))
+
+
+def caller() -> FrameType | None:
+    """The innermost frame outside of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS[0]):
+        frame = frame.f_back
+    return frame
 
 
 def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:

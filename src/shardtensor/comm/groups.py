@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import prod
 from weakref import WeakValueDictionary, ref
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _probe
+from .. import _probe, _torch
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
 from . import count
@@ -35,6 +36,11 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     """
     if prod(mesh.size(a) for a in axes) == 1:
         return ALONE
+    with _torch.outside_modes() if _torch.is_tracing() else nullcontext():
+        return _made(mesh, axes)
+
+
+def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     place = mesh.get_coordinate()
     if place is None:
         raise ValueError("this rank is not part of the mesh")
