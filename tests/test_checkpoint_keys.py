@@ -144,7 +144,7 @@ def test_numbers_as_keys(tmp_path):
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
-    for value in (np.float64(3), np.ones(2), nn.Linear(1, 1), {1, object()}):
+    for value in (np.float64(3), np.ones(2), nn.Linear(1, 1), {1, object()}, lambda: 0):
         with pytest.raises(RuntimeError, match=r"bad was not saved.*m\.v is "):
             checkpoint.save({"m": {"v": value}, "t": torch.ones(2)}, tmp_path, "bad")
         assert checkpoint.latest(tmp_path) is None
@@ -208,6 +208,20 @@ def test_the_first_rank_decides(tmp_path):
     checkpoint.save({"x": 1}, tmp_path / "c", "a")
     said = st.simulate(2, blind, tmp_path / "c")
     assert said[0] == said[1] and "complete already" in said[0]
+
+
+def named_by_time(folder):
+    x = st.distribute_tensor(torch.ones(4), make_mesh((2,)), [Shard(0)], src_data_rank=None)
+    path = checkpoint.save({"x": x}, folder, f"at {dist.get_rank()}")
+    x.zero_()
+    checkpoint.load({"x": x}, path)
+    assert x.full_tensor().eq(1).all()
+    return path.name
+
+
+def test_a_name_that_differs_between_ranks(tmp_path):
+    assert st.simulate(2, named_by_time, tmp_path) == ["at 0", "at 0"]
+    assert [p.name for p in tmp_path.iterdir()] == ["at 0"]
 
 
 def parted(folder):

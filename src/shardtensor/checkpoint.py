@@ -203,11 +203,11 @@ def _checked(name: str, keep: int) -> int:
 
 
 def _prepare(folder: str | Path, name: str) -> Path:
-    """Clear what killed runs left behind; where the checkpoint will be."""
+    """Clear what killed runs left behind; where the checkpoint will be: the first rank's name."""
     folder = Path(folder)
-    path = folder / name
 
-    def cleared() -> None:
+    def cleared() -> str:
+        path = folder / name
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path):
             raise FileExistsError(f"{path} is complete already: name each checkpoint by its step")
@@ -217,9 +217,9 @@ def _prepare(folder: str | Path, name: str) -> Path:
             else:
                 shutil.rmtree(left, ignore_errors=True)
         _partial(path).mkdir()
+        return name
 
-    _decide(cleared)
-    return path
+    return folder / _decide(cleared)
 
 
 def _partial(path: Path) -> Path:

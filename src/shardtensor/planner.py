@@ -29,15 +29,15 @@ class SavePlanner(DefaultSavePlanner):
     """Refuses to write what `load` would refuse to read."""
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        data = super().transform_object(write_item, object)
-        if isinstance(data, io.BytesIO):
-            try:
+        try:
+            data = super().transform_object(write_item, object)
+            if isinstance(data, io.BytesIO):
                 loaded(io.BytesIO(data.getbuffer()))
-            except ValueError as e:
-                raise ValueError(
-                    f"{write_item.index.fqn} is {type(object).__name__}, and checkpoints hold "
-                    f"tensors, numbers, text and containers of these ({e}): give it as such"
-                ) from e
+        except Exception as e:
+            raise ValueError(
+                f"{write_item.index.fqn} is {type(object).__name__}, and checkpoints hold tensors, "
+                f"numbers, text and containers of these ({e}): give it as such"
+            ) from e
         return data
 
 
