@@ -81,7 +81,7 @@ def test_in_workers_under_the_guard(ranks):
         own = " ".join(e[2] for e in errors)
         assert re.search(CASES[name].match, " ".join(e[2] for e in told) + own), f"{name}: {errors}"
         assert all(re.search(r"rank \d|ranks \d", e[2]) for e in told), f"{name}: {errors}"
-        assert any("misuse.py:" in e[2] for e in told), f"{name}: {errors}"
+        assert any("misuse/" in e[2] for e in told), f"{name}: {errors}"
 
 
 def after_the_end():

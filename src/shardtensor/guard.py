@@ -70,6 +70,8 @@ def start(seconds: float) -> None:
         count.Hooks.meeting, count.Hooks.calling = _meeting, trail.began
         count.Hooks.called = trail.ended
         trail.follow_methods()
+    if me is not None:
+        count.thread.left.pop(me, None)
     _open.append(seconds)
     trail.enter()
 
@@ -197,7 +199,10 @@ def _message(store: Any, rank: int) -> str:
 
 def _left(error: BaseException) -> None:
     """Leave this rank's error for the others."""
-    if count.simulated_rank() is None and dist.is_initialized() and dist.get_backend() != "fake":
+    me = count.simulated_rank()
+    if me is not None:
+        count.thread.left[me] = described(error)
+    elif dist.is_initialized() and dist.get_backend() != "fake":
         with suppress(RuntimeError):
             _store().set(f"raised/{dist.get_rank()}", described(error))
 

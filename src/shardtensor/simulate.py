@@ -31,6 +31,8 @@ class _Turns:
         self.go = [threading.Event() for _ in range(world_size)]
         self.waiting: dict[int, tuple[Callable[[], bool], Record]] = {}
         self.threads: dict[int, int] = {}
+        # what ranks raised that was caught outside of a guard
+        self.left: dict[int, str] = {}
         self.ended: set[int] = set()
         self.errors: dict[int, BaseException] = {}
         self.arrived: dict[str, dict[int, Any]] = {}
@@ -53,7 +55,9 @@ class _Turns:
         if len(self.ended) < n:
             waits = {r: self.placed(r, w) for r, (_, w) in sorted(self.waiting.items())}
             what = ", ".join(f"rank {r} in {position(w)}" for r, w in waits.items())
-            gone = f"; ranks {sorted(self.ended)} have returned" if self.ended else ""
+            gone = "".join(f"; rank {r} raised {text}" for r, text in sorted(self.left.items()))
+            returned = sorted(self.ended - set(self.left))
+            gone += f"; ranks {returned} have returned" if returned else ""
             self.stuck = DivergenceError(f"ranks wait for each other for ever: {what}{gone}")
             self.next_after(rank)
 
@@ -127,6 +131,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         turns.go[rank].wait()
         turns.go[rank].clear()
         count.thread.rank = rank
+        count.thread.left = turns.left
         turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
         try:
