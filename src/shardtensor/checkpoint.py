@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from .comm import count, groups
 from .comm.count import simulated_rank
 from .errors import UnsupportedOpError
 from .planner import Planner, SavePlanner
@@ -289,6 +290,9 @@ def _decide(work: Callable[[], T], group: Any = None) -> T:
     """What the first rank finds or does, on all ranks; what it raises, all raise."""
     if not dist.is_initialized():
         return work()
+    if group is None:
+        # what torch sends next is no collective of this library's
+        count.meeting("meeting of all ranks", groups.world(), {})
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,6 +1,8 @@
 """Ranks that part: the guard ends them."""
 
+import contextlib
 import pickle
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -141,3 +143,57 @@ def distribute_other_dtypes(r):
     st.distribute_tensor(
         torch.ones(5, dtype=torch.float64 if r.me else torch.float32), r.mesh, [Shard(0)]
     )
+
+
+@parted("rank 0 in `save`")
+def a_checkpoint_of_one_rank(r):
+    x = r.shard(whole())
+    if r.me == 0:
+        st.checkpoint.save({"x": x}, tempfile.mkdtemp(), "step")
+    x.sum().item()
+
+
+@parted("the first op that differs: .*`flip`")
+def a_local_op_of_one_rank(r):
+    x = r.shard(whole())
+    if r.me == 1:
+        x = x.flip(1)
+    x.sum().item()
+
+
+@parted("the first op that differs: .*`mul_`")
+def a_write_of_one_rank_that_nothing_follows(r):
+    x = r.shard(whole())
+    if r.me == 1:
+        x.mul_(2)
+
+
+@parted("rank 0 in `backward`")
+def a_backward_of_one_rank(r):
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    loss = (r.shard(whole()) * w).sum()
+    if r.me == 0:
+        loss.backward()
+    r.shard(whole()).sum().item()
+
+
+@parted("rank 1")
+def a_batch_more_on_one_rank(r):
+    for batch in whole().split(4 - 2 * (r.me == 1)):
+        r.shard(batch).sum().item()
+
+
+@parted("the same sample")
+def samples_of_a_sampler_over_all_ranks(r):
+    sampler = torch.utils.data.DistributedSampler(range(8), r.n, r.me, shuffle=False)
+    rows = torch.arange(16.0).reshape(8, 2)
+    st.distribute_tensor(rows[list(sampler)], r.mesh, [Shard(0)])
+
+
+@parted("`matmul` raised RuntimeError|`matmul`")
+def an_error_that_one_rank_catches(r):
+    x = r.shard(whole())
+    if r.me == 1:
+        with contextlib.suppress(RuntimeError):
+            x.matmul(torch.ones(3, 3).double())
+    x.sum().item()
