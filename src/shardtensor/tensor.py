@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.utils import _pytree as pytree
 
-from . import _torch
+from . import _torch, layout
 from .errors import UnsupportedOpError
 from .registry import handlers
 from .spec import Spec
@@ -135,15 +135,11 @@ class ShardTensor(torch.Tensor):
 
     def stride(self, dim: int | None = None) -> Any:
         """Strides of a whole tensor that has the memory format of the local one."""
-        order = sorted(range(self.ndim), key=lambda d: (self._local.stride(d), -d))
-        strides, step = [0] * self.ndim, 1
-        for d in order:
-            strides[d] = step
-            step *= max(1, self._spec.dims[d].size)
-        return tuple(strides) if dim is None else strides[dim]
+        found = layout.strides(self._spec, self._local.stride())
+        return found if dim is None else found[dim]
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-        return self._local.is_contiguous(memory_format=memory_format)
+        return layout.is_contiguous(self._local, self._spec, memory_format)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         spec = self._spec

@@ -154,8 +154,8 @@ def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(x._local, *args[1:], **kwargs)
     if out is x._local and func.__name__ == "contiguous":
         # a shard of one row is contiguous where the whole is not, and must be copied all the same
-        dims = zip(x._local.shape, x._spec.dims, strict=True)
-        out = out.clone() if any(n <= 1 < d.size for n, d in dims) else out
+        form = kwargs.get("memory_format", torch.contiguous_format)
+        out = out if x.is_contiguous(form) else out.clone(memory_format=form)
     return wrap(out, x._spec)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd, prod
+from operator import index
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..cache import cached
 from ..errors import UnsupportedOpError
+from ..layout import views
 from ..redistribute import like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
@@ -26,8 +28,8 @@ from .pointwise import function_rule
 
 
 def many(first: Any, rest: tuple[Any, ...] = ()) -> tuple[int, ...]:
-    """The integers of f(1, 2), f((1, 2)) and f(torch.Size([1, 2]))."""
-    return tuple(first) if isinstance(first, list | tuple) else (first, *rest)
+    """The integers of f(1, 2), f((1, 2)), f(torch.Size([1, 2])) and f(1, torch.tensor(2))."""
+    return tuple(map(index, first if isinstance(first, list | tuple) else (first, *rest)))
 
 
 def moved(x: ShardTensor, dims: Sequence[Dim], op: str) -> ShardTensor:
@@ -145,11 +147,22 @@ def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> Sha
         local = replicate(x)._local.reshape(target)
         return wrap(local, Spec(x._spec.mesh, tuple(Dim(n) for n in target)))
     before, spec = _plan(x._spec, target)
+    view = views(x._spec, x._local.stride(), target)
+    if strict and not view:
+        raise RuntimeError(
+            "view size is not compatible with input tensor's size and stride (at least one "
+            "dimension spans across two contiguous subspaces). Use .reshape(...) instead."
+        )
     if before == x._spec.dims:
-        make = x._local.view if strict else x._local.reshape
-        return wrap(make(spec.local_shape), spec)
-    y = moved(x, before, op)
-    out = y._local.reshape(spec.local_shape)
+        out = x._local.reshape(spec.local_shape)
+        if not view and out.untyped_storage()._cdata == x._local.untyped_storage()._cdata:
+            # a view of this shard, of one row perhaps, where the whole is copied
+            out = out.clone(memory_format=torch.contiguous_format)
+        return wrap(out, spec)
+    if not view:
+        y = like(x, Spec(spec.mesh, before, spec.partial))
+        return wrap(y._local.reshape(spec.local_shape), spec)
+    out = moved(x, before, op)._local.reshape(spec.local_shape)
     return wrap(stands_for_view(out, x._local, op), spec)
 
 
@@ -205,7 +218,7 @@ def ravel(input: ShardTensor) -> ShardTensor:
 @rule("unflatten")
 def unflatten(input: ShardTensor, dim: int, sizes: Sequence[int]) -> ShardTensor:
     d = _index(dim, input.ndim)
-    inner = _infer(tuple(sizes), input.shape[d])
+    inner = _infer(many(sizes), input.shape[d])
     return _reshape(input, (*input.shape[:d], *inner, *input.shape[d + 1 :]), "unflatten", False)
 
 

@@ -1,0 +1,107 @@
+"""Strides, contiguity and which reshapes are views: those of one device, alike on all ranks."""
+
+import random
+
+import einops
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.layout import is_view
+from shardtensor.testing import make_mesh, same, simulate
+
+
+def whole(*shape):
+    n = 1
+    for m in shape:
+        n *= m
+    return torch.arange(float(n), dtype=torch.float64).view(*shape)
+
+
+CHAINS = {
+    "heads": ((2, 4, 2, 4), lambda x: x.permute(0, 2, 1, 3).reshape(4, 4, 4), lambda y: y.view(4, 16)),
+    "windows": ((2, 4, 6), lambda x: einops.rearrange(x, "b (h w) c -> (b w) h c", w=2), lambda y: y.view(4, 12)),
+    "rows to columns": ((2, 4), lambda x: x.t().reshape(-1), lambda y: y.view(2, 4)),
+    "size as a tensor": ((2, 32), lambda x: x.reshape(-1, torch.tensor(16), 2), lambda y: y.view(64)),
+    "sizes as tensors": ((2, 4), lambda x: x.unflatten(1, [torch.tensor(2), 2]).repeat(torch.tensor(2), 1, 1), lambda y: y.view(2, 8)),
+    "sliced": ((2, 6), lambda x: x[:, :3].reshape(3, 2), lambda y: y.view(6)),
+    "expanded": ((2, 3), lambda x: x.unsqueeze(0).expand(2, 2, 3).reshape(4, 3), lambda y: y.view(12)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 0), (0, 1, 1)])
+def test_a_reshape_lies_as_on_one_device(name, sizes):
+    shape, make, after = CHAINS[name]
+    x = whole(*shape)
+    want = make(x)
+
+    def run():
+        mesh = make_mesh((len(sizes),))
+        s = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None, sizes={0: sizes})
+        y = make(s)
+        assert y.stride() == want.stride(), (y.stride(), want.stride())
+        assert y.is_contiguous() == want.is_contiguous()
+        same(y, want, "reshaped")
+        same(after(y), after(want), "and then")
+
+    simulate(len(sizes), run)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda x: x.t().view(8), lambda x: x[:, :3].view(6), lambda x: x.expand(3, 2, 4).view(24)],
+)
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 0)])
+def test_a_view_that_torch_refuses_is_refused_on_every_rank(fn, sizes):
+    x = whole(2, 4)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        fn(x)
+
+    def run():
+        s = st.distribute_tensor(
+            x, make_mesh((2,)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            fn(s)
+
+    simulate(2, run)
+
+
+def test_what_torch_copies_is_a_copy_on_every_rank():
+    x = whole(2, 4)
+
+    def run():
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        y, z = s.t().reshape(-1), s.t().contiguous()
+        s.zero_()
+        same(y, x.t().reshape(-1), "reshape")
+        same(z, x.t(), "contiguous")
+        # and what it does not copy is not
+        same(s.contiguous().add_(1) - s, x * 0, "contiguous")
+
+    simulate(2, run)
+
+
+def test_is_view_is_torchs_own_answer():
+    rng = random.Random(0)
+    for _ in range(3000):
+        x = torch.empty([rng.randint(1, 4) for _ in range(rng.randint(1, 4))])
+        x = x.permute(*rng.sample(range(x.ndim), x.ndim))
+        if rng.random() < 0.3:
+            d = rng.randrange(x.ndim)
+            x = x.narrow(d, 0, rng.randint(1, x.shape[d]))
+        if rng.random() < 0.2:
+            x = x.unsqueeze(0).expand(rng.randint(1, 3), *x.shape)
+        target, left = [], x.numel()
+        while left > 1 or rng.random() < 0.2:
+            target.append(rng.choice([k for k in range(1, left + 1) if left % k == 0]))
+            left //= target[-1]
+        rng.shuffle(target)
+        try:
+            x.view(target)
+            found = True
+        except RuntimeError:
+            found = False
+        assert is_view(x.shape, x.stride(), target) == found, (x.shape, x.stride(), target)
