@@ -169,12 +169,14 @@ def rows_changed(x, w):
 def rows_refused():
     mesh = T.make_mesh((2,))
     s = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
-    row, other = s[1], s[2]
+    row, other, same = s[1], s[2], s[1]
     row.add_(1)
-    for stale in (lambda: other.add_(1), lambda: torch.sin(s[0], out=row)):
-        with pytest.raises(st.UnsupportedOpError):
-            stale()
-    T.same(s[1], x[1] + 1, "row")
+    with pytest.raises(st.UnsupportedOpError, match="take it anew"):
+        same.add_(1)
+    other.add_(1)
+    T.same(s[1:3], x[1:3] + 1, "rows")
+    torch.sin(s[0], out=row)
+    T.same(s[1], x[0].sin(), "row")
     nested = st.distribute_tensor(x.clone(), mesh, [Shard(0)], src_data_rank=None)[1]
     nested.add_(1)
     T.same(nested, x[1] + 1, "the base is gone")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._functorch import eager_transforms
+from torch._functorch import eager_transforms, vmap
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -87,6 +87,11 @@ def c_grad_fn(x: torch.Tensor) -> Any:
     """The autograd node that C++ sees on a wrapper."""
     with no_torch_function():
         return torch._C.TensorBase.grad_fn.__get__(x)
+
+
+def saving_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks (a checkpoint, saving on the CPU)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
@@ -324,6 +329,7 @@ def guard_transforms(check: Callable[[Any], None]) -> None:
         return run
 
     eager_transforms._wrap_for_grad = checked(eager_transforms._wrap_for_grad)
+    vmap._add_batch_dim = checked(vmap._add_batch_dim)
     forward_ad.make_dual = checked(forward_ad.make_dual)
 
 

@@ -10,14 +10,14 @@ tensor (a module's buffer stays plain) and all ranks agree.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _torch, comm
+from . import _probe, _torch, cache, comm
 from .comm import wire
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import wrap
@@ -34,7 +34,9 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     if _torch.is_tracing() or not value.varying or value.partial:
         return False
     spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
-    mine = spec is not None and references == _usual() and _is_variable(x) and _alone(x)
+    # what is remembered of x would hold its object fast
+    cache.forget(x)
+    mine = spec is not None and references == _USUAL and _is_variable(x) and _alone(x)
     group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
     (all_may,) = wire.all_reduce([torch.tensor([int(mine)], device=x.device)], "min", group)
     if not all_may or spec is None:
@@ -58,7 +60,8 @@ def _is_variable(x: Tensor) -> bool:
 def _alone(x: Tensor) -> bool:
     """Whether a tensor's memory is its own, and no gradient flows through it."""
     plain = type(x) is Tensor and x.is_leaf and not x.requires_grad
-    return plain and x.layout is torch.strided and _torch.owns_memory(x)
+    free = not weakref.getweakrefcount(x)
+    return plain and free and x.layout is torch.strided and _torch.owns_memory(x)
 
 
 def _spec(shape: tuple[int, ...], sliced: tuple[bool, ...], value: Spec) -> Spec | None:
@@ -96,10 +99,12 @@ def _count(x: Tensor) -> None:
     _Probe.seen = sys.getrefcount(x)
 
 
-@cache
 def _usual() -> int:
     """How many references there are to a tensor that one variable holds."""
-    with torch._C._EnableTorchFunction():
+    with _probe.outside_fake():
         out = torch.zeros(1)
         out[0:1] = torch.zeros(1).as_subclass(_Probe)
     return _Probe.seen
+
+
+_USUAL = _usual()

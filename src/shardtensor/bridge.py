@@ -74,6 +74,7 @@ def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             a = inside
         passed.append(a)
     out = call(*passed)
+    _watch_saved(out, passed)
     return _continue(out, sent)
 
 
@@ -87,6 +88,36 @@ def _check_recording(function: Any, args: tuple[Any, ...]) -> None:
             "register a rule for it (shardtensor.rule), make it a torch.library.custom_op, use "
             "checkpoint(..., use_reentrant=False), or leave this part out of st.compile"
         )
+
+
+def _watch_saved(out: Any, passed: list[Any]) -> None:
+    """Let backward raise, as torch does, if a ShardTensor saved by the Function was written to.
+
+    Writes go to local tensors, so C++, which saved the wrappers, does not see their versions move.
+    """
+    outs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+    nodes = [_torch.c_grad_fn(x) for x in outs]
+    node = next((n for n in nodes if n is not None), None)
+    if node is None or not getattr(node, "_raw_saved_tensors", ()) or _torch.saving_elsewhere():
+        return
+    shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
+    versions = {x.untyped_storage()._cdata: x._version for x in shards if not x.is_inference()}
+
+    def check(_: Any) -> None:
+        for x in node.saved_tensors:
+            then = versions.get(_storage(x)) if isinstance(x, ShardTensor) else None
+            if then is not None and x._local._version != then:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: ShardTensor {list(x.shape)} is at version "
+                    f"{x._local._version}; expected version {then} instead"
+                )
+
+    node.register_prehook(check)
+
+
+def _storage(x: ShardTensor) -> int:
+    return x._local.untyped_storage()._cdata
 
 
 def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:

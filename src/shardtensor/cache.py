@@ -45,6 +45,11 @@ def of_tensor(x: Tensor, key: Hashable, make: Callable[[], V]) -> V:
     return kept[key]
 
 
+def forget(x: Tensor) -> None:
+    """Forget what is kept of a tensor object."""
+    _of_tensors.pop(id(x), None)
+
+
 def _forget(at: int, ref: Any) -> None:
     # another tensor may lie there by now
     if at in _of_tensors and _of_tensors[at][0] is ref:

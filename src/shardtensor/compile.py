@@ -268,7 +268,7 @@ def _replaced(fn: Any, own: dict[str, Tensor]) -> str:
 
 
 def _parted(x: Any) -> tuple[Spec | None, Any]:
-    return (x._spec, x._local) if isinstance(x, ShardTensor) else (None, x)
+    return (x._spec, x.to_local()) if isinstance(x, ShardTensor) else (None, x)
 
 
 def _key(leaves: Any) -> tuple[Any, ...]:

@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from . import _jit, _probe, _torch
 from .comm import count
 from .errors import UnsupportedOpError
-from .fallback import fall_back, is_shard
+from .fallback import fall_back, into_plain, is_shard
 from .meet import apart, met
 from .registry import Handler, handlers, rules
 from .spec import Dim, Spec
 from .tensor import wrap
-from .views import following
+from .views import check_readable, stale, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
 _DUNDER = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
@@ -101,7 +101,8 @@ def _resolve(func: Any) -> Handler:
         handler = _reflected(handler, name, own)
     writes = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     if writes:
-        handler = following(handler)
+        handler = writing(handler, name)
+        handler = handler if name == "setitem" or "foreach" in name else _onto(handler)
     return _counted(handler, name, writes)
 
 
@@ -142,6 +143,8 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if stale:
+            check_readable(args, kwargs)
         if apart(args, kwargs):
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
@@ -168,6 +171,16 @@ def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     sharded = any(is_shard(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=is_shard))
     result = run(func, args, kwargs) if sharded or out is None else func(*args, **kwargs)
     return result if out is None else fill_out(out, result)
+
+
+def _onto(handler: Handler) -> Handler:
+    """The handler of an in-place op, which may write what is sharded into a plain tensor."""
+
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plain = args and isinstance(args[0], Tensor) and not is_shard(args[0])
+        return (into_plain if plain else handler)(func, args, kwargs)
+
+    return run
 
 
 def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -60,12 +60,7 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
     _check(func, name, leaves, sharded, kwargs)
-    nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
-    if nbytes:
-        _warn(name, nbytes)
-        count.gathering(name, nbytes)
-    inside = [replicate(x)._local if is_shard(x) else x for x in leaves]
-    args, kwargs = pytree.tree_unflatten(inside, tree)
+    args, kwargs = pytree.tree_unflatten(_gathered(name, leaves, sharded), tree)
     # strides are meaningless but for the layout that the wrapper shows
     if name.startswith("as_strided") and any(not x.is_contiguous() for x in sharded):
         raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
@@ -83,6 +78,16 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map_only(torch.Tensor, finish, func(*args, **kwargs))
 
 
+def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run func, which writes to a plain tensor, whole on every rank, on gathered operands."""
+    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+    sharded = [x for x in leaves if is_shard(x)]
+    name = op_name(func)
+    _check_operands(name, leaves, sharded)
+    args, kwargs = pytree.tree_unflatten(_gathered(name, leaves, sharded), tree)
+    return func(*args, **kwargs)
+
+
 def is_shard(x: Any) -> bool:
     """Whether x is a ShardTensor: stops a tree walk at it."""
     return isinstance(x, ShardTensor)
@@ -97,16 +102,21 @@ def _check(
     func: Any, name: str, leaves: list[Any], sharded: list[ShardTensor], kwargs: dict[str, Any]
 ) -> None:
     specs = ", ".join(str(x._spec) for x in sharded)
-    if len({x._spec.mesh for x in sharded}) != 1:
-        raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")
-    if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in leaves):
-        raise UnsupportedOpError(f"{name}: a sparse operand beside {specs}")
-    packet = _torch.aten_packet(name)
     mutates = isinstance(func, torch._ops.OpOverload) and _torch.is_mutable(func)
     if mutates or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
         raise UnsupportedOpError(
             f"{name} in place on {specs}: no rule; use the op that returns a new tensor"
         )
+    _check_operands(name, leaves, sharded)
+
+
+def _check_operands(name: str, leaves: list[Any], sharded: list[ShardTensor]) -> None:
+    specs = ", ".join(str(x._spec) for x in sharded)
+    if len({x._spec.mesh for x in sharded}) != 1:
+        raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")
+    if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in leaves):
+        raise UnsupportedOpError(f"{name}: a sparse operand beside {specs}")
+    packet = _torch.aten_packet(name)
     if packet is not None and _torch.is_random(packet):
         raise UnsupportedOpError(
             f"{name} on {specs}: no rule for drawing these numbers shard by shard; "
@@ -119,6 +129,14 @@ def _check(
             "allow that with shardtensor.fallback(max_bytes=...), redistribute its operands, or "
             "register a rule with shardtensor.rule"
         )
+
+
+def _gathered(name: str, leaves: list[Any], sharded: list[ShardTensor]) -> list[Any]:
+    nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
+    if nbytes:
+        _warn(name, nbytes)
+        count.gathering(name, nbytes)
+    return [replicate(x)._local if is_shard(x) else x for x in leaves]
 
 
 def _warn(name: str, nbytes: int) -> None:

@@ -7,7 +7,7 @@ A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
-from torch.utils import _pytree as pytree
 
 from . import _torch, layout
+from .aliases import refuse_stale, stale
 from .errors import UnsupportedOpError
 from .registry import handlers
 from .spec import Spec
@@ -55,6 +55,8 @@ class ShardTensor(torch.Tensor):
     _local: Tensor
     # no __slots__: torch.utils.swap_tensors (see `adopt`) exchanges the dicts
     _spec: Spec
+    # rows of which this is a part, kept as long as it
+    _passed: Any
     # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
     __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
@@ -144,7 +146,7 @@ class ShardTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         spec = self._spec
         if not spec.varying and not spec.partial:
-            return f"ShardTensor({self._local!r}, spec={spec})"
+            return f"ShardTensor({self.to_local()!r}, spec={spec})"
         return (
             f"ShardTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"spec={spec}, local_shape={tuple(self._local.shape)})"
@@ -171,12 +173,15 @@ class ShardTensor(torch.Tensor):
 
     def to_local(self) -> Tensor:
         """This rank's local tensor; differentiable."""
+        if stale:
+            refuse_stale(self._local)
         return self._local
 
     def full_tensor(self) -> Tensor:
         """The whole tensor as a plain one, on every rank; differentiable. All-gathers."""
         from .redistribute import replicate
 
+        self.to_local()
         return replicate(self)._local
 
     def redistribute(
@@ -193,6 +198,7 @@ class ShardTensor(torch.Tensor):
         """
         from .redistribute import to_placements
 
+        self.to_local()
         return to_placements(self, device_mesh, placements, sizes)
 
     def to_dtensor(self) -> Any:
@@ -344,7 +350,7 @@ class ShardTensor(torch.Tensor):
         if id(self) not in memo:
             import copy
 
-            memo[id(self)] = wrap(copy.deepcopy(self._local, memo), self._spec)
+            memo[id(self)] = wrap(copy.deepcopy(self.to_local(), memo), self._spec)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -364,7 +370,7 @@ class ShardTensor(torch.Tensor):
         return checkpoint.chunks(self)
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return self._local.detach()
+        return self.to_local().detach()
 
 
 def wrap(local: Tensor, spec: Spec) -> ShardTensor:
@@ -378,20 +384,6 @@ def wrap(local: Tensor, spec: Spec) -> ShardTensor:
 def spec_of(x: Any) -> Spec | None:
     """The spec of a ShardTensor, None of anything else."""
     return x._spec if isinstance(x, ShardTensor) else None
-
-
-def _unflatten(children: Iterable[Any], spec: Spec) -> Any:
-    (child,) = children
-    # a tree_map may put something else in the place of the local tensor
-    return wrap(child, spec) if isinstance(child, Tensor) else child
-
-
-pytree.register_pytree_node(
-    ShardTensor,
-    lambda x: ([x._local], x._spec),
-    _unflatten,
-    serialized_type_name="shardtensor.ShardTensor",
-)
 
 
 _torch.hide_from_dynamo(ShardTensor.__torch_function__)

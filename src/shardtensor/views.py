@@ -1,9 +1,8 @@
-"""Copies that stand in for views: writing to one must not silently miss its base.
+"""Writes: what else must learn of them, and what they must find.
 
-Where torch gives a view, a rule that had to communicate gives a copy. The copy's storage
-remembers the storage that it stands for; views of the copy share it. Writing in place is refused
-while that base is still alive, since single-device code would see the write there. A row taken
-from a sharded dim, `x[:, i]`, is written back to its owner instead.
+A copy that stands for a view (see `aliases`) and was gathered from its base is written back to it:
+every rank has the rows of its own. Any other write makes the rest of the family stale. Partial sums
+are added up where they stand before they are written to.
 """
 
 from __future__ import annotations
@@ -14,120 +13,183 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _torch
+from .aliases import Part, Piece, family_of, forget_dead, refuse_stale, relate, stale
 from .errors import UnsupportedOpError
+from .redistribute import reduced
 from .registry import Handler
 from .tensor import ShardTensor
+
+__all__ = ["check_readable", "check_writable", "part_of", "stale", "stands_for_rows", "writing"]
 
 
 def stands_for_view(copy: Tensor, base: Tensor, op: str) -> Tensor:
     """Mark the local tensor `copy` as what torch's `op` would give as a view of `base`."""
-    storage = copy.untyped_storage()
-    # not by address, which traced tensors have not
-    if storage._cdata != base.untyped_storage()._cdata:
-        storage._shardtensor_base = (op, StorageWeakRef(base.untyped_storage()))  # type: ignore[attr-defined]
+    relate(copy, base, op)
     return copy
 
 
-def check_writable(x: ShardTensor, op: str) -> None:
-    """Raise UnsupportedOpError if an in-place op on x could not reach the tensor it is a view of.
+def check_readable(args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedOpError for an operand whose memory is stale (see `aliases`)."""
+    forget_dead()
+    _check(args)
+    _check(kwargs.values())
 
-    Also for partial sums, whose addends no elementwise write may change.
-    """
+
+def _check(values: Any) -> None:
+    for x in values:
+        if isinstance(x, ShardTensor):
+            refuse_stale(x._local)
+        elif isinstance(x, list | tuple):
+            _check(x)
+
+
+def check_writable(x: ShardTensor, op: str) -> None:
+    """Raise UnsupportedOpError for partial sums, whose addends no elementwise write may change."""
     if x._spec.partial:
         raise UnsupportedOpError(f"{op} on {x._spec}: redistribute to Replicate or Shard first")
-    made_by, base = getattr(x._local.untyped_storage(), "_shardtensor_base", ("", None))
-    writing = getattr(_current, "storage", None) == x._local.untyped_storage()._cdata
-    if base is not None and not base.expired() and not writing:
-        raise UnsupportedOpError(
-            f"{op} in place on the result of {made_by}, which torch gives as a view, "
-            f"but which was moved between ranks here ({x._spec}): call .clone() first, "
-            "or use the op that returns a new tensor"
+
+
+def _settle(x: ShardTensor, op: str) -> None:
+    """Add up the partial sums of a tensor that is about to be written to, where it stands."""
+    if x._local.is_leaf and x._local.requires_grad:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
         )
+    whole = reduced(x)
+    stands_for_view(whole._local, x._local, op)
+    x._local, x._spec = whole._local, whole._spec
 
 
-# rows that are written back -----------------------------------------------------------------------
+# copies that are written back ---------------------------------------------------------------------
 
 _current = threading.local()
 
 
-class _Row:
-    """What the storage of a copied row remembers: whose row it is and how to write it back."""
+class _Back:
+    """How a gathered copy is written back to its base."""
 
     def __init__(self, rows: Tensor, base: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
         # weak: the storage must not keep alive a graph that may hold the storage; the root, since
         # base may be a passing view
         root = base if base._base is None else base._base
         self.root = weakref.ref(root)
-        self.view = None if root is base else (base.shape, base.stride(), base.storage_offset())
-        self.version = base._version
+        self.view = None if root is base else _geometry(base)
         self.write = write
-        self.shape, self.stride = rows.shape, rows.stride()
+        self.geometry = _geometry(rows)
 
     def base(self) -> Tensor | None:
-        """The local tensor that the row belongs to, None if it is gone."""
+        """The local tensor that the rows belong to, None if it is gone."""
         root = self.root()
         return root if root is None or self.view is None else root.as_strided(*self.view)
 
-    def whole(self, local: Tensor) -> Tensor | None:
-        """The row of which local is a view, None if no gradient flows between the two."""
+    def run(self, local: Tensor, base: Tensor) -> None:
+        """Write the rows of which local is a view to base; differentiably where autograd saw it."""
         root = local._base if local._base is not None else local
         same = root.untyped_storage()._cdata == local.untyped_storage()._cdata
-        return root if same and root.shape == self.shape else None
+        if same and (root.requires_grad or _geometry(root) == self.geometry):
+            rows = root if _geometry(root) == self.geometry else root.as_strided(*self.geometry)
+            self.write(base, rows)
+        else:
+            self.write(base.detach(), local.detach().as_strided(*self.geometry))
 
 
-def stands_for_row(
-    rows: Tensor, base: Tensor, op: str, write: Callable[[Tensor, Tensor], None]
-) -> None:
-    """Mark the local tensor `rows` as what torch's `op` would give as a view of `base`.
+def _geometry(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), x.stride(), x.storage_offset()
 
-    write(base, rows) puts changed rows back.
+
+def part_of(x: ShardTensor, ranges: dict[int, tuple[int, int]]) -> Part:
+    """Some rows of some dims of x, whatever the order of its dims."""
+    shape, stride, offset = _geometry(x._local)
+    dims = list(zip(x._spec.dims, stride, shape, strict=True))
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    # along an expanded dim all rows are the same memory
+    rows = {i: ranges[d] for i, d in enumerate(order) if d in ranges and stride[d]}
+    return (tuple(dims[d] for d in order), offset), rows
+
+
+def stands_for_rows(
+    rows: Tensor, base: ShardTensor, op: str, write: Callable[[Tensor, Tensor], None],
+    ranges: dict[int, tuple[int, int]] | None = None,
+) -> Piece | None:  # fmt: skip
+    """Mark the local tensor `rows`, whole on every rank, as a view of `base` by torch's `op`.
+
+    write(local base, rows) puts changed rows back. ranges: which rows of base they are.
     """
-    stands_for_view(rows, base, op)
-    if not (_torch.is_tracing() or base.is_inference()):
-        rows.untyped_storage()._shardtensor_row = _Row(rows, base, write)  # type: ignore[attr-defined]
+    piece = relate(rows, base._local, op)
+    if piece is None:
+        return None
+    piece.part = None if ranges is None else part_of(base, ranges)
+    if not (_torch.is_tracing() or base._local.is_inference()):
+        back = _Back(rows, base._local, write)
+        rows.untyped_storage()._shardtensor_back = back  # type: ignore[attr-defined]
+    return piece
 
 
-def following(handler: Handler) -> Handler:
-    """The handler of an in-place op that also writes back the row that its target was copied from.
-
-    Raises UnsupportedOpError where the tensor was written to since, so that the copy is stale.
-    """
+def writing(handler: Handler, name: str) -> Handler:
+    """The handler of an in-place op after which no other place of the target's memory is taken for
+    current; a gathered copy is written back."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], ShardTensor):
             # no name for args[0] here: `adopt` counts references to it
             return handler(func, args, kwargs)
         x = args[0]
-        storage = x._local.untyped_storage()
-        row = getattr(storage, "_shardtensor_row", None)
-        base = None if row is None else row.base()
-        if row is None or base is None or getattr(_current, "storage", None) == storage._cdata:
+        if x._spec.partial:
+            _settle(x, name)
+        family = family_of(x._local)
+        cdata = x._local.untyped_storage()._cdata
+        if family is None or getattr(_current, "storage", None) == cdata:
             return handler(func, args, kwargs)
-        _, outer = getattr(base.untyped_storage(), "_shardtensor_base", ("", None))
-        if outer is not None and not outer.expired():
-            # the row of a copy: refused by the handler
-            return handler(func, args, kwargs)
-        if base._version != row.version:
-            raise UnsupportedOpError(
-                f"{getattr(func, '__name__', func)} in place on a row that was copied from another "
-                f"rank ({x._spec}), after the tensor that it is a row of was written to: take the "
-                "row anew"
-            )
-        before, _current.storage = getattr(_current, "storage", None), storage._cdata
+        piece = family.pieces.get(cdata)
+        if piece is not None:
+            piece.refuse_leaf(_wants_gradient(args) or _wants_gradient(kwargs.values()))
+        before, _current.storage = getattr(_current, "storage", None), cdata
         try:
             out = handler(func, args, kwargs)
         finally:
             _current.storage = before
-        rows = row.whole(x._local)
-        if rows is not None:
-            row.write(base, rows)
-        else:
-            alias = x._local.detach().as_strided(row.shape, row.stride, 0)
-            row.write(base.detach(), alias)
-        row.version = base._version
+        family.wrote(_written_back(x._local), name, _touched(piece, x, name, args))
         return out
 
     return run
+
+
+def _wants_gradient(values: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _written_back(local: Tensor) -> set[int]:
+    """Write a gathered copy back to its base, and that to its own; what is current then."""
+    current = {local.untyped_storage()._cdata}
+    while True:
+        back: _Back | None = getattr(local.untyped_storage(), "_shardtensor_back", None)
+        base = None if back is None else back.base()
+        if back is None or base is None:
+            return current
+        back.run(local, base)
+        local = base
+        current.add(local.untyped_storage()._cdata)
+
+
+def _touched(piece: Piece | None, x: ShardTensor, name: str, args: tuple[Any, ...]) -> Part | None:
+    """Which rows of the base a write changed, None if that is not known."""
+    if piece is not None and piece.part is not None:
+        return piece.part
+    if name != "setitem":
+        return None
+    ranges = {}
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    for d, e in enumerate(index):
+        if isinstance(e, slice):
+            start, stop, step = e.indices(x.shape[d])
+            if step < 1:
+                break
+        elif type(e) is int:
+            start = e % x.shape[d]
+            stop = start + 1
+        else:
+            break
+        ranges[d] = (start, stop)
+    return part_of(x, ranges)

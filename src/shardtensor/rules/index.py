@@ -53,6 +53,7 @@ def _tensor(e: Any) -> Any:
 def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, Tensor]]:
     """Slices, integers and None applied; what remains: {dim of the result: tensor}."""
     d, rest = 0, {}
+    passed = []
     for e in entries:
         if e is None:
             spec = x._spec
@@ -69,6 +70,10 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, T
             d += e.ndim if is_mask(e) else 1
         else:
             x = selected(x, d, e.__index__())
+            passed.append(x._local)
+    if len(passed) > 1:
+        # a row of a row is written back to that one first
+        x._passed = passed
     return x, rest
 
 

@@ -7,28 +7,31 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOpError
-from ..redistribute import like
+from ..redistribute import reduced, replicate
 from ..tensor import ShardTensor
-from ..views import check_writable
 
 
 def fill_out(out: Any, result: Any) -> Any:
     """Write a result into the ShardTensor(s) given as `out=`."""
     if isinstance(out, tuple | list):
         return type(result)(fill_out(o, r) for o, r in zip(out, result, strict=True))
-    if not isinstance(out, ShardTensor):
-        raise UnsupportedOpError("out= a plain tensor: give a ShardTensor, or use the returned one")
+    result = reduced(result) if isinstance(result, ShardTensor) else result
     if torch.is_grad_enabled() and (out.requires_grad or result.requires_grad):
         raise RuntimeError(
             "functions with out=... arguments don't support automatic differentiation, but one of "
             "the arguments requires grad."
         )
+    if not isinstance(out, ShardTensor):
+        if result._spec.varying:
+            raise UnsupportedOpError(
+                "out= a plain tensor for a sharded result: give a ShardTensor, or use the "
+                "returned one"
+            )
+        result = replicate(result)._local
     if out.shape != result.shape:
         raise UnsupportedOpError(
             f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"
         )
     if not torch.can_cast(result.dtype, out.dtype):
         raise RuntimeError(f"out= of {out.dtype} for a result of {result.dtype}")
-    check_writable(out, "out=")
-    out._local.copy_(like(result, out._spec)._local)
-    return out
+    return out.copy_(result)

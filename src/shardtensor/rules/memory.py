@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import UnsupportedOpError
-from .pointwise import function_rule
+from ..redistribute import replicate
+from ..tensor import ShardTensor
+from .pointwise import copy_, function_rule
 
 _HERE = __name__.split(".")[0]
 
@@ -34,3 +40,43 @@ def memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         f"{name} of a ShardTensor, whose memory is its local tensor's: use x.to_local(), "
         "and register what launches a kernel on it with shardtensor.rule"
     )
+
+
+@function_rule("apply_", "map_", "map2_")
+def apply_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A Python function of each element, in the order of one device; each rank runs all."""
+    x = args[0]
+    inside = [replicate(a)._local if isinstance(a, ShardTensor) else a for a in args[1:]]
+    return copy_(x, func(replicate(x)._local.clone(), *inside, **kwargs))
+
+
+# where C++ takes a ShardTensor for a plain tensor and reads memory that it has not ----------------
+
+_data: Any = torch.Tensor.data
+
+
+def _set_data(x: Tensor, value: Any) -> None:
+    if isinstance(value, ShardTensor) and not isinstance(x, ShardTensor):
+        raise UnsupportedOpError(
+            f"plain.data = a ShardTensor on {value._spec}: a plain tensor is whole on every rank; "
+            "assign value.full_tensor()"
+        )
+    _data.__set__(x, value)
+
+
+def _to_dlpack(convert: Any) -> Any:
+    @wraps(convert)
+    def to_dlpack(tensor: Any) -> Any:
+        return (
+            memory(convert, (tensor,), {}) if isinstance(tensor, ShardTensor) else convert(tensor)
+        )
+
+    return to_dlpack
+
+
+torch.Tensor.data = property(_data.__get__, _set_data, doc=_data.__doc__)  # type: ignore[assignment]
+_convert = torch.to_dlpack
+for _module in list(sys.modules.values()):
+    # by its name in every module that has it already
+    if getattr(_module, "__dict__", {}).get("to_dlpack") is _convert:
+        _module.to_dlpack = _to_dlpack(_convert)  # type: ignore[attr-defined]

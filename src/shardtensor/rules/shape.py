@@ -19,11 +19,11 @@ from torch import Tensor
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..layout import views
-from ..redistribute import like, reduced, replicate
+from ..redistribute import convert, like, reduced, replicate, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_view
+from ..views import stands_for_rows, stands_for_view
 from .pointwise import function_rule
 
 
@@ -44,7 +44,17 @@ def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
     """x with some dims gathered."""
     if not any(x._spec.dims[d].axes for d in dims):
         return x
-    return moved(x, [Dim(d.size) if i in dims else d for i, d in enumerate(x._spec.dims)], op)
+    whole = [Dim(d.size) if i in dims else d for i, d in enumerate(x._spec.dims)]
+    if x._spec.partial:
+        return moved(x, whole, op)
+    y = to_dims(x, whole)
+
+    def write(base: Tensor, rows: Tensor) -> None:
+        # whole on every rank: nothing is sent
+        base.copy_(convert(rows, y._spec, x._spec))
+
+    stands_for_rows(y._local, x, op, write)
+    return y
 
 
 # reshape -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_row
+from ..views import stands_for_rows
 from .rows import dims_of, mesh_of
 from .shape import _index, whole_in
 
@@ -54,6 +54,7 @@ def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
     row = sliced(x, d, index, index + 1)
     sizes, group = row._spec.dims[d].sizes, comm.group(spec.mesh, dim.axes)
     rows = comm.gather(row._local, d, sizes, group)
+    picked = rows.select(d, 0)
     if len(sizes) > 1:
         own = picks(dim, spec.index[d], index, index + 1)[1]
 
@@ -61,8 +62,10 @@ def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
             part = base.narrow(d, own.start, own.stop - own.start)
             part.copy_(comm.split(rows, d, sizes, group))
 
-        stands_for_row(rows, x._local, "select", write)
-    return wrap(rows.select(d, 0), out)
+        piece = stands_for_rows(rows, x, "select", write, {d: (index, index + 1)})
+        if piece is not None:
+            piece.follow(picked)
+    return wrap(picked, out)
 
 
 def span(start: Any, stop: Any, step: int, n: int) -> tuple[int, int]:

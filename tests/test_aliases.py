@@ -1,0 +1,231 @@
+"""What is one memory in torch: reads after writes, versions, and what C++ takes for plain memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Partial, Shard
+from torch.utils.dlpack import to_dlpack
+
+import shardtensor as st
+from shardtensor import testing as T
+
+D = torch.float64
+X = torch.arange(21, dtype=D).reshape(7, 3).sin()
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x * x
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, _ = ctx.saved_tensors
+        return 2 * x * g
+
+
+def copied_row_written(x):
+    r = x[-1]
+    r.add_(1)
+    return x, r
+
+
+def other_rows_stay_readable(x):
+    first, last = x[0], x[-1]
+    first.mul_(3)
+    x[2] = last
+    return x, first, last
+
+
+def rows_written_in_a_loop(x):
+    for row in x:
+        row += 1
+    return x
+
+
+def unbound(x):
+    a, *_, b = x.unbind(0)
+    a += 2
+    return x, a, b
+
+
+def loss_grows(x):
+    loss = x.sum()
+    loss += 1
+    part = torch.einsum("ij,ij->", x, x)
+    part *= 2
+    return loss, part, torch.dot(x[:, 0], x[:, 1]).sub_(3)
+
+
+def running(x):
+    total = torch.zeros((), dtype=D)
+    total += x.sum()
+    buffer = torch.ones(3, dtype=D)
+    buffer.lerp_(x.mean(0), 0.25)
+    buffer[1] = x.sum()
+    return total, buffer.mul_(x.amax(0))
+
+
+def each_element(x):
+    x.apply_(lambda v: v * 2 + 1)
+    return x
+
+
+RIGHT = [
+    copied_row_written, other_rows_stay_readable, rows_written_in_a_loop, unbound, loss_grows, running,
+    each_element,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", RIGHT)
+@pytest.mark.parametrize("cut", [(7,), (4, 3), (1, 6), (0, 5, 2), (3, 0, 4, 0)])
+def test_right(fn, cut):
+    want = fn(X.clone())
+
+    def run():
+        x = st.distribute_tensor(
+            X, T.make_mesh((len(cut),)), [Shard(0)], src_data_rank=None, sizes={0: cut}
+        )
+        got = fn(x)
+        for g, w in zip(T.tensors(got), T.tensors(want), strict=True):
+            T.same(g, w, fn.__name__)
+
+    st.simulate(len(cut), run)
+
+
+def stale_row(x):
+    r = x[-1]
+    x.add_(1)
+    return r + 0
+
+
+def stale_rows(x):
+    rows = x.unbind(0)
+    x.data.mul_(2)
+    return rows[0].clone()
+
+
+def stale_view_of_the_row(x):
+    r = x[5].view(3, 1).t()
+    x[5] = 0
+    return r.sum()
+
+
+def stale_base(x):
+    y = x.unfold(0, 2, 1)
+    y.zero_()
+    return x + 0
+
+
+REFUSED = [stale_row, stale_rows, stale_view_of_the_row, stale_base]
+
+
+@pytest.mark.parametrize("fn", REFUSED)
+@pytest.mark.parametrize("cut", [(4, 3), (6, 1), (0, 5, 2)])
+def test_refused_alike(fn, cut):
+    def run():
+        x = st.distribute_tensor(
+            X, T.make_mesh((len(cut),)), [Shard(0)], src_data_rank=None, sizes={0: cut}
+        )
+        with pytest.raises(st.UnsupportedOpError, match="moved between ranks"):
+            fn(x)
+        return (x * 1).sum().item() if fn is not stale_base else 0
+
+    assert len(set(st.simulate(len(cut), run))) == 1
+
+
+def saved_input(x):
+    y = x * 1
+    out = Squared.apply(y)
+    y.add_(1)
+    out.sum().backward()
+
+
+def saved_output(x):
+    out = Squared.apply(x)
+    out += 1
+    out.sum().backward()
+
+
+def saved_row(x):
+    y = x * 1
+    r = y[-1]
+    out = r * r
+    y.add_(1)
+    out.sum().backward()
+
+
+def base_of_a_written_row(x):
+    y = x * 1
+    out = (y * y).sum()
+    y[-1].mul_(2)
+    out.backward()
+
+
+def written_view_of_a_leaf(x):
+    x[-1].add_(1)
+
+
+def changed_leaf(x):
+    x.unfold(0, 2, 1).add_(1)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [saved_input, saved_output, saved_row, base_of_a_written_row, written_view_of_a_leaf, changed_leaf],
+)  # fmt: skip
+@pytest.mark.parametrize("cut", [(4, 3), (0, 5, 2)])
+def test_raises_as_torch_does(fn, cut):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace|leaf"):
+        fn(X.clone().requires_grad_())
+
+    def run():
+        x = st.distribute_tensor(
+            X, T.make_mesh((len(cut),)), [Shard(0)], src_data_rank=None, sizes={0: cut}
+        )
+        with pytest.raises(RuntimeError, match=r"modified by an inplace|leaf"):
+            fn(x.requires_grad_())
+
+    st.simulate(len(cut), run)
+
+
+def raw_memory():
+    x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
+    plain = torch.zeros(7, 3, dtype=D)
+    model = nn.Linear(3, 7, bias=False, dtype=D)
+
+    def assign():
+        plain.data = x
+
+    for take in (
+        assign,
+        lambda: nn.utils.vector_to_parameters(x.reshape(-1), model.parameters()),
+        lambda: to_dlpack(x),
+        lambda: torch.from_dlpack(x),
+    ):
+        with pytest.raises(st.UnsupportedOpError, match=r"full_tensor|to_local"):
+            take()
+    plain.data = X
+    T.same(plain, X, "plain data is still set")
+
+
+def test_no_one_reads_memory_that_is_not_there():
+    st.simulate(2, raw_memory)
+
+
+def addends_written():
+    mesh = T.make_mesh((2,))
+    part = st.distribute_tensor(X, mesh, [Shard(0)], src_data_rank=None).redistribute(
+        placements=[Partial()]
+    )
+    part.mul_(2).add_(1)
+    T.same(part, X * 2 + 1, "addends")
+    leaf = part.detach().redistribute(placements=[Partial()]).requires_grad_()
+    with pytest.raises(RuntimeError, match="leaf"):
+        leaf.add_(1)
+
+
+def test_addends_are_added_up_before_a_write():
+    st.simulate(2, addends_written)
