@@ -149,9 +149,10 @@ def is_pointwise(packet: Any) -> bool:
     """Whether every form of the op works element by element, with broadcasting."""
     # max and min of two tensors do; of one they reduce
     name = packet._qualified_op_name.split("::")[-1]
-    return name not in ("max", "min") and any(
-        torch.Tag.pointwise in o.tags for o in overloads(packet)
-    )
+    # eq_, abs_ and others lack the tag that eq and abs have
+    alike = (packet, aten_packet(name[:-1]) if name.endswith("_") else None)
+    tagged = (torch.Tag.pointwise in o.tags for p in alike if p for o in overloads(p))
+    return name not in ("max", "min") and any(tagged)
 
 
 def is_composite(packet: Any) -> bool:

@@ -1,4 +1,8 @@
-"""torch._foreach_*: the single op on each tensor of the lists."""
+"""Lists of tensors, as optimizers and GradScaler have them, plain and sharded ones together.
+
+torch._foreach_*: the single op on each tensor. Fused ones run on the local tensors: each element of
+a parameter is updated by itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..errors import UnsupportedOpError
+from ..redistribute import like, reduced
+from ..tensor import ShardTensor
+from ..views import check_writable
 from .pointwise import function_rule
 
 _NAMES = [name for name in dir(torch) if name.startswith("_foreach_")]
@@ -49,3 +57,44 @@ def foreach(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for i in range(n)
     ]
     return None if name.endswith("_") else tuple(found)
+
+
+_FUSED = [name for name in dir(torch) if name.startswith("_fused_") and name.endswith("_")]
+
+
+@function_rule(*_FUSED)
+def fused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """args: lists of parameters, gradients, and what the optimizer keeps for each."""
+    lists = [a for a in args if isinstance(a, list | tuple)]
+    specs = [p._spec if isinstance(p, ShardTensor) else None for p in lists[0]]
+    for x in (x for found in lists for x in found if isinstance(x, ShardTensor)):
+        check_writable(x, func.__name__)
+    given = []
+    for a in args:
+        if isinstance(a, list | tuple):
+            pairs = zip(a, specs, strict=True) if a else ()
+            a = [like(x, s)._local if s and x.ndim == len(s.dims) else _plain(x) for x, s in pairs]
+        given.append(a)
+    func(*given, **{k: _plain(v) for k, v in kwargs.items()})
+
+
+def _plain(x: Any) -> Any:
+    """The value of what is the same on all ranks."""
+    if not isinstance(x, ShardTensor):
+        return x
+    whole = reduced(x)
+    return whole._local if not whole._spec.varying else x.full_tensor()
+
+
+@function_rule("_amp_foreach_non_finite_check_and_unscale_")
+def unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """An overflow in any shard is one on every rank, in one message for each mesh."""
+    grads, found, scale = args
+    sharded = [g for g in grads if isinstance(g, ShardTensor)]
+    for g in sharded:
+        check_writable(g, "GradScaler.unscale_")
+    local = [g._local if isinstance(g, ShardTensor) else g for g in grads]
+    func(local, found, _plain(scale))
+    for mesh in dict.fromkeys(g._spec.mesh for g in sharded if g._spec.varying):
+        group = comm.group(mesh, tuple(range(mesh.ndim)))
+        found.copy_(comm.reduce(found, group, "max"))

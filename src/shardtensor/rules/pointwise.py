@@ -10,11 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import fit, reduced
+from ..redistribute import fit, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
@@ -60,18 +60,24 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec, wanted = align(*tensors)
     if in_place:
         target = args[0]
-        if not isinstance(target, ShardTensor):
+        if isinstance(target, ShardTensor):
+            check_writable(target, name)
+        elif spec.varying and not isinstance(target, nn.Parameter):
             raise UnsupportedOpError(
                 f"{name}: writes a sharded result into a plain tensor; use the op that returns a "
                 "new tensor"
             )
-        check_writable(target, name)
+        elif spec.varying:
+            # part of an update of many parameters (LBFGS): every rank has this one whole
+            tensors = [replicate(x) if isinstance(x, ShardTensor) else x for x in tensors]
+            spec, wanted = align(*tensors)
         if spec.shape != target.shape:
             raise RuntimeError(
                 f"{name}: output with shape {tuple(target.shape)} doesn't match the broadcast "
                 f"shape {tuple(spec.shape)}"
             )
-        spec, wanted = align_to(target._spec, *tensors)
+        if isinstance(target, ShardTensor):
+            spec, wanted = align_to(target._spec, *tensors)
     values = fit(spec.mesh, spec.varying, *zip(tensors, wanted, strict=True))
     args = tuple(values[at.index(i)] if i in at else a for i, a in enumerate(args))
     kwargs = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
@@ -217,12 +223,15 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 @rule("copy_")
 def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(input, ShardTensor):
-        raise UnsupportedOpError(
-            "copy_ of a ShardTensor into a plain tensor: copy x.full_tensor() or x.to_local()"
-        )
+        value = reduced(src)  # type: ignore[arg-type]
+        if value._spec.varying:
+            raise UnsupportedOpError(
+                "copy_ of a ShardTensor into a plain tensor: copy x.full_tensor() or x.to_local()"
+            )
+        return input.copy_(value._local, non_blocking)
     check_writable(input, "copy_")
     spec, wanted = align_to(input._spec, input, src)
-    (value,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
-    assert value is not None
-    input._local.copy_(value, non_blocking)
+    (local,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
+    assert local is not None
+    input._local.copy_(local, non_blocking)
     return input
