@@ -274,6 +274,35 @@ def test_broken_items(bare, name):
     refused(bare, "x in x.distcp", word)
 
 
+def test_pickles_in_values(tmp_path):
+    """The states of generators are an archive within a value."""
+    proof = tmp_path / "executed"
+    evil = Calls(os.system, f"touch {proof}")
+    kind = {
+        "torch": torch.get_rng_state(),
+        "cuda": None,
+        "numpy": ["MT19937", torch.ones(3)],
+        "python": 1,
+    }
+    for data in (
+        saved([evil]),
+        pickle.dumps(evil),
+        saved([]),
+        saved([kind]),
+        saved([[1]]),
+        b"x",
+        "text",
+    ):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        checkpoint.save({"random": {"states": data}}, tmp_path, "a")
+        before = torch.get_rng_state()
+        with pytest.raises(
+            RuntimeError, match=r"a cannot be loaded: these are no states of random"
+        ):
+            checkpoint.load({"random": checkpoint.Randomness()}, tmp_path / "a")
+        assert torch.get_rng_state().equal(before) and not proof.exists()
+
+
 # files --------------------------------------------------------------------------------------------
 
 

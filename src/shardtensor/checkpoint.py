@@ -160,6 +160,9 @@ def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dic
         rank = min(e.failures)
         error = e.failures[rank][0]
         raise RuntimeError(f"checkpoint {path} cannot be loaded on rank {rank}: {error}") from error
+    except RuntimeError as e:
+        # of an object that took its state: Randomness, a model, an optimizer
+        raise RuntimeError(f"checkpoint {path} cannot be loaded: {e}") from e
     return state
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from .comm.count import simulated_rank
+from .storage import loaded
 from .tensor import ShardTensor, wrap
 
 
@@ -66,7 +67,7 @@ class Randomness:
 
     def load_state_dict(self, state: dict[str, bytes]) -> None:
         try:
-            every = torch.load(io.BytesIO(state["states"]), weights_only=True)
+            every = loaded(io.BytesIO(state["states"]))
             # those of all ranks are tried on each, so that all raise or none
             for each in every:
                 torch.Generator().set_state(each["torch"])
