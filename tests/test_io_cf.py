@@ -248,6 +248,9 @@ def test_sources_are_pickled(sources):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_torch_loader(sources, start):
+    if start == "spawn":
+        # the libraries of HDF5 that h5py and netCDF4 bring may not end well together in one process
+        sources = [s for k, s in zip(KINDS, sources, strict=True) if k in ("npy", "hdf5", "zarr")]
     for source in sources:
         source.read([(0, 4), (0, 6)])  # files are open, threads run
     context = multiprocessing.get_context(start)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,7 +21,7 @@ from .foreign import member, named, refuse_pickles, zarr_store
 Range = tuple[int, int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """One array that is read block by block.
 
@@ -63,6 +65,7 @@ class Source:
     def _open(self) -> None:
         if self.origin is not None:
             self.fetch = open_array(*self.origin).fetch
+            _OPEN.add(self)
 
     def read(self, ranges: Sequence[Range]) -> np.ndarray:
         """The block of these (start, stop), one for each dim, in native byte order.
@@ -216,7 +219,21 @@ def _file(url: str, variable: str | None) -> Source:
     if not is_url(url):
         opener.close()
         opener = url
-    return _member(need("h5py").File(opener, "r"), variable, "h5py")
+    found = _member(need("h5py").File(opener, "r"), variable, "h5py")
+    _OPEN.add(found)
+    return found
+
+
+_OPEN: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """HDF5 closes files after Python has ended; a file of fsspec is read by Python."""
+    for source in list(_OPEN):
+        file = getattr(getattr(source.fetch, "__self__", None), "file", None)
+        if file:  # an open file of h5py
+            file.close()
 
 
 def _netcdf3(url: str, variable: str | None) -> Source:
