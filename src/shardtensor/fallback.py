@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from torch.utils import _pytree as pytree
 from . import _torch
 from .comm import count
 from .errors import UnsupportedOpError
+from .random import matching, memory_order
 from .redistribute import replicate, to_dims
+from .settings import current, setting
 from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
 from .views import stands_for_view
@@ -27,7 +28,6 @@ class FallbackWarning(UserWarning):
     """An op ran replicated, because it has no rule."""
 
 
-_policy = threading.local()
 _warned: set[tuple[str, str]] = set()
 
 
@@ -41,31 +41,36 @@ def fallback(mode: str = "replicate", *, max_bytes: int = DEFAULT_MAX_BYTES) -> 
     """
     if mode not in ("replicate", "error"):
         raise ValueError(f'fallback mode {mode!r}: use "replicate" or "error"')
-    before = limit()
-    _policy.limit = max_bytes if mode == "replicate" else -1
-    try:
+    with setting("fallback", max_bytes if mode == "replicate" else -1):
         yield
-    finally:
-        _policy.limit = before
 
 
 def limit() -> int:
     """The bytes that an op without a rule may gather, -1 if it may not run."""
-    return getattr(_policy, "limit", DEFAULT_MAX_BYTES)
+    return int(current("fallback", DEFAULT_MAX_BYTES))
 
 
 def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run func on gathered operands, or raise UnsupportedOpError."""
-    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=is_shard)
     sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
     _check(func, name, leaves, sharded, kwargs)
-    args, kwargs = pytree.tree_unflatten(_gathered(name, leaves, sharded), tree)
+    _noted(name, sharded)
     # strides are meaningless but for the layout that the wrapper shows
     if name.startswith("as_strided") and any(not x.is_contiguous() for x in sharded):
         raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
+    return gathered(func, args, kwargs)
+
+
+def gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """func of whole operands, on every rank, its result sharded again."""
+    leaves, tree = pytree.tree_flatten((args, kwargs or {}), is_leaf=is_shard)
+    sharded = [x for x in leaves if is_shard(x)]
+    name = op_name(func)
     packet = _torch.aten_packet(name.split(".")[0])
     view = packet is not None and _torch.is_view(packet)
+    args, kwargs = pytree.tree_unflatten([_whole(x) if is_shard(x) else x for x in leaves], tree)
 
     def finish(t: torch.Tensor) -> ShardTensor:
         if t.layout is not torch.strided:
@@ -84,8 +89,18 @@ def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
     _check_operands(name, leaves, sharded)
-    args, kwargs = pytree.tree_unflatten(_gathered(name, leaves, sharded), tree)
+    _noted(name, sharded)
+    args, kwargs = pytree.tree_unflatten([_whole(x) if is_shard(x) else x for x in leaves], tree)
     return func(*args, **kwargs)
+
+
+def _whole(x: ShardTensor) -> torch.Tensor:
+    """The whole tensor, under match_single_device with one device's order of dims in memory."""
+    local = replicate(x)._local
+    order = memory_order(x._local, x._spec) if matching() else ()
+    if list(order) == sorted(order):
+        return local
+    return local.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
 
 
 def is_shard(x: Any) -> bool:
@@ -117,10 +132,12 @@ def _check_operands(name: str, leaves: list[Any], sharded: list[ShardTensor]) ->
     if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in leaves):
         raise UnsupportedOpError(f"{name}: a sparse operand beside {specs}")
     packet = _torch.aten_packet(name)
-    if packet is not None and _torch.is_random(packet):
+    alike = matching() and not _torch.is_tracing()
+    if packet is not None and _torch.is_random(packet) and not alike:
         raise UnsupportedOpError(
             f"{name} on {specs}: no rule for drawing these numbers shard by shard; "
-            "draw on a plain tensor and distribute it"
+            "draw on a plain tensor and distribute it, or draw what one device does, on gathered "
+            "operands, with shardtensor.random.match_single_device()"
         )
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes and nbytes > limit():
@@ -131,12 +148,11 @@ def _check_operands(name: str, leaves: list[Any], sharded: list[ShardTensor]) ->
         )
 
 
-def _gathered(name: str, leaves: list[Any], sharded: list[ShardTensor]) -> list[Any]:
+def _noted(name: str, sharded: list[ShardTensor]) -> None:
     nbytes = sum(x.numel() * x.element_size() for x in sharded if x._spec.varying)
     if nbytes:
         _warn(name, nbytes)
         count.gathering(name, nbytes)
-    return [replicate(x)._local if is_shard(x) else x for x in leaves]
 
 
 def _warn(name: str, nbytes: int) -> None:

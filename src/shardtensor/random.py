@@ -9,8 +9,7 @@ Under `match_single_device` a draw gives each element the number that it has on 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from . import _torch, comm
 from .comm import wire
 from .errors import UnsupportedOpError
+from .settings import current, setting
 from .spec import Spec
 
 # fill(out, generator) fills a tensor in place
@@ -27,7 +27,6 @@ Fill = Callable[[Tensor, torch.Generator | None], object]
 # an odd constant spreads shard numbers over the seed's bits (Knuth's multiplicative hash)
 _SPREAD = 0x9E3779B97F4A7C15
 _PIECE = 2**18
-_state = threading.local()
 
 
 @contextmanager
@@ -37,22 +36,20 @@ def match_single_device() -> Iterator[None]:
     Bit-equal to plain PyTorch after the same torch.manual_seed, for any number of ranks and any
     shards, and the generator is left as one device leaves it. Torch's CPU generator can only be
     read from its start, so each rank draws all numbers, a piece at a time, and keeps its own:
-    time as on one device, memory of the shard. Nothing is sent.
+    time as on one device, memory of the shard. Nothing is sent, but for the order of the dims in
+    memory where a shard has less than two rows to show it; where every shard has, the strides of
+    the shards decide.
 
-    Raises UnsupportedOpError for what cannot be drawn in pieces: dropout inside attention, rrelu,
-    multinomial, all draws on CUDA devices.
+    What cannot be drawn in pieces (dropout inside attention, rrelu, multinomial, poisson) runs on
+    gathered operands. Raises UnsupportedOpError for all draws on CUDA devices.
     """
-    before = matching()
-    _state.matching = True
-    try:
+    with setting("matching", True):
         yield
-    finally:
-        _state.matching = before
 
 
 def matching() -> bool:
     """Whether a block of match_single_device surrounds the call."""
-    return getattr(_state, "matching", False)
+    return bool(current("matching", False))
 
 
 def generator_for(
@@ -87,13 +84,60 @@ def draw(
     generator: torch.Generator | None = None,
     *,
     normal: bool = False,
+    order: Sequence[int] = (),
 ) -> Tensor:
-    """This rank's local tensor of a random one. normal: fill is `normal_`."""
+    """This rank's local tensor of a random one. normal: fill is `normal_`.
+
+    order: the dims as one device has them in memory, outermost first; rows first by default.
+    """
     if matching():
-        return _matched(spec, dtype, device, fill, generator, normal)
+        rows = tuple(range(len(spec.dims)))
+        order = tuple(order) or rows
+        if order == rows:
+            return _matched(spec, dtype, device, fill, generator, normal)
+        turned = spec.with_dims([spec.dims[d] for d in order])
+        apart = _one_by_one(fill) if normal else fill
+        local = _matched(turned, dtype, device, apart, generator, False)
+        return local.permute([order.index(d) for d in rows])
     out = torch.empty(spec.local_shape, dtype=dtype, device=device)
     fill(out, generator_for(spec, device, generator))
     return out
+
+
+def _one_by_one(fill: Fill) -> Fill:
+    """The fill of a tensor that is not contiguous, for which torch draws each number by itself."""
+
+    def run(out: Tensor, generator: torch.Generator | None) -> None:
+        apart = torch.empty(*out.shape, 2, dtype=out.dtype)[..., 0]
+        fill(apart, generator)
+        out.copy_(apart)
+
+    return run
+
+
+def memory_order(local: Tensor, spec: Spec) -> tuple[int, ...]:
+    """The dims as one device has them in memory, outermost first, in what empty_like makes of it.
+
+    Sends a few numbers where a shard has less than two rows, whose strides may tell nothing.
+    """
+    rows = tuple(range(len(spec.dims)))
+    if len([d for d in spec.dims if d.size > 1]) < 2:
+        return rows
+    strides = local.stride()
+    span = sum((n - 1) * s for n, s in zip(local.shape, strides, strict=True)) + 1
+    if span != local.numel() or 0 in strides:
+        gaps = torch.empty_strided(local.shape, strides, device="meta")
+        strides = torch.empty_like(gaps).stride()
+    # of equal strides the dim with more rows lies further out
+    mine = sorted(rows, key=lambda d: (-strides[d], -local.shape[d], d))
+    sure = all(n >= min(2, d.size) for n, d in zip(local.shape, spec.dims, strict=True))
+    name = comm.group(spec.mesh, spec.varying)
+    if comm.size(name) > 1 and any(d.axes and min(d.sizes) < min(2, d.size) for d in spec.dims):
+        told = wire.all_gather_numbers([int(sure), *mine], local.device, name)
+        mine = list(max(told, key=lambda t: t[0])[1:])
+    # one row more or less in between changes nothing
+    long = [d for d in mine if spec.dims[d].size > 1]
+    return rows if long == sorted(long) else tuple(mine)
 
 
 def _matched(

@@ -16,11 +16,11 @@ knows of them to all ranks, and the all-to-all is taken where it spends less tim
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_state = threading.local()
+from ..settings import current, setting
+
 KINDS = ("auto", "ring", "zigzag", "all_to_all")
 # measured by benchmarks/attention.py on gloo, where messages are dear
 BALANCE = 2048
@@ -37,17 +37,13 @@ def strategy(kind: str) -> Iterator[None]:
     """
     if kind not in KINDS:
         raise ValueError(f"attention strategy {kind!r}; one of {KINDS}")
-    before = chosen()
-    _state.kind = kind
-    try:
+    with setting("strategy", kind):
         yield
-    finally:
-        _state.kind = before
 
 
 def chosen() -> str:
     """The strategy in force."""
-    return getattr(_state, "kind", "auto")
+    return str(current("strategy", "auto"))
 
 
 def assume_link(latency: float, bandwidth: float) -> None:

@@ -31,7 +31,8 @@ from ..attention import (
 )
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..random import generator_for
+from ..fallback import gathered
+from ..random import generator_for, matching
 from ..redistribute import fit, like, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
@@ -64,11 +65,15 @@ def scaled_dot_product_attention(
     masked = None if attn_mask is None else _known(attn_mask)
     given = (query, key, value, attn_mask)
     p = plan(*known, masked, enable_gqa)
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if dropout_p and matching():
+        call = (query, key, value, attn_mask, dropout_p, is_causal)
+        whole = gathered(F.scaled_dot_product_attention, call, options)
+        return to_dims(whole, p.spec.dims)
     plain = attn_mask is None and not dropout_p
     dealt = _deal(p, known, plain, is_causal, query.dtype.itemsize)
     if dealt is not None:
-        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return _by_heads(p, (query, key, value), dealt, options)
+        return _by_heads(p, (query, key, value), dealt, {"is_causal": is_causal, **options})
     q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
     assert q is not None and k is not None and v is not None
     if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p or q.numel() == 0):

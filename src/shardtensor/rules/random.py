@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
-from ..random import draw, generator_for, matching
+from ..fallback import gathered
+from ..random import draw, generator_for, matching, memory_order
 from ..redistribute import aside, fit, reduced, replicate
 from ..registry import rule
 from ..spec import Dim
@@ -21,7 +22,18 @@ from .pointwise import align, function_rule
 def _keep(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> Tensor:
     """Ones, with probability 1 - p, and zeros, with the given dims and the dtype of x."""
     spec = x._spec.with_dims(dims)
-    return draw(spec, x.dtype, x.device, lambda t, g: t.bernoulli_(1 - p, generator=g))
+    order = _order(x) if dims == x._spec.dims else ()
+    return draw(spec, x.dtype, x.device, lambda t, g: t.bernoulli_(1 - p, generator=g), order=order)
+
+
+def _order(x: ShardTensor, memory_format: Any = torch.preserve_format) -> tuple[int, ...]:
+    """The dims of what empty_like makes of x on one device, in memory."""
+    if not matching() or memory_format is torch.contiguous_format:
+        return ()
+    if memory_format is torch.preserve_format:
+        return memory_order(x._local, x._spec)
+    # channels last
+    return (0, *range(2, x.ndim), 1)
 
 
 def _check(name: str, p: float) -> None:
@@ -47,6 +59,8 @@ def feature_dropout(input: ShardTensor, p: float, train: bool) -> ShardTensor:
 
 
 def _channels(x: ShardTensor) -> tuple[Dim, ...]:
+    if x.ndim < 2:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
     return tuple(d if i < 2 else Dim(1) for i, d in enumerate(x._spec.dims))
 
 
@@ -110,11 +124,13 @@ def randint_like(input: ShardTensor, *bounds: int, **options: Any) -> ShardTenso
 
 def _like(
     x: ShardTensor, fill: Any, *, dtype: Any = None, device: Any = None, generator: Any = None,
-    requires_grad: bool = False, normal: bool = False, **unused: Any,
+    requires_grad: bool = False, normal: bool = False, memory_format: Any = torch.preserve_format,
+    **unused: Any,
 ) -> ShardTensor:  # fmt: skip
-    """unused: layout, memory_format and pin_memory, which change no number."""
+    """unused: layout and pin_memory, which change no number."""
     spec, place = x._spec.cotangent, torch.device(device or x.device)
-    local = draw(spec, dtype or x.dtype, place, fill, generator, normal=normal)
+    order = _order(x, memory_format)
+    local = draw(spec, dtype or x.dtype, place, fill, generator, normal=normal, order=order)
     return wrap(local.requires_grad_(requires_grad), spec)
 
 
@@ -136,7 +152,7 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
         normal = func.__name__.split(".")[0] == "normal_"
         x._local.copy_(
             draw(x._spec, x.dtype, x.device, lambda t, g: func(t, *rest, **kwargs, generator=g),
-                 generator, normal=normal)
+                 generator, normal=normal, order=_order(x))
         )  # fmt: skip
     else:
         func(x._local, *rest, **kwargs, generator=generator_for(x._spec, x.device, generator))
@@ -179,6 +195,8 @@ def rrelu(
     """Slopes of negative elements: drawn in training, the mean of the bounds otherwise."""
     if not training:
         return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
+    if matching():
+        return gathered(torch.rrelu, (input, lower, upper, True))
     x = reduced(input)
     g = generator_for(x._spec, x.device, generator)
     drawn = torch.rand(x._local.shape, generator=g, device=x.device, dtype=x.dtype)
@@ -197,6 +215,9 @@ def multinomial(
     generator: torch.Generator | None = None,
 ) -> ShardTensor:  # fmt: skip
     """Categories (the last dim) are brought together; rows stay sharded."""
+    if matching():
+        options = {"generator": generator}
+        return gathered(torch.multinomial, (input, num_samples, replacement), options)
     x = aside(reduced(input), [input.ndim - 1])
     x = replicate(input) if x is None else x
     spec = x._spec.with_dims([*x._spec.dims[:-1], Dim(num_samples)])
