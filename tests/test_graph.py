@@ -150,3 +150,19 @@ def test_plain_topology():
         want = plain_scatter(F, EDGES[1], M, reduce)
         assert torch.allclose(t.scatter(F, reduce), want, rtol=1e-12)
     assert torch.equal(t.original(F), F)
+
+
+@pytest.mark.parametrize("place", [Shard(0), Shard(1), Replicate()])
+def test_edges_that_are_cut_anywhere(place):
+    index = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 0]])
+    x = torch.arange(8.0, dtype=torch.float64).view(4, 2)
+    want = torch.zeros(4, 2, dtype=torch.float64).index_add(0, index[1], x[index[0]])
+
+    def run():
+        mesh = T.make_mesh((3,))
+        nodes = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
+        edges = st.distribute_tensor(index, mesh, [place], src_data_rank=None)
+        t = st.graph.Topology(edges, nodes)
+        T.same(t.scatter(t.gather(nodes)), want, "messages")
+
+    T.simulate(3, run)

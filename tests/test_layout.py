@@ -105,3 +105,37 @@ def test_is_view_is_torchs_own_answer():
         except RuntimeError:
             found = False
         assert is_view(x.shape, x.stride(), target) == found, (x.shape, x.stride(), target)
+
+
+@pytest.mark.parametrize("source", [0, 1, None])
+@pytest.mark.parametrize("dim", [0, 2])
+def test_distribute_keeps_channels_last(dim, source):
+    x = whole(4, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+
+    def run():
+        mesh = make_mesh((2,))
+        # where others give their values, only the source's format counts
+        mine = x if source in (None, mesh.get_local_rank()) else torch.zeros(x.shape, dtype=x.dtype)
+        s = st.distribute_tensor(mine, mesh, [Shard(dim)], src_data_rank=source)
+        assert s.is_contiguous(memory_format=torch.channels_last)
+        assert s.to_local().is_contiguous(memory_format=torch.channels_last)
+        assert s.stride() == x.stride()
+        same(s, x, "value")
+
+    simulate(2, run)
+
+
+@pytest.mark.parametrize("other", [(3, 2), (4, 2), (5, 4, 1)])
+@pytest.mark.parametrize("plain", [False, True])
+def test_parts_of_other_sizes_are_torchs_error(plain, other):
+    x, y = whole(5, 4), whole(*other)
+
+    def run():
+        mesh = make_mesh((2,))
+        part = y if plain else st.distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None)
+        with pytest.raises(
+            RuntimeError, match=r"Sizes of tensors must match except in dimension 1"
+        ):
+            torch.cat([st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None), part], 1)
+
+    simulate(2, run)

@@ -12,7 +12,7 @@ import shardtensor as st
 from shardtensor import comm
 from shardtensor.spec import Dim
 from shardtensor.tensor import wrap
-from shardtensor.testing import cuts, hold, make_mesh, shard
+from shardtensor.testing import cuts, hold, make_mesh, same, shard, simulate
 
 
 @torch.library.custom_op("shardtensor_tests::mean3", mutates_args=())
@@ -166,3 +166,46 @@ def flipped(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
 def test_a_custom_op_without_a_rule_gathers_or_is_refused():
     st.simulate(2, _without_rule)
+
+
+def test_a_rule_for_an_overload_of_an_aten_op_is_called():
+    key, calls = torch.ops.aten.add.Tensor, []
+
+    def doubled(self, other, *, alpha=1):
+        calls.append(alpha)
+        return st.tensor.wrap((self._local + alpha * other._local) * 2, self._spec)
+
+    x = torch.arange(6.0, dtype=torch.float64)
+
+    def run():
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        s.requires_grad_()
+        for y in (s + s, torch.add(s, s), s.add(s), torch.ops.aten.add.Tensor(s, s)):
+            same(y, x * 4, "sum")
+        same(torch.add(s, s, alpha=2), x * 6, "sum with a factor")
+        same(torch.autograd.grad((s + s).sum(), s)[0], torch.full_like(x, 4), "gradient")
+
+    st.rule(key)(doubled)
+    try:
+        simulate(2, run)
+    finally:
+        del st.registry.rules[key]
+        st.registry.handlers.clear()
+    assert calls
+
+
+def test_what_a_custom_op_returns_is_cut_where_its_operand_was():
+    x = torch.arange(20.0, dtype=torch.float64).view(5, 4)
+
+    @torch.library.custom_op("shapes_test::rows", mutates_args=())
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x], 1)
+
+    def run():
+        mesh = make_mesh((2,))
+        s = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None, sizes={0: (1, 4)})
+        y = rows(s)
+        assert y.placements == (Shard(0),) and y.spec.sizes == {0: (1, 4)}
+        same(y, torch.cat([x, x], 1), "rows")
+
+    simulate(2, run)

@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from . import comm
 from .comm import count, groups, wire
 from .errors import UnsupportedOpError
+from .layout import memory_format
 from .spec import Spec
 from .tensor import ShardTensor, wrap
 
 _MOST_DIMS = 14
+_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
 
 
@@ -55,13 +57,13 @@ def distribute_tensor(
     if count.records and src_data_rank is None:
         count.called("distribute_tensor", (source, device_mesh))
     if src_data_rank is None or comm.size(name) == 1:
-        local = _slice(source, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
+        local = _slice(source, spec, spec.coordinate).clone(memory_format=memory_format(source))
     else:
-        _same_everywhere(source, name)
+        form = _same_everywhere(source, name)[src_data_rank]
         if count.records:
             told = {"src_data_rank": src_data_rank}
             count.called("distribute_tensor", (source, device_mesh), told)
-        local = _scatter(source, spec, src_data_rank, name)
+        local = _scatter(source, spec, src_data_rank, name).contiguous(memory_format=form)
     return wrap(local.requires_grad_(tensor.requires_grad), spec)
 
 
@@ -85,24 +87,29 @@ def _check(tensor: Any, mesh: Any, what: str) -> None:
         )
 
 
-def _same_everywhere(x: Tensor, name: str) -> None:
-    """Raise ValueError on every rank unless all have the same shape and dtype."""
+def _same_everywhere(x: Tensor, name: str) -> list[torch.memory_format]:
+    """The memory format of every rank's tensor.
+
+    Raises ValueError on every rank unless all have the same shape and dtype.
+    """
     known = _facts(x, name)
-    if any(k != known[0] for k in known):
+    if any(k[:-1] != known[0][:-1] for k in known):
         raise ValueError(
             "distribute_tensor: ranks have different tensors, "
             + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in known)
             + "; every rank gives the whole tensor's shape and dtype (torch.zeros where it has no "
             "values), or its own part to ShardTensor.from_local"
         )
+    return [_FORMATS[k[-1]] for k in known]
 
 
 def _facts(x: Tensor, name: str) -> list[list[int]]:
-    """Number of dims, number of dtype and shape of every rank's tensor, by one all-gather."""
+    """Dims, number of dtype, shape, zeros and format of every rank's tensor, by one all-gather."""
     if x.ndim > _MOST_DIMS:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
     facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
-    return wire.all_gather_numbers(facts + [0] * (_MOST_DIMS + 2 - len(facts)), x.device, name)
+    facts += [0] * (_MOST_DIMS + 2 - len(facts))
+    return wire.all_gather_numbers([*facts, _FORMATS.index(memory_format(x))], x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:

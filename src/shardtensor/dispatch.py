@@ -74,6 +74,9 @@ def _resolve(func: Any) -> Handler:
     packet = _torch.aten_packet(name)
     own = func in rules or name in rules
     handler: Handler
+    if not isinstance(func, torch._ops.OpOverload) and _has_rule(packet):
+        # torch chooses the overload, which comes back through `__torch_dispatch__`
+        return _decompose
     if func in rules:
         handler = _calling(rules[func])
     elif name in rules and (
@@ -104,6 +107,11 @@ def _resolve(func: Any) -> Handler:
         handler = writing(handler, name)
         handler = handler if name == "setitem" or "foreach" in name else _onto(handler)
     return _counted(handler, name, writes)
+
+
+def _has_rule(packet: Any) -> bool:
+    """Whether there is a rule for an overload of an aten op."""
+    return packet is not None and any(getattr(packet, o) in rules for o in packet.overloads())
 
 
 def _splits_up(packet: Any) -> bool:

@@ -171,4 +171,9 @@ def _shard_again(t: torch.Tensor, sharded: list[ShardTensor]) -> ShardTensor:
     for x in sharded:
         if x._spec.varying and x.shape == t.shape:
             return to_dims(whole, x._spec.dims)
-    return whole
+    # rows that were cut are cut again where the result has as many
+    dims = list(whole._spec.dims)
+    for d, dim in enumerate(sharded[0]._spec.dims[: t.ndim]):
+        if dim.axes and dim.size == t.shape[d]:
+            dims[d] = dim
+    return to_dims(whole, dims)

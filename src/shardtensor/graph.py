@@ -16,7 +16,7 @@ from torch import Tensor
 from . import comm
 from .comm.route import deliver, fetch, find
 from .errors import UnsupportedOpError
-from .redistribute import like, reduced
+from .redistribute import like
 from .rules.rows import entry_counts
 from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
@@ -28,7 +28,7 @@ class Topology:
     """The edges of a graph, each on the rank of its target.
 
     edge_index (2, E), int64: source and target node of every edge, plain and the same on all ranks,
-    or sharded along dim 1. sources, targets: any tensors whose dim 0 are the nodes, sharded there
+    or sharded. sources, targets: any tensors whose dim 0 are the nodes, sharded there
     as their features will be; targets default to sources. All plain: the graph on one device.
 
     Raises ValueError for another shape or dtype, IndexError for nodes that do not exist,
@@ -57,7 +57,8 @@ class Topology:
         self.mesh = found[0]._spec.mesh if found else None
         self._group = comm.group(self.mesh, axes) if self.mesh is not None else "self"
         me = comm.rank(self._group)
-        edge_index = reduced(edge_index) if isinstance(edge_index, ShardTensor) else edge_index
+        if isinstance(edge_index, ShardTensor):
+            edge_index = self._dealt(edge_index)
         self._check(edge_index)
         first, last = self._to.offsets[me : me + 2] if axes else (0, self._to.size)
         if isinstance(edge_index, ShardTensor):
@@ -81,13 +82,16 @@ class Topology:
                 f"0..{self._to.size - 1} (targets)"
             )
 
-    def _sent(self, edge_index: ShardTensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(source, local target, number) of the edges that belong here."""
-        spec = edge_index._spec
-        edges = spec.dims[1]
+    def _dealt(self, edge_index: ShardTensor) -> ShardTensor:
+        """The edges sharded along dim 1, by the mesh axes that shard the nodes."""
+        edges = edge_index._spec.dims[1]
         if edges.axes != self._to.axes:
             edges = Dim(edges.size, self._to.axes, _even(edges.size, len(self._to.sizes)))
-        edge_index = like(edge_index, Spec(spec.mesh, (Dim(2), edges)))
+        return like(edge_index, Spec(edge_index._spec.mesh, (Dim(2), edges)))
+
+    def _sent(self, edge_index: ShardTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(source, local target, number) of the edges that belong here."""
+        spec, edges = edge_index._spec, edge_index._spec.dims[1]
         source, target = edge_index._local
         entries = entry_counts(Spec(spec.mesh, (edges,)), edges.axes)
         rows, numbers = comm.asked(target.contiguous(), self._to.sizes, entries, self._group)

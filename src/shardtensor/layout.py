@@ -16,6 +16,15 @@ from .cache import cached
 from .spec import Spec
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a tensor: that of images with the channels last, or contiguous."""
+    if x.ndim in (4, 5) and not x.is_contiguous():
+        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
 @cached
 def strides(spec: Spec, own: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of the whole, of a local tensor of strides `own`."""

@@ -29,7 +29,7 @@ def rule(*keys: Any) -> Callable[[F], F]:
     keys, each of them one of
     - a torch function or method (`F.interpolate`, `torch.Tensor.sum`), or an aten name ("conv2d"),
       which covers the function, the method and the op of that name;
-    - a custom op: what `torch.library.custom_op` returned, `torch.ops.lib.op`, or an overload;
+    - an op: what `torch.library.custom_op` returned, `torch.ops.lib.op`, or an overload of one;
     - a `torch.autograd.Function`: its `apply`;
     - an `nn.Module` class: its `forward`, the module being the first argument;
     - a Python function of a module: its name is replaced wherever loaded modules have it. The

@@ -29,6 +29,12 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
         parts = [x for x in parts if x.shape != (0,)]
     skipped = [x for x in tensors if x.shape == (0,)] if len(parts) < len(tensors) else []
     d = _index(dim, parts[0].ndim)
+    for x in parts:
+        if [*x.shape[:d], *x.shape[d + 1 :]] != [*parts[0].shape[:d], *parts[0].shape[d + 1 :]]:
+            raise RuntimeError(
+                f"Sizes of tensors must match except in dimension {d}: {list(parts[0].shape)} and "
+                f"{list(x.shape)}"
+            )
     parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in parts]
     known = tuple(x._spec if isinstance(x, ShardTensor) else x.shape for x in parts)
     if not any(isinstance(k, Spec) for k in known):
