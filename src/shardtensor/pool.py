@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 TIMEOUT = 120.0
+# every process group that a run leaves behind has a thread that wakes up 100 times a second
+RUNS = 40
 _pools: dict[int, Pool] = {}
 
 
@@ -25,6 +27,7 @@ class Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="shardtensor-")
         store = os.path.join(self.folder.name, "store")
         self.ends: list[Connection] = []
+        self.runs = 0
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -42,6 +45,7 @@ class Pool:
         Raises RuntimeError with a rank's traceback when one raises or dies, or when they do not
         end within `timeout` seconds; the pool is closed then.
         """
+        self.runs += 1
         for end in self.ends:
             end.send((fn, args))
         results: dict[int, Any] = {}
@@ -103,9 +107,12 @@ def _work(end: Connection, store: str, rank: int, world_size: int, backend: str)
 
 def run_workers(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     """fn(*args) on every rank of a pool of gloo processes that lives until this process ends."""
-    if world_size not in _pools:
-        _pools[world_size] = Pool(world_size)
-    return _pools[world_size].run(fn, *args)
+    pool = _pools.get(world_size)
+    if pool is None or pool.runs >= RUNS:
+        for other in list(_pools.values()):
+            other.close()
+        pool = _pools[world_size] = Pool(world_size)
+    return pool.run(fn, *args)
 
 
 @atexit.register
