@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
 from shardtensor.testing import make_mesh, run_workers
@@ -209,6 +210,24 @@ def asked(run):
 )
 def test_as_one_device(program, world, data):
     held(world, data, program)
+
+
+def checkpointed(run):
+    """Recomputed inside backward, by torch's two ways; one graph of two is dropped."""
+    net = run.net
+    for reentrant in (True, False):
+        x = run.batches[0].detach().requires_grad_()
+        for part in (net.up, lambda h: net.down(torch.tanh(h)), net):
+            x = checkpoint(part, x, use_reentrant=reentrant)
+        x.square().mean().backward()
+    run.loss(1)
+    run.loss(2).backward()
+    return run.grads()
+
+
+@pytest.mark.parametrize("world, data", WAYS)
+def test_checkpointed(world, data):
+    held(world, data, checkpointed)
 
 
 def second(run):

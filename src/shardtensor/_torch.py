@@ -334,6 +334,11 @@ def guard_transforms(check: Callable[[Any], None]) -> None:
     forward_ad.make_dual = checked(forward_ad.make_dual)
 
 
+def apply(function: Any, *args: Any) -> Any:
+    """As apply of one of the library's own Functions of plain tensors, in half the time."""
+    return super(_SingleLevelFunction, function).apply(*args)
+
+
 def graph_task() -> int:
     """The number of the backward pass that runs in this thread, -1 if none does."""
     return torch._C._current_graph_task_id()

@@ -203,9 +203,9 @@ class Batch:
 
     def use(self, index: int, x: Tensor) -> Tensor:
         """x behind a `Wait` and a `Start`."""
-        held = Wait.apply(x, self, index)
+        held = _torch.apply(Wait, x, self, index)
         _torch.run_last(held.grad_fn)
-        value = Start.apply(held, self, index)
+        value = _torch.apply(Start, held, self, index)
         self.starts[index] = ref(value.grad_fn)
         return value
 
