@@ -39,6 +39,13 @@ class Piece:
         if not self.tracked:
             self.roots.append(weakref.ref(view))
 
+    def move_version(self) -> None:
+        """Let autograd see a write."""
+        for ref in self.roots:
+            root = ref()
+            if root is not None and not root.is_inference():
+                torch.autograd.graph.increment_version(root)
+
     def refuse_leaf(self, operands: bool) -> None:
         """Raise as torch does for a write to a view that autograd could not follow.
 
@@ -79,10 +86,7 @@ class Family:
             if cdata in fresh or piece.storage.expired() or _disjoint(piece.part, part):
                 continue
             stale[cdata] = _Stale(piece, writer, op)
-            for ref in piece.roots:
-                root = ref()
-                if root is not None and not root.is_inference():
-                    torch.autograd.graph.increment_version(root)
+            piece.move_version()
         forget_dead()
 
 
@@ -129,6 +133,9 @@ def family_of(local: Tensor) -> Family | None:
 
 def relate(copy: Tensor, base: Tensor, op: str) -> Piece | None:
     """Make `copy`, which stands for what torch's `op` gives as a view of `base`, of one family."""
+    if base.requires_grad and not (copy.requires_grad or torch.is_inference_mode_enabled()):
+        # as of a view that was made without gradients
+        copy.requires_grad_()
     own, other = copy.untyped_storage(), base.untyped_storage()
     # not by address, which traced tensors have not
     if own._cdata == other._cdata:

@@ -33,6 +33,8 @@ _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract"
 # elementwise, though torch does not tag them so
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
 _UNTAGGED |= {"masked_fill", "masked_fill_"}
+# they change what the tensor looks like, not what it holds
+_IN_PLACE_VIEWS = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 # attributes of the local tensor that are those of the whole
 _LOCAL_ATTRIBUTES = {
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
@@ -103,7 +105,7 @@ def _resolve(func: Any) -> Handler:
     if reflected:
         handler = _reflected(handler, name, own)
     writes = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-    if writes:
+    if writes and name not in _IN_PLACE_VIEWS:
         handler = writing(handler, name)
         handler = handler if name == "setitem" or "foreach" in name else _onto(handler)
     return _counted(handler, name, writes)

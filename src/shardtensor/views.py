@@ -138,6 +138,9 @@ def writing(handler: Handler, name: str) -> Handler:
         x = args[0]
         if x._spec.partial:
             _settle(x, name)
+        if name != "setitem":
+            # which writes to a part of x in turn
+            _check_overlap(x, (*args[1:], *kwargs.values()), name)
         family = family_of(x._local)
         cdata = x._local.untyped_storage()._cdata
         if family is None or getattr(_current, "storage", None) == cdata:
@@ -154,6 +157,42 @@ def writing(handler: Handler, name: str) -> Handler:
         return out
 
     return run
+
+
+def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
+    """Raise where elements of x share memory, as torch does, or may with those of an operand.
+
+    By specs and by strides of dims that are whole on each rank: an empty shard raises as well.
+    """
+    own = x._local.stride()
+    dims = list(zip(own, x._spec.dims, strict=True))
+    if 0 in own and x.numel() and any(s == 0 and not d.axes and d.size > 1 for s, d in dims):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation."
+        )
+    # other rows of a dim that one rank has, of which the others know nothing
+    lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for _, d in dims)
+    for other in others:
+        if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
+            continue
+        a, b = x._local, other._local
+        if a is b or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+            continue
+        alike = x._spec == other._spec and own == b.stride() and not lonely
+        apart = int(b.storage_offset() - a.storage_offset())
+        if alike and (apart == 0 or not _reached(x, own, abs(apart))):
+            continue
+        raise UnsupportedOpError(
+            f"{name} on {x._spec} with an operand on {other._spec} that shares memory with it: "
+            ".clone() the operand first"
+        )
+
+
+def _reached(x: ShardTensor, strides: tuple[int, ...], apart: int) -> bool:
+    """Whether some rows of a whole dim lie that far apart."""
+    dims = zip(x._spec.dims, strides, strict=True)
+    return any(not d.axes and s and apart % s == 0 and apart // s < d.size for d, s in dims)
 
 
 def _wants_gradient(values: Any) -> bool:

@@ -265,7 +265,14 @@ def transpose(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
     return _permuted(input, order)
 
 
-@rule("t", "T", "numpy_T")
+@rule("t")
+def t(input: ShardTensor) -> ShardTensor:
+    if input.ndim > 2:
+        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {input.ndim}D")
+    return reverse_dims(input)
+
+
+@rule("T", "numpy_T")
 def reverse_dims(input: ShardTensor) -> ShardTensor:
     return _permuted(input, range(input.ndim)[::-1])
 

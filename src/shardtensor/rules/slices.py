@@ -129,11 +129,18 @@ def _even(n: int, size: int) -> list[int]:
 
 
 def _parts(x: ShardTensor, d: int, sizes: Sequence[int]) -> tuple[ShardTensor, ...]:
-    parts, at = [], 0
+    spec = x._spec
+    new, at = [], 0
     for n in sizes:
-        parts.append(sliced(x, d, at, at + n))
+        new.append(picks(spec.dims[d], spec.index[d], at, at + n)[0])
         at += n
-    return tuple(parts)
+    own = [dim.sizes[spec.index[d]] if dim.axes else dim.size for dim in new]
+    # one op, as in torch, whose views autograd does not let be written to
+    locals_ = x._local.split_with_sizes(own, d)
+    return tuple(
+        wrap(local, Spec(spec.mesh, (*spec.dims[:d], dim, *spec.dims[d + 1 :]), spec.partial))
+        for local, dim in zip(locals_, new, strict=True)
+    )
 
 
 @rule("chunk")
