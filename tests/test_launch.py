@@ -13,6 +13,7 @@ import pytest
 import shardtensor as st
 from shardtensor import rendezvous
 from shardtensor.launch import Place, _sizes, first_host, place
+from shardtensor.place import seconds
 
 TORCHRUN = {
     "RANK": "3",
@@ -84,6 +85,15 @@ def test_places():
 def test_odd_variables_are_named(env, change, told):
     with pytest.raises(ValueError, match=told):
         place(env | change)
+
+
+@pytest.mark.parametrize("text", ["ten", "-1", "0", "nan"])
+def test_odd_seconds_are_named(monkeypatch, text):
+    monkeypatch.setenv("SHARDTENSOR_WAIT", text)
+    with pytest.raises(ValueError, match=f"SHARDTENSOR_WAIT='{text}': a number of seconds"):
+        seconds("SHARDTENSOR_WAIT", 10.0)
+    monkeypatch.setenv("SHARDTENSOR_WAIT", "")
+    assert seconds("SHARDTENSOR_WAIT", 10.0) == 10.0
 
 
 def meet(ranks, said, monkeypatch, port=None):

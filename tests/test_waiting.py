@@ -1,6 +1,7 @@
 """A rank that waits long says for what; ranks that wait for each other for ever end. No flag is set."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from test_watch import free_port
 from shardtensor.waiting import doomed, late, told
 
 SCRIPT = """
-import os, sys, time, torch, shardtensor as st
+import os, signal, sys, time, torch, shardtensor as st
 from torch.distributed.tensor import Shard
 mesh, device = st.init()
 x = st.distribute_tensor(torch.arange(6.0), mesh, [Shard(0)], src_data_rank=None)
@@ -27,6 +28,9 @@ if case == "caught":
         y.sum().backward()  # backward
     except ZeroDivisionError:
         x.roll(1, 0)  # caught
+if case == "stop":
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
 if case == "slow" and me == 1:
     while not os.path.exists(sys.argv[2]):
         time.sleep(0.1)  # slow
@@ -81,8 +85,8 @@ def test_who_can_go_on_is_not_ended():
     assert doomed(chain | {2: state("c", "wait", None, {WORLD: 5, PAIR: 2})}) == []
 
 
-def ran(script, ranks, args, until="", then=lambda: None):
-    """The code and text of each process; then() is called once `until` was printed."""
+def ran(script, ranks, args, until="", then=lambda processes: None):
+    """The code and text of each process; then() is called once rank 0 has printed `until`."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
     clean |= {"OMP_NUM_THREADS": "1", "SHARDTENSOR_DEBUG": "0", "SHARDTENSOR_WAIT": "2"}
     clean |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
@@ -98,7 +102,7 @@ def ran(script, ranks, args, until="", then=lambda: None):
         for text in processes[0].stdout:
             early += text
             if until in text:
-                then()
+                then(processes)
                 break
     texts = [p.communicate(timeout=150)[0] for p in processes]
     texts[0] = early + texts[0]
@@ -141,9 +145,19 @@ def test_a_slow_rank_is_told_and_waited_for(tmp_path):
     script.write_text(SCRIPT)
     go = tmp_path / "go"
     said = "to which rank 1 did not come: rank 1 runs "
-    found = ran(script, 2, ["slow", str(go)], said, go.touch)
+    found = ran(script, 2, ["slow", str(go)], said, lambda _: go.touch())
     assert [code for code, _ in found] == [0, 0], found
     assert all("finished" in t and "for ever" not in t for _, t in found), found
     text = found[0][1]
     assert "rank 0 waits for " in text and "`mean` (all-reduce) at " in text, text
     assert place("mean") in text and place("slow") in text and "after 1 of 2 collectives" in text
+
+
+@pytest.mark.gloo
+def test_a_rank_that_does_not_answer_is_told(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    said = "rank 1 does not answer (stopped"
+    found = ran(script, 2, ["stop"], said, lambda ps: ps[1].send_signal(signal.SIGCONT))
+    assert [code for code, _ in found] == [0, 0], found
+    assert all("finished" in t and "for ever" not in t for _, t in found), found

@@ -47,7 +47,8 @@ def collectives() -> dict[str, int]:
     """For each group of this rank (see `group_key`): how many collectives this rank has come to."""
     found: dict[str, int] = {}
     for group in list(dist.distributed_c10d._world.pg_names):
-        with suppress(RuntimeError):
+        # while another thread makes or destroys it, it is not known
+        with suppress(RuntimeError, ValueError, KeyError):
             found[group_key(group)] = group._get_sequence_number_for_group()
     return found
 

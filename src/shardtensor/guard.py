@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import _probe, _torch, trail
+from . import _probe, _torch, place, trail
 from .agree import difference, position
 from .comm import count, groups
 from .errors import DivergenceError
@@ -32,7 +32,7 @@ _RECORD = count.Record(-1)
 
 def timeout() -> float:
     """Seconds that ranks wait for each other: SHARDTENSOR_DEBUG_TIMEOUT, 10 if it is not set."""
-    return float(os.environ.get("SHARDTENSOR_DEBUG_TIMEOUT", "10"))
+    return place.seconds("SHARDTENSOR_DEBUG_TIMEOUT", 10.0)
 
 
 @contextmanager

@@ -82,6 +82,19 @@ def _number(
     return found
 
 
+def seconds(name: str, default: float) -> float:
+    """A variable of this library that is a number of seconds."""
+    text = os.environ.get(name, "").strip()
+    try:
+        found = float(text or default)
+    except ValueError:
+        found = -1.0
+    # also nan
+    if not found > 0:
+        raise ValueError(f"{name}={text!r}: a number of seconds above 0 is expected")
+    return found
+
+
 def _meeting_point(launcher: str, ranks: int, env: Mapping[str, str]) -> tuple[str, int]:
     address, port = env.get("MASTER_ADDR"), None
     if env.get("MASTER_PORT") and (ranks > 1 or env["MASTER_PORT"] != "0"):

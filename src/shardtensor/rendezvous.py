@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from .place import Place
+from .place import seconds as seconds_of
 from .waiting import say
 
 # seconds: ranks of one host start together, those of many may not
@@ -23,17 +24,9 @@ _starts = itertools.count()
 
 def limit(here: Place) -> float:
     """Seconds that ranks wait: SHARDTENSOR_INIT_TIMEOUT, else 25 on one host and 300 on many."""
-    text = os.environ.get("SHARDTENSOR_INIT_TIMEOUT")
-    if text:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(
-                f"SHARDTENSOR_INIT_TIMEOUT={text!r}: a number of seconds is expected"
-            ) from None
     one = here.address in ("localhost", "127.0.0.1", "::1")
     one = one or os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks)
-    return _ONE_HOST if one else _HOSTS
+    return seconds_of("SHARDTENSOR_INIT_TIMEOUT", _ONE_HOST if one else _HOSTS)
 
 
 def met(here: Place) -> dist.Store:

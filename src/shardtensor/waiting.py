@@ -22,10 +22,11 @@ import torch
 
 from . import _probe
 from .comm import groups
+from .place import seconds
 from .where import call_of_user
 
 # seconds in one collective until a rank asks, and until it asks again
-LONG = float(os.environ.get("SHARDTENSOR_WAIT", "10"))
+LONG = seconds("SHARDTENSOR_WAIT", 10.0)
 _AGAIN = (1.0, 6.0, 36.0)
 # seconds that ranks have for an answer
 _ANSWER = 2.0
@@ -127,6 +128,9 @@ class Look:
         if seen is None or seen != self.seen:
             self.seen, self.since, self.asked, self.doomed = seen, now, 0, None
         if self.store.check([f"ask/{self.round}"]):
+            if seen is not None and now - self.since > self._limit() / 2 and not self.doomed:
+                # whoever asked tells of this rank, too
+                self.asked += 1
             self._answer(now)
         elif seen is not None and now - self.since > self._limit() and self.speaks is None:
             self.asked += 1
@@ -158,11 +162,14 @@ class Look:
                 states[r] = {"left": True}
             elif self.store.check([f"at/{number}/{r}"]):
                 states[r] = json.loads(self.store.get(f"at/{number}/{r}"))
-        mine = states[self.rank]
-        if not mine.get("seconds") or not late(self.rank, mine, states):
+        # this rank, or one that it tells of
+        order = sorted(states, key=lambda r: (r != self.rank, r))
+        waits = [r for r in order if states[r].get("seconds", 0.0) > LONG / 2]
+        subject = next((r for r in waits if late(r, states[r], states)), None)
+        if subject is None:
             return ""
         stuck = doomed(states)
-        text = told(self.rank, states, self.ranks)
+        text = told(subject, states, self.ranks)
         if stuck and stuck == self.doomed:
             return f"ranks wait for each other for ever: {text}"
         self.doomed = stuck or None
