@@ -59,7 +59,10 @@ def met(here: Place) -> dist.Store:
             break
         if (not told and time.monotonic() > end - seconds + _SAY) or time.monotonic() > end:
             missing = [r for r in range(here.ranks) if not known.check([f"came/{r}"])]
-            told = _waited(here, missing, end, seconds, told)
+            try:
+                told = _waited(here, missing, end, seconds, told)
+            except RuntimeError as e:
+                known.set("wrong", str(e))
         time.sleep(0.02)
     if known.check(["wrong"]):
         text = known.get("wrong").decode()
@@ -70,7 +73,7 @@ def met(here: Place) -> dist.Store:
             if time.monotonic() > until:
                 break
             time.sleep(0.02)
-        raise ValueError(text)
+        raise RuntimeError(text) if "SHARDTENSOR_INIT_TIMEOUT" in text else ValueError(text)
     return store
 
 
