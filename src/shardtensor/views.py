@@ -59,7 +59,9 @@ def _settle(x: ShardTensor, op: str) -> None:
         )
     whole = reduced(x)
     stands_for_view(whole._local, x._local, op)
-    x._local, x._spec = whole._local, whole._spec
+    # torch lets nobody write to one of several results of a Function
+    x._local = whole._local.clone() if whole._local.requires_grad else whole._local
+    x._spec = whole._spec
 
 
 # copies that are written back ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import comm
@@ -150,6 +151,27 @@ def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, .
     if n == 0:
         return _parts(input, d, [0] * chunks)
     return _parts(input, d, _even(n, -(-n // chunks)))
+
+
+@rule("tensor_split")
+def tensor_split(
+    input: Tensor, indices_or_sections: Any = None, dim: int = 0, *, indices: Any = None,
+    sections: Any = None, tensor_indices_or_sections: Any = None,
+) -> Any:  # fmt: skip
+    """At indices, or into a number of sections; either may be a tensor."""
+    given = (indices_or_sections, indices, sections, tensor_indices_or_sections)
+    at = next(g for g in given if g is not None)
+    at = at.tolist() if isinstance(at, Tensor) else at
+    if not isinstance(input, ShardTensor):
+        return torch.tensor_split(input, at, dim)
+    d = _index(dim, input.ndim)
+    n = input.shape[d]
+    if not isinstance(at, int):
+        ends = zip([0, *at], [*at, n], strict=True)
+        return tuple(sliced(input, d, *span(a, b, 1, n)) for a, b in ends)
+    if at <= 0:
+        raise RuntimeError(f"number of sections must be larger than 0, got {at}")
+    return _parts(input, d, [n // at + (i < n % at) for i in range(at)])
 
 
 # the same as copies, which may be written to ------------------------------------------------------
