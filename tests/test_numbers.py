@@ -129,6 +129,43 @@ def test_logsumexp_of_rows_without_weight():
     T.hold(lambda x: x.logsumexp(1), [torch.complex(x, x)], [T.shard(1, (1, 3))], (2,))
 
 
+def test_the_slope_of_the_largest_of_all_is_shared_by_what_is_nan():
+    y = x.clone()
+    y[1, 2], y[4, :2] = math.nan, math.nan
+    for fn in (torch.max, torch.min):
+        for place in (ON, T.replicated()):
+            T.hold(lambda x, f=fn: f(x) + f(x[:1]), [y], [place], N)
+    T.hold(lambda x: torch.nanmean(x * math.nan + x, 0), [y], [ON], N)
+
+
+@pytest.mark.parametrize("fn", [
+    lambda x, y: x // y, lambda x, y: x % y, lambda x, y: 3 % y, torch.fmod,
+    lambda x, y: torch.div(x, y, rounding_mode="floor"), lambda x, y: F.one_hot(x - 1, 5),
+])  # fmt: skip
+def test_an_integer_that_one_rank_cannot_take_is_refused_on_every_rank(fn):
+    a, b = torch.arange(6), torch.arange(-5, 1)
+    with pytest.raises(RuntimeError):
+        fn(a, b)
+
+    def on_rank():
+        mesh = T.make_mesh((3,))
+        y = st.distribute_tensor(a, mesh, [Shard(0)])
+        with pytest.raises(RuntimeError):
+            fn(y, st.distribute_tensor(b, mesh, [Shard(0)]))
+        return True
+
+    assert all(st.simulate(3, on_rank))
+
+
+def test_shapes_of_nothing():
+    for fn in (
+        lambda x: torch.topk(x, 2, 1)[0], lambda x: torch.kthvalue(x, 1, 1)[0], lambda x: x.sort(1)[0],
+        lambda x: F.group_norm(x.mT[..., None], 1), lambda x: F.scaled_dot_product_attention(x, x, x),
+    ):  # fmt: skip
+        T.hold(fn, [torch.zeros(0, 3, dtype=D)], [T.shard(1, (0, 3))], (2,))
+    T.hold(F.scaled_dot_product_attention, [torch.zeros(2, 0, dtype=D)] * 3, [T.shard(0)] * 3, (2,))
+
+
 def second(fn):
     """fn with the gradient of its gradient, which is a function as well."""
 

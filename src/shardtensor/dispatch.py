@@ -32,7 +32,6 @@ _PLAIN_DUNDER |= {"abs", "getitem", "setitem", "pos"}
 _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 # elementwise, though torch does not tag them so
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
-_UNTAGGED |= {"masked_fill", "masked_fill_"}
 # they change what the tensor looks like, not what it holds
 _IN_PLACE_VIEWS = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 # attributes of the local tensor that are those of the whole
@@ -92,9 +91,7 @@ def _resolve(func: Any) -> Handler:
         raise UnsupportedOpError(f"setting the attribute {func.__self__.__name__} of a ShardTensor")
     elif _torch.is_python_function(func):
         return _opened(func)
-    elif name in _UNTAGGED or (
-        packet is not None and _torch.is_pointwise(packet) and not _torch.is_random(packet)
-    ):
+    elif name in _UNTAGGED or _elementwise(name, packet):
         from .rules.pointwise import pointwise
 
         handler = pointwise
@@ -114,6 +111,13 @@ def _resolve(func: Any) -> Handler:
 def _has_rule(packet: Any) -> bool:
     """Whether there is a rule for an overload of an aten op."""
     return packet is not None and any(getattr(packet, o) in rules for o in packet.overloads())
+
+
+def _elementwise(name: str, packet: Any) -> bool:
+    """Whether torch tags the op so, or the one that returns a new tensor."""
+    packets = (packet, _torch.aten_packet(name[:-1]) if name.endswith("_") else None)
+    found = [p for p in packets if p is not None]
+    return any(map(_torch.is_pointwise, found)) and not any(map(_torch.is_random, found))
 
 
 def _splits_up(packet: Any) -> bool:

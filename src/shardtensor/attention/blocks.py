@@ -86,9 +86,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask) of a block, given out and `settled` sums over all keys."""
     kernel = None if mask_grad else _fused(q, k, v, mask, rule)
-    if kernel is None:
-        return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
     lse = sums[0] + sums[1].log()
+    if kernel is None:
+        if not rule.exact:
+            sums = torch.stack((lse, torch.ones_like(lse)))
+        return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
     rows = coarse_rows(sums[0]) if rule.exact else None
     if rows is not None:
         lse = lse.index_fill(2, rows, inf)

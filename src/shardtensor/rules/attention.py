@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
         return wrap(out, p.spec)
     lead = p.spec.local_shape[:-2]
     q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
     if is_causal and _zigzags(p, mask is None and not dropout_p):
         sizes = p.keys.sizes

@@ -16,7 +16,7 @@ from ..redistribute import reduced
 from ..registry import handlers, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .pointwise import function_rule, pointwise
+from .pointwise import check_number, function_rule, pointwise
 from .rows import indexed
 from .shape import many
 
@@ -46,6 +46,8 @@ def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor
 
 @rule("new_full")
 def new_full(input: ShardTensor, size: Any, fill_value: Any, **kwargs: Any) -> ShardTensor:
+    check_number(input, fill_value, kwargs.get("dtype"))
+
     def make(shape: tuple[int, ...]) -> Tensor:
         return input._local.new_full(shape, fill_value, **kwargs)
 

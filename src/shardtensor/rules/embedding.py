@@ -10,11 +10,12 @@ from torch import Tensor
 from .. import comm
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
-from ..redistribute import fit
+from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
+from .agreed import agreed
 from .pointwise import function_rule
 
 
@@ -101,3 +102,21 @@ def embedding_renorm_(
     own = used[first : first + local.shape[0]].nonzero().flatten()
     torch.embedding_renorm_(local, own, max_norm, norm_type)
     return weight
+
+
+@rule("one_hot")
+def one_hot(input: ShardTensor, num_classes: int = -1) -> ShardTensor:
+    """Of sharded indices; of one that is out of range all ranks learn."""
+    x = reduced(input)
+    if num_classes == -1:
+        if not x.numel():
+            raise RuntimeError("Can not infer total number of classes from empty tensor.")
+        num_classes = int(x.max()) + 1
+    spec = x._spec
+    run = lambda: torch.nn.functional.one_hot(x._local, num_classes)  # noqa: E731
+    if x.device.type == "cpu":
+        why = "Class values must be non-negative and smaller than num_classes, on {0} other ranks."
+        local = agreed(run, spec, spec.varying, RuntimeError, why)
+    else:
+        local = run()
+    return wrap(local, spec.with_dims([*spec.dims, Dim(num_classes)]))

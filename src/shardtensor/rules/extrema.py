@@ -37,19 +37,29 @@ def _check(x: ShardTensor, dims: tuple[int, ...], name: str) -> None:
         raise IndexError(f"{name}(): Expected reduction dim to have non-zero size")
 
 
-def _extreme(input: ShardTensor, dim: Dims, keepdim: bool, largest: bool) -> Tensor:
-    """amax or amin; the gradient is shared evenly by all that tie, on whatever rank."""
+def _extreme(
+    input: ShardTensor, dim: Dims, keepdim: bool, largest: bool, nan_ties: bool = False
+) -> Tensor:
+    """amax or amin; the gradient is shared evenly by all that tie, on whatever rank.
+
+    nan_ties: NaNs tie with each other, as for max and min of all elements.
+    """
     x = reduced(input)
     dims = over(dim, x.ndim)
     name = "amax" if largest else "amin"
     _check(x, dims, name)
     fn = torch.amax if largest else torch.amin
     spec = without(x._spec, dims, keepdim)
+    one = torch.max if largest else torch.min
     if not axes_of(x._spec, dims):
-        return wrap(fn(x._local, dims, keepdim), spec)
-    best = fn(_filled(x._local, dims, largest), dims, True)
+        return wrap(one(x._local) if nan_ties else fn(x._local, dims, keepdim), spec)
+    filled = _filled(x._local, dims, largest)
+    best = one(filled).reshape([1] * x.ndim) if nan_ties else fn(filled, dims, True)
     if best.requires_grad:
-        ties = (x._local.detach() == best.detach()).sum(dims, keepdim)
+        same = x._local.detach() == best.detach()
+        if nan_ties:
+            same |= x._local.detach().isnan() & best.detach().isnan()
+        ties = same.sum(dims, keepdim)
         best = _best(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
     else:
         best = fn(stacked(best if keepdim else best.squeeze(dims), x._spec, dims), 0)
@@ -62,7 +72,7 @@ def _best(part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any
     both = stacked(torch.stack((part.to(dtype), ties.to(dtype))), spec, dims)
     parts, n = both[:, 0], both[:, 1].detach()
     best = fn(parts.detach(), 0)
-    n = torch.where(parts.detach() == best, n, 0)
+    n = torch.where((parts.detach() == best) | (parts.detach().isnan() & best.isnan()), n, 0)
     share = n / n.sum(0)
     mean = torch.where(n > 0, parts * share, 0).sum(0)
     # the mean of equal numbers may differ from them by a rounding, unless they are infinite
@@ -133,7 +143,7 @@ def _max_or_min(
 ) -> Any:  # fmt: skip
     dim = axis if dim is None else dim
     if dim is None:
-        return _extreme(input, None, False, largest)
+        return _extreme(input, None, False, largest, True)
     kind = torch.return_types.max if largest else torch.return_types.min
     return kind(_along(input, dim, keepdim, largest))
 

@@ -296,12 +296,13 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check_writable(x, "x[...] = ")
     if not isinstance(value, Tensor):
         # as torch converts a number for this; a fill, an index_put and a new tensor each differ
-        one = x._local.new_empty(())
-        one[...] = value
-        value = one
-    one = value.numel() == 1
-    if isinstance(index, Tensor) and index.dtype is torch.bool and one:
-        mask = index.reshape(*index.shape, *[1] * (x.ndim - index.ndim))
+        number = x._local.new_empty(())
+        number[...] = value
+        value = number
+    if isinstance(index, Tensor) and index.dtype is torch.bool and value.numel() == 1:
+        if not index.ndim:
+            _same_dtype(x, value)
+        mask = index.reshape((*index.shape, *[1] * (x.ndim - index.ndim)))
         x.masked_fill_(mask, value.reshape(()))
         return
     entries = _entries(index, x.ndim)
@@ -311,11 +312,7 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "out, or use torch.where"
         )
     if any(isinstance(e, Tensor) for e in entries):
-        if value.dtype != x.dtype:
-            raise RuntimeError(
-                "Index put requires the source and destination dtypes match, got "
-                f"{x.dtype} for the destination and {value.dtype} for the source."
-            )
+        _same_dtype(x, value)
         _set_at(x, entries, value)
         return
     # one row of a sharded dim stays as a range, which leaves other ranks with nothing to write
@@ -329,6 +326,14 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             single.append(not whole)
     part, _ = _basic(x, ranges)
     part.copy_(_with_dims_of_one(value, single))
+
+
+def _same_dtype(x: Tensor, value: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise RuntimeError(
+            "Index put requires the source and destination dtypes match, got "
+            f"{x.dtype} for the destination and {value.dtype} for the source."
+        )
 
 
 def _set_at(x: ShardTensor, entries: list[Any], value: Tensor) -> None:

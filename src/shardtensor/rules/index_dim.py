@@ -60,7 +60,12 @@ def _rows_written(
 
 @rule("index_add")
 def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
-    source = source if alpha == 1 else source * alpha
+    # as torch converts it, to the dtype of the source
+    source = (
+        source
+        if alpha == 1
+        else source * torch.full((), alpha, dtype=source.dtype, device=source.device)
+    )
     return _rows_written("index_add", input, dim, index, source, None)
 
 

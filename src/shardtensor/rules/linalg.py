@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch, comm
 from ..fallback import fall_back
 from ..redistribute import aside, fit, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from .agreed import agreed
 from .empty import cut, some
 from .pointwise import align, function_rule
 
@@ -143,34 +143,6 @@ def _meet(
         for x, c in zip(operands, letters, strict=True)
     ]
     return spec, free, [(*w, *e) for w, e in zip(wanted, ends, strict=True)]
-
-
-def agreed(
-    run: Callable[[], Any],
-    spec: Spec,
-    varying: tuple[int, ...],
-    error_type: type[RuntimeError] = torch.linalg.LinAlgError,
-    what: str = "the matrices of {0} other ranks, the first of them number {1}, cannot be factored",
-) -> Any:
-    """run(), where an error of one rank is raised on all: a matrix may be singular on one only.
-
-    The ranks tell each other in one small all-gather; not in traced graphs.
-    """
-    if not varying or _torch.is_tracing():
-        return run()
-    error, found = None, None
-    try:
-        found = run()
-    except error_type as e:
-        error = e
-    like = torch.empty(0, device=spec.mesh.device_type)
-    failed = comm.counts(int(error is not None), like, comm.group(spec.mesh, varying))
-    if error is not None:
-        raise error
-    if any(failed):
-        first = next(i for i, f in enumerate(failed) if f)
-        raise error_type(what.format(sum(failed), first))
-    return found
 
 
 def _register(signature: str, names: tuple[str, ...]) -> None:

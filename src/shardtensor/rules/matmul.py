@@ -80,6 +80,11 @@ def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
     if not (product.is_floating_point() or product.is_complex()):
         kind = bool if product.dtype is torch.bool else int
         beta, alpha = kind(beta), kind(alpha)
+    elif not product.is_complex() and (isinstance(beta, complex) or isinstance(alpha, complex)):
+        raise RuntimeError("a complex factor of a real product: value cannot be converted")
+    shapes = input.shape, product.shape
+    if shapes[0] != shapes[1] and torch.broadcast_shapes(*shapes) != shapes[1]:
+        raise RuntimeError(f"a product of shape {tuple(shapes[1])} plus one of {tuple(shapes[0])}")
     product = product if alpha == 1 else product * alpha
     if beta == 0:
         return product

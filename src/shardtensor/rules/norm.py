@@ -212,6 +212,8 @@ def group_norm(
             f"group_norm: {channels.size} channels cannot be divided into {num_groups} groups"
         )
     local = autocast(local, lambda z: torch.group_norm(z, 1))
+    if not channels.size:
+        return x
     width = channels.size // num_groups
     aligned = all(start % width == 0 for start in channels.offsets)
     dims = tuple(range(2, len(spec.dims)))

@@ -46,6 +46,8 @@ def pad(
     value: float | None = None,
 ) -> ShardTensor:
     """F.pad in every mode; a negative number of rows crops."""
+    if isinstance(value, complex):
+        raise TypeError("pad(): argument 'value' (position 4) must be float, not complex")
     return _pad(input, pad, mode, value)
 
 
@@ -54,8 +56,6 @@ def _pad(
 ) -> ShardTensor:
     x = reduced(input)
     pad = tuple(int(n) for n in amounts)
-    if isinstance(value, complex):
-        raise TypeError("pad(): argument 'value' (position 4) must be float, not complex")
     if value and any(pad):
         # a value that the dtype cannot hold is an error on ranks that pad nothing, too
         torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)

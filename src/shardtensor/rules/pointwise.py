@@ -20,6 +20,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
 from . import labels
+from .agreed import agreed
 
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,11 +129,29 @@ def function_rule(*names: str) -> Any:
     return register
 
 
+@function_rule("div", "div_")
+def div(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return divided(func, args, kwargs) if kwargs else pointwise(func, args, kwargs)
+
+
 @function_rule("floor_divide", "floor_divide_", "remainder", "remainder_", "fmod", "fmod_")
 def divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A rank without elements meets the error of an integer divided by zero as the others do."""
-    x, by = (*args, *kwargs.values())[:2]
-    if isinstance(x, ShardTensor) and isinstance(by, int) and x.numel() and not x._local.numel():
+    """An integer divided by zero is an error on CPUs: on every rank, whichever has the zero."""
+    given = (*args, *(kwargs[k] for k in ("input", "self", "other") if k in kwargs))[:2]
+    x, by = given[0], given[-1]
+    cut = next(t for t in given if isinstance(t, ShardTensor))
+    if cut.is_floating_point() or cut.device.type != "cpu" or not cut._spec.varying:
+        return pointwise(func, args, kwargs)
+    if isinstance(by, Tensor):
+        spec, _ = align(*(t for t in given if isinstance(t, Tensor)))
+        run = lambda: pointwise(func, args, kwargs)  # noqa: E731
+        return agreed(run, spec, spec.varying, RuntimeError, "ZeroDivisionError on {0} other ranks")
+    if (
+        isinstance(by, int)
+        and x.numel()
+        and not x._local.numel()
+        and kwargs.get("rounding_mode", "floor")
+    ):
         torch.fmod(x._local.new_ones(1), by)
     return pointwise(func, args, kwargs)
 
@@ -144,6 +163,14 @@ def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
         return places(*args, *kwargs.values())
     return pointwise(func, args, kwargs)
+
+
+def check_number(x: Tensor, value: Any, dtype: torch.dtype | None = None) -> None:
+    """Raise as torch does for a number that halves cannot hold; one element alone it fills."""
+    dtype = dtype or x.dtype
+    halves = dtype in (torch.float16, torch.bfloat16) and isinstance(value, int | float)
+    if halves and torch.finfo(dtype).max < abs(value) < float("inf") and x.numel() > 1:
+        torch.empty(2, dtype=dtype).fill_(value)
 
 
 # ops that keep every element in place and depend on nothing else
@@ -170,6 +197,8 @@ def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def like_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new tensor that lies as x; where x is addends, whole on each rank."""
     x = args[0] if args else kwargs.pop("input")
+    if func.__name__.startswith("full_like"):
+        check_number(x, args[1] if len(args) > 1 else kwargs["fill_value"], kwargs.get("dtype"))
     return wrap(func(x._local, *args[1:], **kwargs), x._spec.cotangent)
 
 
@@ -186,6 +215,8 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(x, *rest, **kwargs)
     if is_in_place(func):
         check_writable(args[0], func.__name__)
+        if func.__name__.startswith("fill_"):
+            check_number(x, rest[0] if rest else kwargs["value"])
         func(args[0]._local, *rest, **kwargs)
         return args[0]
     local = func(x._local, *rest, **kwargs)

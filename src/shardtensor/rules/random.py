@@ -15,7 +15,7 @@ from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
-from .linalg import agreed
+from .agreed import agreed
 from .pointwise import align, function_rule
 
 

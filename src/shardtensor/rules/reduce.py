@@ -120,7 +120,9 @@ def mean(
 
 @rule("nansum")
 def nansum(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    return torch.where(input.isnan(), 0, input).sum(over(dim, input.ndim), keepdim, dtype=dtype)
+    # a slope of zero times what comes, as in torch: a gradient that is NaN stays so
+    kept = torch.where(input.isnan(), input.nan_to_num(0.0, 0.0, 0.0), input)
+    return kept.sum(over(dim, input.ndim), keepdim, dtype=dtype)
 
 
 @rule("prod")

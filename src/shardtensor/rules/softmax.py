@@ -21,6 +21,8 @@ from .reduce import over, wide
 def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     x = reduced(input)
     dims = over(dim, x.ndim)
+    if x.is_complex() and dtype is None:
+        raise NotImplementedError(f"softmax not implemented for {x.dtype}")
     if not dims or not x._spec.dims[dims[0]].axes:
         return wrap(fn(x._local, dim, dtype=dtype), x._spec)
     # what torch would give, under autocast too

@@ -84,12 +84,16 @@ def _position(found: Tensor, at: Tensor, right: bool) -> Tensor:
 
 
 def cut_at(input: Tensor, dim: int) -> tuple[ShardTensor, int | None]:
-    """(input without addends, the dim if it lies in several shards that hold elements)."""
+    """(input without addends, the dim if it lies in several shards and has elements)."""
     assert isinstance(input, ShardTensor)
     x = reduced(input)
     for d in over(dim, x.ndim):
-        if len(x._spec.dims[d].sizes) > 1 and x.numel():
-            return x, d
+        if len(x._spec.dims[d].sizes) > 1:
+            if x.numel():
+                return x, d
+            # made whole, which sends nothing
+            dims = [Dim(n.size) if i == d else n for i, n in enumerate(x._spec.dims)]
+            x = to_dims(x, dims)
     return x, None
 
 

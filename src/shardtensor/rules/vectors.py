@@ -75,7 +75,7 @@ def vander(x: ShardTensor, *, N: int | None = None) -> ShardTensor:
 def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     """Slices along dim scaled down to the norm maxnorm where theirs is larger."""
     (d,) = over(dim, input.ndim)
-    if input.ndim < 2 or p <= 0 or maxnorm < 0:
+    if input.ndim < 2 or p <= 0 or not maxnorm >= 0:
         return fall_back(torch.renorm, (input, p, dim, maxnorm), {})
     others = [i for i in range(input.ndim) if i != d]
     halves = input.dtype in (torch.float16, torch.bfloat16)
