@@ -166,6 +166,9 @@ def _rows(rng: random.Random) -> Placed:
         row = x.movedim(rng.randrange(x.ndim), 0)[rng.randrange(2)]
         row[..., : rng.randint(1, row.shape[-1])] = value
     name = rng.choice(list(ROWS))
+    if name == "var_mean":
+        # the mean that torch takes beside a variance depends on the order of its steps
+        x = x.nan_to_num(0.0, 0.0, 0.0)
     # slopes at infinite elements are what a formula makes of infinity by infinity
     steep = any(n in name for n in ("prod", "var", "std", "renorm")) and not x.isfinite().all()
     given = [x] if steep else _grads(rng, x)
