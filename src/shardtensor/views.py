@@ -140,7 +140,7 @@ def writing(handler: Handler, name: str) -> Handler:
         x = args[0]
         if x._spec.partial:
             _settle(x, name)
-        if name != "setitem":
+        if name not in ("setitem", "fill_", "zero_"):
             # which writes to a part of x in turn
             _check_overlap(x, (*args[1:], *kwargs.values()), name)
         family = family_of(x._local)
