@@ -34,8 +34,6 @@ _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract"
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
 # they change what the tensor looks like, not what it holds
 _IN_PLACE_VIEWS = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
-# whose rules know what to do with a plain tensor that they write to
-_KNOWS_PLAIN = {"setitem", "embedding_renorm_"}
 # attributes of the local tensor that are those of the whole
 _LOCAL_ATTRIBUTES = {
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
@@ -106,7 +104,8 @@ def _resolve(func: Any) -> Handler:
     writes = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     if writes and name not in _IN_PLACE_VIEWS:
         handler = writing(handler, name)
-        handler = handler if name in _KNOWS_PLAIN or "foreach" in name else _onto(handler)
+        alone = getattr(rules.get(name), "takes_plain", False) or "foreach" in name
+        handler = handler if alone else _onto(handler)
     return _counted(handler, name, writes)
 
 

@@ -41,3 +41,9 @@ def rule(*keys: Any) -> Callable[[F], F]:
         return fn
 
     return register
+
+
+def takes_plain(fn: F) -> F:
+    """Mark the rule of an in-place op that writes what is sharded into a plain tensor by itself."""
+    fn.takes_plain = True  # type: ignore[attr-defined]
+    return fn

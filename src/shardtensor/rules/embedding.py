@@ -11,7 +11,7 @@ from .. import comm
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
 from ..redistribute import fit, reduced
-from ..registry import rule
+from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
@@ -79,6 +79,7 @@ def _kept(weight: Tensor, indices: Spec) -> tuple[Dim, Dim]:
 
 
 @rule("embedding_renorm_")
+@takes_plain
 def embedding_renorm_(
     weight: Tensor, indices: Tensor, max_norm: float, norm_type: float = 2.0
 ) -> Tensor:

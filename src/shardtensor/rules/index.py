@@ -12,7 +12,7 @@ from ..adopt import adopt
 from ..errors import UnsupportedOpError
 from ..fallback import fall_back
 from ..redistribute import fit, like, reduced, replicate, to_dims
-from ..registry import rule
+from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..views import check_writable
@@ -233,6 +233,7 @@ def index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = Fa
 
 
 @rule("index_put_", "_index_put_impl_")
+@takes_plain
 def index_put_(
     input: Tensor, indices: Any, values: Tensor, accumulate: bool = False, unsafe: bool = False
 ) -> Tensor:
@@ -271,6 +272,7 @@ def in_place(fn: Any) -> None:
     name = f"{fn.__name__}_"
 
     @rule(name)
+    @takes_plain
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         before = input
         if "reduce" in name and torch.is_grad_enabled():
@@ -283,6 +285,7 @@ def in_place(fn: Any) -> None:
 
 
 @function_rule("setitem")
+@takes_plain
 def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Assignment to slices, rows, masks and tensors of indices."""
     x, index, value = args
