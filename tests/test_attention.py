@@ -1,9 +1,12 @@
 """Ring attention: what travels and is kept, what is refused, dropout, compiled."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import _torch
@@ -124,16 +127,58 @@ def test_cuda_kernels_take_their_arguments():
 # what is refused, and randomness ------------------------------------------------------------------
 
 
-def second():
+def second(drop):
     mesh = T.make_mesh((2,))
     x = st.distribute_tensor(q, mesh, [Shard(2)]).requires_grad_()
-    (g,) = torch.autograd.grad(sdpa(x, x, x).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+    (g,) = torch.autograd.grad(sdpa(x, x, x, None, drop).sum(), x, create_graph=True)
+    with pytest.raises(st.UnsupportedOpError, match="second derivative of attention"):
         g.square().sum().backward()
 
 
-def test_second_derivative_is_refused():
-    st.simulate(2, second)
+def test_second_derivative_with_dropout_is_refused():
+    st.simulate(2, second, 0.5)
+
+
+def penalty(*args, **options):
+    out = sdpa(*args, **options)
+    wanted = [x for x in args if x is not None and x.requires_grad]
+    return out, *torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
+
+
+def test_second_derivatives():
+    torch.manual_seed(3)
+    with sdpa_kernel(SDPBackend.MATH):
+        for cut in ((3, 4), (1, 4, 0, 2)):
+            place, n = T.shard(2, cut), (len(cut),)
+            x = torch.randn(3, 2, 2, 7, 4, dtype=D)
+            mask = torch.randn(2, 7, 7, dtype=D).masked_fill(torch.rand(7, 7) < 0.4, -math.inf)
+            mask[:, 2] = torch.finfo(D).min
+            T.hold(penalty, [*x, mask], [place] * 3 + [None], n)
+            T.hold(penalty, [*x, mask > 0], [None, place, place, None], n, rtol=1e-11)
+            T.hold(penalty, [x[0], *x[1:, :, :1]], [place] * 3, n, kwargs={"enable_gqa": True})
+            for kind in ("ring", "zigzag", "all_to_all")[: 4 - n[0] // 2]:
+                with strategy(kind):
+                    T.hold(penalty, x, [place] * 3, n, kwargs={"is_causal": True})
+        both = T.On([Shard(2), Shard(2)], {2: [3, 0, 2, 2]})
+        T.hold(penalty, x, [T.On([Shard(2), Replicate()]), both, both], (2, 2))
+
+
+def empty_part(x):
+    mesh = T.make_mesh((2,))
+    y = [st.distribute_tensor(a, mesh, [Shard(0)], sizes={0: (2, 0)}) for a in x]
+    _, g = penalty(y[0].requires_grad_(), *y[1:])
+    with pytest.raises(RuntimeError, match="not implemented"):
+        g.sum().backward()
+
+
+def test_second_derivative_where_a_rank_has_no_samples():
+    """Ranks with samples and without take one kernel of torch's, and return or raise alike."""
+    x = torch.randn(3, 2, 2, 5, 4, dtype=D, generator=torch.Generator().manual_seed(4))
+    with sdpa_kernel(SDPBackend.MATH):
+        mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+        T.hold(penalty, [*x, mask], [T.shard(0, (2, 0))] * 4, (2,))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        st.simulate(2, empty_part, x)
 
 
 def refusals():

@@ -7,7 +7,8 @@ keys for the same queries: their results are merged at the end by two all-reduce
 
 Backward recomputes the scores block by block from the merged sums. Gradients of a block of
 keys travel along with it, and from the last rank that needs it straight home. Memory is that of
-some blocks (at most 28 of one rank's queries were measured), whatever the number of ranks.
+some blocks (at most 28 of one rank's queries were measured), whatever the number of ranks. A
+backward that is itself recorded (create_graph=True) holds all keys instead.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..comm import groups, wire
 from ..comm.ops import define
+from ..errors import UnsupportedOpError
 from .blocks import Merge, Rule, backward, dead_rows, forward, relative, settled, wide
 from .plan import Spans, hops, per_rank, pieces
+from .twice import Piece, attend_plainly
 
 Span = tuple[int, int]
 
@@ -86,6 +90,19 @@ class _Ring:
                     seed = self._seed(block, len(found))
                     rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
                     found.append((_moved(p.rows, row), _moved(p.keys, key), rule))
+                key += keys
+            row += rows
+        return found
+
+    def whole_pieces(self) -> list[Piece]:
+        """What this rank's rows see of the keys of all ranks."""
+        found, row = list[Piece](), 0
+        for first, rows in per_rank(self.n, self.q_starts, self.q_sizes)[self.me]:
+            key = 0
+            for start, keys in (span for block in self._blocks for span in block):
+                for p in pieces(rows, keys, first - start if self.causal else None):
+                    (a, b), (c, d) = p.rows, p.keys
+                    found.append((row + a, b - a, key + c, d - c, p.triangle))
                 key += keys
             row += rows
         return found
@@ -286,19 +303,43 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.rest = inputs[4:-1]
+    ctx.rest, ctx.merged = inputs[4:-1], inputs[-1]
 
 
 def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     mask_grad = ctx.needs_input_grad[3]
+    ring = _Ring.of(*ctx.rest)
+    if torch.is_grad_enabled() and not _torch.is_tracing() and not ring.drop:
+        return *_recorded(ctx, g, ring), *[None] * 12
     *grads, dmask = backward_op(g, *ctx.saved_tensors, mask_grad, *ctx.rest)
     return *grads, dmask if mask_grad else None, *[None] * 12
 
 
+def _recorded(ctx: Any, g: Tensor, ring: _Ring) -> list[Tensor | None]:
+    """Gradients that have gradients themselves."""
+    # nodes of their own: one operand may be the other, or be made from it
+    given = [None if x is None else x.view_as(x) for x in ctx.saved_tensors[:4]]
+    q, k, v, mask = given
+    assert q is not None and k is not None and v is not None
+    part = mask
+    if mask is not None and mask.shape[-1] > 1:
+        blocks = (ring.mask(mask, r, (0, q.shape[2]), (0, ring.keys(r))) for r in range(ring.n))
+        part = torch.cat([x for x in blocks if x is not None], -1)
+    out = attend_plainly(
+        q, k, v, part, held=[ring.keys(r) for r in range(ring.n)], pieces=ring.whole_pieces(),
+        scale=ring.scale, group=ring.group, merged=ctx.merged,
+    )  # fmt: skip
+    needs = ctx.needs_input_grad[:4]
+    wanted = [x for x, need in zip(given, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
 def _no_second(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "the second derivative of attention over sharded keys (torch's fused kernels have none "
-        "either); redistribute the keys to Replicate, under sdpa_kernel(SDPBackend.MATH)"
+    raise UnsupportedOpError(
+        "the second derivative of attention over sharded keys, compiled or with dropout; leave it "
+        "out of st.compile, take dropout_p=0, or redistribute the keys to Replicate, under "
+        "sdpa_kernel(SDPBackend.MATH)"
     )
 
 
@@ -337,7 +378,8 @@ def attend(
     group: str,
     merged: str,
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v over the keys of all ranks; differentiable once.
+    """softmax(scale q k^T + mask) v over the keys of all ranks; twice without
+    dropout.
 
     q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
     from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of each

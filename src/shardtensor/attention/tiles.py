@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
 from ..comm.ops import define
+from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, wide
 
 # entries of a tile's mask
@@ -247,7 +248,9 @@ def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError("the second derivative of compiled neighbourhood attention")
+    raise UnsupportedOpError(
+        "the second derivative of compiled neighbourhood attention; leave it out of st.compile"
+    )
 
 
 _INTEGERS = "int[] windows, int[] starts, float scale"

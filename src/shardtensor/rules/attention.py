@@ -38,6 +38,7 @@ from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from .attention_plan import NAME, Dims, Known, Plan, cut_alike, dims_of, plan, spans
+from .empty import stock
 
 
 @rule(NAME)
@@ -76,10 +77,15 @@ def scaled_dot_product_attention(
         return _by_heads(p, (query, key, value), dealt, {"is_causal": is_causal, **options})
     q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
     assert q is not None and k is not None and v is not None
-    if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p or q.numel() == 0):
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p):
+
+        def local(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
+        shape = p.spec.local_shape
+        out = local(q, k, v, mask) if shape.numel() else stock(local, shape, q, k, v, mask)
         return wrap(out, p.spec)
     lead = p.spec.local_shape[:-2]
     q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
