@@ -24,3 +24,19 @@ def install(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         return forward(ctx, around(function), *args)
 
     reentrant.forward = staticmethod(run)
+
+
+def install_inputs(apart: Callable[[Any], tuple[Any, Any]], joined: Callable[..., Any]) -> None:
+    """Let checkpoints keep apart(x)[0] for an input x, and recompute with joined(*apart(x))."""
+    frame = checkpoint._CheckpointFrame
+    save, get = frame.save_inputs, frame.get_inputs
+
+    def save_inputs(self: Any, *args: Any) -> None:
+        parts = [apart(a) for a in args]
+        self._shardtensor_rest = [rest for _, rest in parts]
+        save(self, *(kept for kept, _ in parts))
+
+    def get_inputs(self: Any) -> list[Any]:
+        return [joined(*pair) for pair in zip(get(self), self._shardtensor_rest, strict=True)]
+
+    frame.save_inputs, frame.get_inputs = save_inputs, get_inputs

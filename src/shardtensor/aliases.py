@@ -19,6 +19,7 @@ from .errors import UnsupportedOpError
 
 # by the storages that are stale; empty most of the time, so that reads cost one look
 stale: dict[int, _Stale] = {}
+_room = 64
 # (geometry of the base, {dim: (start, stop)}): which rows of its base a copy is
 Part = tuple[Any, dict[int, tuple[int, int]]]
 
@@ -83,11 +84,14 @@ class Family:
         """Make all pieces stale but the fresh ones and those of other parts."""
         writer = next((self.pieces[c] for c in fresh if c in self.pieces), None)
         for cdata, piece in list(self.pieces.items()):
-            if cdata in fresh or piece.storage.expired() or _disjoint(piece.part, part):
+            if cdata in fresh or piece.storage.expired():
                 continue
-            stale[cdata] = _Stale(piece, writer, op)
+            # of rows that keep their values too, as the views of a base have one version in torch
             piece.move_version()
+            if not _disjoint(piece.part, part):
+                stale[cdata] = _Stale(piece, writer, op)
         forget_dead()
+        _sweep()
 
 
 class _Stale:
@@ -98,6 +102,11 @@ class _Stale:
         self.writer = writer.made_by if writer is not None else ""
 
     def __str__(self) -> str:
+        if not self.piece.made_by and not self.writer:
+            return (
+                "partial sums are read, which were added up for another name of the same memory "
+                f"and then written to ({self.op}): redistribute to Replicate or Shard first"
+            )
         if self.piece.made_by:
             return (
                 f"the result of {self.piece.made_by}, which torch gives as a view, but which was "
@@ -105,8 +114,8 @@ class _Stale:
                 f"({self.op}): take it anew after the write, or .clone() it before"
             )
         return (
-            f"a tensor is read after a view of it ({self.writer or 'another'}), which was moved "
-            f"between ranks here, was written to ({self.op}): .clone() the view before the write, "
+            f"a tensor is read after a view of it ({self.writer}), which was moved between "
+            f"ranks here, was written to ({self.op}): .clone() the view before the write, "
             "or use the op that returns a new tensor"
         )
 
@@ -119,6 +128,16 @@ def forget_dead() -> None:
         stale.pop(cdata, None)
 
 
+def _sweep() -> None:
+    """Drop what is gone behind a stale tensor that lives on, now and then."""
+    global _room
+    if len(stale) >= _room:
+        for cdata, entry in list(stale.items()):
+            if entry.piece.storage.expired():
+                stale.pop(cdata, None)
+        _room = 2 * len(stale) + 64
+
+
 def refuse_stale(local: Tensor) -> None:
     """Raise UnsupportedOpError if the memory of a local tensor is stale."""
     entry = stale.get(local.untyped_storage()._cdata)
@@ -126,13 +145,26 @@ def refuse_stale(local: Tensor) -> None:
         raise UnsupportedOpError(str(entry))
 
 
+def refuse_copy(local: Tensor) -> None:
+    """Raise UnsupportedOpError for what a Function changed in place, if its base would miss the
+    gradient."""
+    if hasattr(local.untyped_storage(), "_shardtensor_back"):
+        raise UnsupportedOpError(
+            "an autograd.Function changes a view in place that was gathered from another tensor: "
+            "give it a .clone(), and assign the result"
+        )
+
+
 def family_of(local: Tensor) -> Family | None:
     """The family of a local tensor's storage."""
     return getattr(local.untyped_storage(), "_shardtensor_family", None)
 
 
-def relate(copy: Tensor, base: Tensor, op: str) -> Piece | None:
-    """Make `copy`, which stands for what torch's `op` gives as a view of `base`, of one family."""
+def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
+    """Make `copy`, which stands for what torch's `op` gives as a view of `base`, of one family.
+
+    op: "" where the copy is the base with its partial sums added up.
+    """
     if base.requires_grad and not (copy.requires_grad or torch.is_inference_mode_enabled()):
         # as of a view that was made without gradients
         copy.requires_grad_()

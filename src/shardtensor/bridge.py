@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
-from . import _probe, _torch
+from . import _checkpoint, _probe, _torch
+from .aliases import refuse_copy
 from .errors import UnsupportedOpError
 from .redistribute import cotangent, gradient
 from .registry import rules
@@ -50,6 +52,36 @@ class _Continue(torch.autograd.Function):
         return gradient(grad, ctx.spec), None, None
 
 
+class _Pass(torch.autograd.Function):
+    """As `_Continue`, of a Function's result that is a view of what it was given.
+
+    Autograd refuses writes to it, which the base would not learn of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        return local
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
+        return gradient(grad, ctx.spec), None, None
+
+
+class _Overwrite(torch.autograd.Function):
+    """As `_Continue`, of a tensor that the Function changed in place; its base and views follow."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, wrapper: ShardTensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        ctx.mark_dirty(local)
+        return local
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ShardTensor, None]:
+        return torch.zeros_like(grad), gradient(grad, ctx.spec), None
+
+
 def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if not any(isinstance(a, ShardTensor) for a in args):
         if _torch.is_tracing():
@@ -58,7 +90,7 @@ def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         _continue(out, {})
         return out
     function = call.__self__  # type: ignore[attr-defined]
-    if function in (_Attach, _Continue):
+    if function in (_Attach, _Continue, _Pass, _Overwrite):
         return call(*args)
     if function in rules:
         return rules[function](*args)
@@ -101,19 +133,30 @@ def _watch_saved(out: Any, passed: list[Any]) -> None:
     if node is None or not getattr(node, "_raw_saved_tensors", ()) or _torch.saving_elsewhere():
         return
     shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
-    versions = {x.untyped_storage()._cdata: x._version for x in shards if not x.is_inference()}
+    node._versions_of_shards = {
+        x.untyped_storage()._cdata: x._version for x in shards if not x.is_inference()
+    }
 
-    def check(_: Any) -> None:
-        for x in node.saved_tensors:
-            then = versions.get(_storage(x)) if isinstance(x, ShardTensor) else None
-            if then is not None and x._local._version != then:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: ShardTensor {list(x.shape)} is at version "
-                    f"{x._local._version}; expected version {then} instead"
-                )
 
-    node.register_prehook(check)
+_saved: Any = BackwardCFunction.saved_tensors
+
+
+def _unchanged(node: Any) -> Any:
+    """What a Function saved, each as it was then."""
+    found = _saved.__get__(node)
+    versions = node.__dict__.get("_versions_of_shards")
+    for x in found if versions else ():
+        then = versions.get(_storage(x)) if isinstance(x, ShardTensor) else None
+        if then is not None and x._local._version != then:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: ShardTensor {list(x.shape)} is at version "
+                f"{x._local._version}; expected version {then} instead"
+            )
+    return found
+
+
+BackwardCFunction.saved_tensors = property(_unchanged)  # type: ignore[assignment]
 
 
 def _storage(x: ShardTensor) -> int:
@@ -125,13 +168,26 @@ def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
         return tuple(_continue(o, sent) for o in out)
     if not isinstance(out, ShardTensor):
         return out
-    if _torch.c_grad_fn(out) is not None:
-        out._local = _Continue.apply(out, out._local, out._spec)
+    # marked dirty: the caller's tensor is the result
     source = sent.get(id(out))
-    if source is not None:
-        # marked dirty: the caller's tensor is the result
-        source._local = out._local
-    return out
+    if source is not None and source.is_leaf and source.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a leaf Variable that requires grad has been used in an in-place operation."
+        )
+    if _torch.c_grad_fn(out) is not None:
+        if source is not None:
+            refuse_copy(source._local)
+        if source is not None and source._local is out._local:
+            out._local = _Overwrite.apply(out._local, out, out._spec)
+        elif any(_storage(out) == _storage(x) for x in sent.values()):
+            out._local = _Pass.apply(out, out._local, out._spec)
+        else:
+            out._local = _Continue.apply(out, out._local, out._spec)
+    if source is None:
+        return out
+    # addends are added up by a write
+    source._local, source._spec = out._local, out._spec
+    return source
 
 
 def _local(x: Any) -> Any:
@@ -151,6 +207,11 @@ def _check_transform(x: Any) -> None:
         refuse_transforms()
 
 
+# C++ would keep the wrapper, which has neither version nor history there
+_checkpoint.install_inputs(
+    lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
+    lambda x, spec: x if spec is None else wrap(x, spec),
+)
 _torch.install_function_hook(_around)
 _torch.install_engine_hook(_roots, _local)
 _torch.install_ddp_hook(_local)

@@ -22,6 +22,8 @@ from .views import stands_for_view
 from .where import call_of_user
 
 DEFAULT_MAX_BYTES = 1 << 26
+# a library's collectives on one rank's rows, or on some ranks only
+_COLLECTIVE = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")
 
 
 class FallbackWarning(UserWarning):
@@ -55,6 +57,11 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=is_shard)
     sharded = [x for x in leaves if is_shard(x)]
     name = op_name(func)
+    if getattr(func, "namespace", "") in _COLLECTIVE:
+        raise UnsupportedOpError(
+            f"torch.distributed's {name} of a ShardTensor, whose value is whole and alike on all "
+            "ranks already: leave it out, or give x.full_tensor() or x.to_local()"
+        )
     _check(func, name, leaves, sharded, kwargs)
     _noted(name, sharded)
     # strides are meaningless but for the layout that the wrapper shows

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from . import comm
+from .aliases import relate
 from .comm.deferred import check_mesh
 from .errors import UnsupportedOpError
 from .spec import Dim, Spec, nested_chunk_sizes
@@ -37,7 +38,12 @@ def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
 
 def reduced(x: ShardTensor) -> ShardTensor:
     """The tensor with its partial sums added up."""
-    return to_dims(x, x._spec.dims) if x._spec.partial else x
+    if not x._spec.partial:
+        return x
+    whole = to_dims(x, x._spec.dims)
+    # a view of the sums stands for one of x
+    relate(whole._local, x._local)
+    return whole
 
 
 def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:

@@ -346,6 +346,11 @@ class ShardTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, spec)
 
+    def __copy__(self) -> ShardTensor:
+        """A leaf of the same memory, as of any tensor."""
+        local = self._local.detach()
+        return wrap(local.requires_grad_(self.requires_grad), self._spec)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
         if id(self) not in memo:
             import copy

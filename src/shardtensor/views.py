@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _torch
@@ -54,14 +55,19 @@ def check_writable(x: ShardTensor, op: str) -> None:
 def _settle(x: ShardTensor, op: str) -> None:
     """Add up the partial sums of a tensor that is about to be written to, where it stands."""
     if x._local.is_leaf and x._local.requires_grad:
+        if not torch.is_grad_enabled():
+            raise UnsupportedOpError(
+                f"{op} of a leaf on {x._spec}: redistribute to Replicate or Shard before it "
+                "requires a gradient"
+            )
         raise RuntimeError(
             "a leaf Variable that requires grad is being used in an in-place operation."
         )
     whole = reduced(x)
-    stands_for_view(whole._local, x._local, op)
     # torch lets nobody write to one of several results of a Function
-    x._local = whole._local.clone() if whole._local.requires_grad else whole._local
-    x._spec = whole._spec
+    local = whole._local.clone() if whole._local.requires_grad else whole._local
+    relate(local, x._local)
+    x._local, x._spec = local, whole._spec
 
 
 # copies that are written back ---------------------------------------------------------------------

@@ -139,7 +139,11 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
     n = groups.size(group)
     if n == 1:
         return [x.clone() for x in xs]
-    total = torch.cat([x.reshape(-1) for x in xs]) if len(xs) > 1 else xs[0].reshape(-1).clone()
+    if len(xs) > 1:
+        total = torch.cat([x.reshape(-1) for x in xs])
+    else:
+        # no view of another tensor, which torch would not let be written to
+        total = xs[0].clone(memory_format=torch.contiguous_format)
     wire = total
     if total.is_complex():
         if op != "sum":
@@ -151,6 +155,8 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         wire = total.view(torch.uint8)
     lengths = [x.numel() for x in xs]
     start_all_reduce(wire.view(-1), op, group, lengths)()
+    if len(xs) == 1:
+        return [total]
     parts = total.split(lengths)
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
 

@@ -95,7 +95,10 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return x[tuple(entries)]
         x = _whole(x, *entries)
     y, rest = _basic(x, entries)
-    return picked(y, rest) if rest else y
+    if rest:
+        return picked(y, rest)
+    # x[:] is another tensor, which keeps its shape when x.t_() changes that of x
+    return y if y is not x else wrap(x._local[...], x._spec)
 
 
 @rule("index", "_unsafe_index")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced, replicate
+from ..redistribute import reduced
 from ..tensor import ShardTensor
 
 
@@ -21,13 +21,8 @@ def fill_out(out: Any, result: Any) -> Any:
             "functions with out=... arguments don't support automatic differentiation, but one of "
             "the arguments requires grad."
         )
-    if not isinstance(out, ShardTensor):
-        if result._spec.varying:
-            raise UnsupportedOpError(
-                "out= a plain tensor for a sharded result: give a ShardTensor, or use the "
-                "returned one"
-            )
-        result = replicate(result)._local
+    if not isinstance(out, ShardTensor) and not out.numel() and out.shape != result.shape:
+        out.resize_(result.shape)
     if out.shape != result.shape:
         raise UnsupportedOpError(
             f"out= of shape {tuple(out.shape)} for a result of shape {tuple(result.shape)}"

@@ -305,4 +305,6 @@ def repeat_interleave(
 def masked_scatter_(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     from .index import assigned
 
+    if source is input:
+        raise UnsupportedOpError("masked_scatter_ of a tensor into itself: .clone() the source")
     return assigned(input, "masked_scatter_", lambda: masked_scatter(input, mask, source))

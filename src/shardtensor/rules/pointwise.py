@@ -220,6 +220,9 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(args[0]._local, *rest, **kwargs)
         return args[0]
     local = func(x._local, *rest, **kwargs)
+    if local is x._local:
+        # torch gives the tensor itself
+        return x
     return wrap(local, x._spec) if isinstance(local, Tensor) else local
 
 
