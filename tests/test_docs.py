@@ -51,6 +51,13 @@ def test_error_messages_are_those_of_the_code():
     assert len(pieces) > 20 and not missing
 
 
+def test_the_page_of_layers_is_that_of_the_contract():
+    made = subprocess.run(
+        [sys.executable, DOCS / "layers.py"], capture_output=True, text=True, check=True
+    )
+    assert made.stdout == (DOCS / "layers.md").read_text()
+
+
 def test_the_rules_of_the_page_on_rules():
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "rules.md").read_text(), re.S)
     module = types.ModuleType("example_of_a_rule")
