@@ -330,10 +330,10 @@ def sends_slices_only():
     with st.trace() as t:
         s = st.distribute_tensor(x, mesh, [Shard(0)])
     close(s, sample(8))
-    # before that one small message: whether all ranks have the same shape and dtype
+    # before that one small message: whether all ranks have the same shape, dtype and format
     shapes, slices = t.sent
     assert (shapes.collective, slices.collective) == ("all_gather", "scatter")
-    assert shapes.bytes == (t.sent[0].ranks - 1) * 16 * 8
+    assert shapes.bytes == (t.sent[0].ranks - 1) * 17 * 8
     return slices.bytes
 
 

@@ -93,6 +93,17 @@ class Family:
         forget_dead()
         _sweep()
 
+    def reshaped(self, fresh: set[int], op: str, tracked: bool) -> None:
+        """As after a write that changes no value.
+
+        tracked: whether autograd follows it. Then torch lets nobody read views made without it.
+        """
+        for cdata, piece in list(self.pieces.items()):
+            if cdata not in fresh and not piece.storage.expired():
+                piece.move_version()
+                if tracked and piece.base is not None and not piece.tracked:
+                    stale[cdata] = _Stale(piece, None, op)
+
 
 class _Stale:
     """Why a storage may not be read; its reference keeps the number of the storage its own."""

@@ -43,6 +43,18 @@ def strides(spec: Spec, own: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
+@cached
+def overlaps(spec: Spec, own: tuple[int, ...]) -> bool:
+    """Whether elements along dims that are whole on each rank may be the same memory."""
+    whole = [(s, d.size) for s, d in zip(own, spec.dims, strict=True) if not d.axes and d.size > 1]
+    reach = 0
+    for stride, size in sorted(whole):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def is_contiguous(local: Tensor, spec: Spec, memory_format: torch.memory_format) -> bool:
     """Whether the whole is contiguous in a memory format."""
     if not local.is_contiguous(memory_format=memory_format):

@@ -57,6 +57,8 @@ class ShardTensor(torch.Tensor):
     _spec: Spec
     # rows of which this is a part, kept as long as it
     _passed: Any
+    # which rows of which tensor it is, where slices made it (see `views.slice_of`)
+    _slice: Any = None
     # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
     __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _torch, layout
 from .aliases import Part, Piece, family_of, forget_dead, refuse_stale, relate, stale
 from .errors import UnsupportedOpError
 from .redistribute import reduced
 from .registry import Handler
 from .tensor import ShardTensor
 
-__all__ = ["check_readable", "check_writable", "part_of", "stale", "stands_for_rows", "writing"]
+__all__ = [
+    "check_readable", "check_writable", "part_of", "refuse_overlap", "reshaped_in_place",
+    "slice_of", "stale", "stands_for_rows", "writing",
+]  # fmt: skip
 
 
 def stands_for_view(copy: Tensor, base: Tensor, op: str) -> Tensor:
@@ -78,7 +81,12 @@ _current = threading.local()
 class _Back:
     """How a gathered copy is written back to its base."""
 
-    def __init__(self, rows: Tensor, base: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(
+        self, rows: Tensor, of: ShardTensor, write: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        base = of._local
+        # of the base, or of what that is written back to
+        self.overlaps = _overlaps(of)
         # weak: the storage must not keep alive a graph that may hold the storage; the root, since
         # base may be a passing view
         root = base if base._base is None else base._base
@@ -86,6 +94,7 @@ class _Back:
         self.view = None if root is base else _geometry(base)
         self.write = write
         self.geometry = _geometry(rows)
+        self.rows = weakref.ref(rows if rows._base is None else rows._base)
 
     def base(self) -> Tensor | None:
         """The local tensor that the rows belong to, None if it is gone."""
@@ -96,11 +105,23 @@ class _Back:
         """Write the rows of which local is a view to base; differentiably where autograd saw it."""
         root = local._base if local._base is not None else local
         same = root.untyped_storage()._cdata == local.untyped_storage()._cdata
-        if same and (root.requires_grad or _geometry(root) == self.geometry):
+        if same and root.requires_grad:
             rows = root if _geometry(root) == self.geometry else root.as_strided(*self.geometry)
             self.write(base, rows)
         else:
-            self.write(base.detach(), local.detach().as_strided(*self.geometry))
+            hidden = self._is_hidden(local)
+            self.write(
+                base.data if hidden else base.detach(), local.detach().as_strided(*self.geometry)
+            )
+
+    def _is_hidden(self, local: Tensor) -> bool:
+        """Whether local is `.data`, of whose writes autograd does not learn."""
+        rows = self.rows()
+        if rows is None or local.is_inference():
+            return False
+        before = rows._version
+        torch.autograd.graph.increment_version(local)
+        return rows._version == before
 
 
 def _geometry(x: Tensor) -> tuple[Any, ...]:
@@ -117,6 +138,31 @@ def part_of(x: ShardTensor, ranges: dict[int, tuple[int, int]]) -> Part:
     return (tuple(dims[d] for d in order), offset), rows
 
 
+def slice_of(x: ShardTensor, d: int, start: int, stop: int, step: int) -> tuple[Any, ...]:
+    """What x[start:stop:step] is rows of: (tensor, its spec, {dim: ((start, stop), step)})."""
+    root, spec, ranges = x._slice or (x, x._spec, {})
+    (first, _), by = ranges.get(d, ((0, 0), 1))
+    return root, spec, {**ranges, d: ((first + start * by, first + stop * by), step * by)}
+
+
+def _apart(x: ShardTensor, other: ShardTensor) -> bool | None:
+    """Whether two slices of a tensor share no element; False if all, None if some or not known."""
+    if x._slice is None or other._slice is None:
+        return None
+    (root, spec, a), (other_root, other_spec, b) = x._slice, other._slice
+    if root is not other_root or not spec == other_spec == root._spec:
+        return None
+    if layout.overlaps(spec, root._local.stride()):
+        return None
+    if a == b:
+        return False
+    for d in a.keys() & b:
+        ((start, stop), step), ((begin, end), by) = a[d], b[d]
+        if stop <= begin or end <= start or (step == by and (start - begin) % step):
+            return True
+    return None
+
+
 def stands_for_rows(
     rows: Tensor, base: ShardTensor, op: str, write: Callable[[Tensor, Tensor], None],
     ranges: dict[int, tuple[int, int]] | None = None,
@@ -130,7 +176,7 @@ def stands_for_rows(
         return None
     piece.part = None if ranges is None else part_of(base, ranges)
     if not (_torch.is_tracing() or base._local.is_inference()):
-        back = _Back(rows, base._local, write)
+        back = _Back(rows, base, write)
         rows.untyped_storage()._shardtensor_back = back  # type: ignore[attr-defined]
     return piece
 
@@ -167,6 +213,35 @@ def writing(handler: Handler, name: str) -> Handler:
     return run
 
 
+# ops whose gradients need no operand
+_LINEAR = {"add_", "sub_", "copy_"}
+
+
+def reshaped_in_place(x: ShardTensor, op: str) -> None:
+    """Let the family of x learn of a view in place, which torch counts as a write."""
+    family = family_of(x._local)
+    if family is None:
+        return
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    current = _written_back(x._local) if tracked else {x._local.untyped_storage()._cdata}
+    family.reshaped(current, op, tracked)
+
+
+def _overlaps(x: ShardTensor) -> bool:
+    """Whether elements of x, or of what it is written back to, share memory."""
+    back: _Back | None = getattr(x._local.untyped_storage(), "_shardtensor_back", None)
+    return layout.overlaps(x._spec, x._local.stride()) or (back is not None and back.overlaps)
+
+
+def refuse_overlap(x: ShardTensor, name: str) -> None:
+    """Raise UnsupportedOpError for a write to a tensor whose elements share memory."""
+    if x.numel() and _overlaps(x):
+        raise UnsupportedOpError(
+            f"{name} on {x._spec}, whose elements share memory (unfold, expand): write to the "
+            "tensor that it is a view of, or to a .clone()"
+        )
+
+
 def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
     """Raise where elements of x share memory, as torch does, or may with those of an operand.
 
@@ -179,6 +254,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."
         )
+    refuse_overlap(x, name)
     # other rows of a dim that one rank has, of which the others know nothing
     lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for _, d in dims)
     for other in others:
@@ -186,6 +262,10 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
             continue
         a, b = x._local, other._local
         if a is b or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+            continue
+        known = _apart(x, other)
+        # what moves between ranks is a copy, whose version does not tell autograd of the write
+        if known is False or (known and (name in _LINEAR or not _wants_gradient((x, other)))):
             continue
         alike = x._spec == other._spec and own == b.stride() and not lonely
         apart = int(b.storage_offset() - a.storage_offset())

@@ -99,8 +99,9 @@ def _vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
 
 def _reduce(xs: Sequence[Tensor], op: str, group: str) -> list[Tensor]:
     found = wire.all_reduce(xs, op, group)
-    # results of a dispatcher op may not share the buffer that they travelled in
-    return found if len(found) == 1 else [x.clone() for x in found]
+    # results of a dispatcher op may not share the buffer that they travelled in, nor be views, to
+    # which autograd would let nobody write
+    return [found[0].data] if len(found) == 1 else [x.clone() for x in found]
 
 
 def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

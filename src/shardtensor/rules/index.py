@@ -15,7 +15,7 @@ from ..redistribute import fit, like, reduced, replicate, to_dims
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable
+from ..views import check_writable, refuse_overlap
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .pointwise import _wanted, align, function_rule
 from .rows import axes_in, covering, cut_axes, dims_of, mesh_of, normal, read, write
@@ -348,6 +348,7 @@ def _set_at(x: ShardTensor, entries: list[Any], value: Tensor) -> None:
     for e in entries:
         outer += [slice(None)] * (e.ndim if is_mask(e) else 1) if isinstance(e, Tensor) else [e]
     part, rest = _basic(x, entries)
+    refuse_overlap(part, "x[index] = ")
     new = put_at(part, rest, value.to(x.dtype))
     if part._local is x._local:
         x._local.copy_(new._local)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..aliases import family_of
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor
+from ..views import reshaped_in_place
 from .shape import _index, many, squeeze
 
 
-def _with_dims(x: ShardTensor, dims: tuple[Dim, ...]) -> ShardTensor:
-    x._spec = Spec(x._spec.mesh, dims, x._spec.partial)
-    family = family_of(x._local)
-    for cdata, piece in list(family.pieces.items()) if family is not None else ():
-        # torch counts it as a write
-        if cdata != x._local.untyped_storage()._cdata:
-            piece.move_version()
+def _changed(
+    x: ShardTensor, op: str, change: Callable[[Tensor], Any], dims: tuple[Dim, ...]
+) -> ShardTensor:
+    """x after change(its local tensor), which leaves it in these dims."""
+    if x.requires_grad and not (x.is_leaf or torch.is_grad_enabled()):
+        # torch finds gradients of another shape in backward, or takes them where sizes agree
+        raise UnsupportedOpError(
+            f"{op} under no_grad on {x._spec}, which has a gradient: use {op[:-1]}, or detach first"
+        )
+    change(x._local)
+    x._spec, x._slice = Spec(x._spec.mesh, dims, x._spec.partial), None
+    reshaped_in_place(x, op)
     return x
 
 
@@ -31,8 +38,7 @@ def transpose_(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
     a, b = _index(dim0, input.ndim), _index(dim1, input.ndim)
     dims = list(input._spec.dims)
     dims[a], dims[b] = dims[b], dims[a]
-    input._local.transpose_(a, b)
-    return _with_dims(input, tuple(dims))
+    return _changed(input, "transpose_", lambda local: local.transpose_(a, b), tuple(dims))
 
 
 @rule("t_")
@@ -45,18 +51,18 @@ def t_(input: ShardTensor) -> ShardTensor:
 @rule("unsqueeze_")
 def unsqueeze_(input: ShardTensor, dim: int) -> ShardTensor:
     d = _index(dim, input.ndim + 1)
-    input._local.unsqueeze_(d)
-    return _with_dims(input, (*input._spec.dims[:d], Dim(1), *input._spec.dims[d:]))
+    dims = (*input._spec.dims[:d], Dim(1), *input._spec.dims[d:])
+    return _changed(input, "unsqueeze_", lambda local: local.unsqueeze_(d), dims)
 
 
 @rule("squeeze_")
 def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
     n = input.ndim
     chosen = range(n) if dim is None else [_index(d, n) for d in many(dim) if n]
-    gone = [d for d in chosen if input.shape[d] == 1]
+    gone = tuple(d for d in chosen if input.shape[d] == 1)
     if not any(input._spec.dims[d].axes for d in gone):
-        input._local.squeeze_(tuple(gone))
-        return _with_dims(input, tuple(d for i, d in enumerate(input._spec.dims) if i not in gone))
+        dims = tuple(d for i, d in enumerate(input._spec.dims) if i not in gone)
+        return _changed(input, "squeeze_", lambda local: local.squeeze_(gone), dims)
     if input.is_leaf and input.requires_grad:
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -66,5 +72,5 @@ def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
             f"squeeze_ of a leaf on {input._spec}, cut along that dim: use squeeze"
         )
     new = squeeze(input, dim)
-    input._local, input._spec = new._local, new._spec
+    input._local, input._spec, input._slice = new._local, new._spec, None
     return input

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..cache import cached
-from ..errors import UnsupportedOpError
 from ..layout import views
 from ..redistribute import convert, like, reduced, replicate, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
 from ..views import stands_for_rows, stands_for_view
+from .agreed import agreed
 from .pointwise import function_rule
 
 
@@ -183,7 +183,7 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
         shape = [kwargs.get("dtype", kwargs.get("size"))]
     if isinstance(shape[0], torch.dtype):
         if shape[0].itemsize != x.dtype.itemsize:
-            raise UnsupportedOpError(f"view as {shape[0]} of {x.dtype}: item sizes differ")
+            return _other_items(x, shape[0])
         # the bits of a sum are not the sums of bits
         y = reduced(x)
         stands_for_view(y._local, x._local, "view")
@@ -191,6 +191,43 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
     # as a leaf of a composite the wrapper's strides were those of a contiguous tensor
     leaf = isinstance(func, torch._ops.OpOverload)
     return _reshape(x, many(shape[0], tuple(shape[1:])), "view", not leaf)
+
+
+def _other_items(x: ShardTensor, dtype: torch.dtype) -> ShardTensor:
+    """The same memory in items of another size, of which the last dim has more or fewer."""
+    if not x.ndim:
+        raise RuntimeError(f"self.dim() cannot be 0 to view {x.dtype} as {dtype}")
+    new, old = dtype.itemsize, x.dtype.itemsize
+    last, own = x._spec.dims[-1], x._local
+    ranges = {} if x._slice is None else x._slice[2]
+    (begin, _), step = ranges.get(x.ndim - 1, ((0, 0), 1))
+    if last.size * old % new or begin * old % new:
+        raise RuntimeError(
+            f"self.size(-1) and self.storage_offset() must be divisible by {new // old} to view "
+            f"{x.dtype} as {dtype} (different element sizes), but got {last.size} and {begin}"
+        )
+    whole = _on_multiples(last, max(1, new // old))
+    spec = x._spec.with_dims((*x._spec.dims[:-1], whole))
+    y = convert(own, x._spec, spec)
+    if new > old and last.axes:
+        # rows, and the memory, of a shard may begin within an item
+        y = y.clone(memory_format=torch.contiguous_format)
+    stands_for_view(y, own, "view")
+    dim = Dim(last.size * old // new, last.axes, tuple(n * old // new for n in whole.sizes))
+    out = spec.with_dims((*spec.dims[:-1], dim))
+
+    def run() -> Tensor:
+        if step != 1 or (own.shape[-1] > 1 and own.numel() and own.stride(-1) != 1):
+            raise RuntimeError(
+                f"self.stride(-1) must be 1 to view {x.dtype} as {dtype} (different element sizes)"
+            )
+        if y.numel():
+            return y.view(dtype)
+        return y.as_strided((0,), (1,), 0).view(dtype).view(out.local_shape)
+
+    # shards of one row tell nothing of strides
+    what = f"view as {dtype} of {x.dtype}: the last dim is not dense on {{0}} other ranks"
+    return wrap(agreed(run, out, out.varying, RuntimeError, what), out)
 
 
 @rule("reshape", "_unsafe_view")

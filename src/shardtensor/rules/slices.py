@@ -14,7 +14,7 @@ from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_rows
+from ..views import slice_of, stands_for_rows
 from .rows import dims_of, mesh_of
 from .shape import _index, whole_in
 
@@ -36,8 +36,9 @@ def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> Shar
     spec = x._spec
     new, local = picks(spec.dims[d], spec.index[d], start, stop, step)
     dims = (*spec.dims[:d], new, *spec.dims[d + 1 :])
-    out = x._local[(slice(None),) * d + (local,)]
-    return wrap(out, Spec(spec.mesh, dims, spec.partial))
+    out = wrap(x._local[(slice(None),) * d + (local,)], Spec(spec.mesh, dims, spec.partial))
+    out._slice = slice_of(x, d, start, stop, step)
+    return out
 
 
 def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:

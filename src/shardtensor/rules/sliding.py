@@ -94,7 +94,12 @@ def sliding(
         y = run(fetched(x, reaches, fill))
     for d, _, reach in reaches:
         y = trim(y, d, spec, reach)
-    if view and not all(reach.inside for _, _, reach in reaches):
+    if view and reaches:
+        if all(reach.inside for _, _, reach in reaches) and any(
+            s.stride < s.extent for _, s in known
+        ):
+            # rows of which only the specs of all ranks could tell that they share memory
+            y = y.clone()
         stands_for_view(y, x._local, view)
     new = dict(dims)
     kept = [new.get(i, dim) for i, dim in enumerate(spec.dims)]
