@@ -140,7 +140,8 @@ def part_of(x: ShardTensor, ranges: dict[int, tuple[int, int]]) -> Part:
 
 def slice_of(x: ShardTensor, d: int, start: int, stop: int, step: int) -> tuple[Any, ...]:
     """What x[start:stop:step] is rows of: (tensor, its spec, {dim: ((start, stop), step)})."""
-    root, spec, ranges = x._slice or (x, x._spec, {})
+    none: dict[int, Any] = {}
+    root, spec, ranges = x._slice or (x, x._spec, none)
     (first, _), by = ranges.get(d, ((0, 0), 1))
     return root, spec, {**ranges, d: ((first + start * by, first + stop * by), step * by)}
 
