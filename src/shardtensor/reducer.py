@@ -21,6 +21,7 @@ from . import _torch, comm
 from .comm import wire
 from .comm.ops import reduce_op
 from .errors import UnsupportedOpError
+from .heads import LENGTH, Heads
 
 
 class Ranks:
@@ -34,6 +35,8 @@ class Ranks:
         self.domain, self.data, self.everyone = domain, data, everyone
         self.copies = comm.size(data)
         self.sent: list[Message] = []
+        self.heads, self.mean_heads = Heads(comm.size(everyone)), Heads(self.copies)
+        self.buckets = 0
 
     def send(self, flat: Tensor, lengths: list[int], task: int) -> Message:
         """Begin to sum a vector in place."""
@@ -56,6 +59,9 @@ class Message:
         self, ranks: Ranks, flat: Tensor, work: Callable[[], Any] | None, task: int
     ) -> None:
         self.ranks, self.flat, self.work, self.task = ranks, flat, work, task
+        # what its head says
+        self.key: Any = None
+        self.shapes: list[Any] = []
 
     def wait(self) -> None:
         """End the sum, and average."""
@@ -64,6 +70,8 @@ class Message:
         self.ranks.sent.remove(self)
         if self.work is not None:
             self.work()
+        if self.key is not None:
+            self.ranks.heads.read(self.key, self.flat[-LENGTH:], self.shapes)
         if self.ranks.copies > 1:
             self.flat.div_(self.ranks.copies)
 
@@ -104,6 +112,8 @@ class Bucket:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.number = ranks.buckets
+        ranks.buckets += 1
         self.slots: list[Slot] = []
         self.nbytes = 0
         self.batch: Batch | None = None
@@ -140,6 +150,7 @@ class Slot:
 
     def __init__(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         self.group, self.ranks, self.index = bucket.ranks.domain, bucket.ranks, index
+        self.key = (bucket.number, index)
         self.placements = parameter.placements if isinstance(parameter, DTensor) else None
         # weak: the values of a bucket hold the parameters in C++, where Python finds no cycle
         self._bucket = ref(bucket)
@@ -184,7 +195,7 @@ class Slot:
                 "parallelize: a sparse gradient is averaged over the data axis; make the embedding "
                 "with sparse=False"
             )
-        return Mean.apply(grad, self.ranks.data)
+        return Mean.apply(grad, self.ranks, self.key)
 
     def __reduce__(self) -> Any:
         # a parameter is pickled with its attributes; the slot stays with this process
@@ -195,7 +206,7 @@ class Batch:
     """The nodes of a bucket's parameters in one graph."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self.ranks, self.slots = bucket.ranks, bucket.slots
+        self.ranks, self.slots, self.number = bucket.ranks, bucket.slots, bucket.number
         self._bucket = ref(bucket)
         self.starts: dict[int, ref[Any]] = {}
         # by torch's number of the backward pass
@@ -219,7 +230,7 @@ class Batch:
         if found is None:
             nodes = {i: node() for i, node in self.starts.items()}
             expected = {i for i, n in nodes.items() if n is not None and _torch.will_run(n)}
-            found = self.passes[task] = Pass(self.ranks, expected, task)
+            found = self.passes[task] = Pass(self, expected, task)
         found.add(index, part)
 
     def take(self, index: int) -> Tensor:
@@ -238,8 +249,13 @@ class Batch:
 class Pass:
     """The parts of a bucket in one backward."""
 
-    def __init__(self, ranks: Ranks, expected: set[int], task: int) -> None:
-        self.ranks, self.expected, self.task = ranks, expected, task
+    def __init__(self, batch: Batch, expected: set[int], task: int) -> None:
+        self.ranks, self.number, self.expected, self.task = (
+            batch.ranks,
+            batch.number,
+            expected,
+            task,
+        )
         self.parts: dict[int, Tensor] = {}
         self.taken: dict[int, tuple[Message, Tensor]] = {}
 
@@ -251,11 +267,20 @@ class Pass:
 
     def send(self) -> None:
         """Begin to sum what is there."""
-        lengths = [p.numel() for p in self.parts.values()]
-        flat = torch.cat([p.reshape(-1) for p in self.parts.values()])
-        message = self.ranks.send(flat, lengths, self.task)
-        for (index, part), view in zip(self.parts.items(), flat.split(lengths), strict=True):
-            self.taken[index] = message, view.view(part.shape)
+        parts = dict(sorted(self.parts.items()))
+        shapes = [p.shape for p in parts.values()]
+        vectors = [p.reshape(-1) for p in parts.values()]
+        key = None
+        if self.ranks.copies > 1:
+            # the others' samples may have taken another way
+            key = (self.number, *parts)
+            self.ranks.heads.begin()
+            vectors.append(self.ranks.heads.of(key, vectors[0]))
+        lengths = [v.numel() for v in vectors]
+        message = self.ranks.send(torch.cat(vectors), lengths, self.task)
+        message.key, message.shapes = key, shapes
+        for index, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
+            self.taken[index] = message, view.view(shape)
         self.parts.clear()
 
     def take(self, index: int) -> Tensor:
@@ -306,11 +331,15 @@ class Mean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        (total,) = wire.all_reduce([g], "sum", group)
-        return total.div_(comm.size(group))
+    def forward(ctx: Any, g: Tensor, ranks: Ranks, key: tuple[int, int]) -> Tensor:
+        ctx.ranks, ctx.key = ranks, key
+        heads = ranks.mean_heads
+        heads.begin()
+        flat = torch.cat([g.reshape(-1), heads.of(key, g)])
+        (total,) = wire.all_reduce([flat], "sum", ranks.data)
+        heads.read(key, total[-LENGTH:], [g.shape])
+        return total[:-LENGTH].view(g.shape).div(ranks.copies)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return Mean.apply(g, ctx.group), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return Mean.apply(g, ctx.ranks, ctx.key), None, None

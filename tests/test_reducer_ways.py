@@ -1,0 +1,75 @@
+"""Ranks with other samples that take other ways through a model, and models that change."""
+
+import pytest
+import torch
+from test_reducer import same
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+
+D = torch.float64
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.out = nn.Linear(3, 3)
+
+    def forward(self, x, way, mine):
+        if way == "one":
+            return self.out(self.of[mine](x))
+        if way == "order":
+            return self.out(self.of[1 - mine](torch.tanh(self.of[mine](x))))
+        return self.out(sum(e(x) * float(k == mine) for k, e in enumerate(self.of)))
+
+
+def made():
+    torch.manual_seed(0)
+    return Experts().double(), torch.randn(2, 4, 3, dtype=D)
+
+
+def grads(model):
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+def serial(way):
+    model, x = made()
+    (sum(model(x[d : d + 1], way, d).square().mean() for d in range(2)) / 2).backward()
+    return grads(model)
+
+
+def on_rank(way, bucket_mb, plain=False):
+    model, x = made()
+    shape = (2, 1) if plain else (2, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain"))
+    st.parallelize(model, mesh, data="data", bucket_mb=bucket_mb)
+    d = mesh.get_local_rank("data")
+    x = x[d : d + 1]
+    if not plain:
+        x = st.distribute_tensor(x, mesh["domain"], [Shard(1)], src_data_rank=None)
+    model(x, way, d).square().mean().backward()
+    return grads(model)
+
+
+@pytest.mark.parametrize("way, bucket_mb", [("order", 8.0), ("times 0", 8.0), ("times 0", 1e-6)])
+def test_other_samples_take_another_way(way, bucket_mb):
+    want = serial(way)
+    for got in st.simulate(4, on_rank, way, bucket_mb):
+        same(got, want)
+
+
+@pytest.mark.parametrize("way, bucket_mb", [("one", 8.0), ("one", 1e-6), ("order", 1e-6)])
+def test_gradients_of_different_parameters_are_not_averaged(way, bucket_mb):
+    with pytest.raises(st.RankError, match="samples have gradients of other parameters"):
+        st.simulate(4, on_rank, way, bucket_mb)
+
+
+def test_nor_those_of_plain_uses():
+    want = serial("times 0")
+    for got in st.simulate(2, on_rank, "times 0", 8.0, True):
+        same(got, want)
+    with pytest.raises(st.RankError, match="samples have gradients of other parameters"):
+        st.simulate(2, on_rank, "one", 8.0, True)
