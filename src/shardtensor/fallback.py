@@ -14,7 +14,7 @@ from . import _torch
 from .comm import count
 from .errors import UnsupportedOpError
 from .random import matching, memory_order
-from .redistribute import replicate, to_dims
+from .redistribute import refuse_not_dense, replicate, to_dims
 from .settings import current, setting
 from .spec import Dim, Spec
 from .tensor import ShardTensor, wrap
@@ -81,7 +81,10 @@ def gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = N
 
     def finish(t: torch.Tensor) -> ShardTensor:
         if t.layout is not torch.strided:
-            raise UnsupportedOpError(f"{name}: a ShardTensor cannot be sparse")
+            raise UnsupportedOpError(
+                f"{name} gives a {t.layout} tensor, which a ShardTensor cannot be: call it on "
+                "x.full_tensor() or x.to_local()"
+            )
         out = _shard_again(t, sharded)
         if view:
             stands_for_view(out._local, sharded[0]._local, name)
@@ -136,8 +139,9 @@ def _check_operands(name: str, leaves: list[Any], sharded: list[ShardTensor]) ->
     specs = ", ".join(str(x._spec) for x in sharded)
     if len({x._spec.mesh for x in sharded}) != 1:
         raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")
-    if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in leaves):
-        raise UnsupportedOpError(f"{name}: a sparse operand beside {specs}")
+    for x in leaves:
+        if isinstance(x, torch.Tensor) and x.layout is not torch.strided:
+            refuse_not_dense(x.layout)
     packet = _torch.aten_packet(name)
     alike = matching() and not _torch.is_tracing()
     if packet is not None and _torch.is_random(packet) and not alike:

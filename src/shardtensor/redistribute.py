@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
@@ -22,6 +23,11 @@ from .errors import UnsupportedOpError
 from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import ShardTensor, wrap
 
+_NOT_DENSE = (
+    "a {0} operand beside shards, which would have to be cut like them: make it dense (to_dense()), "
+    "gather the ShardTensor (full_tensor()), or write a sparse product as index_select and index_add "
+    "over its entries"
+)
 _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
 
@@ -121,6 +127,12 @@ def to_placements(
     return like(x, Spec(old.mesh, tuple(dims), new.partial))
 
 
+def refuse_not_dense(layout: torch.layout) -> NoReturn:
+    """Raise for an operand whose rows no collective can move."""
+    kind = str(layout).removeprefix("torch.").strip("_")
+    raise UnsupportedOpError(_NOT_DENSE.format(kind))
+
+
 def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
     """The local tensor of `new` from that of `old`, by the cheapest chain of collectives.
 
@@ -130,6 +142,8 @@ def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
     """
     if old.shape != new.shape or old.mesh != new.mesh:
         raise ValueError(f"cannot convert {old} to {new}")
+    if local.layout is not torch.strided:
+        refuse_not_dense(local.layout)
     kept = tuple(p for p in old.partial if p in new.partial)
     local, dims = _settle_partial(local, old, new, kept)
     local, dims = _move_axes(local, old, dims, new.dims)
@@ -290,6 +304,8 @@ def fit(
         found.append(local)
         same = tuple(a for a in varying if a not in own)
         if same and local.requires_grad:
+            if local.layout is not torch.strided:
+                refuse_not_dense(local.layout)
             alike.setdefault(same, []).append(i)
     for axes, picked in alike.items():
         group = comm.group(mesh, axes)

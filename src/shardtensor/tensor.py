@@ -72,7 +72,13 @@ class ShardTensor(torch.Tensor):
             refuse_transforms()
         if torch.compiler.is_dynamo_compiling():
             _torch.tell_dynamo(_warn, _COMPILE)
-        return handlers[func](func, args, kwargs or {})
+        try:
+            return handlers[func](func, args, kwargs or {})
+        except RuntimeError as e:
+            from .operands import explain
+
+            explain(e, func, args, kwargs)
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
