@@ -40,3 +40,9 @@ def install_inputs(apart: Callable[[Any], tuple[Any, Any]], joined: Callable[...
         return [joined(*pair) for pair in zip(get(self), self._shardtensor_rest, strict=True)]
 
     frame.save_inputs, frame.get_inputs = save_inputs, get_inputs
+
+
+def install_recomputed(again: Callable[[Any], Any]) -> None:
+    """Let reentrant checkpoints begin recomputation from again(x) for each input x."""
+    detach = checkpoint.detach_variable
+    checkpoint.detach_variable = lambda inputs: detach(tuple(map(again, inputs)))

@@ -130,7 +130,10 @@ def _watch_saved(out: Any, passed: list[Any]) -> None:
     outs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
     nodes = [_torch.c_grad_fn(x) for x in outs]
     node = next((n for n in nodes if n is not None), None)
-    if node is None or not getattr(node, "_raw_saved_tensors", ()) or _torch.saving_elsewhere():
+    if node is None or not getattr(node, "_raw_saved_tensors", ()):
+        return
+    if _torch.saving_elsewhere():
+        node.register_prehook(_refuse_second)
         return
     shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
     node._versions_of_shards = {
@@ -157,6 +160,16 @@ def _unchanged(node: Any) -> Any:
 
 
 BackwardCFunction.saved_tensors = property(_unchanged)  # type: ignore[assignment]
+
+
+def _refuse_second(_: Any) -> None:
+    """Raise where backward itself is differentiated: what hooks saved came back without history."""
+    if torch.is_grad_enabled():
+        raise UnsupportedOpError(
+            "second derivatives through an autograd.Function that saved a ShardTensor inside a "
+            "checkpoint or saved_tensors_hooks: call the Function outside of them, or register a "
+            "rule for it (shardtensor.rule)"
+        )
 
 
 def _storage(x: ShardTensor) -> int:
@@ -207,11 +220,19 @@ def _check_transform(x: Any) -> None:
         refuse_transforms()
 
 
+def _again(x: Any) -> Any:
+    """An input of a reentrant checkpoint, which hooks of an outer one may have cut from history."""
+    if isinstance(x, ShardTensor) and _torch.c_grad_fn(x) is not None:
+        x._local.requires_grad_(x._local.is_floating_point() or x._local.is_complex())
+    return x
+
+
 # C++ would keep the wrapper, which has neither version nor history there
 _checkpoint.install_inputs(
     lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
     lambda x, spec: x if spec is None else wrap(x, spec),
 )
+_checkpoint.install_recomputed(_again)
 _torch.install_function_hook(_around)
 _torch.install_engine_hook(_roots, _local)
 _torch.install_ddp_hook(_local)
