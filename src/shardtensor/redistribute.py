@@ -24,9 +24,9 @@ from .spec import Dim, Spec, nested_chunk_sizes
 from .tensor import ShardTensor, wrap
 
 _NOT_DENSE = (
-    "a {0} operand beside shards, which would have to be cut like them: make it dense (to_dense()), "
-    "gather the ShardTensor (full_tensor()), or write a sparse product as index_select and index_add "
-    "over its entries"
+    "a {0} operand beside shards, which would have to be cut like them: make it dense "
+    "(to_dense()), gather the ShardTensor (full_tensor()), or write a sparse product as "
+    "index_select and index_add over its entries"
 )
 _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
