@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from . import cache
-from .errors import UnsupportedOpError
 from .tensor import ShardTensor
 
 _SHOWN = (Tensor, int, float, complex, str, slice)
@@ -42,32 +41,6 @@ def operands(tree: Any, unread: Tensor | None = None) -> dict[str, Any]:
 def is_whole(x: Any) -> bool:
     """Whether every rank holds all of it: what is no ShardTensor, or a replicated one."""
     return not (isinstance(x, ShardTensor) and (x._spec.varying or x._spec.partial))
-
-
-def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
-    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
-    if isinstance(error, UnsupportedOpError):
-        return
-    for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
-        kind = _not_dense(x._local if isinstance(x, ShardTensor) else x)
-        if kind:
-            name, what = getattr(func, "__name__", func), str(error).split("\n")[0]
-            raise UnsupportedOpError(
-                f"{name} of a {kind} tensor beside a ShardTensor ({what}): make it dense "
-                "(to_dense(), dequantize(), to_padded_tensor()), or gather the ShardTensor "
-                "(full_tensor())"
-            ) from error
-
-
-def _not_dense(x: Any) -> str:
-    """What a tensor is instead of rows of numbers in memory."""
-    if not isinstance(x, Tensor):
-        return ""
-    if x.is_nested:
-        return "nested"
-    if x.is_quantized:
-        return "quantized"
-    return "" if x.layout is torch.strided else str(x.layout).removeprefix("torch.").strip("_")
 
 
 def is_one_value(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torch.utils import _pytree as pytree
 
 from . import comm
 from .aliases import relate
@@ -131,6 +132,32 @@ def refuse_not_dense(layout: torch.layout) -> NoReturn:
     """Raise for an operand whose rows no collective can move."""
     kind = str(layout).removeprefix("torch.").strip("_")
     raise UnsupportedOpError(_NOT_DENSE.format(kind))
+
+
+def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
+    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
+    if isinstance(error, UnsupportedOpError):
+        return
+    for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
+        kind = _not_dense(x._local if isinstance(x, ShardTensor) else x)
+        if kind:
+            name, what = getattr(func, "__name__", func), str(error).split("\n")[0]
+            raise UnsupportedOpError(
+                f"{name} of a {kind} tensor beside a ShardTensor ({what}): make it dense "
+                "(to_dense(), dequantize(), to_padded_tensor()), or gather the ShardTensor "
+                "(full_tensor())"
+            ) from error
+
+
+def _not_dense(x: Any) -> str:
+    """What a tensor is instead of rows of numbers in memory."""
+    if not isinstance(x, Tensor):
+        return ""
+    if x.is_nested:
+        return "nested"
+    if x.is_quantized:
+        return "quantized"
+    return "" if x.layout is torch.strided else str(x.layout).removeprefix("torch.").strip("_")
 
 
 def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:

@@ -75,7 +75,7 @@ class ShardTensor(torch.Tensor):
         try:
             return handlers[func](func, args, kwargs or {})
         except RuntimeError as e:
-            from .operands import explain
+            from .redistribute import explain
 
             explain(e, func, args, kwargs)
             raise
