@@ -2,18 +2,21 @@
 
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import shardtensor as st
 from shardtensor import rendezvous
 from shardtensor.launch import Place, _sizes, first_host, place
-from shardtensor.place import seconds
+from shardtensor.place import flag, seconds
 
 TORCHRUN = {
     "RANK": "3",
@@ -80,6 +83,10 @@ def test_places():
         # half of a launcher: each process would run alone
         ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
         ({}, {"RANK": "0"}, "RANK=0, but WORLD_SIZE is not set"),
+        ({}, {"PMI_RANK": "0"}, "PMI_RANK=0, but PMI_SIZE is not set"),
+        ({}, {"OMPI_COMM_WORLD_RANK": "1"}, "but OMPI_COMM_WORLD_SIZE is not set"),
+        ({}, {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}, "but SLURM_NTASKS is not set"),
+        (TORCHRUN, {"WORLD_SIZE": "9" * 20}, "WORLD_SIZE='9*': a whole number from 1 to 1048576"),
     ],
 )
 def test_odd_variables_are_named(env, change, told):
@@ -96,9 +103,20 @@ def test_odd_seconds_are_named(monkeypatch, text):
     assert seconds("SHARDTENSOR_WAIT", 10.0) == 10.0
 
 
-def meet(ranks, said, monkeypatch, port=None):
+@pytest.mark.parametrize(
+    "text, on", [("1", 1), ("True", 1), ("on", 1), ("", 0), ("0", 0), ("false", 0), ("No", 0)]
+)
+def test_flags(monkeypatch, text, on):
+    monkeypatch.setenv("SHARDTENSOR_DEBUG", text)
+    assert flag("SHARDTENSOR_DEBUG") == bool(on)
+    monkeypatch.setenv("SHARDTENSOR_DEBUG", "2x")
+    with pytest.raises(ValueError, match="SHARDTENSOR_DEBUG='2x': 1 or 0 is expected"):
+        flag("SHARDTENSOR_DEBUG")
+
+
+def meet(ranks, said, monkeypatch, port=None, seconds="60"):
     """What each of these ranks, threads here, gets from `met`; said: how many each says they are."""
-    monkeypatch.setenv("SHARDTENSOR_INIT_TIMEOUT", "3" if len(ranks) < max(said) else "60")
+    monkeypatch.setenv("SHARDTENSOR_INIT_TIMEOUT", seconds)
     monkeypatch.setattr(rendezvous, "_starts", itertools.repeat(0))
     port = port or free_port()
     found = {}
@@ -121,18 +139,31 @@ def meet(ranks, said, monkeypatch, port=None):
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):
-    for text in meet([0, 2], [4, 4], monkeypatch):
+    for text in meet([0, 2], [4, 4], monkeypatch, seconds="5"):
         assert "waits in st.init for ranks 1, 3" in text and "SHARDTENSOR_INIT_TIMEOUT" in text
-    (text,) = meet([1], [2], monkeypatch)
+    (text,) = meet([1], [2], monkeypatch, seconds="2")
     assert "rank 1 of 2 (torchrun) waits in st.init for rank 0 at localhost:" in text
     assert not any(isinstance(s, str) for s in meet([0, 1], [2, 2], monkeypatch))
 
 
+@contextmanager
+def kept():
+    """A port whose store outlives rank 0: also a rank that comes late reads what is wrong."""
+    port = free_port()
+    store = dist.TCPStore(
+        "localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True
+    )
+    yield port
+    del store
+
+
 def test_ranks_that_are_told_other_things(monkeypatch):
-    for text in meet([0, 1, 1], [3, 3, 3], monkeypatch):
-        assert text.startswith("ValueError: two processes say that they are rank 1 of 3")
-    for text in meet([0, 1, 2], [3, 2, 3], monkeypatch):
-        assert "one of 3" in text and "one of 2" in text and "the same number" in text
+    with kept() as port:
+        for text in meet([0, 1, 1], [3, 3, 3], monkeypatch, port):
+            assert text.startswith("ValueError: two processes say that they are rank 1 of 3")
+    with kept() as port:
+        for text in meet([0, 1, 2], [3, 2, 3], monkeypatch, port):
+            assert "one of 3" in text and "one of 2" in text and "the same number" in text
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -141,6 +172,61 @@ def test_ranks_that_are_told_other_things(monkeypatch):
     here = Place("torchrun", 1, 2, 0, "no.such.host.invalid", free_port())
     with pytest.raises(RuntimeError, match=r"MASTER_ADDR='no\.such\.host\.invalid': no such host"):
         rendezvous.met(here)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_another_program_at_the_port_is_named(monkeypatch, closes):
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        other.settimeout(0.1)
+        ended, connections = threading.Event(), []
+
+        def serve():
+            while not ended.is_set():
+                with suppress(TimeoutError):
+                    connections.append(other.accept()[0])
+                    if closes:
+                        connections.pop().close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        (text,) = meet([1], [2], monkeypatch, other.getsockname()[1], seconds="2")
+        ended.set()
+        thread.join()
+    for c in connections:
+        c.close()
+    assert "finds no store of rank 0 at localhost:" in text and "MASTER_PORT" in text, text
+
+
+class Lost:
+    """A store whose process ends at the n-th call."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.left -= 1
+            if self.left < 0:
+                raise dist.DistNetworkError("Failed to recv, got 0 bytes.\nframe #0")
+            return {"add": 1, "compare_set": b"2 0", "check": False}.get(name)
+
+        return call
+
+
+@pytest.mark.parametrize("calls", [0, 2, 6])
+def test_a_store_that_goes_is_named(monkeypatch, calls):
+    monkeypatch.setattr(rendezvous, "_opened", lambda here, end: None)
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: Lost(calls))
+    with pytest.raises(RuntimeError) as e:
+        rendezvous.met(Place("torchrun", 1, 2, 0, "localhost", 7))
+    assert re.fullmatch(
+        r"rank 1 of 2 \(torchrun\) lost localhost:7 \(MASTER_ADDR, MASTER_PORT\) in st.init: the "
+        r"process that keeps the store there \(rank 0 or the launcher\) ended, and its output says "
+        r"why \(Failed to recv, got 0 bytes.\)",
+        str(e.value),
+    )
 
 
 def test_odd_axes_are_named_before_ranks_meet(monkeypatch):

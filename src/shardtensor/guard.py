@@ -9,7 +9,6 @@ all. The end of the guard is such a meeting, too.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -213,7 +212,7 @@ def _store() -> Any:
 
 def start_from_environment() -> None:
     """Guard the whole program where SHARDTENSOR_DEBUG asks for it."""
-    if os.environ.get("SHARDTENSOR_DEBUG", "0") in ("", "0"):
+    if not place.flag("SHARDTENSOR_DEBUG"):
         return
     start(timeout())
     _torch.at_uncaught(_left)

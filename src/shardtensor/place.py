@@ -26,6 +26,8 @@ _LAUNCHERS = {
     "MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
+# more ranks than any machine has: what is above is a slip
+_MOST = 1 << 20
 # how many ranks this host has
 _LOCAL_SIZES = {
     "torchrun": "LOCAL_WORLD_SIZE",
@@ -47,7 +49,7 @@ def place(env: Mapping[str, str] | None = None) -> Place:
     for name, (rank, ranks, local) in _LAUNCHERS.items():
         # a shell inside a Slurm job has SLURM_NTASKS, too, but only its tasks a step
         if rank in env and ranks in env and (name != "Slurm" or "SLURM_STEP_ID" in env):
-            n = _number(env, ranks, 1)
+            n = _number(env, ranks, 1, _MOST)
             r = _number(env, rank, 0, n - 1, f"ranks are 0 to {ranks} - 1")
             at = _number(env, local, 0) if local in env else 0
             here = _LOCAL_SIZES.get(name, "")
@@ -59,11 +61,16 @@ def place(env: Mapping[str, str] | None = None) -> Place:
 
 def _alone(env: Mapping[str, str]) -> Place:
     """No launcher; half of one is a mistake: every process would run alone."""
-    rank, ranks, _ = _LAUNCHERS["torchrun"]
-    if ranks in env and _number(env, ranks, 1) > 1:
-        raise ValueError(f"{ranks}={env[ranks]}, but {rank} is not set: which of them is this one?")
-    if rank in env:
-        raise ValueError(f"{rank}={env[rank]}, but {ranks} is not set: how many ranks are there?")
+    for name, (rank, ranks, _) in _LAUNCHERS.items():
+        if name == "torchrun" and ranks in env and _number(env, ranks, 1, _MOST) > 1:
+            raise ValueError(
+                f"{ranks}={env[ranks]}, but {rank} is not set: which of them is this one?"
+            )
+        # a shell inside a Slurm job is no task of it
+        if rank in env and (name != "Slurm" or "SLURM_STEP_ID" in env):
+            raise ValueError(
+                f"{rank}={env[rank]}, but {ranks} is not set: how many ranks are there?"
+            )
     return Place("none", 0, 1, 0, "localhost", 0)
 
 
@@ -93,6 +100,16 @@ def seconds(name: str, default: float) -> float:
     if not found > 0:
         raise ValueError(f"{name}={text!r}: a number of seconds above 0 is expected")
     return found
+
+
+def flag(name: str) -> bool:
+    """Whether a variable of this library is on; not set, it is off."""
+    text = os.environ.get(name, "").strip().lower()
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    if text in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError(f"{name}={os.environ[name]!r}: 1 or 0 is expected")
 
 
 def _meeting_point(launcher: str, ranks: int, env: Mapping[str, str]) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -19,6 +20,8 @@ from .waiting import say
 # seconds: ranks of one host start together, those of many may not
 _ONE_HOST, _HOSTS = 25.0, 300.0
 _SAY = 25.0
+# seconds that rank 0 keeps the store for those that have not read what is wrong
+_READ = 5.0
 _starts = itertools.count()
 
 
@@ -36,10 +39,23 @@ def met(here: Place) -> dist.Store:
     that they are the same rank, or ranks differ in how many they are.
     """
     seconds = limit(here)
-    end, told = time.monotonic() + seconds, False
-    store = _opened(here, end)
+    end = time.monotonic() + seconds
     # a process may start anew after destroy_process_group, in a store that still knows it
-    known = dist.PrefixStore(f"shardtensor/met/{next(_starts)}", store)
+    start = next(_starts)
+    store = _opened(here, end)
+    try:
+        wrong = _counted(here, dist.PrefixStore(f"shardtensor/met/{start}", store), end, seconds)
+    except dist.DistError as e:
+        raise _store_lost(here, e) from e
+    if wrong:
+        raise RuntimeError(wrong) if "SHARDTENSOR_INIT_TIMEOUT" in wrong else ValueError(wrong)
+    return store
+
+
+def _counted(here: Place, known: dist.Store, end: float, seconds: float) -> str:
+    """Wait until all ranks are there; what is wrong, the same on all that have come."""
+    # before anything can be wrong: rank 0 waits until these have read it
+    known.add("readers", 1)
     if known.add(f"came/{here.rank}", 1) > 1:
         known.set(
             "wrong",
@@ -54,9 +70,8 @@ def met(here: Place) -> dist.Store:
             f"({here.launcher}): all must be told the same number",
         )
     known.add("count", 1)
-    while known.add("count", 0) < here.ranks:
-        if known.check(["wrong"]):
-            break
+    told = False
+    while known.add("count", 0) < here.ranks and not known.check(["wrong"]):
         if (not told and time.monotonic() > end - seconds + _SAY) or time.monotonic() > end:
             missing = [r for r in range(here.ranks) if not known.check([f"came/{r}"])]
             try:
@@ -64,17 +79,26 @@ def met(here: Place) -> dist.Store:
             except RuntimeError as e:
                 known.set("wrong", str(e))
         time.sleep(0.02)
-    if known.check(["wrong"]):
-        text = known.get("wrong").decode()
-        known.add("read", 1)
-        until = time.monotonic() + 5.0
-        # the store goes with rank 0
-        while here.rank == 0 and known.add("read", 0) < known.add("count", 0):
-            if time.monotonic() > until:
-                break
-            time.sleep(0.02)
-        raise RuntimeError(text) if "SHARDTENSOR_INIT_TIMEOUT" in text else ValueError(text)
-    return store
+    if not known.check(["wrong"]):
+        return ""
+    text = known.get("wrong").decode()
+    known.add("read", 1)
+    until = time.monotonic() + _READ
+    # the store goes with rank 0
+    while here.rank == 0 and known.add("read", 0) < known.add("readers", 0):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return text
+
+
+def _store_lost(here: Place, e: BaseException) -> RuntimeError:
+    """What a rank says whose store has gone, with the process that keeps it."""
+    return RuntimeError(
+        f"rank {here.rank} of {here.ranks} ({here.launcher}) lost {here.address}:{here.port} "
+        "(MASTER_ADDR, MASTER_PORT) in st.init: the process that keeps the store there (rank 0 or "
+        f"the launcher) ended, and its output says why ({_first_line(e)})"
+    )
 
 
 def _opened(here: Place, end: float) -> dist.Store:
@@ -95,7 +119,36 @@ def _opened(here: Place, end: float) -> dist.Store:
     while not _answers(here):
         told = _waited(here, [0], end, seconds, told, f" at {at}")
         time.sleep(0.1)
-    return dist.TCPStore(here.address, here.port, is_master=False, timeout=timedelta(minutes=30))
+    return _connected(here, end, timedelta(minutes=30))
+
+
+def _connected(here: Place, end: float, timeout: timedelta) -> dist.Store:
+    """The store that another process keeps."""
+    found: list[dist.Store] = []
+    error = ["it does not answer"]
+    left = max(1.0, end - time.monotonic())
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                here.address, here.port, is_master=False, timeout=timedelta(seconds=left)
+            )
+            store.set_timeout(timeout)
+            found.append(store)
+        except dist.DistError as e:
+            error[0] = _first_line(e)
+
+    # where another program listens, torch waits for its answer longer than any timeout
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(left)
+    if found:
+        return found[0]
+    raise RuntimeError(
+        f"rank {here.rank} of {here.ranks} ({here.launcher}) finds no store of rank 0 at "
+        f"{here.address}:{here.port} (MASTER_ADDR, MASTER_PORT): another program listens there, or "
+        f"rank 0 has just ended ({error[0]})"
+    )
 
 
 def _answers(here: Place) -> bool:
@@ -145,9 +198,19 @@ def fresh(here: Place) -> dist.Store:
     nothing of other hosts', so the first rank names the part and answers whoever asks now.
     """
     seconds = limit(here)
-    end, told = time.monotonic() + seconds, False
-    store = dist.TCPStore(here.address, here.port, is_master=False, timeout=timedelta(minutes=5))
-    meet = dist.PrefixStore("shardtensor/init", store)
+    end = time.monotonic() + seconds
+    store = _connected(here, end, timedelta(minutes=5))
+    try:
+        return dist.PrefixStore(
+            _named(here, end, seconds, dist.PrefixStore("shardtensor/init", store)), store
+        )
+    except dist.DistError as e:
+        raise _store_lost(here, e) from e
+
+
+def _named(here: Place, end: float, seconds: float, meet: dist.Store) -> str:
+    """The name of the part that all ranks of this attempt use."""
+    told = False
     if here.rank:
         mine = uuid4().hex
         meet.set(f"asks/{here.rank}", mine)
@@ -156,7 +219,7 @@ def fresh(here: Place) -> dist.Store:
             time.sleep(0.01)
         name = meet.get(f"name/{mine}").decode()
         meet.set(f"here/{name}/{here.rank}", "")
-        return dist.PrefixStore(name, store)
+        return name
     name, answered = uuid4().hex, set[str]()
     missing = set(range(1, here.ranks))
     while missing:
@@ -169,4 +232,4 @@ def fresh(here: Place) -> dist.Store:
         missing = {r for r in missing if not meet.check([f"here/{name}/{r}"])}
         told = _waited(here, missing, end, seconds, told)
         time.sleep(0.01)
-    return dist.PrefixStore(name, store)
+    return name
