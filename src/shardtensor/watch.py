@@ -55,6 +55,8 @@ class Watch:
         self.waiting = Look(self.store, self.rank, self.ranks)
         self.news, self.ending = threading.Event(), threading.Event()
         self.text = ""
+        # known to have ended in order when the store ended
+        self.gone: list[int] = []
         # joined in `leave`: a thread inside torch when Python ends aborts the process
         self.thread = threading.Thread(target=self._look, daemon=True, name="shardtensor-watch")
         self.thread.start()
@@ -92,8 +94,15 @@ class Watch:
                 return
         if known:
             author, _, text = self.store.get("news").decode().partition(":")
+            self.gone = [] if text else self.left()
             self.store.add("told", 1)
             self._end(author, text)
+
+    def left(self) -> list[int]:
+        """The ranks that have ended their programs in order."""
+        with suppress(RuntimeError):
+            return [r for r in range(self.ranks) if self.store.check([f"left/{r}"])]
+        return self.gone
 
     def _standing(self) -> str:
         """Where this rank is, if it waits."""
@@ -165,8 +174,7 @@ def _explained(error: BaseException) -> BaseException | None:
     _watch.news.wait(2.0)
     if _watch.text:
         return RankError(_watch.text)
-    with suppress(RuntimeError):
-        gone = [r for r in range(_watch.ranks) if _watch.store.check([f"left/{r}"])]
-        if gone:
-            return RankError(f"ranks {gone} have ended their programs; this rank waits for them")
+    gone = _watch.left()
+    if gone:
+        return RankError(f"ranks {gone} have ended their programs; this rank waits for them")
     return None
