@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_watch import free_port
 
-from shardtensor.waiting import doomed, late, told
+from shardtensor.waiting import apart, doomed, late, told
 
 SCRIPT = """
 import os, signal, sys, time, torch, shardtensor as st
@@ -83,6 +83,24 @@ def test_who_can_go_on_is_not_ended():
     assert doomed(chain | {2: {"left": True}}) == [0, 1]
     # whose group is not seen may wait for anything
     assert doomed(chain | {2: state("c", "wait", None, {WORLD: 5, PAIR: 2})}) == []
+
+
+def test_who_came_but_waits_elsewhere_is_told():
+    # rank 0's own asynchronous collective met rank 1's of another size; 0 waits in C++
+    states = {
+        0: state("a.py:1", counts={WORLD: 5}),
+        1: state("b.py:2", "all-reduce", WORLD, {WORLD: 5}, op="mean"),
+        2: state("b.py:2", "all-reduce", WORLD, {WORLD: 5}, op="mean"),
+    }
+    assert not any(late(r, states[r], states) for r in states) and not doomed(states)
+    assert [apart(states[r], states) for r in states] == [False, True, True]
+    assert told(1, states, 3).startswith(
+        "rank 1 waits for 12 s in `mean` (all-reduce) at b.py:2, to which all came, maybe with other "
+        "sizes: rank 0 runs a.py:1, after 5 of 5 collectives of this group; rank 2 waits in "
+    )
+    # all in the same one: a transfer that takes long
+    states[0] = states[1]
+    assert not any(apart(states[r], states) for r in states)
 
 
 def ran(script, ranks, args, until="", then=lambda processes: None):

@@ -167,6 +167,8 @@ class Look:
         waits = [r for r in order if states[r].get("seconds", 0.0) > LONG / 2]
         subject = next((r for r in waits if late(r, states[r], states)), None)
         if subject is None:
+            subject = next((r for r in waits if apart(states[r], states)), None)
+        if subject is None:
             return ""
         stuck = doomed(states)
         text = told(subject, states, self.ranks)
@@ -214,6 +216,14 @@ def _elsewhere(mine: State, other: State, group: str) -> bool:
     return bool(same and there and other["collective"] != mine["collective"])
 
 
+def apart(mine: State, states: Mapping[int, State]) -> bool:
+    """Whether one waits in a collective in which not all of its group are; else it takes long."""
+    if not mine["collective"] or mine["group"] is None:
+        return False
+    members = map(int, mine["group"].partition("/")[0].split(","))
+    return any(states.get(r, {}).get("collective") != mine["collective"] for r in members)
+
+
 def doomed(states: Mapping[int, State]) -> list[int]:
     """The ranks that can never go on: each waits for one that ended, or for another of them."""
     waits = {
@@ -239,13 +249,14 @@ def told(rank: int, states: Mapping[int, State], ranks: int) -> str:
         else (f"has stood for {mine['seconds']:.0f} s at {mine['line']}")
     )
     missing = late(rank, mine, states)
+    came = f"{_ranks(missing)} did not come" if missing else "all came, maybe with other sizes"
     said: dict[str, list[int]] = {}
     for r in range(ranks):
         if r != rank:
             said.setdefault(_doing(states.get(r), mine), []).append(r)
     others = "; ".join(f"{_ranks(of)} {text}" for text, of in said.items())
     return (
-        f"rank {rank} {what}, to which {_ranks(missing)} did not come: {others}. Every rank must "
+        f"rank {rank} {what}, to which {came}: {others}. Every rank must "
         "call the same ops: look for a branch on the rank, or an error that one rank caught; "
         "SHARDTENSOR_DEBUG=1 names the first op that differs"
     )
