@@ -84,7 +84,7 @@ def torchs_own():
 def test_what_parts_is_named_with_op_and_line(tmp_path):
     with pytest.raises(
         st.DivergenceError,
-        match=r"rank 0 in `save` \(\w+\) at .*test_simulate.py:\d+; rank 1 in `sum` \(all-reduce.*simulate.py:\d",
+        match=r"rank 0 in `save` \([\w -]+\) at .*test_simulate.py:\d+; rank 1 in `sum` \(all-reduce.*simulate.py:\d",
     ):
         st.simulate(2, saves_alone, tmp_path)
     with pytest.raises(
