@@ -137,10 +137,18 @@ def names_keep_their_shape(x):
     return b + 0, c + 0, x + 0
 
 
+def items_of_another_size(x):
+    y = x.view(torch.float32)
+    pairs = x.float().view(torch.complex128)
+    x.float().view(D).zero_()
+    y[:, 1] = 2.0
+    return x, y.t()[3], pairs.real + 0, x.view(torch.uint8)[2:4]
+
+
 RIGHT = [
     view_changed_by_a_function, base_changed_by_a_function, function_that_changes_by_a_weight,
     saved_result_is_not_read, checkpoint_in_a_checkpoint, shallow_copy, out_is_plain, indexed_rows_grow,
-    names_keep_their_shape,
+    names_keep_their_shape, items_of_another_size,
 ]  # fmt: skip
 
 
@@ -216,7 +224,7 @@ def test_a_function_may_not_change_a_gathered_view():
 
 
 VIEWS_OF_SUMS = [
-    lambda x: x.unfold(0, 3, 1), lambda x: x.diagonal(), lambda x: x.double(), lambda x: x.cpu(),
+    lambda x: x.unfold(0, 2, 2), lambda x: x.diagonal(), lambda x: x.double(), lambda x: x.cpu(),
     lambda x: x.type_as(x), lambda x: x.detach(),
 ]  # fmt: skip
 
@@ -262,3 +270,19 @@ def collectives():
 
 def test_collectives_of_torch_are_refused():
     T.run_workers(2, collectives)
+
+
+def items_cut_between():
+    x = st.distribute_tensor(
+        X.float(), T.make_mesh((2,)), [Shard(1)], src_data_rank=None, sizes={1: (1, 3)}
+    )
+    T.same(x.view(D), X.float().view(D), "a cut within an item moves")
+    T.same(x.view(torch.complex128), X.float().view(torch.complex128), "one rank has no item")
+    with pytest.raises(RuntimeError, match="divisible"):
+        x[:, :3].contiguous().view(D)
+    with pytest.raises(RuntimeError, match="stride"):
+        x.t().view(D)
+
+
+def test_items_cut_between():
+    st.simulate(2, items_cut_between)
