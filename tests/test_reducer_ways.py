@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_reducer import same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,3 +74,28 @@ def test_nor_those_of_plain_uses():
         same(got, want)
     with pytest.raises(st.RankError, match="samples have gradients of other parameters"):
         st.simulate(2, on_rank, "one", 8.0, True)
+
+
+def changed(mesh):
+    model, x = made()
+    if mesh is not None:
+        st.parallelize(model, mesh, data="data")
+        d = mesh.get_local_rank("data")
+        x = st.distribute_tensor(x[d : d + 1], mesh["domain"], [Shard(1)], src_data_rank=None)
+    model(x, "one", 0)
+    # neither goes through nn.Module.__setattr__
+    model.out._parameters["weight"] = nn.Parameter(model.out.weight.detach() * 2)
+    torch.manual_seed(0 if mesh is None else dist.get_rank())
+    model.of.insert(0, nn.Linear(3, 3).double())
+    model(x, "one", 0).square().mean().backward()
+    return grads(model)
+
+
+def changed_on_rank():
+    return changed(init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "domain")))
+
+
+def test_parameters_that_came_past_setattr():
+    want = changed(None)
+    for got in st.simulate(4, changed_on_rank):
+        same(got, want)

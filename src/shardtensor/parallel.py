@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -27,12 +27,6 @@ from .tensor import ShardTensor
 
 M = TypeVar("M", bound=nn.Module)
 _trained: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
-
-
-class _Changes:
-    """How many parameters and modules were put into modules, once that is counted."""
-
-    number = 0
 
 
 def parallelize(
@@ -186,14 +180,30 @@ class Trained:
     def __init__(self, reducer: Reducer, everybody: str | None) -> None:
         self.reducer, self.everybody = reducer, everybody
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        _counting()
-        self.changes = _Changes.number
         self.handle: Any = None
 
     def new(self, tensors: Iterable[Tensor]) -> list[Any]:
         """Those that were not there before; a ShardTensor is left alone."""
         found = dict.fromkeys(t for t in tensors if not isinstance(t, ShardTensor))
         return [t for t in found if t not in self.known]
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether the model has a parameter that was not there before."""
+        seen, waiting, ranks = {id(model)}, [model], self.reducer.ranks
+        while waiting:
+            module = waiting.pop()
+            for p in module._parameters.values():
+                slot = getattr(p, "_shardtensor_slot", None)
+                if getattr(slot, "ranks", None) is ranks:
+                    continue
+                # others than Parameters are there for one call (torch.func.functional_call)
+                if isinstance(p, nn.Parameter) and p not in self.known:
+                    return True
+            for child in module._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+        return False
 
     def synchronise(self, model: nn.Module) -> None:
         """Give all ranks the first one's parameters and buffers, if they are new."""
@@ -212,25 +222,14 @@ class Trained:
         self.known.update(dict.fromkeys((*model.parameters(), *model.buffers()), True))
 
 
-@cache
-def _counting() -> None:
-    for watch in (
-        nn.modules.module.register_module_parameter_registration_hook,
-        nn.modules.module.register_module_module_registration_hook,
-    ):
-        watch(_count)
-
-
-def _count(*_: Any) -> None:
-    _Changes.number += 1
-
-
 def _take_new(model: nn.Module, _: Any) -> None:
-    """Before forward: what is new in the model, such as another head, trains as the rest."""
+    """Before forward: what is new in the model, such as another head, trains as the rest.
+
+    Looked for in the modules themselves: code may write into their dicts, which calls no hook.
+    """
     trained = _trained.get(model)
-    if trained is None or trained.changes == _Changes.number or _torch.is_tracing():
+    if trained is None or _torch.is_tracing() or not trained.changed(model):
         return
-    trained.changes = _Changes.number
     trained.synchronise(model)
     trained.take(model)
 
