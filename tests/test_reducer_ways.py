@@ -78,6 +78,8 @@ def test_nor_those_of_plain_uses():
 
 def changed(mesh):
     model, x = made()
+    torch.manual_seed(0 if mesh is None else dist.get_rank())
+    late = nn.Linear(3, 3).double()
     if mesh is not None:
         st.parallelize(model, mesh, data="data")
         d = mesh.get_local_rank("data")
@@ -85,8 +87,7 @@ def changed(mesh):
     model(x, "one", 0)
     # neither goes through nn.Module.__setattr__
     model.out._parameters["weight"] = nn.Parameter(model.out.weight.detach() * 2)
-    torch.manual_seed(0 if mesh is None else dist.get_rank())
-    model.of.insert(0, nn.Linear(3, 3).double())
+    model.of.insert(0, late)
     model(x, "one", 0).square().mean().backward()
     return grads(model)
 
