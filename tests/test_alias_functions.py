@@ -132,7 +132,7 @@ def indexed_rows_grow(x):
 
 def names_keep_their_shape(x):
     b, c = x[:], x.view(6, 4)
-    assert x.to(D) is x
+    assert x.to(D) is x and torch.atleast_2d(x) is x
     x.transpose_(0, 1)
     return b + 0, c + 0, x + 0
 

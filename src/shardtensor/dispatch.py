@@ -227,16 +227,21 @@ def _decompose(
         return _into(_decompose, func, args, kwargs)
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
     mesh = next(x._spec.mesh for x in leaves if is_shard(x))
+    given = {}
     for i, x in enumerate(leaves):
         if is_shard(x):
             # without history of its own, else C++ would record the composite a second time
             leaves[i] = wrap(x._local, x._spec)
+            given[id(leaves[i])] = x
         elif isinstance(x, Tensor) and (every or _torch.is_tracing()):
             # what the composite does to plain tensors alone must be traced as well
             leaves[i] = wrap(x, Spec(mesh, tuple(Dim(n) for n in x.shape)))
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     with _torch.composite_call():
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+    # an argument given back as it is (atleast_2d)
+    same = given.get(id(out))
+    return out if same is None or same._local is not out._local else same
 
 
 class _Instead:
