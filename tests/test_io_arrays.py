@@ -146,17 +146,32 @@ def indexed(where, variable):
         ({7: 0}, ValueError, "no dim 7"),
         ({"time": 5}, IndexError, "row 5 of dim time, which has 5"),
         ({"time": slice(0, 4, 2)}, ValueError, "steps of 1"),
+        *(({0: at}, ValueError, "give a row or a slice") for at in (True, [0], 1.5, None, ...)),
+        ({0: slice(1.0, 2.0)}, ValueError, "give a row or a slice"),
+        ({"time": 1, -3: 2}, ValueError, "names dim 0 twice"),
+        ({True: 1}, ValueError, "True is no dim"),
+        ([1], ValueError, "give a dict of dims"),
     ]:
         with pytest.raises(error, match=text):
             io.read(source, mesh, places, index=index)
     with pytest.raises(ValueError, match="not read into"):
         io.read(source, mesh, [Partial()])
+    with pytest.raises(ValueError, match="'float64': give one of torch"):
+        io.read(source, mesh, places, dtype="float64")
+    spec = io.spec_of(source, mesh, places, {0: 2})
+    with pytest.raises(ValueError, match=r"a spec of .* for an array of"):
+        io.read_block(source, spec)
+    for halo in ({0: (-1, 0)}, {2: (1, 1)}):
+        with pytest.raises(ValueError, match="a halo of"):
+            io.read_block(source, spec, index={0: 2}, halo=halo)
 
 
 def halos(where):
     source = io.open_array(where)
     spec = io.spec_of(source, T.make_mesh((3,)), [Shard(1)], {0: 2}, {1: (2, 5, 7)})
-    return io.read_block(source, spec, index={0: 2}, halo={1: (3, 1)}).numpy()
+    found = io.read_block(source, spec, index={0: 2}, halo={1: (3, 1)})
+    assert torch.equal(found, io.read_block(source, spec, index={0: 2}, halo={-1: (3, 1)}))
+    return found.numpy()
 
 
 def test_halo_ends_with_the_array(tmp_path):
@@ -181,6 +196,29 @@ def test_packed_values_become_floats(tmp_path):
         assert found.dtype == np.float32 and np.isnan(found).sum() == 3
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
         assert source.bytes_wanted == VALUES.size * 2
+
+
+def test_arrays_that_torch_has_not(tmp_path):
+    with pytest.raises(TypeError, match=r"masked array: give x.filled"):
+        io.open_array(np.ma.array(VALUES, mask=VALUES > 0))
+    with pytest.raises(ValueError, match=f"{np.dtype(np.longdouble)} is not a dtype of numbers"):
+        io.open_array(VALUES.astype(np.longdouble))
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["null"] = h5py.Empty("f4")
+    with pytest.raises(ValueError, match=r"a.h5: null: it has no values, not even a shape"):
+        io.open_array(tmp_path / "a.h5")
+
+
+def test_a_variable_with_the_name_of_a_dim(tmp_path):
+    """NetCDF 4 stores it under another name where it is no coordinate."""
+    xr.Dataset({"x": (("y", "x"), VALUES[0])}).to_netcdf(tmp_path / "a.nc", format="NETCDF4")
+    for name in (None, "x", "/x"):
+        source = io.open_array(tmp_path / "a.nc", name)
+        assert source.dims == ("y", "x")
+        found = source.read([(0, n) for n in source.shape])
+        np.testing.assert_array_equal(found, VALUES[0])
+    with pytest.raises(ValueError, match=r"'wind'; there are x$"):
+        io.open_array(tmp_path / "a.nc", "wind")
 
 
 def test_missing_things_are_named(tmp_path):

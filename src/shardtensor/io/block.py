@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.data import get_worker_info
 from ..errors import UnsupportedOpError
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from .source import Range, Source, open_array
+from .source import Range, Source, numbers, open_array
 
 Index = Mapping[str | int, int | slice]
 # bytes touched over bytes wanted from which on a warning is due
@@ -74,10 +75,15 @@ def read_block(
     halo: for some dims of the spec, how many rows more before and after; fewer come at the ends of
     the array, where there are none.
     """
+    picked, kept = _kept(source, index)
+    shape = tuple(b - a for _, (a, b) in kept)
+    if shape != spec.shape:
+        raise ValueError(f"{source.name}: a spec of {tuple(spec.shape)} for an array of {shape}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {dtype!r}: give one of torch, such as torch.float32")
     block = source.read(_ranges(source, spec, index, halo))
-    picked, _ = _kept(source, index)
     whole = block.reshape([n for d, n in enumerate(block.shape) if d not in picked])
-    if whole.dtype.kind not in "biufc":
+    if not numbers(whole.dtype):
         raise ValueError(f"{source.name}: {whole.dtype} is not a dtype of numbers")
     found = torch.from_numpy(np.require(whole, requirements=["C", "W"]))
     return found if dtype is None else found.to(dtype)
@@ -155,19 +161,33 @@ def report(source: Source, spec: Spec, *, index: Index | None = None) -> Report:
 def _kept(source: Source, index: Index | None) -> tuple[set[int], list[tuple[int, Range]]]:
     """The dims that go away, and for the others (dim, rows)."""
     rows: list[Range] = [(0, n) for n in source.shape]
-    picked = set()
+    picked, seen = set(), set()
+    if not isinstance(index or {}, Mapping):
+        raise ValueError(f"{source.name}: index {index!r}; give a dict of dims, such as {{0: 3}}")
     for key, at in (index or {}).items():
         d = source.dim(key)
         n = source.shape[d]
+        if d in seen:
+            raise ValueError(f"{source.name}: index {index!r} names dim {d} twice")
+        seen.add(d)
+        try:
+            if isinstance(at, slice):
+                start, stop, step = at.indices(n)
+            else:
+                row = _whole(at)
+        except TypeError:
+            raise ValueError(
+                f"{source.name}: {at!r} of dim {key}; give a row or a slice of step 1, and take "
+                "others from what is read, or give a selection of xarray"
+            ) from None
         if isinstance(at, slice):
-            start, stop, step = at.indices(n)
             if step != 1:
                 raise ValueError(f"{source.name}: {at} of dim {key}; only steps of 1 are read")
             rows[d] = start, max(start, stop)
         else:
-            if not -n <= at < n:
-                raise IndexError(f"{source.name}: row {at} of dim {key}, which has {n}")
-            rows[d] = at % n, at % n + 1
+            if not -n <= row < n:
+                raise IndexError(f"{source.name}: row {row} of dim {key}, which has {n}")
+            rows[d] = row % n, row % n + 1
             picked.add(d)
     return picked, [(d, r) for d, r in enumerate(rows) if d not in picked]
 
@@ -177,17 +197,32 @@ def _ranges(
 ) -> list[Range]:
     """The rows of the array, in all its dims, that are this rank's block."""
     picked, kept = _kept(source, index)
+    more: dict[int, tuple[int, int]] = {}
+    for i, (before, after) in (halo or {}).items():
+        if not -len(kept) <= i < len(kept) or min(before, after) < 0:
+            raise ValueError(
+                f"{source.name}: a halo of {(before, after)} rows for dim {i} of {len(kept)}"
+            )
+        more[i % len(kept)] = before, after
     found: list[Range] = [(0, 0)] * len(source.shape)
-    for d in picked:
-        at = next(v for k, v in (index or {}).items() if source.dim(k) == d)
-        assert not isinstance(at, slice)
-        found[d] = at % source.shape[d], at % source.shape[d] + 1
+    for key, at in (index or {}).items():
+        d = source.dim(key)
+        if d in picked:
+            row = _whole(at) % source.shape[d]
+            found[d] = row, row + 1
     for i, (d, (start, stop)) in enumerate(kept):
         a = start + spec.offset[i]
-        before, after = (halo or {}).get(i, (0, 0))
+        before, after = more.get(i, (0, 0))
         b = a + spec.local_shape[i]
         found[d] = (max(start, a - before), min(stop, b + after)) if a < b else (a, a)
     return found
+
+
+def _whole(at: Any) -> int:
+    """A number of a row. Raises TypeError for what is none; True and False are none."""
+    if isinstance(at, bool | np.bool_) or np.ndim(at):
+        raise TypeError
+    return operator.index(at)
 
 
 _warned: set[str] = set()

@@ -1,6 +1,6 @@
 """What a file of a stranger may not do: lead to other files, or run code.
 
-Held by tests/test_crafted_files.py. An array that the caller opened, an h5py dataset for instance,
+Held by tests/test_crafted_data.py. An array that the caller opened, an h5py dataset for instance,
 is taken as it is, but for pickles.
 """
 

@@ -72,6 +72,8 @@ class Source:
 
         Raises IndexError for a range outside of the array.
         """
+        if len(ranges) != len(self.shape):
+            raise IndexError(f"{self.name}: {len(ranges)} ranges for {len(self.shape)} dims")
         for (a, b), n in zip(ranges, self.shape, strict=True):
             if not 0 <= a <= b <= n:
                 raise IndexError(f"{self.name}: rows {a} to {b} of a dim of size {n}")
@@ -106,6 +108,8 @@ class Source:
             if name not in (self.dims or ()):
                 raise ValueError(f"{self.name} has no dim {name!r}; its dims are {self.dims}")
             return (self.dims or ()).index(name)
+        if type(name) is bool or not hasattr(name, "__index__"):
+            raise ValueError(f"{self.name}: {name!r} is no dim; give its name or number")
         if not -len(self.shape) <= name < len(self.shape):
             raise ValueError(f"{self.name} has no dim {name}; its shape is {self.shape}")
         return name % len(self.shape)
@@ -124,6 +128,10 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     ImportError that names the extra where the library is not installed, TypeError for what
     cannot be opened, ValueError that names the file for one that is damaged or leads to others.
     """
+    if variable is not None and not isinstance(variable, str):
+        raise TypeError(f"variable {variable!r}: give the name of an array")
+    if isinstance(where, np.ma.MaskedArray):
+        raise TypeError("open_array of a masked array: give x.filled(...), of floats with NaN")
     if isinstance(where, np.ndarray):
         return _plain(where, "array", where)
     kind = type(where).__module__.split(".")[0]
@@ -155,6 +163,11 @@ def need(module: str) -> Any:
         raise ImportError(f'{module} is needed: pip install "shardtensor[io]"') from e
 
 
+def numbers(dtype: np.dtype) -> bool:
+    """Whether torch has numbers of that dtype; it has none of more than 64 bits a part."""
+    return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
+
+
 def is_url(where: str) -> bool:
     """Whether fsspec has to open it."""
     return "://" in where or "::" in where
@@ -169,7 +182,7 @@ def _magic(url: str) -> bool:
 
 
 def _plain(x: Any, name: str, origin: Any) -> Source:
-    if x.dtype.kind not in "biufc":
+    if not numbers(x.dtype):
         raise ValueError(f"{name}: {x.dtype} is not a dtype of numbers")
     return Source(
         name, x.shape, x.dtype.newbyteorder("="), None, None, {}, x.__getitem__,
@@ -186,7 +199,7 @@ def _npy(url: str) -> Source:
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = read[version[0]](f)
         start = f.tell()
-    if dtype.kind not in "biufc":
+    if not numbers(dtype):
         raise ValueError(f"{url}: {dtype} is not a dtype of numbers")
     if fortran or min(shape, default=0) < 0:
         raise ValueError(f"{url}: {shape}, of which only arrays in C order can be read in part")
@@ -280,8 +293,10 @@ def _of(
     chunks: Sequence[int] | None,
 ) -> Source:  # fmt: skip
     stored = np.dtype(array.dtype)
-    if stored.kind not in "biufc":
+    if not numbers(stored):
         raise ValueError(f"{name}: {stored} is not a dtype of numbers")
+    if array.shape is None:
+        raise ValueError(f"{name}: it has no values, not even a shape")
     packed = packing(stored, attrs, name)
     shape = tuple(int(n) for n in array.shape)
     found = tuple(chunks) if chunks else None
@@ -307,13 +322,22 @@ def _is_variable(x: Any) -> bool:
     return hasattr(x, "dtype") and not bytes(x.attrs.get("NAME", b"")).startswith(length)
 
 
+_HIDDEN = "_nc4_non_coord_"
+
+
 def _chosen(where: str, names: list[str], variable: str | None) -> str:
     if variable is None and len(names) == 1:
         return names[0]
     plain = None if variable is None else variable.strip("/")
+    group, _, last = (plain or "").rpartition("/")
+    # so NetCDF 4 calls what has a dim's name and is no coordinate
+    hidden = f"{group}/{_HIDDEN}{last}".lstrip("/")
+    if hidden in names:
+        return hidden
     if plain in names or (plain and "/" in plain):
         return plain
-    raise ValueError(f"{where}: variable {variable!r}; there are {', '.join(sorted(names))}")
+    there = ", ".join(sorted(n.replace(_HIDDEN, "") for n in names))
+    raise ValueError(f"{where}: variable {variable!r}; there are {there}")
 
 
 def _dims(array: Any, kind: str) -> Sequence[str] | None:
@@ -335,7 +359,8 @@ def _xarray(data: Any, variable: str | None) -> Source:
         known = data.data_vars if variable is None else data.variables
         data = data[_chosen("dataset", list(map(str, known)), variable)]
     return Source(
-        str(data.name or "array"), data.shape, np.dtype(data.dtype).newbyteorder("="),
+        str(getattr(data, "name", None) or "array"), data.shape,
+        np.dtype(data.dtype).newbyteorder("="),
         _stored_chunks(data), tuple(map(str, data.dims)),
         # xarray has decoded what it read
         {k: v for k, v in data.attrs.items() if k not in PACKING},
