@@ -2,9 +2,6 @@
 
 import threading
 import time
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,15 +11,11 @@ from torch.distributed.tensor import Shard
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    default_collate,
 )
 
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.io import DomainSampler, Loader, open_array, read, read_block, spec_of
-from shardtensor.io.collate import collate, moved
 
 SAMPLES = np.random.default_rng(0).normal(size=(11, 6, 4)).astype(np.float32)
 
@@ -230,28 +223,6 @@ def test_progress_and_leaving_early(path, capsys):
     assert "epoch 0" in capsys.readouterr().out
 
 
-def test_collate():
-    two = [{"a": torch.ones(2), "b": (1.5, "x")}, {"a": torch.zeros(3), "b": (2.5, "y")}]
-    found = collate(two)
-    assert [t.shape for t in found["a"]] == [(2,), (3,)]
-    assert found["b"][0].tolist() == [1.5, 2.5] and found["b"][1] == ["x", "y"]
-
-    def run():
-        mesh = T.make_mesh((2,))
-        made = [
-            st.distribute_tensor(torch.full((n,), float(n)), mesh, [Shard(0)]) for n in (3, 3, 4)
-        ]
-        with st.trace() as t:
-            batch, kept = collate(made[:2]), collate(made[1:])
-        assert not t.sent and isinstance(kept, list)
-        return batch.full_tensor()
-
-    assert torch.equal(st.simulate(2, run)[0], torch.full((2, 3), 3.0))
-
-
-# small datasets, other samplers -------------------------------------------------------------------
-
-
 class Numbers:
     """Numbers, which nothing has to be read for."""
 
@@ -263,106 +234,6 @@ class Numbers:
 
     def __getitem__(self, i):
         return i
-
-
-def epochs(n, shape, batch_size, **options):
-    mesh = mesh_of(shape)
-    if options:
-        options = {"sampler": DomainSampler(n, mesh, **options)}
-    loader = Loader(Numbers(n), mesh, batch_size=batch_size, **options)
-    found = [b.tolist() for b in loader]
-    assert len(found) == len(loader)
-    return found
-
-
-@pytest.mark.parametrize("n, shape, sizes", [(3, (1, 1), [3]), (5, (2, 1), [3]), (1, (3, 1), [1])])
-def test_a_dataset_smaller_than_a_round(n, shape, sizes):
-    ranks = st.simulate(shape[0], epochs, n, shape, 4)
-    assert all([len(b) for b in found] == sizes for found in ranks)
-    assert {i for found in ranks for b in found for i in b} == set(range(n))
-
-
-def test_the_last_batch():
-    def run(drop_last):
-        return st.simulate(2, lambda: epochs(11, (2, 1), 4, drop_last=drop_last))
-
-    keep, drop = run(False), run(True)
-    assert [[len(b) for b in found] for found in keep] == [[4, 2]] * 2
-    assert {i for found in keep for b in found for i in b} == set(range(11))
-    assert [[len(b) for b in found] for found in drop] == [[4]] * 2
-
-    def refused():
-        with pytest.raises(ValueError, match="5 samples of a domain group make no batch of 6"):
-            epochs(11, (2, 1), 6, drop_last=True)
-
-    st.simulate(2, refused)
-
-
-def test_rounds_are_the_same_for_any_number_of_groups():
-    rounds = []
-    for groups in (1, 2, 4):
-        ranks = st.simulate(groups, epochs, 24, (groups, 1), 4 // groups)
-        rounds.append([sorted(chain(*parts)) for parts in zip(*ranks, strict=True)])
-    assert rounds[0] == rounds[1] == rounds[2] and len(rounds[0]) == 6
-
-
-def with_sampler(make, shape):
-    mesh = mesh_of(shape)
-    rank = mesh.get_coordinate()[0] * shape[1] + mesh.get_coordinate()[1]
-    try:
-        return [b.tolist() for b in Loader(Numbers(8), mesh, batch_size=2, sampler=make(rank))]
-    except ValueError as e:
-        return str(e)
-
-
-def test_samplers_that_part_the_ranks_of_a_sample():
-    def distributed(rank):
-        return DistributedSampler(range(8), num_replicas=2, rank=rank, shuffle=False)
-
-    def shuffled(rank):
-        return RandomSampler(range(8), generator=torch.Generator().manual_seed(rank))
-
-    def longer(rank):
-        return SequentialSampler(range(4 + 4 * rank))
-
-    for make, kind in [(distributed, "DistributedSampler"), (shuffled, "RandomSampler")]:
-        told = st.simulate(2, with_sampler, make, (1, 2))
-        assert told[0] == told[1] and "ranks 0 and 1 hold parts of one sample" in told[0]
-        assert kind in told[0] and "io.DomainSampler" in told[0]
-    # of ranks of their own each may read what it likes, but as often as the others
-    assert st.simulate(2, with_sampler, distributed, (2, 1)) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
-    told = st.simulate(2, with_sampler, longer, (2, 1))
-    assert told[0] == told[1] and "2 batches from 0, 4 batches from 0" in told[0]
-    same = st.simulate(2, with_sampler, lambda rank: SequentialSampler(range(8)), (1, 2))
-    assert same == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
-
-
-def test_resumes_on_other_numbers_of_groups():
-    def start(shape, batch_size, state=None, **options):
-        mesh = mesh_of(shape)
-        loader = Loader(
-            Numbers(24), mesh, batch_size=batch_size, sampler=DomainSampler(24, mesh, **options)
-        )
-        if state is not None:
-            loader.load_state_dict(state)
-            return [b.tolist() for b in loader]
-        for i, _ in enumerate(loader):
-            if i == 2:
-                return loader.state_dict()
-
-    state = st.simulate(2, start, (2, 1), 2)[0]  # 12 samples
-    straight = st.simulate(1, start, (1, 1), 4, {"epoch": 0, "done": 0})[0]
-    assert st.simulate(1, start, (1, 1), 4, state)[0] == straight[3:]
-    parts = st.simulate(3, start, (3, 1), 2, state)
-    assert sorted(chain(*chain(*parts))) == sorted(chain(*straight[3:]))
-
-    def refused():
-        with pytest.raises(ValueError, match="resume after 12 samples of an epoch, 5 a round"):
-            start((1, 1), 5, state)
-        with pytest.raises(ValueError, match="resume: seed was 0, this sampler has 1"):
-            start((1, 1), 4, state, seed=1)
-
-    st.simulate(1, refused)
 
 
 # ends ---------------------------------------------------------------------------------------------
@@ -394,52 +265,6 @@ def test_no_thread_is_left():
         return threading.active_count() - before
 
     assert st.simulate(1, run) == [0]
-
-
-# structures ---------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    a: int
-    b: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    x: np.ndarray
-    weight: float = field(init=False, default=0.5)
-
-    def __post_init__(self):
-        assert isinstance(self.x, np.ndarray)
-
-
-def test_batches_are_those_of_torch():
-    samples = [
-        {
-            "pair": Pair(i, f"n{i}"),
-            "array": np.arange(3, dtype=np.float32) + i,
-            "big": np.arange(2, dtype=">i4"),
-            "scalar": np.float64(i),
-            "float": 1.6e9 + i / 4,
-            "flag": bool(i),
-            "list": [i, torch.tensor(i)],
-        }
-        for i in range(2)
-    ]
-    found = collate(samples)
-    for s in samples:
-        s["big"] = s["big"].astype("i4")
-    wanted = default_collate(samples)
-    assert type(found["pair"]) is Pair and found["pair"].b == ["n0", "n1"]
-    for key in ("array", "big", "scalar", "float", "flag"):
-        assert found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]), key
-    assert torch.equal(found["pair"].a, wanted["pair"][0])
-    assert all(torch.equal(a, b) for a, b in zip(found["list"], wanted["list"], strict=True))
-    batch = moved(collate([Sample(np.ones(2)), Sample(np.zeros(2))]), torch.device("cpu"))
-    assert type(batch) is Sample and batch.x.shape == (2, 2) and batch.weight.tolist() == [0.5, 0.5]
-    assert collate([None, None]) == [None, None] and collate([np.array("a")] * 2)[1] == "a"
-    with pytest.raises(ValueError, match=r"differ in structure: dict of \['a'\], dict of \['b'\]"):
-        collate([{"a": 1}, {"b": 1}])
 
 
 # torch's own loader -------------------------------------------------------------------------------

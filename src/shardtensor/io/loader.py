@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -105,6 +106,7 @@ class Loader:
         self.prefetch, self.progress = prefetch, progress
         self.device = torch.device(mesh.device_type)
         self.done, self.waited = 0, 0.0
+        self._turn: object = None
 
     def __len__(self) -> int:
         n = len(self.sampler)
@@ -141,6 +143,10 @@ class Loader:
         """Raises ValueError for the state of another order of samples, and where `round` differs
         and what was done ends within one of this loader's.
         """
+        for key in ("epoch", "done", "round"):
+            n = state.get(key, self._round if key == "round" else None)
+            if type(n) is not int or n < (key == "round"):
+                raise ValueError(f"resume: {key} is {n!r}; give what state_dict() gave")
         for key, mine in self._order().items():
             if int(state.get(key, mine)) != mine:
                 raise ValueError(f"resume: {key} was {state[key]}, this sampler has {mine}")
@@ -157,18 +163,25 @@ class Loader:
         if self.done >= len(self):
             self._set_epoch(self.epoch + 1)
             self.done = 0
-        order = list(self.sampler)
+        # one more than it says, if it has more, for `_same` to see
+        order = list(islice(iter(self.sampler), len(self.sampler) + 1))
         self._same(order)
         batches = [
             order[i * self.batch_size : (i + 1) * self.batch_size]
             for i in range(self.done, len(self))
         ]
+        mine = self._turn = object()
         read = _Ahead(self._batch, batches, self.prefetch) if self.prefetch else None
         source = read if read is not None else map(self._batch, batches)
         try:
             for found in self._watched(source, len(batches)):
                 self.done += 1
                 yield moved(found, self.device)
+                if self._turn is not mine:
+                    raise RuntimeError(
+                        "Loader: another iterator of it began meanwhile, and both would skip "
+                        "batches: one at a time, or a Loader for each"
+                    )
         finally:
             if read is not None:
                 read.close()
@@ -182,8 +195,16 @@ class Loader:
         place = mesh.get_coordinate()
         on = getattr(self.sampler, "data", "data")
         mine = place[names.index(on)] if place is not None and on in names else 0
-        numbers = [mine, self.done, len(order), len(self), crc32(repr(order).encode())]
-        ranks = wire.all_gather_numbers(numbers, self.device, self._group())
+        said = len(self.sampler)
+        numbers = [said, mine, self.done, len(order), len(self), crc32(repr(order).encode())]
+        found = wire.all_gather_numbers(numbers, self.device, self._group())
+        wrong = [n for n, _, _, given, *_ in found if n != given]
+        if wrong:
+            raise ValueError(
+                f"Loader: a {type(self.sampler).__name__} says that it has {wrong[0]} samples and "
+                "gives others: its len has to be how many it gives"
+            )
+        ranks = [facts for _, *facts in found]
         if len({(done, n) for _, done, _, n, _ in ranks}) > 1:
             told = ", ".join(f"{n} batches from {done}" for _, done, _, n, _ in ranks)
             raise ValueError(f"Loader: ranks part: {told}; give all the same dataset and state")

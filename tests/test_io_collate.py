@@ -1,0 +1,76 @@
+"""Samples of any structure as one batch, as torch's DataLoader has it."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+from torch.utils.data import default_collate
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.io.collate import collate, moved
+
+
+def test_collate():
+    two = [{"a": torch.ones(2), "b": (1.5, "x")}, {"a": torch.zeros(3), "b": (2.5, "y")}]
+    found = collate(two)
+    assert [t.shape for t in found["a"]] == [(2,), (3,)]
+    assert found["b"][0].tolist() == [1.5, 2.5] and found["b"][1] == ["x", "y"]
+
+    def run():
+        mesh = T.make_mesh((2,))
+        made = [
+            st.distribute_tensor(torch.full((n,), float(n)), mesh, [Shard(0)]) for n in (3, 3, 4)
+        ]
+        with st.trace() as t:
+            batch, kept = collate(made[:2]), collate(made[1:])
+        assert not t.sent and isinstance(kept, list)
+        return batch.full_tensor()
+
+    assert torch.equal(st.simulate(2, run)[0], torch.full((2, 3), 3.0))
+
+
+class Pair(NamedTuple):
+    a: int
+    b: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    x: np.ndarray
+    weight: float = field(init=False, default=0.5)
+
+    def __post_init__(self):
+        assert isinstance(self.x, np.ndarray)
+
+
+def test_batches_are_those_of_torch():
+    samples = [
+        {
+            "pair": Pair(i, f"n{i}"),
+            "array": np.arange(3, dtype=np.float32) + i,
+            "big": np.arange(2, dtype=">i4"),
+            "scalar": np.float64(i),
+            "float": 1.6e9 + i / 4,
+            "flag": bool(i),
+            "list": [i, torch.tensor(i)],
+        }
+        for i in range(2)
+    ]
+    found = collate(samples)
+    for s in samples:
+        s["big"] = s["big"].astype("i4")
+    wanted = default_collate(samples)
+    assert type(found["pair"]) is Pair and found["pair"].b == ["n0", "n1"]
+    for key in ("array", "big", "scalar", "float", "flag"):
+        assert found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]), key
+    assert torch.equal(found["pair"].a, wanted["pair"][0])
+    assert all(torch.equal(a, b) for a, b in zip(found["list"], wanted["list"], strict=True))
+    batch = moved(collate([Sample(np.ones(2)), Sample(np.zeros(2))]), torch.device("cpu"))
+    assert type(batch) is Sample and batch.x.shape == (2, 2) and batch.weight.tolist() == [0.5, 0.5]
+    assert collate([None, None]) == [None, None] and collate([np.array("a")] * 2)[1] == "a"
+    with pytest.raises(ValueError, match=r"differ in structure: dict of \['a'\], dict of \['b'\]"):
+        collate([{"a": 1}, {"b": 1}])
