@@ -148,9 +148,28 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         with pytest.raises(RuntimeError, match=r"bad was not saved.*m\.v is "):
             checkpoint.save({"m": {"v": value}, "t": torch.ones(2)}, tmp_path, "bad")
         assert checkpoint.latest(tmp_path) is None
+    for x in (torch.eye(2).to_sparse(), torch.ones(2, device="meta")):
+        with pytest.raises(RuntimeError, match=r"bad was not saved.*m\.v is a tensor .* dense one"):
+            checkpoint.save({"m": {"v": x}}, tmp_path, "bad")
+    for state in ([torch.ones(2)], torch.ones(2), nn.Linear(1, 1), None):
+        for save in (checkpoint.save, checkpoint.save_async):
+            with pytest.raises(TypeError, match=r"the state is a .*; give a dict"):
+                save(state, tmp_path, "bad")
     fine = {"v": [1, 2.5, "a", None, True, (1j, b"c")], "d": torch.float16}
     checkpoint.save(fine, tmp_path, "good")
     assert checkpoint.load({"v": 0, "d": 0}, tmp_path / "good") == fine
+    with pytest.raises(TypeError, match="the state is a list; give a dict"):
+        checkpoint.load([0], tmp_path / "good")
+
+
+def test_states_that_cannot_be_filled(tmp_path):
+    checkpoint.save({"w": torch.ones(2)}, tmp_path, "a")
+    for x, said in [
+        (torch.ones(2, device="meta"), "without memory .*to_empty"),
+        (torch.ones(2).to_sparse(), "w is dense in the file"),
+    ]:
+        with pytest.raises(RuntimeError, match=said):
+            checkpoint.load({"w": x}, tmp_path / "a")
 
 
 # names --------------------------------------------------------------------------------------------
@@ -275,3 +294,14 @@ def test_broken_ones_are_not_counted(tmp_path):
     shutil.rmtree(tmp_path / "b")
     checkpoint.save({"x": 1}, tmp_path, "f", keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_clocks_that_go_wrong(tmp_path):
+    """What was just saved is the newest, also where the others come from the future."""
+    saved(tmp_path, "abc")
+    for name in "ab":
+        os.utime(tmp_path / name / ".metadata", (4e9, 4e9))
+    checkpoint.save({"x": 1}, tmp_path, "d", keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    checkpoint.save_async({"x": 1}, tmp_path, "e", keep=2).wait()
+    assert checkpoint.latest(tmp_path).name == "e" and (tmp_path / "d").exists()

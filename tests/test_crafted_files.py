@@ -348,6 +348,18 @@ def test_a_pipe_is_no_file(copy):
     refused(copy, "__0_0.distcp is missing")
 
 
+def test_links_that_leave_the_checkpoint(copy, good, tmp_path):
+    for name in files(good):
+        shutil.copy(good / name, tmp_path / "elsewhere")
+        (copy / name).unlink()
+        (copy / name).symlink_to(tmp_path / "elsewhere")
+        refused(copy, f"{name} is a link that leads out of the checkpoint")
+        (copy / name).unlink()
+        shutil.copy(good / name, copy / name)
+    (tmp_path / "last").symlink_to(copy)
+    assert st.simulate(2, said_on_every_rank, tmp_path / "last") == [None, None]
+
+
 def reads(folder):
     """Rank 1 reads what is damaged, rank 0 does not."""
     write(folder)

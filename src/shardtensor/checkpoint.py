@@ -73,7 +73,7 @@ def save(state: dict[str, Any], folder: str | Path, name: str, *, keep: int = 2)
     good one. Raises on all ranks alike: ValueError for a name that is not one of a file,
     FileExistsError for one that is taken, RuntimeError where the checkpoint could not be written.
     """
-    keep = _checked(name, keep)
+    keep = _checked(state, name, keep)
     finish()
     path = _prepare(folder, name)
     _write(state, path, keep, None)
@@ -87,7 +87,7 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
     What went wrong in the thread is raised then. Every rank calls this.
     """
     global _pending, _group
-    keep = _checked(name, keep)
+    keep = _checked(state, name, keep)
     finish()
     path = _prepare(folder, name)
     copy = snapshot(state)
@@ -149,6 +149,7 @@ def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dic
     on every rank, which names the file, where a checkpoint is cut, damaged or has anything else;
     tensors of the state may then be filled in part.
     """
+    _is_dict(state)
     path = Path(path)
     alone = not dist.is_initialized()
     found, first = _decide(lambda: (_contents(path), path.name))
@@ -187,8 +188,17 @@ def _contents(path: Path) -> Contents:
         raise RuntimeError(f"checkpoint {path} cannot be loaded: {e}") from e
 
 
-def _checked(name: str, keep: int) -> int:
+def _is_dict(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"the state is a {type(state).__name__}; give a dict with text as keys, such as "
+            '{"model": model.state_dict()}'
+        )
+
+
+def _checked(state: Any, name: str, keep: int) -> int:
     """The number of checkpoints that stay. Raises ValueError for it, and for an odd name."""
+    _is_dict(state)
     if (
         not isinstance(name, str) or not name.isprintable() or name != name.strip()
         or {"/", "\\"} & set(name) or name[:1] in ("", ".") or len(name.encode()) > 240
@@ -246,6 +256,7 @@ def _write(state: dict[str, Any], path: Path, keep: int, group: Any) -> None:
         raise RuntimeError(f"checkpoint {path} was not saved: rank {rank}: {error}") from error
 
     def named() -> None:
+        _date(partial, path.parent)
         partial.rename(path)
         _settle(path.parent)
         _prune(path.parent, keep)
@@ -260,6 +271,14 @@ def _settle(folder: Path) -> None:
         os.fsync(at)
     finally:
         os.close(at)
+
+
+def _date(partial: Path, folder: Path) -> None:
+    """Make it the newest, whatever the clock of who wrote the others: `keep` removes the oldest."""
+    others = [(p / METADATA).stat().st_mtime_ns for p in _found(folder)]
+    mine = (partial / METADATA).stat().st_mtime_ns
+    if others and mine <= max(others):
+        os.utime(partial / METADATA, ns=(mine, max(others) + 1))
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -20,13 +21,20 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 
 from .storage import loaded
 
 
 class SavePlanner(DefaultSavePlanner):
     """Refuses to write what `load` would refuse to read."""
+
+    def create_local_plan(self) -> SavePlan:
+        for key, value in self.state_dict.items():
+            if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+                kind = "without memory (meta)" if value.is_meta else f"of {value.layout}"
+                raise ValueError(f"{key} is a tensor {kind}: give a dense one with values")
+        return super().create_local_plan()
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         try:
@@ -60,6 +68,12 @@ class Planner(DefaultLoadPlanner):
         name, first = self._same
         if name != first:
             raise ValueError(f"the first rank loads {first}, this one {name}: give all the same")
+        if not dist.is_initialized() and any(v.is_meta for v in _tensors(state_dict)):
+            # with ranks DCP makes them, on the group's device
+            raise ValueError(
+                "tensors of the state are without memory (meta): call model.to_empty(device=...) "
+                "before its state_dict()"
+            )
         self._made = _fill(state_dict, metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
@@ -95,6 +109,13 @@ class Planner(DefaultLoadPlanner):
         """Take back what was made for a checkpoint that could not be loaded."""
         for into, key in reversed(self._made):
             into.pop(key, None)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    for v in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+        yield from _tensors(v)
 
 
 def _key(at: Any, step: Any) -> Any:
@@ -137,6 +158,8 @@ def _same_kind(key: str, value: Any, entry: Any) -> None:
     if stored != isinstance(value, Tensor):
         kind = f"a tensor of {tuple(entry.size)}" if stored else "a value that is no tensor"
         raise ValueError(f"{key} is {kind} in the file, in the state it is {type(value).__name__}")
+    if stored and value.layout is not torch.strided:
+        raise ValueError(f"{key} is dense in the file, in the state it is of {value.layout}")
     if stored and sum(prod(c.sizes) for c in entry.chunks) != prod(entry.size):
         raise ValueError(f"{key} of {tuple(entry.size)} is not in the file as a whole")
 

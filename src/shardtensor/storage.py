@@ -197,6 +197,8 @@ def _sized(path: Path, name: str, least: int, most: int | None = None) -> None:
     """Raises ValueError for a file that is missing or has too few bytes, or too many."""
     if not (path / name).is_file():
         raise ValueError(f"{name} is missing")
+    if (path / name).resolve().parent != path.resolve():
+        raise ValueError(f"{name} is a link that leads out of the checkpoint: put the file there")
     have = (path / name).stat().st_size
     if have < least or (most is not None and have > most):
         raise ValueError(f"{name} has {have} bytes of {least}")
