@@ -101,3 +101,15 @@ def test_nothing_is_gathered():
         return t.bytes
 
     assert st.simulate(2, run) == [8, 8]
+
+
+def guarded_writes():
+    whole = torch.arange(X.numel(), dtype=D).reshape(X.shape).sin()
+    x = st.distribute_tensor(whole, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    with st.guard(20.0):
+        T.same(blocks(x), blocks(whole), "blocks")
+        T.same(rows(x), rows(whole), "rows")
+
+
+def test_writes_into_plain_tensors_under_the_guard():
+    T.run_workers(2, guarded_writes)
