@@ -5,7 +5,7 @@ import random
 import einops
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor.layout import is_view
@@ -121,6 +121,16 @@ def test_distribute_keeps_channels_last(dim, source):
         assert s.to_local().is_contiguous(memory_format=torch.channels_last)
         assert s.stride() == x.stride()
         same(s, x, "value")
+
+    simulate(2, run)
+
+
+def test_distribute_a_number():
+    x = torch.tensor(1.5, dtype=torch.float64)
+
+    def run():
+        mine = x if make_mesh((2,)).get_local_rank() == 0 else torch.zeros_like(x)
+        same(st.distribute_tensor(mine, make_mesh((2,)), [Replicate()]), x, "value")
 
     simulate(2, run)
 

@@ -114,10 +114,7 @@ def all_gather(
             _as_bytes(flat),
             group=groups.resolve(group),
         )
-    return [
-        received[r * most : r * most + _numel(s)].view(*s) if len(s) else received[r * most]
-        for r, s in enumerate(shapes)
-    ]
+    return [received[r * most : r * most + _numel(s)].view(tuple(s)) for r, s in enumerate(shapes)]
 
 
 def all_gather_numbers(
@@ -209,7 +206,7 @@ def _start_to_all(
         flat, group, label, **facts,
     )  # fmt: skip
     return lambda: [
-        flat.view(*shapes[me]) if r == me else parts[0] for r, parts in enumerate(arrived())
+        flat.view(tuple(shapes[me])) if r == me else parts[0] for r, parts in enumerate(arrived())
     ]
 
 
@@ -248,7 +245,7 @@ def _split(
         parts = []
         for s in of:
             n = _numel(s)
-            parts.append(buffer[at : at + n].view(*s))
+            parts.append(buffer[at : at + n].view(tuple(s)))
             at += n
         found.append(parts)
     return found
