@@ -226,3 +226,26 @@ def test_fp32_and_halves():
     with torch.autocast("cpu", torch.bfloat16):
         T.hold(lambda a: F.mse_loss(a @ y[0].mT, a.sum(2, keepdim=True)), [y], [T.shard(1)], (3,),
                rtol=2e-2)  # fmt: skip
+
+
+def mistaken(case):
+    args, options = case
+    mesh = T.make_mesh((3,))
+    t = args[1]
+    t = st.distribute_tensor(t, mesh, [Shard(0)], sizes={0: (len(t), 0, 0)})
+    with pytest.raises(RuntimeError, match=r"loss: (class indices|a weight) of"):
+        F.cross_entropy(args[0], t, *args[2:], **options)
+
+
+def test_mistakes_are_found_where_a_rank_has_no_targets():
+    """Torch finds them in a shard that has elements."""
+    logits, t = x[:, :, 0], torch.tensor([0, 6, 3])
+    T.hold(F.cross_entropy, [logits, t.byte()], [T.shard(0), T.shard(0, (3, 0))], (2,))
+    weights = [torch.ones(6, dtype=D), torch.ones(1, 7, dtype=D), torch.ones(7)]
+    cases = [((logits, t, w), {"reduction": r}) for w in weights for r in REDUCTIONS]
+    cases += [((logits, t.to(d)), {}) for d in (torch.int32, torch.bool)]
+    cases.append(((x.mT, torch.zeros(3, 7, dtype=torch.uint8)), {}))
+    for case in cases:
+        with pytest.raises(RuntimeError):
+            F.cross_entropy(*case[0], **case[1])
+        st.simulate(3, mistaken, case)

@@ -107,8 +107,10 @@ def _nll(
         raise UnsupportedOpError(
             f"loss of input {tuple(x.shape)} and target {tuple(target.shape)}: the shapes differ"
         )
+    _check_classes(x, target, weight, classes)
     logs, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
     assert logs is not None and t is not None
+    t = t.long()
     valid = t != ignore_index
     index = torch.where(valid, t, 0)
     scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
@@ -133,6 +135,20 @@ def _nll(
     *totals, weights = finish(sums, spec, range(x.ndim)).unbind()
     mean = smoothed([t / weights for t in totals])
     return wrap(mean.to(logs.dtype), spec.with_dims(()))
+
+
+def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None, classes: int) -> None:
+    """Torch's own conditions, which shards without elements would not meet."""
+    if target.dtype is not torch.int64 and (target.dtype is not torch.uint8 or x.ndim > 2):
+        raise RuntimeError(f"loss: class indices of {target.dtype}; torch.int64 is expected")
+    if weight is None:
+        return
+    if tuple(weight.shape) != (x.shape[classes],):
+        raise RuntimeError(
+            f"loss: a weight of shape {tuple(weight.shape)} for {x.shape[classes]} classes"
+        )
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"loss: a weight of {weight.dtype} for an input of {x.dtype}")
 
 
 @rule("multi_margin_loss")
