@@ -233,7 +233,7 @@ def mistaken(case):
     mesh = T.make_mesh((3,))
     t = args[1]
     t = st.distribute_tensor(t, mesh, [Shard(0)], sizes={0: (len(t), 0, 0)})
-    with pytest.raises(RuntimeError, match=r"loss: (class indices|a weight) of"):
+    with pytest.raises(RuntimeError, match=r"(class indices|a weight) of|label_smoothing must"):
         F.cross_entropy(args[0], t, *args[2:], **options)
 
 
@@ -244,6 +244,7 @@ def test_mistakes_are_found_where_a_rank_has_no_targets():
     weights = [torch.ones(6, dtype=D), torch.ones(1, 7, dtype=D), torch.ones(7)]
     cases = [((logits, t, w), {"reduction": r}) for w in weights for r in REDUCTIONS]
     cases += [((logits, t.to(d)), {}) for d in (torch.int32, torch.bool)]
+    cases.append(((logits, t), {"label_smoothing": 1.5}))
     cases.append(((x.mT, torch.zeros(3, 7, dtype=torch.uint8)), {}))
     for case in cases:
         with pytest.raises(RuntimeError):

@@ -83,6 +83,8 @@ def cross_entropy_loss(
     ignore_index: int = -100, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """input: logits (N, C, d...); target: class indices (N, d...) or probabilities (N, C, d...)."""
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     classes = 0 if input.ndim == 1 else 1
     if target.is_floating_point() and target.shape == input.shape:
         p = target
