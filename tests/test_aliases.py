@@ -397,3 +397,17 @@ def test_views_made_without_gradients_are_not_read_after_a_write(cut):
             view_without_gradients(x.requires_grad_())
 
     st.simulate(len(cut), run)
+
+
+def test_an_index_out_of_bounds_raises_on_empty_shards():
+    def run():
+        x = st.distribute_tensor(
+            X, T.make_mesh((2,)), [Shard(1)], src_data_rank=None, sizes={1: (0, 3)}
+        )
+        for wrong in ([0, 7], [-8, 1]):
+            with pytest.raises(IndexError, match="out of bounds"):
+                x[wrong] = 0
+            with pytest.raises(IndexError, match="out of bounds"):
+                x[wrong]
+
+    st.simulate(2, run)

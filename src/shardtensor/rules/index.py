@@ -185,6 +185,12 @@ def _indices(
     lead = covering(mesh, lead, (), axes_in(x._spec.dims))
     found = fit(mesh, (), *((t.to(x.device), _wanted(lead, t.shape)) for t in tensors))
     at = dict(zip(sorted(rest), found, strict=True))
+    if x.numel() and not (x._local.numel() or any(d.axes for d in lead)):
+        # a shard without elements takes any index where others raise
+        whole = Spec(mesh, lead)
+        for d, e in at.items():
+            assert e is not None
+            normal(e, whole, x.shape[d], True, "index")
     return [at.get(d) for d in range(x.ndim)], lead
 
 
