@@ -112,6 +112,27 @@ def test_derivatives_of_every_order(name, sizes):
     held(OPS[name], rand(5, 4), sizes)
 
 
+ZERO, FEW = (
+    torch.ones(5, 1).index_fill(0, torch.tensor([4]), 0),
+    torch.tensor([1.5 + 2j, -1 + 1j, 2, 1 - 3j]),
+)
+# torch's derivatives take a shortcut for one row, for zeros and for nothing at all
+SHORT = {
+    "cumprod": lambda x: x.cumprod(0), "cumprod of zeros": lambda x: (x * ZERO).cumprod(0), "cumprod complex": lambda x: (x * FEW).cumprod(0).abs(),
+    "prod of zeros": lambda x: (x * ZERO).prod(0), "prod of a vector": lambda x: (x * ZERO)[:, 0].prod(), "prod kept": lambda x: (x * ZERO).prod(0, keepdim=True),
+    "prod of all": lambda x: (x * ZERO)[:, :1].prod(), "logcumsumexp complex": lambda x: (x * FEW).logcumsumexp(1).abs(), "vander": lambda x: torch.linalg.vander(x, N=3),
+    "norm -2": lambda x: torch.linalg.vector_norm(x, -2), "norm -1 of a vector": lambda x: x[:, 0].norm(-1), "norm -0.5": lambda x: x.norm(-0.5, 0),
+    "dist": lambda x: torch.dist(x, x.flip(1) * 2, -2), "norm of a vector": lambda x: x[:, 0].norm(3), "amax of a vector": lambda x: x[:, 0].amax(),
+    "eig": lambda x: torch.linalg.eig(x[:4].reshape(2, 2, 4) @ x[:4].reshape(2, 4, 2))[1].abs(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(5, 0), (0, 2, 2, 1)])
+@pytest.mark.parametrize("name", SHORT)
+def test_shortcuts_of_torch(name, sizes):
+    held(SHORT[name], rand(5, 4), sizes)
+
+
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
     weights = {F.conv1d: rand(2, 3, 3), F.conv_transpose1d: rand(3, 2, 3)}

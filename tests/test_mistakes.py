@@ -29,6 +29,24 @@ MISTAKES = {
     "adaptive pool to less than nothing": (
         lambda x: F.adaptive_max_pool2d(x[None], (-1, 2)), "size is zero"
     ),
+    "avg_pool, padding": (lambda x: F.avg_pool1d(x[None], 2, padding=-1), "negative padding"),
+    "max_pool, dilation": (lambda x: F.max_pool1d(x[None], 2, dilation=0), "greater than zero"),
+    "conv, stride": (lambda x: F.conv1d(x, x.new_ones(1, 4, 3), stride=0), "greater than zero"),
+    "conv, padding": (lambda x: F.conv1d(x, x.new_ones(1, 4, 3), padding=-1), "negative padding"),
+    "conv_transpose, stride": (
+        lambda x: F.conv_transpose1d(x, x.new_ones(4, 1, 3), stride=0), "greater than zero"
+    ),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x[None], 0), "positive upscale_factor"),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x[None], 0), "positive downscale_factor"),
+    "gather, out of another dtype": (
+        lambda x: torch.gather(x, 0, I, out=x[:2, :2].float()), "dtype"
+    ),
+    "index_select, out of another dtype": (
+        lambda x: torch.index_select(x, 0, I[0], out=x[:2].float()), "scalar type|dtype"
+    ),
+    "nonzero, out of several": (
+        lambda x: torch.nonzero(x, as_tuple=True, out=x.long()), "out"
+    ),
     "matmul with a number": (lambda x: torch.matmul(x, x.sum()), "at least 1D"),
     "matmul, sizes": (lambda x: x @ x, "do not fit"),
     "einsum, operands": (lambda x: torch.einsum("ij,jk->ik", x), "operands"),

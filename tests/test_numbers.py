@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Partial, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -270,6 +270,36 @@ def test_several_outs():
         return q, r
 
     T.hold(run, [a, a * 0, a * 0], [T.shard(0)] * 3, (2,), grad=False, gather=True)
+
+
+def test_outs_that_torch_does_not_return():
+    a, outs = torch.randn(4, 4, dtype=D), [torch.zeros(n, 4, dtype=D) for n in (1, 3)]
+
+    @torch.no_grad()
+    def run(a, b, c):
+        assert torch.split_with_sizes_copy(a, [1, 3], out=[b, c]) is None
+        return b, c
+
+    T.hold(run, [a, *outs], [T.shard(1)] * 3, (2,), grad=False, gather=True)
+
+
+def test_a_write_without_a_record_into_a_partial_sum():
+    def grads(a):
+        b = a.clone()
+        with torch.no_grad():
+            b.clamp_(min=0.1)
+        return torch.autograd.grad((b * b).sum(), a)[0]
+
+    whole = torch.randn(4, 4, dtype=D)
+
+    def run():
+        mesh = T.make_mesh((2,))
+        part = whole * (2, -1)[mesh.get_local_rank()]
+        a = st.ShardTensor.from_local(part, mesh, [Partial()]).requires_grad_()
+        return grads(a).full_tensor()
+
+    for got in st.simulate(2, run):
+        T.same(got, grads(whole.clone().requires_grad_()), "gradient")
 
 
 # initialisation ---------------------------------------------------------------------------------

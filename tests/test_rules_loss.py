@@ -127,6 +127,8 @@ def test_margins():
                 T.hold(fn, [scores, t], [place, None], (3,))
             T.hold(fn, [scores, t], [None, T.shard(0)], (2,))
             T.hold(fn, [scores[0], t[0]], [T.shard(0), None], (2,))
+        T.hold(one, [scores[0], target[1:2]], [T.shard(0), T.shard(0)], (2,))
+        T.hold(many, [scores[0, 0], labels[1, 2]], [T.replicated(), None], (2,))
 
 
 def test_broadcasting_and_replicated():

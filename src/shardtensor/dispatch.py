@@ -185,7 +185,7 @@ def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         func = func.overloadpacket
     sharded = any(is_shard(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=is_shard))
     result = run(func, args, kwargs) if sharded or out is None else func(*args, **kwargs)
-    return result if out is None else fill_out(out, result)
+    return result if out is None else fill_out(func, args, kwargs, out, result)
 
 
 def _onto(handler: Handler) -> Handler:

@@ -66,9 +66,11 @@ def _settle(x: ShardTensor, op: str) -> None:
         raise RuntimeError(
             "a leaf Variable that requires grad is being used in an in-place operation."
         )
-    whole = reduced(x)
-    # torch lets nobody write to one of several results of a Function
-    local = whole._local.clone() if whole._local.requires_grad else whole._local
+    # the sum keeps its history where torch is told not to record the write
+    with torch.set_grad_enabled(torch.is_grad_enabled() or x._local.requires_grad):
+        whole = reduced(x)
+        # torch lets nobody write to one of several results of a Function
+        local = whole._local.clone() if whole._local.requires_grad else whole._local
     relate(local, x._local)
     x._local, x._spec = local, whole._spec
 

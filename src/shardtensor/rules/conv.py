@@ -26,7 +26,7 @@ from .empty import some
 from .halo import Halo, Settings, halo_conv
 from .norm import sharded
 from .overlap import overlapped, pays
-from .windows import Ints, Reach, Stencil, each, fetch, spread, strided
+from .windows import Ints, Reach, Stencil, checked, each, fetch, spread, strided
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
@@ -171,7 +171,7 @@ def _forward(
         span = d * (k - 1)
         before = span // 2 if padding == "same" else 0 if isinstance(padding, str) else padding[i]
         behind = span - before if padding == "same" else before
-        stencil = Stencil(k, s, before, d, behind)
+        stencil = checked(Stencil(k, s, before, d, behind))
         out = stencil.outputs(dim.size)
         if dim.size + before + behind <= span:
             raise RuntimeError(
@@ -214,6 +214,7 @@ def _transposed(
     reaches, pads, more, crops, dims = [], [], [], [], []
     every = zip(kernel, stride, padding, output_padding, dilation, strict=True)
     for i, (k, s, p, o, d) in enumerate(every, lead):
+        checked(Stencil(k, s, p, d))
         dim = spec.dims[i]
         span = d * (k - 1)
         out = (dim.size - 1) * s - 2 * p + span + o + 1

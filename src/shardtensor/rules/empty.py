@@ -15,18 +15,19 @@ from torch import Tensor
 
 def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
     """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
+    ahead = [0] * (2 * local.ndim)
     for d in dims:
         if local.shape[d] == 0:
-            shape = list(local.shape)
-            shape[d] = 1
-            local = torch.cat([local, local.new_full(shape, value)], d)
-    return local
+            ahead[-1 - 2 * d] = 1
+    # the gradient of a concatenation drops the graph of what has no elements
+    return torch.constant_pad_nd(local, ahead, value) if any(ahead) else local
 
 
 def some(x: Tensor) -> Tensor:
     """x; where it has no elements, one row in place of none.
 
-    Its numbers are without ties, zeros and singular matrices; an integer is 1, as LAPACK counts.
+    Its numbers are without ties, zeros, singular matrices and equal eigenvalues; an integer is 1,
+    as LAPACK counts.
     """
     if x.numel():
         return x
@@ -37,7 +38,8 @@ def some(x: Tensor) -> Tensor:
     rows = torch.linspace(1, 2, y.numel(), dtype=torch.float64, device=y.device).reshape(y.shape)
     if y.ndim > 1:
         most = 4 * max(y.shape[-2:])
-        rows = rows + most * torch.eye(*y.shape[-2:], dtype=rows.dtype, device=y.device)
+        apart = torch.arange(1, y.shape[-1] + 1, dtype=rows.dtype, device=y.device)
+        rows = rows + most * apart * torch.eye(*y.shape[-2:], dtype=rows.dtype, device=y.device)
     return y + rows.to(y.dtype)
 
 
@@ -47,6 +49,19 @@ def stock(fn: Callable[..., Any], shape: Sequence[int], *xs: Tensor | None) -> A
         return fn(*xs)
     out = fn(*(x if x is None else some(x) for x in xs))
     return cut(out, shape) if isinstance(out, Tensor) else tuple(cut(o, shape) for o in out)
+
+
+def through(out: Tensor, x: Tensor, d: int) -> Tensor:
+    """out, a product of x along d, with a gradient that depends on x for a single row, too.
+
+    Torch's shortcut for one row leaves the factor out of the gradient, and with it the messages of
+    second derivatives that ranks with more rows send.
+    """
+    if x.shape[d] != 1 or not out.requires_grad:
+        return out
+    # all of it is masked, so that neither its values nor its gradients count
+    every = torch.ones_like(x, dtype=torch.bool)
+    return torch.where(every, out, x.masked_fill(every, 1).exp().to(out.dtype))
 
 
 def cut(out: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from .empty import with_one
 from .pointwise import function_rule, pointwise
-from .reduce import Dims, axes_of, over, stacked, wide, without
+from .reduce import Dims, axes_of, over, stacked, wide, with_elements, without
 
 
 def _worst(x: Tensor, largest: bool) -> Any:
@@ -115,10 +115,9 @@ def _along(
     value, index = fn(_filled(x._local, (d,), largest), d, keepdim)
     values = stacked(value, x._spec, (d,))
     indices = stacked(index + x._spec.offset[d], x._spec, (d,))
-    sizes = x._spec.dims[d].sizes
-    if 0 in sizes:
+    held = with_elements(x._spec, (d,))
+    if len(held) < len(values):
         # what stands for an empty shard must not win against an infinite element
-        held = [i for i, n in enumerate(sizes) if n]
         values, indices = values[held], indices[held]
     # torch takes the first of equal values, and a NaN before all others
     winner = fn(values.detach(), 0, True)[1]

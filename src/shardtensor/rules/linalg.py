@@ -266,7 +266,8 @@ def lstsq(
     if not isinstance(found, list):
         return fall_back(torch.linalg.lstsq, (input, b), options) if vector else found
     solution, residuals, rank, singular = found
-    none = wrap(solution._local.new_empty(0), Spec(solution._spec.mesh, (Dim(0),)))
+    # of a part of the solution, since torch's empty results require its gradient
+    none = wrap(solution._local.reshape(-1)[:0], Spec(solution._spec.mesh, (Dim(0),)))
     if not given[0] or (given[1] and not bool((rank == n).all())):
         residuals = none.real
     elif vector:
@@ -276,6 +277,6 @@ def lstsq(
             solution.squeeze(-1) if vector else solution,
             residuals,
             rank if given[1] else none.to(torch.int64),
-            singular if given[2] else none.real,
+            singular if given[2] else none.real.detach(),
         ]
     )

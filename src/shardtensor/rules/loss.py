@@ -158,7 +158,12 @@ def multi_margin_loss(
     input: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None,
     reduction: int = MEAN,
 ) -> Tensor:  # fmt: skip
-    """input: scores (N, C) or (C,); target: class indices (N,) or one."""
+    """input: scores (N, C), (C,) or one; target: class indices (N,) or one."""
+    if input.ndim < 2:
+        found = multi_margin_loss(
+            input.reshape(1, -1), target.reshape(1), p, margin, weight, reduction
+        )
+        return found.reshape(target.shape) if reduction == NONE else found
     x, classes = _classes_whole(input, target, weight)
     spec, dims = x._spec, x._spec.dims[:classes]
     local, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
@@ -168,7 +173,10 @@ def multi_margin_loss(
 
 @rule("multilabel_margin_loss")
 def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = MEAN) -> Tensor:
-    """input: scores (N, C) or (C,); target: class indices, ended by -1, of the same shape."""
+    """input: scores (N, C), (C,) or one; target: class indices, ended by -1, of the same shape."""
+    if input.ndim < 2:
+        found = multilabel_margin_loss(input.reshape(1, -1), target.reshape(1, -1), reduction)
+        return found.reshape(()) if reduction == NONE else found
     x, classes = _classes_whole(input, target)
     spec, dims = x._spec, x._spec.dims[:classes]
     local, t = fit(spec.mesh, spec.varying, (x, spec.dims), (target, spec.dims))

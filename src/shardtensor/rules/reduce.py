@@ -7,6 +7,7 @@ instead and reduce those, so that their gradients are torch's own, at zeros and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from .empty import with_one
+from .empty import through, with_one
 
 Dims = int | Sequence[int] | None
 _HALVES = (torch.float16, torch.bfloat16)
@@ -70,6 +71,22 @@ def stacked(local: Tensor, spec: Spec, dims: Sequence[int]) -> Tensor:
     """What every rank got over its part of dims, along a new first dim, the same on each rank."""
     group = comm.group(spec.mesh, axes_of(spec, dims))
     return comm.gather(local.unsqueeze(0), 0, [1] * comm.size(group), group)
+
+
+def with_elements(spec: Spec, dims: Sequence[int]) -> list[int]:
+    """Which rows of what is `stacked` come from ranks with elements along all of dims."""
+    return list(_with_elements(spec, tuple(dims)))
+
+
+@cached
+def _with_elements(spec: Spec, dims: tuple[int, ...]) -> tuple[int, ...]:
+    found, axes = [], _axes_of(spec, dims)
+    for i, place in enumerate(product(*(range(spec.mesh.size(a)) for a in axes))):
+        at = dict(zip(axes, place, strict=True))
+        index = spec.index_at([at.get(a, 0) for a in range(spec.mesh.ndim)])
+        if 0 not in [(spec.dims[d].sizes or (spec.shape[d],))[index[d]] for d in dims]:
+            found.append(i)
+    return tuple(found)
 
 
 @rule("sum")
@@ -134,6 +151,12 @@ def prod(
     where = () if dim is None else (dim, keepdim)
     local = x._local.prod(*where, dtype=dtype)
     if axes_of(x._spec, dims):
+        if dim is None:
+            local = through(local.reshape(1), x._local.reshape(-1), 0).reshape(local.shape)
+        else:
+            row = local if keepdim else local.unsqueeze(dims[0])
+            row = through(row, x._local, dims[0])
+            local = row if keepdim else row.squeeze(dims[0])
         local = stacked(local, x._spec, dims).prod(0, dtype=local.dtype)
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))
 
@@ -188,11 +211,15 @@ def vector_norm(
     if ord > 0 and x.requires_grad:
         return wrap(_root_of_sum(x, ord, dims, keepdim), spec)
     if ord < 0:
-        # an infinite element adds nothing, and a norm of this order needs an element
-        local = with_one(local, dims, float("inf"))
+        # a norm of this order needs an element
+        local = with_one(local, dims, 1.0)
     out = torch.linalg.vector_norm(local, ord, dims, keepdim, dtype=wide(x.dtype))
     # how many are not zero adds up; other orders are norms of norms
-    out = torch.linalg.vector_norm(stacked(out, x._spec, dims), 1 if ord == 0 else ord, 0)
+    parts = stacked(out, x._spec, dims)
+    held = with_elements(x._spec, dims)
+    if ord < 0 and len(held) < len(parts):
+        parts = parts[held]
+    out = torch.linalg.vector_norm(parts, 1 if ord == 0 else ord, 0)
     return wrap(out.to(x.dtype) if x.dtype in _HALVES else out, spec)
 
 

@@ -19,7 +19,7 @@ from ..redistribute import aside, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from .empty import stock, with_one
+from .empty import stock, through, with_one
 from .index import assigned
 from .reduce import over, wide
 
@@ -70,9 +70,13 @@ def cumsum(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
 
 @rule("cumprod")
 def cumprod(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
-    return _scan(
-        torch.cumprod, lambda t, d: t.prod(d, True, dtype=t.dtype), input, dim, dtype=dtype
-    )
+    def scan(t: Tensor, d: int, **options: Any) -> Tensor:
+        return through(torch.cumprod(t, d, **options), t, d) if t.ndim else t.cumprod(d, **options)
+
+    def total(t: Tensor, d: int) -> Tensor:
+        return through(t.prod(d, True, dtype=t.dtype), t, d)
+
+    return _scan(scan, total, input, dim, dtype=dtype)
 
 
 @rule("logcumsumexp", "_logcumsumexp")
@@ -83,7 +87,8 @@ def logcumsumexp(input: ShardTensor, dim: int) -> Any:
         y = aside(x, over(dim, x.ndim))
         if y is None:
             return fall_back(torch.logcumsumexp, (x, dim), {})
-        return to_dims(wrap(torch.logcumsumexp(y._local, dim), y._spec), x._spec.dims)
+        local = stock(lambda z: torch.logcumsumexp(z, dim), y._local.shape, y._local)
+        return to_dims(wrap(local, y._spec), x._spec.dims)
     return _scan(torch.logcumsumexp, lambda t, d: t.logsumexp(d, True), input, dim)
 
 

@@ -386,6 +386,8 @@ def expand_as(input: Tensor, other: Tensor) -> Tensor:
 def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
     """(..., C r^2, H, W) to (..., C, H r, W r)."""
     r = upscale_factor
+    if r < 1:
+        raise RuntimeError(f"pixel_shuffle expects a positive upscale_factor, but got {r}")
     *lead, c, h, w = input.shape
     n = len(lead)
     y = input.reshape(*lead, c // r**2, r, r, h, w)
@@ -397,6 +399,8 @@ def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
 def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     """(..., C, H r, W r) to (..., C r^2, H, W)."""
     r = downscale_factor
+    if r < 1:
+        raise RuntimeError(f"pixel_unshuffle expects a positive downscale_factor, but got {r}")
     *lead, c, h, w = input.shape
     n = len(lead)
     y = input.reshape(*lead, c, h // r, r, w // r, r)

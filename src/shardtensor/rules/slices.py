@@ -94,9 +94,11 @@ def slice_(
 
 
 @rule("narrow")
-def narrow(input: ShardTensor, dim: int, start: Any, length: int) -> ShardTensor:
-    d = _index(dim, input.ndim)
+def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
     first = int(start)
+    if not isinstance(input, ShardTensor):
+        return input.narrow(dim, first, length)
+    d = _index(dim, input.ndim)
     first = first + input.shape[d] if first < 0 else first
     if first + length > input.shape[d]:
         raise RuntimeError(f"start ({first}) + length ({length}) exceeds {input.shape[d]}")
@@ -179,7 +181,7 @@ def tensor_split(
 
 
 @rule("narrow_copy")
-def narrow_copy(input: ShardTensor, dim: int, start: int, length: int) -> Tensor:
+def narrow_copy(input: Tensor, dim: int, start: int, length: int) -> Tensor:
     return narrow(input, dim, start, length).clone()
 
 

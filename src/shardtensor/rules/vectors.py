@@ -14,6 +14,7 @@ from ..redistribute import aside, fit, reduced
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from .empty import stock
 from .pointwise import align
 from .reduce import over
 
@@ -67,8 +68,10 @@ def vander(x: ShardTensor, *, N: int | None = None) -> ShardTensor:
     x = reduced(x)
     if x.ndim == 0:
         return fall_back(torch.linalg.vander, (x,), {"N": N})
-    local = torch.linalg.vander(x._local, N=x.shape[-1] if N is None else N)
-    return wrap(local, x._spec.with_dims([*x._spec.dims, Dim(local.shape[-1])]))
+    n = x.shape[-1] if N is None else N
+    spec = x._spec.with_dims([*x._spec.dims, Dim(max(0, n))])
+    local = stock(lambda z: torch.linalg.vander(z, N=n), spec.local_shape, x._local)
+    return wrap(local, spec)
 
 
 @rule("renorm")

@@ -56,7 +56,21 @@ class Stencil(NamedTuple):
 
 def stencils(n: int, *values: Ints) -> tuple[Stencil, ...]:
     """Stencils of n spatial dims from torch's kernel, stride, padding, dilation."""
-    return tuple([Stencil(*row) for row in zip(*(each(v, n) for v in values), strict=True)])
+    return tuple(
+        [checked(Stencil(*row)) for row in zip(*(each(v, n) for v in values), strict=True)]
+    )
+
+
+def checked(s: Stencil) -> Stencil:
+    """The stencil; RuntimeError, as torch raises, for one that no kernel has."""
+    if s.size < 1 or s.stride < 1 or s.dilation < 1:
+        raise RuntimeError(
+            "kernel size, stride and dilation should be greater than zero, but got "
+            f"{s.size}, {s.stride}, {s.dilation}"
+        )
+    if s.before < 0:
+        raise RuntimeError(f"negative padding is not supported: {s.before}")
+    return s
 
 
 class Reach(NamedTuple):
