@@ -16,7 +16,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _probe, _torch
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
@@ -124,9 +124,10 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     """Rows with a log-sum-exp that has lost digits, None without any.
 
     Not on CUDA, where the question would wait for the device: kernels there take no mask, and
-    scores of such size have lost as many digits already.
+    scores of such size have lost as many digits already. Nor of a plan's tensors: they have no
+    values.
     """
-    if lse.device.type != "cpu":
+    if lse.device.type != "cpu" or _probe.is_fake(lse):
         return None
     size = lse.abs()
     found = (size > COARSE[lse.dtype]) & (size < inf)
