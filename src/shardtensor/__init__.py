@@ -6,6 +6,7 @@ from . import bridge as _bridge  # noqa: F401
 from . import dispatch as _dispatch  # noqa: F401
 from . import natten as _natten  # noqa: F401
 from . import rules as _rules  # noqa: F401
+from . import tracers as _tracers  # noqa: F401
 from .attention.neighborhood import neighborhood_attention
 from .check import check
 from .compile import compile
