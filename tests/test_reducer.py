@@ -360,6 +360,19 @@ def broken_fsdp(mesh):
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if mesh is not None:
+        handle = model.blocks[1].register_full_backward_hook(error)
+        with pytest.raises(FloatingPointError):
+            model(xs[0]).square().mean().backward()
+        handle.remove()
+        # the pass that broke left whole parameters in place
+        late = torch.optim.AdamW(model.parameters())
+        model(xs[0]).square().mean().backward()
+        optimizer.zero_grad()
+        with pytest.raises(
+            ValueError, match="step nothing: make the optimizer after the next call"
+        ):
+            late.step()
     return {
         k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
         for k, v in model.state_dict().items()

@@ -34,6 +34,15 @@ def is_kept_by_fsdp(x: DTensor) -> bool:
     return False
 
 
+def is_broken_fsdp(root: torch.nn.Module) -> bool:
+    """Whether a forward or backward of an FSDP2 model broke off."""
+    state: Any = _get_module_state(root)
+    return torch._C._current_graph_task_id() == -1 and (
+        state._state_ctx.post_backward_final_callback_queued
+        or state._training_state is not type(state._training_state).IDLE
+    )
+
+
 def mend_fsdp(root: torch.nn.Module) -> None:
     """Put the parameters of FSDP2 back in place after a forward or backward that broke off.
 
@@ -41,11 +50,6 @@ def mend_fsdp(root: torch.nn.Module) -> None:
     reduces nor shards. What that pass had made of gradients is dropped.
     """
     state: Any = _get_module_state(root)
-    if torch._C._current_graph_task_id() != -1 or not (
-        state._state_ctx.post_backward_final_callback_queued
-        or state._training_state is not type(state._training_state).IDLE
-    ):
-        return
     if not hasattr(state, "_reset_iter_state"):
         raise RuntimeError(
             "a forward or backward of this FSDP2 model broke off, and this torch can not mend it: "

@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from . import comm
-from ._dtensor import mend_fsdp
+from ._dtensor import is_broken_fsdp, mend_fsdp
 from .comm.ops import reduce_op
 from .options import Options
+from .replaced import replacing
 from .tensor import ShardTensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,10 @@ def shard(
 
 
 def _mend(model: nn.Module, _: Any) -> None:
-    mend_fsdp(model)
+    if is_broken_fsdp(model):
+        # an optimizer that was made since holds the whole parameters of the pass that broke
+        with replacing(model, "the next call of the FSDP2 model whose pass broke off"):
+            mend_fsdp(model)
 
 
 def _replicate(
