@@ -105,3 +105,23 @@ def test_other_operands_that_are_not_dense(kind):
             x + other
 
     simulate(2, on_rank)
+
+
+def read_beside_a_stale_copy():
+    mesh = make_mesh((2,))
+    x = st.distribute_tensor(torch.arange(6.0).reshape(3, 2), mesh, [Shard(0)])
+    row = x[-1]
+    x.add_(1)
+    whole = st.distribute_tensor(torch.arange(9.0).reshape(3, 3), mesh, [Replicate()])
+    # a product by elements stays sparse
+    product = torch.eye(3).to_sparse() * whole
+    with pytest.raises(st.UnsupportedOpError, match="written to"):
+        row.to_local()
+    return product.full_tensor().to_dense()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_sparse_result_is_read_while_another_tensor_is_stale():
+    want = torch.arange(9.0).reshape(3, 3).diag().diag()
+    for got in simulate(2, read_beside_a_stale_copy):
+        assert torch.equal(got, want)

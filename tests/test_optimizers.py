@@ -92,16 +92,20 @@ def running(mesh):
     return [total, kept, loss.detach(), held, w.grad]
 
 
-def refused(mesh):
+def gathered(mesh):
+    """A plain tensor takes the whole of what is sharded: gathered, hence refused where that is."""
     x = st.distribute_tensor(torch.randn(6, 3), mesh, [Shard(0)], src_data_rank=None)
     for write in (torch.Tensor.add_, torch.Tensor.copy_):
-        with pytest.raises(st.UnsupportedOpError, match="plain tensor"):
-            write(torch.zeros(6, 3), x)
+        whole = torch.zeros(6, 3)
+        write(whole, x)
+        assert type(whole) is torch.Tensor and torch.equal(whole, x.full_tensor())
+        with st.fallback("error"), pytest.raises(st.UnsupportedOpError, match="no rule"):
+            write(whole, x)
 
 
 def on_rank():
     mesh = T.make_mesh((2,))
-    refused(mesh)
+    gathered(mesh)
     return running(mesh)
 
 

@@ -151,7 +151,9 @@ def _sweep() -> None:
 
 def refuse_stale(local: Tensor) -> None:
     """Raise UnsupportedOpError if the memory of a local tensor is stale."""
-    entry = stale.get(local.untyped_storage()._cdata)
+    # sparse tensors have no storage of their own, and no views here
+    strided = local.layout is torch.strided
+    entry = stale.get(local.untyped_storage()._cdata) if strided else None
     if entry is not None:
         raise UnsupportedOpError(str(entry))
 

@@ -233,7 +233,16 @@ def reshaped_in_place(x: ShardTensor, op: str) -> None:
 def _overlaps(x: ShardTensor) -> bool:
     """Whether elements of x, or of what it is written back to, share memory."""
     back: _Back | None = getattr(x._local.untyped_storage(), "_shardtensor_back", None)
-    return layout.overlaps(x._spec, x._local.stride()) or (back is not None and back.overlaps)
+    own = _shows_order(x) and layout.overlaps(x._spec, x._local.stride())
+    return own or (back is not None and back.overlaps)
+
+
+def _shows_order(x: ShardTensor) -> bool:
+    """Whether strides of 0 mean shared memory: not in a new tensor without elements.
+
+    In memory formats other than rows first, torch gives it strides of 0, too.
+    """
+    return bool(x._local.numel()) or x._local._is_view()
 
 
 def refuse_overlap(x: ShardTensor, name: str) -> None:
@@ -252,7 +261,8 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
     """
     own = x._local.stride()
     dims = list(zip(own, x._spec.dims, strict=True))
-    if 0 in own and x.numel() and any(s == 0 and not d.axes and d.size > 1 for s, d in dims):
+    shared = 0 in own and x.numel() and _shows_order(x)
+    if shared and any(s == 0 and not d.axes and d.size > 1 for s, d in dims):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."

@@ -88,7 +88,8 @@ def alpha_dropout(input: ShardTensor, p: float, train: bool) -> ShardTensor:
 
 @rule("feature_alpha_dropout")
 def feature_alpha_dropout(input: ShardTensor, p: float, train: bool) -> ShardTensor:
-    return _alpha(input, _channels(input), p, train)
+    dims = _channels(input) if train and p > 0 else input._spec.dims
+    return _alpha(input, dims, p, train)
 
 
 def _alpha(x: ShardTensor, dims: tuple[Dim, ...], p: float, train: bool) -> ShardTensor:
