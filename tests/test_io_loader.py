@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from samples import Numbers, mesh_of
 from torch.distributed.tensor import Shard
 from torch.utils.data import (
     DataLoader,
@@ -51,10 +51,6 @@ def cut(domain):
 def path(tmp_path):
     np.save(tmp_path / "samples.npy", SAMPLES)
     return str(tmp_path / "samples.npy")
-
-
-def mesh_of(shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain")[-len(shape) :])
 
 
 def epoch(path, shape, prefetch):
@@ -221,19 +217,6 @@ def test_progress_and_leaving_early(path, capsys):
 
     assert st.simulate(1, run) == [4]
     assert "epoch 0" in capsys.readouterr().out
-
-
-class Numbers:
-    """Numbers, which nothing has to be read for."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return i
 
 
 # ends ---------------------------------------------------------------------------------------------

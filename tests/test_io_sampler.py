@@ -4,28 +4,11 @@ from itertools import chain
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from samples import Numbers, mesh_of
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
 import shardtensor as st
 from shardtensor.io import DomainSampler, Loader
-
-
-class Numbers:
-    """Numbers, which nothing has to be read for."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return i
-
-
-def mesh_of(shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain")[-len(shape) :])
 
 
 def epochs(n, shape, batch_size, **options):

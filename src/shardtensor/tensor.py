@@ -394,9 +394,4 @@ def wrap(local: Tensor, spec: Spec) -> ShardTensor:
     return made
 
 
-def spec_of(x: Any) -> Spec | None:
-    """The spec of a ShardTensor, None of anything else."""
-    return x._spec if isinstance(x, ShardTensor) else None
-
-
 _torch.hide_from_dynamo(ShardTensor.__torch_function__)

@@ -1,0 +1,21 @@
+"""What tests of the loader share: samples that need no file, and their mesh."""
+
+from torch.distributed.device_mesh import init_device_mesh
+
+
+class Numbers:
+    """Numbers, which nothing has to be read for."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return i
+
+
+def mesh_of(shape):
+    """A mesh of data and domain, or of domain alone."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain")[-len(shape) :])
