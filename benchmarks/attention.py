@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.attention import strategy
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 KINDS = ("ring", "zigzag", "all_to_all", "auto")
 WIDTH, REPEATS = 64, 9

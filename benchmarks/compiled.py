@@ -24,8 +24,8 @@ from torch.distributed.tensor import Shard
 from zoo_models import MODELS as ZOO
 
 import shardtensor as st
-from shardtensor.pool import Pool
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.workers import Pool
 
 THIRD = (
     "tv.resnet18.features", "tv.squeezenet1_1", "tv.mobilenet_v3_small",

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.spectral import truncated_irfftn, truncated_rfftn
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ops.spectral import truncated_irfftn, truncated_rfftn
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 CHANNELS, MODES, REPEATS = 16, (12, 12), 5
 PRODUCT = "bixy,ioxy->boxy"

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.pool import Pool
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.workers import Pool
 
 
 class Block(nn.Module):

@@ -18,9 +18,9 @@ from bench_models import MODELS, step
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.measure import peak_bytes, saved_bytes
-from shardtensor.pool import Pool
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.measure import peak_bytes, saved_bytes
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.workers import Pool
 
 ROWS = 256
 

@@ -33,9 +33,9 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor.attention import strategy
 from shardtensor.comm import wire
-from shardtensor.pool import Pool
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.workers import Pool
 from shardtensor.rules import overlap
-from shardtensor.testing import make_mesh
 
 REPEATS = 9
 stock = wire.start_exchange

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.pool import Pool
+from shardtensor.ranks.workers import Pool
 
 
 def declare() -> None:

@@ -32,9 +32,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.measure import peak_bytes
-from shardtensor.pool import Pool
-from shardtensor.rehearse import DGX_H100, Link, Network, Rehearsal, rehearse
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.rehearse import DGX_H100, Link, Network, Rehearsal, rehearse
+from shardtensor.ranks.workers import Pool
 
 ROWS, REPEATS, ROUNDS = 128, 7, 10
 CORES = len(os.sched_getaffinity(0))

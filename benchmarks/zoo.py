@@ -25,9 +25,9 @@ from torch.distributed.tensor import Shard
 from zoo_models import MODELS
 
 import shardtensor as st
-from shardtensor.measure import peak_bytes
-from shardtensor.pool import Pool
-from shardtensor.testing import full, make_mesh
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import full, make_mesh
+from shardtensor.ranks.workers import Pool
 
 FIELDS = [
     "model",

@@ -1,4 +1,4 @@
-"""The page docs/layers.md, from the contract in pyproject.toml; prints it."""
+"""The page docs/layers.md, from the contracts in pyproject.toml; prints it."""
 
 import ast
 import re
@@ -8,34 +8,41 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 HEAD = """# Layers
 
-A module imports only those below it; `lint-imports` holds this, and that every module has its
-layer. Modules without a gap between them do not import each other, but where a note says so. Made
-by `docs/layers.py`.
-
-| module | what it is |
-|---|---|"""
+A package imports only those below it, and a module of a package only those below it there;
+`lint-imports` holds this, and that every module has its layer. What has no gap between does not
+import each other. Made by `docs/layers.py`."""
+TABLE = "| {} | what it is |\n|---|---|"
 
 
 def first_line(name: str) -> str:
     """What a module's docstring says first."""
-    folder = ROOT / "src" / "shardtensor" / name
+    folder = ROOT / "src" / Path(*name.split("."))
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return re.split(r"(?<=[.!?])\s|\n\n", text, maxsplit=1)[0].replace("\n", " ").rstrip(".")
 
 
+def table(contract: dict) -> list[str]:
+    """The modules of a container, from the top."""
+    (container,) = contract["containers"]
+    rows = [TABLE.format("package" if container == "shardtensor" else "module")]
+    for layer in contract["layers"]:
+        for name in layer.split(" | "):
+            rows.append(f"| `{name}` | {first_line(f'{container}.{name}')} |")
+        rows.append("| | |")
+    return rows[:-1]
+
+
 def page() -> str:
     """The page, as markdown."""
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     rows = [HEAD]
-    for layer in contract["contracts"][0]["layers"]:
-        names = re.split(r"\s*[|:]\s*", layer)
-        together = " (these import each other when called)" if ":" in layer else ""
-        rows += [
-            f"| `{n}` | {first_line(n)}{together if i == 0 else ''} |" for i, n in enumerate(names)
-        ]
-        rows.append("| | |")
-    return "\n".join(rows[:-1])
+    for contract in settings["contracts"]:
+        (container,) = contract["containers"]
+        name = contract["name"]
+        rows += ["", "## Packages" if container == "shardtensor" else f"## `{name}`", ""]
+        rows += table(contract)
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

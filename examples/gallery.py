@@ -27,9 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.launch import place
-from shardtensor.pool import Pool
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.workers import Pool
+from shardtensor.train.launch import place
 
 
 @st.rule("gallery_models.submanifold_conv")

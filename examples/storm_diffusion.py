@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import shardtensor as st
-from shardtensor.launch import place
+from shardtensor.train.launch import place
 
 FIELDS = SATELLITE | RADAR
 PLACEMENTS = [Shard(2), Shard(3)]

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor import measure
 from shardtensor.io import WellFile, read_sharded
+from shardtensor.ranks import measure
 
 FIELD = ["vorticity"]
 BATCH, RATE, SEED = 4, 1e-3, 0

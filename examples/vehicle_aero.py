@@ -30,8 +30,8 @@ from transolver import Transolver
 
 import shardtensor as st
 from shardtensor.io import Points, cases, convert
-from shardtensor.launch import place
-from shardtensor.pool import Pool
+from shardtensor.ranks.workers import Pool
+from shardtensor.train.launch import place
 
 # of each layout: where the fields are, and the names of a surface's and a volume's field
 FIELDS = {

@@ -30,10 +30,10 @@ from torch.distributed.tensor import Shard
 from vit import ViT
 
 import shardtensor as st
-from shardtensor.launch import place
-from shardtensor.measure import peak_bytes
-from shardtensor.pool import Pool
-from shardtensor.rehearse import DGX_H100
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.rehearse import DGX_H100
+from shardtensor.ranks.workers import Pool
+from shardtensor.train.launch import place
 
 CORES = len(os.sched_getaffinity(0))
 NETWORK = "an assumed NVLink and InfiniBand network (shardtensor.rehearse.DGX_H100)"
@@ -247,8 +247,8 @@ def draw(rows: list[Row], scale: float, path: Path) -> None:
 
 def paper() -> None:
     """Memory of the paper's ViT (patch 8, width 768, depth 16) by planning, beside what it says."""
-    from shardtensor.estimate import H200, Layout, Task, estimate
-    from shardtensor.options import Options
+    from shardtensor.plan.estimate import H200, Layout, Task, estimate
+    from shardtensor.train.options import Options
 
     published = {(2048, 1): 51.4, (2048, 8): 7.6}
     print("edge  ranks dtype  inference GB  training GB  published GB")

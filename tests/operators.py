@@ -14,7 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
 import shardtensor as st
-from shardtensor.testing import full, make_mesh
+from shardtensor.ranks.testing import full, make_mesh
 
 
 @dataclass

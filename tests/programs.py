@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from shardtensor.testing import On
+from shardtensor.ranks.testing import On
 
 MESHES = [(1,), (2,), (3,), (4,), (5,), (2, 2), (2, 1), (1, 3), (3, 2), (2, 2, 2)]
 MOST = 400  # elements; a chain must not grow without bound

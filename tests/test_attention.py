@@ -12,8 +12,8 @@ import shardtensor as st
 from shardtensor import _torch
 from shardtensor import testing as T
 from shardtensor.attention import strategy
-from shardtensor.attention.plan import hops, pieces
-from shardtensor.measure import peak_bytes, saved_bytes
+from shardtensor.attention.schedule import hops, pieces
+from shardtensor.ranks.measure import peak_bytes, saved_bytes
 
 torch.manual_seed(0)
 D = torch.float64

@@ -18,8 +18,8 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
-from shardtensor.states import Randomness
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.checkpoint.states import Randomness
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 X = torch.arange(9 * 5, dtype=torch.float64).reshape(9, 5)
 

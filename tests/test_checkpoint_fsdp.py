@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
-from shardtensor.testing import run_workers
+from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 STEPS = 4

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

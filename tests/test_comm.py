@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardtensor import comm, simulate
-from shardtensor.comm.plan import pieces
-from shardtensor.testing import cuts, make_mesh, run_workers
+from shardtensor.comm.exchanges import pieces
+from shardtensor.ranks.testing import cuts, make_mesh, run_workers
 
 D = torch.float64
 RUNS = {"simulated": simulate, "gloo": run_workers}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 F64 = torch.float64
 FACTOR = 2.0

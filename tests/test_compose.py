@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardtensor as st
-from shardtensor.testing import run_workers
+from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 PLAN = {

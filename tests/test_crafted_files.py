@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
-from shardtensor.metadata import parsed
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.checkpoint.metadata import parsed
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 X = torch.arange(8 * 3, dtype=torch.float64).reshape(8, 3)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 import shardtensor as st
-from shardtensor import doctor
-from shardtensor.rehearse import Link
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.observe import network
+from shardtensor.observe.network import Link
+from shardtensor.plan import doctor
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 # the package has a function of this name
 strategy = importlib.import_module("shardtensor.attention.strategy")
@@ -36,10 +37,10 @@ def test_measured_saved_and_read(n, tmp_path, monkeypatch):
     assert all(0 < t < 5 for times in one.seconds.values() for t in times.values())
     assert all(v.latency > 0 and v.bandwidth > 1e5 for v in one.links.values())
     monkeypatch.setenv("SHARDTENSOR_HOME", str(tmp_path))
-    assert doctor.saved("gloo", n) is None
-    path = doctor.save(one)
-    assert path.parent == tmp_path and doctor.saved("gloo", n) == one
-    assert doctor.saved("gloo", n + 1) is None and doctor.saved("nccl", n) is None
+    assert network.saved("gloo", n) is None
+    path = network.save(one)
+    assert path.parent == tmp_path and network.saved("gloo", n) == one
+    assert network.saved("gloo", n + 1) is None and doctor.saved("nccl", n) is None
     assert one.network().inner == one.links["exchange"]
 
 
@@ -96,7 +97,7 @@ if dist.get_rank() == 0:
 @pytest.mark.slow
 def test_all_ranks_choose_by_what_the_first_knows(tmp_path, monkeypatch):
     """Only rank 0's folder has the file."""
-    found = doctor.Measured(
+    found = network.Measured(
         doctor.socket.gethostname(), "gloo", 2, {}, {"exchange": Link(0.25, 4e9)}
     )
     program = tmp_path / "program.py"
@@ -106,7 +107,7 @@ def test_all_ranks_choose_by_what_the_first_knows(tmp_path, monkeypatch):
     )
     env = os.environ | {"SHARDTENSOR_HOME": str(tmp_path) + "0", "OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("SHARDTENSOR_HOME", str(tmp_path) + "0")
-    doctor.save(found)
+    network.save(found)
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
         [torchrun, "--standalone", "--nproc-per-node", "2", program],

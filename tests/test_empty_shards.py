@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, same, simulate
+from shardtensor.ranks.testing import make_mesh, same, simulate
 
 
 def rand(*shape, seed=0):

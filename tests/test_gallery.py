@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 STEPS = 6

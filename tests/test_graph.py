@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.graph import Topology
+from shardtensor.ops.graph import Topology
 
 torch.manual_seed(0)
 D = torch.float64

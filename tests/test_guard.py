@@ -11,8 +11,8 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.agree import difference
-from shardtensor.comm import count
+from shardtensor.comm import counters, observers
+from shardtensor.comm.mismatch import difference
 
 HERE = Path(__file__).name
 
@@ -247,8 +247,10 @@ def test_a_simulated_rank_that_raises_is_named():
 
 def test_nothing_looks_on_outside():
     assert st.ShardTensor.backward.__module__ == st.ShardTensor.redistribute.__module__
-    assert count.Hooks.called is None
-    assert not count.records and count.Hooks.meeting is None and count.Hooks.calling is None
+    assert observers.Hooks.called is None
+    assert (
+        not counters.records and observers.Hooks.meeting is None and observers.Hooks.calling is None
+    )
 
 
 def test_records_are_compared_by_base_name_of_the_file():

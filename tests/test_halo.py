@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.measure import saved_bytes
+from shardtensor.ranks.measure import saved_bytes
 from shardtensor.rules import halo, overlap
 
 D = torch.float64

@@ -14,9 +14,9 @@ import pytest
 import torch.distributed as dist
 
 import shardtensor as st
-from shardtensor import rendezvous
-from shardtensor.launch import Place, _sizes, first_host, place
-from shardtensor.place import flag, seconds
+from shardtensor.comm.launcher import flag, seconds
+from shardtensor.train import rendezvous
+from shardtensor.train.launch import Place, _sizes, first_host, place
 
 TORCHRUN = {
     "RANK": "3",

@@ -8,8 +8,8 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
-from shardtensor.layout import is_view
-from shardtensor.testing import make_mesh, same, simulate
+from shardtensor.ranks.testing import make_mesh, same, simulate
+from shardtensor.tensor.layout import is_view
 
 
 def whole(*shape):

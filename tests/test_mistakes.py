@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import spectral
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 X = torch.arange(24, dtype=torch.float64).reshape(4, 6)
 I = torch.tensor([[0, 1], [1, 0]])  # noqa: E741

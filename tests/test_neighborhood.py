@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import neighborhood, tiles
-from shardtensor.measure import peak_bytes, saved_bytes
+from shardtensor.ranks.measure import peak_bytes, saved_bytes
 
 torch.manual_seed(0)
 D = torch.float64

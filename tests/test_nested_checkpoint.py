@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, simulate
+from shardtensor.ranks.testing import make_mesh, simulate
 
 F64 = torch.float64
 

@@ -6,7 +6,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, simulate
+from shardtensor.ranks.testing import make_mesh, simulate
 
 F64 = torch.float64
 LAYOUTS = {

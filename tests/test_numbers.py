@@ -11,7 +11,7 @@ from torch.distributed.tensor import Partial, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.random import match_single_device
+from shardtensor.tensor.random import match_single_device
 
 torch.manual_seed(0)
 D = torch.float64

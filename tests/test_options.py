@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.measure import peak_bytes, saved_bytes
-from shardtensor.testing import run_workers
+from shardtensor.ranks.measure import peak_bytes, saved_bytes
+from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.measure import saved_bytes
+from shardtensor.ranks.measure import saved_bytes
 from shardtensor.rules import overlap
 
 D = torch.float64

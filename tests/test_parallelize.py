@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, same, simulate
+from shardtensor.ranks.testing import make_mesh, same, simulate
 
 # few bits, so that the sum of the addends is exact
 X = (torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) * 64).round().double() / 64

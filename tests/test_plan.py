@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import shardtensor as st
-from shardtensor.estimate import A100, H100, Layout, Task, estimate
-from shardtensor.measure import peak_bytes
-from shardtensor.options import Options
-from shardtensor.plan import fewest, layouts, plan
-from shardtensor.testing import run_workers
+from shardtensor.plan.estimate import A100, H100, Layout, Task, estimate
+from shardtensor.plan.search import fewest, layouts, plan
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import run_workers
+from shardtensor.train.options import Options
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

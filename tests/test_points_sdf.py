@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.points.triangle import closest
+from shardtensor.ops.points.triangle import closest
 
 torch.manual_seed(0)
 D = torch.float64

@@ -8,7 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.points.meet import pack, unpack
+from shardtensor.ops.points.pairs import pack, unpack
 
 torch.manual_seed(0)
 D = torch.float64

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from programs import programs
 
 import shardtensor as st
-from shardtensor.testing import hold
+from shardtensor.ranks.testing import hold
 
 CASES = int(os.environ.get("CASES", "300"))
 

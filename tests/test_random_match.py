@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import cuts, make_mesh
+from shardtensor.ranks.testing import cuts, make_mesh
 
 F32, F64 = torch.float32, torch.float64
 DRAWS = {

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.comm.count import Sent
-from shardtensor.rehearse import Link, Network, Rehearsal, rehearse
+from shardtensor.comm.counters import Sent
+from shardtensor.ranks.rehearse import Link, Network, Rehearsal, rehearse
 
 
 def net():

@@ -10,9 +10,9 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import comm
+from shardtensor.ranks.testing import cuts, hold, make_mesh, same, shard, simulate
 from shardtensor.spec import Dim
 from shardtensor.tensor import wrap
-from shardtensor.testing import cuts, hold, make_mesh, same, shard, simulate
 
 
 @torch.library.custom_op("shardtensor_tests::mean3", mutates_args=())

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
-from shardtensor.testing import On, cuts, full, hold, make_mesh, shard
+from shardtensor.ranks.testing import On, cuts, full, hold, make_mesh, shard
 
 OFFSETS = (-9, -2, 0, 1, 3)
 

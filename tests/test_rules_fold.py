@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
-from shardtensor.testing import On, cuts, hold, shard
+from shardtensor.ranks.testing import On, cuts, hold, shard
 
 BLOCKS = [
     {"kernel_size": 3, "padding": 1},

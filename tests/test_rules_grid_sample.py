@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
-from shardtensor.testing import On, cuts, full, hold, make_mesh, shard
+from shardtensor.ranks.testing import On, cuts, full, hold, make_mesh, shard
 
 MODES = list(
     itertools.product(

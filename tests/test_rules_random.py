@@ -5,7 +5,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 ROWS = (Shard(0),)
 

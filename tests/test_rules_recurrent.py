@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import cuts, hold, make_mesh, shard
+from shardtensor.ranks.testing import cuts, hold, make_mesh, shard
 
 torch.manual_seed(0)
 MODULES = {

@@ -7,7 +7,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.simulate import RankError
+from shardtensor.ranks.simulate import RankError
 
 torch.manual_seed(0)
 D = torch.float64

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 F64 = torch.float64
 

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
 from shardtensor import attention
-from shardtensor.fallback import limit
-from shardtensor.testing import make_mesh
+from shardtensor.dispatch.fallback import limit
+from shardtensor.ranks.testing import make_mesh
 
 X = torch.linspace(-1, 1, 48, dtype=torch.float64).view(4, 12)
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor import measure
 from shardtensor import testing as T
-from shardtensor.fallback import _warned
+from shardtensor.dispatch.fallback import _warned
+from shardtensor.ranks import measure
 
 
 def collectives():

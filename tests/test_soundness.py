@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 

@@ -5,8 +5,8 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from shardtensor import Spec, simulate
+from shardtensor.ranks.testing import make_mesh
 from shardtensor.spec import chunk_sizes, nested_chunk_sizes
-from shardtensor.testing import make_mesh
 
 
 def test_chunk_sizes_are_torchs():

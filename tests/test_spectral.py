@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.spectral import truncated_irfftn, truncated_rfftn
+from shardtensor.ops.spectral import truncated_irfftn, truncated_rfftn
 
 torch.manual_seed(0)
 D = torch.float64

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.sphere import pad_sphere
+from shardtensor.ops.sphere import pad_sphere
 
 torch.manual_seed(0)
 D = torch.float64

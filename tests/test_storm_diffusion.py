@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.testing import run_workers, simulate
+from shardtensor.ranks.testing import run_workers, simulate
 
 D = torch.float64
 TINY = dict(patch=2, width=16, depth=2, heads=2, kernel=3)

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.testing import run_workers
+from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 COLUMN, ROW = ColwiseParallel(), RowwiseParallel()

@@ -14,12 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor import _probe, _torch
-from shardtensor.comm.count import Sent
-from shardtensor.measure import peak_bytes
-from shardtensor.testing import make_mesh, run_workers
-from shardtensor.timeline import Part, Timeline
-from shardtensor.waiting import here
+from shardtensor import _torch
+from shardtensor._torch import probe
+from shardtensor.comm.counters import Sent
+from shardtensor.observe.hangs import here
+from shardtensor.observe.timeline import Part, Timeline
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 
 def net():
@@ -190,8 +191,8 @@ def test_allocations_keep_their_order(monkeypatch):
         def events(self):
             return [Move(100, -8), Move(0, 8), Move(50, 8)]
 
-    monkeypatch.setattr(_probe, "profile", Profiler)
-    assert _probe.allocations(lambda: None) == [8, 8, -8]
+    monkeypatch.setattr(probe, "profile", Profiler)
+    assert probe.allocations(lambda: None) == [8, 8, -8]
     assert peak_bytes(lambda: None) == 16
 
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.attention.flex_attention import flex_attention
 
 import shardtensor as st
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 CALLS = {
     "flex_attention": lambda x: flex_attention(*[x.reshape(1, 1, 8, 4)] * 3),

@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as fw
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import hold, make_mesh, shard
+from shardtensor.ranks.testing import hold, make_mesh, shard
 
 
 def _dual(x):

@@ -16,7 +16,7 @@ from vehicle_aero import Setting, prepared, sign_flips, train
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.testing import run_workers
+from shardtensor.ranks.testing import run_workers
 
 pv = pytest.importorskip("pyvista")
 

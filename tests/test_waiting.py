@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_watch import free_port
 
-from shardtensor.waiting import apart, doomed, late, told
+from shardtensor.observe.hangs import apart, doomed, late, told
 
 SCRIPT = """
 import os, signal, sys, time, torch, shardtensor as st

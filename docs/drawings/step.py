@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 DOCS = Path(__file__).parent.parent
 sys.path.insert(0, str(DOCS.parent / "examples"))

@@ -1,30 +1,33 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
+from . import _moved, attention, checkpoint
+
 # imported for what they register
-from . import attention, checkpoint, graph, points, random, sparse, spectral, sphere, testing
-from . import bridge as _bridge  # noqa: F401
-from . import dispatch as _dispatch  # noqa: F401
-from . import natten as _natten  # noqa: F401
 from . import rules as _rules  # noqa: F401
-from . import tracers as _tracers  # noqa: F401
 from .attention.neighborhood import neighborhood_attention
-from .check import check
-from .compile import compile
-from .construct import distribute_tensor
+from .compile.program import compile
+from .dispatch import functions as _functions  # noqa: F401
+from .dispatch import resolve as _resolve  # noqa: F401
+from .dispatch.fallback import FallbackWarning, fallback
+from .dispatch.rule import rule
 from .errors import DivergenceError, RankError, UnsupportedOpError
-from .fallback import FallbackWarning, fallback
-from .guard import guard, start_from_environment
-from .launch import init
-from .options import Options
-from .override import rule
-from .parallel import parallelize
-from .plan import plan
-from .rehearse import rehearse
-from .simulate import simulate
+from .observe.guard import guard, start_from_environment
+from .observe.trace import trace
+from .ops import graph, points, sparse, spectral, sphere
+from .ops import natten as _natten  # noqa: F401
+from .ops import tracers as _tracers  # noqa: F401
+from .plan.check import check
+from .plan.search import plan
+from .ranks import testing
+from .ranks.rehearse import rehearse
+from .ranks.simulate import simulate
 from .spec import Dim, Spec
-from .tensor import ShardTensor
-from .tensor_parallel import tensor_parallel
-from .trace import trace
+from .tensor import ShardTensor, random
+from .tensor.construct import distribute_tensor
+from .train.launch import init
+from .train.options import Options
+from .train.parallelize import parallelize
+from .train.tensor_parallel import tensor_parallel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,4 +64,5 @@ __all__ = [
     "trace",
 ]
 
+_moved.install(__name__)
 start_from_environment()

@@ -9,6 +9,10 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 rules: dict[Any, Callable[..., Any]] = {}
+# keys of two rules that are no function's: of all pointwise ops, and of results for `out=`
+POINTWISE, OUT = object(), object()
+# what methods of ShardTensor call, by name: modules that are built on the class
+methods: dict[str, Callable[..., Any]] = {}
 
 
 class Handlers(dict[Any, Handler]):
@@ -46,4 +50,10 @@ def rule(*keys: Any) -> Callable[[F], F]:
 def takes_plain(fn: F) -> F:
     """Mark the rule of an in-place op that writes what is sharded into a plain tensor by itself."""
     fn.takes_plain = True  # type: ignore[attr-defined]
+    return fn
+
+
+def method(fn: F) -> F:
+    """Register the decorated function for the methods of ShardTensor."""
+    methods[fn.__name__] = fn
     return fn

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from . import _checkpoint
+from ._torch import checkpoint
 
 _state = threading.local()
 
@@ -54,4 +54,4 @@ def bringing(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_checkpoint.install(bringing)
+checkpoint.install(bringing)

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, same, simulate
+from shardtensor.ranks.testing import make_mesh, same, simulate
 
 KINDS = ("right", "both raise", "refused", "wrong", "parted", "crashed")
 BAD = KINDS[3:]

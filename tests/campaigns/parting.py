@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from campaigns import Verdict
-from shardtensor.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh
 
 ROWS, COLUMNS = 6, 4
 Op = Callable[[st.ShardTensor], st.ShardTensor]

@@ -16,7 +16,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .. import _probe, _torch
+from .. import _torch
+from .._torch import probe
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
@@ -127,7 +128,7 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     scores of such size have lost as many digits already. Nor of a plan's tensors: they have no
     values.
     """
-    if lse.device.type != "cpu" or _probe.is_fake(lse):
+    if lse.device.type != "cpu" or probe.is_fake(lse):
         return None
     size = lse.abs()
     found = (size > COARSE[lse.dtype]) & (size < inf)

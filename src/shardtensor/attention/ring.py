@@ -25,7 +25,7 @@ from ..comm import groups, wire
 from ..comm.ops import define
 from ..errors import UnsupportedOpError
 from .blocks import Merge, Rule, backward, dead_rows, forward, relative, settled, wide
-from .plan import Spans, hops, per_rank, pieces
+from .schedule import Spans, hops, per_rank, pieces
 from .twice import Piece, attend_plainly
 
 Span = tuple[int, int]

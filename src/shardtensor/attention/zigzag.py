@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from .plan import Spans
 from .ring import attend
+from .schedule import Spans
 
 
 @cached

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch.distributed.tensor import Shard
 
-from ..check import check as checked
+from ..plan.check import check as checked
 from .subject import Input, factory, numbers
 
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import typer
 from torch.distributed.device_mesh import init_device_mesh
 
-from .. import doctor as doctors
-from ..doctor import Measured
-from ..launch import init, place
-from ..pool import Pool
-from ..testing import make_mesh
+from ..observe.network import Measured, save
+from ..plan import doctor as doctors
+from ..ranks.testing import make_mesh
+from ..ranks.workers import Pool
+from ..train.launch import init, place
 
 QUICK = (1 << 10, 1 << 18)
 
@@ -40,7 +40,7 @@ def doctor(
             return
     else:
         measured = _here(ranks, sizes) if ranks > 1 else None
-    path = doctors.save(measured) if measured is not None and keep else None
+    path = save(measured) if measured is not None and keep else None
     known, found = doctors.facts(), doctors.suspects(ranks)
     if as_json:
         links = None if measured is None else asdict(measured)

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..doctor import parsed, saved
-from ..estimate import DEVICES, Device, Estimate
-from ..ledger import KINDS
-from ..plan import fewest
-from ..plan import plan as planned
-from ..rehearse import DGX_H100, Network
+from ..observe.network import DGX_H100, Network, parsed, saved
+from ..plan.estimate import DEVICES, Device, Estimate
+from ..plan.ledger import KINDS
+from ..plan.search import fewest
+from ..plan.search import plan as planned
 from .subject import Input, factory, numbers
 
 GIB = 2**30

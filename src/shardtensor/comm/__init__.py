@@ -15,6 +15,7 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from . import deferred, groups, wire
 from .addends import addend_op, alike_op
+from .exchanges import exchange
 from .groups import group, rank, size
 from .ops import (
     exchange_parts,
@@ -30,7 +31,6 @@ from .ops import (
     window_op,
 )
 from .ops import vary as _vary
-from .plan import exchange
 
 __all__ = [
     "addend",

@@ -9,10 +9,11 @@ from weakref import WeakValueDictionary, ref
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _probe, _torch
+from .. import _torch
+from .._torch.world import is_silent
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
-from . import count
+from .observers import Hooks, simulated_rank
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
@@ -54,8 +55,8 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     elif ranks == list(range(dist.get_world_size())) and mesh.device_type == "cpu":
         made = dist.group.WORLD
     else:
-        if count.Hooks.meeting is not None and count.simulated_rank() is None:
-            count.Hooks.meeting("new_group", ranks, {})
+        if Hooks.meeting is not None and simulated_rank() is None:
+            Hooks.meeting("new_group", ranks, {})
         made = dist.new_group(ranks, use_local_synchronization=True)
     assert made is not None
     # ranks of a simulated world share this table, hence their number in the key
@@ -92,7 +93,7 @@ def members(name: str) -> tuple[int, ...]:
 
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
-    if name != ALONE and _probe.is_silent(resolve(name)):
+    if name != ALONE and is_silent(resolve(name)):
         raise UnsupportedOpError(
             "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
         )
@@ -104,7 +105,7 @@ def renew() -> None:
     A mesh of the new one equals that of the old one, hence is found in caches.
     """
     global _world
-    if count.simulated_rank() is not None or not dist.is_initialized():
+    if simulated_rank() is not None or not dist.is_initialized():
         return
     now = dist.group.WORLD
     assert now is not None

@@ -32,7 +32,7 @@ from torch.library import Library
 
 from .. import _torch
 from . import groups, wire
-from .plan import FILL, exchange
+from .exchanges import FILL, exchange
 
 _library = Library("shardtensor", "DEF")
 Ints = Sequence[int]

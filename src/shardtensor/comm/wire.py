@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .._probe import is_silent
 from .._torch import all_gather_flat
+from .._torch.world import is_silent
 from . import groups
-from .count import finish, sending
+from .counters import finish, sending
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)

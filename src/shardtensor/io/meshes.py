@@ -18,6 +18,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
+from ..ops.points import hilbert_order
 from ..spec import Spec
 from ..tensor import ShardTensor
 from .block import placed
@@ -208,7 +209,6 @@ def convert(
     hold stay integers. The folder appears when it is complete; one that is there is kept. Raises
     ValueError for numbers that are too large, text, and names that are no names of files.
     """
-    from ..points import hilbert_order
 
     folder = Path(folder)
     if (folder / "info.json").exists():

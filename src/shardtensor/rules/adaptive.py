@@ -18,20 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
+from .._torch import kernels
 from ..cache import cached
 from ..comm.ops import window_add_op
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import stock
 from .pool import result_dtype, some_channels
 
 _MAX: dict[int, Callable[..., Any]] = {
     1: torch.adaptive_max_pool1d,
-    2: torch._C._nn.adaptive_max_pool2d,
-    3: torch._C._nn.adaptive_max_pool3d,
+    2: kernels.nn.adaptive_max_pool2d,
+    3: kernels.nn.adaptive_max_pool3d,
 }
 # the kernels themselves: above them, torch takes the mean where a shard has one row of results
 _AVG: dict[int, Callable[..., Any]] = {

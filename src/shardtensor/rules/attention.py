@@ -30,13 +30,13 @@ from ..attention import (
     strategy,
 )
 from ..cache import cached
+from ..dispatch.fallback import gathered
 from ..errors import UnsupportedOpError
-from ..fallback import gathered
-from ..random import generator_for, matching
-from ..redistribute import fit, like, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.random import generator_for, matching
+from ..tensor.redistribute import fit, like, reduced, to_dims
 from .attention_plan import NAME, Dims, Known, Plan, cut_alike, dims_of, plan, spans
 from .empty import stock
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
-from ..redistribute import cotangent, gradient
 from ..registry import rule
 from ..tensor import ShardTensor
+from ..tensor.redistribute import cotangent, gradient
 
 
 @rule(torch.autograd.grad)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..redistribute import fit, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, to_dims
 from .empty import some
 from .halo import Halo, Settings, halo_conv
 from .norm import sharded

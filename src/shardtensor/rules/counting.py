@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
+from .._torch import kernels
+from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
-from ..fallback import fall_back
-from ..redistribute import aside, fit, reduced, replicate, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, reduced, replicate, to_dims
 from .pointwise import align, function_rule
 from .reduce import axes_of, finish, over
 from .rows import Dims, axes_in, dims_of, mesh_of
@@ -283,11 +284,11 @@ def unique(
     x = reduced(input)
     axes = axes_of(x._spec, range(x.ndim))
     if not axes:
-        found: Any = torch._unique2(x._local, sorted, return_inverse, return_counts)
+        found: Any = kernels.unique2(x._local, sorted, return_inverse, return_counts)
     else:
         group = comm.group(x._spec.mesh, axes)
         found = _distinct(
-            lambda t: torch._unique2(t, sorted, True, True), x._local.flatten(), 0, group,
+            lambda t: kernels.unique2(t, sorted, True, True), x._local.flatten(), 0, group,
             return_counts,
         )  # fmt: skip
     values, places, times = found
@@ -308,12 +309,12 @@ def unique_dim(
 ) -> tuple[ShardTensor, ...]:  # fmt: skip
     x = reduced(input)
     if not x.ndim or not _is_cut(x):
-        return _plain(torch._VF.unique_dim, x, dim, sorted, return_inverse, return_counts)
+        return _plain(kernels.functions.unique_dim, x, dim, sorted, return_inverse, return_counts)
     (d,) = over(dim, x.ndim)
     y = _on(x, d)
     rows, mesh = y._spec.dims[d], x._spec.mesh
     values, places, times = _distinct(
-        lambda t: torch._VF.unique_dim(t, d, sorted, True, True), y._local, d,
+        lambda t: kernels.functions.unique_dim(t, d, sorted, True, True), y._local, d,
         comm.group(mesh, rows.axes), return_counts,
     )  # fmt: skip
     whole = y._spec.with_dims([Dim(n) for n in values.shape])
@@ -347,7 +348,7 @@ def _runs(
     """Each rank's runs but those that began on an earlier rank; sharded along the runs."""
     x = reduced(input)
     if not x.numel() or not _is_cut(x):
-        return _plain(torch._VF.unique_consecutive, x, return_inverse, return_counts, dim)  # type: ignore[attr-defined]
+        return _plain(kernels.functions.unique_consecutive, x, return_inverse, return_counts, dim)
     lead = next((i for i, n in enumerate(x.shape) if n > 1), 0)
     d = lead if dim is None else over(dim, x.ndim)[0]
     y = _on(x, d)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..redistribute import reduced
 from ..registry import handlers, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .pointwise import check_number, function_rule, pointwise
 from .rows import indexed
 from .shape import many

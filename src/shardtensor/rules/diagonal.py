@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
-from ..redistribute import reduced
+from ..dispatch.writes import check_writable, stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable, stands_for_view
+from ..tensor.redistribute import reduced
 from .shape import _index, _permuted
 
 

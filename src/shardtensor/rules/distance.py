@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .._torch import kernels
 from ..registry import rule
 from . import labels
 
@@ -23,6 +23,6 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = Non
         compute_mode = 1 if max(x1.shape[-2], x2.shape[-2]) > _MANY else 2
 
     def distances(a: Tensor, b: Tensor) -> Tensor:
-        return torch._VF.cdist(a, b, p, compute_mode)  # type: ignore[attr-defined]
+        return kernels.functions.cdist(a, b, p, compute_mode)
 
     return labels.run("... p M, ... r M -> ... p r", distances, x1, x2)

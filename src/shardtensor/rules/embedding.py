@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from ..dispatch.fallback import fall_back
+from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
-from ..fallback import fall_back
-from ..redistribute import fit, reduced
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable
+from ..tensor.redistribute import fit, reduced
 from .agreed import agreed
 from .pointwise import function_rule
 

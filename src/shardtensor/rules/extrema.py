@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import with_one
 from .pointwise import function_rule, pointwise
 from .reduce import Dims, axes_of, over, stacked, wide, with_elements, without

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..cache import cached
-from ..fallback import fall_back
-from ..redistribute import reduced, to_dims
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced, to_dims
 from .empty import with_one
 from .pointwise import function_rule
 from .shape import _index, many, whole_in

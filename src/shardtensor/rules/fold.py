@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from .._torch import kernels
 from ..cache import cached
-from ..fallback import fall_back
-from ..redistribute import reduced, to_dims
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced, to_dims
 from .shape import _gathered_on_lead, _index, _on_multiples
 from .sliding import sliding
 from .windows import Ints, Stencil, each, fetch, spread, stencils, strided
 
-_im2col, _col2im = torch._C._nn.im2col, torch._C._nn.col2im
+_im2col, _col2im = kernels.nn.im2col, kernels.nn.col2im
 
 
 @rule("im2col")

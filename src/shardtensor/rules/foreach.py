@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
-from ..redistribute import like, reduced
 from ..tensor import ShardTensor
-from ..views import check_writable
+from ..tensor.redistribute import like, reduced
 from .pointwise import function_rule
 
 _NAMES = [name for name in dir(torch) if name.startswith("_foreach_")]

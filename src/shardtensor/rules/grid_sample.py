@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..cache import cached
-from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, reduced
 from .empty import stock
 from .extents import Window, by_shard, extent, tell
 

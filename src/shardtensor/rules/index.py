@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adopt import adopt
+from ..dispatch.fallback import fall_back
+from ..dispatch.promote import adopt
+from ..dispatch.writes import check_writable, refuse_overlap
 from ..errors import UnsupportedOpError
-from ..fallback import fall_back
-from ..redistribute import fit, like, reduced, replicate, to_dims
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable, refuse_overlap
+from ..tensor.redistribute import fit, like, reduced, replicate, to_dims
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .pointwise import _wanted, align, function_rule
 from .rows import axes_in, covering, cut_axes, dims_of, mesh_of, normal, read, write

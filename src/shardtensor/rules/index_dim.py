@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..redistribute import reduced, to_dims
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced, to_dims
 from .index import in_place
 from .rows import Kernel, dims_of, integers, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, reduced
 from .pointwise import align
 from .shape import _index, many
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import fit, reduced
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, reduced
 
 Labels = tuple[str, ...]
 Known = Spec | torch.Size

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fallback import fall_back
-from ..redistribute import aside, fit, reduced, to_dims
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, reduced, to_dims
 from .agreed import agreed
 from .empty import cut, some
 from .pointwise import align, function_rule

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import UnsupportedOpError
-from ..redistribute import fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, reduced
 from .pointwise import function_rule, pointwise
 from .reduce import finish, wide
 from .rows import mesh_of

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..errors import UnsupportedOpError
-from ..redistribute import fit, reduced, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, reduced, to_dims
 from .rows import axes_in, dims_of, mesh_of
 from .shape import _index, _permuted
 

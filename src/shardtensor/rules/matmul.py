@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import cached
+from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
-from ..fallback import fall_back
-from ..redistribute import fit
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit
 from . import labels
 from .labels import Labels
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
-from ..redistribute import replicate
 from ..tensor import ShardTensor
+from ..tensor.redistribute import replicate
 from .pointwise import copy_, function_rule
 
 _HERE = __name__.split(".")[0]

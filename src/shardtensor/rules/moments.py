@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
+from .._torch import kernels
 from ..cache import cached
 from ..spec import Spec
 from .reduce import axes_of
@@ -38,7 +39,7 @@ def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
 def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:
     """The sum over dims of (x - center)^2 in the dtype of center; keeps only x for backward."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch._C._nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)  # type: ignore[arg-type]
+        return kernels.nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)
 
 
 def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,10 @@ from ..attention.neighborhood import (
 )
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import fit
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit
 from .rows import dims_of, mesh_of
 
 Dims = tuple[Dim, ...]

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
+from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
-from ..fallback import fall_back
-from ..redistribute import fit, like, reduced, replicate
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, like, reduced, replicate
 from .empty import stock
 from .moments import Dims, accumulated, merged, normalised, spread, squares, statistics
 from .pointwise import function_rule

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..fallback import fall_back
-from ..redistribute import aside, fit, reduced, replicate
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, reduced, replicate
 from .empty import with_one
 from .reduce import axes_of, over, without
 from .sort import FEW, beside, cut_at, cuts, has_keys, keys, lanes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..comm import wire
-from ..comm.plan import FILL, Exchange, exchange
+from ..comm.exchanges import FILL, Exchange, exchange
 from ..spec import Spec
 from .windows import Reach, Stencil, fetch
 

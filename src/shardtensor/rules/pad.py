@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from .. import comm
 from ..cache import cached
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import stock
 from .index import sliced
 

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cached
+from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
-from ..redistribute import fit, reduced, replicate
-from ..registry import rule
+from ..registry import POINTWISE, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable
+from ..tensor.redistribute import fit, reduced, replicate
 from . import labels
 from .agreed import agreed
 
 
+@rule(POINTWISE)
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The handler of every op with torch's pointwise tag."""
     spec = None

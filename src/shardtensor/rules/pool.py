@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..redistribute import reduced
+from .._torch import kernels
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .sliding import fetched, plan, sliding
 from .windows import Ints, Reach, Stencil, stencils, trim
 
@@ -59,8 +60,8 @@ def result_dtype(x: ShardTensor, n: int, op: Callable[[Tensor], Tensor]) -> torc
 
 _MAX: dict[int, Callable[..., Any]] = {
     1: torch.max_pool1d_with_indices,
-    2: torch._C._nn.max_pool2d_with_indices,
-    3: torch._C._nn.max_pool3d_with_indices,
+    2: kernels.nn.max_pool2d_with_indices,
+    3: kernels.nn.max_pool3d_with_indices,
 }
 
 
@@ -139,8 +140,8 @@ def _define_max_pool(n: int) -> None:
 
 _AVG: dict[int, Callable[..., Tensor]] = {
     1: torch.avg_pool1d,
-    2: torch._C._nn.avg_pool2d,
-    3: torch._C._nn.avg_pool3d,
+    2: kernels.nn.avg_pool2d,
+    3: kernels.nn.avg_pool3d,
 }
 
 

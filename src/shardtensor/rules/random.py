@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.fallback import gathered
+from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
-from ..fallback import gathered
-from ..random import draw, generator_for, matching, memory_order
-from ..redistribute import aside, fit, reduced, replicate
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..views import check_writable
+from ..tensor.random import draw, generator_for, matching, memory_order
+from ..tensor.redistribute import aside, fit, reduced, replicate
 from .agreed import agreed
 from .pointwise import align, function_rule
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fallback import fall_back
-from ..redistribute import aside, fit, like, reduced
+from ..dispatch.fallback import fall_back
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, like, reduced
 from .empty import with_one
 from .pointwise import function_rule
 

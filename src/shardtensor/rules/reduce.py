@@ -16,10 +16,10 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import through, with_one
 
 Dims = int | Sequence[int] | None

@@ -19,29 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
+from .._torch import kernels
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .pool import result_dtype
 
 _KERNELS: dict[tuple[str, int], Callable[..., Tensor]] = {
-    ("nearest", 1): torch._C._nn.upsample_nearest1d,
-    ("nearest", 2): torch._C._nn.upsample_nearest2d,
-    ("nearest", 3): torch._C._nn.upsample_nearest3d,
-    ("nearest-exact", 1): torch._C._nn._upsample_nearest_exact1d,
-    ("nearest-exact", 2): torch._C._nn._upsample_nearest_exact2d,
-    ("nearest-exact", 3): torch._C._nn._upsample_nearest_exact3d,
-    ("linear", 1): torch._C._nn.upsample_linear1d,
-    ("bilinear", 2): torch._C._nn.upsample_bilinear2d,
-    ("trilinear", 3): torch._C._nn.upsample_trilinear3d,
-    ("bicubic", 2): torch._C._nn.upsample_bicubic2d,
+    ("nearest", 1): kernels.nn.upsample_nearest1d,
+    ("nearest", 2): kernels.nn.upsample_nearest2d,
+    ("nearest", 3): kernels.nn.upsample_nearest3d,
+    ("nearest-exact", 1): kernels.nn._upsample_nearest_exact1d,
+    ("nearest-exact", 2): kernels.nn._upsample_nearest_exact2d,
+    ("nearest-exact", 3): kernels.nn._upsample_nearest_exact3d,
+    ("linear", 1): kernels.nn.upsample_linear1d,
+    ("bilinear", 2): kernels.nn.upsample_bilinear2d,
+    ("trilinear", 3): kernels.nn.upsample_trilinear3d,
+    ("bicubic", 2): kernels.nn.upsample_bicubic2d,
 }
 _ANTIALIASED: dict[str, Callable[..., Tensor]] = {
-    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
-    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+    "bilinear": kernels.nn._upsample_bilinear2d_aa,
+    "bicubic": kernels.nn._upsample_bicubic2d_aa,
 }
 _FEW = 4  # taps up to which a sum of slices is cheaper than one gather of all
 Scales = tuple[float | None, ...]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.writes import reshaped_in_place
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor
-from ..views import reshaped_in_place
 from .shape import _index, many, squeeze
 
 

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch, cache, comm
 from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
-from ..redistribute import fit, like, reduced
 from ..spec import Dim, Spec, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one
 from .routes import route_of
 

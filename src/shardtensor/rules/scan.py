@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..fallback import fall_back
-from ..redistribute import aside, reduced, to_dims
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, reduced, to_dims
 from .empty import stock, through, with_one
 from .index import assigned
 from .reduce import over, wide

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..redistribute import fit, like, to_dims
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import fit, like, to_dims
 from .index import _whole, in_place
 from .rows import (
     Kernel,

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..cache import cached
-from ..layout import views
-from ..redistribute import convert, like, reduced, replicate, to_dims
+from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_rows, stands_for_view
+from ..tensor.layout import views
+from ..tensor.redistribute import convert, like, reduced, replicate, to_dims
 from .agreed import agreed
 from .pointwise import function_rule
 
@@ -189,7 +190,7 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
         stands_for_view(y._local, x._local, "view")
         return wrap(y._local.view(shape[0]), y._spec)
     # as a leaf of a composite the wrapper's strides were those of a contiguous tensor
-    leaf = isinstance(func, torch._ops.OpOverload)
+    leaf = isinstance(func, _torch.OpOverload)
     return _reshape(x, many(shape[0], tuple(shape[1:])), "view", not leaf)
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..redistribute import fit, reduced
+from ..dispatch.writes import slice_of, stands_for_rows
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import slice_of, stands_for_rows
+from ..tensor.redistribute import fit, reduced
 from .rows import dims_of, mesh_of
 from .shape import _index, whole_in
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..cache import cached
-from ..redistribute import reduced
+from ..dispatch.writes import stands_for_view
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..views import stands_for_view
+from ..tensor.redistribute import reduced
 from .overlap import overlapped, pays
 from .windows import Reach, Stencil, fetch, strided, trim
 

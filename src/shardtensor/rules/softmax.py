@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..redistribute import reduced
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import with_one
 from .reduce import over, wide
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..comm.ops import exchange_parts
-from ..fallback import fall_back
-from ..redistribute import aside, reduced, to_dims
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, reduced, to_dims
 from .reduce import over
 from .slices import sliced
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
+from .._torch import kernels
 from ..errors import UnsupportedOpError
-from ..redistribute import aside, fit, reduced
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, reduced
 from .pointwise import align
 
 
@@ -31,7 +32,7 @@ def max_unpool(
     """With a stride, which is not used: 3-D. Which of two values in one place wins is undefined."""
     n = len(output_size)
     size = tuple(int(m) for m in output_size)
-    kernel = torch._C._nn.max_unpool2d if n == 2 else torch._C._nn.max_unpool3d
+    kernel = kernels.nn.max_unpool2d if n == 2 else kernels.nn.max_unpool3d
     rest = () if n == 2 else (stride, padding)
     if input.shape != indices.shape:
         raise RuntimeError(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..cache import cached
-from ..fallback import fall_back
-from ..redistribute import aside, fit, reduced
+from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import aside, fit, reduced
 from .empty import stock
 from .pointwise import align
 from .reduce import over

@@ -1,0 +1,96 @@
+# mypy: disable-error-code="attr-defined, union-attr, assignment, misc"
+"""Private torch APIs of autograd: nodes, hooks, the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import _SingleLevelFunction
+
+from .dispatcher import no_torch_function
+
+
+def c_grad_fn(x: torch.Tensor) -> Any:
+    """The autograd node that C++ sees on a wrapper."""
+    with no_torch_function():
+        return torch._C.TensorBase.grad_fn.__get__(x)
+
+
+def saving_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks (a checkpoint, saving on the CPU)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
+    """Route `autograd.Function.apply` of every Function through around(apply, args).
+
+    `Function.apply` looks `super().apply` up at each call, so this also reaches an `apply` that was
+    stored before the library was imported.
+    """
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        call = super(_SingleLevelFunction, cls).apply
+        return around(call, args) if not kwargs else call(*args, **kwargs)
+
+    _SingleLevelFunction.apply = classmethod(apply)
+
+
+def install_engine_hook(
+    roots: Callable[[Any, Any], tuple[Any, Any]], unwrap: Callable[[Any], Any]
+) -> None:
+    """Map what `torch.autograd.backward` hands to the engine: roots(outputs, grads) and inputs."""
+    engine = torch.autograd._engine_run_backward
+
+    def run(outputs: Any, grads: Any = (), *args: Any, **kwargs: Any) -> Any:
+        if len(args) >= 3 and args[2]:
+            args = (*args[:2], tuple(unwrap(x) for x in args[2]), *args[3:])
+        return engine(*roots(outputs, grads), *args, **kwargs)
+
+    torch.autograd._engine_run_backward = run
+
+
+def install_ddp_hook(unwrap: Callable[[Any], Any]) -> None:
+    """Let DDP look for unused parameters in the graphs of local tensors."""
+    import torch.nn.parallel.distributed as ddp
+
+    find = ddp._find_tensors
+    ddp._find_tensors = lambda found: [unwrap(x) for x in find(found)]
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """As apply of one of the library's own Functions of plain tensors, in half the time."""
+    return super(_SingleLevelFunction, function).apply(*args)
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread, -1 if none does."""
+    return torch._C._current_graph_task_id()
+
+
+def in_backward() -> bool:
+    """Whether a backward runs in this thread."""
+    return graph_task() != -1
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that runs has a node of a graph to run, or has run it."""
+    return torch._C._will_engine_execute_node(node)
+
+
+def run_last(node: Any) -> None:
+    """Let backward run a node when nothing else is left to do."""
+    node._set_sequence_nr(0)
+
+
+def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
+    """A hook on a leaf's gradient before all others, those of earlier and of later; its handle."""
+    wanted = leaf.requires_grad
+    handle = leaf.requires_grad_().register_hook(hook)
+    leaf.requires_grad_(wanted)
+    # C++ calls them in the order in which they came into the dict
+    hooks: Any = leaf._backward_hooks
+    for key in [k for k in hooks if k != handle.id]:
+        hooks[key] = hooks.pop(key)
+    return handle

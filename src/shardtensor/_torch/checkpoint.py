@@ -1,0 +1,56 @@
+# mypy: disable-error-code="assignment, attr-defined, misc, method-assign"
+"""Private torch APIs of activation checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+
+def install(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let what checkpoints recompute be around(function), made when the forward runs."""
+    begin = checkpoint._checkpoint_without_reentrant_generator
+
+    def without_reentrant(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return begin(around(fn), *args, **kwargs)
+
+    checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+    reentrant = checkpoint.CheckpointFunction
+    forward = reentrant.forward
+
+    def run(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, around(function), *args)
+
+    reentrant.forward = staticmethod(run)
+
+
+def install_inputs(apart: Callable[[Any], tuple[Any, Any]], joined: Callable[..., Any]) -> None:
+    """Let checkpoints keep apart(x)[0] for an input x, and recompute with joined(*apart(x))."""
+    frame = checkpoint._CheckpointFrame
+    save, get = frame.save_inputs, frame.get_inputs
+
+    def save_inputs(self: Any, *args: Any) -> None:
+        parts = [apart(a) for a in args]
+        self._shardtensor_rest = [rest for _, rest in parts]
+        save(self, *(kept for kept, _ in parts))
+
+    def get_inputs(self: Any) -> list[Any]:
+        return [joined(*pair) for pair in zip(get(self), self._shardtensor_rest, strict=True)]
+
+    frame.save_inputs, frame.get_inputs = save_inputs, get_inputs
+
+
+def install_recomputed(again: Callable[[Any], Any]) -> None:
+    """Let reentrant checkpoints begin recomputation from again(x) for each input x."""
+    detach = checkpoint.detach_variable
+    checkpoint.detach_variable = lambda inputs: detach(tuple(map(again, inputs)))
+
+
+def checkpointed(module: torch.nn.Module) -> None:
+    """Keep only the module's inputs for backward; its class and its state_dict stay."""
+    from torch.distributed._composable import checkpoint
+
+    checkpoint(module)

@@ -1,0 +1,119 @@
+# mypy: disable-error-code="attr-defined, union-attr, assignment, misc"
+"""Private torch APIs of the dispatcher: wrappers, modes, what Dynamo and torch.func see."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._functorch import eager_transforms, vmap
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
+
+make_wrapper = torch.Tensor._make_wrapper_subclass
+
+no_torch_function = torch._C.DisableTorchFunctionSubclass
+
+_outer = threading.local()
+
+# the dispatcher's state above autograd, outside of autocast
+_KEYS = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
+
+
+@contextmanager
+def composite_call() -> Iterator[None]:
+    """Around a call of a C++ composite on wrappers: its leaf ops reach `__torch_dispatch__`.
+
+    Sets the state of the dispatcher out here, and modes that trace, aside for `leaf_call`.
+    """
+    before = getattr(_outer, "state", None)
+    with ExitStack() as stack:
+        modes: list[Any] = []
+        if torch._C._len_torch_dispatch_stack() > 0:
+            modes = stack.enter_context(_python_dispatch._disable_current_modes())
+        keys = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+        _outer.state = (keys, modes)
+        stack.enter_context(no_torch_function())
+        try:
+            yield
+        finally:
+            _outer.state = before
+
+
+@contextmanager
+def leaf_call() -> Iterator[None]:
+    """Around the local program of a leaf op: autograd, autocast, tracing as at the outer call.
+
+    Where C++ came here by itself it has done its autograd on the wrapper, which has none.
+    """
+    keys, modes = getattr(_outer, "state", None) or (_KEYS, ())
+    with torch._C._ForceDispatchKeyGuard(*keys), torch._C._EnableTorchFunction():
+        for mode in reversed(modes):
+            _python_dispatch._push_mode(mode)
+        try:
+            yield
+        finally:
+            for mode in modes:
+                _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None))
+
+
+# no fake tensors and no graph inside
+outside_modes = _python_dispatch._disable_current_modes
+
+
+def hide_from_dynamo(fn: Callable[..., Any]) -> None:
+    """Let Dynamo run fn, and all that it calls, as they are."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(fn.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def tell_dynamo(warn: Callable[..., None], why: str) -> None:
+    """In a frame that Dynamo traces: call warn at that time, and break the graph, saying why."""
+    torch._dynamo.comptime.comptime(warn)
+    torch._dynamo.graph_break(msg=why)
+
+
+def is_tracing() -> bool:
+    """Whether a dispatch mode (fake tensors, make_fx) is recording the ops of this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not getattr(_outer, "counting", False)
+
+
+@contextmanager
+def not_tracing() -> Iterator[None]:
+    """Modes of this thread only count: ops run as if nobody looked."""
+    _outer.counting = True
+    try:
+        yield
+    finally:
+        _outer.counting = False
+
+
+# which torch.func transform surrounds the call, or None
+functorch_level = torch._C._functorch.maybe_current_level
+
+
+def guard_transforms(check: Callable[[Any], None]) -> None:
+    """Let check(tensor) see what enters torch.func.grad, jvp and dual tensors past overrides."""
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            check(tensor)
+            return function(tensor, *args, **kwargs)
+
+        return run
+
+    eager_transforms._wrap_for_grad = checked(eager_transforms._wrap_for_grad)
+    vmap._add_batch_dim = checked(vmap._add_batch_dim)
+    forward_ad.make_dual = checked(forward_ad.make_dual)

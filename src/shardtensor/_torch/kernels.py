@@ -1,0 +1,10 @@
+# mypy: disable-error-code="attr-defined"
+"""Kernels of torch that have no public name; `nn` are those behind torch.nn.functional."""
+
+from typing import Any
+
+import torch
+
+nn: Any = torch._C._nn
+functions: Any = torch._VF
+unique2: Any = torch._unique2

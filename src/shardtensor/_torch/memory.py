@@ -1,0 +1,40 @@
+# mypy: disable-error-code="attr-defined, union-attr, assignment, misc"
+"""Private torch APIs of memory: who shares it, whether it is gone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def storage_ref(x: torch.Tensor) -> Any:
+    """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(x.untyped_storage())
+
+
+def owns_memory(x: torch.Tensor) -> bool:
+    """Whether no view, numpy array or other library shares the memory of a tensor."""
+    storage = x.untyped_storage()
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= _uses_alone()
+
+
+@functools.cache
+def _uses_alone() -> int:
+    storage = torch.zeros(1).untyped_storage()
+    # the tensor is gone: one less than when it holds the storage
+    return torch._C._storage_Use_Count(storage._cdata) + 1
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype is b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+    )

@@ -1,0 +1,111 @@
+# mypy: disable-error-code="attr-defined, union-attr"
+"""Private torch APIs of who looks on: fake tensors, graphs, profilers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
+
+from .dispatcher import not_tracing
+from .world import silent_world
+
+
+@contextmanager
+def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
+    """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
+    with silent_world(rank, ranks), FakeTensorMode(), mode, not_tracing():
+        yield
+
+
+outside_fake = unset_fake_temporarily
+# what reading a fake tensor's values raises
+DependsOnValues = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def global_hooks() -> list[Any]:
+    """The tables of hooks that run for all modules."""
+    from torch.nn.modules import module
+
+    return [v for k, v in vars(module).items() if k.startswith("_global_") and isinstance(v, dict)]
+
+
+def is_recording() -> bool:
+    """Whether make_fx makes a graph of ops as they are called, above autograd, in this thread."""
+    mode = get_proxy_mode()
+    return mode is not None and bool(mode.pre_dispatch)
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has no memory."""
+    return isinstance(x, FakeTensor)
+
+
+def allocations(step: Callable[[], Any]) -> list[int]:
+    """Signed bytes of every CPU allocation and release during step(), in time order."""
+    with allocating() as found:
+        step()
+    return [nbytes for _, nbytes in found]
+
+
+@contextmanager
+def allocating() -> Iterator[list[tuple[float, int]]]:
+    """When it is left, the list has (time.time(), signed bytes) of CPU allocations in it."""
+    prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    found: list[tuple[float, int]] = []
+    with _no_stderr():
+        prof.start()
+        try:
+            yield found
+        finally:
+            prof.stop()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    # by nanoseconds: as seconds, moves that follow each other closely would fall together
+    found += [(1e-9 * e.start_ns(), e.nbytes()) for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def sequence_nr() -> int:
+    """The number that the next node of autograd gets in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def backward_nr() -> int | None:
+    """The number of the node whose backward is running in this thread."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+profiling = torch._C._autograd._profiler_enabled
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Torch 2.13's profiler writes lines of its own to the process's stderr."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

@@ -1,0 +1,114 @@
+# mypy: disable-error-code="attr-defined, union-attr, assignment, misc"
+"""Private torch APIs of worlds of ranks: threads as ranks, the store, the end of the program."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# torch 2.13 renamed all_gather_into_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@contextmanager
+def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[None]:
+    """torch.distributed with one world per thread, whose groups rendezvous through `join`.
+
+    join(group name, group size, rank, collective, data) must run collective.work(list of every
+    rank's data) once and then return on every rank.
+    """
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    numbers = itertools.count()
+
+    class Collective:
+        def __init__(self, size: int, collective: Any, pg: Any) -> None:
+            self.size, self.collective, self.key = size, collective, next(numbers)
+
+        def join(self, rank: int, data: Any) -> Any:
+            join(str(self.key), self.size, rank, self.collective, data)
+            return threaded.ret_work(data)
+
+    kept = threaded.Collective
+    threaded.Collective = Collective
+    # the stock creator blocks in a store until all ranks come; here ranks run one at a time
+    dist.Backend.register_backend(
+        "threaded",
+        lambda store, rank, size, timeout: threaded.ProcessLocalGroup(rank, size),
+        devices=["cpu"],
+    )
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    world = threaded._install_threaded_pg()
+    if not hasattr(world, "comms"):
+        # torch 2.11 asks for it, but its threaded world lacks it
+        world.comms = []
+    try:
+        yield
+    finally:
+        threaded._uninstall_threaded_pg()
+        threaded.ProcessLocalGroup.reset()
+        threaded.Collective = kept
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+def default_store() -> Any:
+    """The key-value store by which the ranks of this program met."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def at_uncaught(call: Callable[[BaseException], None]) -> None:
+    """Run call(error) when an exception is about to end the program, before it is printed."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, at: Any) -> None:
+        # an interactive session goes on
+        if not hasattr(sys, "ps1"):
+            call(error)
+        before(kind, error, at)
+
+    sys.excepthook = hook
+
+
+@contextmanager
+def silent_world(rank: int, ranks: int) -> Iterator[None]:
+    """torch.distributed as one rank of many, alone: collectives return at once and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_silent(group: Any) -> bool:
+    """Whether the group is one of a `silent_world`."""
+    return bool(dist.get_backend(group) == "fake")
+
+
+def group_key(group: Any) -> str:
+    """The ranks of a group (None: of all) and its name, alike on all of them: "0,1/name"."""
+    group = dist.group.WORLD if group is None else group
+    ranks = sorted(dist.get_process_group_ranks(group))
+    return f"{','.join(map(str, ranks))}/{group.group_name}"
+
+
+def collectives() -> dict[str, int]:
+    """For each group of this rank (see `group_key`): how many collectives this rank has come to."""
+    found: dict[str, int] = {}
+    for group in list(dist.distributed_c10d._world.pg_names):
+        # while another thread makes or destroys it, it is not known
+        with suppress(RuntimeError, ValueError, KeyError):
+            found[group_key(group)] = group._get_sequence_number_for_group()
+    return found
+
+
+def cuda_runs() -> bool:
+    """Whether this process uses a GPU: then it waits for ranks wherever it waits for the device."""
+    return torch.cuda.is_initialized()

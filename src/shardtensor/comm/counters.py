@@ -1,0 +1,210 @@
+"""Counting what is sent: every collective reports here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from .._torch import probe
+from ..caller import call_of_user
+from .groups import members
+from .observers import Hooks, simulated_rank, thread
+
+
+@dataclass(slots=True)
+class Sent:
+    """One collective of a group of `ranks`. bytes, messages: what this rank sent to others.
+
+    op, rule, line: of the user's call that it belongs to, in backward of the forward call, if that
+    was traced. begin, end: of time.perf_counter(), to when its result was there. seconds: that this
+    rank spent in it: starting it, and waiting for it.
+    """
+
+    collective: str
+    bytes: int
+    messages: int
+    ranks: int
+    op: str
+    seconds: float = 0.0
+    rule: str = ""
+    line: str = ""
+    backward: bool = False
+    begin: float = 0.0
+    end: float = 0.0
+    peers: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of the user on ShardTensors. first, last: autograd's numbers of its nodes."""
+
+    op: str
+    rule: str
+    line: str
+    begin: float
+    first: int
+    last: int = -1
+    end: float = 0.0
+
+
+@dataclass(eq=False)
+class Record:
+    """The calls and collectives of one rank between two points in time."""
+
+    rank: int | None
+    sent: list[Sent] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    gathered: list[tuple[str, int]] = field(default_factory=list)
+    # called after each call of the user
+    sample: Callable[[], None] | None = None
+
+    def origin(self, number: int) -> Call | None:
+        """The call that made this node of autograd."""
+        at = bisect(self.calls, number, key=lambda c: c.first) - 1
+        return self.calls[at] if at >= 0 and number < self.calls[at].last else None
+
+
+records: list[Record] = []
+current_op = threading.local()
+
+
+@contextmanager
+def sending(
+    collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
+) -> Iterator[Sent | None]:
+    """Report a collective to every open record of this rank, and to who looks on.
+
+    facts: what all ranks of the group must agree on, such as dtype and number of elements.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "the process group was destroyed: make the mesh and its ShardTensors anew"
+        )
+    if Hooks.meeting is not None or simulated_rank() is not None:
+        meeting(collective, group, facts)
+    with explaining(), named(f"shardtensor::send {collective}"):
+        me = simulated_rank()
+        mine = [r for r in records if r.rank == me]
+        if not mine:
+            yield None
+            return
+        item = _noted(mine[0], collective, nbytes, messages, ranks, group)
+        yield item
+    item.end = time.perf_counter()
+    item.seconds = item.end - item.begin
+    for record in mine:
+        record.sent.append(item)
+
+
+def _noted(
+    record: Record, collective: str, nbytes: int, messages: int, ranks: int, group: str
+) -> Sent:
+    """The entry of a collective that begins, and to which call it belongs."""
+    item = Sent(collective, nbytes, messages, ranks, getattr(current_op, "name", ""))
+    call = record.calls[-1] if item.op and record.calls else None
+    if not item.op:
+        number = probe.backward_nr()
+        item.backward = number is not None
+        call = None if number is None else record.origin(number)
+    if call is not None:
+        item.op, item.rule, item.line = item.op or call.op, call.rule, call.line
+    else:
+        item.line = call_of_user()[0]
+    item.peers = members(group)
+    item.begin = time.perf_counter()
+    return item
+
+
+def named(name: str) -> AbstractContextManager[Any]:
+    """A name for what happens inside, where a profiler looks on."""
+    return record_function(name) if probe.profiling() else nullcontext()
+
+
+def meeting(collective: str, group: str, facts: dict[str, Any]) -> None:
+    """Tell who looks on that this rank comes to a collective."""
+    if simulated_rank() is not None:
+        # the simulated world compares what its ranks bring
+        thread.facts = {"collective": collective, "facts": facts}
+    if Hooks.meeting is not None:
+        Hooks.meeting(collective, group, facts)
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Around what waits for other ranks: an error comes with what ended them."""
+    try:
+        yield
+    except RuntimeError as e:
+        found = None if Hooks.explained is None else Hooks.explained(e)
+        if found is None:
+            raise
+        raise found from e
+
+
+def finish(work: Any, item: Sent | None = None) -> None:
+    """Wait for a collective that was started; item: what `sending` gave for it."""
+    begin = time.perf_counter()
+    if Hooks.explained is None:
+        work.wait()
+    else:
+        with explaining():
+            work.wait()
+    if item is not None:
+        item.end = time.perf_counter()
+        item.seconds += item.end - begin
+
+
+def called(op: str, args: Any, kwargs: Any = None) -> Any:
+    """Tell who looks on of a call of the user whose plain tensors must be the same everywhere."""
+    return None if Hooks.calling is None else Hooks.calling(op, args, kwargs)
+
+
+@contextmanager
+def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[list[Any]]:
+    """Note an op in every open record of this rank; collectives inside carry its name.
+
+    Whoever enters puts the op's result into the list.
+    """
+    before = getattr(current_op, "name", "")
+    call = seen = error = None
+    given: list[Any] = []
+    if not before:
+        seen = called(op, args, kwargs)
+        me = simulated_rank()
+        for record in records:
+            if record.rank == me:
+                if call is None:
+                    line, first = call_of_user()[0], probe.sequence_nr()
+                    call = Call(op, rule, line, time.perf_counter(), first)
+                record.calls.append(call)
+    current_op.name = op
+    try:
+        yield given
+    except BaseException as e:
+        error = e
+        raise
+    finally:
+        current_op.name = before
+        if seen is not None and Hooks.called is not None:
+            Hooks.called(seen, args, given, error)
+        if call is not None:
+            call.end, call.last = time.perf_counter(), probe.sequence_nr()
+            for record in records:
+                if record.sample is not None:
+                    record.sample()
+
+
+def gathering(op: str, nbytes: int) -> None:
+    """Note in every open record of this rank that an op without a rule gathers its operands."""
+    me = simulated_rank()
+    for record in records:
+        if record.rank == me:
+            record.gathered.append((op, nbytes))

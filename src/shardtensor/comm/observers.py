@@ -1,0 +1,31 @@
+"""Who looks on at ops and collectives, and as which simulated rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+# set in the threads of a simulated world, so that each rank counts its own
+thread = threading.local()
+
+
+class Hooks:
+    """What looks on, where something does; see `observe`.
+
+    meeting(collective, group, facts) is called before each collective: facts are what the ranks of
+    the group (its name, or its ranks) must agree on. calling(op, args, kwargs): before each op of
+    the user, while a record is open; called(what calling returned, args, a list of the result,
+    error): after it. explained(error): what an error of a collective means, from what other ranks
+    left.
+    """
+
+    meeting: Callable[[str, Any, dict[str, Any]], None] | None = None
+    calling: Callable[[str, Any, Any], Any] | None = None
+    called: Callable[[Any, Any, list[Any], BaseException | None], None] | None = None
+    explained: Callable[[BaseException], BaseException | None] | None = None
+
+
+def simulated_rank() -> int | None:
+    """This thread's rank in a simulated world, None in a process of its own."""
+    return getattr(thread, "rank", None)

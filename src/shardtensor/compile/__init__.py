@@ -1,0 +1,1 @@
+"""Compiled local programs, guarded by the Python state that they read."""

@@ -1,0 +1,304 @@
+"""Compile the local program: trace what the rules do on local tensors, then torch.compile it.
+
+Dynamo cannot see through the wrapper. So the program is traced here, before autograd, over
+the flattened local tensors: a graph of plain ops and collectives, without ShardTensors, that
+`torch.compile` takes like any other, forward and backward. A graph holds for the Python state that
+was read while it was traced (see `guards`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from .. import attention
+from .._torch import probe
+from ..dispatch.fallback import is_shard, limit
+from ..errors import UnsupportedOpError
+from ..spec import Spec
+from ..tensor import ShardTensor, random, wrap
+from .guards import Reads, recording
+
+log = logging.getLogger(__name__)
+# what a graph is for
+_PARTS = (
+    "specs", "tensors", "parameters", "arguments", "gradients", "training", "autocast", "contexts",
+)  # fmt: skip
+
+# Shard sizes differ from rank to rank; an order of collectives that depends on them would hang
+_SAME_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+# states of Python for which graphs of otherwise equal calls are made
+_STATES = 8
+# traces in which the program changes the state: a cache is filled by the first
+_TRIES = 2
+
+
+def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
+    """fn (a module or a function of tensors) with its local program compiled by torch.compile.
+
+    options: those of torch.compile (backend, mode, ...). Traced once for each combination of specs,
+    shapes, dtypes, grad mode, train/eval and Python state that fn reads: attributes, hooks,
+    globals, closures. A module's parameters and buffers are inputs of the graph, so they may
+    change; tensors that a function closes over are read anew at each call. A call that changes
+    Python state (a counter in forward) runs eagerly, with a warning. Raises UnsupportedOpError for
+    random ops, for Python that needs the values of tensors, for hooks on tensors and for gradients
+    through an autograd.Function.
+
+    At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
+    at level INFO what each graph is for and how that differs from the graph before it; at WARNING,
+    once, that graphs are dropped.
+    """
+    return Compiled(fn, options)
+
+
+@dataclass
+class _Graph:
+    """A compiled program, what it reads and the form of its result."""
+
+    run: Callable[..., Any]
+    reads: Reads
+    out: tuple[pytree.TreeSpec, list[Spec | None]]
+
+
+class Compiled:
+    """What `compile` returns. `traces` counts the graphs made so far."""
+
+    most = 32
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        options: dict[str, Any],
+        call: Callable[..., Any] | None = None,
+    ) -> None:
+        # call: how fn is called, where fn itself calls this
+        self.fn, self.call = fn, call or fn
+        self.options = dict(options)
+        if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
+            self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
+        self.traced: OrderedDict[Any, list[_Graph]] = OrderedDict()
+        self.traces = 0
+        self.last: dict[str, Any] = {}
+        # calls that changed the state that they read
+        self.changing: Counter[Any] = Counter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+        state = _state(self.fn)
+        specs, given = zip(*map(_parted, leaves), strict=True) if leaves else ((), ())
+        key = (
+            specs, _key(given), _key(list(state.values())), str(tree), *_modes(self.fn),
+        )  # fmt: skip
+        found = self.traced.get(key, ())
+        graph = next((g for g in found if g.reads.hold()), None)
+        if graph is None:
+            why = self._eager(key, found)
+            graph = None if why else self._make(key, leaves, tree, state)
+            if graph is None:
+                return self.call(*args, **kwargs)
+        self.traced.move_to_end(key)
+        flat = graph.run(*state.values(), *(x for x in given if isinstance(x, Tensor)))
+        form, kinds = graph.out
+        flat = [x if s is None else wrap(x, s) for x, s in zip(flat, kinds, strict=True)]
+        return pytree.tree_unflatten(flat, form)
+
+    def _eager(self, key: Any, found: Any) -> bool:
+        """Whether a call that no graph is for runs eagerly."""
+        if len(found) == _STATES:
+            self._warn(f"changes from call to call ({found[-1].reads.changed()})")
+            return True
+        return self.changing[key] >= _TRIES
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(
+            f"{_name(self.fn)} runs eagerly where Python state that it reads {what}: keep such "
+            "state in buffers, or out of what is compiled",
+            stacklevel=4,
+        )
+
+    def _make(
+        self, key: tuple[Any, ...], leaves: list[Any], tree: pytree.TreeSpec, state: Any
+    ) -> _Graph | None:
+        """A graph for a call, None if the call changes what it reads."""
+        self._note(key)
+        graph, changed = self._trace(leaves, tree, state)
+        if changed:
+            self.changing[key] += 1
+            if self.changing[key] == _TRIES:
+                self._warn(f"is changed by it ({changed})")
+            log.info("a call of %s runs eagerly, as it changes %s", _name(self.fn), changed)
+            return None
+        self.traced.setdefault(key, []).append(graph)
+        self.traces += 1
+        return graph
+
+    def _note(self, key: tuple[Any, ...]) -> None:
+        """Log what a new graph is for; drop those that were not used for longest, if too many."""
+        now = dict(zip(_PARTS, key, strict=True))
+        changed = [
+            f"{k}: {self.last[k]} -> {v}" for k, v in now.items() if self.last.get(k, v) != v
+        ]
+        changed += [g.reads.changed() for g in self.traced.get(key, ())[-1:]]
+        what = "; ".join(changed) or f"specs: {now['specs']}"
+        log.info("graph %d of %s: %s", self.traces + 1, _name(self.fn), what)
+        self.last = now
+        if sum(map(len, self.traced.values())) < self.most:
+            return
+        if self.traces == self.most:
+            log.warning(
+                "%s has more than %d graphs: those not used for long are dropped and will be "
+                "compiled again. The newest differs in %s",
+                _name(self.fn), self.most, what,
+            )  # fmt: skip
+        self.traced.popitem(last=False)
+
+    def _trace(
+        self, leaves: list[Any], tree: pytree.TreeSpec, state: dict[str, Tensor]
+    ) -> tuple[_Graph, str]:
+        """The graph of a call, and what of the state that it reads it changed."""
+        form: list[Any] = []
+        changed = ""
+
+        def local(*tensors: Tensor) -> list[Any]:
+            nonlocal changed
+            inside = iter(tensors)
+            own = {name: next(inside) for name in state}
+            given = [
+                wrap(next(inside), x._spec) if isinstance(x, ShardTensor)
+                else next(inside) if isinstance(x, Tensor) else x
+                for x in leaves
+            ]  # fmt: skip
+            kept = [x._local if isinstance(x, ShardTensor) else x for x in given]
+            args, kwargs = pytree.tree_unflatten(given, tree)
+            with (
+                _using(self.fn, own),
+                recording(inputs, lambda: (self.fn, args, kwargs)) as reads,
+                _NoHooks(),
+            ):
+                out = self.call(*args, **kwargs)
+                changed = reads.changed() or _replaced(self.fn, own)
+                if changed:
+                    reads.restore()
+            if any(
+                isinstance(x, ShardTensor) and x._local is not k
+                for x, k in zip(given, kept, strict=True)
+            ):
+                raise UnsupportedOpError(
+                    f"{_name(self.fn)} gives an argument other data or another spec in place, "
+                    "which a compiled program cannot: return a new tensor"
+                )
+            reads.close()
+            flat, spec = pytree.tree_flatten(out, is_leaf=is_shard)
+            form.extend(
+                [reads, (spec, [x._spec if isinstance(x, ShardTensor) else None for x in flat])]
+            )
+            return [x._local if isinstance(x, ShardTensor) else x for x in flat]
+
+        modules = self.fn.modules() if isinstance(self.fn, nn.Module) else ()
+        inputs = frozenset(map(id, modules))
+        tensors = [*state.values(), *(_parted(x)[1] for x in leaves if isinstance(x, Tensor))]
+        # what is traced sets the mode; an error would leave it so
+        grad = torch.is_grad_enabled()
+        try:
+            graph = make_fx(
+                local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
+            )(*tensors)
+        except probe.DependsOnValues as e:
+            raise UnsupportedOpError(
+                f"Python in {_name(self.fn)} needs the value of a tensor (int, item, if), which a "
+                "compiled program cannot hold: keep it as a Python number, use torch.where, or "
+                "leave it out of st.compile"
+            ) from e
+        finally:
+            torch.set_grad_enabled(grad)
+        # questions about dtypes are traced too, and Dynamo does not take them
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        # forward: hooks of all modules are part of the graph already
+        return _Graph(torch.compile(graph.forward, **self.options), *form), changed
+
+
+class _NoHooks(torch.overrides.TorchFunctionMode):
+    """Raises for what runs in backward and would be lost with the traced tensors."""
+
+    lost = {  # noqa: RUF012
+        Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward,
+        torch.autograd.backward, Tensor.retain_grad,
+    }  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.lost:
+            raise UnsupportedOpError(
+                f"{func.__name__} inside a compiled program, which keeps no tensors to call it "
+                "for: call it on the result, or leave this part out of st.compile"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _name(fn: Any) -> str:
+    return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
+
+
+def _state(fn: Any) -> dict[str, Tensor]:
+    if not isinstance(fn, nn.Module):
+        return {}
+    return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+
+
+def _using(fn: Any, own: dict[str, Tensor]) -> Any:
+    return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
+
+
+def _replaced(fn: Any, own: dict[str, Tensor]) -> str:
+    """A parameter or buffer that is another tensor than it was given as."""
+    now = _state(fn)
+    found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
+    return f"the parameter or buffer {found[0]}" if found else ""
+
+
+def _parted(x: Any) -> tuple[Spec | None, Any]:
+    return (x._spec, x.to_local()) if isinstance(x, ShardTensor) else (None, x)
+
+
+def _key(leaves: Any) -> tuple[Any, ...]:
+    return tuple(
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor)
+        else _value(x)
+        for x in leaves
+    )  # fmt: skip
+
+
+def _value(x: Any) -> Any:
+    """What tells one argument from another: 1, 1.0 and True are equal, but give other dtypes."""
+    if isinstance(x, float | complex):
+        return type(x), repr(x)
+    try:
+        hash(x)
+    except TypeError:
+        # what it holds is among what is read
+        return type(x), id(x)
+    return type(x), x
+
+
+def _modes(fn: Any) -> tuple[Any, ...]:
+    training = tuple(m.training for m in fn.modules()) if isinstance(fn, nn.Module) else ()
+    casts = tuple(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    )
+    contexts = (
+        attention.chosen(), limit(), random.matching(), torch.get_default_dtype(),
+        torch.is_inference_mode_enabled(),
+    )  # fmt: skip
+    return torch.is_grad_enabled(), training, casts, contexts

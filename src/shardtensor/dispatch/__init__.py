@@ -1,0 +1,1 @@
+"""From a torch function on ShardTensors to what handles it."""

@@ -1,0 +1,240 @@
+"""Gradients through `autograd.Function`s that receive ShardTensors.
+
+C++ runs such a Function on the wrapper, past `__torch_function__`. So the wrapper must carry
+autograd history of its own there: on the way in it is attached to the graph of its local tensor,
+on the way out the local graph continues from the wrapper's history. FSDP2's hooks, module backward
+hooks, reentrant checkpoints and users' Functions all pass through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
+
+from .. import _torch
+from .._torch import checkpoint, probe
+from ..errors import UnsupportedOpError
+from ..registry import rules
+from ..spec import Spec
+from ..tensor import ShardTensor, refuse_transforms, wrap
+from ..tensor.aliases import refuse_copy
+from ..tensor.redistribute import cotangent, gradient
+
+
+class _Attach(torch.autograd.Function):
+    """Makes `wrapper` a C++ tensor whose gradient flows to its local tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, wrapper: ShardTensor) -> ShardTensor:
+        ctx.spec = wrapper._spec
+        ctx.mark_dirty(wrapper)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return cotangent(grad, ctx.spec), None
+
+
+class _Continue(torch.autograd.Function):
+    """The local tensor of a wrapper that came out of a Function; its gradient goes there."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        return local.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
+        return gradient(grad, ctx.spec), None, None
+
+
+class _Pass(torch.autograd.Function):
+    """As `_Continue`, of a Function's result that is a view of what it was given.
+
+    Autograd refuses writes to it, which the base would not learn of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        return local
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
+        return gradient(grad, ctx.spec), None, None
+
+
+class _Overwrite(torch.autograd.Function):
+    """As `_Continue`, of a tensor that the Function changed in place; its base and views follow."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, wrapper: ShardTensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        ctx.mark_dirty(local)
+        return local
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ShardTensor, None]:
+        return torch.zeros_like(grad), gradient(grad, ctx.spec), None
+
+
+def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not any(isinstance(a, ShardTensor) for a in args):
+        if _torch.is_tracing():
+            _check_recording(call.__self__, args)  # type: ignore[attr-defined]
+        out = call(*args)
+        _continue(out, {})
+        return out
+    function = call.__self__  # type: ignore[attr-defined]
+    if function in (_Attach, _Continue, _Pass, _Overwrite):
+        return call(*args)
+    if function in rules:
+        return rules[function](*args)
+    _check_recording(function, args)
+    sent: dict[int, ShardTensor] = {}
+    passed = []
+    for a in args:
+        if isinstance(a, ShardTensor):
+            inside = wrap(a._local, a._spec)
+            if a._local.requires_grad and torch.is_grad_enabled():
+                _Attach.apply(a._local, inside)
+            sent[id(inside)] = a
+            a = inside
+        passed.append(a)
+    out = call(*passed)
+    _watch_saved(out, passed)
+    return _continue(out, sent)
+
+
+def _check_recording(function: Any, args: tuple[Any, ...]) -> None:
+    """Raise where a graph is made, which would hold forward's ops and lose backward."""
+    if not (_torch.is_tracing() and probe.is_recording() and torch.is_grad_enabled()):
+        return
+    if any(isinstance(a, Tensor) and a.requires_grad for a in args) or function is _Checkpoint:
+        raise UnsupportedOpError(
+            f"{function.__name__}.apply in a compiled program, which would lose its backward: "
+            "register a rule for it (shardtensor.rule), make it a torch.library.custom_op, use "
+            "checkpoint(..., use_reentrant=False), or leave this part out of st.compile"
+        )
+
+
+def _watch_saved(out: Any, passed: list[Any]) -> None:
+    """Let backward raise, as torch does, if a ShardTensor saved by the Function was written to.
+
+    Writes go to local tensors, so C++, which saved the wrappers, does not see their versions move.
+    """
+    outs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+    nodes = [_torch.c_grad_fn(x) for x in outs]
+    node = next((n for n in nodes if n is not None), None)
+    if node is None or not getattr(node, "_raw_saved_tensors", ()):
+        return
+    if _torch.saving_elsewhere():
+        node.register_prehook(_refuse_second)
+        return
+    shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
+    node._versions_of_shards = {
+        x.untyped_storage()._cdata: x._version for x in shards if not x.is_inference()
+    }
+
+
+_saved: Any = BackwardCFunction.saved_tensors
+
+
+def _unchanged(node: Any) -> Any:
+    """What a Function saved, each as it was then."""
+    found = _saved.__get__(node)
+    versions = node.__dict__.get("_versions_of_shards")
+    for x in found if versions else ():
+        then = versions.get(_storage(x)) if isinstance(x, ShardTensor) else None
+        if then is not None and x._local._version != then:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: ShardTensor {list(x.shape)} is at version "
+                f"{x._local._version}; expected version {then} instead"
+            )
+    return found
+
+
+BackwardCFunction.saved_tensors = property(_unchanged)  # type: ignore[assignment]
+
+
+def _refuse_second(_: Any) -> None:
+    """Raise where backward itself is differentiated: what hooks saved came back without history."""
+    if torch.is_grad_enabled():
+        raise UnsupportedOpError(
+            "second derivatives through an autograd.Function that saved a ShardTensor inside a "
+            "checkpoint or saved_tensors_hooks: call the Function outside of them, or register a "
+            "rule for it (shardtensor.rule)"
+        )
+
+
+def _storage(x: ShardTensor) -> int:
+    return x._local.untyped_storage()._cdata
+
+
+def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_continue(o, sent) for o in out)
+    if not isinstance(out, ShardTensor):
+        return out
+    # marked dirty: the caller's tensor is the result
+    source = sent.get(id(out))
+    if source is not None and source.is_leaf and source.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a leaf Variable that requires grad has been used in an in-place operation."
+        )
+    if _torch.c_grad_fn(out) is not None:
+        if source is not None:
+            refuse_copy(source._local)
+        if source is not None and source._local is out._local:
+            out._local = _Overwrite.apply(out._local, out, out._spec)
+        elif any(_storage(out) == _storage(x) for x in sent.values()):
+            out._local = _Pass.apply(out, out._local, out._spec)
+        else:
+            out._local = _Continue.apply(out, out._local, out._spec)
+    if source is None:
+        return out
+    # addends are added up by a write
+    source._local, source._spec = out._local, out._spec
+    return source
+
+
+def _local(x: Any) -> Any:
+    return x._local if isinstance(x, ShardTensor) else x
+
+
+def _roots(outputs: Any, grads: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    paired = [
+        cotangent(g, x._spec) if isinstance(x, ShardTensor) and g is not None else g
+        for x, g in zip(outputs, grads, strict=True)
+    ]
+    return tuple(_local(x) for x in outputs), tuple(paired)
+
+
+def _check_transform(x: Any) -> None:
+    if isinstance(x, ShardTensor):
+        refuse_transforms()
+
+
+def _again(x: Any) -> Any:
+    """An input of a reentrant checkpoint, which hooks of an outer one may have cut from history."""
+    if isinstance(x, ShardTensor) and _torch.c_grad_fn(x) is not None:
+        x._local.requires_grad_(x._local.is_floating_point() or x._local.is_complex())
+    return x
+
+
+# C++ would keep the wrapper, which has neither version nor history there
+checkpoint.install_inputs(
+    lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
+    lambda x, spec: x if spec is None else wrap(x, spec),
+)
+checkpoint.install_recomputed(_again)
+_torch.install_function_hook(_around)
+_torch.install_engine_hook(_roots, _local)
+_torch.install_ddp_hook(_local)
+_torch.guard_transforms(_check_transform)

@@ -1,0 +1,111 @@
+"""A plain tensor that becomes a ShardTensor where it stands.
+
+Models allocate a plain tensor and assign parts to it: `out = torch.zeros(...)`, then
+`out[:, :, :m] = modes`. Once a sharded part is assigned, the tensor that single-device code sees is
+a sharded one. Every name of it sees the ShardTensor, as the Python object stays the same. It is
+done only where no other tensor or array shares the memory, nothing but one variable holds the
+tensor (a module's buffer stays plain) and all ranks agree.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch, cache, comm
+from .._torch import probe
+from ..caller import caller
+from ..comm import wire
+from ..spec import Dim, Spec, nested_chunk_sizes
+from ..tensor import wrap
+
+
+def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
+    """Turn the plain x of `x[entries] = value` into a ShardTensor that lies as value does.
+
+    entries: a slice or an integer for each dim of x. Call it from a handler that has x, its first
+    argument, in one local variable. One message to agree. Returns whether x is a ShardTensor now.
+    """
+    references = sys.getrefcount(x)
+    if _torch.is_tracing() or not value.varying or value.partial:
+        return False
+    spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
+    # what is remembered of x would hold its object fast
+    cache.forget(x)
+    mine = spec is not None and references == _USUAL and _is_variable(x) and _alone(x)
+    group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
+    (all_may,) = wire.all_reduce([torch.tensor([int(mine)], device=x.device)], "min", group)
+    if not all_may or spec is None:
+        return False
+    local = x
+    for d, dim in enumerate(spec.dims):
+        if dim.axes:
+            i = spec.index[d]
+            local = local.narrow(d, dim.offsets[i], dim.sizes[i])
+    local = local.clone(memory_format=torch.contiguous_format)
+    torch.utils.swap_tensors(x, wrap(local, spec))
+    return True
+
+
+def _is_variable(x: Tensor) -> bool:
+    """Whether the calling code has x as a variable, not as an attribute or an element."""
+    frame = caller()
+    return frame is not None and any(v is x for v in frame.f_locals.values())
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether a tensor's memory is its own, and no gradient flows through it."""
+    plain = type(x) is Tensor and x.is_leaf and not x.requires_grad
+    free = not weakref.getweakrefcount(x)
+    return plain and free and x.layout is torch.strided and _torch.owns_memory(x)
+
+
+def _spec(shape: tuple[int, ...], sliced: tuple[bool, ...], value: Spec) -> Spec | None:
+    """The spec of a tensor into whose slices a value is assigned: sharded where the value is."""
+    kept = [d for d, s in enumerate(sliced) if s]
+    dims = [Dim(n) for n in shape]
+    for i, dim in enumerate(value.dims, len(kept) - len(value.dims)):
+        if dim.axes and i >= 0:
+            n = shape[kept[i]]
+            parts = [value.mesh.size(a) for a in dim.axes]
+            cut = Dim(n, dim.axes, nested_chunk_sizes(n, parts))
+            dims[kept[i]] = dim if dim.size == n else cut
+    spec = Spec(value.mesh, tuple(dims))
+    return spec if spec.varying == value.varying else None
+
+
+class _Probe(torch.Tensor):
+    """Counts references to the tensor that it is assigned to, by the way that `adopt` is called."""
+
+    seen = 0
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return _handle(func, args, kwargs or {})
+
+
+def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x, _, _ = args
+    _count(x)
+
+
+def _count(x: Tensor) -> None:
+    _Probe.seen = sys.getrefcount(x)
+
+
+def _usual() -> int:
+    """How many references there are to a tensor that one variable holds."""
+    with probe.outside_fake():
+        out = torch.zeros(1)
+        out[0:1] = torch.zeros(1).as_subclass(_Probe)
+    return _Probe.seen
+
+
+_USUAL = _usual()

@@ -1,0 +1,162 @@
+"""What ran and what was sent, when, and from which line."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .._torch import probe
+from ..comm import counters, groups, wire
+from .timeline import Part, Timeline
+
+
+class Trace:
+    """The ops and collectives of this rank inside a `trace()` block."""
+
+    def __init__(self) -> None:
+        self.record = counters.Record(counters.simulated_rank())
+        # (seconds of perf_counter, bytes held beyond those at the start)
+        self.memory: list[tuple[float, int]] = []
+        self.begin = self.end = time.perf_counter()
+
+    @property
+    def ops(self) -> list[tuple[str, str]]:
+        """(op, rule) of every call on a ShardTensor, in order."""
+        return [(c.op, c.rule) for c in self.record.calls]
+
+    @property
+    def calls(self) -> list[counters.Call]:
+        """The same with the line of the user and times of begin and end."""
+        return self.record.calls
+
+    @property
+    def sent(self) -> list[counters.Sent]:
+        """Every collective: its name, bytes and messages sent to other ranks, op, line, seconds."""
+        return self.record.sent
+
+    @property
+    def gathered(self) -> list[tuple[str, int]]:
+        """(op, bytes of its operands) of every call that had no rule and gathered them."""
+        return self.record.gathered
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this rank sent to other ranks."""
+        return sum(s.bytes for s in self.sent)
+
+    @property
+    def messages(self) -> int:
+        """Messages that this rank sent to other ranks."""
+        return sum(s.messages for s in self.sent)
+
+    def table(self, by: str = "op") -> str:
+        """What was sent, a line for each op and collective, or by="line" for each line of yours.
+
+        Columns: calls, messages, bytes, milliseconds that this rank spent in them. Longest first.
+        """
+        if by not in ("op", "line"):
+            raise ValueError(f'by is {by!r}; one of "op", "line"')
+        rows: dict[tuple[str, str, str], list[float]] = {}
+        for s in self.sent:
+            of = (s.line or "?") if by == "line" else s.op or "-"
+            row = rows.setdefault(
+                (of, "backward" if s.backward else "", s.collective), [0, 0, 0, 0]
+            )
+            for i, v in enumerate((1, s.messages, s.bytes, 1e3 * s.seconds)):
+                row[i] += v
+        width = max([12, *(len(of) for of, _, _ in rows)])
+        lines = [
+            f"{by:{width}} {'':8} {'collective':12} {'calls':>6} {'messages':>9} {'bytes':>12} "
+            f"{'ms':>9}"
+        ]
+        for (of, way, name), (c, m, b, t) in sorted(rows.items(), key=lambda r: -r[1][3]):
+            lines.append(f"{of:{width}} {way:8} {name:12} {c:6.0f} {m:9.0f} {b:12.0f} {t:9.2f}")
+        return "\n".join(lines)
+
+    def part(self, offset: float = 0.0) -> Part:
+        """This rank's part of a timeline; offset: of its clock (s)."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return Part(
+            rank, offset, self.begin, self.end, list(self.calls), list(self.sent), self.memory
+        )
+
+    def timeline(self) -> Timeline:
+        """Of this rank alone."""
+        return Timeline([self.part()])
+
+    def gather(self) -> Timeline:
+        """Of all ranks, on every rank: who waited for whom. Communicates: call it on all ranks."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.timeline()
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.part(_clock_offset()))
+        return Timeline(parts)
+
+    def save(self, path: str | Path) -> None:
+        """Write this rank's timeline as Chrome trace events; see `Timeline.save`."""
+        self.timeline().save(path)
+
+
+@contextmanager
+def trace(*, memory: bool = False) -> Iterator[Trace]:
+    """Record the ops and collectives of this rank. Outside of it nothing is recorded.
+
+    memory: also what is allocated over time (CPU: by torch's profiler, which slows the program
+    down; CUDA: after each op). Raises ValueError for that in a simulated rank, whose process is all
+    ranks'. Times of simulated ranks mean little: one runs at a time.
+    """
+    t = Trace()
+    counters.records.append(t.record)
+    try:
+        with _memory(t) if memory else nullcontext():
+            t.begin = time.perf_counter()
+            try:
+                yield t
+            finally:
+                t.end = time.perf_counter()
+    finally:
+        counters.records.remove(t.record)
+
+
+@contextmanager
+def _memory(t: Trace) -> Iterator[None]:
+    if counters.simulated_rank() is not None:
+        raise ValueError("memory of a simulated rank: run ranks as processes")
+    if torch.cuda.is_initialized():
+        start = torch.cuda.memory_allocated()
+        t.record.sample = lambda: t.memory.append(
+            (time.perf_counter(), torch.cuda.memory_allocated() - start)
+        )
+        yield
+        return
+    since = time.perf_counter() - time.time()
+    with probe.allocating() as moves:
+        yield
+    held = 0
+    for at, nbytes in moves:
+        held += nbytes
+        t.memory.append((at + since, held))
+
+
+def _clock_offset() -> float:
+    """How much this rank's clock is ahead of the first rank's; none on one host."""
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    if len(set(hosts)) == 1:
+        return 0.0
+    name = groups.world()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    ahead = []
+    for _ in range(9):
+        # all leave this about together
+        wire.all_gather_numbers([0], device, name)
+        now = wire.all_gather_numbers([time.perf_counter_ns()], device, name)
+        ahead.append(now[dist.get_rank()][0] - now[0][0])
+    return 1e-9 * sorted(ahead)[4]

@@ -1,0 +1,1 @@
+"""Operations of this field that torch has not, and rules for libraries that have them."""

@@ -1,0 +1,179 @@
+"""Message passing on a graph whose nodes lie on several ranks.
+
+A `Topology` is made once from the edges and from how the nodes lie. Every edge goes to the rank of
+its target node, so messages are summed without communication; the source nodes of other ranks that
+its edges need, its halo, are found once, and each travels once in a gather, however many edges it
+has. (The halo exchange of consistent graph networks: Barwey et al. 2024, arXiv 2410.01657.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..comm.route import deliver, fetch, find
+from ..errors import UnsupportedOpError
+from ..rules.rows import entry_counts
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import like
+
+_REDUCE = {"sum": "sum", "max": "amax", "min": "amin"}
+
+
+class Topology:
+    """The edges of a graph, each on the rank of its target.
+
+    edge_index (2, E), int64: source and target node of every edge, plain and the same on all ranks,
+    or sharded. sources, targets: any tensors whose dim 0 are the nodes, sharded there
+    as their features will be; targets default to sources. All plain: the graph on one device.
+
+    Raises ValueError for another shape or dtype, IndexError for nodes that do not exist,
+    UnsupportedOpError where sources and targets are sharded by different mesh axes.
+
+    Cost of making it: for a sharded edge_index each edge's two nodes travel once; then a halo row's
+    index. Memory: some integers for each edge of this rank's targets.
+    """
+
+    def __init__(self, edge_index: Tensor, sources: Tensor, targets: Tensor | None = None) -> None:
+        targets = sources if targets is None else targets
+        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.int64:
+            raise ValueError(
+                f"edge_index (2, E) of int64, not {tuple(edge_index.shape)} of {edge_index.dtype}"
+            )
+        self._from, self._to = (_rows(x) for x in (sources, targets))
+        found = [x for x in (sources, targets, edge_index) if isinstance(x, ShardTensor)]
+        if len({x._spec.mesh for x in found}) > 1:
+            raise UnsupportedOpError("a graph on different meshes: distribute all on one")
+        axes = self._from.axes or self._to.axes
+        if found and not (axes and self._from.axes == self._to.axes):
+            raise UnsupportedOpError(
+                f"sources sharded by mesh axes {self._from.axes}, targets by {self._to.axes}; "
+                "shard both along dim 0 by the same"
+            )
+        self.mesh = found[0]._spec.mesh if found else None
+        self._group = comm.group(self.mesh, axes) if self.mesh is not None else "self"
+        me = comm.rank(self._group)
+        if isinstance(edge_index, ShardTensor):
+            edge_index = self._dealt(edge_index)
+        self._check(edge_index)
+        first, last = self._to.offsets[me : me + 2] if axes else (0, self._to.size)
+        if isinstance(edge_index, ShardTensor):
+            source, self._rows, self._order = self._sent(edge_index)
+        else:
+            mine = (edge_index[1] >= first) & (edge_index[1] < last)
+            self._order = mine.nonzero()[:, 0]
+            source, self._rows = edge_index[0][mine], edge_index[1][mine] - first
+        sizes = comm.counts(len(self._rows), self._rows, self._group)
+        self._edges = Dim(edge_index.shape[1], axes, sizes if axes else ())
+        self._route = find(source, self._from.sizes or (self._from.size,), self._group)
+
+    def _check(self, edge_index: Tensor) -> None:
+        local = edge_index._local if isinstance(edge_index, ShardTensor) else edge_index
+        bad = 0
+        for nodes, rows in zip(local, (self._from, self._to), strict=True):
+            bad += int(((nodes < 0) | (nodes >= rows.size)).any())
+        if any(comm.counts(bad, local, self._group)):
+            raise IndexError(
+                f"edge_index names nodes outside 0..{self._from.size - 1} (sources) or "
+                f"0..{self._to.size - 1} (targets)"
+            )
+
+    def _dealt(self, edge_index: ShardTensor) -> ShardTensor:
+        """The edges sharded along dim 1, by the mesh axes that shard the nodes."""
+        edges = edge_index._spec.dims[1]
+        if edges.axes != self._to.axes:
+            edges = Dim(edges.size, self._to.axes, _even(edges.size, len(self._to.sizes)))
+        return like(edge_index, Spec(edge_index._spec.mesh, (Dim(2), edges)))
+
+    def _sent(self, edge_index: ShardTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(source, local target, number) of the edges that belong here."""
+        spec, edges = edge_index._spec, edge_index._spec.dims[1]
+        source, target = edge_index._local
+        entries = entry_counts(Spec(spec.mesh, (edges,)), edges.axes)
+        rows, numbers = comm.asked(target.contiguous(), self._to.sizes, entries, self._group)
+        return comm.take(source.contiguous(), numbers, entries, self._group), rows, numbers
+
+    # edges ----------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> Tensor:
+        """(E,): the number that each edge had in edge_index; sharded as edges are."""
+        return self._wrapped(self._order, self._edges)
+
+    def edges(self, values: Tensor) -> Tensor:
+        """Values (E, ...) of the edges in edge_index's order, plain or sharded, brought to them."""
+        return values[self.order]
+
+    def original(self, values: Tensor) -> Tensor:
+        """Values (E, ...) of the edges, in the order of edge_index."""
+        if self.mesh is None:
+            return values.new_zeros(values.shape).index_add(0, self._order, values)
+        local, rest = self._local(values, self._edges)
+        rows = Dim(self._edges.size, self._edges.axes, _even(self._edges.size, self._n))
+        route = find(self._order, rows.sizes, self._group)
+        mine = rows.sizes[comm.rank(self._group)]
+        return wrap(deliver(local, route, mine), Spec(self.mesh, (rows, *rest)))
+
+    # messages -------------------------------------------------------------------------------------
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(E, ...): the row of each edge's source, of x (sources, ...).
+
+        One message to each rank that needs some; each row of a halo once. Its adjoint likewise.
+        """
+        local, rest = self._local(x, self._from)
+        return self._wrapped(fetch(local, self._route), self._edges, rest)
+
+    def gather_targets(self, x: Tensor) -> Tensor:
+        """(E, ...): the row of each edge's target, of x (targets, ...). Sends nothing."""
+        local, rest = self._local(x, self._to)
+        return self._wrapped(local.index_select(0, self._rows), self._edges, rest)
+
+    def scatter(self, messages: Tensor, reduce: str = "sum") -> Tensor:
+        """(targets, ...): the messages (E, ...) of each target's edges, reduced. Sends nothing.
+
+        reduce: "sum", "mean", "max" or "min"; 0 for a target without edges.
+        """
+        if reduce not in ("mean", *_REDUCE):
+            raise ValueError(f"reduce is {reduce!r}; one of mean, {', '.join(_REDUCE)}")
+        local, rest = self._local(messages, self._edges)
+        n = self._to.sizes[comm.rank(self._group)] if self._to.axes else self._to.size
+        out = local.new_zeros([n, *local.shape[1:]])
+        if reduce in ("sum", "mean"):
+            out = out.index_add(0, self._rows, local)
+        else:
+            at = self._rows.view(-1, *[1] * (local.ndim - 1)).expand_as(local)
+            out = out.scatter_reduce(0, at, local, _REDUCE[reduce], include_self=False)
+        if reduce == "mean":
+            degree = torch.bincount(self._rows, minlength=n).clamp(min=1).to(out.dtype)
+            out = out / degree.view(-1, *[1] * (out.ndim - 1))
+        return self._wrapped(out, self._to, rest)
+
+    @property
+    def _n(self) -> int:
+        return comm.size(self._group)
+
+    def _local(self, x: Tensor, rows: Dim) -> tuple[Tensor, tuple[Dim, ...]]:
+        """(this rank's rows of x, its other dims), which are whole."""
+        if x.ndim < 1 or x.shape[0] != rows.size:
+            raise ValueError(f"{tuple(x.shape)} for {rows.size} rows")
+        rest = tuple(Dim(n) for n in x.shape[1:])
+        if self.mesh is None:
+            return x, rest
+        return like(x, Spec(self.mesh, (rows, *rest)))._local, rest
+
+    def _wrapped(self, local: Tensor, rows: Dim, rest: Any = ()) -> Tensor:
+        return local if self.mesh is None else wrap(local, Spec(self.mesh, (rows, *rest)))
+
+
+def _rows(x: Tensor) -> Dim:
+    return x._spec.dims[0] if isinstance(x, ShardTensor) else Dim(len(x))
+
+
+def _even(size: int, n: int) -> tuple[int, ...]:
+    """Sizes that differ by one at most."""
+    return tuple(size // n + (r < size % n) for r in range(n))

@@ -1,0 +1,103 @@
+"""Point clouds cut into shards that are compact in space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ... import comm
+from ...rules.rows import read
+from ...spec import Dim, Spec
+from ...tensor import ShardTensor, wrap
+from .curves import cut, even, hilbert_order, kd_parts, morton_order
+
+_CURVES = {"hilbert": hilbert_order, "morton": morton_order}
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which point lies where.
+
+    order: (N,) int64, the points shard by shard; inverse: (N,), where each point went;
+    sizes: of the shards; axes: the mesh axes over which they lie.
+    """
+
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
+    order: Tensor
+    inverse: Tensor
+    sizes: tuple[int, ...]
+
+    def shard(self, x: Tensor) -> ShardTensor:
+        """x (N, ...) in the order of the partition, sharded along dim 0; differentiable.
+
+        Of a plain tensor each rank takes its own rows and nothing is sent; rows of a ShardTensor
+        come from their owners.
+        """
+        spec = self._spec(x, self.sizes)
+        index = self.order[self._own(spec)]
+        if isinstance(x, ShardTensor):
+            return read(x, wrap(index, spec.with_dims(spec.dims[:1])), negative=None)
+        (x,) = comm.vary([x], comm.group(self.mesh, self.axes))
+        return wrap(x[index], spec)
+
+    def restore(self, x: Tensor) -> ShardTensor:
+        """What `shard` made, or anything (N, ...) of its order, in the order of the points.
+
+        Sharded along dim 0 into about equal shards; each rank fetches the rows that it gets.
+        """
+        spec = self._spec(x, even(len(self.order), len(self.sizes)))
+        index = wrap(self.inverse[self._own(spec)], spec.with_dims(spec.dims[:1]))
+        return read(x, index, negative=None)
+
+    def _spec(self, x: Tensor, sizes: Sequence[int]) -> Spec:
+        n = len(self.order)
+        if not x.ndim or x.shape[0] != n:
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} for a partition of {n} points")
+        first = Dim(n, self.axes, tuple(sizes))
+        return Spec(self.mesh, (first, *(Dim(m) for m in x.shape[1:])))
+
+    def _own(self, spec: Spec) -> slice:
+        return slice(spec.offset[0], spec.offset[0] + spec.local_shape[0])
+
+
+def partition(
+    points: Tensor,
+    mesh: DeviceMesh,
+    order: str = "hilbert",
+    weights: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+) -> Partition:
+    """A partition of plain points (N, D), the same on every rank, over mesh axes (default: all).
+
+    order: "hilbert" or "morton" (pieces of a curve) or "kd" (boxes). weights: (N,) the work of each
+    point, to be the same for all shards; without it shards have the same number of points. The
+    order is computed on every rank alike, O(N log N); nothing is sent. Raises ValueError for
+    points that are sharded already, and for an unknown order.
+    """
+    if isinstance(points, ShardTensor) or isinstance(weights, ShardTensor):
+        raise ValueError("partition: plain points and weights, whole on every rank: full_tensor()")
+    if weights is not None and weights.shape != points.shape[:1]:
+        raise ValueError(f"partition: weights {tuple(weights.shape)} of {len(points)} points")
+    on = tuple(range(mesh.ndim)) if axes is None else tuple(sorted(a % mesh.ndim for a in axes))
+    parts = prod(mesh.size(a) for a in on)
+    if order == "kd":
+        found = kd_parts(points, parts, weights)
+        by, sizes = torch.cat(found), [len(part) for part in found]
+    elif order in _CURVES:
+        by = _CURVES[order](points)
+        sizes = even(len(by), parts)
+        if weights is not None:
+            ends = cut(weights[by], [i / parts for i in range(1, parts)])
+            sizes = [b - a for a, b in pairwise([0, *ends, len(by)])]
+    else:
+        raise ValueError(f"partition: order {order!r}; expected 'hilbert', 'morton' or 'kd'")
+    inverse = torch.empty_like(by)
+    inverse[by] = torch.arange(len(by), device=by.device)
+    return Partition(mesh, on, by, inverse, tuple(sizes))

@@ -1,0 +1,35 @@
+"""Functions of torch that trace or pack their arguments, which loses the shards: refused."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from ..dispatch.rule import rule
+from ..errors import UnsupportedOpError
+
+_HIGHER = "call the branch or the body that is meant in Python, on ShardTensors"
+ADVICE = {
+    "torch.nn.attention.flex_attention.flex_attention": "use F.scaled_dot_product_attention with a "
+    "mask, or shardtensor.neighborhood_attention for windows",
+    "torch.cond": _HIGHER,
+    "torch._higher_order_ops.while_loop.while_loop": _HIGHER,
+    "torch._higher_order_ops.scan.scan": _HIGHER,
+    "torch._higher_order_ops.associative_scan.associative_scan": "use cumsum, cumprod or their kin",
+    "torch._higher_order_ops.map.map": _HIGHER,
+    "torch.nested.nested_tensor": "pad the samples to one length and mask them",
+    "torch.nested.as_nested_tensor": "pad the samples to one length and mask them",
+    "torch.jit.trace": "trace the model on plain tensors, then call it with ShardTensors",
+    "torch.jit.trace_module": "trace the model on plain tensors, then call it with ShardTensors",
+    "torch.export.export": "export the model with plain tensors",
+}
+
+
+@rule(*ADVICE)
+def refused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    original = function.__wrapped__
+    where = f"{original.__module__}.{original.__name__}"
+    advice = next(v for k, v in ADVICE.items() if k.endswith(f".{original.__name__}"))
+    raise UnsupportedOpError(f"{where} of ShardTensors: {advice}")
+
+
+refused.takes_function = True  # type: ignore[attr-defined]

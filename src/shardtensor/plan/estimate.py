@@ -1,0 +1,285 @@
+"""What one rank of a configuration holds, computes and sends in a step, found without running it.
+
+A configuration is a mesh and options of `parallelize`. Its step runs on fake tensors as one rank of
+a world that moves nothing: the same rules, so that what is held, computed and sent is that of the
+real rank. Only time is a model: ops by the device's peaks, messages by the network's links.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+
+from .. import cache
+from .._torch import probe
+from ..comm import groups
+from ..comm.counters import Sent
+from ..errors import UnsupportedOpError
+from ..observe.network import DGX_H100, Network
+from ..observe.trace import trace
+from ..ranks.testing import tensors
+from ..spec import Spec
+from ..tensor import wrap
+from ..train.options import Options
+from ..train.parallelize import adapt, parallelize
+from .ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory (bytes), memory bandwidth (bytes/s) and dense FLOP/s by bits of the dtype.
+
+    efficiency: the share of the peak that products reach; launch: the least time of an op (s). Both
+    are assumptions; measure yours.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    flops: dict[int, float]
+    efficiency: float = 0.5
+    launch: float = 5e-6
+
+    def seconds(self, flop: float, moved: float, dtype: torch.dtype) -> float:
+        """Of one op: bound by arithmetic, by memory or by its launch."""
+        bits = min((b for b in self.flops if b >= 8 * dtype.itemsize), default=max(self.flops))
+        return max(flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth, self.launch)
+
+
+# datasheets, SXM: fp32 without tensor cores, 16 bit dense
+A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, 16: 312e12})
+H100 = Device("h100", 80e9, 3.35e12, {64: 67e12, 32: 67e12, 16: 989e12})
+H200 = Device("h200", 141e9, 4.8e12, {64: 67e12, 32: 67e12, 16: 989e12})
+DEVICES = {d.name: d for d in (A100, H100, H200)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to run: a step of training or, with train=False, of inference.
+
+    make: gives the model; it runs on fake tensors. shapes, dtypes: of the inputs of forward, for
+    the whole batch; dims: those of the first input that may be sharded. loss: of the model's
+    output (default: the mean square of all). optimizer: of the parameters.
+    """
+
+    make: Callable[[], nn.Module]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[torch.dtype] = ()
+    dims: Sequence[int] = ()
+    train: bool = True
+    loss: Callable[[Any], Tensor] | None = None
+    optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW
+
+    def __post_init__(self) -> None:
+        first = self.shapes[0]
+        dims = tuple(self.dims) or tuple(range(2, len(first)))
+        if not dims or not all(0 < d < len(first) for d in dims):
+            raise ValueError(f"dims to shard are {dims} of an input {first}; dim 0 is the batch")
+        object.__setattr__(self, "dims", dims)
+        object.__setattr__(
+            self, "dtypes", tuple(self.dtypes) or (torch.float32,) * len(self.shapes)
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims."""
+
+    data: int
+    dims: tuple[int, ...]
+    cuts: tuple[int, ...]
+    options: Options = field(default_factory=Options)
+
+    @property
+    def ranks(self) -> int:
+        return self.data * prod(self.cuts)
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axes by name, in order."""
+        return {"data": self.data} | {
+            f"dim{d}": n for d, n in zip(self.dims, self.cuts, strict=True)
+        }
+
+    def __str__(self) -> str:
+        axes = " x ".join(f"{k} {n}" for k, n in self.mesh.items() if n > 1) or "one device"
+        extras = [
+            f"fsdp={self.options.fsdp}" if self.options.fsdp else "",
+            "checkpoint" if self.options.checkpoint else "",
+            self.options.precision or "",
+        ]
+        return ", ".join([axes, *filter(None, extras)])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One configuration. Bytes and seconds are those of the rank that holds most.
+
+    memory: bytes by kind when most are held. sent: its collectives. gathered: ops without a rule.
+    compute, communication: seconds of a step; refused: why it cannot run.
+    """
+
+    layout: Layout
+    memory: dict[str, int]
+    sent: tuple[Sent, ...] = ()
+    gathered: tuple[str, ...] = ()
+    compute: float = 0.0
+    communication: float = 0.0
+    flop: int = 0
+    refused: str = ""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        """Between all communication hidden and none: the middle."""
+        return max(self.compute, self.communication) / 2 + (self.compute + self.communication) / 2
+
+    def fits(self, device: Device) -> bool:
+        return not self.refused and self.peak <= device.memory
+
+    def collectives(self) -> dict[str, tuple[int, int, int]]:
+        """Calls, messages and bytes by collective."""
+        found: dict[str, Counter[str]] = {}
+        for s in self.sent:
+            found.setdefault(s.collective, Counter()).update(
+                calls=1, messages=s.messages, bytes=s.bytes
+            )
+        return {k: (c["calls"], c["messages"], c["bytes"]) for k, c in found.items()}
+
+
+def estimate(
+    task: Task, layout: Layout, device: Device = H100, network: Network = DGX_H100
+) -> Estimate:
+    """What one configuration needs.
+
+    Of a rank in the middle, which has neighbours on all sides, and where shards are uneven also of
+    the first, which has the largest: what needs more. What depends on values (sort, masks, indices)
+    is refused: `rehearse` it on a device.
+    """
+    axes = layout.mesh.values()
+    middle = sum(s * (n // 2) for n, s in zip(axes, _strides(axes), strict=True))
+    even = all(task.shapes[0][d] % n == 0 for d, n in zip(layout.dims, layout.cuts, strict=True))
+    found = []
+    for rank in (middle,) if even else sorted({0, middle}):
+        try:
+            found.append(_of_rank(task, layout, rank, device, network))
+        except (UnsupportedOpError, *probe.DependsOnValues) as e:
+            text = str(e) if isinstance(e, UnsupportedOpError) else f"depends on values ({e})"
+            return Estimate(layout, {}, refused=text.splitlines()[0])
+    return max(found, key=lambda e: e.peak)
+
+
+def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Network) -> Estimate:
+    if torch.distributed.is_initialized():
+        raise RuntimeError("plan in a process of its own: torch.distributed is initialised")
+    ledger = Ledger()
+    cache.clear()
+    # what is booked must be released when it is, not when the collector comes round
+    gc.collect()
+    with probe.fake_world(rank, layout.ranks, ledger):
+        try:
+            step = _prepared(task, layout, ledger)
+            at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
+            with trace() as t:
+                step()
+            memory, work = ledger.peak(at), ledger.work[begun:]
+            messages = (*t.sent, *ledger.sent[sent:])
+        finally:
+            cache.clear()
+            groups.forget()
+    return Estimate(
+        layout,
+        memory,
+        messages,
+        tuple(dict.fromkeys(op for op, _ in t.gathered)),
+        compute=sum(device.seconds(*w) for w in work),
+        communication=sum(network.seconds(s) for s in messages),
+        flop=sum(f for f, _, _ in work),
+    )
+
+
+def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
+    """The step on this rank; the ledger is told what memory is for."""
+    mesh = None
+    if layout.ranks > 1:
+        with probe.outside_fake():
+            mesh = init_device_mesh(
+                "cpu", tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh)
+            )
+    model = task.make().train(task.train)
+    ledger.mark("buffers", model.buffers())
+    if mesh is not None:
+        data = {"data": "data"} if layout.data > 1 else {}
+        parallelize(model, mesh, replace(layout.options, sync=False), **data)
+    elif layout.options != Options():
+        adapt(model, replace(layout.options, fsdp=None))
+    ledger.mark("parameters", model.parameters())
+    domain = None if mesh is None else mesh[tuple(layout.mesh)[1:]]
+    inputs = [_input(task, layout, domain, i) for i in range(len(task.shapes))]
+    ledger.mark("inputs", inputs)
+    if not task.train:
+        return lambda: _infer(model, inputs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = task.optimizer(trained)
+    # a first step, so that it has its state
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    states = (v for s in optimizer.state.values() for v in s.values())
+    ledger.mark("optimizer", (v for v in states if isinstance(v, Tensor)))
+
+    def step() -> None:
+        _loss(task, model(*inputs)).backward()
+        ledger.mark("gradients", (p.grad for p in model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@torch.no_grad()
+def _infer(model: nn.Module, inputs: list[Any]) -> None:
+    model(*inputs)
+
+
+def _loss(task: Task, out: Any) -> Tensor:
+    if task.loss is not None:
+        return task.loss(out)
+    found = [x for x in tensors(out) if x.is_floating_point() and x.requires_grad]
+    if not found:
+        raise ValueError("the model's output has no gradient: give a loss")
+    total = found[0].float().square().mean()
+    for x in found[1:]:
+        total = total + x.float().square().mean()
+    return total
+
+
+def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int) -> Tensor:
+    """This rank's part of input i: sharded where its dims are those of the first input."""
+    first, shape = task.shapes[0], list(task.shapes[i])
+    if shape and first and shape[0] == first[0]:
+        shape[0] //= layout.data
+    dtype = task.dtypes[i]
+    alike = all(d < len(shape) and shape[d] == first[d] for d in layout.dims)
+    if domain is None or not alike:
+        return torch.empty(shape, dtype=dtype)
+    spec = Spec.of(domain, [Shard(d) for d in layout.dims], shape)
+    return wrap(torch.empty(spec.local_shape, dtype=dtype), spec)
+
+
+def _strides(sizes: Iterable[int]) -> list[int]:
+    sizes = list(sizes)
+    return [prod(sizes[i + 1 :]) for i in range(len(sizes))]

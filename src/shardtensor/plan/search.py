@@ -1,0 +1,110 @@
+"""Which configuration to run a model in: every sensible one, estimated and ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..observe.network import DGX_H100, Network
+from ..train.fsdp import blocks_of
+from ..train.options import Options
+from .estimate import H100, Device, Estimate, Layout, Task, estimate
+
+
+def plan(
+    make: Callable[[], nn.Module],
+    shapes: Sequence[tuple[int, ...]],
+    devices: int,
+    device: Device = H100,
+    network: Network = DGX_H100,
+    *,
+    precisions: Sequence[str | None] = (None, "bf16"),
+    thorough: bool = False,
+    **task: Any,
+) -> list[Estimate]:
+    """Every sensible configuration of a model on so many devices, the fastest that fit first.
+
+    make, shapes and further arguments: see `estimate.Task`. Meshes: the batch over the data axis as
+    far as it divides, the rest over the dims of the task in every way. Each as it is; where it does
+    not fit the device, then with FSDP2 over all ranks, with checkpointing of blocks, and with both
+    (thorough: all of these anyway). Those that do not fit follow by what they need, then those that
+    are refused. Raises RuntimeError where torch.distributed is initialised.
+    """
+    return ranked(Task(make, shapes, **task), devices, device, network, precisions, thorough)
+
+
+def fewest(
+    make: Callable[[], nn.Module],
+    shapes: Sequence[tuple[int, ...]],
+    device: Device = H100,
+    network: Network = DGX_H100,
+    *,
+    most: int = 512,
+    precisions: Sequence[str | None] = (None, "bf16"),
+    **task: Any,
+) -> tuple[int, Estimate] | None:
+    """The smallest power of two of devices on which the task fits, and its fastest way; or None."""
+    n = 1
+    while n <= most:
+        found = ranked(Task(make, shapes, **task), n, device, network, precisions, False)
+        if found and found[0].fits(device):
+            return n, found[0]
+        n *= 2
+    return None
+
+
+def ranked(
+    task: Task,
+    devices: int,
+    device: Device,
+    network: Network,
+    precisions: Sequence[str | None],
+    thorough: bool,
+) -> list[Estimate]:
+    """As `plan`."""
+    found: list[Estimate] = []
+    blocks = _has_blocks(task)
+    for base, precision in product(layouts(task, devices), precisions):
+        for options in _options(task, base.ranks, precision, blocks):
+            one = estimate(task, replace(base, options=options), device, network)
+            found.append(one)
+            if one.refused or (one.fits(device) and not thorough):
+                break
+    return sorted(found, key=lambda e: _place(e, device))
+
+
+def layouts(task: Task, devices: int) -> Iterator[Layout]:
+    """All meshes of the task on so many devices, but for those that cut a dim below one row."""
+    batch, dims = task.shapes[0][0], tuple(task.dims)
+    sizes = [task.shapes[0][d] for d in dims]
+    for data in (d for d in range(1, devices + 1) if devices % d == 0 and batch % d == 0):
+        rest = devices // data
+        divisors = [c for c in range(1, rest + 1) if rest % c == 0]
+        for cuts in product(divisors, repeat=len(dims)):
+            if prod(cuts) == rest and all(c <= s for c, s in zip(cuts, sizes, strict=True)):
+                yield Layout(data, dims, cuts)
+
+
+def _options(task: Task, ranks: int, precision: str | None, blocks: bool) -> Iterator[Options]:
+    """From the fastest to the one that needs least."""
+    yield Options(precision=precision)
+    for fsdp, checkpoint in (("all", False), (None, True), ("all", True)):
+        if task.train and (fsdp is None or ranks > 1) and (blocks or not checkpoint):
+            yield Options(fsdp=fsdp, checkpoint=checkpoint, precision=precision)
+
+
+def _has_blocks(task: Task) -> bool:
+    with torch.device("meta"):
+        return bool(blocks_of(task.make(), ()))
+
+
+def _place(e: Estimate, device: Device) -> tuple[int, float]:
+    if e.refused:
+        return 2, 0.0
+    return (0, e.seconds) if e.fits(device) else (1, float(e.peak))

@@ -1,0 +1,169 @@
+"""N ranks as threads of one process: try 16 ranks on a laptop, without a launcher.
+
+One thread runs at a time and hands over where it waits for others. So simulated ranks are
+deterministic, each has its own random state, and ranks that can never meet raise, not hang.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .. import _torch, cache
+from ..caller import call_of_user, described
+from ..comm import counters, groups, observers
+from ..comm.mismatch import Record, difference, position
+from ..errors import DivergenceError, RankError
+from ..observe.hangs import op_of
+
+T = TypeVar("T")
+
+
+class _Turns:
+    """Whose turn it is: one rank runs until it waits or ends."""
+
+    def __init__(self, world_size: int) -> None:
+        self.go = [threading.Event() for _ in range(world_size)]
+        self.waiting: dict[int, tuple[Callable[[], bool], Record]] = {}
+        self.threads: dict[int, int] = {}
+        # what ranks raised that was caught outside of a guard
+        self.left: dict[int, str] = {}
+        self.ended: set[int] = set()
+        self.errors: dict[int, BaseException] = {}
+        self.arrived: dict[str, dict[int, Any]] = {}
+        self.done: set[str] = set()
+        self.stuck: RankError | None = None
+
+    def next_after(self, rank: int) -> None:
+        """Give the turn to the next rank that can run."""
+        n = len(self.go)
+        if self.errors and self.stuck is None:
+            r, error = next(iter(self.errors.items()))
+            self.stuck = RankError(f"rank {r} raised {described(error)}")
+        for step in range(1, n + 1):
+            r = (rank + step) % n
+            if r in self.ended:
+                continue
+            if r not in self.waiting or self.waiting[r][0]() or self.stuck:
+                self.go[r].set()
+                return
+        if len(self.ended) < n:
+            waits = {r: self.placed(r, w) for r, (_, w) in sorted(self.waiting.items())}
+            what = ", ".join(f"rank {r} in {position(w)}" for r, w in waits.items())
+            gone = "".join(f"; rank {r} raised {text}" for r, text in sorted(self.left.items()))
+            returned = sorted(self.ended - set(self.left))
+            gone += f"; ranks {returned} have returned" if returned else ""
+            self.stuck = DivergenceError(f"ranks wait for each other for ever: {what}{gone}")
+            self.next_after(rank)
+
+    def placed(self, rank: int, record: Record) -> Record:
+        """What a rank that waits brings, with the op and the user's line that its thread is in."""
+        frame = sys._current_frames().get(self.threads[rank])
+        line, called = call_of_user(frame)
+        return {"at": line, **record, "op": record.get("op") or op_of(frame) or called}
+
+    def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
+        """Let other ranks run until ready()."""
+        state = torch.get_rng_state()
+        self.waiting[rank] = (ready, what)
+        self.next_after(rank)
+        self.go[rank].wait()
+        self.go[rank].clear()
+        del self.waiting[rank]
+        torch.set_rng_state(state)
+        if not ready():
+            assert self.stuck is not None
+            raise type(self.stuck)(*self.stuck.args)
+
+    def join(self, key: str, size: int, rank: int, collective: Any, data: Any) -> None:
+        """Meet the other members of a group; the last to come does the work."""
+        me = counters.simulated_rank()
+        assert me is not None
+        # those of the library say what they bring, torch's own do not
+        record = observers.thread.__dict__.pop("facts", None)
+        record = record or {"collective": _called() or type(collective).__name__}
+        here = self.arrived.setdefault(key, {})
+        here[rank] = (data, me, record)
+        if len(here) < size:
+            self.wait(me, lambda: key in self.done, record)
+            return
+        met = [here[r] for r in range(size)]
+        records = {member: brought for _, member, brought in met}
+        if difference(records):
+            parted = difference({r: self.placed(r, x) for r, x in records.items()})
+            self.stuck = DivergenceError(parted)
+            raise DivergenceError(parted)
+        collective.work([data for data, _, _ in met])
+        del self.arrived[key]
+        self.done.add(key)
+
+
+def _called() -> str:
+    """The function of torch.distributed that is running in this thread."""
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.endswith("distributed_c10d.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else frame.f_code.co_name
+
+
+def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
+    """Run fn(*args) on `world_size` ranks, threads of this process; returns what each returned.
+
+    Inside fn, torch.distributed is initialised, as under torchrun: make a mesh with
+    `init_device_mesh("cpu", ...)`. Raises RankError from the first exception of a rank, and
+    DivergenceError, which is one and names every rank, where ranks wait for each other for ever or
+    come to a collective with another one, another dtype or other sizes.
+    """
+    if counters.simulated_rank() is not None:
+        raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
+    turns = _Turns(world_size)
+    results: list[Any] = [None] * world_size
+    store = dist.HashStore()
+    before = torch.get_rng_state()
+    hook = sys.excepthook
+
+    def run(rank: int) -> None:
+        turns.go[rank].wait()
+        turns.go[rank].clear()
+        observers.thread.rank = rank
+        observers.thread.left = turns.left
+        turns.threads[rank] = threading.get_ident()
+        torch.set_rng_state(before)
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
+                results[rank] = fn(*args)
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        except BaseException as e:
+            if not isinstance(e, RankError) or not turns.errors:
+                turns.errors.setdefault(rank, e)
+        turns.ended.add(rank)
+        turns.next_after(rank)
+
+    cache.clear()
+    with _torch.threaded_world(turns.join):
+        threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
+        for t in threads:
+            t.start()
+        turns.go[0].set()
+        for t in threads:
+            t.join()
+    cache.clear()
+    groups.forget()
+    torch.set_rng_state(before)
+    # init_process_group puts "[rank0]" before every later traceback of this process
+    sys.excepthook = hook
+    if turns.errors:
+        rank, error = min(turns.errors.items(), key=lambda e: isinstance(e[1], RankError))
+        kind = DivergenceError if isinstance(error, DivergenceError) else RankError
+        # those of ranks name lines themselves
+        text = f"{type(error).__name__}: {error}"
+        text = text if isinstance(error, RankError) else described(error)
+        raise kind(f"rank {rank}: {text}") from error
+    return results

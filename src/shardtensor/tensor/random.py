@@ -1,0 +1,216 @@
+"""Random numbers: independent from shard to shard, equal on all replicas of a shard.
+
+Every draw takes one seed from torch's default CPU generator, whatever the shard sizes, so ranks
+that seed alike stay in step, and a checkpoint's recomputation, which restores that generator, draws
+the same numbers. The seed and the shard's number make the generator of the local draw.
+
+Under `match_single_device` a draw gives each element the number that it has on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import _torch, comm
+from ..comm import wire
+from ..errors import UnsupportedOpError
+from ..settings import current, setting
+from ..spec import Spec
+
+# fill(out, generator) fills a tensor in place
+Fill = Callable[[Tensor, torch.Generator | None], object]
+# an odd constant spreads shard numbers over the seed's bits (Knuth's multiplicative hash)
+_SPREAD = 0x9E3779B97F4A7C15
+_PIECE = 2**18
+
+
+@contextmanager
+def match_single_device() -> Iterator[None]:
+    """Draw what one device draws: dropout, rand_like, randn_like, normal_, uniform_, bernoulli, ...
+
+    Bit-equal to plain PyTorch after the same torch.manual_seed, for any number of ranks and any
+    shards, and the generator is left as one device leaves it. Torch's CPU generator can only be
+    read from its start, so each rank draws all numbers, a piece at a time, and keeps its own:
+    time as on one device, memory of the shard. Nothing is sent, but for the order of the dims in
+    memory where a shard has less than two rows to show it; where every shard has, the strides of
+    the shards decide.
+
+    What cannot be drawn in pieces (dropout inside attention, rrelu, multinomial, poisson) runs on
+    gathered operands. Raises UnsupportedOpError for all draws on CUDA devices.
+    """
+    with setting("matching", True):
+        yield
+
+
+def matching() -> bool:
+    """Whether a block of match_single_device surrounds the call."""
+    return bool(current("matching", False))
+
+
+def generator_for(
+    spec: Spec, device: torch.device, generator: torch.Generator | None = None
+) -> torch.Generator:
+    """The generator of this rank's shard for one draw of a tensor with this spec."""
+    if matching():
+        raise UnsupportedOpError(
+            f"a draw for {spec} that match_single_device cannot repeat: leave the block around it, "
+            "or draw on a plain tensor and distribute it"
+        )
+    source = None if generator is None or generator.device.type != "cpu" else generator
+    seed = torch.randint(2**62, (1,), generator=source)
+    alike = tuple(a for a in range(spec.mesh.ndim) if a not in spec.varying)
+    name = comm.group(spec.mesh, alike)
+    if comm.size(name) > 1:
+        # replicas may have seeded differently, and must draw the same
+        (seed,) = wire.all_reduce([seed.to(device)], "max", name)
+    number = 0
+    for axis in spec.varying:
+        number = number * spec.mesh.size(axis) + spec.coordinate[axis]
+    made = torch.Generator(device)
+    made.manual_seed((int(seed) + number * _SPREAD) % 2**63)
+    return made
+
+
+def draw(
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill,
+    generator: torch.Generator | None = None,
+    *,
+    normal: bool = False,
+    order: Sequence[int] = (),
+) -> Tensor:
+    """This rank's local tensor of a random one. normal: fill is `normal_`.
+
+    order: the dims as one device has them in memory, outermost first; rows first by default.
+    """
+    if matching():
+        rows = tuple(range(len(spec.dims)))
+        order = tuple(order) or rows
+        if order == rows:
+            return _matched(spec, dtype, device, fill, generator, normal)
+        turned = spec.with_dims([spec.dims[d] for d in order])
+        apart = _one_by_one(fill) if normal else fill
+        local = _matched(turned, dtype, device, apart, generator, False)
+        return local.permute([order.index(d) for d in rows])
+    out = torch.empty(spec.local_shape, dtype=dtype, device=device)
+    fill(out, generator_for(spec, device, generator))
+    return out
+
+
+def _one_by_one(fill: Fill) -> Fill:
+    """The fill of a tensor that is not contiguous, for which torch draws each number by itself."""
+
+    def run(out: Tensor, generator: torch.Generator | None) -> None:
+        apart = torch.empty(*out.shape, 2, dtype=out.dtype)[..., 0]
+        fill(apart, generator)
+        out.copy_(apart)
+
+    return run
+
+
+def memory_order(local: Tensor, spec: Spec) -> tuple[int, ...]:
+    """The dims as one device has them in memory, outermost first, in what empty_like makes of it.
+
+    Sends a few numbers where a shard has less than two rows, whose strides may tell nothing.
+    """
+    rows = tuple(range(len(spec.dims)))
+    if len([d for d in spec.dims if d.size > 1]) < 2:
+        return rows
+    strides = local.stride()
+    span = sum((n - 1) * s for n, s in zip(local.shape, strides, strict=True)) + 1
+    if span != local.numel() or 0 in strides:
+        gaps = torch.empty_strided(local.shape, strides, device="meta")
+        strides = torch.empty_like(gaps).stride()
+    # of equal strides the dim with more rows lies further out
+    mine = sorted(rows, key=lambda d: (-strides[d], -local.shape[d], d))
+    sure = all(n >= min(2, d.size) for n, d in zip(local.shape, spec.dims, strict=True))
+    name = comm.group(spec.mesh, spec.varying)
+    if comm.size(name) > 1 and any(d.axes and min(d.sizes) < min(2, d.size) for d in spec.dims):
+        told = wire.all_gather_numbers([int(sure), *mine], local.device, name)
+        mine = list(max(told, key=lambda t: t[0])[1:])
+    # one row more or less in between changes nothing
+    long = [d for d in mine if spec.dims[d].size > 1]
+    return rows if long == sorted(long) else tuple(mine)
+
+
+def _matched(
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill,
+    generator: torch.Generator | None,
+    normal: bool,
+) -> Tensor:
+    if _torch.is_tracing() or device.type != "cpu" or not _in_pieces(fill, dtype):
+        raise UnsupportedOpError(
+            f"match_single_device: {dtype} numbers of this kind on {device.type}, or while a graph "
+            "is traced, cannot be drawn in pieces; leave the block around the draw"
+        )
+    out = torch.empty(spec.local_shape, dtype=dtype)
+    flat, (starts, length) = out.view(-1), _runs(spec)
+    for begin, piece in _pieces(spec.shape.numel(), dtype, fill, generator, normal):
+        first = int(torch.searchsorted(starts + length, begin, right=True))
+        last = int(torch.searchsorted(starts, begin + len(piece)))
+        if first >= last:
+            continue
+        # rows of the shard that overlap the piece, and their elements' places in both
+        place = (starts[first:last, None] + torch.arange(length)).reshape(-1) - begin
+        here = (place >= 0) & (place < len(piece))
+        flat[first * length : last * length][here] = piece[place[here]]
+    return out
+
+
+def _pieces(
+    n: int, dtype: torch.dtype, fill: Fill, generator: torch.Generator | None, normal: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """(first element, numbers) of a draw of n elements, in order; a later one overwrites.
+
+    Torch makes 16 normal numbers at a time, if there are as many, from 16 uniform ones. Where a
+    rest of less than 16 remains, the last 16 elements are drawn anew; in single and double
+    precision the rest's uniform numbers have been drawn by then, and count for nothing.
+    """
+    whole = n - n % 16 if normal and n >= 16 else n
+    for begin in range(0, whole, _PIECE):
+        piece = torch.empty(min(_PIECE, whole - begin), dtype=dtype)
+        fill(piece, generator)
+        yield begin, piece
+    if whole < n:
+        if dtype in (torch.float32, torch.float64):
+            torch.empty(n - whole, dtype=dtype).uniform_(generator=generator)
+        piece = torch.empty(16, dtype=dtype)
+        fill(piece, generator)
+        yield n - 16, piece
+
+
+def _in_pieces(fill: Fill, dtype: torch.dtype) -> bool:
+    """Whether this torch draws the same numbers in two pieces as in one."""
+    a, b = torch.Generator(), torch.Generator()
+    a.manual_seed(1)
+    b.manual_seed(1)
+    whole, halves = torch.empty(64, dtype=dtype), torch.empty(2, 32, dtype=dtype)
+    fill(whole, a)
+    fill(halves[0], b)
+    fill(halves[1], b)
+    return bool(torch.equal(whole, halves.view(-1)) and torch.equal(a.get_state(), b.get_state()))
+
+
+def _runs(spec: Spec) -> tuple[Tensor, int]:
+    """The shard's elements in the whole tensor, row-major: starts of runs of one length."""
+    cut = [d for d, dim in enumerate(spec.dims) if dim.axes]
+    inner = cut[-1] if cut else 0
+    local, shape = spec.local_shape, spec.shape
+    starts = torch.zeros(1, dtype=torch.int64)
+    for d in range(inner + 1 if cut else 0):
+        stride = prod(shape[d + 1 :])
+        offset = spec.dims[d].offsets[spec.index[d]] if spec.dims[d].axes else 0
+        rows = torch.arange(offset, offset + (local[d] if d < inner else 1))
+        starts = (starts[:, None] + rows * stride).reshape(-1)
+    length = prod(local[inner:]) if cut else shape.numel()
+    return (starts, length) if prod(local) else (starts[:0], 1)

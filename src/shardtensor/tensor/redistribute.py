@@ -1,0 +1,351 @@
+"""From one spec to another, differentiably, and operands made to meet.
+
+`convert` moves a local tensor between two specs; `fit` gives the local values of operands in the
+sharding that a rule asks for, each with the right cotangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.utils import _pytree as pytree
+
+from .. import comm
+from ..comm.deferred import check_mesh
+from ..errors import UnsupportedOpError
+from ..registry import method
+from ..spec import Dim, Spec, nested_chunk_sizes
+from .aliases import relate
+from .shard_tensor import ShardTensor, wrap
+
+_NOT_DENSE = (
+    "a {0} operand beside shards, which would have to be cut like them: make it dense "
+    "(to_dense()), gather the ShardTensor (full_tensor()), or write a sparse product as "
+    "index_select and index_add over its entries"
+)
+_DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
+
+
+@method
+def replicate(x: ShardTensor) -> ShardTensor:
+    """The tensor whole on every rank."""
+    return to_dims(x, x._spec.replicated().dims)
+
+
+def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
+    """The tensor sharded as `dims` say, nothing partial."""
+    spec = x._spec.with_dims(dims)
+    return x if spec == x._spec else wrap(convert(x._local, x._spec, spec), spec)
+
+
+def reduced(x: ShardTensor) -> ShardTensor:
+    """The tensor with its partial sums added up."""
+    if not x._spec.partial:
+        return x
+    whole = to_dims(x, x._spec.dims)
+    # a view of the sums stands for one of x
+    relate(whole._local, x._local)
+    return whole
+
+
+def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
+    """x with `dims` whole: what sharded them shards its largest other whole dims instead.
+
+    One all-to-all for each sharded one of `dims`; each rank then has 1/N of the data still. None
+    where x has too few other dims.
+    """
+    new = list(x._spec.dims)
+    free = [i for i, f in enumerate(new) if i not in dims and not f.axes and f.size > 1]
+    free.sort(key=lambda i: new[i].size)
+    for d in dims:
+        dim = new[d]
+        if len(dim.sizes) > 1:
+            if not free:
+                return None
+            to = free.pop()
+            parts = [x._spec.mesh.size(a) for a in dim.axes]
+            new[to] = Dim(new[to].size, dim.axes, nested_chunk_sizes(new[to].size, parts))
+            new[d] = Dim(dim.size)
+    return to_dims(x, new)
+
+
+@method
+def like(x: Tensor, spec: Spec) -> ShardTensor:
+    """A plain (replicated) tensor or a ShardTensor as one with this spec."""
+    if not isinstance(x, ShardTensor):
+        if type(x) is DTensor:
+            raise UnsupportedOpError(_DTENSOR)
+        if x.shape != spec.shape:
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
+        x = wrap(x, spec.replicated())
+    return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
+
+
+@method
+def gradient(local: Tensor, spec: Spec) -> ShardTensor:
+    """The gradient of a tensor that lies as spec, from that of its local tensor."""
+    if spec.partial:
+        group, parts = _addends(spec)
+        local = comm.alike(local if parts == 1 else local * parts, group)
+    return wrap(local, spec.cotangent)
+
+
+@method
+def cotangent(g: Tensor, spec: Spec) -> Tensor:
+    """The gradient of the local tensor from that of a tensor that lies as spec: the reverse."""
+    local = like(g, spec.cotangent)._local
+    if spec.partial:
+        group, parts = _addends(spec)
+        (local,) = comm.vary([local if parts == 1 else local / parts], group)
+    return local
+
+
+def _addends(spec: Spec) -> tuple[str, int]:
+    """(the ranks that hold addends of the same elements, of how many ranks they are averages)."""
+    axes = tuple(a for a, _ in spec.partial)
+    averaged = [spec.mesh.size(a) for a, op in spec.partial if op == "avg"]
+    return comm.group(spec.mesh, axes), prod(averaged)
+
+
+@method
+def to_placements(
+    x: ShardTensor,
+    mesh: DeviceMesh | None,
+    placements: Sequence[Placement] | None,
+    sizes: dict[int, Sequence[int]] | None,
+) -> ShardTensor:
+    """`ShardTensor.redistribute`."""
+    old = x._spec
+    if mesh is not None and mesh != old.mesh:
+        raise ValueError("redistribute to another mesh: use full_tensor() and distribute_tensor")
+    new = Spec.of(old.mesh, old.placements if placements is None else placements, old.shape, sizes)
+    given = {d % max(1, x.ndim) for d in sizes or ()}
+    dims = [
+        o if o.axes == n.axes and i not in given else n
+        for i, (o, n) in enumerate(zip(old.dims, new.dims, strict=True))
+    ]
+    return like(x, Spec(old.mesh, tuple(dims), new.partial))
+
+
+def refuse_not_dense(layout: torch.layout) -> NoReturn:
+    """Raise for an operand whose rows no collective can move."""
+    kind = str(layout).removeprefix("torch.").strip("_")
+    raise UnsupportedOpError(_NOT_DENSE.format(kind))
+
+
+@method
+def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
+    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
+    if isinstance(error, UnsupportedOpError):
+        return
+    for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
+        kind = _not_dense(x._local if isinstance(x, ShardTensor) else x)
+        if kind:
+            name, what = getattr(func, "__name__", func), str(error).split("\n")[0]
+            raise UnsupportedOpError(
+                f"{name} of a {kind} tensor beside a ShardTensor ({what}): make it dense "
+                "(to_dense(), dequantize(), to_padded_tensor()), or gather the ShardTensor "
+                "(full_tensor())"
+            ) from error
+
+
+def _not_dense(x: Any) -> str:
+    """What a tensor is instead of rows of numbers in memory."""
+    if not isinstance(x, Tensor):
+        return ""
+    if x.is_nested:
+        return "nested"
+    if x.is_quantized:
+        return "quantized"
+    return "" if x.layout is torch.strided else str(x.layout).removeprefix("torch.").strip("_")
+
+
+def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
+    """The local tensor of `new` from that of `old`, by the cheapest chain of collectives.
+
+    One all-to-all where a mesh axis moves from one dim to another or sizes change, a slice where a
+    replicated axis becomes sharded, an all-gather where a sharded axis becomes replicated, a
+    reduce-scatter from partial to sharded.
+    """
+    if old.shape != new.shape or old.mesh != new.mesh:
+        raise ValueError(f"cannot convert {old} to {new}")
+    if local.layout is not torch.strided:
+        refuse_not_dense(local.layout)
+    kept = tuple(p for p in old.partial if p in new.partial)
+    local, dims = _settle_partial(local, old, new, kept)
+    local, dims = _move_axes(local, old, dims, new.dims)
+    for d, (have, want) in enumerate(zip(dims, new.dims, strict=True)):
+        if have.sizes != want.sizes:
+            local = _recut(local, old.mesh, d, have, want)
+    for axis, op in new.partial:
+        if (axis, op) not in kept:
+            local = _make_partial(local, new.mesh, axis, op)
+    return local
+
+
+def _recut(local: Tensor, mesh: DeviceMesh, d: int, have: Dim, want: Dim) -> Tensor:
+    ends = want.offsets
+    windows = list(pairwise(ends))
+    return comm.window(local, d, have.sizes, windows, comm.group(mesh, have.axes))
+
+
+def _settle_partial(
+    local: Tensor, old: Spec, new: Spec, kept: tuple[tuple[int, str], ...]
+) -> tuple[Tensor, list[Dim]]:
+    """Add up addends that the new spec does not keep; straight into a shard where it can."""
+    dims = list(old.dims)
+    for axis, op in old.partial:
+        if (axis, op) in kept:
+            continue
+        name = comm.group(old.mesh, (axis,))
+        into = next((d for d, w in enumerate(new.dims) if w.axes == (axis,)), None)
+        if op == "sum" and into is not None and not dims[into].axes:
+            sizes = new.dims[into].sizes
+            local = comm.reduce_scatter(local, into, sizes, name)
+            dims[into] = new.dims[into]
+        elif op == "avg":
+            local = comm.reduce(local, name) / old.mesh.size(axis)
+        else:
+            local = comm.reduce(local, name, op)
+    return local, dims
+
+
+def _make_partial(local: Tensor, mesh: DeviceMesh, axis: int, op: str) -> Tensor:
+    """A replicated value as addends: whole on the axis' first rank, zero on the others."""
+    name = comm.group(mesh, (axis,))
+    if op == "avg":
+        return comm.vary([local], name)[0]
+    if op != "sum":
+        raise UnsupportedOpError(f"redistribute to Partial({op!r}): only sum and avg")
+    return comm.addend(local, name)
+
+
+def _block(dim: Dim, mesh: DeviceMesh, depth: int) -> tuple[int, ...]:
+    """The sizes of this rank's sub-blocks along axis `depth` of a dim's axes."""
+    place = mesh.get_coordinate()
+    assert place is not None
+    first, inner = 0, dim.sizes
+    for axis in dim.axes[:depth]:
+        step = len(inner) // mesh.size(axis)
+        first = place[axis] * step
+        inner = inner[first : first + step]
+    n = mesh.size(dim.axes[depth])
+    step = len(inner) // n
+    return tuple(sum(inner[i * step : (i + 1) * step]) for i in range(n))
+
+
+def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
+    """A dim sharded only by the first `depth` of its axes."""
+    if depth == 0:
+        return Dim(dim.size)
+    step = prod(mesh.size(a) for a in dim.axes[depth:])
+    sizes = tuple(sum(dim.sizes[i : i + step]) for i in range(0, len(dim.sizes), step))
+    return Dim(dim.size, dim.axes[:depth], sizes)
+
+
+def _move_axes(
+    local: Tensor, spec: Spec, have: list[Dim], want: Sequence[Dim]
+) -> tuple[Tensor, list[Dim]]:
+    """Bring every mesh axis to the dim where `want` has it, innermost axes of a dim first."""
+    mesh = spec.mesh
+    have = list(have)
+    while True:
+        # a dim may take its next axis once what it has is the start of what it wants
+        moved = False
+        for new, w in enumerate(want):
+            depth = len(have[new].axes)
+            if depth >= len(w.axes) or have[new].axes != w.axes[:depth]:
+                continue
+            axis = w.axes[depth]
+            target = _outer(w, mesh, depth + 1)
+            coarse = _outer(target, mesh, depth)
+            old = next((d for d, h in enumerate(have) if axis in h.axes), None)
+            if old is not None and have[old].axes[-1] != axis:
+                continue
+            if have[new].sizes != coarse.sizes:
+                local = _recut(local, mesh, new, have[new], coarse)
+            name = comm.group(mesh, (axis,))
+            inner = _block(target, mesh, depth)
+            if old is None:
+                local = comm.split(local, new, inner, name)
+            else:
+                source = have[old]
+                local = comm.swap(
+                    local, old, new, _block(source, mesh, len(source.axes) - 1), inner, name
+                )
+                have[old] = _outer(source, mesh, len(source.axes) - 1)
+            have[new] = target
+            moved = True
+        if moved:
+            continue
+        for d, (h, w) in enumerate(zip(have, want, strict=True)):
+            if h.axes != w.axes[: len(h.axes)]:
+                depth = len(h.axes) - 1
+                name = comm.group(mesh, (h.axes[-1],))
+                local = comm.gather(local, d, _block(h, mesh, depth), name)
+                have[d] = _outer(h, mesh, depth)
+                moved = True
+                break
+        if not moved:
+            return local, have
+
+
+@overload
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor, Sequence[Dim] | None]
+) -> list[Tensor]: ...
+@overload
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
+) -> list[Tensor | None]: ...
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
+) -> Any:
+    """Local values of operands for a local program that varies along mesh axes `varying`.
+
+    Each operand comes with the dims it is wanted in (None: whole). Where an operand is the same
+    along a varying axis, its gradient is summed over that axis, in one message for all operands.
+    Raises UnsupportedOpError, before anything is sent, for operands on different meshes.
+    """
+    for x, _ in operands:
+        if isinstance(x, ShardTensor) and x._spec.mesh is not mesh and x._spec.mesh != mesh:
+            raise UnsupportedOpError(
+                f"tensors on different meshes: {x._spec.mesh} and {mesh}; distribute both on one"
+            )
+    found: list[Tensor | None] = []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, (x, dims) in enumerate(operands):
+        if x is None:
+            found.append(None)
+            continue
+        own = () if dims is None else tuple(a for d in dims for a in d.axes)
+        if isinstance(x, ShardTensor) and dims == x._spec.dims and not x._spec.partial:
+            local = x._local
+        elif isinstance(x, ShardTensor) or own:
+            wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
+            local = like(x, Spec(mesh, wanted))._local
+        elif type(x) is DTensor:
+            raise UnsupportedOpError(_DTENSOR)
+        else:
+            local = x
+        found.append(local)
+        same = tuple(a for a in varying if a not in own)
+        if same and local.requires_grad:
+            if local.layout is not torch.strided:
+                refuse_not_dense(local.layout)
+            alike.setdefault(same, []).append(i)
+    for axes, picked in alike.items():
+        group = comm.group(mesh, axes)
+        for i in picked:
+            check_mesh(found[i], group, mesh)
+        values = comm.vary([found[i] for i in picked], group)  # type: ignore[misc]
+        for i, value in zip(picked, values, strict=True):
+            found[i] = value
+    return found

@@ -1,0 +1,372 @@
+"""ShardTensor: a global view of one tensor whose shards lie on the ranks of a mesh.
+
+A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are intercepted at
+`__torch_function__`; rules turn them into local programs. Autograd records the local programs only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+
+from .. import _torch
+from ..errors import UnsupportedOpError
+from ..registry import handlers, methods
+from ..spec import Spec
+from . import layout
+from .aliases import refuse_stale, stale
+
+_level = _torch.functorch_level
+
+
+def refuse_transforms() -> None:
+    """Raise under torch.func transforms, whose tensors hide a ShardTensor from the rules."""
+    raise UnsupportedOpError(
+        "torch.func.vmap, grad, jvp, ... and forward-mode differentiation of a ShardTensor: write "
+        "the batch as a dim of the tensor instead of vmap, take torch.autograd.grad for gradients "
+        "and torch.autograd.functional.jvp, which differentiates twice, for jvp"
+    )
+
+
+_COMPILE = (
+    "torch.compile does not see through ShardTensors: this model runs eagerly. Use "
+    "shardtensor.compile(model), or shardtensor.parallelize(model, mesh) and model.compile()"
+)
+
+
+def _warn(_: Any) -> None:
+    warnings.warn(_COMPILE, stacklevel=2)
+
+
+class ShardTensor(torch.Tensor):
+    """A tensor of global shape `shape` of which this rank holds one shard, `to_local()`.
+
+    Made by `distribute_tensor`, `ShardTensor.from_local` and by torch functions of ShardTensors.
+    Attributes never communicate; `full_tensor`, `redistribute`, `item` of a sharded tensor,
+    `numpy`, `tolist` and pickling do, and must be called on every rank of the mesh.
+    """
+
+    _local: Tensor
+    # no __slots__: torch.utils.swap_tensors (see `dispatch.promote`) exchanges the dicts
+    _spec: Spec
+    # rows of which this is a part, kept as long as it
+    _passed: Any
+    # which rows of which tensor it is, where slices made it (see `writes.slice_of`)
+    _slice: Any = None
+    # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
+    __module__ = "torch.shardtensor"
+    # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
+    _backward_hooks: Any = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _level() is not None or forward_ad._current_level >= 0:
+            refuse_transforms()
+        if torch.compiler.is_dynamo_compiling():
+            _torch.tell_dynamo(_warn, _COMPILE)
+        try:
+            return handlers[func](func, args, kwargs or {})
+        except RuntimeError as e:
+            methods["explain"](e, func, args, kwargs)
+            raise
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with _torch.leaf_call():
+            return handlers[func](func, args, kwargs or {})
+
+    # the global view ------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> Spec:
+        """Mesh, placements, global shape and the sizes of all shards."""
+        return self._spec
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh that the tensor lies on."""
+        return self._spec.mesh
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Torch's placements, one for each mesh axis."""
+        return self._spec.placements
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The global shape."""
+        return self._spec.shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self._spec.dims)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._local.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._local.device
+
+    def size(self, dim: int | None = None) -> Any:
+        """The global shape, or one of its entries."""
+        return self._spec.shape if dim is None else self._spec.shape[dim]
+
+    def dim(self) -> int:
+        return len(self._spec.dims)
+
+    ndimension = dim
+
+    def numel(self) -> int:
+        return self._spec.shape.numel()
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        if not self._spec.dims:
+            raise TypeError("len() of a 0-d tensor")
+        return self._spec.dims[0].size
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def stride(self, dim: int | None = None) -> Any:
+        """Strides of a whole tensor that has the memory format of the local one."""
+        found = layout.strides(self._spec, self._local.stride())
+        return found if dim is None else found[dim]
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return layout.is_contiguous(self._local, self._spec, memory_format)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        spec = self._spec
+        if not spec.varying and not spec.partial:
+            return f"ShardTensor({self.to_local()!r}, spec={spec})"
+        return (
+            f"ShardTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"spec={spec}, local_shape={tuple(self._local.shape)})"
+        )
+
+    # from and to local tensors --------------------------------------------------------------------
+
+    @staticmethod
+    def from_local(
+        local: Tensor,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        sizes: dict[int, Sequence[int]] | None = None,
+    ) -> ShardTensor:
+        """A ShardTensor of every rank's local tensor; differentiable.
+
+        sizes: for each sharded dim the sizes of all shards, row-major over the mesh axes that shard
+        it. With it nothing is communicated; without it the ranks exchange their shapes in one small
+        all-gather. Raises ValueError where the shapes do not fit each other.
+        """
+        return methods["from_local"](local, mesh, placements, sizes)
+
+    def to_local(self) -> Tensor:
+        """This rank's local tensor; differentiable."""
+        if stale:
+            refuse_stale(self._local)
+        return self._local
+
+    def full_tensor(self) -> Tensor:
+        """The whole tensor as a plain one, on every rank; differentiable. All-gathers."""
+        self.to_local()
+        return methods["replicate"](self)._local
+
+    def redistribute(
+        self,
+        device_mesh: DeviceMesh | None = None,
+        placements: Sequence[Placement] | None = None,
+        *,
+        sizes: dict[int, Sequence[int]] | None = None,
+    ) -> ShardTensor:
+        """The same tensor in other placements or cut to other `sizes`; differentiable.
+
+        Raises ValueError for another mesh. Sizes default to the present ones where a dim stays
+        sharded by the same axes, else to torch.chunk's.
+        """
+        self.to_local()
+        return methods["to_placements"](self, device_mesh, placements, sizes)
+
+    def to_dtensor(self) -> Any:
+        """The torch DTensor of the same shards.
+
+        Raises UnsupportedOpError for sizes that `torch.chunk` would not give.
+        """
+        return methods["to_dtensor"](self)
+
+    @staticmethod
+    def from_dtensor(d: Any) -> ShardTensor:
+        """The ShardTensor of a DTensor's shards; nothing is communicated."""
+        return methods["from_dtensor"](d)
+
+    # autograd: everything lives on the local tensor ----------------------------------------------
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._local.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._local.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardTensor:
+        self._local.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self._local.is_leaf
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The node of a foreign autograd.Function that made this tensor, else the local one."""
+        return _torch.c_grad_fn(self) or self._local.grad_fn
+
+    @property
+    def grad(self) -> ShardTensor | None:
+        """The gradient, sharded like the tensor itself."""
+        g = self._local.grad
+        return None if g is None else methods["gradient"](g, self._spec)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            value = methods["like"](value, self._spec.cotangent)._local
+        self._local.grad = value
+
+    @property
+    def data(self) -> ShardTensor:
+        return wrap(self._local.data, self._spec)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._local.data = methods["like"](value, self._spec)._local
+
+    def detach(self) -> ShardTensor:
+        return wrap(self._local.detach(), self._spec)
+
+    def retain_grad(self) -> None:
+        self._local.retain_grad()
+
+    @property
+    def retains_grad(self) -> bool:  # type: ignore[override]
+        return self._local.retains_grad
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """Call hook with the gradient as a ShardTensor; what it returns replaces it."""
+        spec = self._spec
+
+        def local_hook(g: Tensor) -> Tensor | None:
+            new = hook(methods["gradient"](g, spec))
+            return None if new is None else methods["cotangent"](new, spec)
+
+        return self._local.register_hook(local_hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
+        spec = self._spec
+        return self._local.register_post_accumulate_grad_hook(lambda x: hook(wrap(x, spec)))
+
+    def backward(
+        self,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if gradient is None:
+            if self.numel() != 1:
+                raise RuntimeError("grad can be implicitly created only for scalar outputs")
+            local = torch.ones_like(self._local)
+        else:
+            local = methods["cotangent"](gradient, self._spec)
+        given = (inputs,) if isinstance(inputs, Tensor) else inputs
+        wrt = None if given is None else [getattr(x, "_local", x) for x in given]
+        # local tensors all: nothing is dispatched again
+        torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
+
+    # values ---------------------------------------------------------------------------------------
+
+    def item(self) -> Any:
+        """The value of a tensor of one element, the same on every rank."""
+        return self.full_tensor().item()
+
+    def tolist(self) -> Any:
+        return self.full_tensor().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The whole tensor as an array."""
+        return self.full_tensor().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.full_tensor().__array__(dtype)
+
+    def __bool__(self) -> bool:
+        return bool(self.full_tensor())
+
+    def __float__(self) -> float:
+        return float(self.full_tensor())
+
+    def __int__(self) -> int:
+        return int(self.full_tensor())
+
+    def __complex__(self) -> complex:
+        return complex(self.full_tensor())
+
+    def __index__(self) -> int:
+        return self.full_tensor().__index__()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, spec)
+
+    def __copy__(self) -> ShardTensor:
+        """A leaf of the same memory, as of any tensor."""
+        local = self._local.detach()
+        return wrap(local.requires_grad_(self.requires_grad), self._spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
+        if id(self) not in memo:
+            import copy
+
+            memo[id(self)] = wrap(copy.deepcopy(self.to_local(), memo), self._spec)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
+        return self.full_tensor().detach().__reduce_ex__(protocol)
+
+    # torch.distributed.checkpoint asks a tensor for these; see `checkpoint`
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
+        return methods["write_items"](fqn, self)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        return methods["chunks"](self)
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self.to_local().detach()
+
+
+def wrap(local: Tensor, spec: Spec) -> ShardTensor:
+    """The ShardTensor of a local tensor, whose shape must be spec.local_shape."""
+    made = _torch.make_wrapper(ShardTensor, spec.shape, dtype=local.dtype, device=local.device)
+    made._local = local
+    made._spec = spec
+    return made
+
+
+_torch.hide_from_dynamo(ShardTensor.__torch_function__)

@@ -1,0 +1,152 @@
+"""FSDP2 under domain parallelism: parameters sharded over data, or over data and domain.
+
+Over "data", FSDP2 averages over ranks that hold the same part of different samples, and each op
+sums its weights' gradients over the domain. Over "all", ops sum nothing: FSDP2's own mean over all
+ranks is the sum over the domain and the mean over data, if what a rank computed from its part of a
+sample counts as often as there are parts. Gradients that are whole on every rank count once anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from .. import comm
+from .._torch.dtensor import is_broken_fsdp, mend_fsdp
+from ..comm.ops import reduce_op
+from ..tensor import ShardTensor
+from .options import Options
+from .replaced import replacing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Part:
+    """The slot of a parameter of FSDP2: a part of the gradient, weighted for a mean over all."""
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+
+    def use(self, x: Tensor) -> Tensor:
+        return Weighted.apply(x, self.group)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class Weighted(torch.autograd.Function):
+    """The identity; the gradient counts as often as there are parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: it must be whole now
+            return reduce_op([g], "sum", ctx.group)[0], None
+        return g * comm.size(ctx.group), None
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, axes: tuple[int, ...], domain: str, options: Options
+) -> list[nn.Parameter]:
+    """Apply `fully_shard` to the blocks of the model and to the model.
+
+    axes: those of the mesh that are not tensor-parallel. domain: the group of ranks that share
+    samples. Returns the 0-dim parameters, which FSDP2 does not take: replicated DTensors whose
+    gradients are still to be summed.
+    """
+    over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
+    policy = MixedPrecisionPolicy()
+    if options.precision is not None:
+        policy = MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
+    scalars = {p for p in model.parameters() if p.ndim == 0 and not isinstance(p, ShardTensor)}
+    inside = [b for b in blocks_of(model, options.blocks) if b is not model]
+    sharded = {p for p in model.parameters() if isinstance(p, ShardTensor)}
+    # blocks in blocks first
+    for block in (*reversed(inside), model):
+        fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
+    # before FSDP2's own
+    model.register_forward_pre_hook(_mend, prepend=True)
+    kept = _replicate(model, scalars, over)
+    if options.fsdp == "all":
+        slot = Part(domain)
+        tensor = {n for a, n in enumerate(mesh.mesh_dim_names or ()) if a not in axes}
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # after FSDP2's own hook, which puts whole parameters in place
+                module.register_forward_pre_hook(lambda m, _: _mark(m, tensor, slot))
+    return kept
+
+
+def _mend(model: nn.Module, _: Any) -> None:
+    if is_broken_fsdp(model):
+        # an optimizer that was made since holds the whole parameters of the pass that broke
+        with replacing(model, "the next call of the FSDP2 model whose pass broke off"):
+            mend_fsdp(model)
+
+
+def _replicate(
+    model: nn.Module, scalars: set[nn.Parameter], over: DeviceMesh
+) -> list[nn.Parameter]:
+    """Put DTensors on the mesh of FSDP2's parameters in the place of plain 0-dim ones.
+
+    clip_grad_norm_ and fused optimizers take no mixture of the two.
+    """
+    others = (p for p in model.parameters() if p not in scalars)
+    mesh = next((p.device_mesh for p in others if isinstance(p, DTensor)), over)
+    made = {}
+    for p in scalars:
+        whole = DTensor.from_local(local(p.detach()), mesh, [Replicate()] * mesh.ndim)
+        made[p] = nn.Parameter(whole, p.requires_grad)
+    for module in model.modules():
+        for key, own in module._parameters.items():
+            if own is not None and own in made:
+                module._parameters[key] = made[own]
+    return list(made.values())
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, in its own memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _mark(module: nn.Module, tensor: set[str], slot: Part) -> None:
+    """Give the slot to the parameters that are gathered now; those of other units are not yet."""
+    for p in module.parameters():
+        if not isinstance(p, DTensor) or tensor.issuperset(p.device_mesh.mesh_dim_names or ("",)):
+            p._shardtensor_slot = slot  # type: ignore[attr-defined]
+
+
+def _flat(mesh: DeviceMesh, axes: tuple[int, ...]) -> DeviceMesh:
+    if len(axes) < mesh.ndim:
+        names = mesh.mesh_dim_names or ()
+        mesh = mesh[tuple(names[a] for a in axes)]
+    return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
+def blocks_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The modules of these classes; without names the elements of every outermost ModuleList.
+
+    Raises ValueError where a name is no module's class.
+    """
+    if not names:
+        found, inside = list[nn.Module](), set[nn.Module]()
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and module not in inside:
+                found += module
+                inside.update(module.modules())
+        return found
+    found = [m for m in model.modules() if type(m).__name__ in names]
+    missing = set(names) - {type(m).__name__ for m in found}
+    if missing:
+        raise ValueError(f"the model has no module of class {', '.join(sorted(missing))}")
+    return found

@@ -1,0 +1,250 @@
+"""`parallelize`: weights in sync and gradients of the whole model summed in a few messages."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import _torch, comm
+from ..comm import groups, wire
+from ..compile.program import Compiled
+from ..dispatch.axes import is_slice
+from ..tensor import ShardTensor
+from . import fsdp
+from .fsdp import local
+from .options import Options
+from .reducer import Ranks, Reducer
+from .replaced import replacing
+
+M = TypeVar("M", bound=nn.Module)
+_trained: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
+
+
+def parallelize(
+    model: M, mesh: DeviceMesh, options: Options | Mapping[str, Any] | None = None, **values: Any
+) -> M:
+    """Prepare a model for training on samples that are sharded over a mesh; returns the model.
+
+    options, or its fields by name, also in a mapping: see `Options`. mesh: all ranks that train
+    together. Samples differ along the axis `data`; inputs lie on the submesh of the other axes, and
+    gradients are averaged over the data axis. Without it inputs lie on `mesh`, also where an axis
+    shards the batch; a weight that meets a tensor on fewer axes raises ValueError.
+
+    Without fsdp, gradients of parameters are summed over the ranks in buckets, each sent as soon as
+    backward has made its last gradient, while backward goes on. (Without this call every op sums
+    its own weights' gradients before backward goes on; the numbers are the same but for the order
+    of the sums.) Whatever sees a parameter's gradient sees the sum and mean: hooks, on one rank
+    only, too, torch.autograd.grad, second derivatives, DDP around the model, in it or beside it.
+    Over the data axis, gradients of uses that meet no sharded tensor are averaged one by one.
+    With fsdp, parameters become FSDP2's DTensors, and FSDP2 sums and averages.
+    After `tensor_parallel` its axis takes no part in this: along it all ranks have the same
+    gradients, or those of their own weights.
+
+    Nothing else about the model changes: the keys of its state_dict and how it is called stay.
+    Parameters that are ShardTensors stay as they are. New parameters, such as those of another
+    head or of weight_norm, are taken in at the next call of the model. An optimizer that was made
+    before its parameters were replaced (fsdp) raises ValueError at its step.
+    `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
+    Raises ValueError for options that do not fit together, the mesh or the model.
+    """
+    groups.renew()
+    options = Options.of(options, values)
+    names = mesh.mesh_dim_names or ()
+    if options.data is not None and options.data not in names:
+        raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
+    if any(isinstance(m, FSDPModule) for m in model.modules()):
+        raise ValueError("fully_shard was applied already; parallelize does it with fsdp=...")
+    tensor = _tensor_axes(model, mesh)
+    if tensor and options.compile is not None:
+        raise ValueError("compile and tensor_parallel: the compiled program takes whole parameters")
+    axes = tuple(a for a in range(mesh.ndim) if a not in tensor)
+    everyone = comm.group(mesh, axes)
+    shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
+    domain = comm.group(mesh, shared)
+    if model in _trained:
+        restore(model)
+    data = comm.group(mesh, tuple(a for a in axes if a not in shared))
+    reducer = Reducer(Ranks(domain, data, everyone), int(options.bucket_mb * 2**20))
+    everybody = comm.group(mesh, tuple(range(mesh.ndim)))
+    trained = Trained(reducer, everybody if options.sync else None)
+    if options.sync:
+        _check_same(model, everyone)
+        trained.synchronise(model)
+    adapt(model, options)
+    _trained[model] = trained
+    if options.fsdp is not None:
+        with replacing(model, "parallelize(fsdp=...)"):
+            reducer.take(fsdp.shard(model, mesh, axes, domain, options))
+        return model
+    trained.take(model)
+    trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)
+    # past nn.Module's bookkeeping: it is no part of the model's state
+    model.__dict__["compile"] = partial(_compile, model)
+    if options.compile is not None:
+        model.compile(**options.compile)
+    return model
+
+
+def adapt(model: nn.Module, options: Options) -> None:
+    """Checkpointing, offload and autocast, by hooks around forward."""
+    if options.checkpoint:
+        blocks = fsdp.blocks_of(model, options.blocks)
+        if not blocks:
+            raise ValueError("checkpoint: the model has no nn.ModuleList; name the blocks")
+        for block in blocks:
+            _torch.checkpointed(block)
+    if options.offload:
+        _around(model, lambda: torch.autograd.graph.save_on_cpu(pin_memory=False))
+    if options.precision is not None and options.fsdp is None:
+        dtype = fsdp.DTYPES[options.precision]
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        _around(model, lambda: torch.autocast(device, dtype))
+
+
+def _around(model: nn.Module, make: Callable[[], Any]) -> None:
+    """Run the model's forward inside the context that make() gives."""
+    entered: list[Any] = []
+
+    def enter(_: nn.Module, __: Any) -> None:
+        context = make()
+        context.__enter__()
+        entered.append(context)
+
+    def leave(_: nn.Module, __: Any, out: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return out
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `parallelize`: every op sums its own weights' gradients again."""
+    trained = _trained.pop(model)
+    trained.reducer.remove()
+    if trained.handle is not None:
+        trained.handle.remove()
+    model.__dict__.pop("compile", None)
+
+
+def _compile(model: nn.Module, **options: Any) -> None:
+    """As nn.Module.compile: the model's calls run compiled from now on."""
+    model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
+
+
+def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
+    """The axes of the mesh on which the model's DTensor parameters lie."""
+    names = mesh.mesh_dim_names or ()
+    found: set[int] = set()
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            if not is_slice(p.device_mesh, mesh):
+                raise ValueError(
+                    f"a parameter lies on {p.device_mesh}, which is no slice of {mesh}: give "
+                    "parallelize the mesh of all axes"
+                )
+            found.update(names.index(n) for n in p.device_mesh.mesh_dim_names or ())
+    return found
+
+
+def _check_same(model: nn.Module, group: str) -> None:
+    """Raise ValueError on every rank unless all have parameters of the same names and shapes."""
+    if comm.size(group) == 1:
+        return
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    text = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in state.items())
+    device = next((v.device for v in state.values()), torch.device("cpu"))
+    known = wire.all_gather_numbers([len(state), zlib.crc32(text.encode())], device, group)
+    if any(k != known[0] for k in known):
+        raise ValueError(
+            f"parallelize: ranks have different models, of {[k[0] for k in known]} parameters and "
+            "buffers, or of other names, shapes or dtypes; make the same model on every rank"
+        )
+
+
+class Trained:
+    """What `parallelize` keeps of a model: what has been synchronised and is summed.
+
+    everybody: the group whose first rank's weights count, None if each rank's own do.
+    """
+
+    def __init__(self, reducer: Reducer, everybody: str | None) -> None:
+        self.reducer, self.everybody = reducer, everybody
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.handle: Any = None
+
+    def new(self, tensors: Iterable[Tensor]) -> list[Any]:
+        """Those that were not there before; a ShardTensor is left alone."""
+        found = dict.fromkeys(t for t in tensors if not isinstance(t, ShardTensor))
+        return [t for t in found if t not in self.known]
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether the model has a parameter that was not there before."""
+        seen, waiting, ranks = {id(model)}, [model], self.reducer.ranks
+        while waiting:
+            module = waiting.pop()
+            for p in module._parameters.values():
+                slot = getattr(p, "_shardtensor_slot", None)
+                if getattr(slot, "ranks", None) is ranks:
+                    continue
+                # others than Parameters are there for one call (torch.func.functional_call)
+                if isinstance(p, nn.Parameter) and p not in self.known:
+                    return True
+            for child in module._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+        return False
+
+    def synchronise(self, model: nn.Module) -> None:
+        """Give all ranks the first one's parameters and buffers, if they are new."""
+        if self.everybody is None:
+            return
+        state = [t.detach() for t in self.new((*model.parameters(), *model.buffers()))]
+        plain = [t for t in state if not isinstance(t, DTensor)]
+        synchronise(plain, self.everybody)
+        synchronise(
+            (local(t) for t in state if isinstance(t, DTensor)), self.reducer.ranks.everyone
+        )
+
+    def take(self, model: nn.Module) -> None:
+        """Sum the gradients of new parameters."""
+        self.reducer.take(self.new(model.parameters()))
+        self.known.update(dict.fromkeys((*model.parameters(), *model.buffers()), True))
+
+
+def _take_new(model: nn.Module, _: Any) -> None:
+    """Before forward: what is new in the model, such as another head, trains as the rest.
+
+    Looked for in the modules themselves: code may write into their dicts, which calls no hook.
+    """
+    trained = _trained.get(model)
+    if trained is None or _torch.is_tracing() or not trained.changed(model):
+        return
+    trained.synchronise(model)
+    trained.take(model)
+
+
+@torch.no_grad()
+def synchronise(tensors: Iterable[Tensor], group: str) -> None:
+    """Copy tensors from the group's first rank to all, in one message per dtype and device."""
+    if comm.size(group) == 1:
+        return
+    alike: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        alike.setdefault((t.dtype, t.device), []).append(t)
+    for found in alike.values():
+        flat = torch.cat([t.reshape(-1) for t in found])
+        wire.broadcast(flat, group)
+        for t, value in zip(found, flat.split([t.numel() for t in found]), strict=True):
+            t.copy_(value.view(t.shape))
