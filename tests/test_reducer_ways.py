@@ -6,9 +6,11 @@ import torch.distributed as dist
 from test_reducer import same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardtensor as st
+from shardtensor.testing import run_workers
 
 D = torch.float64
 
@@ -100,3 +102,112 @@ def test_parameters_that_came_past_setattr():
     want = changed(None)
     for got in st.simulate(4, changed_on_rank):
         same(got, want)
+
+
+def whole(model):
+    """Gradients by name."""
+    return {k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in grads(model).items()}
+
+
+def converted(convert, names=()):
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(2, 4, 3, dtype=D)
+    if names:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        if "tp" in names:
+            st.tensor_parallel(model, mesh["tp"], {"of.*": ColwiseParallel()})
+        st.parallelize(model, mesh, data=names[0])
+        d = mesh.get_local_rank(names[0])
+        x = x[d : d + 1]
+        if "tp" not in names:
+            x = st.distribute_tensor(x, mesh["domain"], [Shard(1)], src_data_rank=None)
+        else:
+            x = st.distribute_tensor(x, mesh["tp"], [Replicate()], src_data_rank=None)
+    for _ in range(2):
+        convert(model)
+        model.zero_grad()
+        model(x, "times 0", 0).square().mean().backward()
+    return whole(model)
+
+
+def swapped(model):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("names", [("data", "domain"), ("data", "tp")])
+@pytest.mark.parametrize(
+    "convert",
+    [nn.Module.double, lambda m: m.bfloat16().to(D), swapped],
+    ids=["double", "to", "swap"],
+)
+def test_a_model_of_another_dtype(convert, names):
+    want = converted(convert)
+    for got in st.simulate(4, converted, convert, names):
+        same(got, want)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x * self.scale
+
+
+def changed_fsdp(fsdp):
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(2, 4, 3, dtype=D)
+    late = nn.Linear(3, 3).double()
+    if fsdp:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "domain"))
+        st.parallelize(model, mesh, data="data", fsdp=fsdp)
+        d = mesh.get_local_rank("data")
+        x = st.distribute_tensor(x[d : d + 1], mesh["domain"], [Shard(1)], src_data_rank=None)
+        if dist.get_rank():
+            nn.init.zeros_(late.weight)
+    model.double()
+    model(x).square().mean().backward()
+    found = whole(model)
+    model.blocks.append(late)
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().mean().backward()
+    return found | {f"then {k}": g for k, g in whole(model).items()}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("fsdp", ["data", "all"])
+def test_a_changed_model_of_fsdp(fsdp):
+    """Its 0-dim parameters after a conversion; a block of later, which FSDP2 does not know."""
+    want = changed_fsdp("")
+    for got in run_workers(4, changed_fsdp, fsdp):
+        same(got, want)
+
+
+def lazy(when):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    model, x = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), torch.randn(4, 5)
+    if when == "once":
+        model(x)
+    if when == "tensor_parallel":
+        st.tensor_parallel(model, mesh, {"1": ColwiseParallel()})
+    st.parallelize(model, mesh)
+    if when == "later":
+        model.append(nn.LazyLinear(2))
+    model(st.distribute_tensor(x, mesh, [Shard(0)])).sum().backward()
+
+
+def test_modules_that_are_still_to_make_their_parameters():
+    for when in ("at once", "tensor_parallel"):
+        with pytest.raises(
+            st.RankError, match=r"0 \(LazyLinear\) makes its parameters at its first"
+        ):
+            st.simulate(2, lazy, when)

@@ -85,12 +85,16 @@ def run_last(node: Any) -> None:
 
 
 def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
-    """A hook on a leaf's gradient before all others, those of earlier and of later; its handle."""
+    """A hook on a leaf's gradient before all others; it replaces one of the same method."""
     wanted = leaf.requires_grad
     handle = leaf.requires_grad_().register_hook(hook)
     leaf.requires_grad_(wanted)
     # C++ calls them in the order in which they came into the dict
     hooks: Any = leaf._backward_hooks
     for key in [k for k in hooks if k != handle.id]:
-        hooks[key] = hooks.pop(key)
+        other = hooks.pop(key)
+        if getattr(other, "__func__", None) is not getattr(hook, "__func__", hook):
+            hooks[key] = other
+    # `swap_tensors` keeps the dict, but C++ forgets it (torch 2.13)
+    leaf._backward_hooks = hooks
     return handle

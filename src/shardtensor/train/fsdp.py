@@ -122,6 +122,9 @@ def local(x: Tensor) -> Tensor:
 def _mark(module: nn.Module, tensor: set[str], slot: Part) -> None:
     """Give the slot to the parameters that are gathered now; those of other units are not yet."""
     for p in module.parameters():
+        if getattr(p, "_shardtensor_slot", None) is not None:
+            # marked, or none of FSDP2's: another head, which `parallelize` has taken in
+            continue
         if not isinstance(p, DTensor) or tensor.issuperset(p.device_mesh.mesh_dim_names or ("",)):
             p._shardtensor_slot = slot  # type: ignore[attr-defined]
 

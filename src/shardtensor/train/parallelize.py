@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch, comm
 from ..comm import groups, wire
@@ -24,10 +24,11 @@ from . import fsdp
 from .fsdp import local
 from .options import Options
 from .reducer import Ranks, Reducer
-from .replaced import replacing
+from .replaced import check_made, replacing
 
 M = TypeVar("M", bound=nn.Module)
 _trained: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
+_numbers = itertools.count()
 
 
 def parallelize(
@@ -45,20 +46,23 @@ def parallelize(
     its own weights' gradients before backward goes on; the numbers are the same but for the order
     of the sums.) Whatever sees a parameter's gradient sees the sum and mean: hooks, on one rank
     only, too, torch.autograd.grad, second derivatives, DDP around the model, in it or beside it.
-    Over the data axis, gradients of uses that meet no sharded tensor are averaged one by one.
+    Over the data axis, gradients of uses that meet no sharded tensor are averaged one by one, and
+    so are those of tensors that stand for parameters in torch.func.functional_call.
     With fsdp, parameters become FSDP2's DTensors, and FSDP2 sums and averages.
     After `tensor_parallel` its axis takes no part in this: along it all ranks have the same
     gradients, or those of their own weights.
 
     Nothing else about the model changes: the keys of its state_dict and how it is called stay.
     Parameters that are ShardTensors stay as they are. New parameters, such as those of another
-    head or of weight_norm, are taken in at the next call of the model. An optimizer that was made
-    before its parameters were replaced (fsdp) raises ValueError at its step.
+    head or of weight_norm, or of another dtype, are taken in at the next call of the model. An
+    optimizer that was made before its parameters were replaced (fsdp) raises ValueError at its
+    step.
     `model.compile(**arguments)` compiles its local program (see `shardtensor.compile`).
     Raises ValueError for options that do not fit together, the mesh or the model.
     """
     groups.renew()
     options = Options.of(options, values)
+    check_made(model, "parallelize")
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
@@ -84,10 +88,11 @@ def parallelize(
     _trained[model] = trained
     if options.fsdp is not None:
         with replacing(model, "parallelize(fsdp=...)"):
-            reducer.take(fsdp.shard(model, mesh, axes, domain, options))
-        return model
+            trained.leave(model, fsdp.shard(model, mesh, axes, domain, options))
     trained.take(model)
     trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)
+    if options.fsdp is not None:
+        return model
     # past nn.Module's bookkeeping: it is no part of the model's state
     model.__dict__["compile"] = partial(_compile, model)
     if options.compile is not None:
@@ -172,6 +177,18 @@ def _check_same(model: nn.Module, group: str) -> None:
         )
 
 
+class Marks(set[int]):
+    """An attribute of parameters and buffers: the numbers of those who have taken them in.
+
+    A weak reference would keep `model.float()` from putting other memory into a DTensor. What it
+    puts there loses the attribute and its hooks, and is taken in again.
+    """
+
+    def __reduce__(self) -> Any:
+        # a tensor is pickled with its attributes
+        return type(None), ()
+
+
 class Trained:
     """What `parallelize` keeps of a model: what has been synchronised and is summed.
 
@@ -180,25 +197,46 @@ class Trained:
 
     def __init__(self, reducer: Reducer, everybody: str | None) -> None:
         self.reducer, self.everybody = reducer, everybody
-        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.number = next(_numbers)
         self.handle: Any = None
+        # FSDP2 sums these, and puts others in their place while the model runs
+        self.left: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+    def leave(self, model: nn.Module, but: Iterable[Tensor]) -> None:
+        """Take in none of the parameters that the model has now, but for some."""
+        kept = {id(p) for p in but}
+        for module in model.modules():
+            self.left[module] = {
+                k for k, p in module._parameters.items() if p is not None and id(p) not in kept
+            }
+
+    def parameters(self, model: nn.Module) -> Iterable[Tensor]:
+        """The model's parameters whose gradients are this one's to sum."""
+        for module in model.modules():
+            left = self.left.get(module, ())
+            yield from (p for k, p in module._parameters.items() if p is not None and k not in left)
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether a parameter or buffer has been taken in."""
+        return self.number in (getattr(x, "_shardtensor_known", None) or ())
 
     def new(self, tensors: Iterable[Tensor]) -> list[Any]:
         """Those that were not there before; a ShardTensor is left alone."""
         found = dict.fromkeys(t for t in tensors if not isinstance(t, ShardTensor))
-        return [t for t in found if t not in self.known]
+        return [t for t in found if not self.knows(t)]
 
     def changed(self, model: nn.Module) -> bool:
         """Whether the model has a parameter that was not there before."""
         seen, waiting, ranks = {id(model)}, [model], self.reducer.ranks
         while waiting:
             module = waiting.pop()
-            for p in module._parameters.values():
+            left = self.left.get(module, ()) if self.left else ()
+            for key, p in module._parameters.items():
                 slot = getattr(p, "_shardtensor_slot", None)
-                if getattr(slot, "ranks", None) is ranks:
+                if getattr(slot, "ranks", None) is ranks or key in left:
                     continue
                 # others than Parameters are there for one call (torch.func.functional_call)
-                if isinstance(p, nn.Parameter) and p not in self.known:
+                if isinstance(p, nn.Parameter) and not self.knows(p):
                     return True
             for child in module._modules.values():
                 if child is not None and id(child) not in seen:
@@ -210,7 +248,7 @@ class Trained:
         """Give all ranks the first one's parameters and buffers, if they are new."""
         if self.everybody is None:
             return
-        state = [t.detach() for t in self.new((*model.parameters(), *model.buffers()))]
+        state = [t.detach() for t in self.new((*self.parameters(model), *model.buffers()))]
         plain = [t for t in state if not isinstance(t, DTensor)]
         synchronise(plain, self.everybody)
         synchronise(
@@ -219,8 +257,11 @@ class Trained:
 
     def take(self, model: nn.Module) -> None:
         """Sum the gradients of new parameters."""
-        self.reducer.take(self.new(model.parameters()))
-        self.known.update(dict.fromkeys((*model.parameters(), *model.buffers()), True))
+        self.reducer.take(self.new(self.parameters(model)))
+        for x in (*self.parameters(model), *model.buffers()):
+            marks = getattr(x, "_shardtensor_known", None) or Marks()
+            x._shardtensor_known = marks  # type: ignore[attr-defined]
+            marks.add(self.number)
 
 
 def _take_new(model: nn.Module, _: Any) -> None:
@@ -231,6 +272,7 @@ def _take_new(model: nn.Module, _: Any) -> None:
     trained = _trained.get(model)
     if trained is None or _torch.is_tracing() or not trained.changed(model):
         return
+    check_made(model, "parallelize")
     trained.synchronise(model)
     trained.take(model)
 

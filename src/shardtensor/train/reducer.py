@@ -9,7 +9,8 @@ is left of a backward that breaks off: its state belongs to the graph and to tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
+from .._torch import modules
 from ..comm import wire
 from ..comm.ops import reduce_op
 from ..errors import UnsupportedOpError
+from ..tensor import ShardTensor
 from .checksum import LENGTH, Heads
 
 
@@ -76,6 +79,11 @@ class Message:
             self.flat.div_(self.ranks.copies)
 
 
+@cache
+def _watch_calls() -> None:
+    modules.install(_stand_ins)
+
+
 class Reducer:
     """Sums the gradients of a model's parameters; once the model is gone, ops sum them again."""
 
@@ -87,6 +95,8 @@ class Reducer:
         """Sum the gradients of these from now on; most: bytes that travel in one message."""
         if comm.size(self.ranks.everyone) == 1:
             return
+        if self.ranks.copies > 1:
+            _watch_calls()
         waiting: dict[Any, Bucket] = {}
         # backward makes the last parameters' gradients first
         for p in reversed(list(parameters)):
@@ -173,6 +183,10 @@ class Slot:
     def arrive(self, grad: Tensor) -> Tensor | None:
         """The parameter's gradient, whole and averaged; the hook that runs before all others."""
         arrived, self.arrived = self.arrived, None
+        return self.whole(grad, arrived)
+
+    def whole(self, grad: Tensor, arrived: Tensor | None = None) -> Tensor | None:
+        """The gradient whole and averaged, None if it is already, as what has arrived is."""
         if not isinstance(grad, DTensor):
             return None if grad is arrived else self._averaged(grad)
         whole = grad
@@ -343,3 +357,38 @@ class Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return Mean.apply(g, ctx.ranks, ctx.key), None, None
+
+
+class StandIn(torch.autograd.Function):
+    """The identity of what stands for a parameter in one call; its gradient is averaged as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Slot) -> Tensor:
+        ctx.slot = slot
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        whole = ctx.slot.whole(g)
+        return g if whole is None else whole, None
+
+
+def _stand_ins(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What torch.func.functional_call is to put into a model: gradients of these are averaged.
+
+    As those of the parameters that they stand for, and which the call does not see.
+    """
+    found = dict(given)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        x, slot = given.get(name), getattr(p, "_shardtensor_slot", None)
+        if x is None or x is p or not isinstance(slot, Slot) or slot.hook is None:
+            continue
+        if isinstance(x, ShardTensor) or not (x.requires_grad and torch.is_grad_enabled()):
+            continue
+        if _torch.functorch_level() is not None:
+            raise UnsupportedOpError(
+                f"torch.func.functional_call inside torch.func.grad or vjp, of {name}, whose "
+                "gradient is averaged over the data axis: take torch.autograd.grad"
+            )
+        found[name] = _torch.apply(StandIn, x, slot)
+    return found

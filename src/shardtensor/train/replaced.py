@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -29,6 +30,16 @@ def replacing(model: nn.Module, by: str) -> Iterator[None]:
     for p in before:
         if id(p) not in after:
             p._shardtensor_replaced = by  # type: ignore[attr-defined]
+
+
+def check_made(model: nn.Module, by: str) -> None:
+    """Raise ValueError if a module is still to make its parameters (nn.LazyLinear)."""
+    for name, module in model.named_modules():
+        if any(is_lazy(p) for p in (*module._parameters.values(), *module._buffers.values())):
+            raise ValueError(
+                f"{by}: {name or 'the model'} ({type(module).__name__}) makes its parameters at "
+                "its first call: call the model once before, on an input of the right shape"
+            )
 
 
 @cache

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..dispatch.axes import declare
 from ..tensor import ShardTensor
-from .replaced import replacing
+from .replaced import check_made, replacing
 
 M = TypeVar("M", bound=nn.Module)
 # how a style places the parameters of a module: weight, bias
@@ -48,6 +48,7 @@ def tensor_parallel(model: M, mesh: DeviceMesh, plan: Mapping[str, Any]) -> M:
     """
     if mesh.ndim != 1:
         raise ValueError(f"tensor_parallel on a mesh of {mesh.ndim} axes; name one: mesh['tp']")
+    check_made(model, "tensor_parallel")
     places = _places(model, plan)
     made: dict[nn.Parameter, nn.Parameter] = {}
     with replacing(model, "tensor_parallel"):
