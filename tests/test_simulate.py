@@ -1,5 +1,6 @@
 """Simulated ranks: as under torchrun, deterministic, and never hanging. Worker processes likewise."""
 
+import copy
 import time
 
 import pytest
@@ -175,3 +176,36 @@ def test_memory_of_a_step():
     kept = measure.saved_bytes(lambda: (x * 2).exp().sum())
     assert kept == 4000
     assert measure.peak_bytes(lambda: torch.zeros(10**6).sum()) >= 4 * 10**6
+
+
+def backward_of(model):
+    x = st.distribute_tensor(torch.ones(4, 3), T.make_mesh((dist.get_world_size(),)), [Shard(0)])
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("how", ["argument", "closure", "parallelize", "tied"])
+def test_ranks_that_share_a_model_would_add_up_gradients(how):
+    model = torch.nn.Linear(3, 3)
+    programs = {
+        "argument": backward_of,
+        "closure": lambda _: backward_of(model),
+        "parallelize": lambda m: st.parallelize(m, T.make_mesh((dist.get_world_size(),))),
+        "tied": lambda m: backward_of(lambda x: torch.nn.functional.linear(x, m.weight.t())),
+    }
+    with pytest.raises(st.RankError, match=r"share a parameter of shape.* copy.deepcopy\(model\)"):
+        st.simulate(2, programs[how], model)
+    st.simulate(2, lambda m: backward_of(copy.deepcopy(m)), model)
+    st.simulate(1, programs[how], model)
+
+
+def test_ranks_may_share_what_gets_no_gradient():
+    model = torch.nn.Linear(3, 3)
+
+    def run():
+        x = st.distribute_tensor(
+            torch.ones(4, 3), T.make_mesh((dist.get_world_size(),)), [Shard(0)]
+        )
+        return torch.autograd.grad(model(x).sum(), list(model.parameters()))
+
+    for got in st.simulate(2, run):
+        assert torch.equal(got[1], torch.full((3,), 4.0))

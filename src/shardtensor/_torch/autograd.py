@@ -38,15 +38,16 @@ def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]]
 
 
 def install_engine_hook(
-    roots: Callable[[Any, Any], tuple[Any, Any]], unwrap: Callable[[Any], Any]
+    roots: Callable[[Any, Any, bool], tuple[Any, Any]], unwrap: Callable[[Any], Any]
 ) -> None:
-    """Map what `torch.autograd.backward` hands to the engine: roots(outputs, grads) and inputs."""
+    """Map what goes to the engine: roots(outputs, grads, whether leaves accumulate) and inputs."""
     engine = torch.autograd._engine_run_backward
 
     def run(outputs: Any, grads: Any = (), *args: Any, **kwargs: Any) -> Any:
         if len(args) >= 3 and args[2]:
             args = (*args[:2], tuple(unwrap(x) for x in args[2]), *args[3:])
-        return engine(*roots(outputs, grads), *args, **kwargs)
+        accumulate = kwargs.get("accumulate_grad", False)
+        return engine(*roots(outputs, grads, accumulate), *args, **kwargs)
 
     torch.autograd._engine_run_backward = run
 

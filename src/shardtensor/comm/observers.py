@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from torch import Tensor
 
 # set in the threads of a simulated world, so that each rank counts its own
 thread = threading.local()
@@ -29,3 +31,16 @@ class Hooks:
 def simulated_rank() -> int | None:
     """This thread's rank in a simulated world, None in a process of its own."""
     return getattr(thread, "rank", None)
+
+
+def claim(leaves: Iterable[Tensor]) -> None:
+    """Raise ValueError if another simulated rank accumulates gradients in one of these, too."""
+    claimed = thread.__dict__.get("claimed")
+    for x in leaves if claimed is not None else ():
+        _, owner = claimed.setdefault(id(x), (x, thread.rank))
+        if owner != thread.rank:
+            raise ValueError(
+                f"simulated ranks {owner} and {thread.rank} share a parameter of shape "
+                f"{list(x.shape)}, in which their gradients would add up: make the model in the "
+                "function that st.simulate runs, or let each rank copy.deepcopy(model)"
+            )

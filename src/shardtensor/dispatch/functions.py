@@ -8,7 +8,7 @@ hooks, reentrant checkpoints and users' Functions all pass through here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
 from .. import _torch
 from .._torch import checkpoint, probe
+from ..comm import observers
 from ..errors import UnsupportedOpError
 from ..registry import rules
 from ..spec import Spec
@@ -208,12 +209,30 @@ def _local(x: Any) -> Any:
     return x._local if isinstance(x, ShardTensor) else x
 
 
-def _roots(outputs: Any, grads: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _roots(outputs: Any, grads: Any, accumulate: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    roots = tuple(_local(x) for x in outputs)
+    if accumulate:
+        observers.claim(leaves(roots))
     paired = [
         cotangent(g, x._spec) if isinstance(x, ShardTensor) and g is not None else g
         for x, g in zip(outputs, grads, strict=True)
     ]
-    return tuple(_local(x) for x in outputs), tuple(paired)
+    return roots, tuple(paired)
+
+
+def leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors into which a backward would accumulate gradients."""
+    waiting = [x.grad_fn for x in roots]
+    yield from (x for x in roots if x.grad_fn is None)
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for other, _ in getattr(node, "next_functions", ()):
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
 
 
 def _check_transform(x: Any) -> None:

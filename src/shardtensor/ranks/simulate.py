@@ -38,6 +38,8 @@ class _Turns:
         self.arrived: dict[str, dict[int, Any]] = {}
         self.done: set[str] = set()
         self.stuck: RankError | None = None
+        # leaves that have gradients, by id, and whose they are
+        self.claimed: dict[int, tuple[torch.Tensor, int]] = {}
 
     def next_after(self, rank: int) -> None:
         """Give the turn to the next rank that can run."""
@@ -118,6 +120,8 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     `init_device_mesh("cpu", ...)`. Raises RankError from the first exception of a rank, and
     DivergenceError, which is one and names every rank, where ranks wait for each other for ever or
     come to a collective with another one, another dtype or other sizes.
+    Ranks share what fn closes over and args: a model is to be made inside fn, or copied there; one
+    in which gradients of two ranks would add up raises ValueError.
     """
     if counters.simulated_rank() is not None:
         raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
@@ -132,6 +136,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         turns.go[rank].clear()
         observers.thread.rank = rank
         observers.thread.left = turns.left
+        observers.thread.claimed = turns.claimed
         turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
         try:

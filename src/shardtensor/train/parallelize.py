@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
-from ..comm import groups, wire
+from ..comm import groups, observers, wire
 from ..compile.program import Compiled
 from ..dispatch.axes import is_slice
 from ..tensor import ShardTensor
@@ -63,6 +63,7 @@ def parallelize(
     groups.renew()
     options = Options.of(options, values)
     check_made(model, "parallelize")
+    observers.claim(model.parameters())
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
