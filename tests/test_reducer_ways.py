@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 import shardtensor as st
-from shardtensor.testing import run_workers
+from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 

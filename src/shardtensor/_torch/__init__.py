@@ -1,6 +1,7 @@
 """Every use of a private torch API, by subject (checked on torch 2.11 and 2.13).
 
-Here is what many modules use; `probe`, `dtensor`, `script`, `modules` and `kernels` are imported by name.
+Here is what many modules use; `probe`, `dtensor`, `script`, `modules` and `kernels` are imported by
+name.
 """
 
 from .attention import AttentionKernel, attention_kernel

@@ -36,7 +36,9 @@ def simulated_rank() -> int | None:
 def claim(leaves: Iterable[Tensor]) -> None:
     """Raise ValueError if another simulated rank accumulates gradients in one of these, too."""
     claimed = thread.__dict__.get("claimed")
-    for x in leaves if claimed is not None else ():
+    if claimed is None:
+        return
+    for x in leaves:
         _, owner = claimed.setdefault(id(x), (x, thread.rank))
         if owner != thread.rank:
             raise ValueError(

@@ -222,7 +222,7 @@ def _roots(outputs: Any, grads: Any, accumulate: bool) -> tuple[tuple[Any, ...],
 
 def leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors into which a backward would accumulate gradients."""
-    waiting = [x.grad_fn for x in roots]
+    waiting: list[Any] = [x.grad_fn for x in roots]
     yield from (x for x in roots if x.grad_fn is None)
     seen = set(waiting)
     while waiting:
