@@ -9,8 +9,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
-from shardtensor import _torch
 from shardtensor import testing as T
+from shardtensor._torch import attention as kernels
 from shardtensor.attention import strategy
 from shardtensor.attention.schedule import hops, pieces
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
@@ -114,7 +114,7 @@ def test_memory_is_a_number_of_blocks():
 
 
 def test_cuda_kernels_take_their_arguments():
-    for kernel in (_torch._FLASH_CUDA, _torch._EFFICIENT_CUDA):
+    for kernel in (kernels._FLASH_CUDA, kernels._EFFICIENT_CUDA):
         query = torch.empty(2, 4, 33, 64, dtype=torch.bfloat16, device="meta")
         for groups in (2, 4):
             key = torch.empty(2, groups, 40, 64, dtype=torch.bfloat16, device="meta")

@@ -40,7 +40,7 @@ def test_measured_saved_and_read(n, tmp_path, monkeypatch):
     assert network.saved("gloo", n) is None
     path = network.save(one)
     assert path.parent == tmp_path and network.saved("gloo", n) == one
-    assert network.saved("gloo", n + 1) is None and doctor.saved("nccl", n) is None
+    assert network.saved("gloo", n + 1) is None and network.saved("nccl", n) is None
     assert one.network().inner == one.links["exchange"]
 
 

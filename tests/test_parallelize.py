@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, run_workers
+from shardtensor.train.parallelize import restore
 
 D = torch.float64
 
@@ -171,7 +172,7 @@ def edges():
     (g,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
     g.square().sum().backward()
     penalty = model.conv1.weight.grad.clone()
-    st.parallel.restore(model)
+    restore(model)
     model.zero_grad(set_to_none=True)
     (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     g.square().sum().backward()
