@@ -6,9 +6,8 @@ from . import _moved, attention, checkpoint
 from . import rules as _rules  # noqa: F401
 from .attention.neighborhood import neighborhood_attention
 from .compile.program import compile
-from .dispatch import functions as _functions  # noqa: F401
-from .dispatch import resolve as _resolve  # noqa: F401
 from .dispatch.fallback import FallbackWarning, fallback
+from .dispatch.install import install as _install
 from .dispatch.rule import rule
 from .errors import DivergenceError, RankError, UnsupportedOpError
 from .observe.guard import guard, start_from_environment
@@ -64,5 +63,6 @@ __all__ = [
     "trace",
 ]
 
+_install()
 _moved.install(__name__)
 start_from_environment()

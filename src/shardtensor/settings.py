@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from ._torch import checkpoint
-
 _state = threading.local()
 
 
@@ -52,6 +50,3 @@ def bringing(fn: Callable[..., Any]) -> Callable[..., Any]:
             _put(before)
 
     return run
-
-
-checkpoint.install(bringing)

@@ -83,7 +83,7 @@ def let_styles_pass(ours: type[torch.Tensor]) -> None:
         style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
 
 
-def _agree_on_overflow() -> None:
+def agree_on_overflow() -> None:
     """Let GradScaler see an overflow in any shard of any gradient.
 
     torch (2.11 to 2.13) reduces what ranks found along the axes that shard the first gradient of
@@ -106,6 +106,3 @@ def _agree_on_overflow() -> None:
         return None
 
     handlers[op] = run
-
-
-_agree_on_overflow()

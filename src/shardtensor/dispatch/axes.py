@@ -212,6 +212,3 @@ def _refuse_from_local(*_: Any) -> None:
         "DTensor.from_local of a ShardTensor, as in the hooks of a parallel style: apply the plan "
         "with shardtensor.tensor_parallel(model, mesh, plan), which adds no hooks"
     )
-
-
-dtensor.let_styles_pass(ShardTensor)

@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
 from .. import _torch
-from .._torch import checkpoint, probe
+from .._torch import probe
 from ..comm import observers
 from ..errors import UnsupportedOpError
 from ..registry import rules
@@ -84,7 +84,7 @@ class _Overwrite(torch.autograd.Function):
         return torch.zeros_like(grad), gradient(grad, ctx.spec), None
 
 
-def _around(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if not any(isinstance(a, ShardTensor) for a in args):
         if _torch.is_tracing():
             _check_recording(call.__self__, args)  # type: ignore[attr-defined]
@@ -205,12 +205,14 @@ def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
     return source
 
 
-def _local(x: Any) -> Any:
+def unwrapped(x: Any) -> Any:
     return x._local if isinstance(x, ShardTensor) else x
 
 
-def _roots(outputs: Any, grads: Any, accumulate: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    roots = tuple(_local(x) for x in outputs)
+def engine_roots(
+    outputs: Any, grads: Any, accumulate: bool
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    roots = tuple(unwrapped(x) for x in outputs)
     if accumulate:
         observers.claim(leaves(roots))
     paired = [
@@ -235,25 +237,13 @@ def leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
                 waiting.append(other)
 
 
-def _check_transform(x: Any) -> None:
+def check_transform(x: Any) -> None:
     if isinstance(x, ShardTensor):
         refuse_transforms()
 
 
-def _again(x: Any) -> Any:
+def recomputed_from(x: Any) -> Any:
     """An input of a reentrant checkpoint, which hooks of an outer one may have cut from history."""
     if isinstance(x, ShardTensor) and _torch.c_grad_fn(x) is not None:
         x._local.requires_grad_(x._local.is_floating_point() or x._local.is_complex())
     return x
-
-
-# C++ would keep the wrapper, which has neither version nor history there
-checkpoint.install_inputs(
-    lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
-    lambda x, spec: x if spec is None else wrap(x, spec),
-)
-checkpoint.install_recomputed(_again)
-_torch.install_function_hook(_around)
-_torch.install_engine_hook(_roots, _local)
-_torch.install_ddp_hook(_local)
-_torch.guard_transforms(_check_transform)

@@ -208,7 +208,7 @@ def _scripted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _decompose(program, given, {}, True)
 
 
-def _of_shards(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handler | None:
+def handler_of_shards(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handler | None:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=is_shard)
     return handlers[func] if any(map(is_shard, leaves)) else None
 
@@ -301,4 +301,3 @@ def _opened(func: Any) -> Handler:
 
 handlers.resolve = _resolve
 handlers.passing = script.Scripted
-script.install_script_hook(_of_shards)

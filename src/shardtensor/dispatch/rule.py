@@ -95,13 +95,12 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-_finder = _Finder()
-sys.meta_path.insert(0, _finder)
+finder = _Finder()
 
 
 def _when_loaded(module: str, name: str, fn: Callable[..., Any]) -> None:
     # kept for a module that is imported anew
-    _finder.waiting.setdefault(module, []).append((name, fn))
+    finder.waiting.setdefault(module, []).append((name, fn))
     function = getattr(sys.modules.get(module), name, None)
     if function is not None:
         registry.rule(_named(function))(fn)

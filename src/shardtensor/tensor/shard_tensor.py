@@ -367,6 +367,3 @@ def wrap(local: Tensor, spec: Spec) -> ShardTensor:
     made._local = local
     made._spec = spec
     return made
-
-
-_torch.hide_from_dynamo(ShardTensor.__torch_function__)

@@ -1,0 +1,36 @@
+"""The one place that patches torch: what import of the library changes in it."""
+
+from __future__ import annotations
+
+import sys
+
+from .. import _torch, settings
+from .._torch import checkpoint, dtensor, script
+from ..tensor import ShardTensor, wrap
+from . import functions
+from .resolve import handler_of_shards
+from .rule import finder
+
+
+def install() -> None:
+    """Lead to the library what does not ask for `__torch_function__` by itself.
+
+    Nothing changes for programs without ShardTensors.
+    """
+    _torch.hide_from_dynamo(ShardTensor.__torch_function__)
+    # C++ that looks at wrappers, which have neither versions nor history
+    _torch.install_function_hook(functions.around_apply)
+    _torch.install_engine_hook(functions.engine_roots, functions.unwrapped)
+    _torch.install_ddp_hook(functions.unwrapped)
+    _torch.guard_transforms(functions.check_transform)
+    script.install_script_hook(handler_of_shards)
+    checkpoint.install(settings.bringing)
+    checkpoint.install_inputs(
+        lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
+        lambda x, spec: x if spec is None else wrap(x, spec),
+    )
+    checkpoint.install_recomputed(functions.recomputed_from)
+    dtensor.let_styles_pass(ShardTensor)
+    dtensor.agree_on_overflow()
+    # modules whose functions have rules
+    sys.meta_path.insert(0, finder)
