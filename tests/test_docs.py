@@ -1,9 +1,11 @@
 """The code in the docs runs."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -166,3 +168,17 @@ def test_the_example_of_launching():
     subprocess.run([sys.executable, "-c", block], check=True, env=env, timeout=120)
     (options,) = re.findall(r"```yaml\n(data.*?)```", (DOCS / "launch.md").read_text(), re.S)
     assert st.Options.from_dict(yaml.safe_load(options)).fsdp == "all"
+
+
+def test_the_drawing_of_the_architecture_has_every_package():
+    tree = ast.parse((DOCS / "drawings" / "draw.py").read_text())
+    drawn = next(
+        ast.literal_eval(n.value)
+        for n in tree.body
+        if isinstance(n, ast.Assign) and n.targets[0].id == "PACKAGES"
+    )
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    packages = next(c for c in layers["contracts"] if c["containers"] == ["shardtensor"])
+    assert set(drawn) == {n for line in packages["layers"] for n in line.split(" | ")}
+    svg = (DOCS / "drawings" / "architecture.svg").read_text()
+    assert all(f"<!-- {name} -->" in svg for name in drawn)

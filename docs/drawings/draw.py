@@ -1,6 +1,7 @@
 """The drawings of the documentation: python docs/drawings/draw.py writes them beside this file."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 import matplotlib
@@ -122,7 +123,70 @@ def cotangents() -> None:
     fig.savefig(HERE / "cotangents.svg")
 
 
+# what a package is, in a few words
+PACKAGES = {
+    "cli": "plan, check, doctor\nin a shell",
+    "io": "samples: each rank reads\nwhat it holds",
+    "plan": "before a run: what it takes,\nwhether it is right",
+    "ops": "graphs, points, spheres,\nspectra, sparse grids",
+    "train": "weights in sync, gradients\nsummed, FSDP2",
+    "compile": "local programs for\ntorch.compile",
+    "ranks": "simulated, rehearsed,\nheld to one device",
+    "rules": "what an op does on shards: labels, sliding, rows",
+    "checkpoint": "n ranks to m",
+    "dispatch": "function to handler,\nthe fallback",
+    "observe": "trace, guard,\nwho waits for whom",
+    "attention": "kernels over keys\nof several ranks",
+    "tensor": "ShardTensor: the global view",
+    "comm": "collectives, each with its adjoint",
+    "settings": "of contexts",
+    "_torch": "private APIs\nof torch",
+    "registry": "rules by key",
+    "spec": "where each\nelement lives",
+    "errors": "what is\nraised",
+    "cache": "pure\nfunctions",
+    "caller": "the user's\nline",
+}
+# the way of `F.conv2d(x, w)`, from package to package
+CALL = [
+    ("tensor", "1  __torch_function__"),
+    ("registry", "2  its handler"),
+    ("rules", "3  the rule: which rows are read"),
+    ("comm", "4  fetch the halo"),
+]
+
+
+def architecture() -> None:
+    """The packages by layers, as pyproject.toml has them, and the way of one call."""
+    text = (HERE.parent.parent / "pyproject.toml").read_text()
+    contracts = tomllib.loads(text)["tool"]["importlinter"]["contracts"]
+    layers = next(c["layers"] for c in contracts if c["containers"] == ["shardtensor"])
+    fig, ax = plt.subplots(figsize=(9, 6.6))
+    on_the_way = dict(CALL)
+    for row, layer in enumerate(reversed(layers)):
+        names = layer.split(" | ")
+        w = 9 / len(names)
+        for i, name in enumerate(names):
+            hot = bool(on_the_way.get(name))
+            box = Rectangle((i * w + 0.05, row), w - 0.1, 0.86, ec=COLORS[hot], lw=1.2 + hot,
+                            fc=FAINT[hot])  # fmt: skip
+            ax.add_patch(box)
+            middle = i * w + w / 2
+            ax.text(middle, row + 0.68, name, ha="center", va="center", weight="bold")
+            ax.text(middle, row + (0.38 if hot else 0.3), PACKAGES[name], ha="center", va="center",
+                    fontsize=7.5, linespacing=0.95)  # fmt: skip
+            if hot:
+                ax.text(middle, row + 0.1, on_the_way[name], ha="center", va="center",
+                        fontsize=7.5, color="#a04a00")  # fmt: skip
+    ax.text(4.5, -0.25, "A package imports only those below it. Orange: the way of F.conv2d(x, w); "
+            "5: the stock kernel on local tensors.", ha="center", va="top", fontsize=9)  # fmt: skip
+    ax.set_xlim(-0.05, 9.05)
+    ax.set_ylim(-0.6, len(layers))
+    ax.axis("off")
+    fig.savefig(HERE / "architecture.svg")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for draw in (sample, window, cotangents):
+    for draw in (sample, window, cotangents, architecture):
         draw()
