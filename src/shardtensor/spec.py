@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -25,10 +25,52 @@ class Dim(NamedTuple):
     axes: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
 
+    @classmethod
+    def chunked(cls, size: int, axes: Sequence[int], mesh: DeviceMesh) -> Dim:
+        """A dim that each mesh axis in turn chunks as `torch.chunk` does."""
+        if not axes:
+            return cls(size)
+        return cls(size, tuple(axes), nested_chunk_sizes(size, [mesh.size(a) for a in axes]))
+
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where every shard starts, and the end: len(sizes) + 1 ascending integers."""
         return (0, *accumulate(self.sizes))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The rows [start, stop) of every shard; of a whole dim all rows."""
+        return tuple(pairwise(self.offsets)) if self.axes else ((0, self.size),)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it lies in several shards; mesh axes of size 1 cut nothing."""
+        return len(self.sizes) > 1
+
+    @property
+    def whole(self) -> Dim:
+        """The dim on every rank."""
+        return Dim(self.size) if self.axes else self
+
+    def cut_at(self, edges: Sequence[int]) -> Dim:
+        """A dim that the same axes cut at `edges`: len(sizes) + 1, the last one its size.
+
+        Of a whole dim only the size counts.
+        """
+        if not self.axes:
+            return Dim(edges[-1])
+        return Dim(edges[-1], self.axes, tuple(b - a for a, b in pairwise(edges)))
+
+    def scaled(self, times: int, per: int = 1) -> Dim:
+        """A dim with `times` rows in the place of each `per` rows."""
+        sizes = tuple(n * times // per for n in self.sizes)
+        return Dim(self.size * times // per, self.axes, sizes)
+
+    def clipped(self, start: int, stop: int) -> Dim:
+        """The rows [start, stop); every shard keeps what it has of them."""
+        if not self.axes:
+            return Dim(stop - start)
+        return self.cut_at([min(max(o, start), stop) - start for o in self.offsets])
 
 
 def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
@@ -43,6 +85,16 @@ def nested_chunk_sizes(size: int, parts: Sequence[int]) -> tuple[int, ...]:
     for n in parts:
         sizes = tuple(s for block in sizes for s in chunk_sizes(block, n))
     return sizes
+
+
+def whole_dims(shape: Sequence[int]) -> tuple[Dim, ...]:
+    """The dims of a tensor that every rank has whole."""
+    return tuple([Dim(n) for n in shape])
+
+
+def axes_in(dims: Iterable[Dim]) -> tuple[int, ...]:
+    """The mesh axes that shard any of the dims, ascending."""
+    return tuple(sorted([a for d in dims for a in d.axes]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,6 +160,11 @@ class Spec:
             dims.append(Dim(int(size), tuple(on), cut))
         return cls(mesh, tuple(dims), tuple(partial))
 
+    @classmethod
+    def whole(cls, mesh: DeviceMesh, shape: Sequence[int]) -> Spec:
+        """The spec of a tensor that every rank has whole."""
+        return cls(mesh, whole_dims(shape))
+
     @cached_property
     def shape(self) -> torch.Size:
         """The global shape."""
@@ -132,7 +189,7 @@ class Spec:
     @cached_property
     def varying(self) -> tuple[int, ...]:
         """The mesh axes along which local tensors are shards, ascending."""
-        return tuple(sorted(axis for d in self.dims for axis in d.axes))
+        return axes_in(self.dims)
 
     @cached_property
     def index(self) -> tuple[int, ...]:
@@ -165,6 +222,26 @@ class Spec:
         )
 
     @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The rows [start, stop) of this rank's shard in each dim."""
+        return self.spans_at(self.coordinate)
+
+    def spans_at(self, coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The rows [start, stop) in each dim of the rank at a mesh coordinate."""
+        index = self.index_at(coordinate)
+        return tuple([d.spans[i] for d, i in zip(self.dims, index, strict=True)])
+
+    def places(self, axes: Sequence[int]) -> list[tuple[int, ...]]:
+        """The coordinates of all ranks that differ from this one along `axes` only, row-major.
+
+        So `comm.group(mesh, axes)` numbers them.
+        """
+        ranges = [
+            range(self.mesh.size(a)) if a in axes else (i,) for a, i in enumerate(self.coordinate)
+        ]
+        return list(product(*ranges))
+
+    @cached_property
     def local_shape(self) -> torch.Size:
         """The shape of this rank's local tensor."""
         return self.local_shape_at(self.coordinate)
@@ -183,11 +260,31 @@ class Spec:
 
     def replicated(self) -> Spec:
         """The spec of the same tensor whole on every rank."""
-        return Spec(self.mesh, tuple(Dim(d.size) for d in self.dims))
+        return Spec(self.mesh, tuple([d.whole for d in self.dims]))
 
-    def with_dims(self, dims: Sequence[Dim]) -> Spec:
+    def with_dims(self, dims: Iterable[Dim]) -> Spec:
         """Other dims on the same mesh, nothing partial."""
         return Spec(self.mesh, tuple(dims))
+
+    def replace(self, dims: Mapping[int, Dim]) -> Spec:
+        """Some dims replaced, by their number."""
+        new = {d % len(self.dims): dim for d, dim in dims.items()}
+        kept = tuple([new.get(i, d) for i, d in enumerate(self.dims)])
+        return Spec(self.mesh, kept, self.partial)
+
+    def insert(self, d: int, dim: Dim) -> Spec:
+        """A new dim before dim d."""
+        return Spec(self.mesh, (*self.dims[:d], dim, *self.dims[d:]), self.partial)
+
+    def drop(self, dims: Iterable[int]) -> Spec:
+        """Without some dims."""
+        gone = {d % len(self.dims) for d in dims}
+        kept = tuple([d for i, d in enumerate(self.dims) if i not in gone])
+        return Spec(self.mesh, kept, self.partial)
+
+    def whole_in(self, dims: Iterable[int]) -> Spec:
+        """Some dims whole on every rank."""
+        return self.replace({d: self.dims[d].whole for d in dims})
 
     @cached_property
     def _key(self) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from ..errors import UnsupportedOpError
 from . import deferred, groups, wire
 from .addends import addend_op, alike_op
 from .exchanges import exchange
-from .groups import group, rank, size
+from .groups import along, group, rank, size
 from .ops import (
     exchange_parts,
     gather_op,
@@ -35,6 +35,7 @@ from .ops import vary as _vary
 __all__ = [
     "addend",
     "alike",
+    "along",
     "asked",
     "counts",
     "gather",

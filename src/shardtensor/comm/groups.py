@@ -13,6 +13,7 @@ from .. import _torch
 from .._torch.world import is_silent
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
+from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
@@ -39,6 +40,11 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
         return ALONE
     with _torch.outside_modes() if _torch.is_tracing() else nullcontext():
         return _made(mesh, axes)
+
+
+def along(spec: Spec, *dims: int) -> str:
+    """The name of the group of ranks that share out dims of a tensor."""
+    return group(spec.mesh, axes_in([spec.dims[d] for d in dims]))
 
 
 def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:

@@ -7,9 +7,8 @@ sharding that a rule asks for, each with the right cotangent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,9 +20,18 @@ from .. import comm
 from ..comm.deferred import check_mesh
 from ..errors import UnsupportedOpError
 from ..registry import method
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec, axes_in, whole_dims
 from .aliases import relate
 from .shard_tensor import ShardTensor, wrap
+
+Wanted = Sequence[Dim] | None
+X = TypeVar("X")
+A = TypeVar("A", Tensor, Tensor | None)
+B = TypeVar("B", Tensor, Tensor | None)
+C = TypeVar("C", Tensor, Tensor | None)
+D = TypeVar("D", Tensor, Tensor | None)
+# an operand and the dims it is wanted in; None: whole
+Given = tuple[A, Wanted]
 
 _NOT_DENSE = (
     "a {0} operand beside shards, which would have to be cut like them: make it dense "
@@ -45,14 +53,19 @@ def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
     return x if spec == x._spec else wrap(convert(x._local, x._spec, spec), spec)
 
 
-def reduced(x: ShardTensor) -> ShardTensor:
-    """The tensor with its partial sums added up."""
-    if not x._spec.partial:
+def reduced(x: X) -> X:
+    """A tensor with its partial sums added up; anything but a ShardTensor has none."""
+    if not isinstance(x, ShardTensor) or not x._spec.partial:
         return x
     whole = to_dims(x, x._spec.dims)
     # a view of the sums stands for one of x
     relate(whole._local, x._local)
-    return whole
+    return whole  # type: ignore[return-value]
+
+
+def local_of(x: X) -> X:
+    """This rank's part of a tensor; anything but a ShardTensor is its own."""
+    return x._local if isinstance(x, ShardTensor) else x  # type: ignore[return-value]
 
 
 def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
@@ -66,14 +79,22 @@ def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
     free.sort(key=lambda i: new[i].size)
     for d in dims:
         dim = new[d]
-        if len(dim.sizes) > 1:
+        if dim.is_cut:
             if not free:
                 return None
             to = free.pop()
-            parts = [x._spec.mesh.size(a) for a in dim.axes]
-            new[to] = Dim(new[to].size, dim.axes, nested_chunk_sizes(new[to].size, parts))
-            new[d] = Dim(dim.size)
+            new[to] = Dim.chunked(new[to].size, dim.axes, x._spec.mesh)
+            new[d] = dim.whole
     return to_dims(x, new)
+
+
+def on_dim(x: ShardTensor, d: int) -> ShardTensor:
+    """x with all its shards along dim d."""
+    axes = x._spec.varying
+    if axes == x._spec.dims[d].axes:
+        return x
+    cut = Dim.chunked(x.shape[d], axes, x._spec.mesh)
+    return to_dims(x, x._spec.replicated().replace({d: cut}).dims)
 
 
 @method
@@ -191,9 +212,7 @@ def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
 
 
 def _recut(local: Tensor, mesh: DeviceMesh, d: int, have: Dim, want: Dim) -> Tensor:
-    ends = want.offsets
-    windows = list(pairwise(ends))
-    return comm.window(local, d, have.sizes, windows, comm.group(mesh, have.axes))
+    return comm.window(local, d, have.sizes, want.spans, comm.group(mesh, have.axes))
 
 
 def _settle_partial(
@@ -297,17 +316,28 @@ def _move_axes(
             return local, have
 
 
+# one for each number of operands: a tensor's local value is a tensor, None stays None
+@overload
+def fit(mesh: DeviceMesh, varying: Sequence[int], a: Given[A], /) -> tuple[A]: ...
+@overload
+def fit(mesh: DeviceMesh, varying: Sequence[int], a: Given[A], b: Given[B], /) -> tuple[A, B]: ...
 @overload
 def fit(
-    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor, Sequence[Dim] | None]
-) -> list[Tensor]: ...
+    mesh: DeviceMesh, varying: Sequence[int], a: Given[A], b: Given[B], c: Given[C], /
+) -> tuple[A, B, C]: ...
 @overload
 def fit(
-    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
-) -> list[Tensor | None]: ...
+    mesh: DeviceMesh, varying: Sequence[int], a: Given[A], b: Given[B], c: Given[C], d: Given[D], /
+) -> tuple[A, B, C, D]: ...
+@overload
 def fit(
-    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Sequence[Dim] | None]
-) -> Any:
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor, Wanted]
+) -> tuple[Tensor, ...]: ...
+@overload
+def fit(
+    mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Wanted]
+) -> tuple[Tensor | None, ...]: ...
+def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None, Wanted]) -> Any:
     """Local values of operands for a local program that varies along mesh axes `varying`.
 
     Each operand comes with the dims it is wanted in (None: whole). Where an operand is the same
@@ -325,11 +355,11 @@ def fit(
         if x is None:
             found.append(None)
             continue
-        own = () if dims is None else tuple(a for d in dims for a in d.axes)
+        own = () if dims is None else axes_in(dims)
         if isinstance(x, ShardTensor) and dims == x._spec.dims and not x._spec.partial:
             local = x._local
         elif isinstance(x, ShardTensor) or own:
-            wanted = tuple(Dim(n) for n in x.shape) if dims is None else tuple(dims)
+            wanted = whole_dims(x.shape) if dims is None else tuple(dims)
             local = like(x, Spec(mesh, wanted))._local
         elif type(x) is DTensor:
             raise UnsupportedOpError(_DTENSOR)
@@ -348,4 +378,4 @@ def fit(
         values = comm.vary([found[i] for i in picked], group)  # type: ignore[misc]
         for i, value in zip(picked, values, strict=True):
             found[i] = value
-    return found
+    return tuple(found)
