@@ -33,12 +33,13 @@ from ..cache import cached
 from ..dispatch.fallback import gathered
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import generator_for, matching
 from ..tensor.redistribute import fit, like, reduced, to_dims
-from .attention_plan import NAME, Dims, Known, Plan, cut_alike, dims_of, plan, spans
+from .attention_plan import NAME, Dims, Plan, cut_alike, dims_of, plan, spans
 from .empty import stock
+from .labels import Known, known
 
 
 @rule(NAME)
@@ -52,31 +53,33 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ShardTensor:
-    query, key, value = (_whole_sums(x) for x in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = _whole_sums(attn_mask)
+    query, key, value = map(reduced, (query, key, value))
+    attn_mask = reduced(attn_mask)
     _check(query, key, value, attn_mask)
-    given = (query, key, value, attn_mask)
-    exact = not (query.device.type == "cpu" and _takes_flash(given, dropout_p, enable_gqa))
+    exact = query.device.type != "cpu" or not _takes_flash(
+        query, key, value, attn_mask, dropout_p, enable_gqa
+    )
     if attn_mask is not None and is_causal and exact and query.device.type == "cpu":
         raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
-    if enable_gqa and not _heads_fit(_known(query), _known(key), _known(value)):
+    if enable_gqa and not _heads_fit(known(query), known(key), known(value)):
         key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
-    known = _known(query), _known(key), _known(value)
-    masked = None if attn_mask is None else _known(attn_mask)
-    given = (query, key, value, attn_mask)
-    p = plan(*known, masked, enable_gqa)
+    facts = known(query), known(key), known(value)
+    masked = None if attn_mask is None else known(attn_mask)
+    p = plan(*facts, masked, enable_gqa)
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if dropout_p and matching():
         call = (query, key, value, attn_mask, dropout_p, is_causal)
         whole = gathered(F.scaled_dot_product_attention, call, options)
         return to_dims(whole, p.spec.dims)
     plain = attn_mask is None and not dropout_p
-    dealt = _deal(p, known, plain, is_causal, query.dtype.itemsize)
+    dealt = _deal(p, facts, plain, is_causal, query.dtype.itemsize)
     if dealt is not None:
         return _by_heads(p, (query, key, value), dealt, {"is_causal": is_causal, **options})
-    q, k, v, mask = fit(p.spec.mesh, p.varying, *zip(given, p.wanted, strict=True))
-    assert q is not None and k is not None and v is not None
+    for_q, for_k, for_v, for_mask = p.wanted
+    q, k, v, mask = fit(
+        p.spec.mesh, p.varying,
+        (query, for_q), (key, for_k), (value, for_v), (attn_mask, for_mask),
+    )  # fmt: skip
     if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p):
 
         def local(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -189,11 +192,11 @@ def _by_heads(
     mesh, n = p.spec.mesh, p.spec.mesh.size(axis)
 
     def dims(x: Tensor, tokens: Dim) -> Dims:
-        own = dims_of(_known(x))
+        own = dims_of(known(x))
         outer = Dim(tokens.size, tokens.axes[:-1], _merged_sizes(tokens, n))
-        heads = Dim(own[-3].size, (axis,), tuple(nested_chunk_sizes(own[-3].size, [n])))
+        heads = Dim.chunked(own[-3].size, (axis,), mesh)
         lead = cut_alike(own[:-3], p.spec.dims[:-3])
-        return (*lead, heads, outer if outer.axes else Dim(tokens.size), Dim(own[-1].size))
+        return (*lead, heads, outer if outer.axes else tokens.whole, Dim(own[-1].size))
 
     tokens = (p.spec.dims[-2], p.keys, p.keys)
     wanted = [dims(x, t) for x, t in zip(operands, tokens, strict=True)]
@@ -214,14 +217,6 @@ def _by_heads(
 def _merged_sizes(tokens: Dim, n: int) -> tuple[int, ...]:
     """Sizes of a nested dim without its innermost axis."""
     return tuple(sum(tokens.sizes[i : i + n]) for i in range(0, len(tokens.sizes), n))
-
-
-def _whole_sums(x: Tensor) -> Tensor:
-    return reduced(x) if isinstance(x, ShardTensor) else x
-
-
-def _known(x: Tensor) -> Known:
-    return x._spec if isinstance(x, ShardTensor) else x.shape
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -249,14 +244,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
 
 
-def _takes_flash(given: tuple[Tensor | None, ...], drop: float, grouped: bool) -> bool:
+def _takes_flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float, grouped: bool
+) -> bool:
     """Whether one device would take torch's fused kernel for CPUs, of which some gradients differ.
 
     The conditions are those of torch 2.11 to 2.13, in sdp_utils_cpp.h.
     """
-    *qkv, mask = given
-    q, k, v = qkv
-    assert q is not None and k is not None and v is not None
     return (
         torch.backends.cuda.flash_sdp_enabled()
         and not drop

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import lcm
 from typing import NamedTuple
 
-import torch
-
 from ..cache import cached
-from ..errors import UnsupportedOpError
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
+from . import labels
+from .labels import Known
 
-Known = Spec | torch.Size
 Dims = tuple[Dim, ...]
 NAME = "scaled_dot_product_attention"
+# the query's batch stays where it is
+_FIRST = (0, 1, 2, 3)
 
 
 class Plan(NamedTuple):
@@ -30,23 +29,22 @@ class Plan(NamedTuple):
 
 
 def dims_of(x: Known) -> Dims:
-    return x.dims if isinstance(x, Spec) else tuple(Dim(n) for n in x)
+    return x.dims if isinstance(x, Spec) else whole_dims(x)
 
 
 @cached
 def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Plan:
     """Batch and heads keep their mesh axes; queries and keys get theirs of what is left."""
     known = [x for x in (q, k, v, mask) if x is not None]
-    meshes = {x.mesh for x in known if isinstance(x, Spec)}
-    if len(meshes) > 1:
-        raise UnsupportedOpError(f"{NAME} of tensors on different meshes: {known}")
-    (mesh,) = meshes
     operands = [dims_of(x) for x in known]
-    used: set[int] = set()
     lead = max(len(dims) for dims in operands) - 2
-    batch = [
-        _batch_dim(operands, i - lead - 2, grouped and i == lead - 1, used) for i in range(lead)
-    ]
+    shared = lead - 1 if grouped else lead
+    terms = [labels.broadcast(max(0, len(x) - 2 - lead + shared), shared) for x in operands]
+    outer = [_outer(x, len(t)) for x, t in zip(known, terms, strict=True)]
+    together = labels.plan_of((*terms, labels.broadcast(shared, shared)), *outer, order=_FIRST)
+    mesh, batch, used = together.mesh, list(together.out.dims), set(together.varying)
+    if grouped:
+        batch.append(_heads([dims[-3] for dims in operands if len(dims) > 2], used))
     queries = _tokens(operands[0][-2], operands[3:], used)
     keys = _tokens(operands[1][-2], [operands[2]], used)
     apart = [a for a in keys.axes if mesh.size(a) > 1]
@@ -77,20 +75,26 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
     )
 
 
-def _batch_dim(operands: list[Dims], at: int, heads: bool, used: set[int]) -> Dim:
-    """A leading dim of the result; takes the mesh axes of the first operand that shards it."""
-    own = [dims[at] for dims in operands if len(dims) >= -at]
+def _outer(x: Known, n: int) -> Known:
+    """How the first n dims of an operand lie."""
+    return x.with_dims(x.dims[:n]) if isinstance(x, Spec) else x[:n]
+
+
+def _heads(own: list[Dim], used: set[int]) -> Dim:
+    """The heads of the result, in whole groups that share a key head: labels have one size.
+
+    They take the mesh axes of the first operand that shards them.
+    """
     size = 0 if any(d.size == 0 for d in own) else max(d.size for d in own)
-    if any(d.size not in (1, size) and (not heads or size % d.size) for d in own):
-        raise RuntimeError(f"{NAME}: leading dims {[d.size for d in own]} do not broadcast")
-    # sizes of heads must suit every operand: whole groups that share a key head
+    if any(d.size not in (1, size) and size % d.size for d in own):
+        raise RuntimeError(f"{NAME}: heads {[d.size for d in own]} do not broadcast")
     times = lcm(*(size // d.size for d in own if d.size > 1))
     for d in own:
-        here = tuple(s * (size // d.size) for s in d.sizes) if d.size > 1 else d.sizes
-        fits = d.size == size or (heads and d.size > 1)
-        if d.axes and fits and used.isdisjoint(d.axes) and all(s % times == 0 for s in here):
+        here = d.scaled(size, d.size) if d.size > 1 else d
+        fits = d.axes and here.size == size and used.isdisjoint(d.axes)
+        if fits and all(s % times == 0 for s in here.sizes):
             used.update(d.axes)
-            return Dim(size, d.axes, here)
+            return here
     return Dim(size)
 
 
@@ -103,12 +107,15 @@ def cut_alike(own: Dims, wanted: list[Dim] | Dims) -> Dims:
         elif d.size == 1:
             found.append(Dim(1))
         else:
-            found.append(Dim(d.size, w.axes, tuple(s * d.size // w.size for s in w.sizes)))
+            found.append(w.scaled(d.size, w.size))
     return tuple(found)
 
 
 def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
-    """Queries or keys, sharded as the first operand that shards them by free axes."""
+    """Queries or keys, sharded as the first operand that shards them by free axes.
+
+    By hand, since one mesh axis may shard both, a ring, where labels have an axis each.
+    """
     for d in (own, *(dims[-2] for dims in others)):
         if d.axes and d.size == own.size and used.isdisjoint(d.axes):
             return d
@@ -118,14 +125,7 @@ def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
 @cached
 def spans(p: Plan) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """(start, size) of the queries and of the keys of every rank of this rank's ring."""
-    mesh = p.spec.mesh
-    both = Spec(mesh, (p.spec.dims[-2],)), Spec(mesh, (p.keys,))
-    place = list(p.spec.coordinate)
-    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for ring in product(*(range(mesh.size(a)) for a in p.ring)):
-        for axis, i in zip(p.ring, ring, strict=True):
-            place[axis] = i
-        for spec, into in zip(both, found, strict=True):
-            (dim,), (i,) = spec.dims, spec.index_at(place)
-            into.append((dim.offsets[i], dim.sizes[i]) if dim.axes else (0, dim.size))
-    return tuple(found[0]), tuple(found[1])
+    both = p.spec.with_dims([p.spec.dims[-2]]), p.spec.with_dims([p.keys])
+    ring = p.spec.places(p.ring)
+    q, k = ([(s, e - s) for s, e in (spec.spans_at(at)[0] for at in ring)] for spec in both)
+    return tuple(q), tuple(k)

@@ -17,24 +17,28 @@ from .._torch import kernels
 from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, reduced, replicate, to_dims
+from ..tensor.redistribute import aside, fit, local_of, on_dim, reduced, replicate, to_dims
+from . import labels
 from .pointwise import align, function_rule
 from .reduce import axes_of, finish, over
-from .rows import Dims, axes_in, dims_of, mesh_of
+from .rows import Dims, dims_of, mesh_of
 
 
 def _settled(x: Any) -> Any:
     """x, without addends and without a gradient."""
-    if isinstance(x, ShardTensor):
-        return reduced(x.detach())
-    return x.detach() if isinstance(x, Tensor) else x
+    return reduced(x.detach()) if isinstance(x, Tensor) else x
 
 
-def _without(dims: Sequence[Dim], axes: set[int]) -> Dims:
-    """The dims, whole where one of the axes shards them."""
-    return tuple(Dim(d.size) if set(d.axes) & axes else d for d in dims)
+def _back(found: ShardTensor, own: Dims) -> ShardTensor:
+    """found cut as `own` where it is whole since another operand was larger."""
+    taken = found._spec.varying
+    dims = [
+        o if o.axes and not set(o.axes) & set(taken) else f
+        for o, f in zip(own, found._spec.dims, strict=True)
+    ]
+    return to_dims(found, dims)
 
 
 # searching ---------------------------------------------------------------------------------------
@@ -62,27 +66,19 @@ def searchsorted(
         seq = replicate(seq) if seq.ndim != 1 else seq
         found = torch.searchsorted(seq._local, values, **options)
         return wrap(finish(found, seq._spec, (0,)), seq._spec.with_dims(()))
-    mesh = mesh_of(seq, values)
     if seq.ndim != 1 and seq.shape[:-1] != values.shape[:-1]:
         raise RuntimeError(
             "torch.searchsorted(): boundaries tensor should be 1 dimension or the first N-1 "
             "dimensions of boundaries tensor and input value tensor must match, but we got "
             f"boundaries tensor {list(seq.shape)} and input value tensor {list(values.shape)}"
         )
-    own = list(dims_of(values))
-    *lead, last = dims_of(seq)
-    for i, d in enumerate(lead):
-        if not own[i].axes and not set(d.axes) & set(axes_in(own)):
-            own[i] = d
-    both = set(last.axes) & set(axes_in(own))
-    gathers = bool(both) and values.numel() < seq.numel()
-    dims = _without(own, both) if gathers else tuple(own)
-    last = Dim(last.size) if both and not gathers else last
-    a, b = fit(mesh, (), (seq, (*dims[: len(lead)], last)), (values, dims))
-    assert a is not None and b is not None
-    found = torch.searchsorted(a.contiguous(), b.contiguous(), **options)
-    partial = tuple((axis, "sum") for axis in last.axes)
-    return to_dims(wrap(found, Spec(mesh, dims, partial)), own)
+    *lead, last = [f"d{i}" for i in range(values.ndim)] or [""]
+    terms = (("s",) if seq.ndim == 1 else (*lead, "s"), (*lead, last)[: values.ndim])
+
+    def search(seq: Tensor, values: Tensor) -> Tensor:
+        return torch.searchsorted(seq.contiguous(), values.contiguous(), **options)
+
+    return _back(labels.run((*terms, terms[1]), search, seq, values), dims_of(values))
 
 
 @rule("bucketize")
@@ -102,23 +98,14 @@ def isin(
     x, tests = _settled(elements), _settled(test_elements)
     if not (isinstance(x, Tensor) and isinstance(tests, Tensor)):
         of = x if isinstance(x, ShardTensor) else tests
-        a, b = (t._local if isinstance(t, ShardTensor) else t for t in (x, tests))
+        a, b = map(local_of, (x, tests))
         if of is x:
             return wrap(torch.isin(a, b, invert=invert), of._spec)
-        found = comm.reduce(torch.isin(a, b), comm.group(mesh_of(of), axes_in(dims_of(of))), "max")
+        found = comm.reduce(torch.isin(a, b), comm.along(of._spec, *range(of.ndim)), "max")
         return wrap(~found if invert else found, of._spec.with_dims(()))
-    mesh, own = mesh_of(x, tests), dims_of(x)
-    both = set(axes_in(own)) & set(axes_in(dims_of(tests)))
-    gathers = x.numel() < tests.numel()
-    dims = _without(own, both) if gathers else own
-    given = dims_of(tests) if gathers else _without(dims_of(tests), both)
-    a, b = fit(mesh, (), (x, dims), (tests, given))
-    assert a is not None and b is not None
-    found = torch.isin(a, b)
-    axes = axes_in(given)
-    if axes:
-        found = comm.reduce(found, comm.group(mesh, axes), "max")
-    return to_dims(wrap(~found if invert else found, Spec(mesh, dims)), own)
+    each, others = (tuple(f"{k}{i}" for i in range(t.ndim)) for k, t in (("x", x), ("t", tests)))
+    found = labels.run((each, others, each), torch.isin, x, tests, op="max")
+    return _back(~found if invert else found, dims_of(x))
 
 
 # histograms --------------------------------------------------------------------------------------
@@ -127,7 +114,7 @@ def isin(
 def _total(found: Tensor, spec: Spec) -> ShardTensor:
     """Counts of every rank's part, added up."""
     every = range(len(spec.dims))
-    return wrap(finish(found, spec, every), spec.with_dims([Dim(n) for n in found.shape]))
+    return wrap(finish(found, spec, every), spec.with_dims(whole_dims(found.shape)))
 
 
 def _ends(x: ShardTensor) -> tuple[float, float]:
@@ -165,10 +152,9 @@ def histogram(
     mesh = mesh_of(input, weight, bins)
     given = [_settled(t) for t in (input, weight) if t is not None]
     if not isinstance(given[0], ShardTensor):
-        given[0] = wrap(given[0], Spec(mesh, dims_of(given[0])))
+        given[0] = wrap(given[0], Spec.whole(mesh, given[0].shape))
     spec, wanted = align(*given)
     x, *w = fit(mesh, (), *zip(given, wanted, strict=True))
-    assert x is not None
     options = {"weight": w[0] if w else None}
     if isinstance(bins, Tensor):
         bins = replicate(bins)._local if isinstance(bins, ShardTensor) else bins
@@ -230,7 +216,6 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
     spec, wanted = align(*given)
     _eager("bincount", spec)
     x, *w = fit(spec.mesh, (), *zip(given, wanted, strict=True))
-    assert x is not None
     low, high = _ends(wrap(x.long(), spec))
     if low < 0:
         raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
@@ -251,17 +236,6 @@ def _eager(op: str, spec: Spec) -> None:
 
 
 # distinct values ---------------------------------------------------------------------------------
-
-
-def _on(x: ShardTensor, d: int) -> ShardTensor:
-    """x with all its shards along dim d."""
-    axes = x._spec.varying
-    if axes == x._spec.dims[d].axes:
-        return x
-    parts = [x._spec.mesh.size(a) for a in axes]
-    dims = [Dim(n) for n in x.shape]
-    dims[d] = Dim(x.shape[d], axes, nested_chunk_sizes(x.shape[d], parts))
-    return to_dims(x, dims)
 
 
 def _distinct(fn: Any, local: Tensor, d: int, group: str, counting: bool) -> Any:
@@ -311,13 +285,13 @@ def unique_dim(
     if not x.ndim or not _is_cut(x):
         return _plain(kernels.functions.unique_dim, x, dim, sorted, return_inverse, return_counts)
     (d,) = over(dim, x.ndim)
-    y = _on(x, d)
+    y = on_dim(x, d)
     rows, mesh = y._spec.dims[d], x._spec.mesh
     values, places, times = _distinct(
         lambda t: kernels.functions.unique_dim(t, d, sorted, True, True), y._local, d,
         comm.group(mesh, rows.axes), return_counts,
     )  # fmt: skip
-    whole = y._spec.with_dims([Dim(n) for n in values.shape])
+    whole = y._spec.with_dims(whole_dims(values.shape))
     if not return_counts:
         times = times.new_zeros(0)
     return (
@@ -330,7 +304,7 @@ def unique_dim(
 def _plain(fn: Any, x: ShardTensor, *args: Any) -> Any:
     """fn of a tensor that is the same on all ranks."""
     found = fn(x._local, *args)
-    return tuple(wrap(f, x._spec.with_dims([Dim(n) for n in f.shape])) for f in found)
+    return tuple(wrap(f, x._spec.with_dims(whole_dims(f.shape))) for f in found)
 
 
 @function_rule("unique_consecutive")
@@ -351,12 +325,11 @@ def _runs(
         return _plain(kernels.functions.unique_consecutive, x, return_inverse, return_counts, dim)
     lead = next((i for i, n in enumerate(x.shape) if n > 1), 0)
     d = lead if dim is None else over(dim, x.ndim)[0]
-    y = _on(x, d)
+    y = on_dim(x, d)
     _eager("unique_consecutive", y._spec)
     rows, local = y._spec.dims[d], y._local
     if dim is None:
-        size = x.numel() // max(1, x.shape[d])
-        rows = Dim(x.numel(), rows.axes, tuple(size * n for n in rows.sizes))
+        rows = rows.scaled(x.numel() // max(1, x.shape[d]))
         local, d = local.flatten(), 0
     group = comm.group(y._spec.mesh, rows.axes)
     values, places, times = Tensor.unique_consecutive(local, True, True, d)
@@ -372,13 +345,15 @@ def _runs(
     kept = Dim(sum(sizes), rows.axes, sizes)
     runs = first + torch.arange(values.shape[d], device=values.device)
     times = comm.put(times, runs, sizes, group)
-    dims = [kept] if dim is None else [*y._spec.dims[:d], kept, *y._spec.dims[d + 1 :]]
     inverse = wrap(
         (places + first).view(y._spec.local_shape if dim is None else -1),
         y._spec if dim is None else y._spec.with_dims([rows]),
     )
     return (
-        wrap(values.narrow(d, int(goes_on), n), y._spec.with_dims(dims)),
+        wrap(
+            values.narrow(d, int(goes_on), n),
+            y._spec.with_dims([kept]) if dim is None else y._spec.replace({d: kept}),
+        ),
         to_dims(inverse, x._spec.dims if dim is None else [x._spec.dims[d]]),
         wrap(times, y._spec.with_dims([kept])),
     )

@@ -22,11 +22,13 @@ from torch import Tensor
 from .. import _torch, comm
 from ..cache import cached
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced
+from . import labels
 from .empty import stock
 from .extents import Window, by_shard, extent, tell
+from .rows import dims_of
 
 NEAREST, BICUBIC = 1, 2
 ZEROS, BORDER, REFLECTION = range(3)
@@ -47,17 +49,13 @@ class Way(NamedTuple):
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> ShardTensor:
-    x, g = (reduced(t) if isinstance(t, ShardTensor) else t for t in (input, grid))
+    x, g = (reduced(t) for t in (input, grid))
     way = Way(interpolation_mode, padding_mode, bool(align_corners))
     _check(x, g, way)
     mesh = next(t._spec.mesh for t in (x, g) if isinstance(t, ShardTensor))
     n = x.ndim - 2
-    wanted, out = _plan(*(
-        t._spec if isinstance(t, ShardTensor) else Spec(mesh, tuple(Dim(m) for m in t.shape))
-        for t in (x, g)
-    ))  # fmt: skip
+    wanted, out = _plan(*(Spec(mesh, dims_of(t)) for t in (x, g)))
     local, at = fit(mesh, out.varying, (x, wanted.dims), (g, [out.dims[0], *out.dims[2:], Dim(n)]))
-    assert local is not None and at is not None
     if not any(d.axes for d in wanted.dims[2:]):
         return wrap(_sampled(local, at, way, out), out)
     dtype = _sampled(local.new_zeros([1] * (n + 2)), at.new_zeros([*[1] * (n + 1), n]), way).dtype
@@ -100,28 +98,27 @@ def _plan(x: Spec, g: Spec) -> tuple[Spec, Spec]:
     An axis stays on the input's batch or channels, else on the grid's places, else it moves from
     the input's rows to the output's rows.
     """
-    wanted = [Dim(1) if i > 1 and d.size == 1 else d for i, d in enumerate(x.dims)]
-    if not wanted[0].axes and set(x.varying).isdisjoint(g.dims[0].axes):
-        wanted[0] = g.dims[0]
-    used = {*wanted[0].axes, *wanted[1].axes}
-    places = []
-    for d in g.dims[1:-1]:
-        keep = used.isdisjoint(d.axes)
-        places.append(d if keep else Dim(d.size))
-        used |= set(d.axes) if keep else set()
-    for i, d in enumerate(wanted[2:]):
-        if set(d.axes) <= used:
+    n, c, *rows = x.dims
+    if not set(axes_in(rows)).isdisjoint(g.dims[0].axes):
+        g = g.whole_in([0])
+    # a place of the grid is no label of the input: one mesh axis may cut it and the input's rows
+    term = ("n", *(f"p{i}" for i in range(len(g.dims) - 2)))
+    known = x.with_dims((n, c)), g.drop([-1])
+    p = labels.plan_of((("n", "c"), term, (*term, "c")), *known, order=(0, 1))
+    n, *places, c = p.out.dims
+    used = set(p.varying)
+    for i, d in enumerate(rows):
+        if d.size == 1 or not d.axes or set(d.axes) <= used:
+            rows[i] = d.whole if d.size == 1 else d
             continue
         free = [j for j in (i, *range(len(places))) if not places[j].axes]
         if not free or not used.isdisjoint(d.axes):
-            wanted[2 + i] = Dim(d.size)
+            rows[i] = d.whole
             continue
         size = places[free[0]].size
-        parts = [x.mesh.size(a) for a in d.axes]
-        sizes = d.sizes if size == d.size else nested_chunk_sizes(size, parts)
-        places[free[0]] = Dim(size, d.axes, sizes)
+        places[free[0]] = d if size == d.size else Dim.chunked(size, d.axes, x.mesh)
         used |= set(d.axes)
-    return x.with_dims(wanted), x.with_dims([wanted[0], wanted[1], *places])
+    return x.with_dims((n, c, *rows)), x.with_dims((n, c, *places))
 
 
 # windows -----------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def _windowed(x: Tensor, at: Tensor, spec: Spec, way: Way) -> tuple[Tensor, Tens
     """The rows that the samples need, the coordinates in them, which samples are no numbers."""
     n = x.ndim - 2
     cut = [d for d in range(2, x.ndim) if spec.dims[d].axes]
-    axes = tuple(sorted(a for d in cut for a in spec.dims[d].axes))
+    axes = axes_in([spec.dims[d] for d in cut])
     coordinates = list(at.unbind(-1))
     # the last coordinate is that of the first spatial dim
     # of torch's kernels only the one of volumes on CPUs does not fuse multiplication and addition
@@ -238,7 +235,7 @@ def _fetched(
     """(rows [start, stop) of the padded image, start, stop)."""
     dim = spec.dims[d]
     start, stop = windows[spec.index[d]]
-    group = comm.group(spec.mesh, dim.axes)
+    group = comm.along(spec, d)
     if way.mode != BICUBIC or way.padding == ZEROS:
         return comm.window(x, d, dim.sizes, windows, group), start, stop
     # all taps are rows of the window, so that torch does not pad them
@@ -297,12 +294,11 @@ def affine_grid(theta: ShardTensor, size: Sequence[int], align_corners: bool) ->
     batch = x._spec.dims[0]
     if len(size) not in (4, 5) or int(size[0]) != batch.size:
         raise RuntimeError(f"affine_grid: theta {tuple(x.shape)} for an output of {list(size)}")
-    spec = x._spec.with_dims([batch, *(Dim(n) for n in x.shape[1:])])
-    local = fit(spec.mesh, spec.varying, (x, spec.dims))[0]
-    assert local is not None
+    spec = x._spec.with_dims([batch, *whole_dims(x.shape[1:])])
+    (local,) = fit(spec.mesh, spec.varying, (x, spec.dims))
     # torch refuses an empty batch
     shape = [max(1, local.shape[0]), *map(int, size[1:])]
     grid = stock(
         lambda z: torch.affine_grid_generator(z, shape, align_corners), local.shape[:1], local
     )
-    return wrap(grid, spec.with_dims([batch, *(Dim(n) for n in grid.shape[1:])]))
+    return wrap(grid, spec.with_dims([batch, *whole_dims(grid.shape[1:])]))

@@ -2,11 +2,13 @@
 
 `run("... p M, ... r M -> ... p r", fn, a, b)`. These laws hold:
 
-- A label is cut alike in every operand that has it. Operands choose in the order of their sizes; a
-  mesh axis serves one label.
-- A label in upper case is whole on every rank.
-- A label that the result has not leaves addends, which one all-reduce adds up.
+- A label is cut alike in every operand and result that has it. Operands choose in the order of
+  their sizes, or in a given one; a mesh axis serves one label.
+- A label in upper case is whole on every rank. What cut it cuts the largest other label of its
+  operand that can be cut, by an all-to-all; where there is none, it is gathered.
+- A label that no result has leaves addends, which one all-reduce adds up.
 - The dims of `...` broadcast, as torch's do; every other label has one size.
+- A label of a result that no operand has is whole, and as large as fn makes it.
 - A small operand whose partner is large, whole and learned (features before a classifier) is
   gathered rather than leave addends: cutting the weight would copy it, and its gradient would have
   to be put together again.
@@ -14,94 +16,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, reduced
+from ..tensor.redistribute import fit
 
 Labels = tuple[str, ...]
 Known = Spec | torch.Size
 
 
 class Plan(NamedTuple):
-    """The result's spec, the dims wanted of each operand, the axes that are summed over."""
+    """How labels lie.
 
-    out: Spec
+    dims: of every label of the operands. wanted: the dims wanted of each operand. results: the spec
+    of each result, None where fn decides a size. varying: the mesh axes that cut any label, and
+    summed those of labels that no result has. gathered: labels in upper case of which a cut dim had
+    no other to move to.
+    """
+
+    mesh: DeviceMesh
+    dims: dict[str, Dim]
+    terms: tuple[Labels, ...]
     wanted: tuple[tuple[Dim, ...], ...]
+    results: tuple[Spec | None, ...]
     varying: tuple[int, ...]
     summed: tuple[int, ...]
+    gathered: frozenset[str]
+
+    @property
+    def out(self) -> Spec:
+        """The spec of the only result, whose labels the operands have."""
+        (spec,) = self.results
+        assert spec is not None
+        return spec
+
+    def spec(self, term: Labels, shape: Sequence[int] | None = None) -> Spec:
+        """The spec of a tensor with these labels; shape: where an operand has not all of them."""
+        dims = [self.dims.get(n) or Dim(shape[i] if shape else 0) for i, n in enumerate(term)]
+        return Spec(self.mesh, tuple(dims))
+
+    def fit(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """The local values of the operands: `redistribute.fit`."""
+        return fit(self.mesh, self.varying, *zip(operands, self.wanted, strict=True))
+
+    def result(self, local: Tensor, i: int = 0, op: str = "sum") -> ShardTensor:
+        """The i-th result, from what each rank has of it; op: how addends come together."""
+        if self.summed:
+            local = comm.reduce(local, comm.group(self.mesh, self.summed), op)
+        spec = self.results[i]
+        return wrap(local, spec or self.spec(self.terms[len(self.wanted) + i], local.shape))
 
 
-def run(pattern: str | tuple[Labels, ...], fn: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+def known(x: Tensor) -> Known:
+    """How an operand lies; its shape where it is plain, hence whole."""
+    return x._spec if isinstance(x, ShardTensor) else x.shape
+
+
+def run(
+    pattern: str | tuple[Labels, ...],
+    fn: Callable[..., Any],
+    *operands: Tensor | None,
+    order: tuple[int, ...] | None = None,
+    op: str = "sum",
+) -> Any:
     """fn(*operands) of global tensors whose dims carry the labels of a pattern.
 
     fn gets local tensors, cut alike where they have the same label, and must be linear in what it
-    sums over. pattern: a string, or the labels of each operand and, last, of the result. Operands
-    move where they are not cut as planned (`redistribute.convert`'s collectives); one all-reduce
-    follows where a label that is summed is cut. Raises RuntimeError for sizes that do not fit and
-    UnsupportedOpError for different meshes, before anything is sent.
+    sums over. It gives the result, or a tuple of as many as the pattern has. pattern: a string, or
+    the labels of each operand and, last, of each result; those of None do not count. order: which
+    operand chooses first, and so on; else the largest. op: how addends come together, "sum",
+    "max", "min" or "product".
+
+    Operands move where they are not cut as planned (`redistribute.convert`'s collectives); one
+    all-reduce follows where a label that no result has is cut. Raises RuntimeError for sizes that
+    do not fit and UnsupportedOpError for different meshes, before anything is sent.
     """
-    given: list[Tensor] = []
-    facts: list[Known] = []
+    if not any(isinstance(x, ShardTensor) for x in operands):
+        return fn(*operands)
+    p = plan(pattern, *operands, order=order)
+    found = fn(*p.fit(operands))
+    if isinstance(found, Tensor):
+        return p.result(found, 0, op)
+    return type(found)([p.result(y, i, op) for i, y in enumerate(found)])
+
+
+def plan(
+    pattern: str | tuple[Labels, ...],
+    *operands: Tensor | None,
+    order: tuple[int, ...] | None = None,
+) -> Plan:
+    """How operands are wanted and results lie: what `run` does first, for rules that do more."""
+    facts: list[Known | None] = []
     learned = None
     for i, x in enumerate(operands):
         if isinstance(x, ShardTensor):
-            x = reduced(x)
             facts.append(x._spec)
+        elif x is None:
+            facts.append(None)
         else:
             facts.append(x.shape)
             if learned is None and x.requires_grad and x.is_leaf:
                 learned = i
-        given.append(x)
-    if not any(isinstance(k, Spec) for k in facts):
-        return fn(*operands)
-    terms = labels(pattern, tuple([x.ndim for x in given])) if isinstance(pattern, str) else pattern
-    p = plan(terms, *facts, learned=learned)
-    local = fn(*fit(p.out.mesh, p.varying, *zip(given, p.wanted, strict=True)))
-    if p.summed:
-        local = comm.reduce(local, comm.group(p.out.mesh, p.summed))
-    return wrap(local, p.out)
+    if isinstance(pattern, str):
+        pattern = labels(pattern, tuple([None if x is None else x.ndim for x in operands]))
+    return plan_of(pattern, *facts, learned=learned, order=order)
 
 
 @cached
-def plan(terms: tuple[Labels, ...], *known: Known, learned: int | None = None) -> Plan:
-    """Where operands are wanted and how the result lies. learned: an operand that is a weight."""
-    *inputs, out = terms
-    shapes = [k.shape if isinstance(k, Spec) else k for k in known]
-    specs = [(k, t) for k, t in zip(known, inputs, strict=True) if isinstance(k, Spec)]
-    mesh = specs[0][0].mesh
-    if any(s.mesh != mesh for s, _ in specs):
-        raise UnsupportedOpError(f"tensors on different meshes: {known}; distribute all on one")
+def plan_of(
+    terms: tuple[Labels, ...],
+    *known: Known | None,
+    learned: int | None = None,
+    order: tuple[int, ...] | None = None,
+) -> Plan:
+    """`plan` of operands that lie so, of which `learned` is a weight."""
+    inputs = [t if k is not None else () for k, t in zip(known, terms, strict=False)]
+    results = terms[len(known) :]
+    shapes = [k.shape if isinstance(k, Spec) else k or torch.Size() for k in known]
+    cut = [i for i, k in enumerate(known) if isinstance(k, Spec)]
+    mesh = _mesh(known)
     sizes = _sizes(inputs, shapes)
-    most = max(s.shape.numel() for s, _ in specs)
-    small = learned is not None and most < shapes[learned].numel()
+    kept = {name for term in results for name in term}
+    if learned is not None and max(shapes[i].numel() for i in cut) < shapes[learned].numel():
+        free = {name for name in sizes if not name[0].isupper() and name in kept}
+    else:
+        free = {name for name in sizes if not name[0].isupper()}
+    turns = cut if order is None else [i for i in order if i in cut]
+    if order is None:
+        turns.sort(key=lambda i: -shapes[i].numel())
     dims = {name: Dim(n) for name, n in sizes.items()}
-    used: set[int] = set()
-    for spec, term in sorted(specs, key=lambda s: -s[0].shape.numel()):
-        for name, dim in zip(term, spec.dims, strict=True):
-            if not dim.axes or name[0].isupper() or (small and name not in out):
-                continue
-            free = not dims[name].axes and used.isdisjoint(dim.axes)
-            if free and dim.size == sizes[name]:
-                dims[name] = dim
-                used.update(dim.axes)
+    gathered = [
+        name
+        for i in turns
+        for name in _choose(list(zip(inputs[i], known[i].dims, strict=True)), dims, free, mesh)  # type: ignore[union-attr]
+    ]
     wanted = tuple(
         tuple(dims[name] if n == sizes[name] else Dim(n) for name, n in zip(t, s, strict=True))
         for t, s in zip(inputs, shapes, strict=True)
     )
-    summed = sorted(a for name, d in dims.items() if name not in out for a in d.axes)
-    return Plan(Spec(mesh, tuple(dims[n] for n in out)), wanted, tuple(sorted(used)), tuple(summed))
+    summed = sorted(a for name, d in dims.items() if name not in kept for a in d.axes)
+    specs = [
+        Spec(mesh, tuple(dims[n] for n in t)) if dims.keys() >= set(t) else None for t in results
+    ]
+    varying = axes_in(dims.values())
+    return Plan(
+        mesh, dims, terms, wanted, tuple(specs), varying, tuple(summed), frozenset(gathered)
+    )
 
 
-def _sizes(terms: list[Labels], shapes: list[torch.Size]) -> dict[str, int]:
+def _choose(
+    own: list[tuple[str, Dim]], dims: dict[str, Dim], free: set[str], mesh: DeviceMesh
+) -> list[str]:
+    """Cut labels as an operand is, by axes that cut none yet; gives those that must be gathered."""
+    used = {a for d in dims.values() for a in d.axes}
+    for name, dim in own:
+        open = name in free and not dims[name].axes and used.isdisjoint(dim.axes)
+        if open and dim.axes and dim.size == dims[name].size:
+            dims[name] = dim
+            used.update(dim.axes)
+    gathered = []
+    for name, dim in own:
+        if not name[0].isupper() or not dim.is_cut or not used.isdisjoint(dim.axes):
+            continue
+        aside = [n for n, d in own if n in free and not dims[n].axes and d.size == dims[n].size > 1]
+        if aside:
+            to = max(aside, key=lambda n: dims[n].size)
+            dims[to] = Dim.chunked(dims[to].size, dim.axes, mesh)
+            used.update(dim.axes)
+        else:
+            gathered.append(name)
+    return gathered
+
+
+def _mesh(known: Sequence[Known | None]) -> DeviceMesh:
+    """The mesh of all that is sharded."""
+    mesh, *others = [k.mesh for k in known if isinstance(k, Spec)]
+    if any(m != mesh for m in others):
+        raise UnsupportedOpError(f"tensors on different meshes: {known}; distribute all on one")
+    return mesh
+
+
+def _sizes(terms: Sequence[Labels], shapes: list[torch.Size]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         for name, n in zip(term, shape, strict=True):
@@ -118,30 +222,28 @@ def _sizes(terms: list[Labels], shapes: list[torch.Size]) -> dict[str, int]:
 
 
 @cached
-def labels(pattern: str, ndims: tuple[int, ...]) -> tuple[Labels, ...]:
-    """The labels of each operand and, last, of the result; the dims of `...` are numbered."""
+def labels(pattern: str, ndims: tuple[int | None, ...]) -> tuple[Labels, ...]:
+    """The labels of each operand and, last, of each result; the dims of `...` are numbered."""
     left, _, right = pattern.partition("->")
-    terms = [t.split() for t in (*left.split(","), right)]
-    if len(terms) != len(ndims) + 1:
-        raise ValueError(f"{pattern!r} is for {len(terms) - 1} operands, not {len(ndims)}")
-    extra = [n - len(t) + 1 for t, n in zip(terms, ndims, strict=False) if "..." in t]
-    most = max(extra, default=0)
+    terms = [t.split() for t in left.split(",")]
+    if len(terms) != len(ndims):
+        raise ValueError(f"{pattern!r} is for {len(terms)} operands, not {len(ndims)}")
+    spans = [_ellipsis(pattern, t, n) for t, n in zip(terms, ndims, strict=True)]
+    most = max(spans, default=0)
+    terms += [t.split() for t in right.split(",")]
+    spans += [most] * (len(terms) - len(spans))
     return tuple(
-        _spelled(pattern, term, n, most) for term, n in zip(terms, (*ndims, None), strict=True)
+        tuple(name for t in term for name in (broadcast(n, most) if t == "..." else (t,)))
+        for term, n in zip(terms, spans, strict=True)
     )
 
 
-def _spelled(pattern: str, term: list[str], ndim: int | None, most: int) -> Labels:
-    """One term with its `...` written out as the last of the `most` broadcast dims."""
-    if "..." not in term:
-        if ndim not in (None, len(term)):
-            raise RuntimeError(f"{pattern!r}: {' '.join(term)!r} for a tensor of {ndim} dims")
-        return tuple(term)
-    n = most if ndim is None else ndim - len(term) + 1
-    if n < 0:
+def _ellipsis(pattern: str, term: list[str], ndim: int | None) -> int:
+    """How many dims the `...` of an operand's labels stands for; None: there is no operand."""
+    n = 0 if ndim is None else ndim - len(term) + ("..." in term)
+    if n < 0 or (n > 0 and "..." not in term):
         raise RuntimeError(f"{pattern!r}: {' '.join(term)!r} for a tensor of {ndim} dims")
-    at = term.index("...")
-    return (*term[:at], *broadcast(n, most), *term[at + 1 :])
+    return n
 
 
 def broadcast(n: int, most: int) -> Labels:

@@ -1,9 +1,9 @@
 """Linear algebra on a batch of matrices: local where the matrices are whole.
 
-A signature such as "NN,Nk->Nk" names the last dims of each tensor. Dims before them are the batch,
-which may be sharded, and so may dims with a lower-case letter: the columns of a right-hand side.
-Where another dim is sharded, an all-to-all moves its shards to the batch or to free dims; only a
-single matrix with nothing else to shard is gathered, since these algorithms see it at once.
+A signature such as "NN,Nk->Nk" labels the last dims of each tensor, as in `labels`: the dims before
+them are the batch, which broadcasts. Where a dim of a matrix is sharded, an all-to-all moves its
+shards to the batch or to the columns of a right-hand side; only a single matrix with nothing else
+to shard is gathered, since these algorithms see it at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..dispatch.fallback import fall_back
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, reduced, to_dims
+from ..tensor.redistribute import reduced
+from . import labels
 from .agreed import agreed
 from .empty import cut, some
-from .pointwise import align, function_rule
+from .pointwise import function_rule
 
 # names of tensor arguments, in their order wherever several stand together
 _TENSORS = (
@@ -29,7 +30,7 @@ _TENSORS = (
     "input3", "B", "b", "atol", "rtol", "tol", "rcond",
 )  # fmt: skip
 _SIGNATURES = {
-    "NN": (
+    "MN": (
         "cholesky_inverse", "geqrf", "linalg_eig", "linalg_cholesky_ex", "linalg_inv_ex",
         "linalg_lu_factor_ex", "linalg_ldl_factor_ex", "_linalg_eigvals", "_linalg_det",
         "_linalg_slogdet", "matrix_exp", "linalg_matrix_exp", "linalg_pinv",
@@ -47,102 +48,50 @@ _SIGNATURES = {
 }  # fmt: skip
 
 
-def _parts(signature: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    operands, _, results = signature.partition("->")
-    return tuple(operands.split(",")), tuple(results.split(",")) if results else ()
-
-
-def _whole(x: ShardTensor, letters: str) -> ShardTensor | None:
-    """x with its upper-case dims whole; None where all of it would have to be gathered."""
-    x = reduced(x)
-    lead = x.ndim - len(letters)
-    core = [lead + i for i, c in enumerate(letters) if c.isupper()]
-    if not any(x._spec.dims[d].axes for d in core):
-        return x
-    y = aside(x, core)
-    if y is None and any(d.axes for i, d in enumerate(x._spec.dims) if i not in core):
-        # what else is sharded stays so: only one matrix of many is gathered
-        return to_dims(x, [Dim(d.size) if i in core else d for i, d in enumerate(x._spec.dims)])
-    return y
-
-
-def _batch(x: Tensor, letters: str) -> Tensor:
-    """What has the batch dims of x and is sharded as they are."""
-    n = x.ndim - len(letters)
-    if not isinstance(x, ShardTensor):
-        return x.new_empty(x.shape[:n], requires_grad=False)
-    spec = x._spec.with_dims(x._spec.dims[:n])
-    return wrap(x._local.new_empty(spec.local_shape), spec)
-
-
 def batched(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str,
     call: Callable[..., Any] | None = None,
 ) -> Any:  # fmt: skip
     """func on the matrices that each rank has; call: what runs on local tensors."""
-    letters, results = _parts(signature)
+    left, _, right = signature.partition("->")
     at: list[Any] = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     at += [k for k in _TENSORS if isinstance(kwargs.get(k), Tensor)]
-    given = [args[i] if isinstance(i, int) else kwargs[i] for i in at]
-    # tolerances, one for each matrix
-    letters += ("",) * (len(given) - len(letters))
+    given = [reduced(args[i] if isinstance(i, int) else kwargs[i]) for i in at]
+    # tolerances, one for each matrix, have no letters
+    letters = (*left.split(","), *("",) * len(given))[: len(given)]
     if any(x.ndim < len(c) for x, c in zip(given, letters, strict=True)):
         return fall_back(func, args, kwargs)
-    operands = []
-    for x, c in zip(given, letters, strict=True):
-        y = _whole(x, c) if isinstance(x, ShardTensor) else x
-        if y is None:
-            return fall_back(func, args, kwargs)
-        operands.append(y)
-    spec, free, wanted = _meet(operands, letters)
-    varying = tuple(sorted({a for d in (*spec.dims, *free.values()) for a in d.axes}))
-    values = fit(spec.mesh, varying, *zip(operands, wanted, strict=True))
+    batch = max(x.ndim - len(c) for x, c in zip(given, letters, strict=True))
+    p = labels.plan(
+        tuple(
+            (*labels.broadcast(x.ndim - len(c), batch), *c)
+            for x, c in zip(given, letters, strict=True)
+        ),
+        *given,
+    )
+    if p.gathered and not p.varying:
+        return fall_back(func, args, kwargs)
     # torch 2.13 drops some gradients of empty batches, and with them what others wait for
-    values = [
-        some(v) if v is not None and x.numel() else v for v, x in zip(values, given, strict=True)
-    ]
+    values = [some(v) if x.numel() else v for v, x in zip(p.fit(given), given, strict=True)]
     inside = dict(zip(at, values, strict=True))
     args = tuple(inside.get(i, a) for i, a in enumerate(args))
     kwargs = {k: inside.get(k, a) for k, a in kwargs.items()}
-    found = agreed(lambda: (call or func)(*args, **kwargs), spec, varying)
-    single = isinstance(found, Tensor)
-    outs = [found] if single else list(found)
-    for i, local in enumerate(outs):
-        outs[i] = _wrapped(local, spec, free, results[i] if i < len(results) else None)
-    return outs[0] if single else type(found)(outs)
+    lead = p.spec(labels.broadcast(batch, batch))
+    found = agreed(lambda: (call or func)(*args, **kwargs), lead, p.varying)
+    if isinstance(found, Tensor):
+        return _wrapped(found, p, batch, right or None)
+    named = (*(right.split(",") if right else ()), *(None,) * len(found))
+    return type(found)([_wrapped(y, p, batch, c) for y, c in zip(found, named, strict=False)])
 
 
-def _wrapped(local: Tensor, spec: Spec, free: dict[str, Dim], named: str | None) -> ShardTensor:
-    """A result, whose batch is sharded as spec says; named: the letters of its last dims."""
-    n = len(spec.dims)
-    if local.ndim < n if named is None else local.ndim != n + len(named):
+def _wrapped(local: Tensor, p: labels.Plan, batch: int, named: str | None) -> ShardTensor:
+    """A result with the batch of all operands; named: the letters of its last dims."""
+    if local.ndim < batch if named is None else local.ndim != batch + len(named):
         # an empty tensor in the place of a result that was not asked for
-        return wrap(local, Spec(spec.mesh, tuple(Dim(m) for m in local.shape)))
-    named = named or " " * (local.ndim - n)
-    core = [free.get(c, Dim(m)) for c, m in zip(named, local.shape[n:], strict=True)]
-    spec = spec.with_dims([*spec.dims, *core])
+        return wrap(local, Spec.whole(p.mesh, local.shape))
+    core = named or " " * (local.ndim - batch)
+    spec = p.spec((*labels.broadcast(batch, batch), *core), local.shape)
     return wrap(cut(local, spec.local_shape), spec)
-
-
-def _meet(
-    operands: list[Tensor], letters: tuple[str, ...]
-) -> tuple[Spec, dict[str, Dim], list[tuple[Dim, ...]]]:
-    """The spec of the batch, the free dims by letter, the dims in which operands are wanted."""
-    spec, wanted = align(*(_batch(x, c) for x, c in zip(operands, letters, strict=True)))
-    used = {a for d in spec.dims for a in d.axes}
-    free: dict[str, Dim] = {}
-    for x, c in zip(operands, letters, strict=True):
-        for i, letter in enumerate(c):
-            if letter.islower() and isinstance(x, ShardTensor):
-                dim = x._spec.dims[x.ndim - len(c) + i]
-                if dim.axes and used.isdisjoint(dim.axes):
-                    free[letter] = dim
-                    used |= set(dim.axes)
-    ends = [
-        tuple(free.get(k, Dim(n)) for k, n in zip(c, x.shape[x.ndim - len(c) :], strict=True))
-        for x, c in zip(operands, letters, strict=True)
-    ]
-    return spec, free, [(*w, *e) for w, e in zip(wanted, ends, strict=True)]
 
 
 def _register(signature: str, names: tuple[str, ...]) -> None:
@@ -267,7 +216,7 @@ def lstsq(
         return fall_back(torch.linalg.lstsq, (input, b), options) if vector else found
     solution, residuals, rank, singular = found
     # of a part of the solution, since torch's empty results require its gradient
-    none = wrap(solution._local.reshape(-1)[:0], Spec(solution._spec.mesh, (Dim(0),)))
+    none = wrap(solution._local.reshape(-1)[:0], Spec.whole(solution._spec.mesh, (0,)))
     if not given[0] or (given[1] and not bool((rank == n).all())):
         residuals = none.real
     elif vector:

@@ -17,13 +17,10 @@ from torch import Tensor
 from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec
-from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, reduced
+from ..tensor import wrap
+from . import labels
 from .pointwise import function_rule, pointwise
 from .reduce import finish, wide
-from .rows import mesh_of
-from .shape import whole_in
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -60,12 +57,11 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     return _reduced(pointwise(each, tensors, rest), reduction)
 
 
-def _classes_whole(x: Tensor, *others: Tensor | None) -> tuple[ShardTensor, int]:
-    """(the input with its classes on every rank, the dim of the classes)."""
-    classes = 0 if x.ndim == 1 else 1
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(*others), tuple(Dim(n) for n in x.shape)))
-    return whole_in(reduced(x), [classes], "loss"), classes
+@cache
+def _terms(ndim: int) -> tuple[labels.Labels, ...]:
+    """Labels of scores (N, C, d...), class indices (N, d...), weights (C,), and each one's loss."""
+    places = tuple([f"d{i}" for i in range(ndim - 1)])
+    return (*places[:1], "C", *places[1:]), places, ("C",), places
 
 
 @rule("nll_loss", "nll_loss2d", "nll_loss_nd")
@@ -102,16 +98,17 @@ def _nll(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float,
 ) -> Tensor:  # fmt: skip
-    x, classes = _classes_whole(input, target, weight)
-    spec = x._spec
-    dims = tuple(d for i, d in enumerate(spec.dims) if i != classes)
-    if tuple(d.size for d in dims) != tuple(target.shape):
+    classes = 0 if input.ndim == 1 else 1
+    if not input.ndim:
+        raise RuntimeError("loss: an input of classes has 1 dim or more")
+    if (*input.shape[:classes], *input.shape[classes + 1 :]) != tuple(target.shape):
         raise UnsupportedOpError(
-            f"loss of input {tuple(x.shape)} and target {tuple(target.shape)}: the shapes differ"
+            f"loss of input {tuple(input.shape)} and target {tuple(target.shape)}: "
+            "the shapes differ"
         )
-    _check_classes(x, target, weight, classes)
-    logs, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
-    assert logs is not None and t is not None
+    _check_classes(input, target, weight, classes)
+    p = labels.plan(_terms(input.ndim), input, target, weight)
+    logs, t, w = p.fit((input, target, weight))
     t = t.long()
     valid = t != ignore_index
     index = torch.where(valid, t, 0)
@@ -131,12 +128,12 @@ def _nll(
         return (1 - smoothing) * values[0] + smoothing / logs.shape[classes] * values[1]
 
     if reduction != MEAN:
-        return _reduced(wrap(smoothed(parts), spec.with_dims(dims)), reduction)
+        return _reduced(p.result(smoothed(parts)), reduction)
     # all sums in one message
     sums = torch.stack([v.sum(dtype=wide(logs.dtype)) for v in (*parts, scale.detach())])
-    *totals, weights = finish(sums, spec, range(x.ndim)).unbind()
+    *totals, weights = finish(sums, p.out, range(target.ndim)).unbind()
     mean = smoothed([t / weights for t in totals])
-    return wrap(mean.to(logs.dtype), spec.with_dims(()))
+    return wrap(mean.to(logs.dtype), p.out.with_dims(()))
 
 
 def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None, classes: int) -> None:
@@ -164,11 +161,11 @@ def multi_margin_loss(
             input.reshape(1, -1), target.reshape(1), p, margin, weight, reduction
         )
         return found.reshape(target.shape) if reduction == NONE else found
-    x, classes = _classes_whole(input, target, weight)
-    spec, dims = x._spec, x._spec.dims[:classes]
-    local, t, w = fit(spec.mesh, spec.varying, (x, spec.dims), (target, dims), (weight, None))
-    each = torch.ops.aten.multi_margin_loss(local, t, p, margin, w, NONE)
-    return _reduced(wrap(each, spec.with_dims(dims)), reduction)
+
+    def each(x: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+        return torch.ops.aten.multi_margin_loss(x, t, p, margin, w, NONE)
+
+    return _reduced(labels.run("n C, n, C -> n", each, input, target, weight), reduction)
 
 
 @rule("multilabel_margin_loss")
@@ -177,8 +174,8 @@ def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = MEAN)
     if input.ndim < 2:
         found = multilabel_margin_loss(input.reshape(1, -1), target.reshape(1, -1), reduction)
         return found.reshape(()) if reduction == NONE else found
-    x, classes = _classes_whole(input, target)
-    spec, dims = x._spec, x._spec.dims[:classes]
-    local, t = fit(spec.mesh, spec.varying, (x, spec.dims), (target, spec.dims))
-    each = torch.ops.aten.multilabel_margin_loss(local, t, NONE)
-    return _reduced(wrap(each, spec.with_dims(dims)), reduction)
+
+    def each(x: Tensor, t: Tensor) -> Tensor:
+        return torch.ops.aten.multilabel_margin_loss(x, t, NONE)
+
+    return _reduced(labels.run("n C, n C -> n", each, input, target), reduction)

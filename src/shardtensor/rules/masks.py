@@ -6,7 +6,6 @@ that of the whole tensor, so the dims that a mask covers are sharded along the f
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 from .. import _torch, comm
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, reduced, to_dims
-from .rows import axes_in, dims_of, mesh_of
+from ..tensor.redistribute import fit, on_dim, reduced, to_dims
+from . import labels
+from .rows import mesh_of
 from .shape import _index, _permuted
 
 
@@ -61,19 +61,15 @@ def _meet(x: Tensor, d: int, mask: Tensor) -> tuple[Tensor, Tensor, Spec]:
             f"The shape of the mask {list(mask.shape)} does not match the shape of the indexed "
             f"tensor {list(x.shape)} at index {d}"
         )
-    mesh = mesh_of(x, mask)
-    x, mask = (reduced(t) if isinstance(t, ShardTensor) else t for t in (x, mask))
+    x, mask = map(reduced, (x, mask))
     y = x.movedim(tuple(range(d, d + k)), tuple(range(k))) if d else x
     if k > 1:
         y, mask = y.flatten(0, k - 1), mask.flatten()
-    (rows, *rest), (own,) = dims_of(y), dims_of(mask)
-    if not rows.axes and not set(own.axes) & set(axes_in(rest)):
-        rows = own
-    spec = Spec(mesh, (rows, *rest))
-    _eager("a mask", spec)
-    a, b = fit(mesh, spec.varying, (y, spec.dims), (mask, (rows,)))
-    assert a is not None and b is not None
-    return a, b.bool(), spec
+    rows = tuple(f"d{i}" for i in range(y.ndim))
+    p = labels.plan((rows, rows[:1], rows), y, mask, order=(0, 1))
+    _eager("a mask", p.out)
+    a, b = p.fit((y, mask))
+    return a, b.bool(), p.out
 
 
 def masked(x: Tensor, d: int, mask: Tensor) -> ShardTensor:
@@ -81,7 +77,7 @@ def masked(x: Tensor, d: int, mask: Tensor) -> ShardTensor:
     y, m, spec = _meet(x, d, mask)
     out = y[m]
     rows = learnt(len(out), out, spec.dims[0], spec)
-    made = wrap(out, spec.with_dims([rows, *spec.dims[1:]]))
+    made = wrap(out, spec.replace({0: rows}))
     return _permuted(made, [*range(1, d + 1), 0, *range(d + 1, made.ndim)]) if d else made
 
 
@@ -145,7 +141,7 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(input.shape, mask.shape)
     x, m = _broadcast(input, mask)
     if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(mask, source), dims_of(x)))
+        x = wrap(x, Spec.whole(mesh_of(mask, source), x.shape))
     y, at, spec = _meet(x, 0, m)
     rows = learnt(int(at.sum()), at, spec.dims[0], spec)
     if rows.size > source.numel():
@@ -168,7 +164,7 @@ def unsafe_masked_index_put_accumulate(
     index = _clamped(input, indices)
     known = [e for e in index if isinstance(e, Tensor)]
     if not isinstance(input, ShardTensor):
-        input = wrap(input, Spec(mesh_of(mask, *known, values), dims_of(input)))
+        input = wrap(input, Spec.whole(mesh_of(mask, *known, values), input.shape))
     return torch.ops.aten.index_put(
         input,
         [e if isinstance(e, Tensor) else None for e in index],
@@ -191,14 +187,7 @@ def _clamped(x: Tensor, indices: Any) -> tuple[Any, ...]:
 def _on_first(x: ShardTensor) -> ShardTensor:
     """x with all its shards along its first dim of more than one row."""
     x = reduced(x)
-    lead = next((d for d, n in enumerate(x.shape) if n > 1), 0)
-    axes = x._spec.varying
-    if axes == x._spec.dims[lead].axes:
-        return x
-    parts = [x._spec.mesh.size(a) for a in axes]
-    dims = [Dim(n) for n in x.shape]
-    dims[lead] = Dim(x.shape[lead], axes, nested_chunk_sizes(x.shape[lead], parts))
-    return to_dims(x, dims)
+    return on_dim(x, next((d for d, n in enumerate(x.shape) if n > 1), 0))
 
 
 @rule("nonzero")
@@ -240,18 +229,14 @@ def nonzero_static(input: ShardTensor, *, size: int, fill_value: int = -1) -> Sh
         raise RuntimeError(f"nonzero_static: 'size' must be an non-negative integer, not {size}")
     found = _nonzero(input)
     rows, of = found._spec.dims
-    mesh = found._spec.mesh
     if not rows.axes:
         short = max(0, size - rows.size)
         local = torch.nn.functional.pad(found._local[:size], (0, 0, 0, short), value=fill_value)
         return wrap(local, found._spec.with_dims([Dim(size), of]))
-    new = Dim(size, rows.axes, nested_chunk_sizes(size, [mesh.size(a) for a in rows.axes]))
-    edges = new.offsets
+    new = Dim.chunked(size, rows.axes, found._spec.mesh)
+    group = comm.along(found._spec, 0)
     # rows past the last are fill
-    local = comm.window(
-        found._local, 0, rows.sizes, list(pairwise(edges)),
-        comm.group(mesh, rows.axes), fill=fill_value,
-    )  # fmt: skip
+    local = comm.window(found._local, 0, rows.sizes, new.spans, group, fill=fill_value)
     return wrap(local, found._spec.with_dims([new, of]))
 
 
@@ -266,12 +251,9 @@ def repeat_interleave(
     if repeats is None:
         whole = torch.arange(len(input), device=input.device)
         return repeat_interleave(whole, input, 0, output_size=output_size)
-    mesh = mesh_of(input, repeats)
-    x: Any = (
-        reduced(input)
-        if isinstance(input, ShardTensor)
-        else wrap(input, Spec(mesh, dims_of(input)))
-    )
+    x: Any = reduced(input)
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec.whole(mesh_of(repeats), x.shape))
     if dim is None or x.ndim == 0:
         x, dim = x.reshape(-1), 0
     d = _index(dim, x.ndim)
@@ -279,26 +261,20 @@ def repeat_interleave(
     if isinstance(repeats, Tensor) and repeats.numel() == 1 and repeats.ndim <= 1:
         repeats = int(repeats)
     if not isinstance(repeats, Tensor):
-        rows = Dim(own.size * repeats, own.axes, tuple(n * repeats for n in own.sizes))
-        return wrap(
-            x._local.repeat_interleave(repeats, d),
-            x._spec.with_dims([*x._spec.dims[:d], rows, *x._spec.dims[d + 1 :]]),
-        )
+        rows = x._spec.replace({d: own.scaled(repeats)})
+        return wrap(x._local.repeat_interleave(repeats, d), rows)
     if repeats.shape != (own.size,):
         raise RuntimeError("repeats must have the same size as input along dim")
-    (given,) = dims_of(repeats)
-    others = [n for i, n in enumerate(x._spec.dims) if i != d]
-    if not own.axes and not set(given.axes) & set(axes_in(others)):
-        own = given
-    spec = x._spec.with_dims([*x._spec.dims[:d], own, *x._spec.dims[d + 1 :]])
+    each = tuple(f"d{i}" for i in range(x.ndim))
+    p = labels.plan((each, (each[d],), each), x, repeats, order=(0, 1))
+    spec = p.out
     _eager("repeat_interleave", spec)
-    local, times = fit(mesh, spec.varying, (x, spec.dims), (repeats, (own,)))
-    assert local is not None and times is not None
+    local, times = p.fit((x, repeats))
     out = local.repeat_interleave(times, d)
-    rows = learnt(out.shape[d], out, own, spec)
+    rows = learnt(out.shape[d], out, spec.dims[d], spec)
     if output_size is not None and output_size != rows.size:
         raise RuntimeError(f"allocated size {output_size} does not match required size {rows.size}")
-    return wrap(out, spec.with_dims([*spec.dims[:d], rows, *spec.dims[d + 1 :]]))
+    return wrap(out, spec.replace({d: rows}))
 
 
 @rule("masked_scatter_")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,18 +13,11 @@ from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit
 from . import labels
 from .labels import Labels
-
-
-def contract(
-    product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, *terms: Labels
-) -> Tensor:
-    """product(a, b) of global tensors whose dims carry labels; the last term is the result's."""
-    return labels.run(terms, product, a, b)
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -39,11 +32,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
             out = _linear_spec(spec, weight.shape)
             x, w, b = fit(spec.mesh, spec.varying, (input, spec.dims), (weight, None), (bias, None))
-            assert x is not None and w is not None
             return wrap(F.linear(x, w, b), out)
     free = _labels("n", input.ndim - 1)
     lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
-    product = contract(F.linear, input, weight, (*free, "k"), lw, (*free, *lw[:-1]))
+    product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
     return product if bias is None else torch.add(product, _cast(bias, product))
 
 
@@ -54,7 +46,7 @@ def _cast(x: Tensor, product: Tensor) -> Tensor:
 
 @cached
 def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
-    return spec.with_dims([*spec.dims[:-1], *(Dim(n) for n in weight[:-1])])
+    return spec.with_dims([*spec.dims[:-1], *whole_dims(weight[:-1])])
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
@@ -113,7 +105,7 @@ def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: f
 
 @rule("outer", "ger")
 def outer(input: Tensor, vec2: Tensor) -> Tensor:
-    return contract(torch.outer, input, vec2, ("i",), ("j",), ("i", "j"))
+    return labels.run("i, j -> i j", torch.outer, input, vec2)
 
 
 @rule("inner")
@@ -122,7 +114,7 @@ def inner(input: Tensor, other: Tensor) -> Tensor:
         return input * other
     la = (*_labels("i", input.ndim - 1), "k")
     lb = (*_labels("j", other.ndim - 1), "k")
-    return contract(torch.inner, input, other, la, lb, (*la[:-1], *lb[:-1]))
+    return labels.run((la, lb, (*la[:-1], *lb[:-1])), torch.inner, input, other)
 
 
 @rule("tensordot")
@@ -147,7 +139,7 @@ def tensordot(
     def product(x: Tensor, y: Tensor) -> Tensor:
         return torch.tensordot(x, y, dims=(left, right))
 
-    return contract(product, input, other, tuple(la), tuple(lb), tuple(lo))
+    return labels.run((tuple(la), tuple(lb), tuple(lo)), product, input, other)
 
 
 @rule("bilinear")
@@ -173,16 +165,13 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     (x, lx), *rest = pending
     while rest:
         (y, ly), *rest = rest
-        later = {name for _, labels in rest for name in labels} | set(out)
+        later = {name for _, term in rest for name in term} | set(out)
         lo = tuple(n for n in dict.fromkeys(lx + ly) if n in later)
         if not rest:
             lo = out
         local = f"{''.join(lx)},{''.join(ly)}->{''.join(lo)}"
-        if not isinstance(x, ShardTensor) and not isinstance(y, ShardTensor):
-            x = torch.einsum(local, x, y)
-        else:
-            dotted = [tuple([f".{name}" for name in term]) for term in (lx, ly, lo)]
-            x = contract(partial(torch.einsum, local), x, y, *dotted)
+        dotted = tuple([tuple([f".{name}" for name in term]) for term in (lx, ly, lo)])
+        x = labels.run(dotted, partial(torch.einsum, local), x, y)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]
     if gone:

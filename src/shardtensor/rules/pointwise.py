@@ -55,7 +55,7 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func.__name__
     named = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
     at = [i for i, v in enumerate(args) if isinstance(v, Tensor)]
-    tensors = [reduced(x) if isinstance(x, ShardTensor) else x for x in (
+    tensors = [reduced(x) for x in (
         *(args[i] for i in at), *(kwargs[k] for k in named)
     )]  # fmt: skip
     in_place = is_in_place(func)
@@ -106,7 +106,7 @@ def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
 @cached
 def _align(*known: labels.Known) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     ndims = [len(k.dims if isinstance(k, Spec) else k) for k in known]
-    plan = labels.plan(labels.elementwise(*ndims), *known)
+    plan = labels.plan_of(labels.elementwise(*ndims), *known)
     return plan.out, plan.wanted
 
 
@@ -210,7 +210,7 @@ def like_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 )  # fmt: skip
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rounding a sum of addends is not the sum of rounded addends: partial sums are added first."""
-    x, *rest = (reduced(a) if isinstance(a, ShardTensor) else a for a in args)
+    x, *rest = (reduced(a) for a in args)
     rest = [a._local if isinstance(a, ShardTensor) else a for a in rest]
     if not isinstance(x, ShardTensor):
         return func(x, *rest, **kwargs)
@@ -259,7 +259,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 @rule("copy_")
 def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(input, ShardTensor):
-        value = reduced(src)  # type: ignore[arg-type]
+        value: ShardTensor = reduced(src)  # type: ignore[assignment]
         if value._spec.varying:
             raise UnsupportedOpError(
                 "copy_ of a ShardTensor into a plain tensor: copy x.full_tensor() or x.to_local()"
@@ -268,6 +268,5 @@ def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     check_writable(input, "copy_")
     spec, wanted = align_to(input._spec, input, src)
     (local,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
-    assert local is not None
     input._local.copy_(local, non_blocking)
     return input

@@ -14,9 +14,11 @@ from torch import Tensor
 from ..dispatch.fallback import fall_back
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, like, reduced
+from ..tensor.redistribute import fit, like
+from . import labels
 from .empty import with_one
 from .pointwise import function_rule
+from .rows import mesh_of
 
 
 @function_rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -30,50 +32,41 @@ def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     x, hx, weights = given["input"], given["hx"], list(given["params"])
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
-    mesh = next(s._spec.mesh for s in (x, *states, *weights) if isinstance(s, ShardTensor))
+    if not isinstance(x, ShardTensor):
+        mesh = mesh_of(*states, *weights)
+        x = wrap(x, Spec.whole(mesh, x.shape))
     batch = 0 if given["batch_first"] else 1
-    x = reduced(like(x, Spec(mesh, tuple(Dim(n) for n in x.shape)))) if _plain(x) else reduced(x)
-    y = aside(x, [1 - batch, 2])
-    if y is None:
+    lead = ("n", "T") if batch == 0 else ("T", "n")
+    # the state of an LSTM may be narrower than its cells
+    ends = [("L", "n", f"H{i}") for i in range(len(states))]
+    terms = ((*lead, "F"), *ends, (*lead, "O"), *ends)
+    p = labels.plan(terms, x, *states, order=tuple(range(1 + len(states))))
+    if not p.gathered.isdisjoint("TF"):
         return fall_back(func, args, kwargs)
-    cut = next(
-        (s._spec.dims[1] for s in states if not _plain(s) and s._spec.dims[1].axes),
-        Dim(x.shape[batch]),
-    )
-    if not y._spec.dims[batch].axes:
-        y = like(
-            y, y._spec.with_dims([cut if d == batch else n for d, n in enumerate(y._spec.dims)])
-        )
-    cut = y._spec.dims[batch]
-    wanted = [(s, (Dim(s.shape[0]), cut, Dim(s.shape[2]))) for s in states]
-    operands = fit(mesh, cut.axes, (y, y._spec.dims), *wanted, *((w, None) for w in weights))
-    local, *rest = (o for o in operands if o is not None)
+    local, *rest = fit(
+        p.mesh, p.varying,
+        *zip((x, *states), p.wanted, strict=True), *((w, None) for w in weights),
+    )  # fmt: skip
     states, weights = rest[: len(states)], rest[len(states) :]
+    n = p.spec(("n",)).local_shape[0]
     # torch refuses an empty batch
     local = with_one(local, [batch], 0.0)
     states = [with_one(s, [1], 0.0) for s in states]
     settings = (given["has_biases"], given["bidirectional"], given["batch_first"])
     drops = bool(given["train"] and given["dropout"] and given["num_layers"] > 1)
     if drops:
-        spec = y._spec.with_dims([*y._spec.dims[:2], Dim(0)])
+        spec = p.spec((*lead, "O"), (0, 0, 0))
         out, last = _by_layer(func, local, states, weights, given, settings, spec)
     else:
         out, *last = func(local, _states(func, states), weights, settings[0], given["num_layers"],
                           0.0, given["train"], *settings[1:])  # fmt: skip
-    n = y._spec.local_shape[batch]
-    spec = y._spec.with_dims([*y._spec.dims[:2], Dim(out.shape[2])])
-    ends = [y._spec.with_dims([Dim(s.shape[0]), cut, Dim(s.shape[2])]) for s in last]
-    return wrap(out.narrow(batch, 0, n), spec), *(
-        wrap(s.narrow(1, 0, n), e) for s, e in zip(last, ends, strict=True)
+    return p.result(out.narrow(batch, 0, n)), *(
+        p.result(s.narrow(1, 0, n), 1 + i) for i, s in enumerate(last)
     )
 
 
-def _plain(x: Tensor) -> bool:
-    return not isinstance(x, ShardTensor)
-
-
 def _states(func: Any, states: list[Tensor]) -> Any:
-    return states if func.__name__ == "lstm" else states[0]
+    return states if func.__name__.startswith("lstm") else states[0]
 
 
 def _by_layer(
@@ -88,7 +81,7 @@ def _by_layer(
     for i in range(layers):
         if i:
             n = spec.local_shape[batch]
-            wide = spec.with_dims([*spec.dims[:2], Dim(local.shape[2])])
+            wide = spec.replace({2: Dim(local.shape[2])})
             kept = torch.dropout(wrap(local.narrow(batch, 0, n), wide), given["dropout"], True)
             local = with_one(like(kept, wide)._local, [batch], 0.0)
         own = [s.narrow(0, i * ways, ways) for s in states]
@@ -105,18 +98,17 @@ def cell(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(input, hx, w_ih, w_hh, b_ih, b_hh): one step."""
     x, hx, *weights = args
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
-    first = next((s for s in (x, *states) if not _plain(s)), None)
-    if first is None:
+    if not any(isinstance(s, ShardTensor) for s in (x, *states)):
         return fall_back(func, args, kwargs)
-    y = aside(reduced(first), [1])
-    if y is None:
+    ends = [("n", f"H{i}") for i in range(len(states))]
+    p = labels.plan((("n", "F"), *ends, *ends), x, *states)
+    if p.gathered:
         return fall_back(func, args, kwargs)
-    cut = y._spec.dims[0]
-    wanted = [(s, (cut, Dim(s.shape[1]))) for s in (x, *states)]
-    local, *rest = fit(y._spec.mesh, cut.axes, *wanted, *((w, None) for w in weights))
-    states = rest[: len(states)]
-    given = states if func.__name__ == "lstm_cell" else states[0]
-    out = func(local, given, *rest[len(states) :], **kwargs)
+    local, *rest = fit(
+        p.mesh, p.varying,
+        *zip((x, *states), p.wanted, strict=True), *((w, None) for w in weights),
+    )  # fmt: skip
+    out = func(local, _states(func, rest[: len(states)]), *rest[len(states) :], **kwargs)
     if isinstance(out, Tensor):
-        return wrap(out, y._spec.with_dims([cut, Dim(out.shape[1])]))
-    return tuple(wrap(o, y._spec.with_dims([cut, Dim(o.shape[1])])) for o in out)
+        return p.result(out)
+    return tuple(p.result(o, i) for i, o in enumerate(out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,32 +12,29 @@ from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, reduced
+from ..tensor.redistribute import fit, reduced
+from . import labels
 from .empty import stock
-from .pointwise import align
 from .reduce import over
 
 
 @rule("linalg_cross")
 def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
     """Elementwise but along dim, whose shards move to another dim."""
-    operands = []
-    for x in (input, other):
-        y: Tensor | None = reduced(x) if isinstance(x, ShardTensor) else x
-        if isinstance(y, ShardTensor) and -y.ndim <= dim < y.ndim:
-            y = aside(y, [dim % y.ndim])
-        if y is None:
-            return fall_back(torch.linalg.cross, (input, other), {"dim": dim})
-        operands.append(y)
     if input.ndim != other.ndim:
         raise RuntimeError(
             f"linalg.cross: inputs must have the same number of dimensions: {input.ndim}, "
             f"{other.ndim}"
         )
-    spec, wanted = align(*operands)
-    a, b = fit(spec.mesh, spec.varying, *zip(operands, wanted, strict=True))
-    assert a is not None and b is not None
-    return wrap(torch.linalg.cross(a, b, dim=dim), spec)
+    if not input.ndim:
+        raise RuntimeError(f"linalg.cross: inputs dimension {dim} must have length 3")
+    (d,) = over(dim, input.ndim)
+    each, *_ = labels.elementwise(input.ndim)
+    term = (*each[:d], "X", *each[d + 1 :])
+    p = labels.plan((term, term, term), input, other)
+    if p.gathered:
+        return fall_back(torch.linalg.cross, (input, other), {"dim": dim})
+    return p.result(torch.linalg.cross(*p.fit((input, other)), dim=dim))
 
 
 @rule("cross")
@@ -69,7 +65,7 @@ def vander(x: ShardTensor, *, N: int | None = None) -> ShardTensor:
     if x.ndim == 0:
         return fall_back(torch.linalg.vander, (x,), {"N": N})
     n = x.shape[-1] if N is None else N
-    spec = x._spec.with_dims([*x._spec.dims, Dim(max(0, n))])
+    spec = x._spec.insert(x.ndim, Dim(max(0, n)))
     local = stock(lambda z: torch.linalg.vander(z, N=n), spec.local_shape, x._local)
     return wrap(local, spec)
 
@@ -103,7 +99,7 @@ def _pairs(n: int, dim: Dim) -> tuple[tuple[int, ...], Dim]:
         before += n - 1 - row
     edges += [n] * (parts + 1 - len(edges))
     starts = [r * (2 * n - 1 - r) // 2 if r < n else total for r in edges]
-    return tuple(edges), Dim(total, dim.axes, tuple(b - a for a, b in pairwise(starts)))
+    return tuple(edges), dim.cut_at(starts)
 
 
 @rule("pdist")
@@ -113,16 +109,11 @@ def pdist(input: ShardTensor, p: float = 2.0) -> Any:
     if x.ndim != 2 or x.shape[0] < 2 or not x._spec.varying or not x.shape[1]:
         return fall_back(torch.pdist, (x, p), {})
     spec = x._spec
-    axes = spec.varying
-    parts = 1
-    for a in axes:
-        parts *= spec.mesh.size(a)
-    n = x.shape[0]
-    edges, dim = _pairs(n, Dim(n, axes, (0,) * parts))
+    n, axes = x.shape[0], spec.varying
+    edges, dim = _pairs(n, Dim.chunked(n, axes, spec.mesh))
     out = spec.with_dims([dim])
     (rows,) = fit(spec.mesh, axes, (x, None))
-    assert rows is not None
-    a, b = edges[out.index[0]], edges[out.index[0] + 1]
+    a, b = edges[out.index[0] : out.index[0] + 2]
     # row i - a meets the rows after it
     i, j = torch.triu_indices(b - a, n - a, 1, device=x.device)
     every = torch.cdist(rows[a:b], rows[a:], p, compute_mode="donot_use_mm_for_euclid_dist")
