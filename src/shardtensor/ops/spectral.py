@@ -38,7 +38,7 @@ def truncated_rfftn(
     dims, kept = _arguments(x.ndim, modes, dim)
     for d, (above, below) in zip(dims, kept, strict=True):
         _check(x.shape[d], above, below, d == dims[-1])
-    x = reduced(x) if isinstance(x, ShardTensor) else x
+    x = reduced(x)
     y = _kept(x, dims[-1], *kept[-1], norm, True)
     # what is whole shrinks before anything moves
     order = sorted(range(len(dims) - 1), key=lambda i: bool(_parts(x, dims[i])))
@@ -245,7 +245,7 @@ def _target(like: Spec, dims: Sequence[int], shape: torch.Size) -> list[Dim]:
 def _everywhere(y: Tensor, dims: Sequence[int], target: Spec) -> Tensor:
     """All kept modes on every rank that needs them, for use that differs from rank to rank."""
     wanted = [Dim(y.shape[i]) if i in dims else e for i, e in enumerate(target.dims)]
-    y = reduced(y) if isinstance(y, ShardTensor) else y
+    y = reduced(y)
     if not isinstance(y, ShardTensor) or not _ready(y._spec, wanted, dims, target):
         (found,) = fit(target.mesh, target.varying, (y, wanted))
         assert found is not None

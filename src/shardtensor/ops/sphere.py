@@ -42,7 +42,7 @@ def pad_sphere(
         raise ValueError(f"pad_sphere: {tuple(pad)} of {rows} latitudes, {columns} longitudes")
     if (north or south) and columns % 2:
         raise ValueError(f"pad_sphere: {columns} longitudes: the other side needs an even number")
-    x = reduced(x) if isinstance(x, ShardTensor) else x
+    x = reduced(x)
     first = x.narrow(lat, int(poles), north)
     last = x.narrow(lat, rows - poles - south, south)
     beyond = [_other_side(part, lat, lon, sign) for part in (first, last)]

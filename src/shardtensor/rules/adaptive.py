@@ -26,6 +26,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
+from . import flat
 from .empty import stock
 from .pool import result_dtype, some_channels
 
@@ -58,7 +59,7 @@ class Bins(NamedTuple):
         A bin on several ranks has its parts side by side, because spans ascend.
         """
         order = self.order
-        a, b = self.out.offsets[rank : rank + 2] if self.out.axes else (0, self.out.size)
+        a, b = self.out.spans[rank if self.out.axes else 0]
         return sum(j < a for j in order), sum(j < b for j in order)
 
     @property
@@ -74,19 +75,16 @@ def _bin(j: int, n: int, m: int) -> tuple[int, int]:
 @cached
 def _bins(dim: Dim, m: int) -> Bins:
     n = dim.size
-    spans = [
-        ((a * m) // n, -(-(b * m) // n)) if a < b else (0, 0) for a, b in pairwise(dim.offsets)
-    ]
+    spans = [((a * m) // n, -(-(b * m) // n)) if a < b else (0, 0) for a, b in dim.spans]
     if m < len(dim.sizes):
         return Bins(Dim(m), tuple(spans))
-    edges = [round(o * m / n) for o in dim.offsets]
-    return Bins(Dim(m, dim.axes, tuple(b - a for a, b in pairwise(edges))), tuple(spans))
+    return Bins(dim.cut_at([round(o * m / n) for o in dim.offsets]), tuple(spans))
 
 
 @cached
 def _own(dim: Dim, m: int, rank: int) -> tuple[tuple[int, int], ...]:
     """The local rows [start, stop) of every bin that a rank has rows of."""
-    low, high = dim.offsets[rank : rank + 2]
+    low, high = dim.spans[rank]
     return tuple(
         (max(low, start) - low, min(high, stop) - low)
         for start, stop in (_bin(j, dim.size, m) for j in range(*_bins(dim, m).spans[rank]))
@@ -117,7 +115,7 @@ def _split_up(
         if not dim.axes:
             dims[first + i] = Dim(m)
         elif all(o * m % dim.size == 0 for o in dim.offsets):
-            dims[first + i] = Dim(m, dim.axes, tuple(s * m // dim.size for s in dim.sizes))
+            dims[first + i] = dim.scaled(m, dim.size)
             here[i] = dims[first + i].sizes[spec.index[first + i]]
         else:
             plans[first + i] = _bins(dim, m)
@@ -127,7 +125,7 @@ def _split_up(
 
 
 def _name(x: ShardTensor, d: int) -> str:
-    return comm.group(x._spec.mesh, x._spec.dims[d].axes)
+    return comm.along(x._spec, d)
 
 
 # average -----------------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
             a, b = plan.spans[i]
             local = F.pad(local, [0, 0] * (local.ndim - 1 - d) + [a, m - b])
             local = comm.reduce(local, _name(x, d))
-        rows = range(spec.offset[d], spec.offset[d] + spec.local_shape[d])
+        rows = range(*spec.spans[d])
         counts = [b - a for a, b in (_bin(j, size, m) for j in rows)]
         by = torch.tensor(counts, dtype=local.dtype, device=local.device)
         local = local / by.view([-1] + [1] * (local.ndim - 1 - d))
@@ -252,12 +250,7 @@ def _pooled(values: Tensor, index: Tensor, n: int, target: list[int]) -> tuple[T
 def _whole_positions(index: Tensor, spec: Spec, n: int) -> Tensor:
     """Flat positions in the local volume as positions in the whole one."""
     first = len(spec.dims) - n
-    found, step = torch.zeros_like(index), 1
-    for d in reversed(range(first, len(spec.dims))):
-        rows = max(1, spec.local_shape[d])
-        found = found + (index % rows + spec.offset[d]) * step
-        index, step = index // rows, step * spec.dims[d].size
-    return found
+    return flat.whole(index, [max(1, m) for m in spec.local_shape[first:]], spec, first)
 
 
 def _merged(values: Tensor, index: Tensor, d: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:

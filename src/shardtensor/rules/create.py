@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..registry import handlers, rule
-from ..spec import Dim, Spec
+from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .pointwise import check_number, function_rule, pointwise
@@ -25,7 +25,7 @@ def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
     """What make(shape) gives, of this rank's part of the global shape."""
     spec = x._spec
     if shape != spec.shape:
-        dims = [Dim(int(n)) for n in shape]
+        dims = list(whole_dims([int(n) for n in shape]))
         if shape and spec.dims and spec.dims[0].axes and shape[1:] == spec.shape[1:]:
             rows = indexed.dims.get((spec.mesh, shape[0]))
             if rows is not None and rows.axes == spec.dims[0].axes:
@@ -72,7 +72,7 @@ def new_tensor(input: Tensor, data: Any, **kwargs: Any) -> Tensor:
         made = data.detach().clone().to(**{k: v for k, v in options.items() if v is not None})
     elif isinstance(input, ShardTensor):
         local = input._local.new_tensor(data, **kwargs)
-        made = wrap(local, Spec(input._spec.mesh, tuple(Dim(n) for n in local.shape)))
+        made = wrap(local, Spec.whole(input._spec.mesh, local.shape))
     else:
         made = input.new_tensor(data, **kwargs)
     return made.requires_grad_(grad)

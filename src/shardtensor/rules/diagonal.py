@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,14 +60,6 @@ def triu_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
 # diagonals of matrices ---------------------------------------------------------------------------
 
 
-def _cut(dim: Dim, first: int, length: int) -> Dim:
-    """A diagonal of `length` that starts at row `first` of a dim, cut where the dim is."""
-    if not dim.axes:
-        return Dim(length)
-    edges = [min(max(o - first, 0), length) for o in dim.offsets]
-    return Dim(length, dim.axes, tuple(b - a for a, b in pairwise(edges)))
-
-
 @rule("diagonal")
 def diagonal(
     input: ShardTensor, offset: int = 0, dim1: int = 0, dim2: int = 1, **names: Any
@@ -79,25 +70,23 @@ def diagonal(
     if r == c:
         raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
     spec = x._spec
-    rows, columns = spec.dims[r], spec.dims[c]
     first, start = max(0, -offset), max(0, offset)
-    length = max(0, min(rows.size - first, columns.size - start))
-    other = [d for i, d in enumerate(spec.dims) if i not in (r, c)]
+    length = max(0, min(x.shape[r] - first, x.shape[c] - start))
+    # the diagonal cut where rows are, and where columns are
+    rows, columns = (
+        spec.drop((r, c)).insert(x.ndim - 2, spec.dims[d].clipped(at, at + length))
+        for d, at in ((r, first), (c, start))
+    )
     local = x._local.diagonal(offset + _shift(spec, r, c), r, c)
-    if not rows.axes:
-        return wrap(local, spec.with_dims([*other, _cut(columns, start, length)]))
-    out = spec.with_dims([*other, _cut(rows, first, length)])
-    if not columns.axes:
-        return wrap(local, out)
+    if not (rows.dims[-1].axes and columns.dims[-1].axes):
+        return wrap(local, rows if rows.dims[-1].axes else columns)
     # which of my rows' entries lie in my columns
-    mine, theirs = out.dims[-1], _cut(columns, start, length)
-    a, b = mine.offsets[spec.index[r]], mine.offsets[spec.index[r] + 1]
-    p, q = theirs.offsets[spec.index[c]], theirs.offsets[spec.index[c] + 1]
+    (a, b), (p, q) = rows.spans[-1], columns.spans[-1]
     low, high = max(a, p), min(b, q)
     before = low - a if low < high else b - a
     local = F.pad(local, (before, b - a - before - local.shape[-1]))
-    local = comm.reduce(local, comm.group(spec.mesh, columns.axes))
-    return wrap(stands_for_view(local, x._local, "diagonal"), out)
+    local = comm.reduce(local, comm.along(spec, c))
+    return wrap(stands_for_view(local, x._local, "diagonal"), rows)
 
 
 @rule("linalg_diagonal")
@@ -118,11 +107,8 @@ def diag_embed(input: ShardTensor, offset: int = 0, dim1: int = -2, dim2: int = 
         r, c, offset = c, r, -offset
     spec, entries = x._spec, x._spec.dims[-1]
     size = entries.size + abs(offset)
-    rows = Dim(size)
-    if entries.axes:
-        inner = [o + max(0, -offset) for o in entries.offsets[1:-1]]
-        rows = Dim(size, entries.axes, tuple(b - a for a, b in pairwise([0, *inner, size])))
-    made = spec.with_dims([*spec.dims[:-1], rows, Dim(size)])
+    rows = entries.cut_at([0, *(o + max(0, -offset) for o in entries.offsets[1:-1]), size])
+    made = spec.replace({-1: rows}).insert(n - 1, Dim(size))
     blank = x._local.new_zeros(made.local_shape)
     local = torch.diagonal_scatter(blank, x._local, offset + made.offset[-2], -2, -1)
     order = list(range(n - 2))

@@ -6,7 +6,6 @@ The ranks tell each other the first and last row that they need, in one small al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -44,11 +43,7 @@ def by_shard(
     none: the window of a shard that needs no rows.
     """
     found: list[list[Window]] = [[] for _ in spec.dims[d].sizes]
-    places = product(*(range(spec.mesh.size(a)) for a in axes))
-    for place, windows in zip(places, known, strict=True):
-        coordinate = [0] * spec.mesh.ndim
-        for axis, p in zip(axes, place, strict=True):
-            coordinate[axis] = p
+    for place, windows in zip(spec.places(axes), known, strict=True):
         if windows[i][0] < windows[i][1]:
-            found[spec.index_at(coordinate)[d]].append(windows[i])
+            found[spec.index_at(place)[d]].append(windows[i])
     return tuple((min(a for a, _ in w), max(b for _, b in w)) if w else none for w in found)

@@ -12,6 +12,7 @@ from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
+from . import flat
 from .empty import with_one
 from .pointwise import function_rule, pointwise
 from .reduce import Dims, axes_of, over, stacked, wide, with_elements, without
@@ -166,7 +167,7 @@ def _arg(input: ShardTensor, dim: int | None, keepdim: bool, largest: bool) -> S
     local = _filled(x._local, every, largest)
     fn = torch.max if largest else torch.min
     value, at = fn(local.flatten(), 0)
-    at = _flat_index(at, local.shape, x._spec)
+    at = flat.whole(at, local.shape, x._spec)
     axes = axes_of(x._spec, every)
     if axes:
         group = comm.group(x._spec.mesh, axes)
@@ -179,13 +180,3 @@ def _arg(input: ShardTensor, dim: int | None, keepdim: bool, largest: bool) -> S
         at = torch.where(ties, places, x.numel()).min()
     spec = without(x._spec, every, keepdim)
     return wrap(at.reshape(spec.shape), spec)
-
-
-def _flat_index(at: Tensor, shape: torch.Size, spec: Spec) -> Tensor:
-    """A flat position in the local tensor as one in the whole tensor."""
-    found, step = torch.zeros_like(at), 1
-    for d in reversed(range(len(shape))):
-        found = found + (at % shape[d] + spec.offset[d]) * step
-        at = at // shape[d]
-        step *= spec.dims[d].size
-    return found

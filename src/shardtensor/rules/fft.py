@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
 from .empty import with_one
@@ -127,8 +127,7 @@ def _sizes(spec: Spec, local: Tensor, dims: Sequence[int]) -> Spec:
 
 @cached
 def _resized(spec: Spec, dims: tuple[int, ...], sizes: tuple[int, ...]) -> Spec:
-    new = {d: Dim(n) for d, n in zip(dims, sizes, strict=True)}
-    return spec.with_dims(_with(spec.dims, new))
+    return spec.replace({d: Dim(n) for d, n in zip(dims, sizes, strict=True)})
 
 
 def _check(func: Any, x: ShardTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -189,13 +188,13 @@ def _moves(
     spec: Spec, d: int, todo: tuple[int, ...], done: tuple[int, ...]
 ) -> tuple[tuple[Dim, ...], ...]:
     """The dims to pass through until dim d is whole."""
-    dims = list(spec.dims)
+    dims = spec.dims
     axes = dims[d].axes
     if not axes:
         return ()
     free = [e for e, dim in enumerate(dims) if e != d and dim.size > 1]
     if not free:
-        return (_with(dims, {d: Dim(dims[d].size)}),)
+        return (spec.whole_in([d]).dims,)
 
     def rank(e: int) -> tuple[Any, ...]:
         parts = prod(spec.mesh.size(a) for a in (*axes, *dims[e].axes))
@@ -203,18 +202,13 @@ def _moves(
 
     to = max(free, key=rank)
     union = tuple(sorted((*axes, *dims[to].axes)))
-    parts = [spec.mesh.size(a) for a in union]
-    all_on_to = Dim(dims[to].size, union, nested_chunk_sizes(dims[to].size, parts))
-    last = _with(dims, {to: all_on_to, d: Dim(dims[d].size)})
+    all_on_to = Dim.chunked(dims[to].size, union, spec.mesh)
+    last = spec.replace({to: all_on_to, d: dims[d].whole}).dims
     if union[: len(dims[to].axes)] == dims[to].axes:
         return (last,)
     # outer axes cannot move below inner ones: all meet in dim d first
-    all_on_d = Dim(dims[d].size, union, nested_chunk_sizes(dims[d].size, parts))
-    return _with(dims, {d: all_on_d, to: Dim(dims[to].size)}), last
-
-
-def _with(dims: Sequence[Dim], new: dict[int, Dim]) -> tuple[Dim, ...]:
-    return tuple(new.get(i, d) for i, d in enumerate(dims))
+    all_on_d = Dim.chunked(dims[d].size, union, spec.mesh)
+    return spec.replace({d: all_on_d, to: dims[to].whole}).dims, last
 
 
 # complex numbers as pairs ------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def view_as_real(input: ShardTensor) -> ShardTensor:
     spec, x = input._spec, input._local
     # torch's gradient of an empty view fails on strides
     local = torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)
-    return wrap(local, Spec(spec.mesh, (*spec.dims, Dim(2)), spec.partial))
+    return wrap(local, spec.insert(input.ndim, Dim(2)))
 
 
 @rule("view_as_complex")
@@ -233,5 +227,4 @@ def view_as_complex(input: ShardTensor) -> ShardTensor:
     if not input.ndim or input.shape[-1] != 2:
         raise RuntimeError("Tensor must have a last dimension of size 2")
     x = whole_in(input, [input.ndim - 1], "view_as_complex")
-    spec = x._spec
-    return wrap(torch.view_as_complex(x._local), Spec(spec.mesh, spec.dims[:-1], spec.partial))
+    return wrap(torch.view_as_complex(x._local), x._spec.drop([-1]))

@@ -126,7 +126,7 @@ def index_reduce(
 @rule("take")
 def take(input: Tensor, index: Tensor) -> Tensor:
     index = integers(index, "take")
-    x = reduced(input) if isinstance(input, ShardTensor) else input
+    x = reduced(input)
     out = read(x.reshape(-1), summed(index), op="take")
     return out if index.ndim else out.reshape(())
 

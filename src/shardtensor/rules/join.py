@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, reduced
+from ..tensor.redistribute import fit, local_of, reduced
+from . import labels
+from .labels import Known
 from .pointwise import align
 from .shape import _index, many
-
-Known = Spec | torch.Size
 
 
 @rule("cat", "concat", "concatenate")
@@ -35,24 +34,21 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
                 f"Sizes of tensors must match except in dimension {d}: {list(parts[0].shape)} and "
                 f"{list(x.shape)}"
             )
-    parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in parts]
-    known = tuple(x._spec if isinstance(x, ShardTensor) else x.shape for x in parts)
+    parts = [reduced(x) for x in parts]
+    known = tuple(map(labels.known, parts))
     if not any(isinstance(k, Spec) for k in known):
         return _with_gradients(torch.cat(parts, d), skipped)
     spec, wanted = _cat_plan(known, d)
     dim_out = spec.dims[d]
     own = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
-    pieces = [x for x in own if x is not None]
+    pieces = list(own)
     if dim_out.axes:
-        group = comm.group(spec.mesh, dim_out.axes)
+        group = comm.along(spec, d)
         start = 0
         for i, (x, dims) in enumerate(zip(parts, wanted, strict=True)):
             # what of this part lies within each rank's interval of the result
             stop = start + x.shape[d]
-            windows = [
-                (min(max(a, start), stop) - start, min(max(b, start), stop) - start)
-                for a, b in pairwise(dim_out.offsets)
-            ]
+            windows = dim_out.clipped(start, stop).spans
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
     return wrap(_with_gradients(torch.cat(pieces, d), skipped), spec)
@@ -62,20 +58,24 @@ def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
     """Legacy empty parts, of shape (0,) among others, add nothing; but they have a gradient."""
     for x in skipped:
         if x.requires_grad and (local.is_floating_point() or local.is_complex()):
-            local = local + (x._local if isinstance(x, ShardTensor) else x).sum()
+            local = local + local_of(x).sum()
     return local
 
 
 @cached
 def _cat_plan(known: tuple[Known, ...], d: int) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
-    """(spec of the result, the dims in which each part is wanted)."""
+    """(spec of the result, the dims in which each part is wanted).
+
+    By hand: along the joined dim no part is cut as another, and the result as none.
+    """
     specs = [k for k in known if isinstance(k, Spec)]
     main = max(specs, key=lambda s: (bool(s.varying), s.shape.numel()))
     rows = [k.shape[d] if isinstance(k, Spec) else k[d] for k in known]
     axes = main.dims[d].axes
     if not axes:
-        dims = _with(main.dims, d, Dim(sum(rows)))
-        return main.with_dims(dims), tuple(_with(main.dims, d, Dim(n)) for n in rows)
+        return main.replace({d: Dim(sum(rows))}), tuple(
+            main.replace({d: Dim(n)}).dims for n in rows
+        )
     ranks = len(main.dims[d].sizes)
     cut = [k.dims[d] if isinstance(k, Spec) and k.dims[d].axes == axes else None for k in known]
     sharded = [i for i, c in enumerate(cut) if c is not None]
@@ -89,29 +89,21 @@ def _cat_plan(known: tuple[Known, ...], d: int) -> tuple[Spec, tuple[tuple[Dim, 
         ]
         sizes = tuple(sum(p.sizes[r] for p in parts) for r in range(ranks))
     else:
-        split = [main.mesh.size(a) for a in axes]
-        parts = [
-            c or Dim(n, axes, nested_chunk_sizes(n, split)) for c, n in zip(cut, rows, strict=True)
-        ]
-        sizes = nested_chunk_sizes(sum(rows), split)
-    spec = main.with_dims(_with(main.dims, d, Dim(sum(rows), axes, sizes)))
-    return spec, tuple(_with(main.dims, d, p) for p in parts)
-
-
-def _with(dims: Sequence[Dim], d: int, new: Dim) -> tuple[Dim, ...]:
-    return (*dims[:d], new, *dims[d + 1 :])
+        parts = [c or Dim.chunked(n, axes, main.mesh) for c, n in zip(cut, rows, strict=True)]
+        sizes = Dim.chunked(sum(rows), axes, main.mesh).sizes
+    spec = main.replace({d: Dim(sum(rows), axes, sizes)})
+    return spec, tuple(main.replace({d: p}).dims for p in parts)
 
 
 @rule("stack")
 def stack(tensors: Sequence[Tensor], dim: int = 0) -> ShardTensor:
-    parts = [reduced(x) if isinstance(x, ShardTensor) else x for x in tensors]
+    parts = [reduced(x) for x in tensors]
     d = _index(dim, parts[0].ndim + 1)
     if any(x.shape != parts[0].shape for x in parts):
         raise RuntimeError("stack expects each tensor to be equal size")
     spec, wanted = align(*parts)
     local = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
-    dims = (*spec.dims[:d], Dim(len(parts)), *spec.dims[d:])
-    return wrap(torch.stack([x for x in local if x is not None], d), spec.with_dims(dims))
+    return wrap(torch.stack(local, d), spec.insert(d, Dim(len(parts))))
 
 
 @rule("roll")
@@ -128,9 +120,10 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
             local = local.roll(shift, d)
         elif spec_dim.size and shift % spec_dim.size:
             s = shift % spec_dim.size
-            windows = [(a - s, b - s) for a, b in pairwise(spec_dim.offsets)]
-            group = comm.group(x._spec.mesh, spec_dim.axes)
-            local = comm.window(local, d, spec_dim.sizes, windows, group, wrap=True)
+            windows = [(a - s, b - s) for a, b in spec_dim.spans]
+            local = comm.window(
+                local, d, spec_dim.sizes, windows, comm.along(x._spec, d), wrap=True
+            )
     return wrap(local.clone() if local is x._local else local, x._spec)
 
 
@@ -143,8 +136,8 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:
-            windows = [(dim.size - b, dim.size - a) for a, b in pairwise(dim.offsets)]
-            local = comm.window(local, d, dim.sizes, windows, comm.group(x._spec.mesh, dim.axes))
+            windows = [(dim.size - b, dim.size - a) for a, b in dim.spans]
+            local = comm.window(local, d, dim.sizes, windows, comm.along(x._spec, d))
     return wrap(local.flip(mirrored), x._spec)
 
 
@@ -169,14 +162,9 @@ def repeat(input: ShardTensor, *repeats: Any, **kwargs: Any) -> ShardTensor:
     plain = list(times)
     for d, dim in enumerate(x._spec.dims):
         k = times[lead + d]
-        if not dim.axes:
-            dims.append(Dim(dim.size * k))
-            continue
-        plain[lead + d] = 1
-        new = Dim(dim.size * k, dim.axes, tuple(n * k for n in dim.sizes))
-        group = comm.group(x._spec.mesh, dim.axes)
-        windows = list(pairwise(new.offsets))
-        local = comm.window(local, d, dim.sizes, windows, group, wrap=True)
-        dims.append(new)
-    out = local.repeat(plain)
-    return wrap(out, x._spec.with_dims([*(Dim(n) for n in times[:lead]), *dims]))
+        dims.append(dim.scaled(k))
+        if dim.axes:
+            plain[lead + d] = 1
+            group = comm.along(x._spec, d)
+            local = comm.window(local, d, dim.sizes, dims[-1].spans, group, wrap=True)
+    return wrap(local.repeat(plain), x._spec.with_dims([*whole_dims(times[:lead]), *dims]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
 from math import prod
 
 import torch
@@ -26,14 +25,9 @@ def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
     No axes where one rank holds all of it.
     """
     axes = axes_of(spec, dims)
-    place = list(spec.coordinate)
-    counts = []
-    for at in product(*(range(spec.mesh.size(a)) for a in axes)):
-        for axis, i in zip(axes, at, strict=True):
-            place[axis] = i
-        shape = spec.local_shape_at(place)
-        counts.append(prod(shape[d] for d in dims))
-    return (axes if len(counts) > 1 else ()), tuple(counts)
+    shapes = [spec.local_shape_at(at) for at in spec.places(axes)]
+    counts = tuple(prod(shape[d] for d in dims) for shape in shapes)
+    return (axes if len(counts) > 1 else ()), counts
 
 
 def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:

@@ -12,7 +12,6 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
     if isinstance(input, ShardTensor):
         return reduced(input)
     mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
-    return wrap(input, Spec(mesh, tuple(Dim(n) for n in input.shape)))
+    return wrap(input, Spec.whole(mesh, input.shape))
 
 
 def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
@@ -354,13 +353,12 @@ def local_response_norm(
     if not channels.axes:
         y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), local.shape, local)
         return wrap(y, spec)
-    ends = channels.offsets
     windows = [
         (max(0, a - size // 2), min(channels.size, b + (size - 1) // 2)) if a < b else (a, a)
-        for a, b in pairwise(ends)
+        for a, b in channels.spans
     ]
-    group = comm.group(spec.mesh, channels.axes)
+    group = comm.along(spec, 1)
     seen = comm.window(local, 1, channels.sizes, windows, group)
     y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), seen.shape, seen)
-    start, first = ends[spec.index[1]], windows[spec.index[1]][0]
-    return wrap(y.narrow(1, start - first, channels.sizes[spec.index[1]]), spec)
+    (start, stop), (first, _) = spec.spans[1], windows[spec.index[1]]
+    return wrap(y.narrow(1, start - first, stop - start), spec)

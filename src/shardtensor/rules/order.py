@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _torch, comm
 from ..dispatch.fallback import fall_back
 from ..registry import rule
-from ..spec import Dim
+from ..spec import Dim, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import aside, fit, reduced, replicate
 from .empty import with_one
@@ -76,7 +76,7 @@ def _along(fn: Any, input: Tensor, *rest: Any, dim: int, keepdim: bool) -> Any:
 def _nth(fn: Any, x: ShardTensor, *rest: Any, d: int, keepdim: bool) -> Any:
     """kthvalue, median or nanmedian along a cut dim."""
     n, local = x.shape[d], lanes(x._local, d)
-    group = comm.group(x._spec.mesh, x._spec.dims[d].axes)
+    group = comm.along(x._spec, d)
     if fn is torch.kthvalue:
         kind, (k,) = torch.return_types.kthvalue, rest
         if not 1 <= k <= n:
@@ -168,7 +168,7 @@ def _quantile(
     if not isinstance(input, ShardTensor):
         spec, q = q._spec, replicate(q)._local
         found = fn(input, q, dim, keepdim, interpolation=interpolation)
-        return wrap(found, spec.with_dims([Dim(n) for n in found.shape]))
+        return wrap(found, spec.with_dims(whole_dims(found.shape)))
     x = reduced(input)
     q = replicate(q)._local if isinstance(q, ShardTensor) else q
     # what torch has to say about q

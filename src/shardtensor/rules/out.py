@@ -75,7 +75,7 @@ def _check_dtypes(
 
 
 def _written(out: Any, result: Any) -> Any:
-    result = reduced(result) if isinstance(result, ShardTensor) else result
+    result = reduced(result)
     if torch.is_grad_enabled() and (out.requires_grad or result.requires_grad):
         raise RuntimeError(
             "functions with out=... arguments don't support automatic differentiation, but one of "

@@ -8,7 +8,6 @@ exchanges the two ends. What is left is torch's own padding of the local tensor,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from .. import comm
 from ..cache import cached
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
@@ -67,7 +66,7 @@ def _pad(
     local = x._local
     for d, windows in plan.windows:
         dim = x._spec.dims[d]
-        group = comm.group(x._spec.mesh, dim.axes)
+        group = comm.along(x._spec, d)
         local = comm.window(local, d, dim.sizes, windows, group, wrap=mode == "circular")
     if mode == "constant":
         # F.pad itself takes no complex value
@@ -120,13 +119,13 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
         dim = dims[d]
         size = dim.size + low + high
         _check(dim.size, low, high, mode)
-        if len(dim.sizes) <= 1 or not (low or high):
+        if not dim.is_cut or not (low or high):
             amounts += (low, high)
-            dims[d] = Dim(size, dim.axes, (size,) if len(dim.sizes) == 1 else dim.sizes)
+            dims[d] = dim.cut_at([0, size]) if low or high else dim
             continue
         inner = [min(max(o + low, 0), size) for o in dim.offsets[1:-1]]
-        rows = [(a - low, b - low) for a, b in pairwise([0, *inner, size])]
-        dims[d] = Dim(size, dim.axes, tuple(b - a for a, b in rows))
+        dims[d] = dim.cut_at([0, *inner, size])
+        rows = [(a - low, b - low) for a, b in dims[d].spans]
         me = spec.index[d]
         a, b = rows[me]
         if mode == "circular":
@@ -134,7 +133,7 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
             amounts += (0, 0)
             continue
         if mode == "constant":
-            start, stop = dim.offsets[me], dim.offsets[me + 1]
+            start, stop = dim.spans[me]
             amounts += (start - a, b - stop) if a < b else (start - stop, 0)
             continue
         windows = tuple(_sources(a, b, dim.size, mode) for a, b in rows)

@@ -61,7 +61,7 @@ def feature_dropout(input: ShardTensor, p: float, train: bool) -> ShardTensor:
 def _channels(x: ShardTensor) -> tuple[Dim, ...]:
     if x.ndim < 2:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return tuple(d if i < 2 else Dim(1) for i, d in enumerate(x._spec.dims))
+    return x._spec.replace(dict.fromkeys(range(2, x.ndim), Dim(1))).dims
 
 
 def _drop(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> ShardTensor:
@@ -221,7 +221,7 @@ def multinomial(
         return gathered(torch.multinomial, (input, num_samples, replacement), options)
     x = aside(reduced(input), [input.ndim - 1])
     x = replicate(input) if x is None else x
-    spec = x._spec.with_dims([*x._spec.dims[:-1], Dim(num_samples)])
+    spec = x._spec.replace({-1: Dim(num_samples)})
     g = generator_for(spec, x.device, generator)
     drawn = agreed(
         lambda: torch.multinomial(x._local, num_samples, replacement, generator=g), x._spec,

@@ -7,7 +7,6 @@ instead and reduce those, so that their gradients are torch's own, at zeros and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import through, with_one
@@ -46,8 +45,7 @@ def without(spec: Spec, dims: Sequence[int], keepdim: bool) -> Spec:
 
 @cached
 def _without(spec: Spec, dims: tuple[int, ...], keepdim: bool) -> Spec:
-    kept = [Dim(1) if i in dims else d for i, d in enumerate(spec.dims) if keepdim or i not in dims]
-    return spec.with_dims(kept)
+    return (spec.replace(dict.fromkeys(dims, Dim(1))) if keepdim else spec.drop(dims)).cotangent
 
 
 def axes_of(spec: Spec, dims: Sequence[int]) -> tuple[int, ...]:
@@ -57,8 +55,7 @@ def axes_of(spec: Spec, dims: Sequence[int]) -> tuple[int, ...]:
 
 @cached
 def _axes_of(spec: Spec, dims: tuple[int, ...]) -> tuple[int, ...]:
-    found = [spec.dims[d] for d in dims]
-    return tuple(sorted(a for d in found if len(d.sizes) > 1 for a in d.axes))
+    return axes_in([spec.dims[d] for d in dims if spec.dims[d].is_cut])
 
 
 def finish(local: Tensor, spec: Spec, dims: Sequence[int], op: str = "sum") -> Tensor:
@@ -80,13 +77,9 @@ def with_elements(spec: Spec, dims: Sequence[int]) -> list[int]:
 
 @cached
 def _with_elements(spec: Spec, dims: tuple[int, ...]) -> tuple[int, ...]:
-    found, axes = [], _axes_of(spec, dims)
-    for i, place in enumerate(product(*(range(spec.mesh.size(a)) for a in axes))):
-        at = dict(zip(axes, place, strict=True))
-        index = spec.index_at([at.get(a, 0) for a in range(spec.mesh.ndim)])
-        if 0 not in [(spec.dims[d].sizes or (spec.shape[d],))[index[d]] for d in dims]:
-            found.append(i)
-    return tuple(found)
+    places = spec.places(_axes_of(spec, dims))
+    shapes = [spec.local_shape_at(at) for at in places]
+    return tuple(i for i, shape in enumerate(shapes) if 0 not in [shape[d] for d in dims])
 
 
 @rule("sum")
@@ -199,7 +192,7 @@ def vector_norm(
     input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     """The norm of the norms of the shards; for infinite orders the largest or smallest value."""
-    x = reduced(input if dtype is None else input.to(dtype))  # type: ignore[arg-type]
+    x: ShardTensor = reduced(input if dtype is None else input.to(dtype))  # type: ignore[assignment]
     dims = over(dim, x.ndim)
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
@@ -259,7 +252,8 @@ def norm(
 @rule("logsumexp", "special_logsumexp")
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     dims = over(dim, input.ndim)
-    x = reduced(input if input.is_floating_point() or input.is_complex() else input.float())  # type: ignore[arg-type]
+    real = input.is_floating_point() or input.is_complex()
+    x: ShardTensor = reduced(input if real else input.float())  # type: ignore[assignment]
     if axes_of(x._spec, dims) and not x.dtype.is_complex:
         # halves are rounded once, as on one device
         part = x._local.to(wide(x.dtype))

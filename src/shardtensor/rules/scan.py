@@ -36,11 +36,7 @@ def _totals(x: ShardTensor, d: int, total: Tensor) -> Tensor:
     """The totals of the shards before this one, in order, from each non-empty shard's own."""
     dim = x._spec.dims[d]
     have, windows = _before(dim)
-    return comm.window(total, d, have, windows, comm.group(x._spec.mesh, dim.axes))
-
-
-def _is_cut(x: ShardTensor, d: int) -> bool:
-    return len(x._spec.dims[d].sizes) > 1
+    return comm.window(total, d, have, windows, comm.along(x._spec, d))
 
 
 def _scan(
@@ -48,7 +44,7 @@ def _scan(
 ) -> ShardTensor:
     x = reduced(input)
     dims = over(dim, x.ndim)
-    if not dims or not _is_cut(x, dims[0]):
+    if not dims or not x._spec.dims[dims[0]].is_cut:
         local = stock(lambda z: fn(z, dim, **options), x._local.shape, x._local)
         return wrap(local, x._spec)
     (d,) = dims
@@ -117,7 +113,7 @@ def _extrema(fn: Any, input: ShardTensor, dim: int) -> tuple[ShardTensor, ShardT
     """(values, the global index of the last row that has each)."""
     x = reduced(input)
     dims = over(dim, x.ndim)
-    if not dims or not _is_cut(x, dims[0]):
+    if not dims or not x._spec.dims[dims[0]].is_cut:
         values, indices = stock(lambda z: fn(z, dim), x._local.shape, x._local)
         return wrap(values, x._spec), wrap(indices, x._spec)
     (d,) = dims

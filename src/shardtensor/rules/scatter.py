@@ -113,7 +113,6 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     spec = Spec(mesh, lead)
     varying = sorted({*axes_in(dims), *axes_in(lead)})
     local, at = fit(mesh, varying, (x, dims), (index, lead))
-    assert local is not None and at is not None
     if not cut_axes(dims[d]):
         for i, cut in enumerate(lead):
             if i != d and cut.axes and not dims[i].axes:
@@ -203,7 +202,6 @@ def _scattered(
     spec, target = Spec(mesh, lead), Spec(mesh, tuple(dims))
     varying = sorted({*axes_in(dims), *axes_in(lead)})
     v, at = fit(mesh, varying, (src, lead), (index, lead))
-    assert at is not None
     at = normal(at, spec, rows.size, False, op).movedim(d, 0)
     local = like(x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), target)._local
     moved = local.movedim(d, 0)

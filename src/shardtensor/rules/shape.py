@@ -8,7 +8,6 @@ on whole rows of the output. Shards of other dims of a block move to the leading
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import gcd, prod
 from operator import index
 from typing import Any
@@ -20,7 +19,7 @@ from .. import _torch
 from ..cache import cached
 from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..registry import rule
-from ..spec import Dim, Spec, chunk_sizes, nested_chunk_sizes
+from ..spec import Dim, Spec, axes_in, chunk_sizes, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.layout import views
 from ..tensor.redistribute import convert, like, reduced, replicate, to_dims
@@ -45,7 +44,7 @@ def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
     """x with some dims gathered."""
     if not any(x._spec.dims[d].axes for d in dims):
         return x
-    whole = [Dim(d.size) if i in dims else d for i, d in enumerate(x._spec.dims)]
+    whole = x._spec.whole_in(dims).dims
     if x._spec.partial:
         return moved(x, whole, op)
     y = to_dims(x, whole)
@@ -109,23 +108,21 @@ def _lead(dims: Sequence[int], sizes: Sequence[int]) -> int:
 def _gathered_on_lead(spec: Spec, ins: Sequence[int], lead: int) -> Dim:
     """The leading dim of a block, sharded by all axes that shard any dim of the block."""
     dim = spec.dims[lead]
-    axes = tuple(sorted(a for d in ins for a in spec.dims[d].axes))
+    axes = axes_in([spec.dims[d] for d in ins])
     if axes == dim.axes:
         return dim
-    parts = [spec.mesh.size(a) for a in axes]
     if dim.axes and axes[: len(dim.axes)] == dim.axes:
         # keep the outer cut, so that only the inner axes move
-        inner = prod(parts[len(dim.axes) :])
+        inner = prod(spec.mesh.size(a) for a in axes[len(dim.axes) :])
         return Dim(dim.size, axes, tuple(s for n in dim.sizes for s in chunk_sizes(n, inner)))
-    return Dim(dim.size, axes, nested_chunk_sizes(dim.size, parts))
+    return Dim.chunked(dim.size, axes, spec.mesh)
 
 
 def _on_multiples(dim: Dim, q: int) -> Dim:
     """The dim with its cuts moved to the nearest multiples of q."""
     if q == 1 or all(o % q == 0 for o in dim.offsets):
         return dim
-    edges = [min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]] + [dim.size]
-    return Dim(dim.size, dim.axes, tuple(b - a for a, b in pairwise(edges)))
+    return dim.cut_at([*(min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]), dim.size])
 
 
 @cached
@@ -133,7 +130,7 @@ def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
     """(the dims in which the local reshape is right, the spec of the result)."""
     a = spec.shape
     before = list(spec.dims)
-    after = [Dim(n) for n in shape]
+    after = list(whole_dims(shape))
     for ins, outs in _blocks(a, shape):
         if not any(spec.dims[d].axes for d in ins):
             continue
@@ -147,8 +144,7 @@ def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
         dim = _on_multiples(dim, per_row // gcd(per_row, rows))
         for d in ins:
             before[d] = dim if d == lead else Dim(a[d])
-        sizes = tuple(n * rows // per_row for n in dim.sizes)
-        after[out] = Dim(shape[out], dim.axes, sizes)
+        after[out] = dim.scaled(rows, per_row)
     return tuple(before), Spec(spec.mesh, tuple(after), spec.partial)
 
 
@@ -156,7 +152,7 @@ def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> Sha
     target = _infer(shape, x.numel())
     if x.numel() == 0:
         local = replicate(x)._local.reshape(target)
-        return wrap(local, Spec(x._spec.mesh, tuple(Dim(n) for n in target)))
+        return wrap(local, Spec.whole(x._spec.mesh, target))
     before, spec = _plan(x._spec, target)
     view = views(x._spec, x._local.stride(), target)
     if strict and not view:
@@ -208,14 +204,13 @@ def _other_items(x: ShardTensor, dtype: torch.dtype) -> ShardTensor:
             f"{x.dtype} as {dtype} (different element sizes), but got {last.size} and {begin}"
         )
     whole = _on_multiples(last, max(1, new // old))
-    spec = x._spec.with_dims((*x._spec.dims[:-1], whole))
+    spec = x._spec.replace({-1: whole}).cotangent
     y = convert(own, x._spec, spec)
     if new > old and last.axes:
         # rows, and the memory, of a shard may begin within an item
         y = y.clone(memory_format=torch.contiguous_format)
     stands_for_view(y, own, "view")
-    dim = Dim(last.size * old // new, last.axes, tuple(n * old // new for n in whole.sizes))
-    out = spec.with_dims((*spec.dims[:-1], dim))
+    out = spec.replace({-1: whole.scaled(old, new)})
 
     def run() -> Tensor:
         if step != 1 or (own.shape[-1] > 1 and own.numel() and own.stride(-1) != 1):
@@ -345,16 +340,13 @@ def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
     chosen = range(n) if dim is None else [_index(d, n) for d in many(dim) if n]
     gone = [d for d in chosen if input.shape[d] == 1]
     x = whole_in(input, gone, "squeeze")
-    dims = tuple(d for i, d in enumerate(x._spec.dims) if i not in gone)
-    return wrap(x._local.squeeze(tuple(gone)), Spec(x._spec.mesh, dims, x._spec.partial))
+    return wrap(x._local.squeeze(tuple(gone)), x._spec.drop(gone))
 
 
 @rule("unsqueeze")
 def unsqueeze(input: ShardTensor, dim: int) -> ShardTensor:
     d = _index(dim, input.ndim + 1)
-    spec = input._spec
-    dims = (*spec.dims[:d], Dim(1), *spec.dims[d:])
-    return wrap(input._local.unsqueeze(d), Spec(spec.mesh, dims, spec.partial))
+    return wrap(input._local.unsqueeze(d), input._spec.insert(d, Dim(1)))
 
 
 @rule("expand", "broadcast_to")
@@ -369,9 +361,8 @@ def expand(input: ShardTensor, *size: Any, implicit: bool = False, **kwargs: Any
         if input.shape[d] != 1:
             raise RuntimeError(f"The expanded size {shape[lead + d]} must match {input.shape[d]}")
     x = whole_in(input, grown, "expand")
-    dims = [Dim(n) for n in shape[:lead]]
-    dims += [Dim(shape[lead + d]) if d in grown else dim for d, dim in enumerate(x._spec.dims)]
-    spec = Spec(x._spec.mesh, tuple(dims), x._spec.partial)
+    spec = x._spec.replace({d: Dim(shape[lead + d]) for d in grown})
+    spec = Spec(spec.mesh, (*whole_dims(shape[:lead]), *spec.dims), spec.partial)
     return wrap(x._local.expand(spec.local_shape), spec)
 
 

@@ -28,7 +28,7 @@ def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     # what torch would give, under autocast too
     out = fn(x._local.new_zeros(1), 0, dtype=dtype).dtype
     local = x._local.to(wide(out))
-    group = comm.group(x._spec.mesh, x._spec.dims[dims[0]].axes)
+    group = comm.along(x._spec, dims[0])
     most = with_one(local.detach(), dims, float("-inf")).amax(dims, keepdim=True)
     most = comm.reduce(most, group, "max")
     shifted = local - most

@@ -88,12 +88,11 @@ def cut_at(input: Tensor, dim: int) -> tuple[ShardTensor, int | None]:
     assert isinstance(input, ShardTensor)
     x = reduced(input)
     for d in over(dim, x.ndim):
-        if len(x._spec.dims[d].sizes) > 1:
+        if x._spec.dims[d].is_cut:
             if x.numel():
                 return x, d
             # made whole, which sends nothing
-            dims = [Dim(n.size) if i == d else n for i, n in enumerate(x._spec.dims)]
-            x = to_dims(x, dims)
+            x = to_dims(x, x._spec.whole_in([d]).dims)
     return x, None
 
 
@@ -105,7 +104,7 @@ def beside(x: ShardTensor, d: int) -> ShardTensor | None:
         return aside(x, [d])
     if x.numel() > FEW:
         return None
-    return to_dims(x, [Dim(n.size) if i == d else n for i, n in enumerate(x._spec.dims)])
+    return to_dims(x, x._spec.whole_in([d]).dims)
 
 
 def lanes(local: Tensor, d: int) -> Tensor:
@@ -120,7 +119,7 @@ def lanes(local: Tensor, d: int) -> Tensor:
 def _order(x: ShardTensor, d: int, descending: bool) -> Tensor:
     """(lanes, rows): this rank's part of the indices that sort x along d."""
     dim, me = x._spec.dims[d], x._spec.index[d]
-    group = comm.group(x._spec.mesh, dim.axes)
+    group = comm.along(x._spec, d)
     own, places = keys(lanes(x._local, d), descending).sort(stable=True)
     count, device = own.shape[0], own.device
     if not count:
@@ -159,7 +158,7 @@ def _at(x: ShardTensor, d: int, index: Tensor) -> Tensor:
     flat = (index * n + torch.arange(n, device=index.device)[:, None]).flatten()
     rows = x._local.movedim(d, 0).reshape(-1)
     sizes = [n * s for s in dim.sizes]
-    return comm.take(rows, flat, sizes, comm.group(x._spec.mesh, dim.axes))
+    return comm.take(rows, flat, sizes, comm.along(x._spec, d))
 
 
 def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | None) -> Any:
@@ -226,13 +225,12 @@ def topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
         elif has_keys(x.dtype) and not _torch.is_tracing():
             values, indices = _sorted(torch.sort, x, d, largest, True)
             return torch.return_types.topk((sliced(values, d, 0, k), sliced(indices, d, 0, k)))
-    kept = [Dim(k) if i in over(dim, x.ndim) else n for i, n in enumerate(x._spec.dims)]
-    spec = x._spec.with_dims(kept)
+    spec = x._spec.replace(dict.fromkeys(over(dim, x.ndim), Dim(k)))
     if d is None:
         found = torch.topk(x._local, k, dim, largest, sorted)
         return torch.return_types.topk(_wrapped(found, spec))
     best, places = torch.topk(x._local, have[x._spec.index[d]], d, largest, sorted)
-    group = comm.group(x._spec.mesh, rows.axes)
+    group = comm.along(x._spec, d)
     best = comm.gather(best, d, have, group)
     places = comm.gather(places + x._spec.offset[d], d, have, group)
     best, at = torch.topk(best, k, d, largest, sorted)

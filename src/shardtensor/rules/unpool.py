@@ -7,7 +7,6 @@ output rows each input row goes, and each fetches the input rows that fall in it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -18,9 +17,10 @@ from .. import _torch, comm
 from .._torch import kernels
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import aside, fit, reduced
+from .flat import coordinates
 from .pointwise import align
 
 
@@ -39,7 +39,7 @@ def max_unpool(
             f"Expected shape of indices to be that of the input tensor ({tuple(input.shape)}) but "
             f"got indices tensor with shape: {tuple(indices.shape)}"
         )
-    operands = [reduced(x) if isinstance(x, ShardTensor) else x for x in (input, indices)]
+    operands = [reduced(x) for x in (input, indices)]
     spec, wanted = align(*operands)
     lead = input.ndim - n
     if any(d.axes for d in spec.dims[lead:]) and _torch.is_tracing():
@@ -52,9 +52,8 @@ def max_unpool(
         spec = whole._spec
         wanted = (spec.dims, spec.dims)
     x, at = fit(spec.mesh, spec.varying, *zip(operands, wanted, strict=True))
-    assert x is not None and at is not None
     if not any(d.axes for d in spec.dims[lead:]):
-        out = spec.with_dims([*spec.dims[:lead], *(Dim(m) for m in size)])
+        out = spec.with_dims([*spec.dims[:lead], *whole_dims(size)])
         if 0 in x.shape[:lead]:
             return wrap(x.new_zeros(out.local_shape) + x.sum(dtype=x.dtype), out)
         return wrap(kernel(x, at, size, *rest), out)
@@ -65,27 +64,27 @@ def _spread(x: Tensor, at: Tensor, spec: Spec, size: tuple[int, ...]) -> ShardTe
     """Each rank fetches the input rows that fall in its output rows, and fills in their values."""
     lead, total = x.ndim - len(size), prod(size)
     cut = [i for i in range(len(size)) if spec.dims[lead + i].axes]
-    known = _known(_coordinates(at, size), at, spec, lead, cut)
+    known = _known(coordinates(at, size), at, spec, lead, cut)
     first, last = known.pop(0)[0], -known.pop(0)[0]
     if first < 0 or last >= total:
         raise RuntimeError(
             f"Found an invalid max index: {first if first < 0 else last} "
             f"(output volumes are of size {'x'.join(map(str, size))})"
         )
-    dims = [*spec.dims[:lead], *(Dim(m) for m in size)]
+    dims = [*spec.dims[:lead], *whole_dims(size)]
     for i in cut:
         d, dim = lead + i, spec.dims[lead + i]
         edges = [o * size[i] // dim.size for o in dim.offsets]
-        dims[d] = Dim(size[i], dim.axes, tuple(b - a for a, b in pairwise(edges)))
+        dims[d] = dim.cut_at(edges)
         low, high = known.pop(0), [-n for n in known.pop(0)]
-        windows = [_rows(low, high, a, b) for a, b in pairwise(edges)]
-        group = comm.group(spec.mesh, dim.axes)
+        windows = [_rows(low, high, a, b) for a, b in dims[d].spans]
+        group = comm.along(spec, d)
         x = comm.window(x, d, dim.sizes, windows, group)
         at = comm.window(at, d, dim.sizes, windows, group)
     out = spec.with_dims(dims)
     plane = out.local_shape[lead:]
     flat, inside = torch.zeros_like(at), torch.ones_like(at, dtype=torch.bool)
-    for c, start, n in zip(_coordinates(at, size), out.offset[lead:], plane, strict=True):
+    for c, start, n in zip(coordinates(at, size), out.offset[lead:], plane, strict=True):
         flat = flat * n + (c - start)
         inside = inside & (c >= start) & (c < start + n)
     # what falls in others' rows goes behind the plane
@@ -95,17 +94,8 @@ def _spread(x: Tensor, at: Tensor, spec: Spec, size: tuple[int, ...]) -> ShardTe
     return wrap(local.reshape(out.local_shape), out)
 
 
-def _coordinates(at: Tensor, size: Sequence[int]) -> list[Tensor]:
-    """Flat places as one coordinate for each dim of the plane."""
-    found: list[Tensor] = []
-    for m in reversed(size):
-        found.insert(0, at % m)
-        at = at // m
-    return found
-
-
 def _known(
-    coordinates: list[Tensor], at: Tensor, spec: Spec, lead: int, cut: Sequence[int]
+    places: list[Tensor], at: Tensor, spec: Spec, lead: int, cut: Sequence[int]
 ) -> list[list[int]]:
     """The smallest flat place, the largest, negated; then for each sharded dim the smallest output
     row, and the largest, negated, of each input row. One all-reduce.
@@ -117,7 +107,7 @@ def _known(
     for i in cut:
         d = lead + i
         others = [e for e in range(at.ndim) if e != d]
-        for values, init in ((coordinates[i], far), (-coordinates[i], 1)):
+        for values, init in ((places[i], far), (-places[i], 1)):
             rows = at.new_full((spec.dims[d].size,), init)
             if at.numel():
                 rows.narrow(0, spec.offset[d], at.shape[d]).copy_(values.amin(others))

@@ -1,0 +1,32 @@
+"""Flat positions: of one rank's tensor as of the whole one, and as coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec import Spec
+
+
+def coordinates(at: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Flat positions in a row-major block as one coordinate for each dim."""
+    found: list[Tensor] = []
+    for n in reversed(shape):
+        found.insert(0, at % n)
+        at = at // n
+    return found
+
+
+def whole(at: Tensor, shape: Sequence[int], spec: Spec, first: int = 0) -> Tensor:
+    """Flat positions in this rank's rows of dims `first` on, as positions in the whole of these.
+
+    shape: that of the rows to which the positions belong; each size is 1 at least.
+    """
+    found = torch.zeros_like(at)
+    for c, start, n in zip(
+        coordinates(at, shape), spec.offset[first:], spec.shape[first:], strict=True
+    ):
+        found = found * n + (c + start)
+    return found
