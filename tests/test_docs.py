@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import registry
@@ -67,6 +67,7 @@ def test_the_rules_of_the_page_on_rules():
     try:
         exec("\n".join(blocks), module.__dict__)
         _hold_the_rules_of_the_page(module)
+        _hold_the_rules_by_hand(module)
     finally:
         del sys.modules[module.__name__]
     assert callable(module.mean3.__wrapped__) and module.st is st
@@ -88,6 +89,34 @@ def _hold_the_rules_of_the_page(module):
     T.hold(module.smooth, [image], [two], (2, 2))
     T.hold(module.similarity, [a, b, w], [T.On([Shard(1), Shard(2)]), None, None], (2, 2))
     T.hold(module.unit, [a], [T.On([Shard(0), Shard(1)])], (2, 2))
+
+
+def _hold_the_rules_by_hand(module):
+    g = torch.Generator().manual_seed(1)
+    a, b, q = (torch.randn(*s, dtype=torch.float64, generator=g) for s in ((7, 3), (6, 3), (6,)))
+    ways = [
+        ("potential", "by_hand", "with_labels"),
+        ("mean3", "by_hand", "with_a_stencil"),
+        ("ordered", "by_hand", "with_labels"),
+    ]
+    for name, *rules in ways:
+        for rule in rules:
+            st.rule(getattr(module, name))(getattr(module, f"{name}_{rule}"))
+            op, cut = getattr(module, name), (3, 0, 4)
+            if name == "potential":
+                T.hold(op, [a, b, q], [T.shard(0, cut), None, None], (3,))
+                T.hold(op, [a, b, q], [T.shard(1), T.shard(0), None], (3,))
+                T.hold(op, [a, b, q], [None, T.replicated(), T.shard(0, (1, 5))], (2,))
+                T.hold(
+                    op,
+                    [a, b, q],
+                    [T.On([Shard(0), Replicate()]), T.On([Shard(1), Shard(0)]), None],
+                    (2, 2),
+                )
+            else:
+                T.hold(op, [a], [T.shard(0, cut)], (3,))
+                T.hold(op, [a], [T.shard(1)], (2,))
+                T.hold(op, [a], [T.On([Shard(0), Shard(1)])], (2, 2))
 
 
 def test_the_rule_of_contributing(monkeypatch):
