@@ -133,6 +133,18 @@ def test_second_gradients():
     T.hold(twice, [x], [T.shard(1, (3, 0, 4))], (3,), rtol=1e-10)
 
 
+@pytest.mark.parametrize("scan", [torch.cumsum, torch.cumprod, torch.logcumsumexp])
+@pytest.mark.parametrize("cut", [(5, 0, 0), (0, 5, 0), (2, 2, 1)], ids=str)
+def test_second_gradients_of_vectors(scan, cut):
+    weight = torch.arange(1.0, 6, dtype=torch.float64)
+
+    def twice(a):
+        total = (scan(a, 0) * weight).pow(2).sum()
+        return torch.autograd.grad(total, a, create_graph=True)[0] * weight
+
+    T.hold(twice, [x.flatten()[:5].clone()], [T.shard(0, cut)], (3,), rtol=1e-10)
+
+
 def test_compiled():
     def fn(a):
         return (a.cumsum(1) * a.cumprod(1) * a.cummax(1)[0] + a.logcumsumexp(1)).pow(2).sum()

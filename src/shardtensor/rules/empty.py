@@ -64,6 +64,13 @@ def through(out: Tensor, x: Tensor, d: int) -> Tensor:
     return torch.where(every, out, x.masked_fill(every, 1).exp().to(out.dtype))
 
 
+def joined(parts: Sequence[Tensor], d: int) -> Tensor:
+    """torch.cat; of vectors it would drop the graph of those without elements."""
+    if parts[0].ndim > 1:
+        return torch.cat(list(parts), d)
+    return torch.cat([p[None] for p in parts], 1)[0]
+
+
 def cut(out: Tensor, shape: Sequence[int]) -> Tensor:
     """The first rows of out in each dim, as many as shape says."""
     for d, n in enumerate(shape):

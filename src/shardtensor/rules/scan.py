@@ -19,7 +19,7 @@ from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import aside, reduced, to_dims
-from .empty import stock, through, with_one
+from .empty import joined, stock, through, with_one
 from .index import assigned
 from .reduce import over, wide
 
@@ -54,7 +54,7 @@ def _scan(
     # an empty shard computes a total too, and sends none: traced graphs must have the same messages
     row = [min(1, n) if i == d else n for i, n in enumerate(local.shape)]
     before = _totals(x, d, stock(lambda z: total(z, d), row, with_one(local, dims, 1)))
-    rows = torch.cat([before, local], d)
+    rows = joined([before, local], d)
     found = stock(lambda z: fn(z, d), rows.shape, rows).narrow(d, before.shape[d], local.shape[d])
     return wrap(found.to(out), x._spec)
 
@@ -122,7 +122,7 @@ def _extrema(fn: Any, input: ShardTensor, dim: int) -> tuple[ShardTensor, ShardT
     last = fn(local.detach(), d)[1].narrow(d, max(0, local.shape[d] - 1), min(1, local.shape[d]))
     before = _totals(x, d, local.gather(d, last))
     places = _totals(x, d, last + start)
-    n, rows = before.shape[d], torch.cat([before, local], d)
+    n, rows = before.shape[d], joined([before, local], d)
     at = fn(rows.detach(), d)[1].narrow(d, n, local.shape[d])
     found = at + (start - n)
     if n:
