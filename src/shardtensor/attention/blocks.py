@@ -292,6 +292,7 @@ def _plain_backward(
     rule: Rule,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dmask) of a block by products, in chunks of queries."""
     dtype = wide(q.dtype)
     generator = _generator(q, rule)
     groups = k.shape[1]

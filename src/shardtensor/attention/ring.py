@@ -193,6 +193,7 @@ def _pass_grads(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    """(out, sums) of this rank's queries over all keys, which come around."""
     ring, merged = _Ring.of(*rest[:-1]), rest[-1]
     steps = max(ring.hops)
     total = Merge(q, v)
@@ -237,6 +238,7 @@ def _attention_backward(
     mask_grad: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dmask): keys go around once more, followed by their gradients."""
     ring = _Ring.of(*rest)
     steps, me = max(ring.hops), ring.me
     dtype = wide(q.dtype)

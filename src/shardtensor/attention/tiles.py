@@ -187,6 +187,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *integers: Any) -> tuple[Tensor, Te
 def _attend_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *integers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of neighbourhood attention, tile by tile."""
     call = Call(*integers)
     rule = Rule(call.scale)
     dq = torch.zeros_like(q, dtype=wide(q.dtype))

@@ -244,6 +244,7 @@ def _partial(path: Path) -> Path:
 
 
 def _write(state: dict[str, Any], path: Path, keep: int, group: Any) -> None:
+    """Write the files beside their name; when all ranks are done, rank 0 renames."""
     partial = _partial(path)
     try:
         dcp.save(

@@ -206,6 +206,7 @@ def _size(x: Any, what: str) -> torch.Size:
 
 
 def _metadata(x: Any) -> Metadata:
+    """A parsed metadata file, every chunk of which is in some file; else ValueError."""
     fields = _fields(x, _Whole, "the whole")
     entries = _is(fields.get("state_dict_metadata"), dict, "its table of keys")
     stored = _is(fields.get("storage_data"), dict, "its table of files")

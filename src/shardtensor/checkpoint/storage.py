@@ -205,6 +205,7 @@ def _sized(path: Path, name: str, least: int, most: int | None = None) -> None:
 
 
 def _sums(data: bytes) -> dict[str, Sum]:
+    """The checksums in the bytes of their file, by name; ValueError if it is damaged."""
     try:
         found = json.loads(data)
         block = found["block"]
@@ -334,6 +335,7 @@ class Reader(FileSystemReader):
         return done
 
     def _read(self, request: ReadItem, stream: _Item, planner: Any) -> None:
+        """Copy what a request asks for into its tensor, whose dtype must hold the numbers."""
         value = loaded(stream)
         if request.type == LoadItemType.BYTE_IO:
             planner.put(request, value)

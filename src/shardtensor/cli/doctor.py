@@ -69,6 +69,7 @@ def _measure(sizes: tuple[int, ...], backend: str) -> Measured:
 
 
 def _print(known: dict[str, Any], found: list[str], measured: Measured | None) -> None:
+    """Facts, suspects and a table of collectives by size."""
     from rich.console import Console
     from rich.table import Table
 

@@ -104,6 +104,7 @@ def _device(name: str, memory: float) -> Device:
 
 
 def _print(found: list[Estimate], device: Device, devices: int, thorough: bool) -> None:
+    """A table of the configurations, then what was left out and why."""
     from rich.console import Console
     from rich.table import Table
 

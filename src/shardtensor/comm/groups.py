@@ -48,6 +48,7 @@ def along(spec: Spec, *dims: int) -> str:
 
 
 def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
+    """The name of the group of this rank's part of the mesh along axes, made if need be."""
     place = mesh.get_coordinate()
     if place is None:
         raise ValueError("this rank is not part of the mesh")

@@ -172,6 +172,7 @@ split_op: Any = define(
 def _window(
     x: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, fill: float, group: str
 ) -> Tensor:
+    """Rows [starts[me], stops[me]) of a dim cut into sizes; beyond its ends fill or wrap."""
     me = groups.rank(group)
     plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, me)
     received: list[list[Tensor]] = [[] for _ in sizes]
@@ -211,6 +212,7 @@ def _window_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 def _window_add(
     g: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, group: str
 ) -> Tensor:
+    """The adjoint of `_window`: rows of windows go home, where they are added up."""
     me = groups.rank(group)
     plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, me)
     out = _empty(g, _resized(g.shape, dim, sizes[me])).zero_()

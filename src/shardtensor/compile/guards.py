@@ -146,6 +146,7 @@ class Reads:
             self._function(found)
 
     def _function(self, x: types.FunctionType) -> None:
+        """Note cells, defaults and globals that a function reads, and what they lead to."""
         if is_library(x.__code__.co_filename):
             return
         self.known[id(x)] = x

@@ -170,6 +170,7 @@ class Compiled:
         changed = ""
 
         def local(*tensors: Tensor) -> list[Any]:
+            """The call on local tensors alone, which is traced; notes specs and state."""
             nonlocal changed
             inside = iter(tensors)
             own = {name: next(inside) for name in state}

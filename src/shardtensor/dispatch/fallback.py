@@ -136,6 +136,7 @@ def _check(
 
 
 def _check_operands(name: str, leaves: list[Any], sharded: list[ShardTensor]) -> None:
+    """Raise if the operands can not be gathered: meshes, layouts, draws, the limit."""
     specs = ", ".join(str(x._spec) for x in sharded)
     if len({x._spec.mesh for x in sharded}) != 1:
         raise UnsupportedOpError(f"{name}: tensors on different meshes ({specs})")

@@ -85,6 +85,7 @@ class _Overwrite(torch.autograd.Function):
 
 
 def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`Function.apply`: on the way in and out, wrappers join their local graphs."""
     if not any(isinstance(a, ShardTensor) for a in args):
         if _torch.is_tracing():
             _check_recording(call.__self__, args)  # type: ignore[attr-defined]
@@ -179,6 +180,7 @@ def _storage(x: ShardTensor) -> int:
 
 
 def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
+    """Let the local graph of what a Function gave go on from the wrapper's history."""
     if isinstance(out, tuple):
         return tuple(_continue(o, sent) for o in out)
     if not isinstance(out, ShardTensor):

@@ -70,6 +70,7 @@ def _canonical(func: Any) -> tuple[str, bool]:
 
 
 def _resolve(func: Any) -> Handler:
+    """The handler of a function: a rule, its parts, pointwise, or the fallback."""
     if isinstance(func, script.Scripted):
         return _counted(_scripted, str(func.name), False)
     name, reflected = _canonical(func)

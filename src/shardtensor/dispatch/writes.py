@@ -189,6 +189,7 @@ def writing(handler: Handler, name: str) -> Handler:
     current; a gathered copy is written back."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write, after checks of x and its aliases; then its family learns of it."""
         if not args or not isinstance(args[0], ShardTensor):
             # no name for args[0] here: `adopt` counts references to it
             return handler(func, args, kwargs)

@@ -51,6 +51,8 @@ def zarr_store(zarr: Any, url: str) -> Any:
 
 @cache
 def _inside(zarr: Any) -> Any:
+    """A store of Zarr that reads nothing outside of its folder."""
+
     class Inside(zarr.storage.LocalStore):
         def _check(self, key: str) -> None:
             root = os.path.realpath(self.root)

@@ -160,6 +160,7 @@ class Loader:
         self.done = samples // self._round
 
     def __iter__(self) -> Iterator[Any]:
+        """The batches that are left of this epoch, or those of the next."""
         if self.done >= len(self):
             self._set_epoch(self.epoch + 1)
             self.done = 0

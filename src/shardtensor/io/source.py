@@ -191,6 +191,7 @@ def _plain(x: Any, name: str, origin: Any) -> Source:
 
 
 def _npy(url: str) -> Source:
+    """An array of NumPy: mapped where it is a file, by ranges of rows where it is a URL."""
     if not is_url(url):
         return _plain(np.load(url, mmap_mode="r", allow_pickle=False), url, url)
     opener = need("fsspec").open(url, "rb")

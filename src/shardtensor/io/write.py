@@ -159,6 +159,7 @@ def _made(
     group: Any, name: str, shape: tuple[int, ...], dtype: Any, chunks: Sequence[int],
     dims: Sequence[str] | None, attrs: Mapping[str, Any] | None,
 ) -> Any:  # fmt: skip
+    """A new array of a Zarr group, with names of dims where its format keeps them."""
     names = list(dims) if dims else None
     if names is not None and len(names) != len(shape):
         raise ValueError(f"dims {names} for an array of shape {shape}")

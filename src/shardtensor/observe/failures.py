@@ -76,6 +76,7 @@ class Watch:
             time.sleep(0.01)
 
     def _look(self) -> None:
+        """Wait for news of a rank that ended, or that waits for ever; then end this one."""
         lost, known = None, False
         while not (self.ending.is_set() or known):
             try:

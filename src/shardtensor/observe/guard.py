@@ -131,6 +131,7 @@ def _meeting(collective: str, group: str | list[int], facts: dict[str, Any]) -> 
 
 
 def _agree(record: dict[str, Any], ranks: list[int]) -> None:
+    """Compare a record with the other ranks', through the store; raise on all alike."""
     store, me = _store(), dist.get_rank()
     name = ",".join(map(str, ranks))
     number = _counts[name] = _counts.get(name, 0) + 1

@@ -102,6 +102,7 @@ def _convolved(
     features: ShardTensor, coords: ShardTensor, weight: Tensor, bias: Tensor | None,
     sizes: Sizes, shape: tuple[int, ...] | None, same: bool,
 ) -> tuple[ShardTensor, ShardTensor]:  # fmt: skip
+    """(features, coordinates) of the sites of the result: every offset's pairs, added up."""
     spec, at = features._spec, coords._spec
     mesh, sites = spec.mesh, spec.dims[0]
     if at.dims != (sites, Dim(len(sizes[0]))) or not sites.axes or spec.partial or at.partial:

@@ -214,6 +214,7 @@ class _Case:
     def _on_rank(
         self, layout: str, shape: Sequence[int], sizes: dict[int, Sequence[int]]
     ) -> Finding:
+        """What this rank finds on a layout: the model on shards, module by module."""
         mesh = make_mesh(shape)
         model, args = self._fresh()
         lead = next(x for x in args if isinstance(x, Tensor))

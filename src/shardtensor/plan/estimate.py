@@ -182,6 +182,7 @@ def estimate(
 
 
 def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Network) -> Estimate:
+    """One rank's step on fake tensors: what it holds at its peak, computes and sends."""
     if torch.distributed.is_initialized():
         raise RuntimeError("plan in a process of its own: torch.distributed is initialised")
     ledger = Ledger()

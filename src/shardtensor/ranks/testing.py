@@ -186,6 +186,7 @@ def _on_rank(
     gather: bool,
     where: str,
 ) -> list[Spec | None]:
+    """Hold fn on this rank's shards to what one device gave; the specs of its results."""
     mesh = make_mesh(mesh_shape)
     module = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
     leaves = _leaves(args)

@@ -83,6 +83,7 @@ class Pool:
 
 
 def _work(end: Connection, store: str, rank: int, world_size: int, backend: str) -> None:
+    """A worker's life: run each function that comes, send back its result or traceback."""
     import torch
     import torch.distributed as dist
 

@@ -148,6 +148,7 @@ def _matched(
     generator: torch.Generator | None,
     normal: bool,
 ) -> Tensor:
+    """This rank's part of one device's draw of the whole, made in pieces."""
     if _torch.is_tracing() or device.type != "cpu" or not _in_pieces(fill, dtype):
         raise UnsupportedOpError(
             f"match_single_device: {dtype} numbers of this kind on {device.type}, or while a graph "
