@@ -17,8 +17,9 @@ from ..attention.strategy import assume_link
 from ..comm.launcher import Place as Place
 from ..comm.launcher import first_host as first_host
 from ..comm.launcher import place
+from ..comm.observers import simulated_rank
 from ..observe import failures, network
-from .rendezvous import fresh, met
+from .rendezvous import agree, fresh, met
 
 
 def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
@@ -27,8 +28,9 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     axes: names and sizes of the mesh's axes, in order; one may be -1, for all ranks that are left.
     Default: domain=-1. GPUs and NCCL where there are GPUs, one for each rank of a host, else CPUs
     and gloo. Without a launcher this process is the only rank. A process group that exists already
-    is used. Raises ValueError where sizes do not make up the number of ranks or the launcher's
-    variables make no sense, and RuntimeError naming the ranks that did not come in time.
+    is used, and ranks may call this again, all of them. Raises ValueError where sizes do not make
+    up the number of ranks, ranks ask for different ones, or the launcher's variables make no sense,
+    and RuntimeError naming the ranks that did not come in time.
     A rank that raises or dies later ends the others within seconds, with its message
     (see `observe.failures`).
 
@@ -39,11 +41,12 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     if odd:
         raise ValueError(f"mesh axes {odd}: sizes are whole numbers, and one may be -1")
     here = place()
-    if not dist.is_initialized():
+    alone = not dist.is_initialized()
+    if alone:
         # before ranks wait for each other
         _sizes(axes, here.ranks)
     gpus = torch.cuda.is_available()
-    if not dist.is_initialized():
+    if alone:
         # of a process group that was destroyed; its store gives the port back
         failures.leave()
         store: dist.Store | None = None
@@ -67,6 +70,9 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     n = dist.get_world_size()
     sizes = _sizes(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+    if n > 1 and simulated_rank() is None and dist.get_backend() != "fake":
+        mine = here._replace(rank=dist.get_rank(), ranks=n)
+        agree(mine, _torch.default_store(), f"mesh axes {axes} on {device.type}s", alone)
     return init_device_mesh(device.type, sizes, mesh_dim_names=tuple(axes)), device
 
 

@@ -22,7 +22,7 @@ _ONE_HOST, _HOSTS = 25.0, 300.0
 _SAY = 25.0
 # seconds that rank 0 keeps the store for those that have not read what is wrong
 _READ = 5.0
-_starts = itertools.count()
+_starts, _asked = itertools.count(), itertools.count()
 
 
 def limit(here: Place) -> float:
@@ -79,6 +79,11 @@ def _counted(here: Place, known: dist.Store, end: float, seconds: float) -> str:
             except RuntimeError as e:
                 known.set("wrong", str(e))
         time.sleep(0.02)
+    return _wrong(here, known)
+
+
+def _wrong(here: Place, known: dist.Store) -> str:
+    """What is wrong, "" if nothing is; rank 0 waits until the others have read it."""
     if not known.check(["wrong"]):
         return ""
     text = known.get("wrong").decode()
@@ -90,6 +95,37 @@ def _counted(here: Place, known: dist.Store, end: float, seconds: float) -> str:
             break
         time.sleep(0.02)
     return text
+
+
+def agree(here: Place, store: dist.Store, asked: str, met: bool) -> None:
+    """Raise ValueError on all ranks unless all ask `st.init` for the same, before a group is made.
+
+    here: this process among the ranks of the process group. met: whether they have just met; else
+    some may be far behind. Raises RuntimeError naming the ranks that do not call `st.init`.
+    """
+    known = dist.PrefixStore(f"shardtensor/asked/{next(_asked)}", store)
+    seconds = limit(here) if met else max(limit(here), _HOSTS)
+    end = time.monotonic() + seconds
+    known.add("readers", 1)
+    known.set(f"came/{here.rank}", "")
+    who, _, first = known.compare_set("first", "", f"{here.rank} {asked}").decode().partition(" ")
+    if first != asked:
+        known.compare_set(
+            "wrong",
+            "",
+            f"st.init: rank {who} asks for {first}, rank {here.rank} for {asked}; all ranks must "
+            "ask for the same axes in the same order",
+        )
+    known.add("count", 1)
+    told = False
+    while known.add("count", 0) < here.ranks and not known.check(["wrong"]):
+        if (not told and time.monotonic() > end - seconds + _SAY) or time.monotonic() > end:
+            missing = [r for r in range(here.ranks) if not known.check([f"came/{r}"])]
+            told = _waited(here, missing, end, seconds, told, ask="does every rank call it here?")
+        time.sleep(0.01)
+    wrong = _wrong(here, known)
+    if wrong:
+        raise ValueError(wrong)
 
 
 def _store_lost(here: Place, e: BaseException) -> RuntimeError:
@@ -163,7 +199,13 @@ def _answers(here: Place) -> bool:
 
 
 def _waited(
-    here: Place, missing: Iterable[int], end: float, seconds: float, told: bool, where: str = ""
+    here: Place,
+    missing: Iterable[int],
+    end: float,
+    seconds: float,
+    told: bool,
+    where: str = "",
+    ask: str = "did every process start? Is the number of ranks right?",
 ) -> bool:
     """Whether this rank has said for whom it waits; raises RuntimeError at the end of the time."""
     missing = sorted(missing)
@@ -172,8 +214,7 @@ def _waited(
     names = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
     text = (
         f"rank {here.rank} of {here.ranks} ({here.launcher}) waits in st.init for "
-        f"rank{'s' * (len(missing) > 1)} {names}{where}: did every process start? Is the number of "
-        "ranks right?"
+        f"rank{'s' * (len(missing) > 1)} {names}{where}: {ask}"
     )
     now = time.monotonic()
     if now > end:
