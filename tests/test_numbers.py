@@ -126,6 +126,10 @@ def test_logsumexp_of_rows_without_weight():
         T.hold(lambda x: x.logsumexp(1), [rows], [T.shard(1, cut)], (len(cut),))
         T.hold(lambda x: x.logsumexp(1, True), [rows[1:2].float()], [T.shard(1, cut)], (len(cut),))
     T.hold(lambda x: x.logsumexp((0, 1)), [rows[1:3]], [T.shard(1, (2, 3))], (2,))
+    # beside inf, scores whose powers are too large have no weight
+    large = torch.tensor([[1e300, 1.0, float("inf"), 800.0, 2.0]], dtype=D)
+    for cut in ((5, 0), (2, 1, 2), (1, 2, 2)):
+        T.hold(lambda x: x.logsumexp(1), [large], [T.shard(1, cut)], (len(cut),))
     T.hold(lambda x: x.logsumexp(1), [torch.complex(x, x)], [T.shard(1, (1, 3))], (2,))
 
 

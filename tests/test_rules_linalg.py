@@ -53,6 +53,8 @@ TALL = {
     "r": lambda x: L.qr(x.detach(), "r")[1],
     "svdvals": L.svdvals,
     "svd": lambda x: L.svd(x, full_matrices=False)[1],
+    "thin": lambda x: L.svd(x @ x.mT[..., :2], full_matrices=False)[2].abs(),
+    "wide": lambda x: L.svd(x[..., :2].mT, full_matrices=False)[2].abs(),
     "pinv": L.pinv,
     "pinverse": torch.pinverse,
     "orgqr": lambda x: torch.orgqr(x / 9, x[..., :3, 0] / 9),

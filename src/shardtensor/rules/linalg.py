@@ -89,7 +89,8 @@ def _wrapped(local: Tensor, p: labels.Plan, batch: int, named: str | None) -> Sh
     if local.ndim < batch if named is None else local.ndim != batch + len(named):
         # an empty tensor in the place of a result that was not asked for
         return wrap(local, Spec.whole(p.mesh, local.shape))
-    core = named or " " * (local.ndim - batch)
+    # dims that are whole have the size that came out: options decide it (`full_matrices`)
+    core = [c if c.islower() else "" for c in named or " " * (local.ndim - batch)]
     spec = p.spec((*labels.broadcast(batch, batch), *core), local.shape)
     return wrap(cut(local, spec.local_shape), spec)
 

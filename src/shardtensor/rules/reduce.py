@@ -258,12 +258,11 @@ def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
         # halves are rounded once, as on one device
         part = x._local.to(wide(x.dtype))
         most = with_one(part.detach(), dims, float("-inf")).amax(dims, True)
-        total = (part - _finite(most)).exp().sum(dims, True)
+        total = _beside(part, most).exp().sum(dims, True)
         both = stacked(torch.stack((most, total)), x._spec, dims)
         mosts, totals = both[:, 0].detach(), both[:, 1]
         most = mosts.amax(0)
-        # of a part without any weight only the sum counts, which is 0
-        factor = torch.where(mosts == float("-inf"), 0.0, (_finite(mosts) - _finite(most)).exp())
+        factor = _beside(mosts, most).exp()
         local = ((totals * factor).sum(0).log() + _finite(most)).to(x.dtype)
         local = local if keepdim else local.squeeze(dims)
     elif axes_of(x._spec, dims):
@@ -272,6 +271,12 @@ def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     else:
         local = torch.logsumexp(x._local, dims, keepdim)
     return wrap(local, without(x._spec, dims, keepdim))
+
+
+def _beside(scores: Tensor, most: Tensor) -> Tensor:
+    """Scores relative to the largest; where that is inf, others have no weight and no gradient."""
+    least = (most == float("inf")) & (scores != float("inf"))
+    return (scores - _finite(most)).masked_fill(least, float("-inf"))
 
 
 def _finite(most: Tensor) -> Tensor:

@@ -99,9 +99,16 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
     if not isinstance(input, ShardTensor):
         return input.narrow(dim, first, length)
     d = _index(dim, input.ndim)
-    first = first + input.shape[d] if first < 0 else first
-    if first + length > input.shape[d]:
-        raise RuntimeError(f"start ({first}) + length ({length}) exceeds {input.shape[d]}")
+    n = input.shape[d]
+    if length < 0:
+        raise RuntimeError("narrow(): length must be non-negative.")
+    if not -n <= first <= n:
+        raise IndexError(
+            f"start out of range (expected to be in range of [-{n}, {n}], but got {first})"
+        )
+    first = first + n if first < 0 else first
+    if first + length > n:
+        raise RuntimeError(f"start ({first}) + length ({length}) exceeds {n}")
     return sliced(input, d, first, first + length)
 
 
