@@ -61,13 +61,13 @@ def _extreme(
         if nan_ties:
             same |= x._local.detach().isnan() & best.detach().isnan()
         ties = same.sum(dims, keepdim)
-        best = _best(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
+        best = best_of(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
     else:
         best = fn(stacked(best if keepdim else best.squeeze(dims), x._spec, dims), 0)
     return wrap(best, spec)
 
 
-def _best(part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any) -> Tensor:
+def best_of(part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any) -> Tensor:
     """The best of every rank's part; a rank's share of the gradient is its share of the ties."""
     dtype = wide(part.dtype)
     both = stacked(torch.stack((part.to(dtype), ties.to(dtype))), spec, dims)

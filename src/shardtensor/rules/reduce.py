@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
@@ -182,71 +181,6 @@ def allclose(
 @rule("count_nonzero")
 def count_nonzero(input: Tensor, dim: Dims = None) -> Tensor:
     return (input != 0).sum(over(dim, input.ndim))
-
-
-# norms -------------------------------------------------------------------------------------------
-
-
-@rule("linalg_vector_norm")
-def vector_norm(
-    input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    """The norm of the norms of the shards; for infinite orders the largest or smallest value."""
-    x: ShardTensor = reduced(input if dtype is None else input.to(dtype))  # type: ignore[assignment]
-    dims = over(dim, x.ndim)
-    spec = without(x._spec, dims, keepdim)
-    if not axes_of(x._spec, dims):
-        return wrap(torch.linalg.vector_norm(x._local, ord, dims or None, keepdim), spec)
-    if abs(ord) == float("inf"):
-        size = x.abs()
-        return size.amax(dims, keepdim) if ord > 0 else size.amin(dims, keepdim)
-    local = x._local
-    if ord > 0 and x.requires_grad:
-        return wrap(_root_of_sum(x, ord, dims, keepdim), spec)
-    if ord < 0:
-        # a norm of this order needs an element
-        local = with_one(local, dims, 1.0)
-    out = torch.linalg.vector_norm(local, ord, dims, keepdim, dtype=wide(x.dtype))
-    # how many are not zero adds up; other orders are norms of norms
-    parts = stacked(out, x._spec, dims)
-    held = with_elements(x._spec, dims)
-    if ord < 0 and len(held) < len(parts):
-        parts = parts[held]
-    out = torch.linalg.vector_norm(parts, 1 if ord == 0 else ord, 0)
-    return wrap(out.to(x.dtype) if x.dtype in _HALVES else out, spec)
-
-
-def _root_of_sum(x: ShardTensor, ord: float, dims: tuple[int, ...], keepdim: bool) -> Tensor:
-    """As a norm of norms has no second derivative where a rank's part is zero or empty."""
-    local = x._local.to(wide(x.dtype))
-    if ord == 2:
-        powers = local.square() if not local.is_complex() else (local * local.conj()).real
-    else:
-        zero = local == 0 if ord < 2 else None
-        size = local.abs() if zero is None else local.abs().masked_fill(zero, 1.0)
-        powers = size if ord == 1 else size.pow(ord)
-        powers = powers if zero is None else powers.masked_fill(zero, 0.0)
-    total = finish(powers.sum(dims, keepdim), x._spec, dims)
-    if ord != 1:
-        none = total == 0
-        total = total.masked_fill(none, 1.0).pow(1 / ord).masked_fill(none, 0.0)
-    return total.to(x.dtype.to_real())
-
-
-@rule("dist")
-def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
-    return torch.linalg.vector_norm(input - other, p)
-
-
-@rule("norm")
-def norm(
-    input: Tensor, p: Any = 2, dim: Dims = None, keepdim: bool = False, dtype: Any = None
-) -> Tensor:
-    """The builtin below torch.norm: vector norms, of which the Frobenius norm is one."""
-    if p == "nuc":
-        raise UnsupportedOpError(f"the nuclear norm of {getattr(input, '_spec', input.shape)}")
-    order = 2 if p is None or p == "fro" else p
-    return torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
 
 
 @rule("logsumexp", "special_logsumexp")
