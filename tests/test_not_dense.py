@@ -22,6 +22,11 @@ OPS = {
     "mv": lambda s, x: torch.mv(s, x[:, 0]),
     "addmm": lambda s, x: torch.addmm(x, s, x),
     "linear": lambda s, x: F.linear(x.T, s),
+    "linear, bias": lambda s, x: F.linear(x, s, torch.ones(6, dtype=F64)),
+    "linear of 3 dims, bias": lambda s, x: F.linear(x[None], s, torch.ones(6, dtype=F64)),
+    "addmv": lambda s, x: torch.addmv(x[0], s, x[1]),
+    "addmm, sparse last": lambda s, x: torch.addmm(x, x, s),
+    "addr": lambda s, x: torch.addr(s, x[0], x[1]),
     "mul": lambda s, x: x * s,
     "reflected": lambda s, x: s * x,
     "add": lambda s, x: x + s,
@@ -70,6 +75,7 @@ def test_sparse_beside_a_sharded_tensor(layout, place):
         want, wrong = tried(op, s, x.clone())
         for found in ranks:
             got, error = found[name]
+            assert wrong is None or error is not None, name
             if wrong is None and error is None:
                 if want is not None:
                     torch.testing.assert_close(got.to_dense(), want.to_dense())

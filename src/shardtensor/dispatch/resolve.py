@@ -35,6 +35,8 @@ _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract"
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
 # they change what the tensor looks like, not what it holds
 _IN_PLACE_VIEWS = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
+# they add up in the dtype of `out=`
+_ADDING = {"sum", "prod", "cumsum", "cumprod"}
 # attributes of the local tensor that are those of the whole
 _LOCAL_ATTRIBUTES = {
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_xpu", "is_mps",
@@ -181,6 +183,8 @@ def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     out = kwargs.pop("out")
     if isinstance(func, _torch.OpOverload):
         func = func.overloadpacket
+    if isinstance(out, Tensor) and func.__name__ in _ADDING and kwargs.get("dtype") is None:
+        kwargs["dtype"] = out.dtype
     sharded = any(is_shard(x) for x in pytree.tree_leaves((args, kwargs), is_leaf=is_shard))
     result = run(func, args, kwargs) if sharded or out is None else func(*args, **kwargs)
     return result if out is None else rules[OUT](func, args, kwargs, out, result)

@@ -15,7 +15,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit
+from ..tensor.redistribute import fit, refuse_not_dense
 from . import labels
 from .labels import Labels
 
@@ -33,6 +33,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             out = _linear_spec(spec, weight.shape)
             x, w, b = fit(spec.mesh, spec.varying, (input, spec.dims), (weight, None), (bias, None))
             return wrap(F.linear(x, w, b), out)
+    if bias is not None and input.ndim == 2:
+        _kernel_of_sums(weight)
     free = _labels("n", input.ndim - 1)
     lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
     product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
@@ -67,6 +69,13 @@ def _products(na: int, nb: int) -> tuple[Labels, ...]:
     return left, right, (*labels.broadcast(batch, batch), *rows, *columns)
 
 
+def _kernel_of_sums(*operands: Tensor) -> None:
+    """Refuse what torch adds to a product in no kernel."""
+    for x in operands:
+        if x.layout is torch.sparse_coo:
+            refuse_not_dense(x.layout)
+
+
 def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
     """alpha * product + beta * input; factors of integers are cut to integers, as in torch."""
     if not (product.is_floating_point() or product.is_complex()):
@@ -88,6 +97,7 @@ def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
+    _kernel_of_sums(input, mat2, *(() if mat1.ndim == mat2.ndim == 2 else (mat1,)))
     return _plus(torch.matmul(mat1, mat2), input, beta, alpha)
 
 
@@ -95,11 +105,13 @@ def addmm(
 def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
+    _kernel_of_sums(input, batch1, batch2)
     return _plus(einsum("bij,bjk->ik", batch1, batch2), input, beta, alpha)
 
 
 @rule("addr")
 def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    _kernel_of_sums(input, vec1, vec2)
     return _plus(outer(vec1, vec2), input, beta, alpha)
 
 

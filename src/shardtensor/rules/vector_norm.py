@@ -21,7 +21,11 @@ from .reduce import Dims, axes_of, finish, over, stacked, wide, with_elements, w
 def vector_norm(
     input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    x = reduced(input if dtype is None else input.to(dtype))  # type: ignore[arg-type]
+    if dtype is not None:
+        # torch says which it takes
+        torch.linalg.vector_norm(torch.ones(1, dtype=input.dtype), ord, dtype=dtype)
+        input = input.to(dtype)
+    x = reduced(input)  # type: ignore[arg-type]
     dims = over(dim, x.ndim)
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
