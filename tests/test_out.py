@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, same
+from shardtensor.ranks.testing import make_mesh, same
 
 OPS = {
     "sum": lambda x, o: torch.sum(x, 0, out=o), "prod": lambda x, o: torch.prod(x, 0, out=o),

@@ -212,9 +212,9 @@ def test_what_is_sent():
     target = torch.randint(0, 8, (3, 4))
     # one number
     assert st.simulate(2, sent, lambda a: F.mse_loss(a, torch.ones(3, 8, 4))) == [(4, 0)] * 2
-    # two: the loss and the sum of weights
+    # three: the loss, the sum of weights, whether a rank failed
     moved = st.simulate(2, sent, lambda a: F.cross_entropy(a.mT, target[:, :1].expand(3, 8) % 4))
-    assert moved == [(8, 0)] * 2
+    assert moved == [(12, 0)] * 2
 
 
 def test_fp32_and_halves():

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.testing import make_mesh, same
+from shardtensor.ranks.testing import make_mesh, same
 
 ORDERS = (-math.inf, -2, -0.5, 0.5, 1, 1.5, 2, 2.5, 3, 4, math.inf)
 

@@ -16,7 +16,7 @@ from ..errors import UnsupportedOpError
 from . import deferred, groups, wire
 from .addends import addend_op, alike_op
 from .exchanges import exchange
-from .groups import along, group, rank, size
+from .groups import along, group, knows_values, rank, size
 from .ops import (
     exchange_parts,
     gather_op,
@@ -40,6 +40,7 @@ __all__ = [
     "counts",
     "gather",
     "group",
+    "knows_values",
     "put",
     "rank",
     "reduce",

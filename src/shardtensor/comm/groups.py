@@ -98,9 +98,14 @@ def members(name: str) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(resolve(name)))
 
 
+def knows_values(name: str) -> bool:
+    """Whether ranks get each other's values: not in a plan or a rehearsal."""
+    return name == ALONE or not is_silent(resolve(name))
+
+
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
-    if name != ALONE and is_silent(resolve(name)):
+    if not knows_values(name):
         raise UnsupportedOpError(
             "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _torch, comm
 from ..spec import Spec
+from .reduce import axes_of, finish
 
 
 def agreed(
@@ -37,3 +39,31 @@ def agreed(
         first = next(i for i, f in enumerate(failed) if f)
         raise error_type(what.format(sum(failed), first))
     return found
+
+
+def agreed_sums(
+    run: Callable[[], Sequence[Tensor]], n: int, spec: Spec, dtype: torch.dtype,
+    kind: type[Exception] = RuntimeError,
+) -> list[Tensor]:  # fmt: skip
+    """The n sums of run() over all parts of spec; an error of one rank is raised on all, as kind.
+
+    Whether a rank failed travels with its sums. Kernels of other devices than CPUs do not raise.
+    """
+    dims = range(len(spec.dims))
+    axes = axes_of(spec, dims)
+    error, sums = None, [torch.zeros((), dtype=dtype)] * n
+    try:
+        sums = list(run())
+    except (RuntimeError, IndexError) as e:
+        error = kind(str(e))
+    if spec.mesh.device_type == "cpu" and axes and not _torch.is_tracing():
+        failed = torch.full((), float(error is not None), dtype=dtype)
+        *sums, failures = finish(torch.stack([*sums, failed]), spec, dims).unbind()
+        others = int(failures) if comm.knows_values(comm.group(spec.mesh, axes)) else 0
+        if others and error is None:
+            error = kind(f"a loss of classes or inputs out of range, on {others} other ranks")
+    elif axes and error is None:
+        sums = list(finish(torch.stack(sums), spec, dims).unbind())
+    if error is not None:
+        raise error
+    return sums

@@ -60,7 +60,7 @@ def searchsorted(
                 "torch.searchsorted(): boundary and sorter must have the same size, but got "
                 f"{list(seq.shape)} and {list(sorter.shape)}"
             )
-        seq = torch.take_along_dim(seq, sorter, -1)
+        seq = torch.gather(seq, -1, sorter)
     options: dict[str, Any] = {"out_int32": out_int32, "right": right, "side": side}
     if not isinstance(values, Tensor):
         seq = replicate(seq) if seq.ndim != 1 else seq

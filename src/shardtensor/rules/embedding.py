@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
+from .._torch.probe import is_fake
 from ..dispatch.fallback import fall_back
 from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
@@ -78,10 +79,14 @@ def embedding_renorm_(
                 "redistribute it to Replicate or to Shard(0)"
             )
     local, place = local_of(weight), local_of(indices)
-    used = torch.zeros(weight.shape[0], dtype=torch.bool, device=local.device)
-    used[place.flatten()] = True
+    # the last flag: some rank looks up a row that is not there
+    n = weight.shape[0]
+    used = torch.zeros(n + 1, dtype=torch.bool, device=local.device)
+    used[torch.where((place < 0) | (place >= n), n, place).flatten()] = True
     if isinstance(indices, ShardTensor) and indices._spec.varying:
         used = comm.reduce(used, comm.group(indices._spec.mesh, indices._spec.varying), "max")
+    if used.device.type == "cpu" and not is_fake(used) and used[-1]:
+        raise IndexError("index out of range in self")
     first = 0 if known is None else known.offset[0]
     own = used[first : first + local.shape[0]].nonzero().flatten()
     torch.embedding_renorm_(local, own, max_norm, norm_type)

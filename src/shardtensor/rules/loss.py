@@ -6,7 +6,7 @@ that PyTorch composes of other ops need no rule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,8 +19,9 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import wrap
 from . import labels
+from .agreed import agreed_sums
 from .pointwise import function_rule, pointwise
-from .reduce import finish, wide
+from .reduce import wide
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -54,7 +55,26 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     if tensors[0].shape != tensors[1].shape:
         tensors = torch.broadcast_tensors(*tensors)
     rest = {k: v for k, v in given.items() if v is not None}
-    return _reduced(pointwise(each, tensors, rest), reduction)
+    if each.__name__ != "binary_cross_entropy":
+        return _reduced(pointwise(each, tensors, rest), reduction)
+    operands = (*tensors, *rest.values())
+    terms = labels.elementwise(*(x.ndim for x in operands))
+    return _checked(terms, lambda x, t, *w: each(x, t, *w), operands, reduction)
+
+
+def _checked(
+    terms: str | tuple[labels.Labels, ...], fn: Callable[..., Tensor],
+    operands: Sequence[Tensor | None], reduction: int,
+) -> Tensor:  # fmt: skip
+    """The mean or sum of what fn gives for each element; its error on one rank is raised on all."""
+    p = labels.plan(terms, *operands)
+    local = p.fit(operands)
+    if reduction == NONE:
+        return p.result(fn(*local))
+    dtype = local[0].dtype
+    (total,) = agreed_sums(lambda: [fn(*local).sum(dtype=wide(dtype))], 1, p.out, wide(dtype))
+    total = total / p.out.shape.numel() if reduction == MEAN else total
+    return wrap(total.to(dtype), p.out.with_dims(()))
 
 
 @cache
@@ -111,29 +131,34 @@ def _nll(
     logs, t, w = p.fit((input, target, weight))
     t = t.long()
     valid = t != ignore_index
-    index = torch.where(valid, t, 0)
-    scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
-    picked = logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
-    parts = [-picked * scale]
-    if smoothing:
-        shape = [-1] + [1] * (logs.ndim - classes - 1)
-        every = -(logs if w is None else logs * w.view(shape)).sum(classes)
-        parts.append(every)
-    # what is ignored has no gradient, even where the mean of nothing has one that is not finite
-    parts = [torch.where(valid, p, 0) for p in parts]
+
+    def parts() -> list[Tensor]:
+        """The addends of the loss of every element, then its weight."""
+        index = torch.where(valid, t, 0)
+        scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
+        picked = logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
+        each = [-picked * scale]
+        if smoothing:
+            shape = [-1] + [1] * (logs.ndim - classes - 1)
+            each.append(-(logs if w is None else logs * w.view(shape)).sum(classes))
+        # what is ignored has no gradient, even where the mean of nothing has one that is not finite
+        return [*(torch.where(valid, p, 0) for p in each), scale.detach()]
 
     def smoothed(values: Sequence[Tensor]) -> Tensor:
         if not smoothing:
             return values[0]
         return (1 - smoothing) * values[0] + smoothing / logs.shape[classes] * values[1]
 
-    if reduction != MEAN:
-        return _reduced(p.result(smoothed(parts)), reduction)
+    if reduction == NONE:
+        return p.result(smoothed(parts()))
     # all sums in one message
-    sums = torch.stack([v.sum(dtype=wide(logs.dtype)) for v in (*parts, scale.detach())])
-    *totals, weights = finish(sums, p.out, range(target.ndim)).unbind()
-    mean = smoothed([t / weights for t in totals])
-    return wrap(mean.to(logs.dtype), p.out.with_dims(()))
+    dtype = wide(logs.dtype)
+    *totals, weights = agreed_sums(
+        lambda: [v.sum(dtype=dtype) for v in parts()],
+        3 if smoothing else 2, p.out, dtype, IndexError,
+    )  # fmt: skip
+    total = smoothed([t / weights for t in totals] if reduction == MEAN else totals)
+    return wrap(total.to(logs.dtype), p.out.with_dims(()))
 
 
 def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None, classes: int) -> None:
@@ -165,7 +190,7 @@ def multi_margin_loss(
     def each(x: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         return torch.ops.aten.multi_margin_loss(x, t, p, margin, w, NONE)
 
-    return _reduced(labels.run("n C, n, C -> n", each, input, target, weight), reduction)
+    return _checked("n C, n, C -> n", each, (input, target, weight), reduction)
 
 
 @rule("multilabel_margin_loss")
@@ -178,4 +203,4 @@ def multilabel_margin_loss(input: Tensor, target: Tensor, reduction: int = MEAN)
     def each(x: Tensor, t: Tensor) -> Tensor:
         return torch.ops.aten.multilabel_margin_loss(x, t, NONE)
 
-    return _reduced(labels.run("n C, n C -> n", each, input, target), reduction)
+    return _checked("n C, n C -> n", each, (input, target), reduction)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import OUT, rule
 from ..tensor import ShardTensor
@@ -69,7 +68,8 @@ def _check_dtypes(
         ):
             raise type(e)(f"{name}, out=: {words}") from e
         raise UnsupportedOpError(
-            f"{name}: out= of {pairs[0][0].dtype} for a result of {pairs[0][1].dtype}: give one of its dtype"
+            f"{name}: out= of {pairs[0][0].dtype} for a result of {pairs[0][1].dtype}: "
+            "give one of its dtype"
         ) from e
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import comm
 from ..dispatch.fallback import gathered
 from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import draw, generator_for, matching, memory_order
 from ..tensor.redistribute import aside, fit, reduced, replicate
 from .agreed import agreed
 from .pointwise import align, function_rule
+
+_PROBABLE = "Expected p_in >= 0 && p_in <= 1"
 
 
 def _keep(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> Tensor:
@@ -39,6 +43,17 @@ def _order(x: ShardTensor, memory_format: Any = torch.preserve_format) -> tuple[
 def _check(name: str, p: float) -> None:
     if not 0 <= p <= 1:
         raise ValueError(f"{name} probability has to be between 0 and 1, but got {p}")
+
+
+def _check_all(spec: Spec, right: Callable[[], Tensor], what: str) -> None:
+    """Raise on every rank where parameters of a distribution are wrong on one, as torch on CPUs."""
+
+    def check() -> None:
+        if not right().all():
+            raise RuntimeError(what)
+
+    if spec.mesh.device_type == "cpu" and comm.knows_values(comm.group(spec.mesh, spec.varying)):
+        agreed(check, spec, spec.varying, RuntimeError, what)
 
 
 @rule("dropout")
@@ -149,6 +164,8 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
     for a, given in zip(rest, args[1:], strict=True):
         if a is given and isinstance(a, Tensor) and (a.ndim or isinstance(a, ShardTensor)):
             raise UnsupportedOpError(f"{func.__name__} with parameters {a.shape}: shard them alike")
+    if func.__name__.split(".")[0] == "bernoulli_" and rest and isinstance(rest[0], Tensor):
+        _check_all(x._spec, lambda: (rest[0] >= 0) & (rest[0] <= 1), _PROBABLE)
     if matching() and not any(isinstance(a, Tensor) for a in rest):
         normal = func.__name__.split(".")[0] == "normal_"
         x._local.copy_(
@@ -165,6 +182,8 @@ def bernoulli(
     input: ShardTensor, p: float | None = None, *, generator: torch.Generator | None = None
 ) -> ShardTensor:
     x = reduced(input)
+    if p is None:
+        _check_all(x._spec, lambda: (x._local >= 0) & (x._local <= 1), _PROBABLE)
     dtype = torch.float64 if p is not None or x.dtype is torch.float64 else torch.float32
     u = draw(x._spec, dtype, x.device, lambda t, g: t.uniform_(generator=g), generator)
     return wrap((u < (x._local if p is None else p)).to(x.dtype), x._spec)
@@ -180,6 +199,8 @@ def normal(
     local: Any = iter(values)
     mu, sigma = (next(local) if isinstance(v, Tensor) else v for v in (mean, std))
     own = 1.0 if isinstance(std, Tensor) else std
+    if isinstance(sigma, Tensor):
+        _check_all(spec, lambda: sigma.ge(0), "normal expects all elements of std >= 0.0")
     drawn = draw(
         spec, first.dtype, first.device, lambda t, g: t.normal_(0.0, own, generator=g), generator,
         normal=True,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
-from ..redistribute import reduced
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import with_one
 from .extrema import best_of
 from .reduce import Dims, axes_of, finish, over, stacked, wide, with_elements, without

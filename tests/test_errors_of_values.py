@@ -1,0 +1,100 @@
+"""Errors that depend on values: raised on every rank, whichever holds them, in step with the others."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_watch import launched
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.ranks.testing import make_mesh
+
+X = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).reshape(6, 4)
+LABELS = torch.tensor([0, 1, 2, 3, 0, 9])
+W = torch.linspace(0.5, 1, 4, dtype=torch.float64)
+TWO = ("mean", "sum")
+# what is wrong lies in the last row
+CASES = {
+    **{f"nll_loss {r}": lambda x, t, r=r: F.nll_loss(x, t, reduction=r) for r in TWO},
+    **{f"cross_entropy {r}": lambda x, t, r=r: F.cross_entropy(x, t, W, reduction=r) for r in TWO},
+    **{f"bce {r}": lambda x, t, r=r: F.binary_cross_entropy(x + (x > 0.8), x, reduction=r) for r in TWO},
+    **{f"bce of NaN, weighted {r}": lambda x, t, r=r: F.binary_cross_entropy(x.where(x < 0.8, torch.nan), x.detach(), W, reduction=r) for r in TWO},
+    "smoothed": lambda x, t: F.cross_entropy(x, t, label_smoothing=0.2),
+    "of pixels": lambda x, t: F.cross_entropy(x[..., None, None], t[:, None, None]),
+    "negative": lambda x, t: F.cross_entropy(x, -t),
+    "multi_margin": lambda x, t: F.multi_margin_loss(x, t),
+    "multilabel_margin": lambda x, t: F.multilabel_margin_loss(x, t[:, None].expand(6, 4).contiguous(), reduction="sum"),
+    "max_norm": lambda x, t: F.embedding(t, x.detach()[0].expand(4, 4).clone(), max_norm=1.0),
+    "bernoulli": lambda x, t: torch.bernoulli(x + (x > 0.8)),
+    "bernoulli_": lambda x, t: x.detach().clone().bernoulli_(x + (x > 0.8)),
+    "normal": lambda x, t: torch.normal(x, 0.8 - x),
+    "sorter": lambda x, t: torch.searchsorted(x.mT[:1], x.mT[:1], sorter=t[None]),
+    "one_hot": lambda x, t: F.one_hot(t, 4), "div": lambda x, t: 5 // (t - 9),
+}  # fmt: skip
+
+
+def _raised(fn, *args):
+    try:
+        fn(*args)
+    except Exception as e:
+        return e
+    return None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_raises_and_goes_on(name):
+    want = _raised(CASES[name], X.clone().requires_grad_(), LABELS)
+    assert isinstance(want, RuntimeError | IndexError)
+
+    def run():
+        mesh = make_mesh((3,))
+        x, t = (
+            st.distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None, sizes={0: (3, 0, 3)})
+            for v in (X, LABELS)
+        )
+        error = _raised(CASES[name], x.requires_grad_(), t)
+        assert isinstance(error, RuntimeError | IndexError), repr(error)
+        # nobody waits in what the others left
+        assert x.detach().sum().item() == pytest.approx(X.sum().item())
+
+    st.simulate(3, run)
+
+
+def test_a_failure_travels_with_the_loss():
+    def run():
+        mesh = make_mesh((2,))
+        x, t = (
+            st.distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None) for v in (X, LABELS % 4)
+        )
+        found = []
+        for loss in (
+            lambda: F.cross_entropy(x, t), lambda: F.nll_loss(x, t, W, reduction="sum"),
+            lambda: F.binary_cross_entropy(x, x), lambda: F.multi_margin_loss(x, t),
+        ):  # fmt: skip
+            with st.trace() as sent:
+                loss()
+            found.append(sent.messages)
+        return found
+
+    for found in st.simulate(2, run):
+        assert found == [1, 1, 1, 1]
+
+
+SCRIPT = """
+import torch, shardtensor as st
+from torch.distributed.tensor import Shard
+mesh, device = st.init()
+index = st.distribute_tensor(torch.tensor([0, 1, 2, 9]), mesh, [Shard(0)], src_data_rank=None)
+rows = torch.nn.functional.embedding(index, torch.ones(4, 2))
+print(rows.sum().item())
+"""
+
+
+@pytest.mark.gloo
+def test_of_what_sends_nothing_the_others_are_told(tmp_path):
+    """An embedding sends nothing: only the rank that holds the index raises, and ends the others."""
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    (_, first), (_, second) = launched(script, 2, False, [])
+    assert "IndexError: index out of range in self" in second
+    assert "rank 1 raised IndexError: index out of range in self" in first
