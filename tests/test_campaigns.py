@@ -11,10 +11,10 @@ CASES = int(os.environ.get("CASES", "300"))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", campaigns.names())
 def test_campaign(name, record_property):
-    tally = campaigns.run(name, range(CASES))
+    tally = campaigns.run(name, range(CASES // campaigns.cost(name)))
     record_property("campaign", str(tally))
     # a campaign in which nothing runs shows nothing
-    assert tally.counts["right"] >= CASES // 10, str(tally)
+    assert tally.counts["right"] >= tally.counts.total() // 10, str(tally)
     assert not tally.bad, "\n".join([str(tally), *tally.bad])
 
 

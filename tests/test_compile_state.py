@@ -1,6 +1,7 @@
 """A compiled program gives what Python would: its state is read anew, or the call runs eagerly."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import random
@@ -264,7 +265,7 @@ REFUSED = {
 def refused(name):
     x = torch.linspace(-1, 2, 16, dtype=F64).view(4, 4)
     s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None).requires_grad_()
-    st.compile(REFUSED[name][0], backend="eager")(s)
+    st.compile(REFUSED[name][0], backend="eager", fullgraph=True)(s)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -272,6 +273,51 @@ def test_what_a_graph_would_lose_is_refused(name):
     with pytest.raises(st.RankError, match=REFUSED[name][1]) as e:
         st.simulate(2, refused, name)
     assert isinstance(e.value.__cause__, st.UnsupportedOpError)
+
+
+def gone_through(fn, x):
+    """The result of two calls, and their gradients."""
+    torch.manual_seed(0)
+    x = x.requires_grad_()
+    found = []
+    for _ in range(2):
+        y = fn(x)
+        found += [y.detach(), *torch.autograd.grad((y * y.detach().cos()).sum(), [x])]
+    return found
+
+
+class Counted(nn.Module):
+    """Its state has changed when the trace breaks off."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        return Doubled.apply(x) * self.n
+
+
+EAGER = {k: REFUSED[k][0] for k in ("Function", "hook on a tensor", "a value")}
+EAGER["counter"] = Counted()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_what_no_graph_holds_runs_eagerly(name):
+    x = torch.linspace(-1, 2, 16, dtype=F64).view(4, 4)
+    want = gone_through(copy.deepcopy(EAGER[name]), x.clone())
+
+    def run():
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        compiled = st.compile(copy.deepcopy(EAGER[name]), backend="eager")
+        return [t.full_tensor() for t in gone_through(compiled, s)], compiled.traces
+
+    with pytest.warns(UserWarning, match="runs eagerly where no graph holds it"):
+        ranks = st.simulate(2, run)
+    for got, traces in ranks:
+        assert traces == 0
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
 
 
 class Steps(nn.Module):
@@ -286,7 +332,8 @@ class Steps(nn.Module):
 def reads_a_buffer():
     x = st.distribute_tensor(torch.ones(4, 4), make_mesh((2,)), [Shard(0)], src_data_rank=None)
     with pytest.raises(st.UnsupportedOpError, match="needs the value of a tensor"):
-        st.compile(Steps(), backend="eager")(x)
+        st.compile(Steps(), backend="eager", fullgraph=True)(x)
+    assert st.compile(Steps(), backend="eager")(x).shape == (2, 4)
 
 
 def test_an_int_of_a_plain_buffer():

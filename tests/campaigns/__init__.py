@@ -79,6 +79,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "__main__")
 
 
+def cost(name: str) -> int:
+    """How many times as long a case takes as those of most campaigns."""
+    return getattr(importlib.import_module(f"campaigns.{name}"), "COST", 1)
+
+
 def run(name: str, cases: Iterable[int]) -> Tally:
     """Draw and judge these cases of a campaign."""
     module = importlib.import_module(f"campaigns.{name}")

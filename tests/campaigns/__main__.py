@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 
-from campaigns import KINDS, Tally, names, run
+from campaigns import KINDS, Tally, cost, names, run
 
 
 def _general(message: str) -> str:
@@ -53,7 +53,7 @@ def main() -> int:
         print(__doc__, "\n".join(names()), sep="\n")
         return 0
     if args[0] == "--docs":
-        tallies = [run(name, range(int(args[1]))) for name in names()]
+        tallies = [run(name, range(int(args[1]) // cost(name))) for name in names()]
         print(_page(tallies))
         return any(t.bad for t in tallies)
     first = int(args[2]) if len(args) > 2 else 0

@@ -39,6 +39,10 @@ _PARTS = (
 _SAME_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
 # states of Python for which graphs of otherwise equal calls are made
 _STATES = 8
+_STATE = (
+    "runs eagerly where Python state that it reads {}: keep such state in buffers, or out of what "
+    "is compiled"
+)
 # traces in which the program changes the state: a cache is filled by the first
 _TRIES = 2
 
@@ -50,9 +54,9 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
     shapes, dtypes, grad mode, train/eval and Python state that fn reads: attributes, hooks,
     globals, closures. A module's parameters and buffers are inputs of the graph, so they may
     change; tensors that a function closes over are read anew at each call. A call that changes
-    Python state (a counter in forward) runs eagerly, with a warning. Raises UnsupportedOpError for
-    random ops, for Python that needs the values of tensors, for hooks on tensors and for gradients
-    through an autograd.Function.
+    Python state (a counter in forward) runs eagerly, with a warning; so does one that no graph can
+    hold: random ops, Python that needs the values of tensors, hooks on tensors, gradients through
+    an autograd.Function. With fullgraph=True that raises UnsupportedOpError.
 
     At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
     at level INFO what each graph is for and how that differs from the graph before it; at WARNING,
@@ -115,27 +119,30 @@ class Compiled:
     def _eager(self, key: Any, found: Any) -> bool:
         """Whether a call that no graph is for runs eagerly."""
         if len(found) == _STATES:
-            self._warn(f"changes from call to call ({found[-1].reads.changed()})")
+            self._warn(_STATE.format(f"changes from call to call ({found[-1].reads.changed()})"))
             return True
         return self.changing[key] >= _TRIES
 
-    def _warn(self, what: str) -> None:
-        warnings.warn(
-            f"{_name(self.fn)} runs eagerly where Python state that it reads {what}: keep such "
-            "state in buffers, or out of what is compiled",
-            stacklevel=4,
-        )
+    def _warn(self, why: str) -> None:
+        warnings.warn(f"{_name(self.fn)} {why}", stacklevel=4)
 
     def _make(
         self, key: tuple[Any, ...], leaves: list[Any], tree: pytree.TreeSpec, state: Any
     ) -> _Graph | None:
-        """A graph for a call, None if the call changes what it reads."""
+        """A graph for a call, None if it changes what it reads, or does what no graph holds."""
         self._note(key)
-        graph, changed = self._trace(leaves, tree, state)
+        try:
+            graph, changed = self._trace(leaves, tree, state)
+        except UnsupportedOpError as e:
+            if self.options.get("fullgraph"):
+                raise
+            self.changing[key] = _TRIES
+            self._warn(f"runs eagerly where no graph holds it: {e}")
+            return None
         if changed:
             self.changing[key] += 1
             if self.changing[key] == _TRIES:
-                self._warn(f"is changed by it ({changed})")
+                self._warn(_STATE.format(f"is changed by it ({changed})"))
             log.info("a call of %s runs eagerly, as it changes %s", _name(self.fn), changed)
             return None
         self.traced.setdefault(key, []).append(graph)
@@ -186,7 +193,12 @@ class Compiled:
                 recording(inputs, lambda: (self.fn, args, kwargs)) as reads,
                 _NoHooks(),
             ):
-                out = self.call(*args, **kwargs)
+                try:
+                    out = self.call(*args, **kwargs)
+                except BaseException:
+                    # what was done so far will be done again
+                    reads.restore()
+                    raise
                 changed = reads.changed() or _replaced(self.fn, own)
                 if changed:
                     reads.restore()
