@@ -25,7 +25,7 @@ def vector_norm(
         # torch says which it takes
         torch.linalg.vector_norm(torch.ones(1, dtype=input.dtype), ord, dtype=dtype)
         input = input.to(dtype)
-    x = reduced(input)  # type: ignore[arg-type]
+    x: ShardTensor = reduced(input)  # type: ignore[assignment]
     dims = over(dim, x.ndim)
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
