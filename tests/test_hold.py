@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Partial, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -71,3 +72,16 @@ def test_a_refusal_names_op_cut_and_mesh():
     with pytest.raises(st.RankError) as e:
         T.hold(unsupported, [X], [T.shard(2)], (3,))
     assert e.value.__notes__ == ["unsupported(float32[2, 3, 9, 8] on [S(2)]) on mesh (3,)"]
+
+
+def test_addends_are_a_layout_too():
+    seen = []
+
+    def doubled(x):
+        seen.extend([x.spec] if isinstance(x, st.ShardTensor) else [])
+        return x * 2
+
+    x = X[0, 0].double()
+    T.hold(doubled, [x], [T.On([Partial()])], (2,))
+    T.hold(doubled, [x], [T.On([Shard(0), Partial()], {0: (2, 7)})], (2, 2))
+    assert [len(s.partial) for s in seen] == [1] * 6 and seen[-1].dims[0].sizes == (2, 7)

@@ -73,7 +73,8 @@ def hold(
 ) -> list[Spec | None]:
     """Raise AssertionError unless fn of sharded args equals fn of plain args.
 
-    args: tensors and other values; places: for each argument how it is sharded, None: given plain.
+    args: tensors and other values; places: for each argument how it is sharded, or added up along
+    axes that are Partial; None: given plain.
     fn may be a module: its parameters' gradients and its buffers are compared too. Compared on
     every rank: value, dtype and global shape of each output tensor; gradients of all floating-point
     arguments and parameters for a fixed random cotangent. rtol: of the largest absolute value;
@@ -193,8 +194,10 @@ def _on_rank(
     given = []
     for i, (a, place) in enumerate(zip(leaves, places, strict=True)):
         if place is not None:
-            a = distribute_tensor(a, mesh, place.placements, src_data_rank=None, sizes=place.sizes)
+            kept = [Replicate() if p.is_partial() else p for p in place.placements]
+            a = distribute_tensor(a, mesh, kept, src_data_rank=None, sizes=place.sizes)
             leaves[i] = a
+            a = a.redistribute(mesh, place.placements) if kept != list(place.placements) else a
         given.append(a)
     grad = bool(want[1])
     # a rule that is missing must not pass by gathering
