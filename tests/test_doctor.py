@@ -34,7 +34,7 @@ def test_measured_saved_and_read(n, tmp_path, monkeypatch):
     assert all(f == found[0] for f in found)
     one = found[0]
     assert set(one.links) == set(one.seconds) == KINDS and one.ranks == n and one.backend == "gloo"
-    assert all(0 < t < 5 for times in one.seconds.values() for t in times.values())
+    assert all(t > 0 for times in one.seconds.values() for t in times.values())
     assert all(v.latency > 0 and v.bandwidth > 1e5 for v in one.links.values())
     monkeypatch.setenv("SHARDTENSOR_HOME", str(tmp_path))
     assert network.saved("gloo", n) is None

@@ -1,7 +1,6 @@
 """The loader: who gets which sample, when, and what happens where one cannot be read."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -23,8 +22,8 @@ SAMPLES = np.random.default_rng(0).normal(size=(11, 6, 4)).astype(np.float32)
 class Fields:
     """Reads one row of a file; sample `bad` cannot be read by domain rank 1."""
 
-    def __init__(self, path, mesh, bad=None, sleep=0.0):
-        self.path, self.mesh, self.bad, self.sleep = path, mesh, bad, sleep
+    def __init__(self, path, mesh, bad=None):
+        self.path, self.mesh, self.bad = path, mesh, bad
         self.bytes_read = 0
         self.mine = mesh.get_coordinate()[-1]
         self.domain = mesh["domain"] if mesh.ndim > 1 else mesh
@@ -33,7 +32,6 @@ class Fields:
         return len(SAMPLES)
 
     def __getitem__(self, i):
-        time.sleep(self.sleep)
         if i == self.bad and self.mine == 1:
             raise OSError("disk on fire")
         sizes = {0: cut(self.domain)}
@@ -190,20 +188,31 @@ def test_an_error_raises_on_every_rank(path, prefetch):
     assert second == "sample 7: disk on fire"
 
 
-def test_reads_ahead(path):
-    """Reading and computing take 20 ms each: together 20, not 40."""
+class Told(Numbers):
+    """Says which samples were read."""
 
-    def run(prefetch):
-        mesh = mesh_of((1,))
-        loader = Loader(Fields(path, mesh, sleep=0.02), mesh, prefetch=prefetch)
-        begin = time.perf_counter()
-        for _ in loader:
-            time.sleep(0.02)
-        return time.perf_counter() - begin, loader.waited
+    def __init__(self, n):
+        super().__init__(n)
+        self.read = [threading.Event() for _ in range(n)]
 
-    (alone, waited), (ahead, less) = (st.simulate(1, run, p)[0] for p in (0, 2))
-    assert ahead < 0.8 * alone
-    assert less < 0.6 * waited
+    def __getitem__(self, i):
+        self.read[i].set()
+        return i
+
+
+def test_reads_ahead():
+    """While one batch is computed the next two are read, and none is without prefetch."""
+
+    def run(prefetch, limit):
+        data, mesh = Told(6), mesh_of((1,))
+        loader, ahead = Loader(data, mesh, prefetch=prefetch, sampler=range(6)), []
+        for i, _ in enumerate(loader):
+            ahead.append([event.wait(limit) for event in data.read[i + 1 : i + 3]])
+        assert loader.waited > 0
+        return ahead
+
+    assert st.simulate(1, run, 2, 60.0) == [[[True] * 2] * 4 + [[True], []]]
+    assert st.simulate(1, run, 0, 0.0) == [[[False] * 2] * 4 + [[False], []]]
 
 
 def test_progress_and_leaving_early(path, capsys):

@@ -108,10 +108,10 @@ def late(rank):
 def test_who_waits_for_whom(rank):
     for late_by, by_rank, by_line, by_op, table in run_workers(3, late, rank):
         assert late_by.pop(rank)[0] == 0
-        assert all(first > 0.4 for first, *_ in late_by.values())
-        assert all(by_rank[r] > 0.4 for r in late_by)
+        assert all(first > 0 for first, *_ in late_by.values())
+        assert all(by_rank[r] > by_rank[rank] for r in late_by)
         line = line_of("total = x.sum()  # where the others wait")
-        assert by_line[line] > 0.8 and by_op["sum"] > 0.8
+        assert max(by_line, key=by_line.get) == line and max(by_op, key=by_op.get) == "sum"
         assert len(table.splitlines()) == 4
 
 
