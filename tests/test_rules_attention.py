@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.attention import MASKS, some
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,22 +55,6 @@ def test_keys_alone(causal):
         T.hold(sdpa, [q, k, v], [None, T.shard(-2), on], n, kwargs=dict(is_causal=causal))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_queries_alone(causal):
-    for cq in T.cuts(L):
-        on, n = T.shard(-2, cq), (len(cq),)
-        T.hold(sdpa, [q, k, v], [on, None, T.replicated()], n, kwargs=dict(is_causal=causal))
-
-
-@pytest.mark.parametrize("places", [(0, 0, 0), (1, 1, 1), (0, None, None), (None, 1, None),
-                                    (1, 2, 2), (2, 1, 1), (3, 3, 3), (0, 2, 1), (2, 0, 3)])  # fmt: skip
-def test_other_dims(places):
-    on = [None if d is None else T.shard(d) for d in places]
-    for n in (2, 3):
-        T.hold(sdpa, [q, k, v], on, (n,))
-        T.hold(sdpa, [q, k, v], on, (n,), kwargs=dict(is_causal=True, scale=0.7))
-
-
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 
 
@@ -85,36 +70,6 @@ def test_two_axes(axes):
     for causal in (False, True):
         T.hold(sdpa, [q, k, v], on, (2, 2), kwargs=dict(is_causal=causal))
     T.hold(sdpa, [q, k, v, mask], [*on, None], (2, 2))
-
-
-some = torch.rand(B, H, L, S) > 0.5
-some[0, :, 2] = False  # a query that sees nothing
-some[..., 3:] &= torch.arange(L)[:, None] > 3  # blocks that some queries see nothing of
-MASKS = {
-    "bool": some, "bool of tokens": some[0, 0], "keys": some[:, :1, -1:], "queries": some[..., :1],
-    "heads": some[:1, :, :1], "none": torch.zeros(L, S, dtype=torch.bool),
-    "bias": torch.randn(H, L, S, dtype=D), "bias of keys": torch.randn(B, 1, 1, S, dtype=D),
-    "inf": torch.zeros(L, S, dtype=D).masked_fill(~some[1, 0], NO),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_masks(name):
-    mask = MASKS[name]
-    args = [q, k, v, mask]
-    for cq, ck in [((9,), (7,)), ((6, 3), (3, 4)), ((7, 0, 2), (3, 2, 2)), ((1, 6, 1, 1), (0, 1, 0, 6))]:  # fmt: skip
-        on, n = ring(cq, ck)
-        T.hold(sdpa, args, [*on, None], n)
-        T.hold(sdpa, args, [None, *on[1:], None], n)
-        T.hold(sdpa, args, [on[0], None, None, T.replicated()], n)
-    if mask.ndim > 1:
-        for d in (-2, -1):
-            on, n = ring((6, 3), (3, 4))
-            if mask.shape[d] > 1:
-                T.hold(sdpa, args, [*on, T.shard(d)], n)
-                T.hold(sdpa, args, [None, *on[1:], T.shard(d)], n)
-                T.hold(sdpa, args, [None, None, None, T.shard(d)], n)
-        T.hold(sdpa, args, [T.shard(1)] * 3 + [None], (3,))
 
 
 def test_masks_without_gradient_take_the_fused_kernel():
@@ -191,43 +146,6 @@ def test_extreme_scores():
                 T.hold(sdpa, [q, k * steep[:, None], value], place, n, grad=False)
             T.hold(lambda *x: sdpa(*x, steep[None]), [q, k, v], place, n, rtol=1e-11)
             T.hold(sdpa, [q, k, v, huge], [*place, None], n)
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (1, 1), (4, 4), (2, 1)], ids=str)
-def test_grouped_queries(heads):
-    key, value = k[:, : heads[0]].clone(), v[:, : heads[1]].clone()
-    gqa = dict(enable_gqa=True)
-    for cq, ck in [((9,), (7,)), ((6, 3), (3, 4)), ((1, 6, 1, 1), (3, 2, 0, 2))]:
-        for causal in (False, True):
-            T.hold(sdpa, [q, key, value], *ring(cq, ck), kwargs=dict(is_causal=causal, **gqa))
-        T.hold(sdpa, [q, key, value[..., :3].clone()], *ring(cq, ck), kwargs=gqa)
-        on, n = ring(cq, ck)
-        T.hold(sdpa, [q, key, value, some], [None, *on[1:], None], n, kwargs=gqa)
-    for n in (2, 3):
-        T.hold(sdpa, [q, key, value], [T.shard(1)] * 3, (n,), kwargs=gqa)
-        T.hold(sdpa, [q, key, value], [T.shard(1), None, None], (n,), kwargs=gqa)
-        T.hold(sdpa, [q, key, value], [None, T.shard(1), None], (n,), kwargs=gqa)
-    on = [T.On([Shard(1), Shard(2)])] * 3
-    T.hold(sdpa, [q, key, value], on, (2, 2), kwargs=gqa)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (3, 2, 2)])
-def test_other_numbers_of_leading_dims(shape):
-    a, b, c = (torch.randn(*shape, n, 4, dtype=D) for n in (5, 6, 6))
-    for causal in (False, True):
-        T.hold(sdpa, [a, b, c], *ring((4, 1), (2, 4)), kwargs=dict(is_causal=causal))
-    T.hold(sdpa, [a, b, c, torch.rand(5, 6) > 0.4], [*ring((4, 1), (2, 4))[0], None], (2,))
-    if shape:
-        mask = torch.randn(*shape[:-1], 1, 5, 6, dtype=D)
-        T.hold(sdpa, [a, b, c, mask], [*ring((4, 1), (2, 4))[0], None], (2,))
-
-
-def test_broadcast_batch():
-    for args in ([q[:1], k, v], [q, k[:1], v[:, :1]], [q[0], k, v], [q, k[0], v[0]]):
-        args = [x.clone() for x in args]
-        T.hold(sdpa, args, *ring((6, 3), (3, 4)))
-        T.hold(sdpa, args, [None, T.shard(-2), T.shard(-2)], (3,))
-    T.hold(sdpa, [q, k[:1].clone(), v[:1].clone()], [T.shard(0)] + [T.shard(2)] * 2, (2,))
 
 
 def test_no_keys_or_queries():

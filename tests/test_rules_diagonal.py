@@ -1,67 +1,14 @@
 """Triangles, diagonals, new tensors, copies of views and foreach ops against torch."""
 
-import pytest
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
-from shardtensor.ranks.testing import On, cuts, full, hold, make_mesh, shard
-
-OFFSETS = (-9, -2, 0, 1, 3)
+from shardtensor.ranks.testing import full, make_mesh
 
 
 def random(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-MATRIX = {
-    "tril": torch.tril,
-    "triu": torch.triu,
-    "diagonal": lambda x, k: x.diagonal(k, -2, -1),
-    "turned": lambda x, k: x.diagonal(k, -1, -2),
-    "linalg": lambda x, k: torch.linalg.diagonal(x, offset=k),
-    "copy": lambda x, k: torch.diagonal_copy(x, k, 1, 2),
-}
-
-
-@pytest.mark.parametrize("name", MATRIX)
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_matrices(name, offset):
-    fn = MATRIX[name]
-    for dim in (1, 2):
-        shape = [2, 5, 5]
-        shape[dim] = 7
-        for sizes in cuts(7):
-            hold(fn, [random(*shape), offset], [shard(dim, sizes), None], (len(sizes),))
-    x = random(2, 7, 5)
-    for dims in ((1, 2), (2, 1), (1, 1), (0, 2)):
-        hold(fn, [x, offset], [On([Shard(d) for d in dims]), None], (2, 2))
-    hold(fn, [x, offset], [On([Replicate(), Shard(1)]), None], (2, 2))
-    hold(fn, [x.bool(), offset], [On([Shard(1), Shard(2)]), None], (2, 2), grad=False)
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_embedded(offset):
-    for sizes in cuts(6):
-        n = len(sizes)
-        for dims in ((-2, -1), (0, 2), (2, 0), (1, 0)):
-            args = [random(3, 6), offset, *dims]
-            specs = hold(torch.diag_embed, args, [shard(1, sizes), *[None] * 3], (n,))
-            assert specs[0].varying == (0,)
-        hold(torch.diag, [random(6), offset], [shard(0, sizes), None], (n,))
-        hold(torch.diag, [random(6, 4), offset], [shard(0, sizes), None], (n,))
-        hold(torch.diagflat, [random(6, 2), offset], [shard(0, sizes), None], (n,))
-        hold(torch.trace, [random(6, 4)], [shard(0, sizes)], (n,))
-        hold(torch.trace, [random(6, 6, dtype=torch.int64)], [shard(1, sizes)], (n,), grad=False)
-    hold(torch.diag_embed, [random(3, 6)], [On([Shard(0), Shard(1)])], (2, 2))
-    hold(torch.diag_embed, [random(3, 6)], [On([Shard(1), Shard(1)])], (2, 2))
-
-
-@pytest.mark.parametrize("dims", [(0, 0), (1, 1), (0, 1)])
-def test_block_diag(dims):
-    places = [On([Shard(dims[0])]), None, On([Shard(dims[1])]), None]
-    args = [random(4, 3), random(2, 5), random(2, 2), random(3)]
-    hold(lambda *t: torch.block_diag(*t), args, places, (2,))
 
 
 def in_place_and_partial():
@@ -102,31 +49,6 @@ def created():
 
 def test_created():
     st.simulate(2, created)
-
-
-COPIES = [
-    lambda x: torch.view_copy(x, (4, 6)),
-    lambda x: torch.expand_copy(x, (2, 4, 2, 3)),
-    lambda x: torch.permute_copy(x, (2, 0, 1)),
-    lambda x: torch.transpose_copy(x, 0, 2),
-    lambda x: torch.squeeze_copy(torch.unsqueeze_copy(x, 1), 1),
-    lambda x: torch.unfold_copy(x, 0, 3, 1),
-    lambda x: torch.alias_copy(x),
-    lambda x: torch.select_copy(x, 0, 2),
-    lambda x: torch.slice_copy(x, 0, 1, 3),
-    lambda x: torch.unbind_copy(x, 1),
-    lambda x: torch.split_copy(x, 2),
-    lambda x: torch.split_with_sizes_copy(x, (1, 3)),
-    lambda x: torch.t_copy(x[:, 0]),
-    lambda x: torch.diagonal_copy(x),
-    lambda x: x.fill_(2.0) if not x.requires_grad else torch.fill(x, 2.0),
-]
-
-
-@pytest.mark.parametrize("fn", COPIES)
-def test_copies_of_views(fn):
-    for place in (shard(0), shard(0, (0, 4)), shard(2)):
-        hold(fn, [random(4, 2, 3)], [place], (2,))
 
 
 def foreach():

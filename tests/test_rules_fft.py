@@ -7,71 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
 
 torch.manual_seed(0)
 D, C = torch.float64, torch.complex128
-ONE = ["fft", "ifft", "rfft", "irfft", "hfft", "ihfft"]
-REAL = {"rfft", "ihfft"}
-
-
-def data(name, *shape):
-    return torch.randn(*shape, dtype=D if name.rstrip("2n") in REAL else C)
-
-
-def transform(name):
-    """The torch function; complex results as pairs, so that both parts have cotangents."""
-    fn = getattr(torch.fft, name)
-
-    def run(*args, **kwargs):
-        y = fn(*args, **kwargs)
-        return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
-
-    return run
-
-
-@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
-@pytest.mark.parametrize("name", ONE)
-def test_one_dim(name):
-    x = data(name, 2, 3, 7)
-    fn = transform(name)
-    for cut in T.cuts(7):
-        for args in [(), (5,), (10, 2, "ortho"), (None, -1, "forward")]:
-            T.hold(lambda x, a=args: fn(x, *a), [x], [T.shard(2, cut)], (len(cut),))
-        T.hold(lambda x: fn(x, dim=1), [x], [T.shard(2, cut)], (len(cut),))
-    T.hold(lambda x: fn(x, n=4, dim=0), [x], [T.shard(0, (0, 2))], (2,))
-    (spec,) = T.hold(lambda x: fn(x), [x], [T.shard(2)], (3,))
-    assert spec is not None and spec.dims[1].axes == (0,), "moved to the largest other dim"
-    T.hold(lambda x: fn(x), [data(name, 6)], [T.shard(0)], (2,), gather=True)
-
-
-@pytest.mark.parametrize("name", [n + k for n in ONE for k in "2n"])
-def test_several_dims(name):
-    fn = transform(name)
-    x = data(name, 2, 5, 4, 6)
-    for d in range(4):
-        for cut in T.cuts(x.shape[d])[1:]:
-            T.hold(lambda x: fn(x), [x], [T.shard(d, cut)], (len(cut),))
-    for norm, s, dim in [("ortho", (3, 7), (1, 3)), ("forward", (6, -1), (3, 0))]:
-        for d in (1, 3, 0):
-            T.hold(lambda x, a=(s, dim, norm): fn(x, *a), [x], [T.shard(d)], (3,))
-
-
-@pytest.mark.parametrize("name", ["fft2", "rfft2", "irfft2", "rfftn", "ifftn"])
-def test_two_axes(name):
-    """Pencils, nested shards, shards in a batch dim; with and without other dims to move to."""
-    fn = transform(name)
-    for shape in [(2, 3, 5, 6), (5, 6), (1, 7, 4)]:
-        h, w = len(shape) - 2, len(shape) - 1
-        for on in [
-            T.On([Shard(h), Shard(w)], {w: (1, shape[w] - 1)}), T.On([Shard(w), Shard(h)]),
-            T.On([Shard(h), Shard(h)], {h: (1, 2, 0, shape[h] - 3)}), T.On([Shard(w), Shard(w)]),
-            T.On([Replicate(), Shard(h)]), T.On([Shard(0), Shard(w)]),
-        ]:  # fmt: skip
-            T.hold(lambda x: fn(x), [data(name, *shape)], [on], (2, 2), gather=True)
 
 
 def test_other_arguments():
@@ -79,8 +21,8 @@ def test_other_arguments():
     T.hold(lambda x: torch.fft.rfft2(x), [x], [T.shard(2)], (3,))
     T.hold(lambda x: torch.fft.fft(x.to(torch.complex64), dim=1), [x], [T.shard(1)], (3,))
     T.hold(lambda x: torch.fft.fft(x), [torch.arange(12).view(2, 6)], [T.shard(1)], (2,))
-    T.hold(lambda x: torch.fft.fftn(x, dim=()), [data("fft", 4, 3)], [T.shard(0)], (2,))
-    y = data("fft", 3, 6)
+    T.hold(lambda x: torch.fft.fftn(x, dim=()), [torch.randn(4, 3, dtype=C)], [T.shard(0)], (2,))
+    y = torch.randn(3, 6, dtype=C)
     for fn in [torch.fft.fftshift, torch.fft.ifftshift, torch.view_as_real]:
         T.hold(fn, [y], [T.shard(1, (4, 0, 2))], (3,))
     T.hold(lambda y: torch.fft.fftshift(y, dim=(0,)), [y], [T.shard(0)], (2,))
@@ -98,6 +40,11 @@ def test_other_arguments():
         assert torch.fft.rfft(x, out=out) is out and out.full_tensor().any()
 
     st.simulate(2, errors)
+
+
+def test_shards_move_to_the_largest_other_dim():
+    (spec,) = T.hold(torch.fft.rfft, [torch.randn(2, 3, 7, dtype=D)], [T.shard(2)], (3,))
+    assert spec.dims[1].axes == (0,)
 
 
 def test_gradient_of_gradient():
@@ -276,19 +223,3 @@ def test_latitudes_meet_as_coefficients():
 
     names, sent = st.simulate(2, run)[0]
     assert names == ["all_reduce"] * 2 and sent <= 2 * 2 * 3 * 16 * 4
-
-
-@pytest.mark.parametrize("cut", T.cuts(50))
-def test_stft(cut):
-    """Frames that reach over shards."""
-    signal, window = (
-        torch.randn(3, 50, dtype=torch.float64),
-        torch.hann_window(8, dtype=torch.float64),
-    )
-
-    def fn(x, w):
-        return torch.view_as_real(torch.stft(x, 10, 3, 8, w, return_complex=True, normalized=True))
-
-    T.hold(fn, [signal, window], [T.shard(1, cut), None], (len(cut),))
-    if cut[0] >= 2:
-        T.hold(fn, [signal, window], [T.shard(0), None], (2,))

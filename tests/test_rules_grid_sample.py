@@ -1,89 +1,31 @@
 """Grid sampling over sharded images and sharded places against torch."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import Replicate, Shard
+from cases.grid_sample import MODES, places, sampled
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.ranks.testing import On, cuts, full, hold, make_mesh, shard
-
-MODES = list(
-    itertools.product(
-        ["bilinear", "nearest", "bicubic"], ["zeros", "border", "reflection"], [True, False]
-    )
-)
+from shardtensor.ranks.testing import full, hold, make_mesh, shard
 
 
 def random(*shape, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def places(*shape, reach=1.6):
-    """Places in the image and around it."""
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(5)).double() * 2 - 1) * reach
-
-
-def sampled(mode, padding, align):
-    return lambda x, g: F.grid_sample(x, g, mode, padding, align)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_places_stay_sharded_as_the_image(dim):
+    args = [random(2, 2, 7, 7), places(2, 4, 6, 2)]
+    (spec,) = hold(sampled(*MODES[0]), args, [shard(dim, (3, 0, 4)), None], (3,))
+    assert spec.dims[dim].axes == (0,)
+    (spec,) = hold(F.affine_grid, [random(3, 2, 3), (3, 1, 4, 5)], [shard(0, (2, 1)), None], (2,))
+    assert spec.dims[0].sizes == (2, 1)
 
 
 def identity(n, h, w, align, dtype=torch.float64):
     theta = torch.eye(2, 3, dtype=dtype).expand(n, 2, 3)
     return F.affine_grid(theta, [n, 1, h, w], align)
-
-
-@pytest.mark.parametrize("how", MODES)
-@pytest.mark.parametrize("dim", [2, 3])
-def test_sharded_image(how, dim):
-    for sizes in cuts(7):
-        shape = [2, 2, 5, 5]
-        shape[dim] = 7
-        args = [random(*shape), places(2, 4, 6, 2)]
-        specs = hold(sampled(*how), args, [shard(dim, sizes), None], (len(sizes),))
-        assert specs[0].dims[dim].axes == (0,)
-
-
-@pytest.mark.parametrize("how", MODES)
-def test_sharded_places(how):
-    for dim, sizes in itertools.product([1, 2], cuts(5)):
-        args = [random(2, 2, 6, 4), places(2, 5, 5, 2)]
-        mine = shard(dim, sizes)
-        hold(sampled(*how), args, [None, mine], (len(sizes),))
-        hold(sampled(*how), args, [shard(2), mine], (len(sizes),))
-        hold(sampled(*how), args, [shard(3), mine], (len(sizes),))
-
-
-@pytest.mark.parametrize("how", [m for m in MODES if m[0] != "bicubic"])
-def test_volumes(how):
-    args = [random(2, 2, 4, 5, 6), places(2, 3, 4, 3, 3)]
-    for dim, sizes in ((2, (1, 0, 3)), (3, (2, 2, 1)), (4, (0, 5, 1))):
-        hold(sampled(*how), args, [shard(dim, sizes), None], (3,))
-        hold(sampled(*how), args, [shard(dim, sizes), shard(1)], (3,))
-
-
-PAIRS = [
-    ([Shard(2), Shard(3)], [Shard(1), Shard(2)]),
-    ([Shard(2), Shard(3)], [Shard(2), Shard(1)]),
-    ([Shard(2), Shard(2)], [Shard(1), Shard(1)]),
-    ([Shard(2), Shard(2)], [Replicate(), Shard(1)]),
-    ([Shard(0), Shard(2)], [Shard(0), Shard(1)]),
-    ([Shard(2), Shard(0)], [Shard(0), Replicate()]),
-    ([Shard(1), Shard(3)], [Shard(1), Shard(3)]),
-    ([Shard(2), Shard(1)], [Shard(0), Shard(0)]),
-    ([Replicate(), Shard(2)], [Shard(1), Replicate()]),
-    ([Shard(3), Shard(2)], [Shard(3), Replicate()]),
-]
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("how", [MODES[1], MODES[2], MODES[4], MODES[9], MODES[16]])
-def test_two_axes(pair, how):
-    args = [random(3, 2, 7, 6), places(3, 5, 4, 2)]
-    hold(sampled(*how), args, [On(p) for p in pair], (2, 2))
-    hold(sampled(*how), args, [On(pair[0]), None], (2, 2))
 
 
 @pytest.mark.parametrize("how", MODES)
@@ -156,18 +98,6 @@ def test_batches_channels_and_small_images():
         hold(sampled(*how), args, [None, shard(3)], (2,))
     hold(sampled(*MODES[0]), [random(1, 1, 6, 5).float(), places(1, 4, 3, 2).float()],
          [shard(2), None], (2,))  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes", [(2, 1), (0, 3), (1, 1, 1)])
-@pytest.mark.parametrize("size", [(3, 1, 4, 5), (3, 2, 2, 3, 4)])
-def test_affine_grid(sizes, size):
-    n = len(size) - 2
-    theta = random(3, n, n + 1)
-    for align in (True, False):
-        fn = lambda t, a=align: F.affine_grid(t, size, a)  # noqa: E731
-        specs = hold(fn, [theta], [shard(0, sizes)], (len(sizes),))
-        assert specs[0].dims[0].sizes == sizes
-        hold(fn, [theta], [shard(1)], (2,))
 
 
 def sent():

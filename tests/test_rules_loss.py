@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.loss import REDUCTIONS
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -11,54 +12,6 @@ from shardtensor import testing as T
 torch.manual_seed(0)
 D = torch.float64
 x = torch.randn(3, 7, 4, dtype=D)
-REDUCTIONS = ("mean", "sum", "none")
-p = torch.rand(3, 7, 4, dtype=D) * 0.9 + 0.05
-sign = torch.where(torch.rand(3, 7, 4) > 0.5, 1.0, -1.0).to(D)
-LOSSES = {
-    "mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,
-    "bce logits": lambda a, b, reduction: F.binary_cross_entropy_with_logits(
-        a, p, weight=p[0], pos_weight=p[0, 0], reduction=reduction),
-    "bce": lambda a, b, reduction: F.binary_cross_entropy(a.sigmoid(), p, p, reduction=reduction),
-    "soft margin": lambda a, b, reduction: F.soft_margin_loss(a, sign, reduction=reduction),
-    "kl": lambda a, b, reduction: F.kl_div(a, b.softmax(1), reduction=reduction),
-    "kl log": lambda a, b, reduction: F.kl_div(a, b, reduction=reduction, log_target=True),
-    "gaussian": lambda a, b, reduction: F.gaussian_nll_loss(a, b, p, reduction=reduction),
-    "poisson": lambda a, b, reduction: F.poisson_nll_loss(a, p, reduction=reduction),
-    "hinge": lambda a, b, reduction: F.hinge_embedding_loss(a, sign, reduction=reduction),
-    "ranking": lambda a, b, reduction: F.margin_ranking_loss(a, b, sign, 0.1, reduction=reduction),
-    "multilabel": lambda a, b, reduction: F.multilabel_soft_margin_loss(
-        a.flatten(0, 1), p.flatten(0, 1), reduction=reduction),
-    "cosine": lambda a, b, reduction: F.cosine_embedding_loss(
-        a[0], b[0], sign[0, :, 0], 0.2, reduction=reduction),
-    "triplet": lambda a, b, reduction: F.triplet_margin_loss(a, b, p, reduction=reduction),
-    "huber delta": lambda a, b, reduction: F.huber_loss(
-        a, b, reduction=reduction, delta=0.4, weight=p),
-    "smooth beta": lambda a, b, reduction: F.smooth_l1_loss(a, b, reduction=reduction, beta=0.3),
-    "weighted mse": lambda a, b, reduction: F.mse_loss(a, b, reduction=reduction, weight=p),
-    "gaussian one variance": lambda a, b, reduction: F.gaussian_nll_loss(
-        a, b, p[:, :, 0], full=True, reduction=reduction),
-    "poisson plain": lambda a, b, reduction: F.poisson_nll_loss(
-        a.exp(), p, log_input=False, full=True, reduction=reduction),
-    "triplet distance": lambda a, b, reduction: F.triplet_margin_with_distance_loss(
-        a, b, p, reduction=reduction),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses(name):
-    y = torch.randn_like(x)
-    for reduction in REDUCTIONS:
-
-        def loss(a, b, r=reduction):
-            return LOSSES[name](a, b, reduction=r)
-
-        for cut in T.cuts(7):
-            T.hold(loss, [x, y], [T.shard(1, cut), None], (len(cut),))
-        T.hold(loss, [x, y], [T.shard(1), T.shard(2)], (2,))
-        T.hold(loss, [x, y], [T.On([Shard(1), Shard(2)]), T.On([Shard(0), Shard(1)])], (2, 2))
-    if name == "kl":
-        T.hold(lambda a, b: F.kl_div(a, b.softmax(1), reduction="batchmean"), [x, y],
-               [T.shard(0), None], (2,))  # fmt: skip
 
 
 def test_class_losses():
@@ -143,15 +96,6 @@ def test_broadcasting_and_replicated():
     T.hold(F.mse_loss, [x, x.flip(1)], [None, T.shard(1, (5, 0, 2))], (3,))
 
 
-def test_modules():
-    for module in (
-        torch.nn.MSELoss(),
-        torch.nn.CosineSimilarity(1),
-        torch.nn.PairwiseDistance(1.5),
-    ):
-        T.hold(module, [x, x.flip(1)], [T.shard(1), T.shard(2)], (3,))
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_gathered():
     """Losses without a rule of their own run gathered, and are right."""
@@ -163,28 +107,6 @@ def test_gathered():
 
     for d in range(3):
         T.hold(ctc, [logs], [T.shard(d)], (2,), gather=True)
-
-
-DISTANCES = {
-    "cosine": lambda a, b: [F.cosine_similarity(a, b, d) for d in (0, 1, 2)],
-    "pairwise": lambda a, b: (F.pairwise_distance(a, b), F.pairwise_distance(a, b, 1, keepdim=True)),
-    "normalize": lambda a, b: [F.normalize(a, p, d) for p in (2, 1, 3) for d in (0, 1, 2)],
-    "cdist": lambda a, b: [torch.cdist(a, b[:, :5], p) for p in (1, 2, 2.5, float("inf"))],
-    "cdist batch": lambda a, b: (torch.cdist(a[None], b[:1]), torch.cdist(a[0], b)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_distances(name):
-    y = torch.randn_like(x)
-    for cut in T.cuts(7):
-        for second in (None, T.shard(1), T.shard(0)):
-            T.hold(DISTANCES[name], [x, y], [T.shard(1, cut), second], (len(cut),), rtol=1e-11)
-    two = T.On([Shard(0), Shard(1)])
-    T.hold(DISTANCES[name], [x, y], [T.shard(2), None], (3,), rtol=1e-11)
-    T.hold(DISTANCES[name], [x, y], [T.On([Shard(1), Shard(1)]), two], (2, 2), rtol=1e-11)
-    T.hold(DISTANCES[name], [x, y], [two, T.On([Shard(1), Replicate()])], (2, 2), rtol=1e-11)
-    T.hold(DISTANCES[name], [x, y], [None, two], (2, 2), rtol=1e-11)
 
 
 def test_rows_of_distances_stay_sharded():

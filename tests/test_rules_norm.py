@@ -1,10 +1,12 @@
 """Normalisation: against plain torch."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.norm import MODULES as NORMS
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -15,75 +17,10 @@ torch.manual_seed(0)
 D = torch.float64
 R, S = Replicate(), Shard
 x = torch.randn(2, 6, 7, 5, dtype=D) + 0.5
-TWO = [[S(2), S(3)], [S(2), S(2)], [R, S(2)], [S(0), S(2)],
-       [S(1), S(2)], [S(1), S(1)], [S(3), S(1)]]  # fmt: skip
 
 
-def random(module):
-    """The module in fp64 with weights and running statistics that are not its initial ones."""
-    module = module.to(D)
-    for v in (*module.parameters(), *module.buffers()):
-        if v.is_floating_point():
-            v.data.uniform_(0.5, 1.5)
-    return module
-
-
-CHANNELWISE = [
-    nn.BatchNorm2d(6),
-    nn.BatchNorm2d(6).eval(),
-    nn.BatchNorm2d(6, momentum=None, affine=False),
-    nn.BatchNorm2d(6, track_running_stats=False).eval(),
-    nn.SyncBatchNorm(6).eval(),
-    nn.InstanceNorm2d(6),
-    nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
-    nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(),
-    nn.GroupNorm(3, 6),
-    nn.GroupNorm(1, 6, affine=False),
-    nn.GroupNorm(6, 6),
-]
-LAST = [
-    nn.LayerNorm(5),
-    nn.LayerNorm((7, 5)),
-    nn.LayerNorm((6, 7, 5), bias=False),
-    nn.LayerNorm((6, 7, 5), elementwise_affine=False),
-    nn.RMSNorm(5, eps=1e-3),
-    nn.RMSNorm((7, 5)),
-    nn.RMSNorm((6, 7, 5), elementwise_affine=False),
-]
-MODULES = [random(m) for m in CHANNELWISE + LAST]
+MODULES = [copy.deepcopy(m) for m in NORMS.values()]
 each = pytest.mark.parametrize("module", MODULES, ids=str)
-
-
-@each
-@pytest.mark.parametrize("dim", range(4))
-def test_one_sharded_dim(module, dim):
-    for cut in T.cuts(x.shape[dim]):
-        (spec,) = T.hold(module, [x], [T.shard(dim, cut)], (len(cut),))
-        assert spec.dims[dim].sizes == cut
-
-
-@each
-@pytest.mark.parametrize("placements", TWO, ids=str)
-def test_two_axes(module, placements):
-    T.hold(module, [x], [T.On(placements)], (2, 2))
-
-
-@pytest.mark.parametrize("module", [MODULES[0], MODULES[6], MODULES[8]], ids=str)
-def test_other_ranks_of_tensor_and_memory_formats(module):
-    last = x.contiguous(memory_format=torch.channels_last)
-    for dim in range(4):
-        T.hold(module, [last], [T.shard(dim)], (3,))
-    T.hold(module, [last[:1]], [T.shard(2)], (3,))
-    volume = random({nn.BatchNorm2d: nn.BatchNorm3d, nn.InstanceNorm2d: nn.InstanceNorm3d}.get(
-        type(module), lambda _: nn.GroupNorm(3, 6))(6))  # fmt: skip
-    T.hold(volume, [x.unflatten(3, (5, 1))], [T.On([S(2), S(3)])], (2, 2))
-
-
-def test_points():
-    for points in (x[..., 0, 0], x[..., 0]):
-        for dim in range(points.ndim):
-            for module in (nn.BatchNorm1d(6), nn.GroupNorm(2, 6)):
-                T.hold(random(module), [points], [T.shard(dim)], (3,))
 
 
 @each
@@ -112,26 +49,6 @@ def test_autocast(module):
         module.float()
         T.hold(run, [x.to(dtype)], [T.shard(2, (4, 0, 3))], (3,), rtol=0.03)
     module.to(D)
-
-
-@pytest.mark.parametrize("dim", range(4))
-def test_operands_that_are_sharded(dim):
-    w, b = torch.randn(2, 6, dtype=D)
-    norm = lambda v, p, q: F.group_norm(v, 2, p, q)  # noqa: E731
-    T.hold(norm, [x, w, b], [T.shard(dim), T.replicated(), T.shard(0)], (2,))
-    T.hold(norm, [x, w, b], [None, T.shard(0), None], (2,))
-    last = torch.randn(5, dtype=D)
-    T.hold(lambda v, p: F.layer_norm(v, (5,), p), [x, last], [T.shard(dim), T.shard(0)], (3,))
-    T.hold(lambda v, p: F.rms_norm(v, (5,), p), [x, last], [T.shard(dim), T.shard(0)], (3,))
-
-
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_local_response_norm(size):
-    for dim in range(4):
-        for cut in T.cuts(x.shape[dim]):
-            norm = nn.LocalResponseNorm(size, alpha=0.5)
-            T.hold(norm, [x], [T.shard(dim, cut)], (len(cut),))
-    T.hold(norm, [x[..., 0]], [T.shard(1)], (3,))
 
 
 def test_second_derivative():
@@ -335,8 +252,8 @@ def test_half_under_autocast():
 def test_gradient_of_other_strides(shape):
     """Tokens after a norm: the gradient comes transposed, which torch's batch norm reads wrongly."""
     image = torch.randn(shape, dtype=torch.float64)
-    for norm in (lambda x: F.group_norm(x, 2), lambda x: F.layer_norm(x, x.shape[1:])):
-        T.hold(lambda x, n=norm: n(x).flatten(2).transpose(1, 2), [image], [T.shard(2)], (2,))
+    for fn in (lambda x: F.group_norm(x, 2), lambda x: F.layer_norm(x, x.shape[1:])):
+        T.hold(lambda x, n=fn: n(x).flatten(2).transpose(1, 2), [image], [T.shard(2)], (2,))
     if image.ndim == 4:
         last = image.contiguous(memory_format=torch.channels_last)
         T.hold(lambda x: F.group_norm(x, 2).transpose(1, 2), [last], [T.shard(2)], (2,))

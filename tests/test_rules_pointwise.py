@@ -13,45 +13,6 @@ D = torch.float64
 x, y = torch.randn(2, 7, 5, dtype=D), torch.randn(2, 7, 5, dtype=D)
 
 
-@pytest.mark.parametrize("cut", T.cuts(7))
-def test_operands(cut):
-    n = (len(cut),)
-    s = T.shard(1, cut)
-    T.hold(lambda a, b: a * b + 2 - a / 3, [x, y], [s, s], n)
-    T.hold(lambda a, b: a * b, [x, y], [s, T.shard(1)], n)
-    T.hold(lambda a, b: a * b, [x, y], [s, T.shard(2)], n)
-    T.hold(lambda a, b: torch.sub(a, b, alpha=2), [x, y], [s, T.replicated()], n)
-    T.hold(lambda a, b: a.atan2(b), [x, y], [s, None], n)
-    T.hold(lambda a, b: a * b.exp(), [x, y[0, :, :1]], [s, None], n)
-    T.hold(lambda a, b: a * b, [x, y[:1, :1]], [s, T.shard(2)], n)
-    T.hold(lambda a, b: a + b, [x, torch.tensor(2.0, dtype=D)], [s, None], n)
-    T.hold(torch.addcmul, [x, y[:, :1], y[0]], [s, None, T.shard(0)], n)
-    T.hold(lambda a, b: torch.where(a > 0, b, 0.5), [x, y], [s, T.shard(2)], n)
-    T.hold(lambda a: 2 - a + (1 / (a + 9)) + 2**a, [x], [s], n)
-
-
-def test_plain_functions():
-    for f in (F.gelu, F.silu, F.elu, F.softplus, F.hardswish, F.mish, F.leaky_relu, F.relu6,
-              F.logsigmoid, F.tanhshrink, torch.sin, torch.sigmoid, torch.tanh, F.selu,
-              lambda a: a.clamp(-1, 1), lambda a: a.clamp(min=0), lambda a: a.abs().sqrt(),
-              lambda a: torch.lerp(a, a * 2, 0.3), lambda a: a.nan_to_num(), F.softsign,
-              lambda a: (a > 0) & (a < 1), lambda a: a.round(), lambda a: a.isnan(),
-              lambda a: F.threshold(a, 0.1, 20), lambda a: F.hardtanh(a), lambda a: -a,
-              lambda a: a.masked_fill(a > 0, -1.0), lambda a: a % 2, lambda a: a.detach() // 2,
-              lambda a: F.prelu(a, torch.ones(7, dtype=D)), lambda a: F.glu(a[..., :4])):  # fmt: skip
-        T.hold(f, [x], [T.shard(1, (4, 0, 3))], (3,))
-        T.hold(f, [x], [T.On([Shard(1), Shard(2)])], (2, 2))
-
-
-@pytest.mark.parametrize(
-    "placements", [[Shard(1), Shard(2)], [Shard(2), Shard(1)], [Shard(1), Shard(1)],
-                   [Replicate(), Shard(1)]])  # fmt: skip
-def test_two_axes(placements):
-    for other in ([Shard(1), Shard(2)], [Shard(0), Shard(2)], [Replicate(), Replicate()]):
-        T.hold(lambda a, b: a * b, [x, y], [T.On(placements), T.On(other)], (2, 2))
-    T.hold(lambda a, b: a * b, [x, y[0, 0]], [T.On(placements), None], (2, 2))
-
-
 def test_outer_broadcast_uses_both_axes():
     a, b = x[0], y[1, :1]
     spec = T.hold(
@@ -92,24 +53,6 @@ def partial_sums():
 
 def test_partial_sums_are_added_first():
     st.simulate(2, partial_sums)
-
-
-def in_place(a, b):
-    c = a * 1.0
-    c += b
-    c.mul_(2).sub_(b, alpha=3)
-    c[..., 1:3] *= 2
-    c.clamp_(-3, 3)
-    v = c.transpose(1, 2)
-    v += 1
-    c.masked_fill_(c > 2, 0.5)
-    return F.relu(c, inplace=True)
-
-
-@pytest.mark.parametrize("cut", T.cuts(7))
-def test_in_place(cut):
-    T.hold(in_place, [x, y], [T.shard(1, cut), None], (len(cut),))
-    T.hold(in_place, [x, y], [T.shard(1, cut), T.shard(2)], (len(cut),))
 
 
 def writes():

@@ -12,42 +12,6 @@ from shardtensor.ranks.simulate import RankError
 torch.manual_seed(0)
 D = torch.float64
 x = torch.randn(2, 3, 9, 6, dtype=D)
-WAYS = [
-    dict(scale_factor=2), dict(scale_factor=2, mode="bilinear"), dict(size=(18, 12), mode="bicubic"),
-    dict(size=(27, 6), mode="bilinear"), dict(scale_factor=(3, 2), mode="nearest-exact"),
-    dict(size=(13, 7)), dict(size=(13, 7), mode="nearest-exact"), dict(scale_factor=0.6),
-    dict(size=(14, 11), mode="bilinear"), dict(size=(5, 4), mode="bilinear"),
-    dict(size=(17, 12), mode="bilinear", align_corners=True), dict(size=(1, 3), mode="bilinear"),
-    dict(scale_factor=1.7, mode="bilinear"), dict(scale_factor=(1.7, 0.5), mode="bicubic"),
-    dict(scale_factor=1.7, mode="bilinear", recompute_scale_factor=True),
-    dict(size=(12, 9), mode="bicubic", align_corners=True), dict(size=(3, 3), mode="area"),
-    dict(size=(4, 5), mode="area"), dict(size=(4, 3), mode="bilinear", antialias=True),
-    dict(size=(14, 4), mode="bicubic", antialias=True), dict(size=(9, 6), mode="bilinear"),
-    dict(size=(3, 2), mode="bilinear"), dict(size=(3, 3), mode="bicubic", antialias=True),
-    dict(scale_factor=(2, 1 / 3), mode="bicubic", antialias=True), dict(size=(18, 3), mode="bicubic"),
-    dict(size=(3, 2), mode="bilinear", antialias=True), dict(size=(9, 2), mode="bicubic", antialias=True),
-    dict(size=(3, 3), mode="nearest-exact"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_two_spatial_dims(way):
-    for cut in T.cuts(9):
-        T.hold(F.interpolate, [x], [T.shard(2, cut)], (len(cut),), kwargs=way)
-    for d in (0, 1, 3):
-        T.hold(F.interpolate, [x], [T.shard(d)], (2,), kwargs=way)
-    for on in ([Shard(2), Shard(3)], [Shard(3), Shard(2)], [Shard(2), Shard(2)]):
-        T.hold(F.interpolate, [x], [T.On(on)], (2, 2), kwargs=way)
-
-
-def test_other_dims():
-    y, z = torch.randn(2, 3, 11, dtype=D), torch.randn(1, 2, 5, 4, 6, dtype=D)
-    for way in (dict(size=7), dict(size=23, mode="linear"), dict(scale_factor=2, mode="linear")):
-        T.hold(F.interpolate, [y], [T.shard(2, (4, 0, 7))], (3,), kwargs=way)
-    for way in (dict(scale_factor=2), dict(size=(7, 3, 6), mode="trilinear"),
-                dict(size=(10, 8, 12), mode="trilinear"), dict(size=(2, 2, 3), mode="area")):  # fmt: skip
-        for d in (2, 4):
-            T.hold(F.interpolate, [z], [T.shard(d)], (2,), kwargs=way)
 
 
 def test_nearest_takes_torchs_rows():
@@ -63,24 +27,6 @@ def test_nearest_takes_torchs_rows():
                     kwargs=dict(size=m, mode=mode),
                     grad=False,
                 )
-
-
-def test_fp32():
-    y = torch.randn(1, 2, 301, 4)
-    for way in (dict(size=(777, 5), mode="bilinear"), dict(scale_factor=1.3, mode="bicubic")):
-        T.hold(F.interpolate, [y], [T.shard(2)], (3,), kwargs=way)
-
-
-def test_whole_numbers():
-    """Even shards of 12 rows: down by 2, 3 and 4 as well as up, in every mode."""
-    y = torch.randn(1, 2, 12, 12, dtype=D)
-    for mode in ("nearest", "nearest-exact", "bilinear", "bicubic", "area"):
-        for antialias in (False, True) if mode[0] == "b" else (False,):
-            for m in (6, 4, 3, 24, 36, 48):
-                way = dict(size=(m, m), mode=mode, antialias=antialias)
-                T.hold(F.interpolate, [y], [T.shard(2)], (3,), kwargs=way)
-                T.hold(F.interpolate, [y], [T.shard(3, (0, 12, 0))], (3,), kwargs=way)
-                T.hold(F.interpolate, [y], [T.On([Shard(2), Shard(3)])], (2, 2), kwargs=way)
 
 
 def test_one_column_each():

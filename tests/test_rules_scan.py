@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -11,32 +11,6 @@ torch.manual_seed(0)
 D = torch.float64
 INF, NAN = float("inf"), float("nan")
 x = torch.randn(3, 7, 4, dtype=D)
-SCANS = {
-    "cumsum": torch.cumsum, "cumprod": torch.cumprod, "logcumsumexp": torch.logcumsumexp,
-    "cummax": torch.cummax, "cummin": torch.cummin, "method": lambda a, d: a.cumsum(axis=d),
-    "leaf": lambda a, d: torch.ops.aten.cumprod(a, d),
-    "trapezoid": lambda a, d: (torch.cumulative_trapezoid(a, dim=d), torch.trapezoid(a, dim=d)),
-    "spaced": lambda a, d: torch.cumulative_trapezoid(a, dx=0.5, dim=d),
-    "masked": lambda a, d: torch.masked.cumsum(a, d, mask=torch.arange(a.shape[d] * 4).view(-1, 4) % 3 > 0)
-    if d == 1 else torch.masked.cumprod(a, d),
-    "differences": lambda a, d: (torch.diff(a, dim=d), torch.diff(a, n=2, dim=d),
-                                 torch.gradient(a, dim=d, spacing=0.5)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SCANS)
-def test_scan(name):
-    def fn(a):
-        return [SCANS[name](a, d) for d in (0, 1, -1)]
-
-    for cut in T.cuts(7):
-        T.hold(fn, [x], [T.shard(1, cut)], (len(cut),))
-    T.hold(fn, [x], [T.shard(2, (0, 3, 1))], (3,))
-    for placements, sizes in (
-        ([Shard(1), Shard(2)], {1: (6, 1)}), ([Shard(1), Shard(1)], {1: (3, 0, 2, 2)}),
-        ([Shard(0), Shard(1)], None), ([Replicate(), Shard(1)], None),
-    ):  # fmt: skip
-        T.hold(fn, [x], [T.On(placements, sizes)], (2, 2))
 
 
 def test_stays_sharded_and_what_is_sent():

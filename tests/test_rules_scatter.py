@@ -4,127 +4,16 @@ import itertools
 
 import pytest
 import torch
-from torch.distributed.tensor import Replicate, Shard
+from cases.scatter import C, N, distinct, many, rows, ties, values, x
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
 
 torch.manual_seed(0)
 D = torch.float64
-N, E, C = 7, 9, 4
-x = torch.randn(N, C, 3, dtype=D)
-rows = torch.tensor([5, 0, 6, 5, 2, 2, 0, 5, 6])  # 1, 3, 4 untouched
-values = torch.randn(E, C, 3, dtype=D)
-element = torch.stack([torch.randperm(N)[:5] for _ in range(6)]).t()[:, :, None]
-element = element.reshape(5, 3, 2)  # smaller than x in the other dims, no duplicates in a column
-many = torch.randint(N, (E, 3, 2))
-source = torch.randn(E, 3, 2, dtype=D)
-ties = source.round()
-larger = torch.randn(E + 1, C, 2, dtype=D)  # no gradients in torch
-distinct = torch.randperm(N)[:4]
 
-READS = {
-    "index_select": (lambda x, i: x.index_select(0, i), rows),
-    "x[i]": (lambda x, i: x[i], rows - 3),
-    "x[i, :, i]": (lambda x, i: x[i, :, i % 3], rows),
-    "x[:, i]": (lambda x, i: x.mT.transpose(0, 2)[1:3, :, i], rows),
-    "x[i of 2 dims]": (lambda x, i: x[i], many[:, :, 0]),
-    "x[few]": (lambda x, i: x[i], rows[:1]),
-    "x[none]": (lambda x, i: x[i], rows[:0]),
-    "gather": (lambda x, i: x.gather(0, i), many),
-    "gather last": (lambda x, i: x.transpose(0, 2).gather(2, i.transpose(0, 2)), many),
-    "gather rows": (lambda x, i: [x.gather(0, e) for e in (
-        i[:, None, None].expand(-1, C, 3), i[:, None, None].expand(-1, 2, 3))], rows),
-    "take": (lambda x, i: x.take(i * 11 - 5), many),
-    "take_along_dim": (lambda x, i: x.take_along_dim(i[:, :1, :1], 0), many),
-}  # fmt: skip
-WRITES = {
-    "index_add": (lambda x, i, v: x.index_add(0, i, v, alpha=2), rows, values),
-    "index_copy": (lambda x, i, v: x.index_copy(0, i, v[:4]), distinct, values),
-    "index_fill": (lambda x, i, v: (x.index_fill(0, i, 3.0), x.index_fill(0, i, v[0, 0, 0])),
-        rows, values),
-    "index_reduce": (lambda x, i, v: [x.index_reduce(0, i, v, r, include_self=s) for r, s in (
-        ("prod", True), ("mean", False), ("amax", True), ("amin", False))], rows, values),
-    "x[i] = v": (lambda x, i, v: x.index_put((i - 3,), v[:4]), distinct, values),
-    "accumulate": (lambda x, i, v: x.index_put((i - 3,), v, accumulate=True), rows, values),
-    "accumulate 2": (lambda x, i, v: x.index_put((i, i % C), v[:, 0], accumulate=True), rows,
-        values),
-    "put": (lambda x, i, v: [x.put(i * 5 - 9, v[:4, 0, 0]), x.put(i, v[:4, 1, 0], accumulate=True)],
-        distinct, values),
-    "scatter": (lambda x, i, v: [x.scatter(0, i, v[:5]), x.scatter(0, i, 1.5)], element, source),
-    "scatter reduce": (lambda x, i, v: [x.scatter(0, i, v, reduce="add"),
-        x.scatter(0, i, 2.0, reduce="multiply")], many, source),
-    "scatter_add": (lambda x, i, v: x.scatter_add(0, i, v), many, source),
-    "scatter rows": (lambda x, i, v: [x.scatter_reduce(0, i[:, None, None].expand_as(v), v, r)
-        for r in ("sum", "amax")] + [x.scatter(0, i[:4, None, None].expand(-1, 2, 3), v[:4, :2])],
-        torch.cat([distinct, distinct, distinct[:1]]), values),
-    "scatter_reduce": (lambda x, i, v: [x.scatter_reduce(0, i, v, r, include_self=s) for r in (
-        "sum", "prod", "mean", "amax", "amin") for s in (True, False)], many, ties),
-    "scatter last": (lambda x, i, v: x.transpose(0, 2).scatter_reduce(
-        2, i.transpose(0, 2), v.transpose(0, 2), "amax"), many, ties),
-}  # fmt: skip
 # reduce="add" and "multiply" have no gradient for the source in torch
-NO_GRAD = {"scatter reduce"}
-
-
-def places(ndim, size, n):
-    """Plain, along the first dim unevenly with an empty shard, along another dim."""
-    cut = [size - size // 3, *[0] * (n - 2), size // 3]
-    return [None, T.shard(0, cut), *([T.shard(1)] if ndim > 1 else [])]
-
-
-@pytest.mark.parametrize("name", READS)
-def test_reads(name):
-    fn, index = READS[name]
-    for n in (2, 3):
-        for on in itertools.product(places(3, N, n), places(index.ndim, len(index), n)):
-            if any(on):
-                T.hold(fn, [x, index], on, (n,))
-
-
-@pytest.mark.parametrize("name", WRITES)
-def test_writes(name):
-    fn, index, v = WRITES[name]
-    for n in (2, 3):
-        on_v = places(3, len(v), n)
-        on_v = [on_v[1], on_v[2], None] if n == 2 else [None, on_v[1]]
-        for on in itertools.product(places(3, N, n), places(index.ndim, len(index), n)[:2], on_v):
-            if any(on):
-                T.hold(fn, [x, index, v], on, (n,), grad=name not in NO_GRAD)
-
-
-LAYOUTS = [
-    (T.On([Shard(0), Shard(1)]), T.On([Shard(0), Replicate()]), T.On([Shard(0), Shard(0)])),
-    (T.On([Shard(0), Shard(0)], {0: (3, 0, 1, 3)}), T.On([Shard(0), Shard(0)]), T.replicated(2)),
-    (T.On([Shard(0), Replicate()]), T.On([Replicate(), Shard(0)]), T.On([Shard(1), Shard(0)])),
-    (T.On([Replicate(), Shard(1)]), T.On([Shard(0), Shard(0)]), T.On([Shard(0), Shard(0)])),
-    (T.On([Shard(1), Shard(0)]), None, None),
-    (None, T.On([Shard(0), Replicate()]), T.On([Shard(0), Shard(1)])),
-]
-
-
-@pytest.mark.parametrize("name", [*READS, *WRITES])
-def test_meshes(name):
-    for on in LAYOUTS:
-        if name in READS:
-            T.hold(READS[name][0], [x, READS[name][1]], on[:2], (2, 2))
-        else:
-            fn, index, v = WRITES[name]
-            T.hold(fn, [x, index, v], on, (2, 2), grad=name not in NO_GRAD)
-
-
-@pytest.mark.parametrize("cut", T.cuts(N))
-def test_cuts(cut):
-    n = len(cut)
-    edges = T.shard(0, (*[1] * (n - 1), E - n + 1))
-    for name in ("x[i]", "gather", "take", "x[i, :, i]"):
-        fn, index = READS[name]
-        T.hold(fn, [x, index], [T.shard(0, cut), None], (n,))
-        T.hold(fn, [x, index], [T.shard(0, cut), edges], (n,))
-    for name in ("index_add", "accumulate", "index_reduce", "scatter_add", "scatter_reduce"):
-        fn, index, v = WRITES[name]
-        T.hold(fn, [x, index, v], [T.shard(0, cut), None, None], (n,))
-        T.hold(fn, [x, index, v], [T.shard(0, cut), edges, None], (n,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.complex64])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -12,28 +12,6 @@ torch.manual_seed(0)
 D = torch.float64
 INF = float("inf")
 x = torch.randn(3, 7, 4, dtype=D)
-SOFT = {
-    "softmax": F.softmax, "log_softmax": F.log_softmax, "softmin": F.softmin,
-    "torch": torch.softmax, "method": lambda a, d: a.log_softmax(d), "special": torch.special.softmax,
-    "leaf": lambda a, d: torch.ops.aten._softmax(a, d, False),
-    "safe": lambda a, d: torch.ops.aten._safe_softmax(a, d),
-    "class": lambda a, d: torch.nn.Softmax(d)(a), "statistics": lambda a, d: a.mean(d).softmax(0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SOFT)
-def test_softmax(name):
-    def fn(a):
-        return [SOFT[name](a, d) for d in (0, 1, -1)]
-
-    for cut in T.cuts(7):
-        T.hold(fn, [x], [T.shard(1, cut)], (len(cut),))
-    T.hold(fn, [x], [T.shard(2)], (3,))
-    for placements, sizes in (
-        ([Shard(1), Shard(2)], {1: (6, 1)}), ([Shard(1), Shard(1)], {1: (3, 0, 2, 2)}),
-        ([Shard(0), Shard(1)], None), ([Replicate(), Shard(1)], None),
-    ):  # fmt: skip
-        T.hold(fn, [x], [T.On(placements, sizes)], (2, 2))
 
 
 def test_softmax_stays_sharded():
