@@ -1,0 +1,107 @@
+"""Sharded tensors as Zarr arrays, which zarr and xarray read."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from test_io_arrays import sharded
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import io
+from shardtensor import testing as T
+
+zarr = pytest.importorskip("zarr")
+xr = pytest.importorskip("xarray")
+VALUES = np.random.default_rng(0).normal(size=(5, 9, 14)).astype(np.float32)
+
+
+def written(url, mesh, placements, sizes, chunks, version):
+    x = st.distribute_tensor(torch.from_numpy(VALUES), T.make_mesh(mesh), placements, sizes=sizes)
+    dims = ["time", "y", "x"]
+    io.write_zarr(x, url, "t", chunks=chunks, dims=dims, attrs={"units": "K"}, zarr_format=version)
+    dims[0] = "step"
+    io.write_zarr(x[0], url, "steps", step=2, dims=dims)
+    io.write_zarr(x[1], url, "steps", step=0, dims=dims)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "mesh, placements, sizes, chunks",
+    [
+        ((1,), [Shard(1)], None, None),
+        ((2,), [Shard(2)], {2: (3, 11)}, (2, 3, 5)),
+        ((3,), [Shard(1)], {1: (8, 0, 1)}, (5, 2, 14)),
+        ((2, 2), [Shard(1), Shard(2)], None, (1, 4, 4)),
+        ((2, 2), [Replicate(), Shard(2)], None, None),
+        ((4,), [Shard(1)], None, (5, 9, 14)),
+    ],
+)
+def test_writes_what_zarr_and_xarray_read(tmp_path, version, mesh, placements, sizes, chunks):
+    url = str(tmp_path / "out.zarr")
+    n = int(np.prod(mesh))
+    st.simulate(n, written, url, mesh, placements, sizes, chunks, version)
+    group = zarr.open_group(url, mode="r")
+    assert group.metadata.zarr_format == version
+    np.testing.assert_array_equal(group["t"][:], VALUES)
+    np.testing.assert_array_equal(
+        group["steps"][:], np.stack([VALUES[1], 0 * VALUES[0], VALUES[0]])
+    )
+    data = xr.open_zarr(url, consolidated=False)
+    assert data["t"].dims == ("time", "y", "x") and data["t"].attrs["units"] == "K"
+    np.testing.assert_array_equal(data["t"].values, VALUES)
+
+
+@pytest.mark.gloo
+def test_processes_write_and_read(tmp_path):
+    url = str(tmp_path / "out.zarr")
+    args = url, (2,), [Shard(2)], {2: (3, 11)}, (5, 4, 4), 3
+    T.run_workers(2, written, *args)
+    np.testing.assert_array_equal(zarr.open_group(url, mode="r")["t"][:], VALUES)
+    whole, wanted = zip(*T.run_workers(2, sharded, url, "t", (2,), [Shard(0)], None), strict=True)
+    np.testing.assert_array_equal(whole[0], VALUES[3])
+    assert wanted == (5 * 14 * 4, 4 * 14 * 4)
+
+
+class Owners(zarr.storage.LocalStore):
+    """Notes which chunks this thread's rank writes."""
+
+    written: ClassVar = {}
+
+    async def set(self, key, value):
+        if "/c/" in key:
+            self.written.setdefault(key, []).append(1)
+        await super().set(key, value)
+
+
+def test_no_chunk_is_written_twice(tmp_path, monkeypatch):
+    """Shards of 3 and 11 rows, chunks of 4: rows move before they are written."""
+    monkeypatch.setattr(Owners, "written", {})
+    opened = zarr.open_group
+
+    def counted(url, **kwargs):
+        return opened(Owners(url), **kwargs)
+
+    monkeypatch.setattr(zarr, "open_group", counted)
+    st.simulate(2, written, str(tmp_path / "o.zarr"), (2,), [Shard(2)], {2: (3, 11)}, (5, 9, 4), 3)
+    assert Owners.written and set(map(len, Owners.written.values())) == {1}
+
+
+def conflicting(url):
+    x = st.distribute_tensor(torch.zeros(4, 6), T.make_mesh((2,)), [Shard(0)])
+    io.write_zarr(x, url, "t")
+    for bad, kwargs in [(x.double(), {}), (x[:, :3], {}), (x, dict(chunks=(1, 6)))]:
+        with pytest.raises((ValueError, RuntimeError), match=r"is there|could not be made"):
+            io.write_zarr(bad, url, "t", **kwargs)
+    with pytest.raises(ValueError, match="chunks"):
+        io.write_zarr(x, url, "u", chunks=(2,))
+    with pytest.raises((ValueError, RuntimeError), match=r"dims|could not be made"):
+        io.write_zarr(x, url, "u", dims=["x"])
+    io.write_zarr(x + 1, url, "t")
+
+
+def test_conflicts_raise_on_every_rank(tmp_path):
+    url = str(tmp_path / "c.zarr")
+    st.simulate(2, conflicting, url)
+    np.testing.assert_array_equal(zarr.open_group(url)["t"][:], np.ones((4, 6)))
