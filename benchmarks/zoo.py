@@ -152,8 +152,9 @@ def main() -> None:
     for name in picked:
         pool = pool or Pool(options.ranks)
         begin = time.perf_counter()
-        row: dict[str, Any] = dict(model=name, ranks=options.ranks,
-                                   shards="uneven" if options.uneven else "even")  # fmt: skip
+        row: dict[str, Any] = dict(
+            model=name, ranks=options.ranks, shards="uneven" if options.uneven else "even"
+        )
         try:
             rows = pool.run(attempt, name, options.uneven, timeout=options.limit)
             bad = [r for r in rows if not r["result"].startswith("right")]
@@ -194,8 +195,10 @@ def page(file: Path) -> str:
     with file.open() as f:
         rows = {(r["model"], r["ranks"], r["shards"]): r for r in csv.DictReader(f)}
     settings = list(dict.fromkeys((r, s) for _, r, s in rows))
-    right = {s: sum(r["result"].startswith("right") for k, r in rows.items() if k[1:] == s)
-             for s in settings}  # fmt: skip
+    right = {
+        s: sum(r["result"].startswith("right") for k, r in rows.items() if k[1:] == s)
+        for s in settings
+    }
     total = len({k[0] for k in rows})
     heads = [f"{r} ranks{', uneven' if s == 'uneven' else ''}" for r, s in settings]
     counts = ", ".join(

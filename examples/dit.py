@@ -92,9 +92,17 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int], c_in: int, c_out: int, *, patch: int = 4, width: int = 96,
-        depth: int = 4, heads: int = 4, kernel: int = 7,
-    ) -> None:  # fmt: skip
+        self,
+        shape: tuple[int, int],
+        c_in: int,
+        c_out: int,
+        *,
+        patch: int = 4,
+        width: int = 96,
+        depth: int = 4,
+        heads: int = 4,
+        kernel: int = 7,
+    ) -> None:
         super().__init__()
         self.patch = patch
         grid = shape[0] // patch, shape[1] // patch
@@ -133,7 +141,7 @@ class Denoiser(nn.Module):
         c_out: int,
         sigma_data: float = 1.0,
         **options: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.sigma_data = sigma_data
         self.network = DiT(shape, c_given + c_out, c_out, **options)
@@ -167,9 +175,12 @@ def levels(steps: int) -> list[float]:
 
 @torch.no_grad()
 def heun(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor], given: Tensor,
-    noise: Callable[[int], Tensor], steps: int = 18, churn: float = 0.0,
-) -> Tensor:  # fmt: skip
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    given: Tensor,
+    noise: Callable[[int], Tensor],
+    steps: int = 18,
+    churn: float = 0.0,
+) -> Tensor:
     """Samples by Heun's method (Algorithm 2) from noise(0), normal numbers of the samples' shape.
 
     churn: S_churn; above 0, noise(i) is added anew at step i = 1, 2, ... of the middle levels.

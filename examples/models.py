@@ -99,9 +99,15 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int], patch: int, c_in: int, c_out: int, width: int = 64,
-        depth: int = 2, heads: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: tuple[int, int],
+        patch: int,
+        c_in: int,
+        c_out: int,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
         self.patch, self.c_out = patch, c_out
         self.grid = shape[0] // patch, shape[1] // patch

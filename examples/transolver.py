@@ -83,9 +83,15 @@ class Transolver(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, c_geometry: int = 0, width: int = 32, depth: int = 3,
-        heads: int = 4, slices: int = 16,
-    ) -> None:  # fmt: skip
+        self,
+        c_in: int,
+        c_out: int,
+        c_geometry: int = 0,
+        width: int = 32,
+        depth: int = 3,
+        heads: int = 4,
+        slices: int = 16,
+    ) -> None:
         super().__init__()
         attention = GeometryAttention if c_geometry else PhysicsAttention
         self.embed = nn.Sequential(nn.Linear(c_in, width), nn.GELU(), nn.Linear(width, width))

@@ -60,8 +60,9 @@ def prepared(root: Path, layout: str) -> tuple[Path, ...]:
     folders = []
     for case in cases(root, layout):
         for kind, field in (("surface", pressure), ("volume", velocity)):
-            convert(case[kind], case["folder"] / kind, on=on, fields=[field],
-                    rename={field: "field"})  # fmt: skip
+            convert(
+                case[kind], case["folder"] / kind, on=on, fields=[field], rename={field: "field"}
+            )
         folders.append(case["folder"])
     return tuple(folders)
 
@@ -206,13 +207,17 @@ def report(found: dict[tuple[str, int, str], Any], seeds: int, ranks: int) -> No
         ]
         last = [(a[-1], b[-1]) for a, b in pairs]
         apart = max(abs(x - y) / x for a, b in pairs for x, y in zip(a, b, strict=True))
-        print(f"{title}: error {last[0][0]:.4f} on one device, {last[0][1]:.4f} on {ranks} ranks; "
-              f"largest relative difference {apart:.1e}")  # fmt: skip
+        print(
+            f"{title}: error {last[0][0]:.4f} on one device, {last[0][1]:.4f} on {ranks} ranks; "
+            f"largest relative difference {apart:.1e}"
+        )
         if seeds > 1:
             finals = torch.tensor([a for a, _ in last], dtype=torch.float64)
             gaps = [b - a for a, b in last]
-            print(f"  {seeds} seeds: {finals.mean():.4f} +- {finals.std():.4f}; sharded minus one "
-                  f"device {sum(gaps) / seeds:+.1e}, p = {sign_flips(gaps):.2f}")  # fmt: skip
+            print(
+                f"  {seeds} seeds: {finals.mean():.4f} +- {finals.std():.4f}; sharded minus one "
+                f"device {sum(gaps) / seeds:+.1e}, p = {sign_flips(gaps):.2f}"
+            )
 
 
 def main() -> None:

@@ -17,13 +17,20 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], patch: int = 8, c_in: int = 1, c_out: int = 1,
-        width: int = 96, depth: int = 4, heads: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        shape: tuple[int, ...],
+        patch: int = 8,
+        c_in: int = 1,
+        c_out: int = 1,
+        width: int = 96,
+        depth: int = 4,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
         to_tokens, to_field = {
-            2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d),
-        }[len(shape)]  # fmt: skip
+            2: (nn.Conv2d, nn.ConvTranspose2d),
+            3: (nn.Conv3d, nn.ConvTranspose3d),
+        }[len(shape)]
         self.grid = tuple(n // patch for n in shape)
         self.embed = to_tokens(c_in, width, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, prod(self.grid), width))

@@ -232,8 +232,9 @@ def draw(rows: list[Row], scale: float, path: Path) -> None:
               and (r.how != "rehearsed" or r.ranks > 4)]  # fmt: skip
     lines(memory, chosen, lambda r: r.size, lambda r: r.peak, lambda k: f"{k} ranks",
           lambda r: r.ranks)  # fmt: skip
-    memory.set(title="Training memory", xlabel="edge of the field (points)",
-               ylabel="peak of a rank (MiB)")  # fmt: skip
+    memory.set(
+        title="Training memory", xlabel="edge of the field (points)", ylabel="peak of a rank (MiB)"
+    )
     chosen = [r for r in rows if r.what == "ring attention" and r.mode == "training"]
     lines(ring, chosen, lambda r: r.size, lambda r: r.ms, lambda k: f"{k} ranks", lambda r: r.ranks)
     ring.set(title="Ring attention, both ways", xlabel="tokens", ylabel="ms")

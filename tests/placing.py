@@ -121,9 +121,14 @@ def place(rng: random.Random, mesh: tuple[int, ...], x: Tensor, plain: float = 0
 
 
 def placed(
-    rng: random.Random, name: str, fn: Callable[..., Any], tensors: list[Tensor],
-    mesh: tuple[int, ...] | None = None, plain: float = 0.2, **options: Any,
-) -> Placed:  # fmt: skip
+    rng: random.Random,
+    name: str,
+    fn: Callable[..., Any],
+    tensors: list[Tensor],
+    mesh: tuple[int, ...] | None = None,
+    plain: float = 0.2,
+    **options: Any,
+) -> Placed:
     """The case of fn with its tensors anywhere, at least one of them on the mesh."""
     mesh = mesh or rng.choice(MESHES)
     places = [place(rng, mesh, x, plain) for x in tensors]

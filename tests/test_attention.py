@@ -75,8 +75,9 @@ def test_what_merging_sends():
     for forward, backward in st.simulate(2, sent, 2, False, [Replicate(), Shard(2), Shard(2)]):
         rows = 2 * 16
         assert [(c, b) for c, b, _ in forward] == [
-            ("all_reduce", rows * 8), ("all_reduce", rows * (4 + 1) * 8)
-        ]  # fmt: skip
+            ("all_reduce", rows * 8),
+            ("all_reduce", rows * (4 + 1) * 8),
+        ]
         # the gradient of the queries
         assert [(c, b) for c, b, _ in backward] == [("all_reduce", rows * 4 * 8)]
 
@@ -226,7 +227,9 @@ def dropped(places, p):
     loss(*y).backward()
     for i in range(3):
         step = torch.randn(y[i].shape, dtype=D, generator=g)
-        moved = [[z.detach() + (s * h * step if i == j else 0) for j, z in enumerate(y)] for s in (1, -1)]  # fmt: skip
+        moved = [
+            [z.detach() + (s * h * step if i == j else 0) for j, z in enumerate(y)] for s in (1, -1)
+        ]
         want = (loss(*moved[0]) - loss(*moved[1])) / (2 * h)
         got = (y[i].grad * step).sum()
         assert abs(float(want) - float(got)) < 1e-7 * max(1, abs(float(want))), (i, want, got)

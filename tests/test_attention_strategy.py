@@ -79,14 +79,18 @@ def test_zigzag_refuses():
     mask = torch.ones(10, 10, dtype=torch.bool)
     with pytest.raises(st.RankError, match="zigzag"):
         T.hold(
-            attention("zigzag", is_causal=True, dropout_p=0.5), operands(3, 3),
-            [T.shard(2)] * 3, (2,),
-        )  # fmt: skip
+            attention("zigzag", is_causal=True, dropout_p=0.5),
+            operands(3, 3),
+            [T.shard(2)] * 3,
+            (2,),
+        )
     with pytest.raises(st.RankError, match="zigzag"):
         T.hold(
-            attention("zigzag", is_causal=True), operands(3, 3),
-            [T.shard(2, (9, 1)), T.shard(2, (5, 5)), T.shard(2, (5, 5))], (2,),
-        )  # fmt: skip
+            attention("zigzag", is_causal=True),
+            operands(3, 3),
+            [T.shard(2, (9, 1)), T.shard(2, (5, 5)), T.shard(2, (5, 5))],
+            (2,),
+        )
     T.hold(attention("zigzag", attn_mask=mask), operands(3, 3), [T.shard(2)] * 3, (2,))
 
 

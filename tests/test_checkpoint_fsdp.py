@@ -46,8 +46,9 @@ def train(folder, data, first, last):
     if found is not None:
         weights, moments = get_state_dict(model, optimizer)
         state = checkpoint.load({"model": weights, "optimizer": moments}, found)
-        set_state_dict(model, optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])  # fmt: skip
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
     losses = []
     for step in range(first, last):
         x = batch(step)

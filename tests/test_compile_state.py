@@ -211,9 +211,10 @@ def calls(name, place, compiled):
 def on_a_rank(name):
     mesh = make_mesh((1,))
     found, traces = calls(
-        name, lambda x: st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None),
+        name,
+        lambda x: st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None),
         lambda m: st.compile(m, backend="eager"),
-    )  # fmt: skip
+    )
     return [t.full_tensor().detach() for t in found], traces
 
 
@@ -255,11 +256,12 @@ REFUSED = {
     "Function": (lambda x: Doubled.apply(x), "autograd|would lose its backward"),
     "reentrant checkpoint": (
         lambda x: torch.utils.checkpoint.checkpoint(lambda y: y * 2, x, use_reentrant=True),
-        "use_reentrant=False"),
+        "use_reentrant=False",
+    ),
     "hook on a tensor": (hooked, "register_hook inside a compiled program"),
     "a value": (lambda x: x * 2 if x.sum() > 0 else x, "needs the value of a tensor"),
     "dropout": (lambda x: torch.dropout(x, 0.5, True), "UnsupportedOpError"),
-}  # fmt: skip
+}
 
 
 def refused(name):

@@ -18,9 +18,11 @@ from shardtensor.ranks.testing import run_workers
 
 D = torch.float64
 PLAN = {
-    "up": ColwiseParallel(), "down": RowwiseParallel(),
-    "again": ColwiseParallel(), "out": RowwiseParallel(),
-}  # fmt: skip
+    "up": ColwiseParallel(),
+    "down": RowwiseParallel(),
+    "again": ColwiseParallel(),
+    "out": RowwiseParallel(),
+}
 
 
 class Net(nn.Module):

@@ -193,8 +193,9 @@ def test_an_open_array_of_pickles():
     from zarr.core.metadata import ArrayV2Metadata
 
     for codecs in ([numcodecs.Pickle()], [numcodecs.Shuffle(), numcodecs.Pickle()]):
-        about = ArrayV2Metadata(shape=(4,), dtype=Float32(), chunks=(4,), fill_value=0, order="C",
-                                filters=codecs)  # fmt: skip
+        about = ArrayV2Metadata(
+            shape=(4,), dtype=Float32(), chunks=(4,), fill_value=0, order="C", filters=codecs
+        )
         with pytest.raises(ValueError, match="a: its chunks are pickles"):
             refuse_pickles(SimpleNamespace(metadata=about), "a")
     nested = {

@@ -149,10 +149,12 @@ def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
         def run(fn=fn, operands=operands, both=both, wants=wants):
             mesh = make_mesh((ranks,))
             cut = [Shard(2), Shard(int(fn is F.conv_transpose1d)), Shard(0)]
-            found = both(*(
-                st.distribute_tensor(t, mesh, [c], src_data_rank=None).requires_grad_()
-                for t, c in zip(operands, cut, strict=True)
-            ))  # fmt: skip
+            found = both(
+                *(
+                    st.distribute_tensor(t, mesh, [c], src_data_rank=None).requires_grad_()
+                    for t, c in zip(operands, cut, strict=True)
+                )
+            )
             for got, want in zip(found, wants, strict=True):
                 same(got.detach(), want.detach(), fn.__name__, 1e-9)
 

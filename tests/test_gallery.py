@@ -53,8 +53,10 @@ def test_learning():
 
 @pytest.mark.slow
 def test_the_program(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gallery.py", "--families", "graph", "sparse", "--steps", "25",
-                                     "--out", str(tmp_path)])  # fmt: skip
+    monkeypatch.setattr(
+        "sys.argv",
+        ["gallery.py", "--families", "graph", "sparse", "--steps", "25", "--out", str(tmp_path)],
+    )
     threads = torch.get_num_threads()
     try:
         gallery.main()

@@ -49,9 +49,11 @@ def test_bipartite(reduce):
         for edges, features in ((None, None), (T.shard(1), None), (None, T.shard(0)),
                                 (T.shard(1, (*[0] * (n - 1), E)), T.shard(0))):  # fmt: skip
             T.hold(
-                passed, [X, Y, F, EDGES, reduce],
-                [T.shard(0, own), T.shard(0, cut), features, edges, None], (n,),
-            )  # fmt: skip
+                passed,
+                [X, Y, F, EDGES, reduce],
+                [T.shard(0, own), T.shard(0, cut), features, edges, None],
+                (n,),
+            )
 
 
 def test_two_axes_and_beside_one():

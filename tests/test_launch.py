@@ -30,9 +30,11 @@ SLURM = {
     "SLURM_JOB_ID": "41234", "SLURM_STEP_NODELIST": "gpu[03-05,9],login1",
 }  # fmt: skip
 OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-}  # fmt: skip
+}
 
 
 def test_places():

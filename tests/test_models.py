@@ -142,10 +142,12 @@ def refused():
     s = st.distribute_tensor(torch.randn(4, 8, 8), mesh, [Shard(1)], src_data_rank=None)
     with st.trace() as t:
         for bad in (
-            lambda: s.to_sparse(), lambda: torch.bernoulli(s, out=torch.empty(4, 8, 8)),
-            lambda: s.resize_(2), lambda: torch.zeros(4, 8, 8).add_(s),
+            lambda: s.to_sparse(),
+            lambda: torch.bernoulli(s, out=torch.empty(4, 8, 8)),
+            lambda: s.resize_(2),
+            lambda: torch.zeros(4, 8, 8).add_(s),
             lambda: F.embedding(s.long(), nn.Parameter(torch.ones(9, 2)), scale_grad_by_freq=True),
-        ):  # fmt: skip
+        ):
             with st.fallback("error"), pytest.raises(st.UnsupportedOpError):
                 bad()
     assert not t.sent

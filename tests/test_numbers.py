@@ -215,9 +215,11 @@ def test_running_statistics_that_are_cut_are_not_updated_in_a_copy():
 def test_histograms_of_nothing():
     none = torch.zeros(0, 2, dtype=D)
     for fn in (
-        lambda x: tuple(torch.histogram(x, 4)), lambda x: torch.histc(x, 4),
-        lambda x: torch.bincount(x[:, 0].long()), lambda x: torch.histogramdd(x, [2, 2])[0],
-    ):  # fmt: skip
+        lambda x: tuple(torch.histogram(x, 4)),
+        lambda x: torch.histc(x, 4),
+        lambda x: torch.bincount(x[:, 0].long()),
+        lambda x: torch.histogramdd(x, [2, 2])[0],
+    ):
         T.hold(fn, [none], [T.shard(0)], (2,), grad=False, gather=True)
 
 

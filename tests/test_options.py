@@ -283,9 +283,11 @@ def test_options_from_mappings():
 def wrong():
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
     for values, message in (
-        ({"blocks": ["Layer"], "checkpoint": True}, "Layer"), ({"data": "time"}, "time"),
-        ({"fsdp": "everything"}, "fsdp"), ({"buckets": 3}, "buckets"),
-    ):  # fmt: skip
+        ({"blocks": ["Layer"], "checkpoint": True}, "Layer"),
+        ({"data": "time"}, "time"),
+        ({"fsdp": "everything"}, "fsdp"),
+        ({"buckets": 3}, "buckets"),
+    ):
         with pytest.raises(ValueError, match=message):
             st.parallelize(Net(), mesh, **values)
     with pytest.raises(ValueError, match="ModuleList"):

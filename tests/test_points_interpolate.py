@@ -74,8 +74,10 @@ def test_only_needed_rows_travel():
         x = torch.tensor([0.0, 10.0], dtype=D)[:, None]
         place = torch.cat([x[1] - torch.rand(5, 1, dtype=D), x[0] + torch.rand(5, 1, dtype=D)])
         features = torch.randn(2, 100, dtype=D)
-        a, b, c = (st.distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None)
-                   for y in (place, x, features))  # fmt: skip
+        a, b, c = (
+            st.distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None)
+            for y in (place, x, features)
+        )
         with st.trace() as t:
             st.points.interpolate(a, b, c, 1)
         return sum(s.bytes for s in t.sent if s.collective == "take")

@@ -72,8 +72,9 @@ def sent(width):
         with st.trace() as back:
             y.sum().backward()
         kinds = "take", "put"
-        found.append([(s.collective, s.bytes) for s in [*t.sent, *back.sent]
-                      if s.collective in kinds])  # fmt: skip
+        found.append(
+            [(s.collective, s.bytes) for s in [*t.sent, *back.sent] if s.collective in kinds]
+        )
     return found
 
 

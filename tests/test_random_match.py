@@ -30,7 +30,7 @@ DRAWS = {
     "normal of means": lambda x: torch.normal(x, 2.0),
     "normal of deviations": lambda x: torch.normal(1.0, x.abs()),
     "twice": lambda x: torch.randn_like(x) + F.dropout(x),
-}  # fmt: skip
+}
 
 
 def matched(draw, x, placements, sizes, mesh_shape, quiet=True):
@@ -151,9 +151,10 @@ GATHERED = {
     "binomial": lambda x: torch.binomial(x.abs() * 9, x.sigmoid()),
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.3),
     "causal attention": lambda x: F.scaled_dot_product_attention(
-        x, x, x, dropout_p=0.3, is_causal=True, scale=0.5),
+        x, x, x, dropout_p=0.3, is_causal=True, scale=0.5
+    ),
     "fractional pool": lambda x: F.fractional_max_pool2d(x, 2, output_ratio=(0.6, 0.6)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GATHERED)

@@ -50,5 +50,6 @@ def test_wheel_and_sdist(tmp_path):
         "print(shardtensor.__file__, shardtensor.__version__)"
     )
     assert _run(sys.executable, "-c", code).split() == [
-        str(apart / "shardtensor" / "__init__.py"), st.__version__,
-    ]  # fmt: skip
+        str(apart / "shardtensor" / "__init__.py"),
+        st.__version__,
+    ]

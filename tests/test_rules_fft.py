@@ -150,9 +150,9 @@ def legendre(lmax, mmax, cos):
     """Orthonormal associated Legendre functions P[m, l, k] by their recurrence in the degree."""
     p = np.zeros((mmax, lmax, len(cos)))
     for m in range(min(mmax, lmax)):
-        c = math.sqrt((2 * m + 1) / (4 * math.pi) * math.prod(
-            (2 * i - 1) / (2 * i) for i in range(1, m + 1)
-        ))  # fmt: skip
+        c = math.sqrt(
+            (2 * m + 1) / (4 * math.pi) * math.prod((2 * i - 1) / (2 * i) for i in range(1, m + 1))
+        )
         p[m, m] = (-1) ** m * c * (1 - cos**2) ** (m / 2)
         for n in range(m + 1, lmax):
             a = math.sqrt((4 * n * n - 1) / (n * n - m * m))

@@ -111,9 +111,11 @@ def test_gathered():
 
 def test_rows_of_distances_stay_sharded():
     for first, second, expected in (
-        (T.shard(1), None, {1: (4, 3)}), (None, T.shard(1), {2: (4, 3)}),
-        (T.shard(1), T.shard(1), {1: (4, 3)}), (T.shard(0), T.shard(0), {0: (2, 1)}),
-    ):  # fmt: skip
+        (T.shard(1), None, {1: (4, 3)}),
+        (None, T.shard(1), {2: (4, 3)}),
+        (T.shard(1), T.shard(1), {1: (4, 3)}),
+        (T.shard(0), T.shard(0), {0: (2, 1)}),
+    ):
         (spec,) = T.hold(torch.cdist, [x, x.flip(1)], [first, second], (2,))
         assert spec.sizes == expected
     # more rows than torch computes one by one

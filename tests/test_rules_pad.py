@@ -17,8 +17,10 @@ def test_result_is_a_copy():
         for pad in [(0, 0), (1, 1), (-1, 0)]:
             T.hold(
                 lambda x, p=pad, m=mode: (x, F.pad(x.sin(), p, m).relu_().view(2, -1)),
-                [torch.randn(2, 3, 9, dtype=D)], [T.shard(2)], (3,),
-            )  # fmt: skip
+                [torch.randn(2, 3, 9, dtype=D)],
+                [T.shard(2)],
+                (3,),
+            )
 
 
 @pytest.mark.parametrize(

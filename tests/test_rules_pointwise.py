@@ -17,8 +17,10 @@ def test_outer_broadcast_uses_both_axes():
     a, b = x[0], y[1, :1]
     spec = T.hold(
         lambda p, q: p[:, None, :] * q[None],
-        [a, b], [T.On([Shard(0), Replicate()]), T.On([Replicate(), Shard(1)])], (2, 2),
-    )[0]  # fmt: skip
+        [a, b],
+        [T.On([Shard(0), Replicate()]), T.On([Replicate(), Shard(1)])],
+        (2, 2),
+    )[0]
     assert spec.placements == (Shard(0), Shard(2))
 
 
@@ -148,9 +150,10 @@ def into_shards():
     o = st.distribute_tensor(torch.zeros(6, 4), T.make_mesh((2,)), [Shard(0)])
     a = torch.arange(24.0).view(6, 4)
     for want, call in (
-        (a.sin(), lambda: torch.sin(a, out=o)), (a + a, lambda: torch.add(a, a, out=o)),
+        (a.sin(), lambda: torch.sin(a, out=o)),
+        (a + a, lambda: torch.add(a, a, out=o)),
         (a @ a[:4], lambda: torch.matmul(a, a[:4], out=o)),
-    ):  # fmt: skip
+    ):
         assert call() is o
         T.same(o, want, "out= of plain operands")
     total = o.sum(1)

@@ -45,9 +45,11 @@ def test_multinomial():
     weights = torch.tensor([0.0, 1.0, 3.0])
     for dim in (0, 1):
         (_, whole, spec), _ = drawn(
-            lambda x: torch.multinomial(x, 50, replacement=True), [Shard(dim)], shape=(400, 3),
+            lambda x: torch.multinomial(x, 50, replacement=True),
+            [Shard(dim)],
+            shape=(400, 3),
             fill=lambda shape: weights.expand(shape).clone(),
-        )  # fmt: skip
+        )
         assert spec.dims[0].sizes == (200, 200) and whole.shape == (400, 50)
         assert whole.min() == 1 and abs((whole == 2).double().mean() - 0.75) < 0.02
     (_, whole, _), (_, other, _) = drawn(

@@ -69,8 +69,10 @@ def test_variance_far_from_zero():
 
 def test_halves():
     half = (x * 100).to(torch.bfloat16)
-    for fn in (lambda t: (t.mean(1), t.sum(1), t.var(1), t.norm(dim=1), t.amax(1)),
-               lambda t: (t.sum(1, dtype=torch.float32), t.logsumexp(1), t.softmax(1))):  # fmt: skip
+    for fn in (
+        lambda t: (t.mean(1), t.sum(1), t.var(1), t.norm(dim=1), t.amax(1)),
+        lambda t: (t.sum(1, dtype=torch.float32), t.logsumexp(1), t.softmax(1)),
+    ):
         T.hold(fn, [half], [T.shard(1)], (3,), rtol=1e-2)
     # 2049 is no half: a sum rounded on each rank would lose the one
     near = torch.tensor([[2048.0, 1.0, -2048.0, 0.0]]).half()
@@ -83,11 +85,13 @@ def test_errors_come_before_messages():
             return fn(st.distribute_tensor(given, T.make_mesh((2,)), [Shard(1)]))
 
     for fn, message in (
-        (lambda a: a.sum(3), "out of range"), (lambda a: a.sum((1, -2)), "multiple times"),
-        (lambda a: a.long().mean(), "dtype"), (lambda a: a.long().var(1), "floating point"),
+        (lambda a: a.sum(3), "out of range"),
+        (lambda a: a.sum((1, -2)), "multiple times"),
+        (lambda a: a.long().mean(), "dtype"),
+        (lambda a: a.long().var(1), "floating point"),
         (lambda a: a[:, :0].amax(1), "non-zero size"),
         (lambda a: torch.max(a, 1, out=(x, x)), "out="),
-    ):  # fmt: skip
+    ):
         with pytest.raises(st.RankError, match=message):
             st.simulate(2, run, fn, x)
 
@@ -96,8 +100,10 @@ def test_out():
     def run():
         mesh = T.make_mesh((2,))
         s = st.distribute_tensor(x, mesh, [Shard(0)])
-        values, at = (st.distribute_tensor(torch.zeros(3, 4, dtype=t), mesh, [Shard(0)])
-                      for t in (D, torch.long))  # fmt: skip
+        values, at = (
+            st.distribute_tensor(torch.zeros(3, 4, dtype=t), mesh, [Shard(0)])
+            for t in (D, torch.long)
+        )
         torch.max(s, 1, out=(values, at))
         return torch.equal(values.full_tensor(), x.amax(1)) and torch.equal(
             at.full_tensor(), x.argmax(1)

@@ -44,8 +44,9 @@ def test_dtypes():
     with torch.autocast("cpu", torch.bfloat16):
         T.hold(lambda t: t.softmax(1), [x.float()], [T.shard(1)], (3,))
     with pytest.raises(st.RankError, match="not implemented for"):
-        st.simulate(2, lambda: st.distribute_tensor(
-            x, T.make_mesh((2,)), [Shard(1)]).long().softmax(1))  # fmt: skip
+        st.simulate(
+            2, lambda: st.distribute_tensor(x, T.make_mesh((2,)), [Shard(1)]).long().softmax(1)
+        )
 
 
 def test_second_gradients():

@@ -68,8 +68,10 @@ def strided(features, coords, weight, bias, kernel, stride, padding, dilation, s
         features, coords, weight, kernel, stride, padding, dilation, bias, shape=shape
     )
     assert out.spec.dims[0] == at.spec.dims[0]
-    grid = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(shape, kernel, stride, padding, dilation, strict=True)]  # fmt: skip
+    grid = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(shape, kernel, stride, padding, dilation, strict=True)
+    ]
     empty = torch.zeros(*grid, weight.shape[2], dtype=D)
     found = tuple(at.full_tensor().T)
     mask = torch.zeros(*grid, 1, dtype=torch.bool).index_put(found, torch.tensor(True))
@@ -123,8 +125,10 @@ def costs():
     shape = (12, 6)
     every = torch.stack(torch.unravel_index(torch.arange(72), shape), 1)
     mesh = T.make_mesh((n,))
-    coords, x = (st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
-                 for t in (every, torch.randn(72, 5, dtype=D)))  # fmt: skip
+    coords, x = (
+        st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+        for t in (every, torch.randn(72, 5, dtype=D))
+    )
     x.requires_grad_()
     w = torch.randn(9, 5, 2, dtype=D)
     st.sparse.submanifold_conv(x, coords, w, 3)

@@ -18,9 +18,11 @@ PADS = [(1, 2, 3, 0), (0, 3, 1, 1), (4, 4, 0, 0), (0, 0, 2, 5), (0, 0, 0, 0), (5
 
 def grid(rows, columns, poles):
     """Colatitude and longitude, with or without the poles."""
-    lat = torch.linspace(0, math.pi, rows, dtype=D) if poles else (
-        (torch.arange(rows, dtype=D) + 0.5) * math.pi / rows
-    )  # fmt: skip
+    lat = (
+        torch.linspace(0, math.pi, rows, dtype=D)
+        if poles
+        else ((torch.arange(rows, dtype=D) + 0.5) * math.pi / rows)
+    )
     return lat, torch.arange(columns, dtype=D) * 2 * math.pi / columns
 
 
@@ -64,7 +66,7 @@ def test_one_dim(poles):
                 def fn(x, p=pad):
                     return pad_sphere(x, p, sign=-1, poles=poles)
 
-                T.hold(fn, [x], [T.shard(d, cut)], (len(cut),))  # fmt: skip
+                T.hold(fn, [x], [T.shard(d, cut)], (len(cut),))
 
 
 def test_two_dims_and_other_orders():

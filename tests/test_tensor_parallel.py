@@ -206,7 +206,7 @@ TRAINED = {
     "data x tp": ((2, 2), ("data", "tp"), {"data": "data"}),
     "data x tp, fsdp": ((2, 2), ("data", "tp"), {"data": "data", "fsdp": "data"}),
     "domain x tp, fsdp": ((2, 2), ("domain", "tp"), {"fsdp": "all"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.gloo

@@ -123,8 +123,10 @@ def costs(attention):
     mesh, n = T.make_mesh((3,)), 3
     torch.manual_seed(0)
     net = Net(attention, 1).to(D)
-    given = [st.distribute_tensor(t, mesh, [Shard(1)], src_data_rank=None, sizes={1: s})
-             for t, s in ((X, (9, 0, 8)), (Y, (2, 6, 1)))]  # fmt: skip
+    given = [
+        st.distribute_tensor(t, mesh, [Shard(1)], src_data_rank=None, sizes={1: s})
+        for t, s in ((X, (9, 0, 8)), (Y, (2, 6, 1)))
+    ]
     given = given[: 1 + (attention is GeometryAttention)]
     with st.trace() as f:
         out = net(*given)

@@ -90,8 +90,10 @@ def shapenet(root, i):
 def airfrans(root, i):
     folder = root / f"airFoil2D_{i}"
     folder.mkdir(parents=True)
-    for end, grid in (("aerofoil.vtp", pv.Sphere(theta_resolution=6, phi_resolution=6)),
-                      ("internal.vtu", pv.Plane(i_resolution=5, j_resolution=4).cast_to_unstructured_grid())):  # fmt: skip
+    for end, grid in (
+        ("aerofoil.vtp", pv.Sphere(theta_resolution=6, phi_resolution=6)),
+        ("internal.vtu", pv.Plane(i_resolution=5, j_resolution=4).cast_to_unstructured_grid()),
+    ):
         grid.clear_data()
         grid.point_data["U"] = np.random.default_rng(i).normal(size=(grid.n_points, 3))
         grid.point_data["p"] = np.random.default_rng(i).normal(size=grid.n_points)

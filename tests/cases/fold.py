@@ -18,9 +18,10 @@ BLOCKS = [
 
 def unpooled(x, kernel=2, stride=None, **more):
     fn, back = {
-        3: (F.max_pool1d, F.max_unpool1d), 4: (F.max_pool2d, F.max_unpool2d),
+        3: (F.max_pool1d, F.max_unpool1d),
+        4: (F.max_pool2d, F.max_unpool2d),
         5: (F.max_pool3d, F.max_unpool3d),
-    }[x.ndim]  # fmt: skip
+    }[x.ndim]
     y, index = fn(x, kernel, stride, return_indices=True)
     return back(y, index, kernel, stride, **more)
 

@@ -84,14 +84,18 @@ cases("solve", SOLVERS, batch[:3].clone(), normal(3, 4, 5), dims=[(0, 1), (0, 2)
 cases("solve of one matrix", SOLVERS, one, normal(4, 5), dims=[(), (1, 0)], **SOLVED)
 
 CROSS = {
-    "linalg": L.cross, "torch": torch.cross, "vecdot": L.vecdot,
+    "linalg": L.cross,
+    "torch": torch.cross,
+    "vecdot": L.vecdot,
     "vdot": lambda a, b: torch.vdot(a[:, 0], b[:, 1]),
-}  # fmt: skip
+}
 NORMED = {
     "pdist": lambda a: [F.pdist(a, p) for p in (1.0, 2.0, float("inf"))],
-    "renorm": lambda a: [torch.renorm(a, p, d, 1.0) for p in (1.0, 2.0, float("inf")) for d in (0, 1)],
+    "renorm": lambda a: [
+        torch.renorm(a, p, d, 1.0) for p in (1.0, 2.0, float("inf")) for d in (0, 1)
+    ],
     "vander": lambda a: (L.vander(a, N=4), L.vander(a.mT.contiguous())),
-}  # fmt: skip
+}
 cases("cross", CROSS, normal(5, 3), normal(5, 3), gather=True)
 cases("rows", NORMED, normal(5, 3))
 case("rows", normal(9, 2), name="pdist of many")(F.pdist)

@@ -27,9 +27,11 @@ SELECT = {
     "x[rows, :, i]": (lambda x, m: x[m, :, 1], rows),
     "repeats": (lambda x, m: (x.repeat_interleave(m, 0), torch.repeat_interleave(m)), repeats),
     "repeats of all": (lambda x, m: x[:, 0, 0].repeat_interleave(m, output_size=9), repeats),
-    "repeats of one": (lambda x, m: (x.repeat_interleave(2), x.repeat_interleave(m[:1], 1)),
-        repeats),
-}  # fmt: skip
+    "repeats of one": (
+        lambda x, m: (x.repeat_interleave(2), x.repeat_interleave(m[:1], 1)),
+        repeats,
+    ),
+}
 PUT = {
     "x[rows] = v": (rows, lambda x, m, v: write(x, m, v)),
     "x[rows] = one": (rows, lambda x, m, v: write(x, m, v[0])),
@@ -38,12 +40,14 @@ PUT = {
     "x[pairs] = v": (pairs, lambda x, m, v: write(x, m, x.detach().sin()[m] * v[:1, 0])),
     "x[all] = v": (whole, lambda x, m, v: write(x, m, x.detach().cos()[m])),
     "x[:, columns] = v": (rows, lambda x, m, v: write(x, (slice(None), m[:5]), v[:1, :3])),
-    "x[:, columns] = all": (rows, lambda x, m, v: write(
-        x, (slice(1, 6), m[:5]), v[:, :3] * v[0, 0, 0])),
+    "x[:, columns] = all": (
+        rows,
+        lambda x, m, v: write(x, (slice(1, 6), m[:5]), v[:, :3] * v[0, 0, 0]),
+    ),
     "masked_scatter": (whole, lambda x, m, v: x.masked_scatter(m, v)),
     "masked_scatter_": (whole, lambda x, m, v: (x * 1).masked_scatter_(m[:, :1], v)),
     "masked_fill_": (whole, lambda x, m, v: (x * 1).masked_fill_(m, v[0, 0, 0])),
-}  # fmt: skip
+}
 PLACES = {
     "nonzero": lambda m: (m.nonzero(), torch.argwhere(m), m.nonzero(as_tuple=True)),
     "where": lambda m: torch.where(m),

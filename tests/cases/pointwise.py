@@ -35,10 +35,12 @@ PLAIN = {
     "numbers": lambda a: 2 - a + (1 / (a + 9)) + 2**a,
 }  # fmt: skip
 PAIRS = {
-    "arithmetic": lambda a, b: a * b + 2 - a / 3, "times": lambda a, b: a * b,
-    "sub": lambda a, b: torch.sub(a, b, alpha=2), "atan2": torch.atan2,
+    "arithmetic": lambda a, b: a * b + 2 - a / 3,
+    "times": lambda a, b: a * b,
+    "sub": lambda a, b: torch.sub(a, b, alpha=2),
+    "atan2": torch.atan2,
     "where": lambda a, b: torch.where(a > 0, b, 0.5),
-}  # fmt: skip
+}
 
 x, y = normal(2, 7, 5), normal(2, 7, 5)
 cases("pointwise", PLAIN, x, share=3)

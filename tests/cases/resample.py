@@ -26,9 +26,11 @@ WAYS = [
 
 LINES = [dict(size=7), dict(size=23, mode="linear"), dict(scale_factor=2, mode="linear")]
 VOLUMES = [
-    dict(scale_factor=2), dict(size=(7, 3, 6), mode="trilinear"),
-    dict(size=(10, 8, 12), mode="trilinear"), dict(size=(2, 2, 3), mode="area"),
-]  # fmt: skip
+    dict(scale_factor=2),
+    dict(size=(7, 3, 6), mode="trilinear"),
+    dict(size=(10, 8, 12), mode="trilinear"),
+    dict(size=(2, 2, 3), mode="area"),
+]
 SINGLE = [dict(size=(77, 5), mode="bilinear"), dict(scale_factor=1.3, mode="bicubic")]
 MODES = ["nearest", "nearest-exact", "bilinear", "bicubic", "area"]
 

@@ -17,8 +17,9 @@ VIEWS = {
     "odd": lambda a: a.reshape(6, 16, 3),
     "merge bc": lambda a: a.view(6, 8, 6),
     "patchify": lambda a: a.reshape(2, 3, 4, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 12, 12),
-    "windows": lambda a: a.permute(0, 2, 3, 1).reshape(2, 2, 4, 3, 2, 3).transpose(2, 3)
-    .reshape(-1, 4, 2, 3),
+    "windows": lambda a: (
+        a.permute(0, 2, 3, 1).reshape(2, 2, 4, 3, 2, 3).transpose(2, 3).reshape(-1, 4, 2, 3)
+    ),
     "heads": lambda a: a.unflatten(3, (2, 3)).movedim(3, 1),
     "ones": lambda a: a.unsqueeze(0).unsqueeze(3).squeeze(0).squeeze(),
     "expand": lambda a: a[:, :, None].expand(-1, -1, 2, -1, -1) * 2,
@@ -27,11 +28,12 @@ VIEWS = {
     "pixel shuffle": lambda a: F.pixel_unshuffle(F.pixel_shuffle(a.reshape(2, 12, 4, 3), 2), 2),
     "einops": lambda a: einops.rearrange(a, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=3),
     "einops back": lambda a: einops.rearrange(
-        einops.rearrange(a, "b c h w -> b (h w) c"), "b (h w) c -> b c h w", h=8),
+        einops.rearrange(a, "b c h w -> b (h w) c"), "b (h w) c -> b c h w", h=8
+    ),
     "einops reduce": lambda a: einops.reduce(a, "b c (h p) w -> b c h w", "mean", p=2),
     "einops repeat": lambda a: einops.repeat(a, "b c h w -> b c (h r) w", r=2),
     "channel shuffle": lambda a: F.channel_shuffle(a.reshape(2, 6, 4, 6), 2),
-}  # fmt: skip
+}
 INDEX = {
     "slices": lambda a: a[:, :, 1:-1, 2:],
     "steps": lambda a: (a[:, :, ::2], a[:, :, 1::3, ::2], a[..., 5:2]),
@@ -43,10 +45,12 @@ INDEX = {
     "split": lambda a: (*a.split(3, 2), *a.chunk(3, 3), *a.split([1, 7], 2), *a.tensor_split(3, 2)),
     "unbind": lambda a: (*a.unbind(1), *a.unbind(2)),
     "narrow": lambda a: (a.narrow(2, 3, 4), a.select(2, 5), a.select(0, -1)),
-    "index_select": lambda a: (a.index_select(1, torch.tensor([2, 2])), a.index_select(
-        2, torch.tensor([7, 0, 3]))),
+    "index_select": lambda a: (
+        a.index_select(1, torch.tensor([2, 2])),
+        a.index_select(2, torch.tensor([7, 0, 3])),
+    ),
     "iterate": lambda a: torch.stack(list(a)),
-}  # fmt: skip
+}
 JOIN = {
     "cat channels": lambda a: torch.cat([a, a * 2, torch.ones(2, 1, 8, 6, dtype=D)], 1),
     "cat rows": lambda a: torch.cat([a, a.sin()], 2),

@@ -96,9 +96,11 @@ def dtypes_that_are_not_float(r):
 def odd_memory(r):
     x = image()
     forms = {
-        "channels_last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(2, 3),
-        "strided": x[..., ::2], "expanded": x[:, :, :1].expand(2, 3, 8, 6),
-    }  # fmt: skip
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3),
+        "strided": x[..., ::2],
+        "expanded": x[:, :, :1].expand(2, 3, 8, 6),
+    }
     found = []
     for v in forms.values():
         s = r.shard(v, 2)
@@ -115,8 +117,10 @@ def local_tensors_of_odd_memory(r):
     c = torch.complex(base, base + 1)
     found = []
     for form in (
-        lambda t: t.T.contiguous().T, lambda t: t[:, ::2], lambda t: t[:, :1].expand(-1, 4),
-    ):  # fmt: skip
+        lambda t: t.T.contiguous().T,
+        lambda t: t[:, ::2],
+        lambda t: t[:, :1].expand(-1, 4),
+    ):
         s = st.ShardTensor.from_local(form(base), r.mesh, [Shard(0)])
         found += [(s, form(parts)), (s.roll(1, 0), form(parts).roll(1, 0))]
     whole_c = torch.complex(parts, parts + 1)
