@@ -1,6 +1,7 @@
 """Simulated ranks: as under torchrun, deterministic, and never hanging. Worker processes likewise."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_a_worker_that_fails_ends_the_others():
     # nobody waits for the barrier of the other to end by itself
     assert not any(p.is_alive() for p in both)
     assert T.run_workers(2, dist.get_rank) == [0, 1]
+
+
+def told():
+    return os.environ["SHARDTENSOR_TOLD"]
+
+
+@pytest.mark.gloo
+def test_workers_have_the_environment_of_their_start(monkeypatch):
+    for value in ("a", "b"):
+        monkeypatch.setenv("SHARDTENSOR_TOLD", value)
+        for other in list(workers._pools.values()):
+            other.close()
+        assert T.run_workers(2, told) == [value] * 2
 
 
 def refused():

@@ -19,11 +19,23 @@ RUNS = 40
 _pools: dict[int, Pool] = {}
 
 
+def _context(backend: str) -> Any:
+    """Where processes come from: forks of one that did no more than import the library.
+
+    The import takes seconds. A GPU that was looked for before a fork is lost in it.
+    """
+    if backend != "gloo" or "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["shardtensor"])
+    return context
+
+
 class Pool:
     """`world_size` processes with torch.distributed initialised, which run functions on demand."""
 
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
-        context = mp.get_context("spawn")
+        context = _context(backend)
         self.folder = tempfile.TemporaryDirectory(prefix="shardtensor-")
         store = os.path.join(self.folder.name, "store")
         self.ends: list[Connection] = []
@@ -32,7 +44,9 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, store, rank, world_size, backend), daemon=True
+                target=_work,
+                args=(theirs, store, rank, world_size, backend, dict(os.environ)),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -82,11 +96,21 @@ class Pool:
                 del _pools[n]
 
 
-def _work(end: Connection, store: str, rank: int, world_size: int, backend: str) -> None:
+def _work(
+    end: Connection,
+    store: str,
+    rank: int,
+    world_size: int,
+    backend: str,
+    environment: dict[str, str],
+) -> None:
     """A worker's life: run each function that comes, send back its result or traceback."""
     import torch
     import torch.distributed as dist
 
+    # a fork has that of the first pool
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group(
         backend,
