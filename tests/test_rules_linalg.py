@@ -92,3 +92,18 @@ def compiled():
 
 def test_compiled():
     st.simulate(2, compiled)
+
+
+def learned():
+    """A right-hand side that is a weight, and larger than the matrices: these stay on their ranks."""
+    mesh = make_mesh((3,))
+    s = st.distribute_tensor(spd(3), mesh, [Shard(0)], src_data_rank=None)
+    weight = random(3, 4, 5).requires_grad_()
+    with st.trace() as t:
+        assert L.solve(s, weight)._spec.dims[0].axes == (0,)
+    # whether one of them was singular
+    return t.bytes
+
+
+def test_matrices_before_a_large_weight_are_not_gathered():
+    assert max(st.simulate(3, learned)) <= 3 * 8

@@ -62,13 +62,9 @@ def batched(
     if any(x.ndim < len(c) for x, c in zip(given, letters, strict=True)):
         return fall_back(func, args, kwargs)
     batch = max(x.ndim - len(c) for x, c in zip(given, letters, strict=True))
-    p = labels.plan(
-        tuple(
-            (*labels.broadcast(x.ndim - len(c), batch), *c)
-            for x, c in zip(given, letters, strict=True)
-        ),
-        *given,
-    )
+    lead = labels.broadcast(batch, batch)
+    terms = [(*lead[batch - x.ndim + len(c) :], *c) for x, c in zip(given, letters, strict=True)]
+    p = labels.plan((*terms, *((*lead, *c) for c in right.split(","))), *given)
     if p.gathered and not p.varying:
         return fall_back(func, args, kwargs)
     # torch 2.13 drops some gradients of empty batches, and with them what others wait for
@@ -76,8 +72,7 @@ def batched(
     inside = dict(zip(at, values, strict=True))
     args = tuple(inside.get(i, a) for i, a in enumerate(args))
     kwargs = {k: inside.get(k, a) for k, a in kwargs.items()}
-    lead = p.spec(labels.broadcast(batch, batch))
-    found = agreed(lambda: (call or func)(*args, **kwargs), lead, p.varying)
+    found = agreed(lambda: (call or func)(*args, **kwargs), p.spec(lead), p.varying)
     if isinstance(found, Tensor):
         return _wrapped(found, p, batch, right or None)
     named = (*(right.split(",") if right else ()), *(None,) * len(found))
