@@ -8,8 +8,9 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from shardtensor import Spec, comm, simulate
+from shardtensor.cuts import chunk_sizes, nested_chunk_sizes
 from shardtensor.ranks.testing import make_mesh
-from shardtensor.spec import Dim, axes_in, chunk_sizes, nested_chunk_sizes, whole_dims
+from shardtensor.spec import Dim, axes_in, whole_dims
 
 
 def test_chunk_sizes_are_torchs():

@@ -144,8 +144,9 @@ PACKAGES = {
     "registry": "rules by key",
     "spec": "where each\nelement lives",
     "errors": "what is\nraised",
-    "cache": "pure\nfunctions",
     "caller": "the user's\nline",
+    "cache": "what pure functions gave",
+    "cuts": "the sizes of shards",
 }
 # the way of `F.conv2d(x, w)`, from package to package
 CALL = [

@@ -5,25 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
+from .cuts import Cut, Kept, clipped, cut, nested_chunk_sizes, scaled, windows
 
-class Dim(NamedTuple):
-    """One tensor dimension: its global size and how mesh axes shard it.
 
-    axes: the mesh axes that shard it, outermost first (ascending); () when it is whole.
-    sizes: the size of every shard, row-major over `axes`; () when it is whole.
-    """
-
+class _Dim(NamedTuple):
     size: int
     axes: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
+
+
+class Dim(_Dim):
+    """One tensor dimension: its global size and how mesh axes shard it.
+
+    axes: the mesh axes that shard it, outermost first (ascending); () when it is whole.
+    sizes: the size of every shard, row-major over `axes`, as a `Cut`; () when it is whole.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, size: int, axes: tuple[int, ...] = (), sizes: Iterable[int] = ()) -> Dim:
+        if sizes and type(sizes) is not Cut:
+            sizes = cut(sizes)
+        return tuple.__new__(cls, (size, axes, sizes))
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Dim:  # type: ignore[override]
+        return cls(*iterable)
 
     @classmethod
     def chunked(cls, size: int, axes: Sequence[int], mesh: DeviceMesh) -> Dim:
@@ -35,12 +50,21 @@ class Dim(NamedTuple):
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where every shard starts, and the end: len(sizes) + 1 ascending integers."""
-        return (0, *accumulate(self.sizes))
+        return cut(self.sizes).offsets
+
+    @property
+    def edges(self) -> Any:
+        """The offsets as a numpy array."""
+        return cut(self.sizes).edges
+
+    def windows(self, before: int = 0, after: int = 0) -> Kept[tuple[int, int]]:
+        """The rows [start, stop) of every shard, with so many before and after them."""
+        return windows(cut(self.sizes), before, after)
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """The rows [start, stop) of every shard; of a whole dim all rows."""
-        return tuple(pairwise(self.offsets)) if self.axes else ((0, self.size),)
+        return self.windows() if self.axes else ((0, self.size),)
 
     @property
     def is_cut(self) -> bool:
@@ -63,28 +87,15 @@ class Dim(NamedTuple):
 
     def scaled(self, times: int, per: int = 1) -> Dim:
         """A dim with `times` rows in the place of each `per` rows."""
-        sizes = tuple(n * times // per for n in self.sizes)
+        sizes = scaled(cut(self.sizes), times, per) if self.axes else ()
         return Dim(self.size * times // per, self.axes, sizes)
 
     def clipped(self, start: int, stop: int) -> Dim:
         """The rows [start, stop); every shard keeps what it has of them."""
         if not self.axes:
             return Dim(stop - start)
-        return self.cut_at([min(max(o, start), stop) - start for o in self.offsets])
-
-
-def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
-    """Sizes that `torch.chunk` gives, padded with zeros: chunk_sizes(5, 4) == (2, 2, 1, 0)."""
-    step = -(-size // parts)
-    return tuple(max(0, min(step, size - i * step)) for i in range(parts))
-
-
-def nested_chunk_sizes(size: int, parts: Sequence[int]) -> tuple[int, ...]:
-    """Shard sizes when each mesh axis in turn chunks what the axes before it left."""
-    sizes: tuple[int, ...] = (size,)
-    for n in parts:
-        sizes = tuple(s for block in sizes for s in chunk_sizes(block, n))
-    return sizes
+        sizes = clipped(cut(self.sizes), start, stop)
+        return Dim(sizes.offsets[-1], self.axes, sizes)
 
 
 def whole_dims(shape: Sequence[int]) -> tuple[Dim, ...]:
@@ -141,7 +152,8 @@ class Spec:
             if not -ndim <= d < ndim:
                 raise ValueError(f"sizes for dim {d} of a tensor of {ndim} dims")
         given = {
-            d % ndim if ndim else d: tuple(int(n) for n in s) for d, s in (sizes or {}).items()
+            d % ndim if ndim else d: s if type(s) is Cut else cut(map(int, s))
+            for d, s in (sizes or {}).items()
         }
         dims = []
         for d, (size, on) in enumerate(zip(shape, axes, strict=True)):
@@ -151,13 +163,13 @@ class Spec:
                 dims.append(Dim(int(size)))
                 continue
             parts = [mesh.size(a) for a in on]
-            cut = given.get(d) or nested_chunk_sizes(int(size), parts)
-            if len(cut) != prod(parts) or sum(cut) != size or min(cut) < 0:
+            known = given.get(d) or nested_chunk_sizes(int(size), parts)
+            if len(known) != prod(parts) or known.offsets[-1] != size or known.least < 0:
                 raise ValueError(
-                    f"sizes {list(cut)} for dim {d} of size {size}: "
+                    f"sizes {list(known)} for dim {d} of size {size}: "
                     f"expected {prod(parts)} sizes that add up to {size}"
                 )
-            dims.append(Dim(int(size), tuple(on), cut))
+            dims.append(Dim(int(size), tuple(on), known))
         return cls(mesh, tuple(dims), tuple(partial))
 
     @classmethod

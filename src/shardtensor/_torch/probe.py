@@ -95,6 +95,8 @@ def backward_nr() -> int | None:
 
 
 profiling = torch._C._autograd._profiler_enabled
+# how many modes see the ops of this thread
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..comm import groups, wire
-from ..comm.ops import define
+from ..comm.define import define
 from ..errors import UnsupportedOpError
 from .blocks import Merge, Rule, backward, dead_rows, forward, relative, settled, wide
-from .schedule import Spans, hops, per_rank, pieces
+from .schedule import Laid, laid, pieces
 from .twice import Piece, attend_plainly
 
 Span = tuple[int, int]
@@ -52,25 +53,17 @@ class _Ring:
         fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in integers]
         return cls(*fields)
 
-    @property
+    @cached_property
     def me(self) -> int:
         return groups.rank(self.group)
 
-    @property
+    @cached_property
     def n(self) -> int:
         return groups.size(self.group)
 
-    @property
-    def hops(self) -> tuple[int, ...]:
-        return hops(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
-
-    def keys(self, block: int) -> int:
-        """How many keys a block has."""
-        return sum(size for _, size in self._blocks[block])
-
-    @property
-    def _blocks(self) -> tuple[Spans, ...]:
-        return per_rank(self.n, self.k_starts, self.k_sizes)
+    @cached_property
+    def laid(self) -> Laid:
+        return laid(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
 
     def held(self, rank: int, step: int) -> int:
         """The block that a rank may hold after `step` hops."""
@@ -83,9 +76,9 @@ class _Ring:
             return []
         found: list[tuple[Span, Span, Rule]] = []
         row = 0
-        for first, rows in per_rank(self.n, self.q_starts, self.q_sizes)[self.me]:
+        for first, rows in self.laid.queries[self.me]:
             key = 0
-            for start, keys in self._blocks[block]:
+            for start, keys in self.laid.keys[block]:
                 for p in pieces(rows, keys, first - start if self.causal else None):
                     seed = self._seed(block, len(found))
                     rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
@@ -97,9 +90,9 @@ class _Ring:
     def whole_pieces(self) -> list[Piece]:
         """What this rank's rows see of the keys of all ranks."""
         found, row = list[Piece](), 0
-        for first, rows in per_rank(self.n, self.q_starts, self.q_sizes)[self.me]:
+        for first, rows in self.laid.queries[self.me]:
             key = 0
-            for start, keys in (span for block in self._blocks for span in block):
+            for start, keys in (span for block in self.laid.keys for span in block):
                 for p in pieces(rows, keys, first - start if self.causal else None):
                     (a, b), (c, d) = p.rows, p.keys
                     found.append((row + a, b - a, key + c, d - c, p.triangle))
@@ -116,7 +109,7 @@ class _Ring:
         if mask is None:
             return None
         if mask.shape[-1] > 1:
-            first = self._blocks[block][0][0] - self.mask_start
+            first = self.laid.keys[block][0][0] - self.mask_start
             mask = mask[..., first + keys[0] : first + keys[1]]
         return mask if mask.shape[-2] == 1 else mask[..., rows[0] : rows[1], :]
 
@@ -142,37 +135,34 @@ def _post(
     ring: _Ring, to: int | None, parts: list[Tensor], arrivals: dict[int, list[list[int]]]
 ) -> Callable[[], dict[int, list[Tensor]]]:
     """Send parts to one rank; calling what it returns gives the tensors that came, by sender."""
-    n = ring.n
-    sends = [parts if r == to else [] for r in range(n)]
-    shapes = [arrivals.get(r, []) for r in range(n)]
-    wait = wire.start_exchange(sends, shapes, parts[0], ring.group, "ring")
-    return lambda: dict(enumerate(wait()))
+    sends = {} if to is None else {to: parts}
+    return wire.start_exchange(sends, arrivals, parts[0], ring.group, "ring")
 
 
 def _pass_keys(ring: _Ring, step: int, held: list[Tensor]) -> Callable[[], list[Tensor]]:
     """Start the hop after `step` of the blocks that have to travel on."""
-    n, me = ring.n, ring.me
-    coming = ring.held(me, step + 1)
+    n, me, far = ring.n, ring.me, ring.laid.hops
+    coming, before = ring.held(me, step + 1), (me - 1) % n
     arrivals = {}
-    if step < ring.hops[coming]:
-        arrivals[(me - 1) % n] = [_like(x, ring.keys(coming)) for x in held]
-    to = (me + 1) % n if step < ring.hops[ring.held(me, step)] else None
+    if step < far[coming]:
+        arrivals[before] = [_like(x, ring.laid.held[coming]) for x in held]
+    to = (me + 1) % n if step < far[ring.held(me, step)] else None
     wait = _post(ring, to, held, arrivals)
-    return lambda: wait()[(me - 1) % n] or [x.new_empty(_like(x, 0)) for x in held]
+    return lambda: wait().get(before) or [x.new_empty(_like(x, 0)) for x in held]
 
 
 def _pass_grads(
     ring: _Ring, step: int, grads: list[Tensor]
 ) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
     """Start the hop after `step` of the gradients: (those of the next block, those come home)."""
-    n, me, far = ring.n, ring.me, ring.hops
+    n, me, far = ring.n, ring.me, ring.laid.hops
     block, coming = ring.held(me, step), ring.held(me, step + 1)
     before, last = (me - 1) % n, (me + step) % n
     arrivals = {}
     if step < far[coming]:
-        arrivals[before] = [_like(x, ring.keys(coming)) for x in grads]
+        arrivals[before] = [_like(x, ring.laid.held[coming]) for x in grads]
     if step and step == far[me]:
-        arrivals[last] = [_like(x, ring.keys(me)) for x in grads]
+        arrivals[last] = [_like(x, ring.laid.held[me]) for x in grads]
     to = None
     if step < far[block]:
         to = (me + 1) % n
@@ -183,8 +173,8 @@ def _pass_grads(
     def arrived() -> tuple[list[Tensor], list[Tensor]]:
         found = wait()
         return (
-            found[before] if step < far[coming] else [],
-            found[last] if step and step == far[me] else [],
+            found.get(before, []) if step < far[coming] else [],
+            found.get(last, []) if step and step == far[me] else [],
         )
 
     return arrived
@@ -195,7 +185,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of this rank's queries over all keys, which come around."""
     ring, merged = _Ring.of(*rest[:-1]), rest[-1]
-    steps = max(ring.hops)
+    steps = ring.laid.steps
     total = Merge(q, v)
     dead = dead_rows(mask, q.dtype)
     held = [k, v]
@@ -240,7 +230,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmask): keys go around once more, followed by their gradients."""
     ring = _Ring.of(*rest)
-    steps, me = max(ring.hops), ring.me
+    steps, me = ring.laid.steps, ring.me
     dtype = wide(q.dtype)
     sums = settled(sums)
     dq = q.new_zeros(q.shape, dtype=dtype)
@@ -266,7 +256,7 @@ def _attention_backward(
             home = back or home
             for x, y in zip(grads, came, strict=False):
                 x.add_(y)
-        if not step and not ring.hops[me]:
+        if not step and not ring.laid.hops[me]:
             home = grads
         passing = _pass_grads(ring, step, grads) if steps else None
         held = arriving() if arriving else held
@@ -325,10 +315,11 @@ def _recorded(ctx: Any, g: Tensor, ring: _Ring) -> list[Tensor | None]:
     assert q is not None and k is not None and v is not None
     part = mask
     if mask is not None and mask.shape[-1] > 1:
-        blocks = (ring.mask(mask, r, (0, q.shape[2]), (0, ring.keys(r))) for r in range(ring.n))
+        held = enumerate(ring.laid.held)
+        blocks = (ring.mask(mask, r, (0, q.shape[2]), (0, keys)) for r, keys in held)
         part = torch.cat([x for x in blocks if x is not None], -1)
     out = attend_plainly(
-        q, k, v, part, held=[ring.keys(r) for r in range(ring.n)], pieces=ring.whole_pieces(),
+        q, k, v, part, held=ring.laid.held, pieces=ring.whole_pieces(),
         scale=ring.scale, group=ring.group, merged=ctx.merged,
     )  # fmt: skip
     needs = ctx.needs_input_grad[:4]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from ..cache import cached
 
 # (start, size) of tokens
@@ -42,7 +44,36 @@ def pieces(rows: int, keys: int, shift: int | None) -> tuple[Piece, ...]:
     return tuple(found)
 
 
+class Laid(NamedTuple):
+    """How queries and keys lie on the n ranks of a ring.
+
+    queries, keys: the spans (start, size) of each rank. held: how many keys each has. hops: how
+    many ranks on each block of keys must travel, to the last that needs it. steps: the most hops.
+    """
+
+    queries: tuple[Spans, ...]
+    keys: tuple[Spans, ...]
+    held: tuple[int, ...]
+    hops: tuple[int, ...]
+    steps: int
+
+
 @cached
+def laid(
+    n: int,
+    q_starts: tuple[int, ...],
+    q_sizes: tuple[int, ...],
+    k_starts: tuple[int, ...],
+    k_sizes: tuple[int, ...],
+    causal: bool,
+) -> Laid:
+    """The spans of each rank, listed rank by rank, as many for each, and where keys must go."""
+    far = hops(n, q_starts, q_sizes, k_starts, k_sizes, causal)
+    keys = _per_rank(n, k_starts, k_sizes)
+    held = tuple([sum([size for _, size in spans]) for spans in keys])
+    return Laid(_per_rank(n, q_starts, q_sizes), keys, held, far, max(far))
+
+
 def hops(
     n: int,
     q_starts: tuple[int, ...],
@@ -53,27 +84,32 @@ def hops(
 ) -> tuple[int, ...]:
     """How many ranks on around the ring each block of keys must travel, to the last that needs it.
 
-    After t hops block j is on rank (j + t) % n. A rank's tokens are one span or several, as many
-    for each of the n ranks, listed rank by rank.
+    After t hops block j is on rank (j + t) % n. A rank needs a block if the last of its queries
+    sees the first of its keys.
     """
-    queries = per_rank(n, q_starts, q_sizes)
-    found = []
-    for j, block in enumerate(per_rank(n, k_starts, k_sizes)):
-        furthest = 0
-        for t in range(1, n):
-            if any(
-                pieces(rows, keys, first - start if causal else None)
-                for first, rows in queries[(j + t) % n]
-                for start, keys in block
-            ):
-                furthest = t
-        found.append(furthest)
-    return tuple(found)
+    firsts, lasts = np.array(k_starts), np.array(q_starts) + np.array(q_sizes) - 1
+    if not causal:
+        firsts, lasts = np.zeros_like(firsts), np.zeros_like(lasts)
+    low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    first = np.where(np.array(k_sizes) > 0, firsts, high).reshape(n, -1).min(1)
+    last = np.where(np.array(q_sizes) > 0, lasts, low).reshape(n, -1).max(1)
+    # tops[l][i]: the largest of the 2^l ranks up to rank i, twice around the ring
+    tops, width = [np.concatenate((last, last))], 1
+    while 2 * width < n:
+        top, width = tops[-1].copy(), 2 * width
+        np.maximum(top[width // 2 :], tops[-1][: -(width // 2)], out=top[width // 2 :])
+        tops.append(top)
+    # from the rank before its own backwards, over ranks that do not need it
+    at = np.arange(n, 2 * n) - 1
+    for top in reversed(tops):
+        inside = at - width >= np.arange(n)
+        at = np.where(inside & (top[at] < first), at - width, at)
+        width //= 2
+    needed = (at > np.arange(n)) & (np.concatenate((last, last))[at] >= first) & (first < high)
+    return tuple(np.where(needed, at - np.arange(n), 0).tolist())
 
 
-@cached
-def per_rank(n: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Spans, ...]:
-    """The spans (start, size) of each of n ranks."""
+def _per_rank(n: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Spans, ...]:
     each = len(starts) // n
     spans = tuple(zip(starts, sizes, strict=True))
-    return tuple(spans[i : i + each] for i in range(0, len(spans), each))
+    return tuple([spans[i : i + each] for i in range(0, len(spans), each)])

@@ -11,9 +11,11 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..comm import groups
-from ..comm.ops import reduce_op, window_op
+from ..comm import groups, window
+from ..comm.exchanges import whole
+from ..comm.ops import reduce_op
 from ..comm.wire import all_reduce
+from ..cuts import cut
 from .blocks import wide
 
 # first local row, number of rows, first key among those of all ranks, number of keys, and whether
@@ -37,9 +39,8 @@ def attend_plainly(
 
     mask: for the keys of all ranks of the ring, in their order.
     """
-    ends = [sum(held)] * len(held)
     if len(held) > 1:
-        k, v = (window_op(x, 2, held, [0] * len(held), ends, False, 0.0, group) for x in (k, v))
+        k, v = (window(x, 2, held, whole(cut(held)), group) for x in (k, v))
     dtype, times = wide(q.dtype), q.shape[1] // max(1, k.shape[1])
     wide_q, k, v = q.to(dtype), *(x.to(dtype).repeat_interleave(times, 1) for x in (k, v))
     scores = (wide_q * scale) @ k.mT

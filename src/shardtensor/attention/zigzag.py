@@ -9,13 +9,16 @@ queries, keys and values there, one brings the result back: at most a block of e
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..cuts import Cut, Kept, cut
 from .ring import attend
 from .schedule import Spans
 
@@ -29,20 +32,32 @@ def chunks(size: int, n: int) -> tuple[Spans, ...]:
 
 
 @cached
-def _windows(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges that each rank asks for: of the shards; of the chunks in the order of the ranks."""
-    n = len(sizes)
-    order = [span for spans in chunks(sum(sizes), n) for span in spans]
-    there = [(a, a + rows) for a, rows in order]
+def _windows(sizes: tuple[int, ...]) -> tuple[Kept[Any], Kept[Any], Kept[Any], Cut]:
+    """Ranges that each rank asks for: of the shards; of the chunks in the order of the ranks.
+
+    Also the spans of these chunks, and how many tokens each rank has of them.
+    """
+    sizes = cut(sizes)
+    pairs = chunks(sizes.offsets[-1], len(sizes))
+    order = Kept(span for pair in pairs for span in pair)
+    there = Kept((a, a + rows) for a, rows in order)
     # where each chunk begins in the order of the ranks
     begins = dict(zip(order, accumulate((rows for _, rows in order), initial=0), strict=False))
-    back = []
-    for start, stop in pairwise(accumulate(sizes, initial=0)):
-        for chunk, rows in sorted(order):
+    found: list[list[tuple[int, int]]] = []
+    ordered = sorted(order)
+    for start, stop in pairwise(sizes.offsets):
+        found.append([])
+        for i in range(max(0, bisect_left(ordered, (start,)) - 1), len(ordered)):
+            chunk, rows = ordered[i]
+            if chunk >= stop:
+                break
             a, b = max(start, chunk), min(stop, chunk + rows)
             first = begins[chunk, rows] - chunk
-            back.append((a + first, b + first) if a < b else (0, 0))
-    return there, back
+            if a < b:
+                found[-1].append((a + first, b + first))
+    most = max(1, *map(len, found))
+    back = Kept(x for parts in found for x in (*parts, *[(0, 0)] * (most - len(parts))))
+    return there, back, order, cut(sum(rows for _, rows in pair) for pair in pairs)
 
 
 def attend_balanced(
@@ -61,18 +76,15 @@ def attend_balanced(
     q (B, H, L, E), k (B, G, L, E), v (B, G, L, F): this rank's shards of queries and keys, which
     have the same `sizes`. alone: a group of this rank.
     """
-    n = len(sizes)
-    there, back = _windows(sizes)
+    there, back, spans, held = _windows(sizes)
     if q.shape[-1] == v.shape[-1]:
         heads = [x.shape[1] for x in (q, k, v)]
         moved = comm.window(torch.cat((q, k, v), 1), 2, sizes, there, group)
         q, k, v = moved.split(heads, 1)
     else:
         q, k, v = (comm.window(x, 2, sizes, there, group) for x in (q, k, v))
-    spans = [span for pair in chunks(sum(sizes), n) for span in pair]
     out = attend(
         q, k, v, None, q_spans=spans, k_spans=spans, causal=True, scale=scale, exact=exact,
         group=group, merged=alone,
     )  # fmt: skip
-    held = [sum(rows for _, rows in pair) for pair in chunks(sum(sizes), n)]
     return comm.window(out, 2, held, back, group)

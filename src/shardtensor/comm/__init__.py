@@ -12,25 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..cuts import cut
 from ..errors import UnsupportedOpError
-from . import deferred, groups, wire
+from . import deferred, groups, ops, wire
 from .addends import addend_op, alike_op
-from .exchanges import exchange
+from .exchanges import Exchange, Kept, exchange, whole
 from .groups import along, group, knows_values, rank, size
-from .ops import (
-    exchange_parts,
-    gather_op,
-    put_op,
-    reduce_op,
-    requests,
-    ring_op,
-    split_op,
-    swap_op,
-    take_op,
-    window_add_op,
-    window_op,
-)
+from .ops import reduce_op
 from .ops import vary as _vary
+from .rows import exchange_rows, put_op, requests, take_op
 
 __all__ = [
     "addend",
@@ -102,12 +92,20 @@ def alike(x: Tensor, group: str) -> Tensor:
 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     """The whole tensor from its shards along dim."""
-    return x if len(sizes) == 1 else gather_op(x, dim, sizes, group)
+    return x if len(sizes) == 1 else ops.gather(x, dim, cut(sizes), group)
 
 
 def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     """This rank's shard of a replicated tensor."""
-    return x if len(sizes) == 1 else split_op(x, dim, sizes, group)
+    return x if len(sizes) == 1 else ops.split(x, dim, cut(sizes), group)
+
+
+def _planned(
+    sizes: Sequence[int], windows: Sequence[tuple[int, int]], wrap: bool, group: str
+) -> Exchange:
+    if type(windows) is not Kept:
+        windows = tuple(windows)
+    return exchange(cut(sizes), windows, wrap, rank(group))
 
 
 def window(
@@ -125,12 +123,11 @@ def window(
     Ranges may overlap, reach over several ranks or be empty. Rows outside the global range are
     periodic images with `wrap`, else `fill`. windows may also list several ranges for each rank,
     as many for all, rank by rank: a rank gets its own, one after the other. Sends only what others
-    need; no message where no rank needs another's rows.
+    need; no message where no rank needs another's rows. Windows that are the same at every call
+    are found at once as a `spec.Kept`, other sequences once all their numbers were compared.
     """
-    starts, stops = [a for a, _ in windows], [b for _, b in windows]
-    if exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, rank(group)).identity:
-        return x
-    return window_op(x, dim, sizes, starts, stops, wrap, fill, group)
+    plan = _planned(sizes, windows, wrap, group)
+    return x if plan.identity else ops.window(x, dim, plan, fill, group)
 
 
 def window_add(
@@ -144,25 +141,22 @@ def window_add(
 
     What lies outside the global range is dropped.
     """
-    starts, stops = [a for a, _ in windows], [b for _, b in windows]
-    if exchange(tuple(sizes), tuple(starts), tuple(stops), False, rank(group)).identity:
-        return x
-    return window_add_op(x, dim, sizes, starts, stops, False, group)
+    plan = _planned(sizes, windows, False, group)
+    return x if plan.identity else ops.window_add(x, dim, plan, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     """This rank's shard of the sum of every rank's addend."""
-    n = len(sizes)
-    if n == 1:
-        return x
-    return window_add_op(x, dim, sizes, [0] * n, [sum(sizes)] * n, False, group)
+    return window_add(x, dim, sizes, whole(cut(sizes)), group)
 
 
 def swap(
     x: Tensor, old: int, new: int, old_sizes: Sequence[int], new_sizes: Sequence[int], group: str
 ) -> Tensor:
     """A tensor sharded along dim `old` as one sharded along dim `new`."""
-    return x if len(old_sizes) == 1 else swap_op(x, old, new, old_sizes, new_sizes, group)
+    if len(old_sizes) == 1:
+        return x
+    return ops.swap(x, old, new, cut(old_sizes), cut(new_sizes), group)
 
 
 def ring(
@@ -172,7 +166,7 @@ def ring(
 
     Rank r holds block r - held of `sizes` along dim before the call, and r - held - shift after.
     """
-    return x if len(sizes) == 1 else ring_op(x, dim, sizes, held, shift, group)
+    return x if len(sizes) == 1 else ops.ring(x, dim, cut(sizes), held, shift, group)
 
 
 def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
@@ -211,8 +205,6 @@ def asked(
     index: global rows, each rank its own `entries[rank]` of them; rows come back local, entries are
     numbered over all ranks in order, so that `take` fetches what belongs to them.
     """
-    order, per_owner, rows = requests(index, sizes, group)
+    order, per_owner, per_rank, rows = requests(index, sizes, group)
     numbers = order + sum(entries[: rank(group)])
-    shapes = [[r.numel()] for r in rows]
-    found = exchange_parts(numbers.split(per_owner), shapes, numbers, group, "take")
-    return torch.cat(rows), torch.cat(found)
+    return rows, exchange_rows(numbers, per_owner, per_rank, group, "take")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .define import define
 from .groups import rank
-from .ops import define
 
 
 def _addend(x: Tensor, group: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from .._torch import probe
 from ..caller import call_of_user
 from .groups import members
-from .observers import Hooks, simulated_rank, thread
+from .observers import Hooks, looked_at, simulated_rank, thread
 
 
 @dataclass(slots=True)
@@ -76,32 +76,49 @@ records: list[Record] = []
 current_op = threading.local()
 
 
-@contextmanager
-def sending(
-    collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
-) -> Iterator[Sent | None]:
-    """Report a collective to every open record of this rank, and to who looks on.
+class sending:
+    """`with` a collective: it is told to every open record of this rank, and to who looks on.
 
     facts: what all ranks of the group must agree on, such as dtype and number of elements.
     """
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "the process group was destroyed: make the mesh and its ShardTensors anew"
-        )
-    if Hooks.meeting is not None or simulated_rank() is not None:
-        meeting(collective, group, facts)
-    with explaining(), named(f"shardtensor::send {collective}"):
-        me = simulated_rank()
-        mine = [r for r in records if r.rank == me]
-        if not mine:
-            yield None
-            return
-        item = _noted(mine[0], collective, nbytes, messages, ranks, group)
-        yield item
-    item.end = time.perf_counter()
-    item.seconds = item.end - item.begin
-    for record in mine:
-        record.sent.append(item)
+
+    def __init__(
+        self, collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
+    ) -> None:
+        self.args = collective, nbytes, messages, ranks, group
+        self.facts = facts
+        self.item: Sent | None = None
+        self.named: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> Sent | None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "the process group was destroyed: make the mesh and its ShardTensors anew"
+            )
+        collective, *_, group = self.args
+        if looked_at():
+            meeting(collective, group, self.facts)
+        if probe.profiling():
+            self.named = record_function(f"shardtensor::send {collective}")
+            self.named.__enter__()
+        if records:
+            me = simulated_rank()
+            self.mine = [r for r in records if r.rank == me]
+            if self.mine:
+                self.item = _noted(self.mine[0], *self.args)
+        return self.item
+
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
+        if self.named is not None:
+            self.named.__exit__(kind, error, at)
+        if error is not None:
+            if isinstance(error, RuntimeError):
+                _explain(error)
+        elif self.item is not None:
+            self.item.end = time.perf_counter()
+            self.item.seconds = self.item.end - self.item.begin
+            for record in self.mine:
+                record.sent.append(self.item)
 
 
 def _noted(
@@ -137,16 +154,21 @@ def meeting(collective: str, group: str, facts: dict[str, Any]) -> None:
         Hooks.meeting(collective, group, facts)
 
 
+def _explain(error: RuntimeError) -> None:
+    """Raise what ended other ranks, if this error comes of it."""
+    found = None if Hooks.explained is None else Hooks.explained(error)
+    if found is not None:
+        raise found from error
+
+
 @contextmanager
 def explaining() -> Iterator[None]:
     """Around what waits for other ranks: an error comes with what ended them."""
     try:
         yield
     except RuntimeError as e:
-        found = None if Hooks.explained is None else Hooks.explained(e)
-        if found is None:
-            raise
-        raise found from e
+        _explain(e)
+        raise
 
 
 def finish(work: Any, item: Sent | None = None) -> None:

@@ -1,13 +1,25 @@
-"""Who sends which rows to whom: plans in plain integers, computed alike on every rank."""
+"""Who sends which rows to whom: plans in plain integers, computed alike on every rank.
+
+A plan names the few ranks that this one meets. It is made in one pass over the ranks, and found
+again by sizes and windows that keep their hash (`spec.Kept`), so that a call does not know how many
+ranks there are.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..cache import cached
+from ..cuts import Cut, Kept, cut
 
 FILL = -1  # the source of rows that lie outside the global range
+FEW = 16  # ranks that give something to one: fewer are sent to by messages of their own
+
+Windows = tuple[tuple[int, int], ...]
 
 
 class Piece(NamedTuple):
@@ -18,13 +30,12 @@ class Piece(NamedTuple):
     length: int
 
 
-@lru_cache(maxsize=8192)
-def pieces(sizes: tuple[int, ...], start: int, stop: int, wrap: bool) -> tuple[Piece, ...]:
+def pieces(sizes: Sequence[int], start: int, stop: int, wrap: bool) -> tuple[Piece, ...]:
     """The pieces that make up the global rows [start, stop), in order.
 
     Rows outside [0, sum(sizes)) are periodic images if `wrap`, else FILL pieces.
     """
-    offsets = (0, *accumulate(sizes))
+    offsets = cut(sizes).offsets
     total = offsets[-1]
     found = []
     row = start
@@ -50,52 +61,136 @@ class Exchange(NamedTuple):
 
     pieces: what makes up this rank's window, in order.
     rows: how many rows that is.
-    sends: for each rank, the (start, length) rows of the local tensor that go to it, in its order.
+    sends: for each rank that gets any, in order, the (start, length) rows of the local tensor.
+    gets: for each rank that gives any, in order, the lengths of what comes.
     communicates: whether any rank receives rows of another (the same on all ranks).
+    few: whether every rank gets rows from few ranks only (the same on all ranks).
     identity: whether every rank's window is its own shard (the same on all ranks).
+    whole: whether every rank's window is the whole dim (the same on all ranks).
+    sizes, windows, wrap: what it is the plan of.
     """
 
     pieces: tuple[Piece, ...]
     rows: int
-    sends: tuple[tuple[tuple[int, int], ...], ...]
+    sends: dict[int, tuple[tuple[int, int], ...]]
+    gets: dict[int, tuple[int, ...]]
     communicates: bool
+    few: bool
     identity: bool
+    whole: bool
+    sizes: Cut
+    windows: Windows
+    wrap: bool
 
 
-def _joined(parts: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The same rows in as few pieces as it takes."""
-    found: list[Piece] = []
-    for p in parts:
-        last = found[-1] if found else None
-        if last and p.source == last.source != FILL and p.start == last.start + last.length:
-            found[-1] = last._replace(length=last.length + p.length)
-        else:
-            found.append(p)
-    return tuple(found)
-
-
-@lru_cache(maxsize=8192)
-def exchange(
-    sizes: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...], wrap: bool, rank: int
-) -> Exchange:
-    """The plan by which every rank gets its ranges of global rows, [starts[i], stops[i]).
+@cached
+def exchange(sizes: tuple[int, ...], windows: Windows, wrap: bool, rank: int) -> Exchange:
+    """The plan by which every rank gets its ranges of global rows, [start, stop) of windows.
 
     Ranges are listed rank by rank, as many for each; rank r's window is its ranges in order.
     """
-    each = len(starts) // len(sizes)
-    ranges = [pieces(sizes, a, b, wrap) for a, b in zip(starts, stops, strict=True)]
-    wanted = [sum(ranges[r : r + each], ()) for r in range(0, len(ranges), each)]
-    sends = tuple(
-        () if to == rank else tuple((p.start, p.length) for p in parts if p.source == rank)
-        for to, parts in enumerate(wanted)
-    )
+    sizes = cut(sizes)
+    n, total = len(sizes), sizes.offsets[-1]
+    each = len(windows) // n
+    own = windows[rank * each : (rank + 1) * each]
+    starts, stops = np.array(windows, dtype=np.int64).reshape(n, each, 2).transpose(2, 0, 1)
+    low, high = sizes.edges[:-1, None], sizes.edges[1:, None]
+    if each == 1 and n > 1 and total and (starts == 0).all() and (stops == total).all():
+        # as many pieces as ranks, of which none is asked for by itself
+        return Exchange((), total, {}, {}, True, False, False, True, sizes, windows, wrap)
+    wrap = wrap and total > 0
+    begin, end = sizes.offsets[rank : rank + 2]
+    mine = [p for a, b in own for p in pieces(sizes, a, b, wrap)]
+    gets: dict[int, list[int]] = {}
+    for p in mine:
+        if p.source not in (rank, FILL):
+            gets.setdefault(p.source, []).append(p.length)
+    sends: dict[int, list[tuple[int, int]]] = {}
+    for to, part in _asked(starts, stops, begin, end, total if wrap else 0):
+        if to != rank:
+            sends.setdefault(to, []).append(part)
     return Exchange(
-        wanted[rank],
-        sum(p.length for p in wanted[rank]),
-        sends,
-        any(p.source not in (r, FILL) for r, parts in enumerate(wanted) for p in parts),
-        all(
-            _joined(parts) == ((Piece(r, 0, n),) if n else ())
-            for r, (parts, n) in enumerate(zip(wanted, sizes, strict=True))
-        ),
+        tuple(mine),
+        sum(p.length for p in mine),
+        {to: tuple(parts) for to, parts in sends.items()},
+        {r: tuple(gets[r]) for r in sorted(gets)},
+        _crosses(starts, stops, low, high, total, wrap),
+        _most(starts, stops, sizes, wrap) <= FEW,
+        _is_identity(starts, stops, low, high, total, wrap),
+        False,
+        sizes,
+        windows,
+        wrap,
     )
+
+
+def _asked(
+    starts: Any, stops: Any, low: int, high: int, period: int
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(rank, (local row, rows)) of what ranges name of the global rows [low, high)."""
+    if low == high:
+        return
+    # the first image of these rows that ends after a range starts
+    first = (starts - high) // period + 1 if period else np.zeros_like(starts)
+    meets = (first * period + low < stops) & (first * period + high > starts) & (starts < stops)
+    for r, i in zip(*(x.tolist() for x in np.nonzero(meets)), strict=True):
+        start, stop, image = int(starts[r, i]), int(stops[r, i]), int(first[r, i])
+        while image * period + low < stop:
+            a = max(start - image * period, low)
+            b = min(stop - image * period, high)
+            yield r, (a - low, b - a)
+            if not period:
+                break
+            image += 1
+
+
+def _crosses(starts: Any, stops: Any, low: Any, high: Any, total: int, wrap: bool) -> bool:
+    """Whether any rank's ranges have rows of another rank."""
+    if wrap:
+        first = starts % total
+        last = first + stops - starts
+        here = ((first >= low) & (last <= high)) | (high - low == total)
+        return bool(((starts < stops) & ~here).any())
+    first, last = starts.clip(0, total), stops.clip(0, total)
+    return bool(((first < last) & ((first < low) | (last > high))).any())
+
+
+def _most(starts: Any, stops: Any, sizes: Cut, wrap: bool) -> int:
+    """The most ranks between the first and the last that one rank's ranges have rows of."""
+    n, total = len(sizes), sizes.offsets[-1]
+
+    def rank(rows: Any) -> Any:
+        at = rows % total if wrap else rows.clip(0, max(0, total - 1))
+        turns = rows // total * n if wrap else 0
+        return turns + np.searchsorted(sizes.edges, at, "right")
+
+    return int(((rank(stops - 1) - rank(starts) + 1) * (starts < stops)).sum(1).max())
+
+
+def _is_identity(starts: Any, stops: Any, low: Any, high: Any, total: int, wrap: bool) -> bool:
+    """Whether every rank's ranges, one after the other, are the rows that it has."""
+    lengths = (stops - starts).clip(0)
+    expected = low + lengths.cumsum(1) - lengths
+    found = starts % total if wrap else starts
+    in_order = ((lengths == 0) | (found == expected)).all()
+    return bool(in_order and (lengths.sum(1, keepdims=True) == high - low).all())
+
+
+def windows_of(starts: Sequence[int], stops: Sequence[int]) -> Windows:
+    """Ranges from where they start and stop."""
+    return Kept(zip(starts, stops, strict=True))
+
+
+@cached
+def whole(sizes: Cut) -> Windows:
+    """Every rank's window the whole dim."""
+    return Kept(((0, sizes.offsets[-1]),) * len(sizes))
+
+
+@cached
+def spread(sizes: Cut, numel: int, but: int) -> list[int]:
+    """How much of a tensor of `numel` for each row goes to every rank, none to rank `but`."""
+    found = [n * numel for n in sizes]
+    if but >= 0:
+        found[but] = 0
+    return found

@@ -95,6 +95,11 @@ def members(name: str) -> tuple[int, ...]:
     """The global ranks of the group, in its order."""
     if name == ALONE:
         return (dist.get_rank(),)
+    return _members(name)
+
+
+@cached
+def _members(name: str) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(resolve(name)))
 
 

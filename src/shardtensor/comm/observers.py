@@ -33,6 +33,11 @@ def simulated_rank() -> int | None:
     return getattr(thread, "rank", None)
 
 
+def looked_at() -> bool:
+    """Whether somebody compares what ranks bring to a collective."""
+    return Hooks.meeting is not None or simulated_rank() is not None
+
+
 def claim(leaves: Iterable[Tensor]) -> None:
     """Raise ValueError if another simulated rank accumulates gradients in one of these, too."""
     claimed = thread.__dict__.get("claimed")

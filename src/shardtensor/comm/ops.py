@@ -28,32 +28,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from .. import _torch
+from ..cuts import Cut, cut
 from . import groups, wire
-from .exchanges import FILL, exchange
+from .define import define, paired
+from .exchanges import FILL, Exchange, exchange, spread, windows_of
+from .pack import numel_but, others, packed, unpacked
 
-_library = Library("shardtensor", "DEF")
 Ints = Sequence[int]
-# what each op runs; a plan runs it on fake tensors, where the dispatcher would take the fake kernel
-KERNELS: dict[Any, Callable] = {}
-
-
-def define(
-    schema: str, kernel: Callable, fake: Callable, setup: Callable, adjoint: Callable
-) -> Any:
-    """A dispatcher op with a fake kernel and an adjoint (setup(ctx, inputs, output), adjoint)."""
-    name = schema.split("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"shardtensor::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"shardtensor::{name}", adjoint, setup_context=setup, lib=_library
-    )
-    op = getattr(torch.ops.shardtensor, name).default
-    KERNELS[op] = kernel
-    return op
 
 
 def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -74,6 +57,15 @@ def _empty(x: Tensor, shape: Ints) -> Tensor:
         if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
             return x.new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
     return x.new_empty(shape)
+
+
+# adjoints call what is defined below them
+gather: Callable[..., Tensor]
+split: Callable[..., Tensor]
+window: Callable[..., Tensor]
+window_add: Callable[..., Tensor]
+swap: Callable[..., Tensor]
+ring: Callable[..., Tensor]
 
 
 # vary and reduce ---------------------------------------------------------------------------------
@@ -140,49 +132,62 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
 # gather and split --------------------------------------------------------------------------------
 
 
-def _gather(x: Tensor, dim: int, sizes: Ints, group: str) -> Tensor:
-    shapes = [_resized(x.shape, dim, n) for n in sizes]
-    return torch.cat(wire.all_gather(x.contiguous(), shapes, group), dim)
+def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
+    n, shape = len(sizes), list(x.shape)
+    rest = numel_but(shape, dim)
+    flat, most = x.contiguous().reshape(-1), rest * max(sizes)
+    if wire.direct(flat, most, n):
+        shapes = [_resized(shape, dim, k) for k in sizes]
+        return torch.cat(wire.all_gather(flat, shapes, group), dim)
+    rows = wire.all_gather_rows(flat, spread(sizes, rest, -1), most, group)
+    return unpacked(rows, x.new_empty(_resized(shape, dim, sizes.offsets[-1])), dim, sizes)
 
 
-def _split(x: Tensor, dim: int, sizes: Ints, group: str) -> Tensor:
+def _split(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     me = groups.rank(group)
-    return x.narrow(dim, sum(sizes[:me]), sizes[me]).clone(memory_format=torch.contiguous_format)
+    own = x.narrow(dim, sizes.offsets[me], sizes[me])
+    return own.clone(memory_format=torch.contiguous_format)
 
 
-gather_op = define(
+def _lift_cut(dim: int, sizes: Ints, group: str) -> tuple[Any, ...]:
+    return dim, cut(sizes), group
+
+
+def _lower_cut(dim: int, sizes: Cut, group: str) -> tuple[Any, ...]:
+    return dim, list(sizes), group
+
+
+gather, gather_op = paired(
     "gather(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _gather,
-    lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sum(sizes))),
-    _keep_arguments,
-    lambda ctx, g: (split_op(g, *ctx.rest), None, None, None),
+    lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes.offsets[-1])),
+    lambda g, *facts: split(g, *facts),
+    _lift_cut,
+    _lower_cut,
 )
-split_op: Any = define(
+split, split_op = paired(
     "split(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _split,
     lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes[groups.rank(group)])),
-    _keep_arguments,
-    lambda ctx, g: (gather_op(g, *ctx.rest), None, None, None),
+    gather,
+    _lift_cut,
+    _lower_cut,
 )
 
 
 # window ------------------------------------------------------------------------------------------
 
 
-def _window(
-    x: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, fill: float, group: str
-) -> Tensor:
-    """Rows [starts[me], stops[me]) of a dim cut into sizes; beyond its ends fill or wrap."""
+def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Tensor:
+    """This rank's rows of the plan along a dim; beyond its ends fill or wrap."""
     me = groups.rank(group)
-    plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, me)
-    received: list[list[Tensor]] = [[] for _ in sizes]
+    if plan.whole:
+        return _gather(x, dim, plan.sizes, group)
+    received: dict[int, list[Tensor]] = {}
     if plan.communicates:
-        sends = [[x.narrow(dim, a, n) for a, n in to] for to in plan.sends]
-        shapes = [
-            [_resized(x.shape, dim, p.length) for p in plan.pieces if p.source == r and r != me]
-            for r in range(len(sizes))
-        ]
-        received = wire.exchange(sends, shapes, x, group, "window")
+        sends = {r: [x.narrow(dim, a, n) for a, n in to] for r, to in plan.sends.items()}
+        shapes = {r: [_resized(x.shape, dim, n) for n in of] for r, of in plan.gets.items()}
+        received = wire.exchange(sends, shapes, x, group, "window", few=plan.few)
     out = _empty(x, _resized(x.shape, dim, plan.rows))
     row = 0
     for source, start, length in plan.pieces:
@@ -197,193 +202,141 @@ def _window(
     return out
 
 
-def _window_fake(
-    x: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, fill: float, group: str
-) -> Tensor:
-    plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, groups.rank(group))
-    return _empty(x, _resized(x.shape, dim, plan.rows))
-
-
-def _window_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    dim, sizes, starts, stops, wrap, _, group = ctx.rest
-    return window_add_op(g, dim, sizes, starts, stops, wrap, group), *[None] * 7
-
-
-def _window_add(
-    g: Tensor, dim: int, sizes: Ints, starts: Ints, stops: Ints, wrap: bool, group: str
-) -> Tensor:
+def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
     """The adjoint of `_window`: rows of windows go home, where they are added up."""
     me = groups.rank(group)
-    plan = exchange(tuple(sizes), tuple(starts), tuple(stops), wrap, me)
-    out = _empty(g, _resized(g.shape, dim, sizes[me])).zero_()
-    sends: list[list[Tensor]] = [[] for _ in sizes]
+    if plan.whole:
+        return _reduce_scatter(g, dim, plan.sizes, group)
+    out = _empty(g, _resized(g.shape, dim, plan.sizes[me])).zero_()
+    sends: dict[int, list[Tensor]] = {}
     row = 0
     for source, start, length in plan.pieces:
         part = g.narrow(dim, row, length)
         if source == me:
             out.narrow(dim, start, length).add_(part)
         elif source != FILL:
-            sends[source].append(part)
+            sends.setdefault(source, []).append(part)
         row += length
     if plan.communicates:
-        shapes = [[_resized(g.shape, dim, n) for _, n in of] for of in plan.sends]
-        received = wire.exchange(sends, shapes, g, group, "window_add")
-        for rows, parts in zip(plan.sends, received, strict=True):
-            for (start, length), part in zip(rows, parts, strict=True):
+        shapes = {r: [_resized(g.shape, dim, n) for _, n in of] for r, of in plan.sends.items()}
+        received = wire.exchange(sends, shapes, g, group, "window_add", few=plan.few)
+        for r, rows in plan.sends.items():
+            for (start, length), part in zip(rows, received[r], strict=True):
                 out.narrow(dim, start, length).add_(part)
     return out
 
 
-def _window_add_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    dim, sizes, starts, stops, wrap, group = ctx.rest
-    return window_op(g, dim, sizes, starts, stops, wrap, 0.0, group), *[None] * 6
+def _reduce_scatter(g: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
+    """The sum of what every rank has for this one's shard, in the order of the ranks."""
+    n, me = len(sizes), groups.rank(group)
+    rest = numel_but(g.shape, dim)
+    item = g.element_size()
+    own = g.narrow(dim, sizes.offsets[me], sizes[me])
+    received = g.new_empty((n - 1) * own.numel())
+    wire.all_to_all(
+        received,
+        packed(g, dim, sizes, me),
+        others(n, own.numel() * item, me),
+        spread(sizes, rest * item, me),
+        group,
+        "window_add",
+    )
+    parts = received.view(n - 1, *own.shape)
+    total = (parts[0] if n == 2 else parts.sum(0, dtype=g.dtype)).add_(own)
+    return total if g.is_contiguous() else _empty(g, own.shape).copy_(total)
 
 
-window_op = define(
+def _lift_window(*args: Any) -> tuple[Any, ...]:
+    dim, sizes, starts, stops, wrap, *rest = args
+    me = groups.rank(rest[-1])
+    return dim, exchange(cut(sizes), windows_of(starts, stops), wrap, me), *rest
+
+
+def _lower_window(dim: int, plan: Exchange, *rest: Any) -> tuple[Any, ...]:
+    starts, stops = zip(*plan.windows, strict=True)
+    return dim, list(plan.sizes), list(starts), list(stops), plan.wrap, *rest
+
+
+window, window_op = paired(
     "window(Tensor x, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, float fill, "
     "str group) -> Tensor",
     _window,
-    _window_fake,
-    _keep_arguments,
-    _window_adjoint,
+    lambda x, dim, plan, fill, group: _empty(x, _resized(x.shape, dim, plan.rows)),
+    lambda g, dim, plan, fill, group: window_add(g, dim, plan, group),
+    _lift_window,
+    _lower_window,
 )
-window_add_op = define(
+window_add, window_add_op = paired(
     "window_add(Tensor g, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, str group)"
     " -> Tensor",
     _window_add,
-    lambda g, dim, sizes, starts, stops, wrap, group: _empty(
-        g, _resized(g.shape, dim, sizes[groups.rank(group)])
-    ),
-    _keep_arguments,
-    _window_add_adjoint,
+    lambda g, dim, plan, group: _empty(g, _resized(g.shape, dim, plan.sizes[groups.rank(group)])),
+    lambda g, dim, plan, group: window(g, dim, plan, 0.0, group),
+    _lift_window,
+    _lower_window,
 )
 
 
 # swap --------------------------------------------------------------------------------------------
 
 
-def _swap(x: Tensor, old: int, new: int, old_sizes: Ints, new_sizes: Ints, group: str) -> Tensor:
-    me = groups.rank(group)
-    sends = [[part] for part in x.split(list(new_sizes), new)]
-    shapes = [[_resized(_resized(x.shape, old, n), new, new_sizes[me])] for n in old_sizes]
-    mine = sends[me][0]
-    sends[me], shapes[me] = [], []
-    received = wire.exchange(sends, shapes, x, group, "swap")
-    received[me] = [mine]
-    return torch.cat([parts[0] for parts in received], old).contiguous()
+def _swap(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: str) -> Tensor:
+    me, item = groups.rank(group), x.element_size()
+    rows, columns = old_sizes[me], new_sizes[me]
+    out = x.new_empty(_resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
+    own = x.narrow(new, new_sizes.offsets[me], columns)
+    out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
+    rest = numel_but(x.shape, old, new) * item
+    received = x.new_empty(out.numel() - own.numel())
+    send = packed(x, new, new_sizes, me)
+    gets, gives = (
+        spread(old_sizes, rest * columns, me),
+        spread(new_sizes, rest * rows, me),
+    )
+    wire.all_to_all(received, send, gets, gives, group, "swap")
+    return unpacked(received, out, old, old_sizes, me)
 
 
-swap_op: Any = define(
+def _swap_fake(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: str) -> Tensor:
+    whole = _resized(x.shape, old, old_sizes.offsets[-1])
+    return x.new_empty(_resized(whole, new, new_sizes[groups.rank(group)]))
+
+
+swap, swap_op = paired(
     "swap(Tensor x, int old, int new, int[] old_sizes, int[] new_sizes, str group) -> Tensor",
     _swap,
-    lambda x, old, new, old_sizes, new_sizes, group: x.new_empty(
-        _resized(_resized(x.shape, old, sum(old_sizes)), new, new_sizes[groups.rank(group)])
+    _swap_fake,
+    lambda g, old, new, old_sizes, new_sizes, group: swap(
+        g, new, old, new_sizes, old_sizes, group
     ),
-    _keep_arguments,
-    lambda ctx, g: (
-        swap_op(g, ctx.rest[1], ctx.rest[0], ctx.rest[3], ctx.rest[2], ctx.rest[4]),
-        *[None] * 5,
+    lambda old, new, old_sizes, new_sizes, group: (
+        old, new, cut(old_sizes), cut(new_sizes), group,
     ),
-)
+    lambda old, new, old_sizes, new_sizes, group: (
+        old, new, list(old_sizes), list(new_sizes), group,
+    ),
+)  # fmt: skip
 
 
 # ring --------------------------------------------------------------------------------------------
 
 
-def _ring(x: Tensor, dim: int, sizes: Ints, held: int, shift: int, group: str) -> Tensor:
+def _ring(x: Tensor, dim: int, sizes: Cut, held: int, shift: int, group: str) -> Tensor:
     n, me = len(sizes), groups.rank(group)
     if shift % n == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    sends: list[list[Tensor]] = [[] for _ in sizes]
-    shapes: list[list[list[int]]] = [[] for _ in sizes]
-    sends[(me + shift) % n] = [x]
-    shapes[(me - shift) % n] = [_resized(x.shape, dim, sizes[(me - shift - held) % n])]
-    return wire.exchange(sends, shapes, x, group, "ring")[(me - shift) % n][0]
+    source = (me - shift) % n
+    shape = _resized(x.shape, dim, sizes[(source - held) % n])
+    return wire.exchange({(me + shift) % n: [x]}, {source: [shape]}, x, group, "ring")[source][0]
 
 
-def _ring_adjoint(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    dim, sizes, held, shift, group = ctx.rest
-    return ring_op(g, dim, sizes, held + shift, -shift, group), *[None] * 5
-
-
-ring_op = define(
+ring, ring_op = paired(
     "ring(Tensor x, int dim, int[] sizes, int held, int shift, str group) -> Tensor",
     _ring,
     lambda x, dim, sizes, held, shift, group: x.new_empty(
         _resized(x.shape, dim, sizes[(groups.rank(group) - shift - held) % len(sizes)])
     ),
-    _keep_arguments,
-    _ring_adjoint,
-)
-
-
-# take and put ------------------------------------------------------------------------------------
-
-
-def exchange_parts(
-    parts: Sequence[Tensor], shapes: Sequence[Ints], like: Tensor, group: str, label: str
-) -> list[Tensor]:
-    """What each rank had for this one; parts[r] goes to rank r, this rank's own stays."""
-    if len(parts) == 1:
-        return list(parts)
-    me = groups.rank(group)
-    found = wire.exchange(
-        [[p] if r != me else [] for r, p in enumerate(parts)],
-        [[s] if r != me else [] for r, s in enumerate(shapes)],
-        like, group, label,
-    )  # fmt: skip
-    return [parts[r] if r == me else f[0] for r, f in enumerate(found)]
-
-
-def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[Tensor]]:
-    """Sort global indices by owner and tell each owner: (order, counts, local rows asked of me)."""
-    groups.check_values(group)
-    n = len(sizes)
-    ends = torch.tensor(sizes, device=index.device).cumsum(0)
-    owner = torch.bucketize(index, ends, right=True)
-    order = torch.argsort(owner, stable=True)
-    counts = torch.bincount(owner, minlength=n)
-    asked = [int(c) for c in exchange_parts(counts.split(1), [[1]] * n, counts, group, "take")]
-    wanted = (index - (ends - torch.tensor(sizes, device=index.device))[owner])[order]
-    per_owner = counts.tolist()
-    rows = exchange_parts(wanted.split(per_owner), [[c] for c in asked], wanted, group, "take")
-    return order, per_owner, rows
-
-
-def _take(x: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
-    order, counts, rows = requests(index, sizes, group)
-    shapes = [[c, *x.shape[1:]] for c in counts]
-    out = x.new_empty([index.numel(), *x.shape[1:]])
-    out[order] = torch.cat(exchange_parts([x[r] for r in rows], shapes, x, group, "take"))
-    return out
-
-
-def _put(rows: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
-    order, counts, wanted = requests(index, sizes, group)
-    shapes = [[r.numel(), *rows.shape[1:]] for r in wanted]
-    parts = exchange_parts(rows[order].split(counts), shapes, rows, group, "put")
-    out = rows.new_zeros([sizes[groups.rank(group)], *rows.shape[1:]])
-    for at, part in zip(wanted, parts, strict=True):
-        out.index_add_(0, at, part)
-    return out
-
-
-def _index_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.rest = inputs[2:]
-
-
-take_op = define(
-    "take(Tensor x, Tensor index, int[] sizes, str group) -> Tensor",
-    _take,
-    lambda x, index, sizes, group: x.new_empty([index.numel(), *x.shape[1:]]),
-    _index_setup,
-    lambda ctx, g: (put_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
-)
-put_op: Any = define(
-    "put(Tensor rows, Tensor index, int[] sizes, str group) -> Tensor",
-    _put,
-    lambda rows, index, sizes, group: rows.new_empty([sizes[groups.rank(group)], *rows.shape[1:]]),
-    _index_setup,
-    lambda ctx, g: (take_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
+    lambda g, dim, sizes, held, shift, group: ring(g, dim, sizes, held + shift, -shift, group),
+    lambda dim, sizes, *rest: (dim, cut(sizes), *rest),
+    lambda dim, sizes, *rest: (dim, list(sizes), *rest),
 )

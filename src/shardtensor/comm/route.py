@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import groups
-from .ops import Ints, define, exchange_parts, requests
+from .define import define
+from .rows import Ints, exchange_rows, requests
 
 
 class Route(NamedTuple):
@@ -36,8 +37,8 @@ def find(index: Tensor, sizes: Sequence[int], group: str) -> Route:
     if groups.size(group) == 1:
         return Route(distinct, (len(distinct),), (len(distinct),), place, group)
     # in order, hence by owner
-    _, gets, rows = requests(distinct, sizes, group)
-    return Route(torch.cat(rows), tuple(len(r) for r in rows), tuple(gets), place, group)
+    _, gets, gives, rows = requests(distinct, sizes, group)
+    return Route(rows, tuple(gives), tuple(gets), place, group)
 
 
 def arrivals(x: Tensor, route: Route) -> Tensor:
@@ -65,8 +66,7 @@ def _moved(x: Tensor, route: Route, label: str) -> Tensor:
 
 
 def _route(x: Tensor, gives: Ints, gets: Ints, label: str, group: str) -> Tensor:
-    shapes = [[n, *x.shape[1:]] for n in gets]
-    return torch.cat(exchange_parts(x.split(list(gives)), shapes, x, group, label))
+    return exchange_rows(x, gives, gets, group, label)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

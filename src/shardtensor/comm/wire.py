@@ -1,10 +1,16 @@
-"""Moving bytes over a process group: any dtype, any sizes, on gloo and NCCL alike."""
+"""Moving bytes over a process group: any dtype, any sizes, on gloo and NCCL alike.
+
+Of an exchange each rank names the ranks that it gives something or gets something from. Among few
+ranks it is one all-to-all, among many a message to each that is named.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -12,10 +18,17 @@ from .._torch import all_gather_flat
 from .._torch.world import is_silent
 from . import groups
 from .counters import finish, sending
+from .observers import looked_at, simulated_rank
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
 DIRECT = 2**20
+# ranks up to which one all-to-all with mostly empty parts is faster than messages by themselves
+FEW = 8
+# groups whose ranks have met in a collective
+_met: WeakSet[dist.ProcessGroup] = WeakSet()
+# whether a group is one of a rehearsal
+_kinds: WeakKeyDictionary[dist.ProcessGroup, bool] = WeakKeyDictionary()
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
     "max": dist.ReduceOp.MAX,
@@ -31,65 +44,134 @@ _COMBINE: dict[str, Any] = {
 
 
 def exchange(
-    chunks: Sequence[Sequence[torch.Tensor]],
-    shapes: Sequence[Sequence[Sequence[int]]],
-    like: torch.Tensor,
-    group: str,
-    label: str,
-) -> list[list[torch.Tensor]]:
-    """Send chunks[r] to rank r and return what each rank sent here, in shapes[r].
-
-    One uneven all-to-all of raw bytes; zero-length to ranks that get nothing.
-    """
-    return start_exchange(chunks, shapes, like, group, label, wait=True)()
-
-
-def start_exchange(
-    chunks: Sequence[Sequence[torch.Tensor]],
-    shapes: Sequence[Sequence[Sequence[int]]],
+    sends: Mapping[int, Sequence[torch.Tensor]],
+    shapes: Mapping[int, Sequence[Sequence[int]]],
     like: torch.Tensor,
     group: str,
     label: str,
     *,
+    few: bool = True,
+) -> dict[int, list[torch.Tensor]]:
+    """Send sends[r] to rank r and return what each rank of `shapes` sent here, in shapes[r].
+
+    Ranks that are not named get and give nothing. few: whether every rank gets something of few
+    ranks only; all say the same.
+    """
+    return start_exchange(sends, shapes, like, group, label, few=few, wait=True)()
+
+
+def start_exchange(
+    sends: Mapping[int, Sequence[torch.Tensor]],
+    shapes: Mapping[int, Sequence[Sequence[int]]],
+    like: torch.Tensor,
+    group: str,
+    label: str,
+    *,
+    few: bool = True,
     wait: bool = False,
     **facts: Any,
-) -> Callable[[], list[list[torch.Tensor]]]:
+) -> Callable[[], dict[int, list[torch.Tensor]]]:
     """`exchange` that may still be under way: calling what it returns gives what arrived.
 
     facts: what ranks must agree on beside the dtype; default: how much each gives each.
     """
-    flat = [c.reshape(-1) for to in chunks for c in to]
-    send = torch.cat(flat) if flat else like.new_empty(0)
     item = like.element_size()
-    out_splits = [item * sum(_numel(s) for s in of) for of in shapes]
-    in_splits = [item * sum(c.numel() for c in to) for to in chunks]
-    received = like.new_empty(sum(out_splits) // item)
-    to_group = groups.resolve(group)
-    messages = sum(n > 0 for n in in_splits)
+    # bytes to each rank, and from each, in the order of the ranks
+    gives = {r: item * sum([c.numel() for c in sends[r]]) for r in sorted(sends)}
+    gets = {r: item * sum([_numel(s) for s in shapes[r]]) for r in sorted(shapes)}
+    flat = [c.reshape(-1) for r in gives for c in sends[r]]
+    send = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
+    received = like.new_empty(sum(gets.values()) // item)
+    given = gives.values()
     with sending(
-        label, sum(in_splits), messages, len(shapes), group,
-        dtype=like.dtype, **(facts or dict(gives=in_splits, gets=out_splits)),
+        label, sum(given), sum([b > 0 for b in given]), groups.size(group), group,
+        dtype=like.dtype, **(facts or _sparse_facts(gives, gets, group)),
     ) as entry:  # fmt: skip
-        work = None
-        if is_silent(to_group):
-            # nothing arrives, and what lies in memory may be slow to compute with
-            received.zero_()
-        else:
-            work = dist.all_to_all_single(
-                _as_bytes(received),
-                _as_bytes(send),
-                out_splits,
-                in_splits,
-                group=to_group,
-                async_op=not wait,
-            )
+        works = _post(received, send, gives, gets, group, few, wait)
 
-    def arrived() -> list[list[torch.Tensor]]:
-        if work is not None:
+    def arrived() -> dict[int, list[torch.Tensor]]:
+        for work in works:
             finish(work, entry)
         return _split(received, shapes)
 
     return arrived
+
+
+def all_to_all(
+    received: torch.Tensor,
+    send: torch.Tensor,
+    gets: list[int],
+    gives: list[int],
+    group: str,
+    label: str,
+) -> None:
+    """A vector in parts, one for every other rank, and what they all give this one, in order.
+
+    gets, gives: the bytes from and to every rank, none of this one.
+    """
+    n = len(gives)
+    facts = dict(gives=gives, gets=gets)
+    nbytes = send.numel() * send.element_size()
+    with sending(label, nbytes, n - gives.count(0), n, group, dtype=send.dtype, **facts):
+        if _silent(group):
+            received.zero_()
+        else:
+            to = groups.resolve(group)
+            dist.all_to_all_single(_as_bytes(received), _as_bytes(send), gets, gives, group=to)
+
+
+def _sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
+    if not looked_at():
+        return {}
+    every = range(groups.size(group))
+    return dict(gives=[gives.get(r, 0) for r in every], gets=[gets.get(r, 0) for r in every])
+
+
+def _post(
+    received: torch.Tensor,
+    send: torch.Tensor,
+    gives: dict[int, int],
+    gets: dict[int, int],
+    group: str,
+    few: bool,
+    wait: bool,
+) -> list[Any]:
+    """Start what brings bytes from and to these ranks; on every rank of the group."""
+    if _silent(group):
+        # nothing arrives, and what lies in memory may be slow to compute with
+        received.zero_()
+        return []
+    n, to = groups.size(group), groups.resolve(group)
+    into, out = _as_bytes(received), _as_bytes(send)
+    together = not few or n <= FEW or simulated_rank() is not None
+    if together or (into.is_cuda and to not in _met):
+        # NCCL connects all ranks in a first collective, which some may have nothing to send in
+        _met.add(to)
+        work = dist.all_to_all_single(
+            into,
+            out,
+            [gets.get(r, 0) for r in range(n)],
+            [gives.get(r, 0) for r in range(n)],
+            group=to,
+            async_op=not wait,
+        )
+        return [] if work is None else [work]
+    ops, at = [], 0
+    for r, nbytes in gets.items():
+        if nbytes:
+            ops.append(dist.P2POp(dist.irecv, into[at : at + nbytes], group=to, group_peer=r))
+            at += nbytes
+    at = 0
+    for r, nbytes in gives.items():
+        if nbytes:
+            ops.append(dist.P2POp(dist.isend, out[at : at + nbytes], group=to, group_peer=r))
+            at += nbytes
+    works = dist.batch_isend_irecv(ops) if ops else []
+    if wait:
+        for work in works:
+            work.wait()
+        return []
+    return works
 
 
 def all_gather(
@@ -98,23 +180,28 @@ def all_gather(
     """Every rank's tensor, whose shapes are known, on every rank; padded where they differ."""
     n = len(shapes)
     lengths = [_numel(s) for s in shapes]
-    most = max(lengths)
-    flat = local.reshape(-1)
-    if _direct(flat, most, n):
+    most, flat = max(lengths), local.reshape(-1)
+    if direct(flat, most, n):
         return _start_to_all(flat, shapes, group, "all_gather", lengths=lengths)()
+    received = all_gather_rows(flat, lengths, most, group)
+    rows = zip(received, lengths, shapes, strict=True)
+    return [row[:length].view(tuple(s)) for row, length, s in rows]
+
+
+def all_gather_rows(
+    flat: torch.Tensor, lengths: Sequence[int], most: int, group: str
+) -> torch.Tensor:
+    """Every rank's vector, at most so long, as a row; those of shorter ones end in anything."""
+    n = len(lengths)
     if flat.numel() < most:
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
-    received = local.new_empty(n * most)
-    item = local.element_size()
+    received = flat.new_empty(n * most)
+    item = flat.element_size()
     with sending(
-        "all_gather", item * most * (n - 1), n - 1, n, group, dtype=local.dtype, lengths=lengths
+        "all_gather", item * most * (n - 1), n - 1, n, group, dtype=flat.dtype, lengths=lengths
     ):
-        all_gather_flat(
-            _as_bytes(received),
-            _as_bytes(flat),
-            group=groups.resolve(group),
-        )
-    return [received[r * most : r * most + _numel(s)].view(tuple(s)) for r, s in enumerate(shapes)]
+        all_gather_flat(_as_bytes(received), _as_bytes(flat), group=groups.resolve(group))
+    return received.view(n, most)
 
 
 def all_gather_numbers(
@@ -124,11 +211,21 @@ def all_gather_numbers(
 
     In a world that is silent or of fake tensors every rank has those of this one.
     """
+    found: list[list[int]] = all_gather_table(mine, device, group).tolist()
+    return found
+
+
+def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str) -> Any:
+    """`all_gather_numbers` as a numpy array (ranks, numbers)."""
     n = groups.size(group)
-    if n == 1 or is_silent(groups.resolve(group)):
-        return [list(mine)] * n
-    local = torch.tensor(mine, device=device)
-    return [x.tolist() for x in all_gather(local, [local.shape] * n, group)]
+    if n == 1 or _silent(group):
+        return np.broadcast_to(np.array(mine, dtype=np.int64), (n, len(mine)))
+    local = torch.tensor(mine, dtype=torch.int64, device=device)
+    if direct(local, len(mine), n):
+        rows = torch.stack(all_gather(local, [local.shape] * n, group))
+    else:
+        rows = all_gather_rows(local, [len(mine)] * n, len(mine), group)
+    return rows.cpu().numpy()
 
 
 def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
@@ -166,7 +263,7 @@ def start_all_reduce(
     lengths: of the tensors that the vector is made of, on which ranks must agree.
     """
     n = groups.size(group)
-    if _direct(flat, flat.numel(), n):
+    if direct(flat, flat.numel(), n):
         arrived = _start_to_all(
             flat, [[flat.numel()]] * n, group, "all_reduce", lengths=lengths, by=op
         )
@@ -189,7 +286,7 @@ def start_all_reduce(
     return lambda: None if work is None else finish(work, entry)
 
 
-def _direct(x: torch.Tensor, most: int, n: int) -> bool:
+def direct(x: torch.Tensor, most: int, n: int) -> bool:
     """Whether every rank sends all it has to every other; alike on all ranks."""
     few = n <= 8 and (n - 1) * most * x.element_size() <= DIRECT
     return few and x.device.type == "cpu"
@@ -200,14 +297,17 @@ def _start_to_all(
 ) -> Callable[[], list[torch.Tensor]]:
     """Every rank's vector on every rank, in shapes, in one round that may be under way."""
     me = groups.rank(group)
+    others = [r for r in range(len(shapes)) if r != me]
     arrived = start_exchange(
-        [[] if r == me else [flat] for r in range(len(shapes))],
-        [[] if r == me else [s] for r, s in enumerate(shapes)],
-        flat, group, label, **facts,
-    )  # fmt: skip
-    return lambda: [
-        flat.view(tuple(shapes[me])) if r == me else parts[0] for r, parts in enumerate(arrived())
-    ]
+        {r: [flat] for r in others}, {r: [shapes[r]] for r in others}, flat, group, label, **facts
+    )
+
+    def every() -> list[torch.Tensor]:
+        found = arrived()
+        own = flat.view(tuple(shapes[me]))
+        return [own if r == me else found[r][0] for r in range(len(shapes))]
+
+    return every
 
 
 def broadcast(flat: torch.Tensor, group: str) -> None:
@@ -238,14 +338,21 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _split(
-    buffer: torch.Tensor, shapes: Sequence[Sequence[Sequence[int]]]
-) -> list[list[torch.Tensor]]:
-    at, found = 0, []
-    for of in shapes:
+    buffer: torch.Tensor, shapes: Mapping[int, Sequence[Sequence[int]]]
+) -> dict[int, list[torch.Tensor]]:
+    at, found = 0, {}
+    for r in sorted(shapes):
         parts = []
-        for s in of:
+        for s in shapes[r]:
             n = _numel(s)
             parts.append(buffer[at : at + n].view(tuple(s)))
             at += n
-        found.append(parts)
+        found[r] = parts
     return found
+
+
+def _silent(group: str) -> bool:
+    to = groups.resolve(group)
+    if to not in _kinds:
+        _kinds[to] = is_silent(to)
+    return _kinds[to]

@@ -21,7 +21,8 @@ from .. import _torch, cache, comm
 from .._torch import probe
 from ..caller import caller
 from ..comm import wire
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..cuts import nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import wrap
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import comm
 from ..cache import of_tensor
 from ..comm.observers import simulated_rank
-from ..comm.ops import exchange_parts, requests
 from ..comm.route import Route, arrivals, find
+from ..comm.rows import exchange_rows, requests
 from ..errors import UnsupportedOpError
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
@@ -235,10 +235,9 @@ def _answered(
     keys: Tensor, sizes: Sequence[int], group: str, answer: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """answer(local keys) of the rank that has each key."""
-    order, counts, rows = requests(keys, sizes, group)
-    given = answer(torch.cat(rows)).split([len(r) for r in rows])
+    order, counts, asked, rows = requests(keys, sizes, group)
     out = torch.empty_like(keys)
-    out[order] = torch.cat(exchange_parts(given, [[c] for c in counts], keys, group, "take"))
+    out[order] = exchange_rows(answer(rows), asked, counts, group, "take")
     return out
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..cache import cached
+from ..comm.exchanges import whole
+from ..cuts import cut, nested_chunk_sizes
 from ..rules.fft import on_some
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced, to_dims
 
@@ -256,7 +258,7 @@ def _everywhere(y: Tensor, dims: Sequence[int], target: Spec) -> Tensor:
         if e.axes:
             # not a gather: the adjoint adds up what every rank made of the modes
             group = comm.group(target.mesh, e.axes)
-            local = comm.window(local, d, e.sizes, [(0, e.size)] * len(e.sizes), group)
+            local = comm.window(local, d, e.sizes, whole(cut(e.sizes)), group)
     return local
 
 

@@ -126,14 +126,14 @@ def _collectives(n: int, me: int, name: str) -> dict[str, Callable[[torch.Tensor
     def exchange(x: torch.Tensor) -> Any:
         """A rank's tensor to each of its neighbours, as halos go."""
         near = [r for r in (me - 1, me + 1) if 0 <= r < n]
-        chunks = [[x] if r in near else [] for r in range(n)]
-        shapes = [[x.shape] if r in near else [] for r in range(n)]
-        return wire.exchange(chunks, shapes, x, name, "exchange")
+        return wire.exchange(
+            {r: [x] for r in near}, {r: [x.shape] for r in near}, x, name, "exchange"
+        )
 
     def all_to_all(x: torch.Tensor) -> Any:
-        parts = [[p] for p in x.tensor_split(n)]
-        shapes = [[parts[me][0].shape]] * n
-        return wire.exchange(parts, shapes, x, name, "all_to_all")
+        parts = {r: [p] for r, p in enumerate(x.tensor_split(n))}
+        shapes = {r: [parts[me][0].shape] for r in parts}
+        return wire.exchange(parts, shapes, x, name, "all_to_all", few=False)
 
     return {
         "exchange": exchange,

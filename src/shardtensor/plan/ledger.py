@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
-from ..comm.ops import KERNELS
+from ..comm.define import KERNELS
 
 # kinds of memory, in the order of tables
 KINDS = (

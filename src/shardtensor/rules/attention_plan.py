@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from math import lcm
-from typing import NamedTuple
+from math import lcm, prod
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..cache import cached
+from ..cuts import Kept
 from ..spec import Dim, Spec, whole_dims
 from . import labels
 from .labels import Known
@@ -125,7 +128,15 @@ def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
 @cached
 def spans(p: Plan) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """(start, size) of the queries and of the keys of every rank of this rank's ring."""
-    both = p.spec.with_dims([p.spec.dims[-2]]), p.spec.with_dims([p.keys])
-    ring = p.spec.places(p.ring)
-    q, k = ([(s, e - s) for s, e in (spec.spans_at(at)[0] for at in ring)] for spec in both)
-    return tuple(q), tuple(k)
+    mesh = p.spec.mesh
+    place: list[Any] = list(p.spec.coordinate)
+    # the coordinates of all ranks of the ring, in its order
+    for axis, i in zip(p.ring, np.indices([mesh.size(a) for a in p.ring]), strict=True):
+        place[axis] = i.ravel()
+    found = []
+    for dim in (p.spec.dims[-2], p.keys):
+        (i,) = Spec(mesh, (dim,)).index_at(place)
+        i = np.broadcast_to(i, prod(mesh.size(a) for a in p.ring))
+        edges = dim.edges if dim.axes else np.array([0, dim.size])
+        found.append(Kept(zip(edges[i].tolist(), (edges[i + 1] - edges[i]).tolist(), strict=True)))
+    return found[0], found[1]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..cuts import nested_chunk_sizes
 from ..registry import rule
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, to_dims
 from .empty import some

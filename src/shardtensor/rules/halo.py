@@ -50,8 +50,8 @@ def halo_conv(
 def _swap_strips(top: Tensor | None, bottom: Tensor | None, like: Tensor, halo: Halo) -> Any:
     """Send one strip to each neighbour; calling what it returns gives (from above, from below)."""
     me, n = comm.rank(halo.group), len(halo.sizes)
-    sends: list[list[Tensor]] = [[] for _ in range(n)]
-    shapes: list[list[list[int]]] = [[] for _ in range(n)]
+    sends: dict[int, list[Tensor]] = {}
+    shapes: dict[int, list[list[int]]] = {}
     shape = list(like.shape)
     shape[halo.dim] = halo.width
     for other, strip in ((me - 1, top), (me + 1, bottom)):

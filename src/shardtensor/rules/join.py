@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..cuts import Kept
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
@@ -120,11 +121,15 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
             local = local.roll(shift, d)
         elif spec_dim.size and shift % spec_dim.size:
             s = shift % spec_dim.size
-            windows = [(a - s, b - s) for a, b in spec_dim.spans]
-            local = comm.window(
-                local, d, spec_dim.sizes, windows, comm.along(x._spec, d), wrap=True
-            )
+            group = comm.along(x._spec, d)
+            windows = spec_dim.windows(s, -s)
+            local = comm.window(local, d, spec_dim.sizes, windows, group, wrap=True)
     return wrap(local.clone() if local is x._local else local, x._spec)
+
+
+@cached
+def _mirrored(dim: Dim) -> Kept[tuple[int, int]]:
+    return Kept((dim.size - b, dim.size - a) for a, b in dim.windows())
 
 
 @rule("flip")
@@ -136,8 +141,7 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:
-            windows = [(dim.size - b, dim.size - a) for a, b in dim.spans]
-            local = comm.window(local, d, dim.sizes, windows, comm.along(x._spec, d))
+            local = comm.window(local, d, dim.sizes, _mirrored(dim), comm.along(x._spec, d))
     return wrap(local.flip(mirrored), x._spec)
 
 

@@ -27,11 +27,11 @@ WORTH = 2**18
 
 
 class _Route(NamedTuple):
-    """One exchange of rows: what this rank sends to and gets from each, in rows along dim."""
+    """One exchange of rows: what this rank sends to and gets from ranks, in rows along dim."""
 
     dim: int
-    sends: tuple[tuple[int, ...], ...]
-    gets: tuple[tuple[int, ...], ...]
+    sends: dict[int, tuple[int, ...]]
+    gets: dict[int, tuple[int, ...]]
     group: str
 
     def back(self) -> _Route:
@@ -53,10 +53,9 @@ def overlapped(
     group = comm.group(spec.mesh, dim.axes)
     if reach.inside or comm.size(group) == 1:
         return op(fetch(x, d, spec, reach, fill))
-    starts, stops = zip(*reach.windows, strict=True)
-    plan = exchange(dim.sizes, starts, stops, False, comm.rank(group))
+    plan = exchange(dim.sizes, reach.windows, False, comm.rank(group))
     own = _own(plan, me)
-    route, sent = _route(plan, d, me, group)
+    route, sent = _route(plan, d, group)
     first, last = _interior(spec, d, reach, stencil)
     ends = reach.dim.offsets[me], reach.dim.offsets[me + 1]
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
@@ -110,14 +109,11 @@ def _own(plan: Exchange, me: int) -> range:
     return found[0] if found else range(0)
 
 
-def _route(plan: Exchange, d: int, me: int, group: str) -> tuple[_Route, list[tuple[int, int]]]:
+def _route(plan: Exchange, d: int, group: str) -> tuple[_Route, list[tuple[int, int]]]:
     """The exchange, and the ranges of local rows that are sent, rank by rank."""
-    sends = tuple(tuple(n for _, n in to) for to in plan.sends)
-    gets = tuple(
-        tuple(p.length for p in plan.pieces if p.source == r and r != me)
-        for r in range(len(plan.sends))
-    )
-    return _Route(d, sends, gets, group), [(a, a + n) for to in plan.sends for a, n in to]
+    sends = {r: tuple([n for _, n in to]) for r, to in plan.sends.items()}
+    route = _Route(d, sends, plan.gets, group)
+    return route, [(a, a + n) for to in plan.sends.values() for a, n in to]
 
 
 def _around(
@@ -171,11 +167,11 @@ class _Cut(torch.autograd.Function):
 
 def _start(route: _Route, like: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
     """A tensor that stands for what is on its way; `_wait` gives what came."""
-    grouped, at = [], 0
-    for to in route.sends:
-        grouped.append([p.contiguous() for p in parts[at : at + len(to)]])
+    grouped, at = {}, 0
+    for r, to in route.sends.items():
+        grouped[r] = [p.contiguous() for p in parts[at : at + len(to)]]
         at += len(to)
-    shapes = [[_resized(like, route.dim, n) for n in of] for of in route.gets]
+    shapes = {r: [_resized(like, route.dim, n) for n in of] for r, of in route.gets.items()}
     token = like.new_zeros(1)
     token.arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")  # type: ignore[attr-defined]
     token.row = like.new_empty(_resized(like, route.dim, 0))  # type: ignore[attr-defined]
@@ -183,7 +179,7 @@ def _start(route: _Route, like: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _wait(token: Any) -> list[Tensor]:
-    return [p for of in token.arrived() for p in of]
+    return [p for of in token.arrived().values() for p in of]
 
 
 def _resized(like: Tensor, d: int, n: int) -> list[int]:

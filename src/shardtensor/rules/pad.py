@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .. import comm
 from ..cache import cached
+from ..cuts import Kept
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
@@ -136,7 +137,7 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
             start, stop = dim.spans[me]
             amounts += (start - a, b - stop) if a < b else (start - stop, 0)
             continue
-        windows = tuple(_sources(a, b, dim.size, mode) for a, b in rows)
+        windows = Kept(_sources(a, b, dim.size, mode) for a, b in rows)
         fetched.append((d, windows))
         before, behind = (max(0, -a), max(0, b - dim.size)) if a < b else (0, 0)
         amounts += (before, behind)

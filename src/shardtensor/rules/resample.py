@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import comm
 from .._torch import kernels
 from ..cache import cached
+from ..cuts import Kept
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim
@@ -195,10 +196,7 @@ def _scaled(
     target, crops = list(out), []
     for d, halo in halos.items():
         dim, m, i = x._spec.dims[d], out[d - 2], x._spec.index[d]
-        windows = [
-            (max(0, a - halo), min(dim.size, b + halo)) if a < b else (a, a)
-            for a, b in pairwise(dim.offsets)
-        ]
+        windows = _haloed(dim, halo)
         group = comm.group(x._spec.mesh, dim.axes)
         local = comm.window(local, d, dim.sizes, windows, group)
         dims[d] = Dim(m, dim.axes, tuple(n * m // dim.size for n in dim.sizes))
@@ -209,6 +207,14 @@ def _scaled(
         if rows != local.shape[d]:
             local = local.narrow(d, start, rows)
     return wrap(local, x._spec.with_dims(dims))
+
+
+@cached
+def _haloed(dim: Dim, halo: int) -> Kept[tuple[int, int]]:
+    """The rows of every shard and `halo` beside them, as far as there are any."""
+    return Kept(
+        (max(0, a - halo), min(dim.size, b + halo)) if a < b else (a, a) for a, b in dim.windows()
+    )
 
 
 # any other map of rows ---------------------------------------------------------------------------
@@ -283,7 +289,7 @@ def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Plan:
     lows, weights = _taps(dim.size, m, scale, way)
     edges = [round(o * m / dim.size) for o in dim.offsets]
     taps = weights.shape[0]
-    windows = tuple(
+    windows = Kept(
         (int(lows[a:b].min()), min(dim.size, int(lows[a:b].max()) + taps)) if a < b else (0, 0)
         for a, b in pairwise(edges)
     )

@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch, cache, comm
 from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
-from ..spec import Dim, Spec, nested_chunk_sizes
+from ..cuts import nested_chunk_sizes
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..cuts import Kept, cut
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
@@ -27,9 +28,8 @@ from .reduce import over, wide
 @cached
 def _before(dim: Dim) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """(how many totals each shard has: one or none, which of them come before each shard)."""
-    have = tuple(min(1, n) for n in dim.sizes)
-    starts = Dim(sum(have), dim.axes, have).offsets
-    return have, tuple((0, s) for s in starts[:-1])
+    have = cut(min(1, n) for n in dim.sizes)
+    return have, Kept((0, s) for s in have.offsets[:-1])
 
 
 def _totals(x: ShardTensor, d: int, total: Tensor) -> Tensor:

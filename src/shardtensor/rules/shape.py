@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..cache import cached
+from ..cuts import chunk_sizes
 from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..registry import rule
-from ..spec import Dim, Spec, axes_in, chunk_sizes, whole_dims
+from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.layout import views
 from ..tensor.redistribute import convert, like, reduced, replicate, to_dims

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import comm
+from ..cache import cached
 from ..dispatch.writes import slice_of, stands_for_rows
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -19,14 +20,15 @@ from .rows import dims_of, mesh_of
 from .shape import _index, whole_in
 
 
+@cached
 def picks(dim: Dim, i: int, start: int, stop: int, step: int = 1) -> tuple[Dim, slice]:
     """Rows start, start + step, ... below stop of a dim: as a dim, and shard i's local rows."""
     count = max(0, -(-(stop - start) // step))
     if not dim.axes:
         return Dim(count), slice(start, start + count * step, step)
     # the number of picked rows before each edge of the shards
-    picked = [min(count, max(0, -(-(o - start) // step))) for o in dim.offsets]
-    new = Dim(count, dim.axes, tuple(b - a for a, b in pairwise(picked)))
+    picked = (-((start - dim.edges) // step)).clip(0, count)
+    new = Dim(count, dim.axes, np.diff(picked).tolist())
     first = start + picked[i] * step - dim.offsets[i]
     return new, slice(first, first + new.sizes[i] * step, step) if new.sizes[i] else slice(0, 0)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..comm.ops import exchange_parts
+from ..comm.rows import exchange_parts
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -139,7 +139,7 @@ def _order(x: ShardTensor, d: int, descending: bool) -> Tensor:
         to = torch.searchsorted(inside[me].contiguous(), at, right=True)
         both = both[:, None].flatten(2)[..., to.flatten().argsort(stable=True)]
     parts = both.flatten(1).split(sent[me], 1)
-    got = exchange_parts(parts, [[2, row[me]] for row in sent], both, group, "sort")
+    got = exchange_parts(parts, [[2, row[me]] for row in sent], group, "sort")
     own = torch.cat([g[0] for g in got])
     places = torch.cat([g[1].long() + o for g, o in zip(got, dim.offsets[:-1], strict=True)])
     if count > 1:

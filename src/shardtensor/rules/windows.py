@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..cuts import Kept
 from ..spec import Dim, Spec
 
 Ints = int | Sequence[int]
@@ -138,7 +139,7 @@ def _reach(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) ->
         not n or (start >= a and stop <= b)
         for n, (a, b), (start, stop) in zip(sizes, pairwise(dim.offsets), windows, strict=True)
     )
-    return Reach(Dim(ends[-1], dim.axes, sizes), tuple(windows), inside)
+    return Reach(Dim(ends[-1], dim.axes, sizes), Kept(windows), inside)
 
 
 def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from .. import comm
 from ..comm import counters, groups, wire
+from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
 from ..spec import Spec
@@ -93,24 +94,24 @@ def _same_everywhere(x: Tensor, name: str) -> list[torch.memory_format]:
 
     Raises ValueError on every rank unless all have the same shape and dtype.
     """
-    known = _facts(x, name)
-    if any(k[:-1] != known[0][:-1] for k in known):
-        raise ValueError(
-            "distribute_tensor: ranks have different tensors, "
-            + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in known)
-            + "; every rank gives the whole tensor's shape and dtype (torch.zeros where it has no "
-            "values), or its own part to ShardTensor.from_local"
-        )
-    return [_FORMATS[k[-1]] for k in known]
+    table = _facts(x, name)
+    if (table[:, :-1] == table[0, :-1]).all():
+        return [_FORMATS[k] for k in table[:, -1].tolist()]
+    raise ValueError(
+        "distribute_tensor: ranks have different tensors, "
+        + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in table.tolist())
+        + "; every rank gives the whole tensor's shape and dtype (torch.zeros where it has no "
+        "values), or its own part to ShardTensor.from_local"
+    )
 
 
-def _facts(x: Tensor, name: str) -> list[list[int]]:
+def _facts(x: Tensor, name: str) -> Any:
     """Dims, number of dtype, shape, zeros and format of every rank's tensor, by one all-gather."""
     if x.ndim > _MOST_DIMS:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
     facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
     facts += [0] * (_MOST_DIMS + 2 - len(facts))
-    return wire.all_gather_numbers([*facts, _FORMATS.index(memory_format(x))], x.device, name)
+    return wire.all_gather_table([*facts, _FORMATS.index(memory_format(x))], x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
@@ -125,15 +126,14 @@ def _slice(x: Tensor, spec: Spec, coordinate: Sequence[int]) -> Tensor:
 
 
 def _scatter(x: Tensor, spec: Spec, source: int, name: str) -> Tensor:
-    me, n = comm.rank(name), comm.size(name)
-    places = _coordinates(spec.mesh)
+    me = comm.rank(name)
     if me != source:
-        shapes: list[list[Sequence[int]]] = [[] for _ in range(n)]
-        shapes[source] = [spec.local_shape]
-        return wire.exchange([[]] * n, shapes, x, name, "scatter")[source][0]
-    own = _slice(x, spec, places[me]).clone(memory_format=torch.contiguous_format)
-    chunks = [[] if r == me else [_slice(x, spec, p)] for r, p in enumerate(places)]
-    wire.exchange(chunks, [[] for _ in places], x, name, "scatter")
+        shapes = {source: [spec.local_shape]}
+        return wire.exchange({}, shapes, x, name, "scatter")[source][0]
+    own = _slice(x, spec, spec.coordinate).clone(memory_format=torch.contiguous_format)
+    places = _coordinates(spec.mesh)
+    chunks = {r: [_slice(x, spec, p)] for r, p in enumerate(places) if r != me}
+    wire.exchange(chunks, {}, x, name, "scatter")
     return own
 
 
@@ -149,18 +149,18 @@ def from_local(
     if isinstance(local, ShardTensor):
         raise ValueError("from_local takes this rank's plain local tensor, not a ShardTensor")
     # a spec of the right axes, with sizes still unknown
-    cut = Spec.of(mesh, placements, [0] * local.ndim)
+    unknown = Spec.of(mesh, placements, [0] * local.ndim)
     if sizes is None:
-        learned = _learn_sizes(local, cut)
+        learned = _learn_sizes(local, unknown)
     else:
         for d in sizes:
             if not -local.ndim <= d < local.ndim:
                 raise ValueError(f"sizes for dim {d} of a tensor of {local.ndim} dims")
-        learned = {d % local.ndim: tuple(s) for d, s in sizes.items()}
-        missing = [d for d, dim in enumerate(cut.dims) if dim.axes and d not in learned]
+        learned = {d % local.ndim: cut(s) for d, s in sizes.items()}
+        missing = [d for d, dim in enumerate(unknown.dims) if dim.axes and d not in learned]
         if missing:
             raise ValueError(f"sizes must name every sharded dim; dims {missing} are missing")
-    shape = [sum(learned[d]) if d in learned else n for d, n in enumerate(local.shape)]
+    shape = [learned[d].offsets[-1] if d in learned else n for d, n in enumerate(local.shape)]
     spec = Spec.of(mesh, placements, shape, learned)
     if spec.local_shape != local.shape:
         raise ValueError(
@@ -171,31 +171,28 @@ def from_local(
     return wrap(local, spec)
 
 
-def _learn_sizes(local: Tensor, cut: Spec) -> dict[int, tuple[int, ...]]:
+def _learn_sizes(local: Tensor, unknown: Spec) -> dict[int, Cut]:
     """All shard sizes, by one all-gather of every rank's shape."""
-    mesh = cut.mesh
-    name = comm.group(mesh, tuple(range(mesh.ndim)))
-    known = _facts(local, name)
-    if any(k[:2] != known[0][:2] for k in known):
+    mesh = unknown.mesh
+    known = _facts(local, comm.group(mesh, tuple(range(mesh.ndim))))
+    if (known[:, :2] != known[0, :2]).any():
         raise ValueError(
             "from_local: ranks hold different dims or dtypes: "
-            + ", ".join(f"{k[0]}-d {_DTYPES[k[1]]}" for k in known)
+            + ", ".join(f"{k[0]}-d {_DTYPES[k[1]]}" for k in known.tolist())
         )
-    shapes = {
-        p: tuple(k[2 : 2 + local.ndim]) for p, k in zip(_coordinates(mesh), known, strict=True)
-    }
-    learned: dict[int, tuple[int, ...]] = {}
-    for d, dim in enumerate(cut.dims):
-        seen: dict[int, int] = {}
-        for place, shape in shapes.items():
-            index = cut.index_at(place)[d]
-            if seen.setdefault(index, shape[d]) != shape[d]:
-                raise ValueError(
-                    f"from_local: ranks that hold the same shard of dim {d} differ in its size: "
-                    f"{sorted({s[d] for s in shapes.values()})}"
-                )
+    learned: dict[int, Cut] = {}
+    for d, dim in enumerate(unknown.dims):
+        seen = known[:, 2 + d].reshape(mesh.shape)
+        # (shards of the dim, ranks that hold the same one)
+        first = (*dim.axes, *(a for a in range(mesh.ndim) if a not in dim.axes))
+        held = seen.transpose(first).reshape(max(1, len(dim.sizes)), -1)
+        if (held != held[:, :1]).any():
+            raise ValueError(
+                f"from_local: ranks that hold the same shard of dim {d} differ in its size: "
+                f"{sorted(set(seen.ravel().tolist()))}"
+            )
         if dim.axes:
-            learned[d] = tuple(seen[i] for i in range(len(dim.sizes)))
+            learned[d] = cut(held[:, 0].tolist())
     return learned
 
 

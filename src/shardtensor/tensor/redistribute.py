@@ -7,6 +7,7 @@ sharding that a rule asks for, each with the right cotangent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -17,7 +18,9 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.utils import _pytree as pytree
 
 from .. import comm
+from ..cache import cached
 from ..comm.deferred import check_mesh
+from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
 from ..spec import Dim, Spec, axes_in, whole_dims
@@ -246,26 +249,36 @@ def _make_partial(local: Tensor, mesh: DeviceMesh, axis: int, op: str) -> Tensor
     return comm.addend(local, name)
 
 
-def _block(dim: Dim, mesh: DeviceMesh, depth: int) -> tuple[int, ...]:
+def _block(dim: Dim, mesh: DeviceMesh, depth: int) -> Cut:
     """The sizes of this rank's sub-blocks along axis `depth` of a dim's axes."""
     place = mesh.get_coordinate()
     assert place is not None
-    first, inner = 0, dim.sizes
-    for axis in dim.axes[:depth]:
-        step = len(inner) // mesh.size(axis)
-        first = place[axis] * step
-        inner = inner[first : first + step]
-    n = mesh.size(dim.axes[depth])
-    step = len(inner) // n
-    return tuple(sum(inner[i * step : (i + 1) * step]) for i in range(n))
+    at = tuple([place[a] for a in dim.axes[:depth]])
+    return _blocks(dim, at, tuple([mesh.size(a) for a in dim.axes[: depth + 1]]))
+
+
+@cached
+def _blocks(dim: Dim, at: tuple[int, ...], parts: tuple[int, ...]) -> Cut:
+    """The sizes of the sub-blocks of the block at these coordinates along the first axes."""
+    first, length = 0, len(dim.sizes)
+    for i, n in zip(at, parts, strict=False):
+        length //= n
+        first += i * length
+    ends = range(first, first + length + 1, length // parts[-1])
+    return cut([dim.offsets[b] - dim.offsets[a] for a, b in pairwise(ends)])
 
 
 def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
     """A dim sharded only by the first `depth` of its axes."""
-    if depth == 0:
-        return Dim(dim.size)
-    step = prod(mesh.size(a) for a in dim.axes[depth:])
-    sizes = tuple(sum(dim.sizes[i : i + step]) for i in range(0, len(dim.sizes), step))
+    if depth in (0, len(dim.axes)):
+        return dim if depth else Dim(dim.size)
+    return _coarse(dim, depth, prod(mesh.size(a) for a in dim.axes[depth:]))
+
+
+@cached
+def _coarse(dim: Dim, depth: int, step: int) -> Dim:
+    ends = range(0, len(dim.sizes) + 1, step)
+    sizes = [dim.offsets[b] - dim.offsets[a] for a, b in pairwise(ends)]
     return Dim(dim.size, dim.axes[:depth], sizes)
 
 

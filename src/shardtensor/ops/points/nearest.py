@@ -197,7 +197,4 @@ def _visit(found: Found, packed: Tensor, own: Boxes, met: Met, chunk: int) -> No
 
 def _send(x: Tensor, to: int, source: int, shape: tuple[int, ...], group: str) -> Tensor:
     """x to one rank, and what another sends here."""
-    n = comm.size(group)
-    sends = [[x] if r == to else [] for r in range(n)]
-    shapes = [[shape] if r == source else [] for r in range(n)]
-    return wire.exchange(sends, shapes, x, group, "points")[source][0]
+    return wire.exchange({to: [x]}, {source: [shape]}, x, group, "points")[source][0]

@@ -1,0 +1,202 @@
+"""How the cost of one op on one rank grows with the number of ranks, by counts and CPU time.
+
+    OMP_NUM_THREADS=1 python benchmarks/growth.py [--ops conv swap ...] [--ranks 2 8 64 512 4096]
+
+Every row is one rank of N, alone (`shardtensor.rehearse`'s silent world), with shards of the same
+size for every N: host microseconds of the first call (cold: specs and plans are made) and of later
+ones (warm, median), and of a warm call the kernels that it runs, messages and bytes that it sends,
+and the Python and C functions that Python calls. To add an op is to add a line to OPS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.profiler import ProfilerActivity, profile
+
+import shardtensor as st
+from shardtensor import cache
+from shardtensor._torch.world import silent_world
+from shardtensor.attention.strategy import strategy
+from shardtensor.comm import groups
+
+REPEATS = 15
+# what the profiler shows of ops that run no kernel
+VIEWS = {
+    "alias", "as_strided", "chunk", "detach", "expand", "flatten", "movedim", "narrow", "permute",
+    "reshape", "resolve_conj", "resolve_neg", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "swapaxes", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as", "empty",
+    "empty_like", "empty_strided", "new_empty", "resize_", "result_type", "set_", "is_nonzero",
+    "lift_fresh", "_reshape_alias", "unbind", "unfold", "item", "_local_scalar_dense", "to",
+    "contiguous", "unsafe_split", "requires_grad_",
+}  # fmt: skip
+
+
+class Cost(NamedTuple):
+    """Of one call: host microseconds cold and warm, and counts of a warm call."""
+
+    cold: float
+    warm: float
+    kernels: int
+    messages: int
+    bytes: int
+    calls: int
+
+
+def shards(mesh: DeviceMesh, shape: tuple[int, ...], dim: int, rows: int) -> st.ShardTensor:
+    """Random shards of `rows` rows of dim, of which nothing of global size is made."""
+    shape = (*shape[:dim], rows, *shape[dim + 1 :])
+    local = torch.randn(shape)
+    return st.ShardTensor.from_local(local, mesh, [Shard(dim)], {dim: [rows] * mesh.size()})
+
+
+def conv(mesh: DeviceMesh) -> Callable[[], Any]:
+    x, w = shards(mesh, (1, 4, 0, 8), 2, 4), torch.randn(4, 4, 3, 3)
+    return lambda: F.conv2d(x, w, padding=1)
+
+
+def conv_strided(mesh: DeviceMesh) -> Callable[[], Any]:
+    x, w = shards(mesh, (1, 4, 0, 8), 2, 5), torch.randn(4, 4, 3, 3)
+    return lambda: F.conv2d(x, w, stride=2, padding=1)
+
+
+def conv_both_ways(mesh: DeviceMesh) -> Callable[[], Any]:
+    x, w = shards(mesh, (1, 4, 0, 8), 2, 4), torch.randn(4, 4, 3, 3, requires_grad=True)
+    x.requires_grad_()
+    return lambda: F.conv2d(x, w, padding=1).sum().backward()
+
+
+def batch_norm(mesh: DeviceMesh) -> Callable[[], Any]:
+    x = shards(mesh, (1, 4, 0, 8), 2, 4)
+    return lambda: F.batch_norm(x, None, None, training=True)
+
+
+def swap(mesh: DeviceMesh) -> Callable[[], Any]:
+    x = shards(mesh, (0, mesh.size()), 0, 4)
+    return lambda: x.redistribute(placements=[Shard(1)])
+
+
+def narrow(mesh: DeviceMesh) -> Callable[[], Any]:
+    x = shards(mesh, (0, 8), 0, 4)
+    return lambda: x[1:-1]
+
+
+def roll(mesh: DeviceMesh) -> Callable[[], Any]:
+    x = shards(mesh, (0, 8), 0, 4)
+    return lambda: x.roll(1, 0)
+
+
+def from_local(mesh: DeviceMesh) -> Callable[[], Any]:
+    local = torch.randn(4, 8)
+    return lambda: st.ShardTensor.from_local(local, mesh, [Shard(0)])
+
+
+def ring(mesh: DeviceMesh) -> Callable[[], Any]:
+    q = shards(mesh, (1, 1, 0, 8), 2, 4)
+
+    def run() -> Any:
+        with strategy("ring"):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    return run
+
+
+OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
+    "add": lambda mesh: (lambda x: lambda: x + x)(shards(mesh, (0, 8), 0, 4)),
+    "conv": conv,
+    "conv by 2": conv_strided,
+    "conv both ways": conv_both_ways,
+    "batch_norm": batch_norm,
+    "swap": swap,
+    "slice": narrow,
+    "roll": roll,
+    "from_local": from_local,
+    "ring attention": ring,
+}
+
+
+def python_calls(run: Callable[[], Any]) -> int:
+    """Functions of Python and of C that a call of run makes."""
+    found = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def kernels(run: Callable[[], Any]) -> int:
+    """Ops of torch that work on memory, without those that they are made of."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        run()
+    events = [e for e in prof.events() if e.name.startswith("aten::")]
+    return sum(
+        e.name.removeprefix("aten::") not in VIEWS
+        and not any(
+            c.name.startswith("aten::") and c.name.removeprefix("aten::") not in VIEWS
+            for c in e.cpu_children
+        )
+        for e in events
+    )
+
+
+def cost(name: str, ranks: int, repeats: int = REPEATS) -> Cost:
+    """One op on the middle rank of so many."""
+    torch.manual_seed(0)
+    cache.clear()
+    with silent_world(ranks // 2, ranks):
+        try:
+            run = OPS[name](init_device_mesh("cpu", (ranks,)))
+            begin = time.perf_counter()
+            run()
+            cold = time.perf_counter() - begin
+            times = []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - begin)
+            with st.trace() as t:
+                run()
+            counts = kernels(run), t.messages, t.bytes, python_calls(run)
+        finally:
+            cache.clear()
+            groups.forget()
+    return Cost(1e6 * cold, 1e6 * statistics.median(times), *counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", default=list(OPS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64, 512, 4096])
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
+    print("op                 ranks    cold us    warm us  kernels  messages     bytes    calls")
+    cost("conv", 2, 1)
+    for name in options.ops:
+        for n in options.ranks:
+            c = cost(name, n, options.repeats)
+            print(
+                f"{name:16} {n:7} {c.cold:10.0f} {c.warm:10.1f} {c.kernels:8} {c.messages:9} "
+                f"{c.bytes:9} {c.calls:8}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

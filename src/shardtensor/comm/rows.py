@@ -1,0 +1,97 @@
+"""Rows by global index: `take` and `put`, each the other's adjoint, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cuts import cut
+from . import groups, wire
+from .define import define
+from .pack import numel_but
+
+Ints = Sequence[int]
+
+
+def exchange_rows(x: Tensor, gives: Ints, gets: Ints, group: str, label: str) -> Tensor:
+    """What each rank had for this one, gets[r] rows, in the order of the ranks.
+
+    x: gives[r] rows for each rank, in order; this rank's own stay.
+    """
+    if len(gives) == 1:
+        return x
+    me, rest = groups.rank(group), x.shape[1:]
+    start, row = sum(gives[:me]), sum(gets[:me])
+    before, own, after = x.split([start, gives[me], x.shape[0] - start - gives[me]])
+    received = x.new_empty([sum(gets) - gets[me], *rest])
+    size = numel_but(x.shape, 0) * x.element_size()
+    to, of = ([0 if r == me else n * size for r, n in enumerate(ns)] for ns in (gives, gets))
+    send = torch.cat((before, after)).reshape(-1)
+    wire.all_to_all(received.view(-1), send, of, to, group, label)
+    return torch.cat((received[:row], own, received[row:]))
+
+
+def exchange_parts(
+    parts: Sequence[Tensor], shapes: Sequence[Ints], group: str, label: str
+) -> list[Tensor]:
+    """What each rank had for this one; parts[r] goes to rank r, this rank's own stays."""
+    gives, gets = [p.numel() for p in parts], [prod(s) for s in shapes]
+    found = exchange_rows(torch.cat([p.reshape(-1) for p in parts]), gives, gets, group, label)
+    return [part.view(tuple(s)) for part, s in zip(found.split(gets), shapes, strict=True)]
+
+
+def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[int], Tensor]:
+    """Sort global indices by owner and tell each owner.
+
+    Returns the order, how many each owner gets, how many each rank asks of this one, and the local
+    rows that they ask for, in the order of the ranks.
+    """
+    groups.check_values(group)
+    ends = torch.tensor(cut(sizes).offsets, device=index.device)
+    owner = torch.bucketize(index, ends[1:], right=True)
+    order = torch.argsort(owner, stable=True)
+    counts = torch.bincount(owner, minlength=len(sizes))
+    one = [1] * len(sizes)
+    asked = exchange_rows(counts, one, one, group, "take").tolist()
+    wanted = (index - ends[owner])[order]
+    per_owner = counts.tolist()
+    return order, per_owner, asked, exchange_rows(wanted, per_owner, asked, group, "take")
+
+
+def _take(x: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
+    order, counts, asked, rows = requests(index, sizes, group)
+    out = x.new_empty([index.numel(), *x.shape[1:]])
+    out[order] = exchange_rows(x[rows], asked, counts, group, "take")
+    return out
+
+
+def _put(rows: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
+    order, counts, asked, wanted = requests(index, sizes, group)
+    came = exchange_rows(rows[order], counts, asked, group, "put")
+    out = rows.new_zeros([sizes[groups.rank(group)], *rows.shape[1:]])
+    return out.index_add_(0, wanted, came)
+
+
+def _index_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.rest = inputs[2:]
+
+
+take_op = define(
+    "take(Tensor x, Tensor index, int[] sizes, str group) -> Tensor",
+    _take,
+    lambda x, index, sizes, group: x.new_empty([index.numel(), *x.shape[1:]]),
+    _index_setup,
+    lambda ctx, g: (put_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
+)
+put_op: Any = define(
+    "put(Tensor rows, Tensor index, int[] sizes, str group) -> Tensor",
+    _put,
+    lambda rows, index, sizes, group: rows.new_empty([sizes[groups.rank(group)], *rows.shape[1:]]),
+    _index_setup,
+    lambda ctx, g: (take_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
+)
