@@ -38,6 +38,13 @@ x.mean().item()  # mean
 os.write(1, b"finished\\n")
 """
 
+# on the same lines, in a process group of the program's own
+OWN = SCRIPT.replace(
+    "mesh, device = st.init()",
+    "torch.distributed.init_process_group('gloo'); "
+    "mesh = torch.distributed.init_device_mesh('cpu', (2,))",
+)
+
 
 def state(line, collective="", group=None, counts=(), left=False, op="", seconds=12.0):
     if left:
@@ -158,9 +165,10 @@ def test_collectives_of_other_sizes_end_with_a_line(tmp_path):
 
 
 @pytest.mark.gloo
-def test_a_slow_rank_is_told_and_waited_for(tmp_path):
+@pytest.mark.parametrize("program", [SCRIPT, OWN], ids=["init", "own"])
+def test_a_slow_rank_is_told_and_waited_for(tmp_path, program):
     script = tmp_path / "job.py"
-    script.write_text(SCRIPT)
+    script.write_text(program)
     go = tmp_path / "go"
     said = "to which rank 1 did not come: rank 1 runs "
     found = ran(script, 2, ["slow", str(go)], said, lambda _: go.touch())

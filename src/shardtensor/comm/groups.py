@@ -69,6 +69,8 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     # ranks of a simulated world share this table, hence their number in the key
     name = f"{made.group_name}:{dist.get_rank()}"
     _groups[name] = made
+    if Hooks.grouped is not None and simulated_rank() is None:
+        Hooks.grouped()
     return name
 
 

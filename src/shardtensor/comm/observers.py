@@ -19,13 +19,14 @@ class Hooks:
     the group (its name, or its ranks) must agree on. calling(op, args, kwargs): before each op of
     the user, while a record is open; called(what calling returned, args, a list of the result,
     error): after it. explained(error): what an error of a collective means, from what other ranks
-    left.
+    left. grouped(): once a mesh is used that has more than one rank.
     """
 
     meeting: Callable[[str, Any, dict[str, Any]], None] | None = None
     calling: Callable[[str, Any, Any], Any] | None = None
     called: Callable[[Any, Any, list[Any], BaseException | None], None] | None = None
     explained: Callable[[BaseException], BaseException | None] | None = None
+    grouped: Callable[[], None] | None = None
 
 
 def simulated_rank() -> int | None:

@@ -147,6 +147,11 @@ def leave() -> None:
     watch.links.leave()
 
 
+def is_started() -> bool:
+    """Whether this process watches others."""
+    return _watch is not None and _watch.process == os.getpid()
+
+
 def start(one_host: bool) -> None:
     """Watch the ranks of the process group that was initialised."""
     global _watch, _hooked

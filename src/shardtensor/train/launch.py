@@ -17,9 +17,11 @@ from ..attention.strategy import assume_link
 from ..comm.launcher import Place as Place
 from ..comm.launcher import first_host as first_host
 from ..comm.launcher import place
-from ..comm.observers import simulated_rank
-from ..observe import failures, network
+from ..comm.observers import Hooks, simulated_rank
+from ..observe import failures, network, onlookers
 from .rendezvous import agree, fresh, met
+
+Hooks.grouped = onlookers.start
 
 
 def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
