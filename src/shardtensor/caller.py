@@ -19,13 +19,15 @@ _OURS = tuple(
         *{sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")},
     )
 )
+# the folder in which Inductor writes what it compiles
+_COMPILED = f"{os.sep}torchinductor_"
 _SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
 @lru_cache(maxsize=4096)
 def is_library(file: str) -> bool:
     """Whether code of this file is this package's, torch's or Python's own."""
-    if file.startswith(("<frozen", "<eval_with_key")) or "torchinductor" in file:
+    if file.startswith(("<frozen", "<eval_with_key")) or _COMPILED in file:
         return True
     if file.startswith(_OURS[:2]):
         return True
