@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/growth.py [--ops conv swap ...] [--ranks 2 8 64 512 4096]
 
 Every row is one rank of N, alone (`shardtensor.rehearse`'s silent world), with shards of the same
-size for every N: host microseconds of the first call (cold: specs and plans are made) and of later
+size for every N: CPU microseconds of the first call (cold: specs and plans are made) and of later
 ones (warm, median), and of a warm call the kernels that it runs, messages and bytes that it sends,
 and the Python and C functions that Python calls. To add an op is to add a line to OPS.
 """
@@ -14,13 +14,14 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Partial, Shard
 from torch.profiler import ProfilerActivity, profile
 
 import shardtensor as st
@@ -30,6 +31,7 @@ from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups
 
 REPEATS = 15
+KERNEL = torch.randn(4, 4, 4, 4)
 # what the profiler shows of ops that run no kernel
 VIEWS = {
     "alias", "as_strided", "chunk", "detach", "expand", "flatten", "movedim", "narrow", "permute",
@@ -42,7 +44,7 @@ VIEWS = {
 
 
 class Cost(NamedTuple):
-    """Of one call: host microseconds cold and warm, and counts of a warm call."""
+    """Of one call: CPU microseconds cold and warm, and counts of a warm call."""
 
     cold: float
     warm: float
@@ -100,6 +102,36 @@ def from_local(mesh: DeviceMesh) -> Callable[[], Any]:
     return lambda: st.ShardTensor.from_local(local, mesh, [Shard(0)])
 
 
+def on_image(op: Callable[[Any], Any], rows: int = 4) -> Callable[[DeviceMesh], Callable[[], Any]]:
+    """An op of an image (1, 4, rows of all ranks, 8)."""
+
+    def made(mesh: DeviceMesh) -> Callable[[], Any]:
+        x = shards(mesh, (1, 4, 0, 8), 2, rows)
+        return lambda: op(x)
+
+    return made
+
+
+def uneven(mesh: DeviceMesh) -> Callable[[], Any]:
+    """A convolution of shards of 4 and 5 rows in turn."""
+    n = mesh.size()
+    sizes = [4 + r % 2 for r in range(n)]
+    local = torch.randn(1, 4, sizes[n // 2], 8)
+    x = st.ShardTensor.from_local(local, mesh, [Shard(2)], {2: sizes})
+    w = torch.randn(4, 4, 3, 3)
+    return lambda: F.conv2d(x, w, padding=1)
+
+
+def recut(mesh: DeviceMesh) -> Callable[[], Any]:
+    x, sizes = shards(mesh, (1, 4, 0, 8), 2, 4), [5, *[4] * (mesh.size() - 2), 3]
+    return lambda: x.redistribute(sizes={2: sizes})
+
+
+def summed(mesh: DeviceMesh) -> Callable[[], Any]:
+    x = st.ShardTensor.from_local(torch.randn(4 * mesh.size(), 8), mesh, [Partial()])
+    return lambda: x.redistribute(placements=[Shard(0)])
+
+
 def ring(mesh: DeviceMesh) -> Callable[[], Any]:
     q = shards(mesh, (1, 1, 0, 8), 2, 4)
 
@@ -121,6 +153,30 @@ OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
     "roll": roll,
     "from_local": from_local,
     "ring attention": ring,
+    "uneven conv": uneven,
+    "conv_transpose": on_image(lambda x: F.conv_transpose2d(x, KERNEL, stride=2, padding=1)),
+    "max_pool 3 by 2": on_image(lambda x: F.max_pool2d(x, 3, 2, 1)),
+    "avg_pool 2": on_image(lambda x: F.avg_pool2d(x, 2)),
+    "bilinear": on_image(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "nearest": on_image(lambda x: F.interpolate(x, scale_factor=2)),
+    "circular pad": on_image(lambda x: F.pad(x, (0, 0, 1, 1), mode="circular")),
+    "zero pad": on_image(lambda x: F.pad(x, (0, 0, 1, 1))),
+    "flip": on_image(lambda x: x.flip(2)),
+    "repeat": on_image(lambda x: x.repeat(1, 1, 2, 1)),
+    "cat": on_image(lambda x: torch.cat([x, x], 2)),
+    "diff": on_image(lambda x: x.diff(dim=2)),
+    "cumsum": on_image(lambda x: x.cumsum(2)),
+    "softmax": on_image(lambda x: x.softmax(2)),
+    "unfold": on_image(lambda x: x.unfold(2, 3, 1)),
+    "flatten": on_image(lambda x: x.flatten(2)),
+    "sum": on_image(lambda x: x.sum(2)),
+    "select": on_image(lambda x: x[:, :, 3]),
+    "chunk": on_image(lambda x: x.chunk(2, 2)),
+    "full_tensor": on_image(lambda x: x.full_tensor()),
+    "recut": lambda mesh: (
+        lambda x, n: lambda: x.redistribute(sizes={2: [5] + [4] * (n - 2) + [3]})
+    )(shards(mesh, (1, 4, 0, 8), 2, 4), mesh.size()),
+    "reduce_scatter": summed,
 }
 
 
@@ -155,27 +211,39 @@ def kernels(run: Callable[[], Any]) -> int:
     )
 
 
-def cost(name: str, ranks: int, repeats: int = REPEATS) -> Cost:
-    """One op on the middle rank of so many."""
+@contextmanager
+def prepared(name: str, ranks: int) -> Iterator[Callable[[], Any]]:
+    """One op on the middle rank of so many, not yet called."""
     torch.manual_seed(0)
     cache.clear()
     with silent_world(ranks // 2, ranks):
         try:
-            run = OPS[name](init_device_mesh("cpu", (ranks,)))
-            begin = time.perf_counter()
-            run()
-            cold = time.perf_counter() - begin
-            times = []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - begin)
-            with st.trace() as t:
-                run()
-            counts = kernels(run), t.messages, t.bytes, python_calls(run)
+            yield OPS[name](init_device_mesh("cpu", (ranks,)))
         finally:
             cache.clear()
             groups.forget()
+
+
+def first_calls(name: str, ranks: int) -> int:
+    """The Python and C functions that the first call calls."""
+    with prepared(name, ranks) as run:
+        return python_calls(run)
+
+
+def cost(name: str, ranks: int, repeats: int = REPEATS) -> Cost:
+    """What one op takes on one rank of so many."""
+    with prepared(name, ranks) as run:
+        begin = time.thread_time()
+        run()
+        cold = time.thread_time() - begin
+        times = []
+        for _ in range(repeats):
+            begin = time.thread_time()
+            run()
+            times.append(time.thread_time() - begin)
+        with st.trace() as t:
+            run()
+        counts = kernels(run), t.messages, t.bytes, python_calls(run)
     return Cost(1e6 * cold, 1e6 * statistics.median(times), *counts)
 
 

@@ -199,7 +199,7 @@ def _scaled(
         windows = _haloed(dim, halo)
         group = comm.group(x._spec.mesh, dim.axes)
         local = comm.window(local, d, dim.sizes, windows, group)
-        dims[d] = Dim(m, dim.axes, tuple(n * m // dim.size for n in dim.sizes))
+        dims[d] = Dim(m, dim.axes, dim.scaled(m, dim.size).sizes)
         target[d - 2] = local.shape[d] * m // dim.size
         crops.append((d, (dim.offsets[i] - windows[i][0]) * m // dim.size, dims[d].sizes[i]))
     local = _kernel(local, target, scales, way, out[-1] > 1).to(_dtype(x, way))

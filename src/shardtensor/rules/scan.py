@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..cuts import Kept, cut
+from ..comm.exchanges import FEW, whole
+from ..cuts import Cut, Kept, cut
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
@@ -26,7 +27,7 @@ from .reduce import over, wide
 
 
 @cached
-def _before(dim: Dim) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _before(dim: Dim) -> tuple[Cut, Kept[tuple[int, int]]]:
     """(how many totals each shard has: one or none, which of them come before each shard)."""
     have = cut(min(1, n) for n in dim.sizes)
     return have, Kept((0, s) for s in have.offsets[:-1])
@@ -34,9 +35,13 @@ def _before(dim: Dim) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
 
 def _totals(x: ShardTensor, d: int, total: Tensor) -> Tensor:
     """The totals of the shards before this one, in order, from each non-empty shard's own."""
-    dim = x._spec.dims[d]
-    have, windows = _before(dim)
-    return comm.window(total, d, have, windows, comm.along(x._spec, d))
+    have, windows = _before(x._spec.dims[d])
+    group = comm.along(x._spec, d)
+    if len(have) <= FEW:
+        return comm.window(total, d, have, windows, group)
+    # those behind it, too: by one all-gather
+    every = comm.window(total, d, have, whole(have), group)
+    return every.narrow(d, 0, windows[x._spec.index[d]][1])
 
 
 def _scan(

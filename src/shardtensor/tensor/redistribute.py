@@ -7,10 +7,10 @@ sharding that a rule asks for, each with the right cotangent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -264,8 +264,8 @@ def _blocks(dim: Dim, at: tuple[int, ...], parts: tuple[int, ...]) -> Cut:
     for i, n in zip(at, parts, strict=False):
         length //= n
         first += i * length
-    ends = range(first, first + length + 1, length // parts[-1])
-    return cut([dim.offsets[b] - dim.offsets[a] for a, b in pairwise(ends)])
+    ends = dim.edges[first : first + length + 1 : length // parts[-1]]
+    return cut(np.diff(ends).tolist())
 
 
 def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
@@ -277,9 +277,7 @@ def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
 
 @cached
 def _coarse(dim: Dim, depth: int, step: int) -> Dim:
-    ends = range(0, len(dim.sizes) + 1, step)
-    sizes = [dim.offsets[b] - dim.offsets[a] for a, b in pairwise(ends)]
-    return Dim(dim.size, dim.axes[:depth], sizes)
+    return Dim(dim.size, dim.axes[:depth], np.diff(dim.edges[::step]).tolist())
 
 
 def _move_axes(
