@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cases import CASES, table
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -121,7 +122,7 @@ def _hold_the_rules_by_hand(module):
 
 def test_the_rule_of_contributing(monkeypatch):
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rule, test = re.findall(r"```python\n(.*?)```", text, re.S)
+    rule, entry, test = re.findall(r"```python\n(.*?)```", text, re.S)
     # outside the library: absolute imports
     rule = re.sub(r"from \.\.(\w+)", r"from shardtensor.\1", rule)
     rule = re.sub(r"from \.(\w+)", r"from shardtensor.rules.\1", rule)
@@ -134,6 +135,9 @@ def test_the_rule_of_contributing(monkeypatch):
             for n in (1, 3, 8):
                 module["test_diff"](cut, n)
         module["test_diff_refuses_prepend"]()
+        exec(entry, vars(table))
+        for name in ("diff: once", "diff: thrice"):
+            CASES.pop(name).meet()
     finally:
         monkeypatch.undo()
         registry.handlers.clear()

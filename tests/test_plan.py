@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import shardtensor as st
+from shardtensor.cli import main
 from shardtensor.plan.estimate import A100, H100, Layout, Task, estimate
 from shardtensor.plan.search import fewest, layouts, plan
 from shardtensor.ranks.measure import peak_bytes
@@ -189,7 +190,11 @@ def test_command(tmp_path):
         (["--input", "1x1x64x64", "--arg", "width"], "is no argument"),
     ],
 )
-def test_mistakes_of_the_command(args, message):
-    done = run(*UNET, *args)
-    assert done.returncode == 2 and message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_mistakes_of_the_command(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shardtensor", *UNET, *args])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said
+    assert len(said.strip().splitlines()) == 1

@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 import shardtensor as st
 
+# values, gradients and second derivatives of a sample
+COST = 2
 MESHES = [(2,), (2,), (3,), (4,), (2, 2)]
 WAYS = ["value", "value", "second", "second", "second", "out", "in place", "in place", "mistake"]
 DTYPES = [torch.float64] * 8 + [torch.int64, torch.complex128, torch.bool]

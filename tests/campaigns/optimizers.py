@@ -12,6 +12,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 import shardtensor as st
 
 D = torch.float64
+# a case is some steps of training
+COST = 3
 # arguments that each may be given
 WAYS: dict[str, list[dict[str, Any]]] = {
     "Adadelta": [{}, {"weight_decay": 0.1}],

@@ -60,4 +60,6 @@ NO_GRAD = {"scatter reduce"}
 for name, (fn, index) in READS.items():
     case("gather", x, index, name=name)(fn)
 for name, (fn, index, v) in WRITES.items():
-    case("scatter", x, index, v, name=name, grad=name not in NO_GRAD)(fn)
+    # ten reductions in one
+    turn = (0, 2) if name == "scatter_reduce" else (0, 1)
+    case("scatter", x, index, v, name=name, grad=name not in NO_GRAD, turn=turn)(fn)
