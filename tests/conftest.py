@@ -14,6 +14,21 @@ def home(tmp_path_factory):
     os.environ["SHARDTENSOR_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line, run in this process: exit code, output and errors."""
+    from shardtensor.cli import main
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["shardtensor", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line for each campaign: what became of its cases."""
     done = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]

@@ -1,7 +1,6 @@
 """`check` names the module that is wrong or refused, and passes what is right."""
 
 import json
-import subprocess
 import sys
 import types
 
@@ -278,18 +277,14 @@ class Wrong(Right):
 
 
 @pytest.mark.parametrize("name, status", [("Right", 0), ("Wrong", 1), ("None", 2)])
-def test_command(tmp_path, name, status):
+def test_command(tmp_path, name, status, command):
     (tmp_path / "mine.py").write_text(MODELS)
-    args = ["check", f"{tmp_path}/mine.py:{name}", "--input", "1x2x8x8", "--arg", "width=3", "--json",
-            "--mesh", "2"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from shardtensor.cli import main; main()", *args],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
+    given = ["--input", "1x2x8x8", "--arg", "width=3", "--json", "--mesh", "2"]
+    code, out, err = command("check", f"{tmp_path}/mine.py:{name}", *given)
+    assert code == status, err
     if status == 2:
-        assert "has no class or function" in done.stderr and done.stderr.count("\n") == 1
+        assert "has no class or function" in err and err.count("\n") == 1
         return
-    found = json.loads(done.stdout)
+    found = json.loads(out)
     assert found["ok"] is (status == 0) and len(found["findings"]) == 2
     assert found["findings"][0]["module"] == ("" if status == 0 else "the model")

@@ -1,7 +1,6 @@
 """A plan on fake tensors, held against steps that really run."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import shardtensor as st
-from shardtensor.cli import main
 from shardtensor.plan.estimate import A100, H100, Layout, Task, estimate
 from shardtensor.plan.search import fewest, layouts, plan
 from shardtensor.ranks.measure import peak_bytes
@@ -156,29 +154,23 @@ def test_ranking_and_the_fewest():
     assert fewest(t.make, t.shapes, replace(A100, memory=1), dims=(2,), most=2) is None
 
 
-def run(*args):
-    code = "from shardtensor.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *args],
-        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
-    )  # fmt: skip
-
-
 UNET = ["plan", "examples/models.py:UNet", "--arg", "c_in=1", "--arg", "c_out=1"]
 
 
-def test_command(tmp_path):
-    done = run(*UNET, "--input", "1x1x64x64", "--devices", "2", "--json", "--shard", "2",
-               "--picture", str(tmp_path / "p.png"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_command(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, err = command(
+        *UNET, "--input", "1x1x64x64", "--devices", "2", "--json", "--shard", "2", "--picture", tmp_path / "p.png"
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
     assert [e["mesh"] for e in found] == [{"data": 1, "dim2": 2}] * 2
     assert {e["options"]["precision"] for e in found} == {None, "bf16"}
     assert all(e["fits"] and e["peak"] == sum(e["memory"].values()) for e in found)
     assert found[0]["collectives"]["window"]["bytes"] > 0
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    table = run(*UNET, "--input", "1x1x64x64", "--shard", "2")
-    assert table.returncode == 0 and "1 x h100" in table.stdout and "one device" in table.stdout
+    code, out, _ = command(*UNET, "--input", "1x1x64x64", "--shard", "2")
+    assert code == 0 and "1 x h100" in out and "one device" in out
 
 
 @pytest.mark.parametrize(
@@ -190,11 +182,8 @@ def test_command(tmp_path):
         (["--input", "1x1x64x64", "--arg", "width"], "is no argument"),
     ],
 )
-def test_mistakes_of_the_command(args, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["shardtensor", *UNET, *args])
+def test_mistakes_of_the_command(args, message, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and message in said
-    assert len(said.strip().splitlines()) == 1
+    code, _, err = command(*UNET, *args)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1

@@ -200,6 +200,7 @@ def test_batch_that_does_not_divide(store):
 # training ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns(store):
     storms = sd.Storms(store, sd.Where(HERE, None, D))
     _, losses = sd.train("radar", storms, steps=80, batch=4, frames=7, rate=0.01, options=TINY)
@@ -297,6 +298,7 @@ def test_fsdp2_shards_and_weights_load():
 # the program ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path):
     """From nothing to the picture, in processes that it starts itself."""
     script = Path(sd.__file__)
