@@ -39,15 +39,21 @@ def test_half(module, dtype, mixed):
     module.to(D)
 
 
+class Cast(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(v)
+
+
 @each
 def test_autocast(module):
-    def run(v):
-        with torch.autocast("cpu", torch.bfloat16):
-            return module(v)
-
     for dtype in (torch.float32, torch.bfloat16):
         module.float()
-        T.hold(run, [x.to(dtype)], [T.shard(2, (4, 0, 3))], (3,), rtol=0.03)
+        T.hold(Cast(module), [x.to(dtype)], [T.shard(2, (4, 0, 3))], (3,), rtol=0.03)
     module.to(D)
 
 
