@@ -49,3 +49,15 @@ def test_derivatives_of_every_order(name, cut, d):
                     same(got.full_tensor(), want, f"{order} along {dim}", 1e-9, 1e-12)
 
     st.simulate(len(cut), run)
+
+
+def test_a_large_order_of_one_number():
+    x = torch.tensor([[-2.0, 0.5, 0.0]], dtype=torch.float64)
+
+    def run():
+        y = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        for order in (2**40, 1e300, -(2**40)):
+            want = torch.linalg.vector_norm(x, order, 0)
+            same(torch.linalg.vector_norm(y, order, 0).full_tensor(), want, "norm")
+
+    st.simulate(2, run)

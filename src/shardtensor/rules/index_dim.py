@@ -15,6 +15,7 @@ from .index import in_place
 from .rows import Kernel, dims_of, integers, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
+from .trial import few
 
 
 def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor]:
@@ -60,13 +61,19 @@ def _rows_written(
 
 @rule("index_add")
 def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
-    # as torch converts it, to the dtype of the source
-    source = (
-        source
-        if alpha == 1
-        else source * torch.full((), alpha, dtype=source.dtype, device=source.device)
-    )
+    if alpha != 1 and source.numel():
+        _try_factor(input, dim, alpha)
+        # as torch converts it, to the dtype of the source
+        source = source * torch.full((), alpha, dtype=source.dtype, device=source.device)
     return _rows_written("index_add", input, dim, index, source, None)
+
+
+def _try_factor(x: Tensor, dim: int, alpha: Any) -> None:
+    """Raise what torch raises for a factor that the dtype does not hold."""
+    rows = few(x)
+    if rows.numel() and -x.ndim <= dim < x.ndim:
+        one = torch.zeros(1, dtype=torch.long)
+        rows.index_add(dim, one, rows.narrow(dim, 0, 1), alpha=alpha)
 
 
 @rule("index_copy")

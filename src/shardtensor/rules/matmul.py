@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, refuse_not_dense
 from . import labels
 from .labels import Labels
+from .reduce import wide
+from .trial import tried
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -51,11 +54,17 @@ def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
     return spec.with_dims([*spec.dims[:-1], *whole_dims(weight[:-1])])
 
 
+# shards without elements find no kernel missing
+_NO_KERNEL = {torch.bool, torch.uint16, torch.uint32, torch.uint64}
+
+
 @rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Batched matrix product with torch.matmul's broadcasting."""
     if not input.ndim or not other.ndim:
         raise RuntimeError("matmul: both arguments need to be at least 1D")
+    if input.dtype in _NO_KERNEL:
+        tried(torch.matmul, input, other)
     return labels.run(_products(input.ndim, other.ndim), torch.matmul, input, other)
 
 
@@ -81,16 +90,28 @@ def _plus(product: Tensor, input: Tensor, beta: float, alpha: float) -> Tensor:
     if not (product.is_floating_point() or product.is_complex()):
         kind = bool if product.dtype is torch.bool else int
         beta, alpha = kind(beta), kind(alpha)
-    elif not product.is_complex() and (isinstance(beta, complex) or isinstance(alpha, complex)):
-        raise RuntimeError("a complex factor of a real product: value cannot be converted")
     shapes = input.shape, product.shape
     if shapes[0] != shapes[1] and torch.broadcast_shapes(*shapes) != shapes[1]:
         raise RuntimeError(f"a product of shape {tuple(shapes[1])} plus one of {tuple(shapes[0])}")
+    input, dtype = _cast(input, product), product.dtype
+    if (alpha != 1 or beta not in (0, 1)) and wide(dtype) != dtype:
+        # halves are rounded once
+        product, input = product.to(wide(dtype)), input.to(wide(dtype))
     product = product if alpha == 1 else product * alpha
-    if beta == 0:
-        return product
-    input = _cast(input, product)
-    return torch.add(product, input if beta == 1 else input * beta)
+    if beta:
+        product = torch.add(product, input if beta == 1 else input * beta)
+    return product.to(dtype)
+
+
+def _try_factors(op: Any, *operands: Tensor, beta: float, alpha: float) -> None:
+    """Raise what torch raises for factors that the dtype does not hold, and for such dtypes."""
+    dtype = operands[1].dtype
+    usual = (abs(beta) < 60000 and abs(alpha) < 60000) and not isinstance(beta + alpha, complex)
+    if not (usual and (dtype.is_floating_point or dtype.is_complex)):
+        tried(op, *operands, beta=beta, alpha=alpha)
+
+
+_ADDED = {2: torch.addmm, 1: torch.addmv, 3: torch.baddbmm}
 
 
 @rule("addmm", "addmv", "baddbmm")
@@ -98,6 +119,9 @@ def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     _kernel_of_sums(input, mat2, *(() if mat1.ndim == mat2.ndim == 2 else (mat1,)))
+    if mat2.ndim not in _ADDED:
+        raise RuntimeError(f"addmm: a matrix of {mat2.ndim} dims")
+    _try_factors(_ADDED[mat2.ndim], input, mat1, mat2, beta=beta, alpha=alpha)
     return _plus(torch.matmul(mat1, mat2), input, beta, alpha)
 
 
@@ -106,12 +130,14 @@ def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     _kernel_of_sums(input, batch1, batch2)
+    _try_factors(torch.addbmm, input, batch1, batch2, beta=beta, alpha=alpha)
     return _plus(einsum("bij,bjk->ik", batch1, batch2), input, beta, alpha)
 
 
 @rule("addr")
 def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     _kernel_of_sums(input, vec1, vec2)
+    _try_factors(torch.addr, input, vec1, vec2, beta=beta, alpha=alpha)
     return _plus(outer(vec1, vec2), input, beta, alpha)
 
 

@@ -64,6 +64,9 @@ def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
         whole = anchor + (mean - anchor).mean(0)
         return whole, m2.sum(0) + counts[0] * (mean - whole).square().sum(0)
     n = mean.new_tensor(counts).view(-1, *[1] * (mean.ndim - 1))
+    if 0 in counts:
+        # zero times the square of a large number would be zero times infinity
+        mean = torch.where(n == 0, anchor, mean)
     whole = anchor + ((mean - anchor) * (n / sum(counts))).sum(0)
     return whole, (m2 + n * (mean - whole).square()).sum(0)
 

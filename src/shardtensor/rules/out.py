@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
 from ..registry import OUT, rule
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
+from .trial import few
 
 # what torch returns nothing for where `out=` is given
 _SILENT = ("split_copy", "split_with_sizes_copy", "unbind_copy")
+# words of the errors that are about dtypes
+_OF_DTYPES = ("type", "cast", "expected", "implemented", "only supports")
 
 
 @rule(OUT)
@@ -39,37 +41,25 @@ def _check_dtypes(
 ) -> None:
     """Raise what torch raises for an `out=` of another dtype: ops differ in what they cast.
 
-    Tried with tensors of two rows, as kernels refuse what shapes alone allow.
+    Tried on a few ones, as kernels refuse what shapes alone allow.
     """
-
-    def small(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return torch.ones([min(n, 2) for n in x.shape], dtype=x.dtype)
-
     name = func.__name__.split(".")[0]
-    given = pytree.tree_map(small, (args, kwargs), is_leaf=lambda x: isinstance(x, Tensor))
+    (args, kwargs) = few((args, kwargs))
     try:
         with torch.no_grad():
-            tried = func(*given[0], **given[1])
-            tried = tried if isinstance(tried, tuple | list) else [tried]
-            empty = [
-                torch.empty_like(t, dtype=o.dtype) for t, (o, _) in zip(tried, pairs, strict=False)
+            made = func(*args, **kwargs)
+            made = made if isinstance(made, tuple | list) else [made]
+            into = [
+                torch.empty_like(m, dtype=o.dtype) for m, (o, _) in zip(made, pairs, strict=False)
             ]
-            func(
-                *given[0],
-                **given[1],
-                out=type(out)(empty) if isinstance(out, tuple | list) else empty[0],
-            )
+            func(*args, **kwargs, out=type(out)(into) if isinstance(out, tuple | list) else into[0])
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        words = str(e).splitlines()[0]
-        if any(
-            word in words for word in ("type", "cast", "expected", "implemented", "only supports")
-        ):
-            raise type(e)(f"{name}, out=: {words}") from e
+        said = str(e).splitlines()[0]
+        if any(word in said for word in _OF_DTYPES):
+            raise type(e)(f"{name}, out=: {said}") from e
+        o, r = pairs[0]
         raise UnsupportedOpError(
-            f"{name}: out= of {pairs[0][0].dtype} for a result of {pairs[0][1].dtype}: "
-            "give one of its dtype"
+            f"{name}: out= of {o.dtype} for a result of {r.dtype}: give one of its dtype"
         ) from e
 
 

@@ -15,21 +15,30 @@ from ..tensor.redistribute import reduced
 from .empty import with_one
 from .extrema import best_of
 from .reduce import Dims, axes_of, finish, over, stacked, wide, with_elements, without
+from .trial import tried
 
 
 @rule("linalg_vector_norm")
 def vector_norm(
     input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
+    if dtype is not None or ((ord < 0 or ord == inf) and not input.numel()):
+        # torch says which it takes, and of which order nothing has no norm
+        tried(torch.linalg.vector_norm, input, ord, dim, dtype=dtype)
     if dtype is not None:
-        # torch says which it takes
-        torch.linalg.vector_norm(torch.ones(1, dtype=input.dtype), ord, dtype=dtype)
         input = input.to(dtype)
+    if 60000 < abs(ord) < inf and all(input.shape[d] == 1 for d in over(dim, input.ndim)):
+        # the size of one number, which its power would overflow
+        ord = 1
     x: ShardTensor = reduced(input)  # type: ignore[assignment]
     dims = over(dim, x.ndim)
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
-        out = torch.linalg.vector_norm(x._local, ord, dims or None, keepdim)
+        out = torch.linalg.vector_norm(x._local, ord, dim, keepdim)
+    elif ord != ord:
+        raise UnsupportedOpError(
+            f"a norm of order {ord} on {x._spec}: what torch gives is undefined"
+        )
     elif abs(ord) == inf:
         out = _extreme(x, ord, dims, keepdim)
     elif ord and x.requires_grad:

@@ -79,9 +79,13 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     others = [i for i in range(input.ndim) if i != d]
     halves = input.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if halves else None
-    norm = torch.linalg.vector_norm(input, p, others, True, dtype=dtype)
+    norm = torch.linalg.vector_norm(input.detach(), p, others, True, dtype=dtype)
+    larger = norm > maxnorm
+    if input.requires_grad:
+        # of the others no slope counts, not even one that is NaN
+        norm = torch.linalg.vector_norm(torch.where(larger, input, 0), p, others, True, dtype=dtype)
     # torch's own guard against a division by zero
-    factor = torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), 1.0)
+    factor = torch.where(larger, maxnorm / (norm + 1e-7), 1.0)
     return input * factor.to(input.dtype)
 
 
