@@ -42,6 +42,11 @@ UNDEFINED = {
 }  # fmt: skip
 
 
+# second derivatives: the kernel of attention that torch takes on CPUs has none; that of the other moves by
+# 1e-8 where its input moves by one rounding
+ONCE = {"nn.functional.scaled_dot_product_attention", "pca_lowrank"}
+
+
 @cache
 def _ops() -> list[Any]:
     only = os.environ.get("OPS", "")
@@ -144,9 +149,6 @@ class Case:
     def __init__(self, rng: random.Random) -> None:
         self.mesh = rng.choice(MESHES)
         self.op = rng.choice(_ops())
-        while self.op.name == "nn.functional.scaled_dot_product_attention":
-            # its samples draw, and their second derivative is refused
-            self.op = rng.choice(_ops())
         self.way = rng.choice(WAYS)
         # torch's own ihfftn gives something else with `out=`
         if self.way == "out" and (not self.op.supports_out or self.op.name == "fft.ihfftn"):
@@ -155,6 +157,8 @@ class Case:
             self.way = "second"
         if self.way == "mistake" and self.op.error_inputs_func is None:
             self.way = "second"
+        if self.way == "second" and self.op.name in ONCE:
+            self.way = "value"
         known = self.op.supported_dtypes("cpu")
         dtypes = [d for d in DTYPES if d in known]
         self.dtype = rng.choice(dtypes) if dtypes else torch.float32
@@ -189,6 +193,8 @@ class Case:
             found = self.op.error_inputs("cpu")
         else:
             found = self.op.sample_inputs("cpu", self.dtype, requires_grad=self.grad)
+        # of random numbers the values differ
+        found = (f for f in found if not getattr(f, "kwargs", {}).get("dropout_p"))
         some = list(itertools.islice(found, rng.choice([4, 40])))
         if not some:
             return None

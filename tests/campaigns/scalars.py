@@ -116,7 +116,6 @@ OPS: dict[str, Op] = {
     "smooth_l1": lambda x, s: F.smooth_l1_loss(x, x + 1, beta=s), "huber": lambda x, s: F.huber_loss(x, x + 1, delta=s),
     "margin": lambda x, s: F.margin_ranking_loss(x, x + 1, torch.ones_like(x), margin=s), "softmax_t": lambda x, s: (x / s).softmax(0),
 }  # fmt: skip
-CUT = ("addmm", "baddbmm", "isin_r", "searchsorted", "bucketize")
 SHAPES = ((5, 4), (3, 3), (2, 3, 4), (6,), (), (0, 3), (1, 5), (7, 1))
 
 
@@ -136,12 +135,11 @@ def draw(rng: random.Random) -> Placed:
     if name == "index_add" and isinstance(s, complex):
         # torch forgets to conjugate the factor in backward
         s = 2
-    if name.startswith("norm") and abs(s) > 100:
+    if name.startswith("norm") and abs(s) > 60000 and x.dtype in (torch.float16, torch.bfloat16):
+        # torch raises in backward only
         s = 4
-    if name in ("addmm", "baddbmm") and x.dtype is torch.bool:
-        x = x.to(torch.int64)
-    if name in CUT and not (x.is_floating_point() or x.is_complex()) and abs(s) > 100:
-        # what C++ makes of a number that the dtype does not hold differs from kernel to kernel
-        s = 2
+    if name in ("addmm", "baddbmm") and not math.isfinite(abs(s)):
+        # a product of the gradient by infinity, or infinity times the product
+        x = x.detach()
     case = placed(rng, f"{name} with {s!r}", lambda x: OPS[name](x, s), [x])
     return case
