@@ -13,7 +13,7 @@ import shardtensor as st
 
 D = torch.float64
 # a case is some steps of training
-COST = 3
+COST = 5
 # arguments that each may be given
 WAYS: dict[str, list[dict[str, Any]]] = {
     "Adadelta": [{}, {"weight_decay": 0.1}],
