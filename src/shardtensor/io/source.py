@@ -290,9 +290,12 @@ _SCALES = {"DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid"}
 
 
 def _of(
-    name: str, array: Any, dims: Sequence[str] | None, attrs: Mapping[str, Any],
+    name: str,
+    array: Any,
+    dims: Sequence[str] | None,
+    attrs: Mapping[str, Any],
     chunks: Sequence[int] | None,
-) -> Source:  # fmt: skip
+) -> Source:
     stored = np.dtype(array.dtype)
     if not numbers(stored):
         raise ValueError(f"{name}: {stored} is not a dtype of numbers")

@@ -231,9 +231,12 @@ def write_well(
 
 
 def _write_dimensions(
-    file: Any, dims: Sequence[str], shape: Sequence[int], times: Sequence[float],
+    file: Any,
+    dims: Sequence[str],
+    shape: Sequence[int],
+    times: Sequence[float],
     lengths: Sequence[float],
-) -> None:  # fmt: skip
+) -> None:
     group = file.create_group("dimensions")
     group.attrs["spatial_dims"] = list(dims)
     time = group.create_dataset("time", data=np.asarray(times, dtype=np.float32))

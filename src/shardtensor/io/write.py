@@ -99,10 +99,17 @@ def _array_folder(url: str, name: str) -> Path:
 
 
 def _prepare(
-    zarr: Any, url: str, name: str, part: Path | None, x: ShardTensor, step: int | None,
-    chunks: Sequence[int] | None, dims: Sequence[str] | None, attrs: Mapping[str, Any] | None,
+    zarr: Any,
+    url: str,
+    name: str,
+    part: Path | None,
+    x: ShardTensor,
+    step: int | None,
+    chunks: Sequence[int] | None,
+    dims: Sequence[str] | None,
+    attrs: Mapping[str, Any] | None,
     zarr_format: int,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The group, and where it is written the array with room for this step.
 
     Returns the rows of all dims, that of the steps first, that only one rank may write together.
@@ -141,9 +148,13 @@ def _prepare(
 
 
 def _check(
-    name: str, array: Any, shape: tuple[int, ...], dtype: Any, chunks: Sequence[int] | None,
+    name: str,
+    array: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunks: Sequence[int] | None,
     lead: int,
-) -> None:  # fmt: skip
+) -> None:
     """Raise ValueError for an array that the tensor does not fit into."""
     told = f" in chunks {(*array.chunks[:lead], *chunks)}" if chunks is not None else ""
     fits = array.shape[lead:] == shape[lead:] and array.ndim == len(shape)
@@ -156,9 +167,14 @@ def _check(
 
 
 def _made(
-    group: Any, name: str, shape: tuple[int, ...], dtype: Any, chunks: Sequence[int],
-    dims: Sequence[str] | None, attrs: Mapping[str, Any] | None,
-) -> Any:  # fmt: skip
+    group: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunks: Sequence[int],
+    dims: Sequence[str] | None,
+    attrs: Mapping[str, Any] | None,
+) -> Any:
     """A new array of a Zarr group, with names of dims where its format keeps them."""
     names = list(dims) if dims else None
     if names is not None and len(names) != len(shape):

@@ -67,8 +67,10 @@ class Timeline:
 
     def table(self) -> str:
         """A line for each rank: seconds, in collectives, waiting for later ranks; MB sent; peak."""
-        lines = [f"{'rank':>4} {'s':>9} {'in collectives':>15} {'waiting':>9} {'MB sent':>9} "
-                 f"{'peak MiB':>9}"]  # fmt: skip
+        lines = [
+            f"{'rank':>4} {'s':>9} {'in collectives':>15} {'waiting':>9} {'MB sent':>9} "
+            f"{'peak MiB':>9}"
+        ]
         waits = self.waits()
         for p in self.parts:
             peak = f"{max((b for _, b in p.memory), default=0) / MIB:9.1f}" if p.memory else "-"

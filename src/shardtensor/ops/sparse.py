@@ -50,9 +50,13 @@ class _Rulebook:
 
 
 def submanifold_conv(
-    features: ShardTensor, coords: ShardTensor, weight: Tensor, kernel_size: Many,
-    dilation: Many = 1, bias: Tensor | None = None,
-) -> ShardTensor:  # fmt: skip
+    features: ShardTensor,
+    coords: ShardTensor,
+    weight: Tensor,
+    kernel_size: Many,
+    dilation: Many = 1,
+    bias: Tensor | None = None,
+) -> ShardTensor:
     """A convolution whose output sites are its input sites: (N, C_in) to (N, C_out).
 
     As a dense convolution of odd kernel sizes, padded to the size of its input, at active sites.
@@ -70,10 +74,17 @@ def submanifold_conv(
 
 
 def sparse_conv(
-    features: ShardTensor, coords: ShardTensor, weight: Tensor, kernel_size: Many,
-    stride: Many = 1, padding: Many = 0, dilation: Many = 1, bias: Tensor | None = None,
-    *, shape: Sequence[int] | None = None,
-) -> tuple[ShardTensor, ShardTensor]:  # fmt: skip
+    features: ShardTensor,
+    coords: ShardTensor,
+    weight: Tensor,
+    kernel_size: Many,
+    stride: Many = 1,
+    padding: Many = 0,
+    dilation: Many = 1,
+    bias: Tensor | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+) -> tuple[ShardTensor, ShardTensor]:
     """A convolution at every output site that an active site reaches: (features, coordinates).
 
     Input site stride * o - padding + dilation * k reaches output o through offset k of the kernel.
@@ -99,9 +110,14 @@ def _many(n: Many, d: int) -> tuple[int, ...]:
 
 
 def _convolved(
-    features: ShardTensor, coords: ShardTensor, weight: Tensor, bias: Tensor | None,
-    sizes: Sizes, shape: tuple[int, ...] | None, same: bool,
-) -> tuple[ShardTensor, ShardTensor]:  # fmt: skip
+    features: ShardTensor,
+    coords: ShardTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sizes,
+    shape: tuple[int, ...] | None,
+    same: bool,
+) -> tuple[ShardTensor, ShardTensor]:
     """(features, coordinates) of the sites of the result: every offset's pairs, added up."""
     spec, at = features._spec, coords._spec
     mesh, sites = spec.mesh, spec.dims[0]
@@ -115,9 +131,10 @@ def _convolved(
             f"{spec.shape[1]}, C_out)"
         )
     book = of_tensor(
-        coords._local, (simulated_rank(), _Rulebook, at, sizes, shape, same),
+        coords._local,
+        (simulated_rank(), _Rulebook, at, sizes, shape, same),
         lambda: _rulebook(coords._local.long(), at, sizes, shape, same),
-    )  # fmt: skip
+    )
     x, w, b = fit(
         mesh, sites.axes,
         (features, [sites, Dim(spec.shape[1])]), (weight, None), (bias, None),
@@ -225,9 +242,11 @@ class _Grid:
             wanted, back = torch.unique(self.key(at[others]), return_inverse=True)
             keys = self.dealt(wanted)
             out[others] = _answered(
-                keys, [self.block] * self.n, self.group,
+                keys,
+                [self.block] * self.n,
+                self.group,
                 lambda rows: _found(self.kept, self.entry, rows),
-            )[back]  # fmt: skip
+            )[back]
         return out
 
 
@@ -250,9 +269,13 @@ def _found(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _reached(
-    own: Tensor, offsets: Tensor, stride: Tensor, shape: tuple[int, ...] | None, sizes: Sizes,
+    own: Tensor,
+    offsets: Tensor,
+    stride: Tensor,
+    shape: tuple[int, ...] | None,
+    sizes: Sizes,
     grid: _Grid,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """This rank's output sites: reached from its inputs, and from no lower rank's."""
     at = (own - offsets[:, None]).reshape(-1, own.shape[1])
     at = at[(at % stride == 0).all(1)].div(stride, rounding_mode="floor")

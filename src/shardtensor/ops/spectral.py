@@ -221,8 +221,9 @@ def _shared(
             waves = _waves(freqs, target.offset[d], rows, n, 1, local) * _scale(n, norm, 1)
             local = (local.movedim(d, -1) @ waves).movedim(-1, d)
         else:
-            local = on_some(torch.fft.ifft, _spread(local, d, above, below, shape[d]), (d,),
-                            dim=d, norm=norm)  # fmt: skip
+            local = on_some(
+                torch.fft.ifft, _spread(local, d, above, below, shape[d]), (d,), dim=d, norm=norm
+            )
     d = dims[-1]
     if d not in sharded:
         return wrap(on_some(torch.fft.irfft, local, (d,), n=shape[d], dim=d, norm=norm), target)

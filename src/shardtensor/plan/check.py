@@ -95,8 +95,9 @@ def check(
     """
     args = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
     first = next((x for x in args if isinstance(x, Tensor)), None)
-    if first is None or not all(isinstance(p, Shard) and -first.ndim <= p.dim < first.ndim
-                                for p in placements):  # fmt: skip
+    if first is None or not all(
+        isinstance(p, Shard) and -first.ndim <= p.dim < first.ndim for p in placements
+    ):
         raise ValueError(
             f"placements {list(placements)}: one Shard(dim of the first tensor) an axis"
         )
@@ -120,8 +121,10 @@ def _combination(out: Any) -> Tensor:
     g = torch.Generator().manual_seed(17)
     found = [x for x in tensors(out) if x.is_floating_point() or x.is_complex()]
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in found]
-    parts = [(x * w.to(x.device, x.dtype)).real if x.is_complex() else x * w.to(x.device, x.dtype)
-             for x, w in zip(found, weights, strict=True)]  # fmt: skip
+    parts = [
+        (x * w.to(x.device, x.dtype)).real if x.is_complex() else x * w.to(x.device, x.dtype)
+        for x, w in zip(found, weights, strict=True)
+    ]
     if not parts:
         raise ValueError("the model's output has no floating-point tensor: give a loss")
     total = parts[0].sum()

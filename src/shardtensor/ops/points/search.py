@@ -84,8 +84,9 @@ def _distances(met: Met, found: Found) -> Tensor:
         return found.d2.sqrt().to(queries.dtype)
     row, column = (found.index != NONE).nonzero(as_tuple=True)
     rows = once(wide(points), found.index[row, column], met.sizes, met.group)
-    d2 = sum((x - y) ** 2 for x, y in zip(
-        wide(queries)[row].unbind(1), rows.unbind(1), strict=True))  # fmt: skip
+    d2 = sum(
+        (x - y) ** 2 for x, y in zip(wide(queries)[row].unbind(1), rows.unbind(1), strict=True)
+    )
     assert isinstance(d2, Tensor)
     apart = d2 > 0
     d = torch.where(apart, torch.where(apart, d2, 1).sqrt(), 0)
