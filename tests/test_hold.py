@@ -85,3 +85,14 @@ def test_addends_are_a_layout_too():
     T.hold(doubled, [x], [T.On([Partial()])], (2,))
     T.hold(doubled, [x], [T.On([Shard(0), Partial()], {0: (2, 7)})], (2, 2))
     assert [len(s.partial) for s in seen] == [1] * 6 and seen[-1].dims[0].sizes == (2, 7)
+
+
+def test_a_shard_that_is_wrong_on_one_rank():
+    def off(x):
+        y = x.detach() * 1
+        if isinstance(y, st.ShardTensor) and y.spec.coordinate == (1,):
+            y.to_local().add_(1)
+        return y
+
+    with pytest.raises(st.RankError, match=r"rank 1: .*output 0: relative error"):
+        T.hold(off, [X], [T.shard(2, (4, 1, 4))], (3,))

@@ -240,16 +240,25 @@ def _compare(
             same(x, w, what, *within)
         except AssertionError:
             third = third or _named(other())
-            moved, whole = third[what], full(x)
+            moved, (mine, want_of_mine) = third[what], _on_this_rank(x, w)
             most = max(gap(None, v)[0] for v in wanted.values() if v is not None and v.numel())
             allowed = (within[0] or rtol_of(w.dtype)) * most
-            if moved is None or gap(whole, w)[0] > min(ROUNDING * gap(moved, w)[0], allowed):
+            if moved is None or gap(mine, want_of_mine)[0] > min(
+                ROUNDING * gap(moved, w)[0], allowed
+            ):
                 raise
 
 
 def full(x: Tensor) -> Tensor:
     """The whole tensor as a plain one."""
     return x.full_tensor().detach() if isinstance(x, ShardTensor) else x.detach()
+
+
+def _on_this_rank(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank has of got, and what that should be; only addends are added up."""
+    if not isinstance(got, ShardTensor) or got._spec.partial or got.shape != want.shape:
+        return full(got), want
+    return got.to_local().detach(), want[tuple(slice(a, b) for a, b in got._spec.spans)]
 
 
 def same(
@@ -261,20 +270,20 @@ def same(
         assert got._local.shape == spec.local_shape, (
             f"{what}: local shape {tuple(got._local.shape)} for {spec}"
         )
-    whole = full(got)
-    assert whole.shape == want.shape, f"{what}: shape {tuple(whole.shape)}, not {tuple(want.shape)}"
-    assert whole.dtype == want.dtype, f"{what}: {whole.dtype}, not {want.dtype}"
-    if not want.numel():
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    assert got.dtype == want.dtype, f"{what}: {got.dtype}, not {want.dtype}"
+    mine, wanted = _on_this_rank(got, want)
+    if not wanted.numel():
         return
     if not differentiable(want):
-        assert torch.equal(whole, want), f"{what}: values differ"
+        assert torch.equal(mine, wanted), f"{what}: values differ"
         return
     rtol = rtol or rtol_of(want.dtype)
     scale = want[torch.isfinite(want)].abs().max() if torch.isfinite(want).any() else 1.0
     bound = rtol * scale + atol + torch.finfo(want.dtype).tiny
-    near = (whole == want) | ((whole - want).abs() <= bound) | (whole.isnan() & want.isnan())
+    near = (mine == wanted) | ((mine - wanted).abs() <= bound) | (mine.isnan() & wanted.isnan())
     if not bool(near.all()):
-        worst = (whole - want).abs().nan_to_num(float("inf")).max() / scale
+        worst = (mine - wanted).abs().nan_to_num(float("inf")).max() / scale
         raise AssertionError(f"{what}: relative error {float(worst):.1e}")
 
 
