@@ -207,13 +207,18 @@ def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
     me = groups.rank(group)
     if plan.whole:
         return _reduce_scatter(g, dim, plan.sizes, group)
-    out = _empty(g, _resized(g.shape, dim, plan.sizes[me])).zero_()
+    out = _empty(g, _resized(g.shape, dim, plan.sizes[me]))
+    # most windows have all of this rank's own rows, once: the sum begins with them
+    alone = [p.length for p in plan.pieces if p.source == me] == [plan.sizes[me]]
+    if not alone:
+        out.zero_()
     sends: dict[int, list[Tensor]] = {}
     row = 0
     for source, start, length in plan.pieces:
         part = g.narrow(dim, row, length)
         if source == me:
-            out.narrow(dim, start, length).add_(part)
+            here = out.narrow(dim, start, length)
+            here.copy_(part) if alone else here.add_(part)
         elif source != FILL:
             sends.setdefault(source, []).append(part)
         row += length
@@ -233,14 +238,14 @@ def _reduce_scatter(g: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     item = g.element_size()
     own = g.narrow(dim, sizes.offsets[me], sizes[me])
     received = g.new_empty((n - 1) * own.numel())
-    wire.all_to_all(
+    wire.start_all_to_all(
         received,
         packed(g, dim, sizes, me),
         others(n, own.numel() * item, me),
         spread(sizes, rest * item, me),
         group,
         "window_add",
-    )
+    )()
     parts = received.view(n - 1, *own.shape)
     total = (parts[0] if n == 2 else parts.sum(0, dtype=g.dtype)).add_(own)
     return total if g.is_contiguous() else _empty(g, own.shape).copy_(total)
@@ -285,15 +290,14 @@ def _swap(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: 
     rows, columns = old_sizes[me], new_sizes[me]
     out = x.new_empty(_resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
     own = x.narrow(new, new_sizes.offsets[me], columns)
-    out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
     rest = numel_but(x.shape, old, new) * item
+    gets, gives = spread(old_sizes, rest * columns, me), spread(new_sizes, rest * rows, me)
     received = x.new_empty(out.numel() - own.numel())
     send = packed(x, new, new_sizes, me)
-    gets, gives = (
-        spread(old_sizes, rest * columns, me),
-        spread(new_sizes, rest * rows, me),
-    )
-    wire.all_to_all(received, send, gets, gives, group, "swap")
+    arrived = wire.start_all_to_all(received, send, gets, gives, group, "swap")
+    # while the others' travel
+    out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
+    arrived()
     return unpacked(received, out, old, old_sizes, me)
 
 

@@ -31,7 +31,7 @@ def exchange_rows(x: Tensor, gives: Ints, gets: Ints, group: str, label: str) ->
     size = numel_but(x.shape, 0) * x.element_size()
     to, of = ([0 if r == me else n * size for r, n in enumerate(ns)] for ns in (gives, gets))
     send = torch.cat((before, after)).reshape(-1)
-    wire.all_to_all(received.view(-1), send, of, to, group, label)
+    wire.start_all_to_all(received.view(-1), send, of, to, group, label)()
     return torch.cat((received[:row], own, received[row:]))
 
 

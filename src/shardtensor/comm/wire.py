@@ -97,27 +97,31 @@ def start_exchange(
     return arrived
 
 
-def all_to_all(
+def start_all_to_all(
     received: torch.Tensor,
     send: torch.Tensor,
     gets: list[int],
     gives: list[int],
     group: str,
     label: str,
-) -> None:
+) -> Callable[[], Any]:
     """A vector in parts, one for every other rank, and what they all give this one, in order.
 
-    gets, gives: the bytes from and to every rank, none of this one.
+    gets, gives: the bytes from and to every rank, none of this one. Calling what is returned ends
+    it.
     """
     n = len(gives)
     facts = dict(gives=gives, gets=gets)
     nbytes = send.numel() * send.element_size()
-    with sending(label, nbytes, n - gives.count(0), n, group, dtype=send.dtype, **facts):
+    work = None
+    with sending(label, nbytes, n - gives.count(0), n, group, dtype=send.dtype, **facts) as entry:
         if _silent(group):
             received.zero_()
         else:
-            to = groups.resolve(group)
-            dist.all_to_all_single(_as_bytes(received), _as_bytes(send), gets, gives, group=to)
+            work = dist.all_to_all_single(
+                _as_bytes(received), _as_bytes(send), gets, gives, groups.resolve(group), True
+            )
+    return lambda: None if work is None else finish(work, entry)
 
 
 def _sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
