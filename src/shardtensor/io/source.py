@@ -296,6 +296,7 @@ def _of(
     attrs: Mapping[str, Any],
     chunks: Sequence[int] | None,
 ) -> Source:
+    """The source of an array of any library: dtype, shape, dims and CF attributes."""
     stored = np.dtype(array.dtype)
     if not numbers(stored):
         raise ValueError(f"{name}: {stored} is not a dtype of numbers")

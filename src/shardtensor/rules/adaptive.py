@@ -149,6 +149,7 @@ def _sums(local: Tensor, d: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
+    """Means over windows: each rank adds its rows of them, and gets the others' sums."""
     spec, here, plans = _split_up(x, n, targets)
     first = x.ndim - n
     local = x._local
@@ -189,6 +190,7 @@ def _local(local: Tensor, n: int, here: list[int], op: Callable[..., Any]) -> An
 
 
 def _maxima(x: ShardTensor, n: int, targets: list[int]) -> tuple[ShardTensor, ShardTensor]:
+    """(largest values of windows, their flat places): each rank's own, then the best of them."""
     spec, here, plans = _split_up(x, n, targets)
     first = x.ndim - n
     index = _positions(x._local.detach(), x._spec, n, here, plans)
@@ -291,6 +293,8 @@ def _floating(x: ShardTensor, name: str) -> ShardTensor:
 
 
 def _define_adaptive(n: int) -> None:
+    """The rules of adaptive pools over n dims."""
+
     @rule(f"adaptive_avg_pool{n}d")
     def adaptive_avg_pool(input: ShardTensor, output_size: Any) -> Any:
         x = _floating(input, f"adaptive_avg_pool{n}d")

@@ -53,6 +53,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ShardTensor:
+    """Local where keys are whole; else around a ring, merged, or by heads."""
     query, key, value = map(reduced, (query, key, value))
     attn_mask = reduced(attn_mask)
     _check(query, key, value, attn_mask)
@@ -220,6 +221,7 @@ def _merged_sizes(tokens: Dim, n: int) -> tuple[int, ...]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Raise for what torch refuses: shapes, dtypes, masks."""
     if min(x.ndim for x in (q, k, v)) < 2:
         raise RuntimeError(f"{NAME}: query, key and value must be at least 2-D")
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:

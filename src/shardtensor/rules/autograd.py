@@ -26,6 +26,7 @@ def grad(
     is_grads_batched: bool = False,
     materialize_grads: bool = False,
 ) -> tuple[Tensor | None, ...]:
+    """Gradients by the local graphs, as ShardTensors of the inputs' specs."""
     if is_grads_batched:
         raise UnsupportedOpError("autograd.grad with is_grads_batched: call it once per gradient")
     outs, ins = _many(outputs), _many(inputs)

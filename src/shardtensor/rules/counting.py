@@ -145,6 +145,7 @@ def histogram(
     input: Tensor, bins: Any, *, range: Any = None, weight: Tensor | None = None,
     density: bool = False,
 ) -> Any:  # fmt: skip
+    """Each rank counts its elements; counts are added up."""
     if weight is not None and weight.shape != input.shape:
         options = {"range": range, "weight": weight, "density": density}
         known = {k: v for k, v in options.items() if v is not None}
@@ -255,6 +256,7 @@ def unique(
     input: ShardTensor, sorted: bool = True, return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[ShardTensor, ...]:  # fmt: skip
+    """The distinct values of each rank, merged; every rank has the whole result."""
     x = reduced(input)
     axes = axes_of(x._spec, range(x.ndim))
     if not axes:
@@ -281,6 +283,7 @@ def unique_dim(
     input: ShardTensor, dim: int, sorted: bool = True, return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[ShardTensor, ...]:  # fmt: skip
+    """The distinct rows of each rank, merged; every rank has the whole result."""
     x = reduced(input)
     if not x.ndim or not _is_cut(x):
         return _plain(kernels.functions.unique_dim, x, dim, sorted, return_inverse, return_counts)

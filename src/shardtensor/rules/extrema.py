@@ -159,6 +159,7 @@ def argmin(input: ShardTensor, dim: int | None = None, keepdim: bool = False) ->
 
 
 def _arg(input: ShardTensor, dim: int | None, keepdim: bool, largest: bool) -> ShardTensor:
+    """The place of the largest or smallest element, the first of equal ones."""
     x = reduced(input.detach())
     if dim is not None:
         return _along(x, dim, keepdim, largest)[1]

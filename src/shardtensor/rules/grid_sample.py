@@ -49,6 +49,7 @@ class Way(NamedTuple):
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> ShardTensor:
+    """Local where the image is whole; else each point asks the ranks that have its pixels."""
     x, g = (reduced(t) for t in (input, grid))
     way = Way(interpolation_mode, padding_mode, bool(align_corners))
     _check(x, g, way)

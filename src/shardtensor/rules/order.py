@@ -165,6 +165,7 @@ def _mode(x: ShardTensor, d: int, keepdim: bool) -> Any:
 def _quantile(
     fn: Any, input: Tensor, q: Any, dim: int | None, keepdim: bool, interpolation: str
 ) -> Tensor:
+    """The two order statistics around each quantile, by counting, interpolated."""
     if not isinstance(input, ShardTensor):
         spec, q = q._spec, replicate(q)._local
         found = fn(input, q, dim, keepdim, interpolation=interpolation)

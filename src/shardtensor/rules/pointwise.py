@@ -52,6 +52,7 @@ def _wrap_all(out: Any, spec: Spec) -> Any:
 
 
 def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func on local tensors of operands that broadcast, cut alike."""
     name = func.__name__
     named = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
     at = [i for i, v in enumerate(args) if isinstance(v, Tensor)]

@@ -155,6 +155,7 @@ def _like(
     "geometric_",
 )  # fmt: skip
 def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
+    """Each shard draws from a stream of its own, equal on its replicas."""
     x = args[0]
     if not isinstance(x, ShardTensor):
         raise UnsupportedOpError(f"{func.__name__} of a plain tensor with a ShardTensor argument")

@@ -188,6 +188,7 @@ def count_nonzero(input: Tensor, dim: Dims = None) -> Tensor:
 
 @rule("logsumexp", "special_logsumexp")
 def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
+    """From each rank's largest score and sum of powers beside it, in one message."""
     dims = over(dim, input.ndim)
     real = input.is_floating_point() or input.is_complex()
     x: ShardTensor = reduced(input if real else input.float())  # type: ignore[assignment]

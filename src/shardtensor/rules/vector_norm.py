@@ -22,6 +22,7 @@ from .trial import tried
 def vector_norm(
     input: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
+    """The norm of each rank's part, then of these norms."""
     if dtype is not None or ((ord < 0 or ord == inf) and not input.numel()):
         # torch says which it takes, and of which order nothing has no norm
         tried(torch.linalg.vector_norm, input, ord, dim, dtype=dtype)
