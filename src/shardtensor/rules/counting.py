@@ -256,7 +256,7 @@ def unique(
     input: ShardTensor, sorted: bool = True, return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[ShardTensor, ...]:  # fmt: skip
-    """The distinct values of each rank, merged; every rank has the whole result."""
+    """The distinct values of all ranks, whole on each; the inverse is cut like the input."""
     x = reduced(input)
     axes = axes_of(x._spec, range(x.ndim))
     if not axes:
@@ -283,7 +283,7 @@ def unique_dim(
     input: ShardTensor, dim: int, sorted: bool = True, return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[ShardTensor, ...]:  # fmt: skip
-    """The distinct rows of each rank, merged; every rank has the whole result."""
+    """The distinct rows of all ranks, whole on each; the inverse is cut like the input."""
     x = reduced(input)
     if not x.ndim or not _is_cut(x):
         return _plain(kernels.functions.unique_dim, x, dim, sorted, return_inverse, return_counts)

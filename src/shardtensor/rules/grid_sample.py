@@ -49,7 +49,7 @@ class Way(NamedTuple):
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
 ) -> ShardTensor:
-    """Local where the image is whole; else each point asks the ranks that have its pixels."""
+    """Torch's op on the rows that this rank's samples touch, fetched where others have them."""
     x, g = (reduced(t) for t in (input, grid))
     way = Way(interpolation_mode, padding_mode, bool(align_corners))
     _check(x, g, way)

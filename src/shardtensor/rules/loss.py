@@ -118,7 +118,7 @@ def _nll(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float,
 ) -> Tensor:  # fmt: skip
-    """(loss, its total weight): each target picks its class on the rank that has it."""
+    """The loss of every element, or reduced: its sums and the weight's in one message."""
     classes = 0 if input.ndim == 1 else 1
     if not input.ndim:
         raise RuntimeError("loss: an input of classes has 1 dim or more")
