@@ -135,6 +135,37 @@ def test_the_order_of_dims_in_memory(name, layout):
         matched(lambda x: draw(LAYOUTS[layout](x)), x, [Shard(2)], {2: sizes}, (2,), quiet=False)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dropout", "randn_like", "uniform_"])
+def test_the_order_where_no_shard_shows_it(name, layout):
+    x = torch.linspace(-2, 2, 2 * 3 * 7 * 5, dtype=F64).reshape(2, 3, 7, 5)[:, :, :3].contiguous()
+
+    def draw(x):
+        whole = F.interpolate(x, (7, 5)) if layout == "expanded" else x
+        return DRAWS[name](LAYOUTS[layout](whole) * 2)
+
+    for sizes in ((1, 1, 1), (0, 3, 0), (2, 1, 0)):
+        matched(draw, x, [Shard(2)], {2: sizes}, (3,), quiet=False)
+
+
+WHOLE = {
+    "columns": lambda x: x[:, 1:].transpose(0, 2),
+    "two orders": lambda x: x.mT + x.permute(0, 1, 3, 2).contiguous(),
+    "conv": lambda x: torch.conv2d(
+        x.contiguous(memory_format=torch.channels_last), x.new_ones(2, 3, 1, 1)),
+    "softmax": lambda x: x.transpose(1, 2).softmax(2),
+    "fft": lambda x: torch.fft.fft(x, dim=2).real,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WHOLE)
+@pytest.mark.parametrize("dim, cut", [(2, (3, 1)), (1, (1, 2)), (0, (4, 0))])
+def test_the_order_that_only_the_whole_has(way, dim, cut):
+    x = torch.linspace(-2, 2, 4 * 3 * 4 * 5, dtype=F64).reshape(4, 3, 4, 5)
+    draw = lambda x: torch.rand_like(WHOLE[way](x))  # noqa: E731
+    matched(draw, x, [Shard(dim)], {dim: cut}, (2,), quiet=False)
+
+
 def test_the_result_keeps_the_order():
     x = torch.ones(3, 4, 5)
     matched(lambda x: F.dropout(torch.rand_like(x.transpose(0, 2))), x, [Shard(1)], None, (2,))

@@ -254,6 +254,11 @@ class Spec:
         return list(product(*ranges))
 
     @cached_property
+    def thin(self) -> bool:
+        """Whether some rank has less than two rows of a cut dim: its strides may tell nothing."""
+        return any(len(d.sizes) > 1 and cut(d.sizes).least < 2 for d in self.dims)
+
+    @cached_property
     def local_shape(self) -> torch.Size:
         """The shape of this rank's local tensor."""
         return self.local_shape_at(self.coordinate)

@@ -26,6 +26,27 @@ LAYOUTS = {
     "expand": lambda x: x[:, :1].expand(-1, 3, -1, -1),
     "flatten": lambda x: x.flatten(1, 2).mT,
     "one dim": lambda x: x.reshape(-1),
+    "columns": lambda x: x[:, :, 1:].transpose(1, 2),
+    "columns, then an op": lambda x: x[..., 1:3].permute(1, 3, 0, 2).exp(),
+    "one row": lambda x: x[:, -1:].transpose(0, 1),
+    "select": lambda x: x.select(2, 0).mT,
+    "split": lambda x: x.split(2, -1)[-1].permute(3, 2, 1, 0),
+    "sum": lambda x: x.permute(1, 0, 3, 2).sum(0, keepdim=True),
+    "two orders": lambda x: (
+        x.transpose(0, 2) + x.permute(2, 1, 0, 3).contiguous().transpose(1, 2).mT.mT
+    ),
+    "product": lambda x: x.mT @ x,
+    "columns first": lambda x: torch.einsum("abcd,abce->ecdab", x, x).squeeze(0),
+    "cat": lambda x: torch.cat([x.transpose(1, 3), x.transpose(1, 3) * 2]),
+    "conv": lambda x: torch.conv2d(
+        x.contiguous(memory_format=LAST), x.new_ones(3, x.shape[1], 1, 1)
+    ),
+    "no dim of one": lambda x: (x.transpose(0, 3) + 1).squeeze(),
+    "detached": lambda x: x.mT.detach().clone(),
+    "picked": lambda x: x.transpose(1, 2)[:, [0, -1]],
+    "in place": lambda x: x.clone().transpose_(0, 1).unsqueeze_(1),
+    "softmax": lambda x: x.transpose(1, 2).softmax(-1),
+    "reshape": lambda x: x.transpose(1, 2).flatten(0, 1),
     "heads": lambda x: x.flatten(2).unflatten(1, (-1, 1)).transpose(1, 2),
 }
 OPS = {
@@ -94,9 +115,6 @@ def draw(rng: random.Random) -> Case:
     mesh = rng.choice([(1,), (2,), (2,), (3,), (4,), (2, 2)])
     shape = [rng.choice([1, 2, 3, 4, 5, 7]) for _ in range(4)]
     dims = tuple(rng.choice([-1, 0, 1, 2, 3, 1, 2]) for _ in mesh)
-    for d in {*dims} - {-1}:
-        # a shard of two rows on some rank: strides of one row may not show the order of dims
-        shape[d] = max(shape[d], len(mesh) * max(mesh) + 1)
     sizes = None
     if len(mesh) == 1 and dims[0] >= 0 and rng.random() < 0.7:
         cuts = sorted(rng.randint(0, shape[dims[0]]) for _ in range(mesh[0] - 1))

@@ -71,7 +71,7 @@ class _Graph:
 
     run: Callable[..., Any]
     reads: Reads
-    out: tuple[pytree.TreeSpec, list[Spec | None]]
+    out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
 
 
 class Compiled:
@@ -113,7 +113,7 @@ class Compiled:
         self.traced.move_to_end(key)
         flat = graph.run(*state.values(), *(x for x in given if isinstance(x, Tensor)))
         form, kinds = graph.out
-        flat = [x if s is None else wrap(x, s) for x, s in zip(flat, kinds, strict=True)]
+        flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
         return pytree.tree_unflatten(flat, form)
 
     def _eager(self, key: Any, found: Any) -> bool:
@@ -182,7 +182,7 @@ class Compiled:
             inside = iter(tensors)
             own = {name: next(inside) for name in state}
             given = [
-                wrap(next(inside), x._spec) if isinstance(x, ShardTensor)
+                wrap(next(inside), x._spec, x._strides) if isinstance(x, ShardTensor)
                 else next(inside) if isinstance(x, Tensor) else x
                 for x in leaves
             ]  # fmt: skip
@@ -212,9 +212,7 @@ class Compiled:
                 )
             reads.close()
             flat, spec = pytree.tree_flatten(out, is_leaf=is_shard)
-            form.extend(
-                [reads, (spec, [x._spec if isinstance(x, ShardTensor) else None for x in flat])]
-            )
+            form.extend([reads, (spec, [_seen(x) for x in flat])])
             return [x._local if isinstance(x, ShardTensor) else x for x in flat]
 
         modules = self.fn.modules() if isinstance(self.fn, nn.Module) else ()
@@ -281,8 +279,12 @@ def _replaced(fn: Any, own: dict[str, Tensor]) -> str:
     return f"the parameter or buffer {found[0]}" if found else ""
 
 
-def _parted(x: Any) -> tuple[Spec | None, Any]:
-    return (x._spec, x.to_local()) if isinstance(x, ShardTensor) else (None, x)
+def _seen(x: Any) -> tuple[Spec, Any] | None:
+    return (x._spec, x._strides) if isinstance(x, ShardTensor) else None
+
+
+def _parted(x: Any) -> tuple[Any, Any]:
+    return _seen(x), x.to_local() if isinstance(x, ShardTensor) else x
 
 
 def _key(leaves: Any) -> tuple[Any, ...]:

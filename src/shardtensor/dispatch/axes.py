@@ -178,7 +178,7 @@ def _different(a: DeviceMesh, b: DeviceMesh) -> UnsupportedOpError:
 def _lift(x: Any, mesh: DeviceMesh) -> Tensor:
     """An operand on a mesh that has its axes and maybe more; nothing is communicated."""
     if isinstance(x, ShardTensor):
-        return x if x._spec.mesh is mesh else wrap(x._local, _lifted(x._spec, mesh))
+        return x if x._spec.mesh is mesh else wrap(x._local, _lifted(x._spec, mesh), x._strides)
     slot = getattr(x, "_shardtensor_slot", None)
     made = from_dtensor(x)
     if slot is not None and made._local.requires_grad:

@@ -107,7 +107,7 @@ def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _whole(x: ShardTensor) -> torch.Tensor:
     """The whole tensor, under match_single_device with one device's order of dims in memory."""
     local = replicate(x)._local
-    order = memory_order(x._local, x._spec) if matching() else ()
+    order = memory_order(x) if matching() else ()
     if list(order) == sorted(order):
         return local
     return local.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])

@@ -102,7 +102,7 @@ def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     passed = []
     for a in args:
         if isinstance(a, ShardTensor):
-            inside = wrap(a._local, a._spec)
+            inside = wrap(a._local, a._spec, a._strides)
             if a._local.requires_grad and torch.is_grad_enabled():
                 _Attach.apply(a._local, inside)
             sent[id(inside)] = a

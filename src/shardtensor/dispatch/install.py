@@ -26,8 +26,8 @@ def install() -> None:
     script.install_script_hook(handler_of_shards)
     checkpoint.install(settings.bringing)
     checkpoint.install_inputs(
-        lambda x: (x._local, x._spec) if isinstance(x, ShardTensor) else (x, None),
-        lambda x, spec: x if spec is None else wrap(x, spec),
+        lambda x: (x._local, (x._spec, x._strides)) if isinstance(x, ShardTensor) else (x, None),
+        lambda x, seen: x if seen is None else wrap(x, *seen),
     )
     checkpoint.install_recomputed(functions.recomputed_from)
     dtensor.let_styles_pass(ShardTensor)

@@ -18,8 +18,10 @@ from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
 from ..spec import Dim, Spec
 from ..tensor import wrap
+from ..tensor.layout import turned
 from .axes import apart, met
 from .fallback import fall_back, into_plain, is_shard
+from .follow import NOT, follow, hides, kind_of
 from .writes import check_readable, stale, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
@@ -158,6 +160,7 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
 
 def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
+    kind = NOT if writes else kind_of(name)
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if stale:
@@ -167,13 +170,17 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
         if not (counters.records or probe.profiling()):
-            return handler(func, args, kwargs)
-        with (
-            counters.named(f"shardtensor::{name}"),
-            counters.running(name, handler.__name__, args, kwargs) as given,
-        ):
-            given.append(handler(func, args, kwargs))
-            return given[0]
+            out = handler(func, args, kwargs)
+        else:
+            with (
+                counters.named(f"shardtensor::{name}"),
+                counters.running(name, handler.__name__, args, kwargs) as given,
+            ):
+                out = handler(func, args, kwargs)
+                given.append(out)
+        if (turned and not writes) or (kind and hides(kind, args, out)):
+            follow(kind, func, args, kwargs, out)
+        return out
 
     return run
 
@@ -233,7 +240,7 @@ def _decompose(
     for i, x in enumerate(leaves):
         if is_shard(x):
             # without history of its own, else C++ would record the composite a second time
-            leaves[i] = wrap(x._local, x._spec)
+            leaves[i] = wrap(x._local, x._spec, x._strides)
             given[id(leaves[i])] = x
         elif isinstance(x, Tensor) and (every or _torch.is_tracing()):
             # what the composite does to plain tensors alone must be traced as well

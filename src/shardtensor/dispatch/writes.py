@@ -155,7 +155,7 @@ def _apart(x: ShardTensor, other: ShardTensor) -> bool | None:
     (root, spec, a), (other_root, other_spec, b) = x._slice, other._slice
     if root is not other_root or not spec == other_spec == root._spec:
         return None
-    if layout.overlaps(spec, root._local.stride()):
+    if layout.overlaps(root):
         return None
     if a == b:
         return False
@@ -196,16 +196,17 @@ def writing(handler: Handler, name: str) -> Handler:
         x = args[0]
         if x._spec.partial:
             _settle(x, name)
+        family = family_of(x._local)
+        cdata = x._local.untyped_storage()._cdata
+        inside = family is None or getattr(_current, "storage", None) == cdata
+        piece = None if inside or family is None else family.pieces.get(cdata)
+        if piece is not None:
+            piece.refuse_leaf(_wants_gradient(args) or _wants_gradient(kwargs.values()))
         if name not in ("setitem", "fill_", "zero_"):
             # which writes to a part of x in turn
             _check_overlap(x, (*args[1:], *kwargs.values()), name)
-        family = family_of(x._local)
-        cdata = x._local.untyped_storage()._cdata
-        if family is None or getattr(_current, "storage", None) == cdata:
+        if inside or family is None:
             return handler(func, args, kwargs)
-        piece = family.pieces.get(cdata)
-        if piece is not None:
-            piece.refuse_leaf(_wants_gradient(args) or _wants_gradient(kwargs.values()))
         before, _current.storage = getattr(_current, "storage", None), cdata
         try:
             out = handler(func, args, kwargs)
@@ -234,16 +235,7 @@ def reshaped_in_place(x: ShardTensor, op: str) -> None:
 def _overlaps(x: ShardTensor) -> bool:
     """Whether elements of x, or of what it is written back to, share memory."""
     back: _Back | None = getattr(x._local.untyped_storage(), "_shardtensor_back", None)
-    own = _shows_order(x) and layout.overlaps(x._spec, x._local.stride())
-    return own or (back is not None and back.overlaps)
-
-
-def _shows_order(x: ShardTensor) -> bool:
-    """Whether strides of 0 mean shared memory: not in a new tensor without elements.
-
-    In memory formats other than rows first, torch gives it strides of 0, too.
-    """
-    return bool(x._local.numel()) or x._local._is_view()
+    return layout.overlaps(x) or (back is not None and back.overlaps)
 
 
 def refuse_overlap(x: ShardTensor, name: str) -> None:
@@ -261,16 +253,14 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
     By specs and by strides of dims that are whole on each rank: an empty shard raises as well.
     """
     own = x._local.stride()
-    dims = list(zip(own, x._spec.dims, strict=True))
-    shared = 0 in own and x.numel() and _shows_order(x)
-    if shared and any(s == 0 and not d.axes and d.size > 1 for s, d in dims):
+    if layout.expanded(x) and x.numel():
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."
         )
     refuse_overlap(x, name)
     # other rows of a dim that one rank has, of which the others know nothing
-    lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for _, d in dims)
+    lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
     for other in others:
         if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
             continue

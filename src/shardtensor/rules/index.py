@@ -98,7 +98,7 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if rest:
         return picked(y, rest)
     # x[:] is another tensor, which keeps its shape when x.t_() changes that of x
-    return y if y is not x else wrap(x._local[...], x._spec)
+    return y if y is not x else wrap(x._local[...], x._spec, x._strides)
 
 
 @rule("index", "_unsafe_index")

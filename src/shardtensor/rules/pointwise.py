@@ -18,6 +18,7 @@ from ..errors import UnsupportedOpError
 from ..registry import POINTWISE, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.layout import takes_format
 from ..tensor.redistribute import fit, reduced, replicate
 from . import labels
 from .agreed import agreed
@@ -186,11 +187,13 @@ def keep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(op not in ("sum", "avg") for _, op in x._spec.partial):
         # the largest real part is not that of the largest number
         x = reduced(x)
-    out = func(x._local, *args[1:], **kwargs)
-    if out is x._local and func.__name__ == "contiguous":
+    if func.__name__ == "contiguous":
         # a shard of one row is contiguous where the whole is not, and must be copied all the same
-        form = kwargs.get("memory_format", torch.contiguous_format)
-        out = out if x.is_contiguous(form) else out.clone(memory_format=form)
+        form = args[1] if len(args) > 1 else kwargs.get("memory_format", torch.contiguous_format)
+        if x.is_contiguous(form):
+            return x
+        return wrap(x._local.clone(memory_format=form), x._spec)
+    out = func(x._local, *args[1:], **kwargs)
     # torch gives the tensor itself
     return x if out is x._local and func.__name__ != "alias" else wrap(out, x._spec)
 
@@ -222,6 +225,13 @@ def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(args[0]._local, *rest, **kwargs)
         return args[0]
     local = func(x._local, *rest, **kwargs)
+    form = kwargs.get("memory_format") or torch.preserve_format
+    if form is not torch.preserve_format and isinstance(local, Tensor):
+        # as for contiguous
+        same = local.dtype == x.dtype and local.device == x.device and not kwargs.get("copy")
+        if same and takes_format(x, form):
+            return x
+        local = local.clone(memory_format=form) if local is x._local else local
     if local is x._local:
         # torch gives the tensor itself
         return x

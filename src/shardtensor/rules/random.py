@@ -35,7 +35,7 @@ def _order(x: ShardTensor, memory_format: Any = torch.preserve_format) -> tuple[
     if not matching() or memory_format is torch.contiguous_format:
         return ()
     if memory_format is torch.preserve_format:
-        return memory_order(x._local, x._spec)
+        return memory_order(x)
     # channels last
     return (0, *range(2, x.ndim), 1)
 

@@ -12,7 +12,7 @@ from ..dispatch.writes import reshaped_in_place
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
-from ..tensor import ShardTensor
+from ..tensor import ShardTensor, layout
 from .shape import _index, many, squeeze
 
 
@@ -25,8 +25,11 @@ def _changed(
         raise UnsupportedOpError(
             f"{op} under no_grad on {x._spec}, which has a gradient: use {op[:-1]}, or detach first"
         )
+    spec = Spec(x._spec.mesh, dims, x._spec.partial)
+    if x._strides is not None or x._spec.thin:
+        x._strides = layout.Strides.of(spec.shape, layout.after(x, change))
     change(x._local)
-    x._spec, x._slice = Spec(x._spec.mesh, dims, x._spec.partial), None
+    x._spec, x._slice = spec, None
     reshaped_in_place(x, op)
     return x
 
@@ -71,6 +74,8 @@ def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
         raise UnsupportedOpError(
             f"squeeze_ of a leaf on {input._spec}, cut along that dim: use squeeze"
         )
+    found = layout.after(input, lambda whole: whole.squeeze_(gone))
     new = squeeze(input, dim)
+    input._strides = layout.Strides.of(new.shape, found)
     input._local, input._spec, input._slice = new._local, new._spec, None
     return input

@@ -155,7 +155,7 @@ def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> Sha
         local = replicate(x)._local.reshape(target)
         return wrap(local, Spec.whole(x._spec.mesh, target))
     before, spec = _plan(x._spec, target)
-    view = views(x._spec, x._local.stride(), target)
+    view = views(x, target)
     if strict and not view:
         raise RuntimeError(
             "view size is not compatible with input tensor's size and stride (at least one "
@@ -166,7 +166,7 @@ def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> Sha
         if not view and out.untyped_storage()._cdata == x._local.untyped_storage()._cdata:
             # a view of this shard, of one row perhaps, where the whole is copied
             out = out.clone(memory_format=torch.contiguous_format)
-        return wrap(out, spec)
+        return wrap(stands_for_view(out, x._local, op) if view else out, spec)
     if not view:
         y = like(x, Spec(spec.mesh, before, spec.partial))
         return wrap(y._local.reshape(spec.local_shape), spec)

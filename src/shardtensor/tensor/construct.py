@@ -17,7 +17,7 @@ from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
 from ..spec import Spec
-from .layout import memory_format
+from . import layout
 from .shard_tensor import ShardTensor, wrap
 
 _MOST_DIMS = 14
@@ -59,14 +59,18 @@ def distribute_tensor(
     if counters.records and src_data_rank is None:
         counters.called("distribute_tensor", (source, device_mesh))
     if src_data_rank is None or comm.size(name) == 1:
-        local = _slice(source, spec, spec.coordinate).clone(memory_format=memory_format(source))
+        form = layout.memory_format(source)
+        local = _slice(source, spec, spec.coordinate).clone(memory_format=form)
     else:
         form = _same_everywhere(source, name)[src_data_rank]
         if counters.records:
             told = {"src_data_rank": src_data_rank}
             counters.called("distribute_tensor", (source, device_mesh), told)
         local = _scatter(source, spec, src_data_rank, name).contiguous(memory_format=form)
-    return wrap(local.requires_grad_(tensor.requires_grad), spec)
+    whole = wrap(local.requires_grad_(tensor.requires_grad), spec)
+    if spec.thin and form is not torch.contiguous_format:
+        whole._strides = layout.Strides.of(spec.shape, layout.in_format(spec.shape, form))
+    return whole
 
 
 def _check(tensor: Any, mesh: Any, what: str) -> None:
@@ -111,7 +115,7 @@ def _facts(x: Tensor, name: str) -> Any:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
     facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
     facts += [0] * (_MOST_DIMS + 2 - len(facts))
-    return wire.all_gather_table([*facts, _FORMATS.index(memory_format(x))], x.device, name)
+    return wire.all_gather_table([*facts, _FORMATS.index(layout.memory_format(x))], x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:

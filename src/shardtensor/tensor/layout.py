@@ -1,28 +1,94 @@
 """How the whole of a sharded tensor would lie in memory: strides, and which reshapes are views.
 
 A shard of one row, or of none, is contiguous in any order of its dims, and every reshape of it is a
-view. So that all ranks decide alike, strides are those of the whole, in the order and with the gaps
-that the local strides show.
+view. So that all ranks decide alike, strides are those of the whole: kept with the tensor where a
+shard need not show them (see `follow`), else rows first where some rank has less than two rows,
+else those that the local strides show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._torch import outside_modes
 from ..cache import cached
 from ..spec import Spec
+
+# by the number of dims
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of a tensor: that of images with the channels last, or contiguous."""
-    if x.ndim in (4, 5) and not x.is_contiguous():
-        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        if x.is_contiguous(memory_format=last):
-            return last
-    return torch.contiguous_format
+    last = FORMATS.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+# tensors of another order of dims that live, and blocks inside which all are followed
+turned: dict[int, Any] = {}
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Strides:
+    """The strides of a whole tensor. turned: a new tensor made like it need not be rows first."""
+
+    strides: tuple[int, ...]
+    turned: bool = field(compare=False)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], strides: tuple[int, ...]) -> Strides:
+        """Kept in mind as long as it lives, where it is turned."""
+        long = [s for s, n in zip(strides, shape, strict=True) if n > 1]
+        made = cls(strides, 0 in long or long != sorted(long, reverse=True))
+        if made.turned:
+            key = id(made)
+            turned[key] = weakref.ref(made, lambda _: turned.pop(key, None))
+        return made
+
+
+@contextmanager
+def following() -> Iterator[None]:
+    """Inside, every op is looked at (see `follow`)."""
+    token = object()
+    turned[id(token)] = token
+    try:
+        yield
+    finally:
+        del turned[id(token)]
+
+
+def stride(x: Any) -> tuple[int, ...]:
+    """The strides of the whole of a ShardTensor."""
+    if x._strides is not None:
+        known: tuple[int, ...] = x._strides.strides
+        return known
+    return dense(x._spec.shape) if x._spec.thin else strides(x._spec, x._local.stride())
+
+
+def dense(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of rows first."""
+    found, step = [], 1
+    for n in reversed(shape):
+        found.append(step)
+        step *= max(1, n)
+    return tuple(reversed(found))
+
+
+def in_format(shape: Sequence[int], memory_format: torch.memory_format | None) -> tuple[int, ...]:
+    """Strides of a tensor in a memory format; None: rows first."""
+    if memory_format in (None, torch.contiguous_format):
+        return dense(shape)
+    turned = dense([shape[0], *shape[2:], shape[1]])
+    return turned[0], turned[-1], *turned[1:-1]
 
 
 @cached
@@ -43,32 +109,71 @@ def strides(spec: Spec, own: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def overlaps(x: Any) -> bool:
+    """Whether elements of the whole may be the same memory."""
+    if x._strides is None and (x._spec.thin or x._local.is_contiguous()):
+        return False
+    return _overlaps(x._spec.shape, stride(x))
+
+
+def expanded(x: Any) -> bool:
+    """Whether rows of some dim of the whole are the same memory."""
+    if x._strides is None and (x._spec.thin or 0 not in x._local.stride()):
+        return False
+    return any(s == 0 and n > 1 for s, n in zip(stride(x), x.shape, strict=True))
+
+
 @cached
-def overlaps(spec: Spec, own: tuple[int, ...]) -> bool:
-    """Whether elements along dims that are whole on each rank may be the same memory."""
-    whole = [(s, d.size) for s, d in zip(own, spec.dims, strict=True) if not d.axes and d.size > 1]
+def _overlaps(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     reach = 0
-    for stride, size in sorted(whole):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
     return False
 
 
-def is_contiguous(local: Tensor, spec: Spec, memory_format: torch.memory_format) -> bool:
+def after(x: Any, change: Callable[[Tensor], Any]) -> tuple[int, ...]:
+    """The strides of the whole after change(tensor), a view in place."""
+    with outside_modes():
+        whole = torch.empty_strided(x.shape, stride(x), device="meta")
+        change(whole)
+        return whole.stride()
+
+
+def is_contiguous(x: Any, memory_format: torch.memory_format) -> bool:
     """Whether the whole is contiguous in a memory format."""
-    if not local.is_contiguous(memory_format=memory_format):
-        return False
-    if all(n > 1 or n == d.size for n, d in zip(local.shape, spec.dims, strict=True)):
-        return True
-    whole = torch.empty_strided(spec.shape, strides(spec, local.stride()), device="meta")
-    return whole.is_contiguous(memory_format=memory_format)
+    if x._strides is None and not x._spec.thin:
+        return bool(x._local.is_contiguous(memory_format=memory_format))
+    rows, own = range(x.ndim), stride(x)
+    if memory_format is torch.contiguous_format:
+        return not x.numel() or _in_order(x.shape, own, rows)
+    last = FORMATS.get(x.ndim) is memory_format
+    return last and _in_order(x.shape, own, (0, *rows[2:], 1))
 
 
-@cached
-def views(spec: Spec, own: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def takes_format(x: Any, memory_format: torch.memory_format) -> bool:
+    """Whether torch's `to` takes the whole to be in a memory format already."""
+    with outside_modes():
+        whole = torch.empty_strided(x.shape, stride(x), device="meta")
+        return whole.to(memory_format=memory_format) is whole
+
+
+def _in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether dims lie dense in memory, the last of the order innermost."""
+    step = 1
+    for d in reversed(order):
+        if shape[d] != 1:
+            if strides[d] != step:
+                return False
+            step *= shape[d]
+    return True
+
+
+def views(x: Any, target: tuple[int, ...]) -> bool:
     """Whether torch gives the whole, which is not empty, in another shape as a view."""
-    return is_view(spec.shape, strides(spec, own), target)
+    return _views(x._spec.shape, stride(x), target)
 
 
 def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) -> bool:
@@ -87,3 +192,6 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
         if run > 1:
             return False
     return not wanted
+
+
+_views = cached(is_view)

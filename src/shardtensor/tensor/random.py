@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..comm import wire
 from ..errors import UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
+from . import layout
 
 # fill(out, generator) fills a tensor in place
 Fill = Callable[[Tensor, torch.Generator | None], object]
@@ -43,7 +45,7 @@ def match_single_device() -> Iterator[None]:
     What cannot be drawn in pieces (dropout inside attention, rrelu, multinomial, poisson) runs on
     gathered operands. Raises UnsupportedOpError for all draws on CUDA devices.
     """
-    with setting("matching", True):
+    with setting("matching", True), layout.following():
         yield
 
 
@@ -115,29 +117,43 @@ def _one_by_one(fill: Fill) -> Fill:
     return run
 
 
-def memory_order(local: Tensor, spec: Spec) -> tuple[int, ...]:
-    """The dims as one device has them in memory, outermost first, in what empty_like makes of it.
+def memory_order(x: Any) -> tuple[int, ...]:
+    """The dims of the whole in memory, outermost first, in what empty_like makes of it.
 
     Sends a few numbers where a shard has less than two rows, whose strides may tell nothing.
     """
-    rows = tuple(range(len(spec.dims)))
+    spec, rows = x._spec, tuple(range(x.ndim))
     if len([d for d in spec.dims if d.size > 1]) < 2:
         return rows
-    strides = local.stride()
-    span = sum((n - 1) * s for n, s in zip(local.shape, strides, strict=True)) + 1
-    if span != local.numel() or 0 in strides:
-        gaps = torch.empty_strided(local.shape, strides, device="meta")
-        strides = torch.empty_like(gaps).stride()
-    # of equal strides the dim with more rows lies further out
-    mine = sorted(rows, key=lambda d: (-strides[d], -local.shape[d], d))
-    sure = all(n >= min(2, d.size) for n, d in zip(local.shape, spec.dims, strict=True))
-    name = comm.group(spec.mesh, spec.varying)
-    if comm.size(name) > 1 and any(d.axes and min(d.sizes) < min(2, d.size) for d in spec.dims):
-        told = wire.all_gather_numbers([int(sure), *mine], local.device, name)
-        mine = list(max(told, key=lambda t: t[0])[1:])
+    if x._strides is None and spec.thin:
+        mine = _told_order(x)
+    else:
+        mine = _order(spec.shape, layout.stride(x))
     # one row more or less in between changes nothing
     long = [d for d in mine if spec.dims[d].size > 1]
     return rows if long == sorted(long) else tuple(mine)
+
+
+def _order(shape: Sequence[int], strides: tuple[int, ...]) -> list[int]:
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    if span != prod(shape) or 0 in strides:
+        with _torch.outside_modes():
+            gaps = torch.empty_strided(shape, strides, device="meta")
+            strides = torch.empty_like(gaps).stride()
+    # of equal strides the dim with more rows lies further out
+    return sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d], d))
+
+
+def _told_order(x: Any) -> Sequence[int]:
+    """The order that those see who have two rows of every dim; rows first if nobody has."""
+    spec, rows = x._spec, range(x.ndim)
+    if any(d.axes and d.size > 1 and max(d.sizes) < 2 for d in spec.dims):
+        return rows
+    sure = all(n >= min(2, d.size) for n, d in zip(x._local.shape, spec.dims, strict=True))
+    mine = _order(x._local.shape, x._local.stride()) if sure else rows
+    name = comm.group(spec.mesh, spec.varying)
+    told = wire.all_gather_numbers([int(sure), *mine], x.device, name)
+    return max(told, key=lambda t: t[0])[1:]
 
 
 def _matched(

@@ -24,6 +24,7 @@ from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
 from ..spec import Dim, Spec, axes_in, whole_dims
+from . import layout
 from .aliases import relate
 from .shard_tensor import ShardTensor, wrap
 
@@ -61,6 +62,7 @@ def reduced(x: X) -> X:
     if not isinstance(x, ShardTensor) or not x._spec.partial:
         return x
     whole = to_dims(x, x._spec.dims)
+    whole._strides = x._strides
     # a view of the sums stands for one of x
     relate(whole._local, x._local)
     return whole  # type: ignore[return-value]
@@ -155,12 +157,16 @@ def to_placements(
         o if o.axes == n.axes and i not in given else n
         for i, (o, n) in enumerate(zip(old.dims, new.dims, strict=True))
     ]
-    return like(x, Spec(old.mesh, tuple(dims), new.partial))
+    out = like(x, Spec(old.mesh, tuple(dims), new.partial))
+    if out is not x and not x.is_contiguous():
+        # where it lies changes nothing of what it is on one device
+        out._strides = layout.Strides.of(out._spec.shape, layout.stride(x))
+    return out
 
 
-def refuse_not_dense(layout: torch.layout) -> NoReturn:
+def refuse_not_dense(form: torch.layout) -> NoReturn:
     """Raise for an operand whose rows no collective can move."""
-    kind = str(layout).removeprefix("torch.").strip("_")
+    kind = str(form).removeprefix("torch.").strip("_")
     raise UnsupportedOpError(_NOT_DENSE.format(kind))
 
 

@@ -60,6 +60,8 @@ class ShardTensor(torch.Tensor):
     _passed: Any
     # which rows of which tensor it is, where slices made it (see `writes.slice_of`)
     _slice: Any = None
+    # the strides of the whole, where local ones need not show them
+    _strides: layout.Strides | None = None
     # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
     __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
@@ -143,12 +145,12 @@ class ShardTensor(torch.Tensor):
         return iter(self.unbind(0))
 
     def stride(self, dim: int | None = None) -> Any:
-        """Strides of a whole tensor that has the memory format of the local one."""
-        found = layout.strides(self._spec, self._local.stride())
+        """The strides of the whole."""
+        found = layout.stride(self)
         return found if dim is None else found[dim]
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-        return layout.is_contiguous(self._local, self._spec, memory_format)
+        return layout.is_contiguous(self, memory_format)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         spec = self._spec
@@ -245,20 +247,20 @@ class ShardTensor(torch.Tensor):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        if value is not None:
-            value = methods["like"](value, self._spec.cotangent)._local
-        self._local.grad = value
+        given = None if value is None else methods["like"](value, self._spec.cotangent)
+        self._local.grad = None if given is None else given._local
 
     @property
     def data(self) -> ShardTensor:
-        return wrap(self._local.data, self._spec)
+        return wrap(self._local.data, self._spec, self._strides)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._local.data = methods["like"](value, self._spec)._local
+        new = methods["like"](value, self._spec)
+        self._local.data, self._strides = new._local, new._strides
 
     def detach(self) -> ShardTensor:
-        return wrap(self._local.detach(), self._spec)
+        return wrap(self._local.detach(), self._spec, self._strides)
 
     def retain_grad(self) -> None:
         self._local.retain_grad()
@@ -336,13 +338,14 @@ class ShardTensor(torch.Tensor):
     def __copy__(self) -> ShardTensor:
         """A leaf of the same memory, as of any tensor."""
         local = self._local.detach()
-        return wrap(local.requires_grad_(self.requires_grad), self._spec)
+        return wrap(local.requires_grad_(self.requires_grad), self._spec, self._strides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
         if id(self) not in memo:
             import copy
 
-            memo[id(self)] = wrap(copy.deepcopy(self.to_local(), memo), self._spec)
+            local = copy.deepcopy(self.to_local(), memo)
+            memo[id(self)] = wrap(local, self._spec, self._strides)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -361,9 +364,11 @@ class ShardTensor(torch.Tensor):
         return self.to_local().detach()
 
 
-def wrap(local: Tensor, spec: Spec) -> ShardTensor:
+def wrap(local: Tensor, spec: Spec, strides: layout.Strides | None = None) -> ShardTensor:
     """The ShardTensor of a local tensor, whose shape must be spec.local_shape."""
     made = _torch.make_wrapper(ShardTensor, spec.shape, dtype=local.dtype, device=local.device)
     made._local = local
     made._spec = spec
+    if strides is not None:
+        made._strides = strides
     return made

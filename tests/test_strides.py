@@ -1,0 +1,108 @@
+"""Strides of the whole, where shards of one row, or gaps of some ranks, do not show them."""
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.ranks.testing import make_mesh, same, simulate
+
+LAST = torch.channels_last
+X = torch.linspace(-1, 1, 3 * 4 * 2 * 5, dtype=torch.float64).reshape(3, 4, 2, 5)
+WAYS = {
+    "transpose": lambda x: x.transpose(0, 1),
+    "then an op": lambda x: x.transpose(0, 1) * 2,
+    "then two": lambda x: (x.permute(3, 0, 2, 1).exp() + 1).mT,
+    "of two": lambda x: x.permute(2, 1, 0, 3) + x.permute(2, 1, 0, 3),
+    "clone": lambda x: x.mT.clone(),
+    "detach": lambda x: (x.transpose(0, 3) * 2).detach().clone(),
+    "data": lambda x: (x.transpose(0, 3) * 2).data + 1,
+    "like": lambda x: torch.zeros_like(x.permute(1, 2, 3, 0)),
+    "channels last": lambda x: x.contiguous(memory_format=LAST) + 1,
+    "to channels last": lambda x: x.to(memory_format=LAST).relu(),
+    "like channels last": lambda x: torch.empty_like(x, memory_format=LAST).zero_(),
+    "rows": lambda x: x[1:],
+    "columns": lambda x: x[:, 1:3],
+    "columns of columns": lambda x: x[:, 1:][..., 1:3],
+    "steps": lambda x: x[:, ::2],
+    "turned columns": lambda x: x[:, :, 1:].transpose(0, 2) * 2,
+    "split": lambda x: x.split(2, 1)[1],
+    "chunk": lambda x: x.chunk(2, 3)[0].transpose(0, 3),
+    "select": lambda x: x.transpose(1, 3)[:, 0],
+    "unbind": lambda x: x.permute(2, 3, 0, 1).unbind(0)[1],
+    "diagonal": lambda x: x.flatten(1).diagonal(),
+    "unfold": lambda x: x.unfold(1, 2, 1),
+    "expand": lambda x: x[:, :1].expand(-1, 3, -1, -1).transpose(0, 1),
+    "squeeze": lambda x: x[:, 1:2].transpose(0, 3).squeeze(),
+    "in place": lambda x: x.clone().transpose_(0, 1).unsqueeze_(2).sin(),
+    "contiguous": lambda x: x.transpose(0, 1).contiguous(),
+    "softmax": lambda x: x.transpose(0, 1).softmax(-1),
+    "sum": lambda x: x.permute(1, 3, 0, 2).sum(-1),
+    "where": lambda x: torch.where(x.mT > 0, x.mT, 0),
+    "cat": lambda x: torch.cat([x.mT, x.mT]),
+    "conv": lambda x: torch.conv2d(x.contiguous(memory_format=LAST), x.new_ones(2, 4, 1, 1)),
+    "matmul": lambda x: x.transpose(0, 1) @ x.new_ones(5, 2),
+    "einsum": lambda x: torch.einsum("abcd->dcab", x),
+    "picked": lambda x: x.transpose(0, 1)[:, [2, 0]],
+    "reshape": lambda x: x.transpose(0, 1).reshape(4, -1),
+    "view": lambda x: x.transpose(0, 1).unsqueeze(0).flatten(2, 3),
+}  # fmt: skip
+CUTS = [(0, (1, 1, 1)), (0, (2, 0, 1)), (1, (1, 3)), (1, (2, 2)), (2, (1, 1)), (3, (1, 1, 2, 1))]
+
+
+def seen(x):
+    """What is alike on all devices: strides of dims of more than one row."""
+    long = [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+    return long, x.is_contiguous(), x.ndim == 4 and x.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("dim, sizes", CUTS)
+def test_strides_are_those_of_one_device(dim, sizes):
+    def run():
+        s = st.distribute_tensor(
+            X, make_mesh((len(sizes),)), [Shard(dim)], src_data_rank=None, sizes={dim: sizes}
+        )
+        for name, way in WAYS.items():
+            got, want = way(s), way(X)
+            assert seen(got) == seen(want), (name, got.stride(), want.stride())
+            same(got, want, name)
+
+    simulate(len(sizes), run)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 2, 1)])
+def test_what_torch_gives_as_it_is_is_no_copy(sizes):
+    x = X[:, :1]
+    ways = {
+        "last": lambda x: x.contiguous(memory_format=LAST),
+        "to": lambda x: x.to(memory_format=LAST),
+        "rows": lambda x: x.contiguous(),
+        "turned": lambda x: x.transpose(0, 1).contiguous(),
+    }
+    x = x.contiguous()
+
+    def run():
+        s = st.distribute_tensor(
+            x, make_mesh((3,)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        for way in ways.values():
+            plain, own = x.clone(), s.clone()
+            want, got = way(plain), way(own)
+            assert (got is own) == (want is plain)
+            same(got.add_(1), want.add_(1), "written")
+            same(own, plain, "the tensor itself")
+
+    simulate(3, run)
+
+
+def test_what_only_moves_keeps_its_strides():
+    def run():
+        s = st.distribute_tensor(X, make_mesh((2,)), [Shard(1)], src_data_rank=None)
+        y = s.transpose(0, 1).redistribute(placements=[Shard(2)])
+        assert seen(y) == seen(X.transpose(0, 1))
+        same(y.reshape(4, -1), X.transpose(0, 1).reshape(4, -1), "reshaped")
+        last = X.contiguous(memory_format=LAST)
+        s = st.distribute_tensor(last, make_mesh((2,)), [Shard(2)])
+        assert seen(s) == seen(last) and seen(s * 2) == seen(last)
+
+    simulate(2, run)
