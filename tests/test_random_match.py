@@ -88,6 +88,37 @@ def test_several_pieces(monkeypatch):
         matched(DRAWS[name], torch.ones(9, 11), [Shard(1)], {1: (4, 7)}, (2,))
 
 
+class Written(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements that ops give."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        fresh = isinstance(out, torch.Tensor) and not out._is_view()
+        self.elements += out.numel() if fresh else 0
+        return out
+
+
+@pytest.mark.parametrize("dim, cut", [(1, (2, 2)), (0, None)])
+def test_time_is_that_of_the_whole(monkeypatch, dim, cut):
+    monkeypatch.setattr(st.random, "_PIECE", 128)
+    # as which a mode that counts is taken
+    monkeypatch.setattr(st.random._torch, "is_tracing", lambda: False)
+
+    def elements(rows):
+        x = st.distribute_tensor(torch.ones(rows, 4), make_mesh((2,)), [Shard(dim)],
+                                 sizes=cut and {dim: cut}, src_data_rank=None)  # fmt: skip
+        with st.random.match_single_device(), Written() as count:
+            torch.rand_like(x)
+        return count.elements
+
+    def run():
+        assert elements(4096) < 4.5 * elements(1024)
+
+    st.simulate(2, run)
+
+
 def test_a_model_with_dropout_trains_as_on_one_device():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.3), nn.ReLU(), nn.Dropout2d(0.2),

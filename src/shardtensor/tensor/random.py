@@ -172,10 +172,16 @@ def _matched(
         )
     out = torch.empty(spec.local_shape, dtype=dtype)
     flat, (starts, length) = out.view(-1), _runs(spec)
+    ends = starts + length
     for begin, piece in _pieces(spec.shape.numel(), dtype, fill, generator, normal):
-        first = int(torch.searchsorted(starts + length, begin, right=True))
+        first = int(torch.searchsorted(ends, begin, right=True))
         last = int(torch.searchsorted(starts, begin + len(piece)))
         if first >= last:
+            continue
+        if first + 1 == last:
+            a, b = max(int(starts[first]), begin), min(int(ends[first]), begin + len(piece))
+            at = first * length - int(starts[first])
+            flat[at + a : at + b] = piece[a - begin : b - begin]
             continue
         # rows of the shard that overlap the piece, and their elements' places in both
         place = (starts[first:last, None] + torch.arange(length)).reshape(-1) - begin
