@@ -24,10 +24,11 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, to_dims
 from .empty import some
-from .halo import Halo, Settings, halo_conv
+from .halo import Settings, halo_conv, width
 from .norm import sharded
-from .overlap import overlapped, pays
-from .windows import Ints, Reach, Stencil, checked, each, fetch, spread, strided
+from .overlap import pays
+from .sliding import Plan, fetched, plan, slide, whole
+from .windows import Ints, Stencil, checked, each, spread, trim
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
@@ -36,24 +37,19 @@ TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.con
 class Local(NamedTuple):
     """The local program of one rank along the spatial dims.
 
-    reaches: for every sharded dim, the input rows that ranks need.
-    ahead: what F.pad adds to whole dims that are padded more behind than before; () for nothing.
+    plan: what it reads, and the dims of the output.
     padding, output_padding: what the local op gets.
-    crops: (dim, start, length) of the local output rows to keep.
-    dims: the spatial dims of the output.
-    halo: where the last sharded dim has halos of direct neighbours on both sides and as many rows
-        out as in, its width and the padding in all dims, 0 in other sharded ones.
-    last: the stencil of the last sharded dim, for a forward convolution.
+    ahead: what F.pad adds to whole dims that are padded more behind than before; () for nothing.
+    crops: (dim, start, length) of the rows to keep of what the op makes.
+    halo: the padding of `halo_conv`, where it serves the last sharded dim.
     """
 
-    reaches: tuple[tuple[int, Reach], ...]
-    ahead: tuple[int, ...]
+    plan: Plan
     padding: tuple[int, ...]
-    output_padding: tuple[int, ...]
-    crops: tuple[tuple[int, int, int], ...]
-    dims: tuple[Dim, ...]
-    halo: tuple[int, tuple[int, ...]] | None = None
-    last: Stencil | None = None
+    output_padding: tuple[int, ...] = ()
+    ahead: tuple[int, ...] = ()
+    crops: tuple[tuple[int, int, int], ...] = ()
+    halo: tuple[int, ...] | None = None
 
 
 class Channels(NamedTuple):
@@ -164,42 +160,29 @@ def _forward(
     lead = len(spec.dims) - len(kernel)
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    reaches, pads, ahead, dims = [], [], [], []
-    width, last = 0, None
-    for i, (dim, k, s, d) in enumerate(
-        zip(spec.dims[lead:], kernel, stride, dilation, strict=True)
-    ):
-        span = d * (k - 1)
+    stencils, ahead = [], []
+    for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        span, size = d * (k - 1), spec.dims[lead + i].size
         before = span // 2 if padding == "same" else 0 if isinstance(padding, str) else padding[i]
         behind = span - before if padding == "same" else before
-        stencil = checked(Stencil(k, s, before, d, behind))
-        out = stencil.outputs(dim.size)
-        if dim.size + before + behind <= span:
+        stencils.append((lead + i, checked(Stencil(k, s, before, d, behind))))
+        ahead.append(0 if _is_cut(spec.dims[lead + i]) else behind - before)
+        if size + before + behind <= span:
             raise RuntimeError(
                 f"conv{len(kernel)}d: Kernel size {span + 1} can't be greater than the padded "
-                f"input: dim {lead + i} has size {dim.size}, padding {before} and {behind}"
+                f"input: dim {lead + i} has size {size}, padding {before} and {behind}"
             )
-        if _is_cut(dim):
-            reach = strided(dim, stencil)
-            reaches.append((lead + i, reach))
-            dims.append(reach.dim)
-            pads.append(0)
-            ahead.append(0)
-            last = stencil
-            same = s == 1 and before == behind == span - before
-            width = before if same and min(dim.sizes) >= before else 0
-        else:
-            dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
-            pads.append(before)
-            ahead.append(behind - before)
-    crops = [(d, 0, 0) for d, reach in reaches if not reach.dim.sizes[spec.index[d]]]
-    more = [n for a in reversed(ahead) for n in (0, a)] if any(ahead) else []
+    lies = plan(spec, tuple(stencils))
+    more = tuple(n for a in reversed(ahead) for n in (0, a)) if any(ahead) else ()
     halo = None
-    if width and lead == 2 and not more:
-        halo = width, tuple(width if lead + i == reaches[-1][0] else p for i, p in enumerate(pads))
-    return Local(
-        tuple(reaches), tuple(more), tuple(pads), (), tuple(crops), tuple(dims), halo, last
-    )
+    if lies.reaches and lead == 2 and not more:
+        d, stencil, _ = lies.reaches[-1]
+        assert stencil is not None
+        rows = width(spec.dims[d], stencil)
+        halo = (
+            tuple(rows if lead + i == d else p for i, p in enumerate(lies.left)) if rows else None
+        )
+    return Local(lies, lies.left, ahead=more, halo=halo)
 
 
 @cached
@@ -215,9 +198,8 @@ def _transposed(
     reaches, pads, more, crops, dims = [], [], [], [], []
     every = zip(kernel, stride, padding, output_padding, dilation, strict=True)
     for i, (k, s, p, o, d) in enumerate(every, lead):
-        checked(Stencil(k, s, p, d))
-        dim = spec.dims[i]
-        span = d * (k - 1)
+        stencil = checked(Stencil(k, s, p, d))
+        dim, span = spec.dims[i], stencil.extent - 1
         out = (dim.size - 1) * s - 2 * p + span + o + 1
         if out <= 0 or o >= max(s, d):
             raise RuntimeError(
@@ -225,11 +207,11 @@ def _transposed(
                 "the former must be positive, the latter smaller than stride or dilation"
             )
         if not _is_cut(dim):
-            dims.append(Dim(out, dim.axes, (out,) if dim.axes else ()))
+            dims.append((i, whole(dim, out)))
             pads.append(p)
             more.append(o)
             continue
-        reach, firsts = spread(dim, k, s, p, d, out)
+        reach, firsts = spread(dim, stencil, out)
         start, stop = reach.windows[spec.index[i]]
         first, length = firsts[spec.index[i]], reach.dim.sizes[spec.index[i]]
         surplus = (stop - start - 1) * s + span + 1 - length
@@ -243,9 +225,10 @@ def _transposed(
             pads.append(even)
             more.append(max(0, -behind))
             crops.append((i, first - even, length))
-        reaches.append((i, reach))
-        dims.append(reach.dim)
-    return Local(tuple(reaches), (), tuple(pads), tuple(more), tuple(crops), tuple(dims))
+        reaches.append((i, None, reach))
+        dims.append((i, reach.dim))
+    lies = Plan(tuple(dims), tuple(reaches), tuple(pads))
+    return Local(lies, lies.left, tuple(more), crops=tuple(crops))
 
 
 @cached
@@ -280,7 +263,7 @@ def _run(
     x: ShardTensor,
     weight: Tensor,
     bias: Tensor | None,
-    plan: Local,
+    program: Local,
     channels: Channels,
     stride: Ints,
     dilation: Ints,
@@ -304,52 +287,54 @@ def _run(
     )
     assert local is not None and w is not None
     inner = None if channels.partial else b
-    y = _convolved(local, spec, w, inner, plan, channels, stride, dilation, transposed)
-    for d, start, length in plan.crops:
-        y = _cropped(y, d, start, length)
+    y = _convolved(local, spec, w, inner, program, channels, stride, dilation, transposed)
     if channels.partial:
         dim = channels.output
         y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
         y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * n)
-    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *plan.dims]))
+    spatial = (dim for _, dim in program.plan.dims)
+    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *spatial]))
 
 
 def _convolved(
-    local: Tensor, spec: Spec, w: Tensor, b: Tensor | None, plan: Local, channels: Channels,
+    local: Tensor, spec: Spec, w: Tensor, b: Tensor | None, program: Local, channels: Channels,
     stride: Ints, dilation: Ints, transposed: bool,
 ) -> Tensor:  # fmt: skip
     """torch's own op on this rank's windows of its local tensor."""
     n, groups = w.ndim - 2, channels.groups
 
     def op(rows: Tensor) -> Tensor:
-        if plan.ahead:
-            rows = F.pad(rows, plan.ahead)
+        if program.ahead:
+            rows = F.pad(rows, program.ahead)
         more: tuple[Any, ...]
         if transposed:
-            more = (stride, plan.padding, plan.output_padding, groups, dilation)
+            more = (stride, program.padding, program.output_padding, groups, dilation)
         else:
-            more = (stride, plan.padding, dilation, groups)
+            more = (stride, program.padding, dilation, groups)
         y = (TRANSPOSED if transposed else FORWARD)[n](
             some(rows), some(w), b if b is None else some(b), *more
         )
         # neither samples nor output channels where this rank has none
         y = y if rows.ndim == n + 1 or rows.shape[0] else y.narrow(0, 0, 0)
-        return y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)
+        y = y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)
+        for d, start, length in program.crops:
+            y = _cropped(y, d, start, length)
+        return y
 
-    if not plan.reaches:
+    lies = program.plan
+    if not lies.reaches:
         return op(local)
     local = _autocast(local)
-    *others, (d, reach) = plan.reaches
-    for other, needed in others:
-        local = fetch(local, other, spec, needed)
-    if plan.last is None or not pays(spec):
-        return op(fetch(local, d, spec, reach))
-    if plan.halo is None or channels.partial:
-        return overlapped(local, d, spec, reach, plan.last, op, 0.0)
-    width, padding = plan.halo
-    halo = Halo(d, width, spec.dims[d].sizes, comm.group(spec.mesh, spec.dims[d].axes))
-    settings = Settings(each(stride, n), padding, each(dilation, n), groups)
-    return halo_conv(local, _autocast(w), b if b is None else _autocast(b), halo, settings)
+    if program.halo is None or channels.partial or not pays(spec):
+        return slide(local, spec, lies, op)
+    *others, (d, _, reach) = lies.reaches
+    rows = fetched(local, spec, others)
+    settings = Settings(each(stride, n), program.halo, each(dilation, n), groups)
+    w, b = _autocast(w), b if b is None else _autocast(b)
+    y = halo_conv(rows, w, b, d, spec, reach, settings)
+    for other, _, needed in others:
+        y = trim(y, other, spec, needed)
+    return y
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ adjoint of the other, so this can be differentiated any number of times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from .windows import Reach, Stencil, fetch
 WORTH = 2**18
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
     """One exchange of rows: what this rank sends to and gets from ranks, in rows along dim."""
 
     dim: int
@@ -34,8 +34,17 @@ class _Route(NamedTuple):
     gets: dict[int, tuple[int, ...]]
     group: str
 
-    def back(self) -> _Route:
+    def back(self) -> Route:
+        """The same rows, the other way."""
         return self._replace(sends=self.gets, gets=self.sends)
+
+
+def route(spec: Spec, d: int, reach: Reach) -> tuple[Exchange, Route, list[tuple[int, int]]]:
+    """(who needs what, the exchange, the ranges of local rows that are sent, rank by rank)."""
+    plan = exchange(spec.dims[d].sizes, reach.windows, False, spec.index[d])
+    sends = {r: tuple([n for _, n in to]) for r, to in plan.sends.items()}
+    way = Route(d, sends, plan.gets, comm.along(spec, d))
+    return plan, way, [(a, a + n) for to in plan.sends.values() for a, n in to]
 
 
 def pays(spec: Spec) -> bool:
@@ -49,21 +58,19 @@ def overlapped(
     fill: float,
 ) -> Tensor:  # fmt: skip
     """op of this rank's window along dim d, where op makes its output rows as the stencil says."""
-    dim, me = spec.dims[d], spec.index[d]
-    group = comm.group(spec.mesh, dim.axes)
-    if reach.inside or comm.size(group) == 1:
+    if reach.inside:
         return op(fetch(x, d, spec, reach, fill))
-    plan = exchange(dim.sizes, reach.windows, False, comm.rank(group))
+    me = spec.index[d]
+    plan, way, sent = route(spec, d, reach)
     own = _own(plan, me)
-    route, sent = _route(plan, d, group)
     first, last = _interior(spec, d, reach, stencil)
     ends = reach.dim.offsets[me], reach.dim.offsets[me + 1]
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
     pieces = _Cut.apply(x, d, (*sent, *ranges))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
-    coming = _Begin.apply(route, x, *parts)
+    coming = _Begin.apply(way, x, *parts)
     middle = op(inner) if first < last else None
-    came, *rows = _End.apply(route, coming)
+    came, *rows = _End.apply(way, coming)
     before, after = _around(plan, me, rows, x, d, fill)
     if middle is None:
         return _Join.apply(d, came, op(torch.cat([*before, top, *after], d)))
@@ -107,13 +114,6 @@ def _own(plan: Exchange, me: int) -> range:
     """The local rows in this rank's window."""
     found = [range(p.start, p.start + p.length) for p in plan.pieces if p.source == me]
     return found[0] if found else range(0)
-
-
-def _route(plan: Exchange, d: int, group: str) -> tuple[_Route, list[tuple[int, int]]]:
-    """The exchange, and the ranges of local rows that are sent, rank by rank."""
-    sends = {r: tuple([n for _, n in to]) for r, to in plan.sends.items()}
-    route = _Route(d, sends, plan.gets, group)
-    return route, [(a, a + n) for to in plan.sends.values() for a, n in to]
 
 
 def _around(
@@ -165,21 +165,15 @@ class _Cut(torch.autograd.Function):
         return out, None, None
 
 
-def _start(route: _Route, like: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    """A tensor that stands for what is on its way; `_wait` gives what came."""
+def start(route: Route, like: Tensor, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Send parts, rank by rank; calling what it returns gives those that came, rank by rank."""
     grouped, at = {}, 0
     for r, to in route.sends.items():
         grouped[r] = [p.contiguous() for p in parts[at : at + len(to)]]
         at += len(to)
     shapes = {r: [_resized(like, route.dim, n) for n in of] for r, of in route.gets.items()}
-    token = like.new_zeros(1)
-    token.arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")  # type: ignore[attr-defined]
-    token.row = like.new_empty(_resized(like, route.dim, 0))  # type: ignore[attr-defined]
-    return token
-
-
-def _wait(token: Any) -> list[Tensor]:
-    return [p for of in token.arrived().values() for p in of]
+    arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")
+    return lambda: [p for of in arrived().values() for p in of]
 
 
 def _resized(like: Tensor, d: int, n: int) -> list[int]:
@@ -187,10 +181,15 @@ def _resized(like: Tensor, d: int, n: int) -> list[int]:
 
 
 class _Begin(torch.autograd.Function):
+    """A tensor that stands for what is on its way."""
+
     @staticmethod
-    def forward(ctx: Any, route: _Route, like: Tensor, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, route: Route, like: Tensor, *parts: Tensor) -> Tensor:
         ctx.route = route
-        return _start(route, like, parts)
+        token: Any = like.new_zeros(1)
+        token.arrived = start(route, like, parts)
+        token.row = like.new_empty(_resized(like, route.dim, 0))
+        return token
 
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
@@ -198,10 +197,12 @@ class _Begin(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
+    """What came, once it is there."""
+
     @staticmethod
-    def forward(ctx: Any, route: _Route, token: Tensor) -> tuple[Tensor, ...]:
-        ctx.route, ctx.like = route, token.row  # type: ignore[attr-defined]
-        return token.new_zeros(1), *_wait(token)
+    def forward(ctx: Any, route: Route, token: Any) -> tuple[Tensor, ...]:
+        ctx.route, ctx.like = route, token.row
+        return token.new_zeros(1), *token.arrived()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 `sliding(x, {2: Stencil(3)}, op)`. These laws hold:
 
-- Outputs are cut where inputs are, at kernel centres; a rank makes those that start on it.
+- Outputs are cut where inputs are, at kernel centres; as many as inputs lie as these.
 - A rank runs op on the rows that its outputs read: in dims that are cut they come with what lies
   before the first row and after the last, filled; in whole dims op pads by itself.
 - A rank without outputs runs op on rows of fill, enough for one, and drops it: its weights take
@@ -12,8 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,10 +29,15 @@ __all__ = ["Stencil", "sliding"]
 
 
 class Plan(NamedTuple):
-    """The output's dims; of every cut dim its stencil and what it reads; padding left to the op."""
+    """How an op that slides lies on a spec.
+
+    dims: the output's. reaches: of every dim in several shards its stencil and what it reads; None
+    for a stencil's adjoint, whose rows nothing can be computed of while others travel. left:
+    padding left to the op.
+    """
 
     dims: tuple[tuple[int, Dim], ...]
-    reaches: tuple[tuple[int, Stencil, Reach], ...]
+    reaches: tuple[tuple[int, Stencil | None, Reach], ...]
     left: tuple[int, ...]
 
 
@@ -42,23 +47,46 @@ def plan(spec: Spec, stencils: tuple[tuple[int, Stencil], ...]) -> Plan:
     dims, reaches, left = [], [], []
     for d, s in stencils:
         dim = spec.dims[d]
-        if dim.axes:
+        if len(dim.sizes) > 1:
             reach = strided(dim, s)
             reaches.append((d, s, reach))
             dims.append((d, reach.dim))
             left.append(0)
         else:
-            dims.append((d, Dim(max(0, s.outputs(dim.size)))))
+            dims.append((d, whole(dim, max(0, s.outputs(dim.size)))))
             left.append(s.before)
     return Plan(tuple(dims), tuple(reaches), tuple(left))
 
 
-def fetched(x: ShardTensor, reaches: tuple[tuple[int, Stencil, Reach], ...], fill: float) -> Tensor:
+def whole(dim: Dim, rows: int) -> Dim:
+    """As many rows in place of those of a dim that lies in one shard."""
+    return Dim(rows, dim.axes, (rows,) if dim.axes else ())
+
+
+def fetched(
+    local: Tensor, spec: Spec, reaches: Sequence[tuple[int, Any, Reach]], fill: float = 0.0
+) -> Tensor:
     """This rank's rows in all of these dims, one exchange each."""
-    local = x._local
     for d, _, reach in reaches:
-        local = fetch(local, d, x._spec, reach, fill)
+        local = fetch(local, d, spec, reach, fill)
     return local
+
+
+def slide(
+    local: Tensor, spec: Spec, plan: Plan, op: Callable[[Tensor], Tensor], fill: float = 0.0
+) -> Tensor:
+    """op of the rows that this rank's output rows read, in flight where that pays: these rows."""
+    if not plan.reaches:
+        return op(local)
+    *others, (d, stencil, reach) = plan.reaches
+    if stencil is not None and pays(spec):
+        rows = fetched(local, spec, others, fill)
+        y = overlapped(rows, d, spec, reach, stencil, op, fill)
+    else:
+        y = op(fetched(local, spec, plan.reaches, fill))
+    for d, _, reach in plan.reaches:
+        y = trim(y, d, spec, reach)
+    return y
 
 
 def sliding(
@@ -80,20 +108,10 @@ def sliding(
     x = reduced(input)
     spec = x._spec
     known = tuple([(d % len(spec.dims), s) for d, s in stencils.items()])
-    dims, reaches, left = plan(spec, known)
-
-    def run(rows: Tensor) -> Tensor:
-        return op(rows, left) if padded else op(rows)
-
+    lies = plan(spec, known)
+    dims, reaches, left = lies
     padded = any(s.before for _, s in known)
-    if reaches and pays(spec):
-        *others, (d, stencil, reach) = reaches
-        rows = fetched(x, tuple(others), fill)
-        y = overlapped(rows, d, spec, reach, stencil, run, fill)
-    else:
-        y = run(fetched(x, reaches, fill))
-    for d, _, reach in reaches:
-        y = trim(y, d, spec, reach)
+    y = slide(x._local, spec, lies, (lambda rows: op(rows, left)) if padded else op, fill)
     if view and reaches:
         if all(reach.inside for _, _, reach in reaches) and any(
             s.stride < s.extent for _, s in known

@@ -1,8 +1,9 @@
 """Stencils along one sharded dim: which input rows a rank's output rows need.
 
 A `Reach` is the plan for one dim, the same on every rank; `fetch` brings this rank's input rows and
-`trim` drops the row that a rank without output rows computed. A stencil over two sharded dims
-plans and fetches them in turn, and runs the local op with no padding in these dims.
+`trim` drops what an op made of them beside this rank's output rows. What reads what is told by
+`strided` (kernels), `spread` (their adjoints), `near` (own rows and neighbours), or by hand
+(`reach_of`). An op over two sharded dims plans and fetches them in turn.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def checked(s: Stencil) -> Stencil:
 class Reach(NamedTuple):
     """The output dim, and the input rows [start, stop) of every rank; they may lie outside.
 
-    A rank without output rows gets rows outside, enough for one output row: it runs the op all the
-    same, so that its weights take part in the backward. inside: no rank needs a row of another, or
-    one outside.
+    A rank without output rows may get rows outside, enough for one output row, so that it runs the
+    op all the same and its weights take part in the backward. inside: no rank needs a row of
+    another, or one outside.
     """
 
     dim: Dim
@@ -91,41 +92,65 @@ class Reach(NamedTuple):
 def strided(dim: Dim, stencil: Stencil) -> Reach:
     """The output rows of a stencil and what they read.
 
-    Rows are cut where input rows are, at kernel centres: halos are the same on both sides, and
-    "same" padding keeps sizes.
+    Rows are cut where input rows are, at kernel centres: halos are the same on both sides. Where
+    there are as many as input rows, they lie as these.
     """
-    reach, stride, before = stencil.extent - 1, stencil.stride, stencil.before
+    span, stride, before = stencil.extent - 1, stencil.stride, stencil.before
     out = max(0, stencil.outputs(dim.size))
-    centre = reach // 2 - before
+    centre = 0 if stride == 1 and out == dim.size else span // 2 - before
     ends = _cut(dim, out, [-(-(o - centre) // stride) for o in dim.offsets])
     windows = [
-        (a * stride - before, (b - 1) * stride - before + reach + 1) if a < b else (-reach - 1, 0)
+        (a * stride - before, (b - 1) * stride - before + span + 1) if a < b else (-span - 1, 0)
         for a, b in pairwise(ends)
     ]
-    return _reach(dim, ends, windows)
+    return reach_of(dim, ends, windows)
 
 
 @cached
-def spread(
-    dim: Dim, kernel: int, stride: int, padding: int, dilation: int, out: int
-) -> tuple[Reach, tuple[int, ...]]:
-    """Input row i adds to output rows i * stride - padding + t * dilation for t in range(kernel).
+def spread(dim: Dim, stencil: Stencil, out: int) -> tuple[Reach, tuple[int, ...]]:
+    """The adjoint of a stencil: input row i adds to the output rows that the stencil's row i reads.
 
-    Also returns, for every rank, its first output row among those that its window adds to with no
-    padding. Neighbours share the output rows that both add to; a kernel as wide as its stride needs
-    no halo.
+    out: how many there are. Also returns, for every rank, its first output row among those that its
+    window adds to with no padding. Neighbours share the output rows that both add to; a kernel as
+    wide as its stride needs no halo.
     """
-    reach = dilation * (kernel - 1)
-    shared = max(0, -(-(reach + 1 - stride) // 2))
+    span, stride, padding = stencil.extent - 1, stencil.stride, stencil.before
+    shared = max(0, -(-(span + 1 - stride) // 2))
     ends = _cut(dim, out, [o * stride - padding + shared for o in dim.offsets])
     windows, firsts = [], []
     for a, b in pairwise(ends):
         first, last = a + padding, b - 1 + padding
         # the second bound where rows lie in a gap between kernels
-        start = min(-(-(first - reach) // stride), first // stride)
+        start = min(-(-(first - span) // stride), first // stride)
         windows.append((start, last // stride + 1) if a < b else (-1, 0))
         firsts.append(first - start * stride if a < b else 0)
-    return _reach(dim, ends, windows), tuple(firsts)
+    return reach_of(dim, ends, windows), tuple(firsts)
+
+
+def added_to(dim: Dim, stencil: Stencil) -> list[tuple[int, int]]:
+    """The output rows that each rank's own input rows add to in the adjoint of a stencil."""
+    stride, before = stencil.stride, stencil.before
+    return [
+        (a * stride - before, (b - 1) * stride - before + stencil.extent) if a < b else (0, 0)
+        for a, b in pairwise(dim.offsets)
+    ]
+
+
+@cached
+def near(dim: Dim, beside: int, out: int) -> tuple[Reach, tuple[int, ...]]:
+    """Every rank's own rows and `beside` more on either side, fewer at the border of the whole.
+
+    For an op that treats the border by itself and makes `out` rows of all: of each rank's own, its
+    share. Also returns, for every rank, its first output row among those of its window.
+    """
+    n = dim.size
+    ends = [o * out // n for o in dim.offsets]
+    windows = [
+        (max(0, a - beside), min(n, b + beside)) if a < b else (a, a)
+        for a, b in pairwise(dim.offsets)
+    ]
+    firsts = [(a - start) * out // n for a, (start, _) in zip(dim.offsets, windows, strict=False)]
+    return reach_of(dim, ends, windows), tuple(firsts)
 
 
 def _cut(dim: Dim, out: int, inner: Sequence[int]) -> list[int]:
@@ -133,7 +158,8 @@ def _cut(dim: Dim, out: int, inner: Sequence[int]) -> list[int]:
     return [0, *(min(max(e, 0), out) for e in inner[1:-1]), out]
 
 
-def _reach(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) -> Reach:
+def reach_of(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) -> Reach:
+    """Output rows cut at `ends`, of which those of each rank read a window of rows of a dim."""
     sizes = tuple(b - a for a, b in pairwise(ends))
     inside = all(
         not n or (start >= a and stop <= b)
@@ -142,21 +168,28 @@ def _reach(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) ->
     return Reach(Dim(ends[-1], dim.axes, sizes), Kept(windows), inside)
 
 
-def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0) -> Tensor:
+def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0, lead: int = 0) -> Tensor:
     """This rank's input rows along dim d of its local tensor x; rows outside are `fill`.
 
-    x may have been fetched along other dims of `spec` before. Sends halo rows only, nothing where
-    `reach.inside`.
+    x may have been fetched along other dims of `spec` before, and may have `lead` dims in front of
+    those of `spec`. Sends halo rows only, nothing where `reach.inside`.
     """
     dim, me = spec.dims[d], spec.index[d]
+    at = d + lead
     start, stop = reach.windows[me]
     if reach.inside and reach.dim.sizes[me]:
         whole = start == spec.offset[d] and stop - start == dim.sizes[me]
-        return x if whole else x.narrow(d, start - spec.offset[d], stop - start)
+        return x if whole else x.narrow(at, start - spec.offset[d], stop - start)
     name = comm.group(spec.mesh, dim.axes)
-    return comm.window(x, d, dim.sizes, reach.windows, name, fill=fill)
+    return comm.window(x, at, dim.sizes, reach.windows, name, fill=fill)
 
 
-def trim(y: Tensor, d: int, spec: Spec, reach: Reach) -> Tensor:
-    """The local output without the row that stands in for no rows."""
-    return y if reach.dim.sizes[spec.index[d]] else y.narrow(d, 0, 0)
+def trim(y: Tensor, d: int, spec: Spec, reach: Reach, first: int | None = None) -> Tensor:
+    """The local output without the row that stands in for no rows.
+
+    first: this rank's first row among those that an op made of its window, where it made more.
+    """
+    rows = reach.dim.sizes[spec.index[d]]
+    if first is None:
+        return y if rows else y.narrow(d, 0, 0)
+    return y if rows == y.shape[d] else y.narrow(d, first, rows)
