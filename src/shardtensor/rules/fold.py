@@ -9,7 +9,6 @@ has, and what its image rows share with a neighbour's goes there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
 from .shape import _gathered_on_lead, _index, _on_multiples
 from .sliding import sliding
-from .windows import Ints, Stencil, each, fetch, spread, stencils, strided
+from .windows import Ints, Stencil, added_to, each, fetch, spread, stencils, strided
 
 _im2col, _col2im = kernels.nn.im2col, kernels.nn.col2im
 
@@ -66,7 +65,8 @@ def col2im(
     x = reduced(input)
     size, k, d, p, s = (each(v, 2) for v in (output_size, kernel_size, dilation, padding, stride))
     shape = _shape(_col2im, tuple(x.shape), size, k, d, p, s)
-    wide = stencils(2, k, s, p, d)[1].outputs(size[1])
+    high, across = stencils(2, k, s, p, d)
+    wide = across.outputs(size[1])
     c, blocks = x.ndim - 2, x.ndim - 1
     dims = list(x._spec.dims)
     for i, q in ((c, k[0] * k[1]), (blocks, wide)):
@@ -80,14 +80,9 @@ def col2im(
         empty = 0 in local.shape[:blocks]
         return wrap(_none(local, out) if empty else _col2im(local, size, k, d, p, s), out)
     rows = Dim(x.shape[blocks] // wide, dims[blocks].axes, _divided(dims[blocks].sizes, wide))
-    image = spread(rows, k[0], s[0], p[0], d[0], size[0])[0].dim
+    image = spread(rows, high, size[0])[0].dim
     out = x._spec.with_dims([*dims[:c], channels, image, Dim(size[1])])
-    # the image rows that a rank's blocks add to
-    span = d[0] * (k[0] - 1) + 1
-    windows = [
-        (a * s[0] - p[0], (b - 1) * s[0] - p[0] + span) if a < b else (0, 0)
-        for a, b in pairwise(rows.offsets)
-    ]
+    windows = added_to(rows, high)
     start, stop = windows[index]
     if 0 in local.shape:
         part = _none(local, out, stop - start)

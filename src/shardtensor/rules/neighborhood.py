@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import comm
 from ..attention.neighborhood import (
     NAME,
     Bools,
@@ -33,6 +32,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit
 from .rows import dims_of, mesh_of
+from .windows import Reach, fetch, reach_of
 
 Dims = tuple[Dim, ...]
 
@@ -40,13 +40,13 @@ Dims = tuple[Dim, ...]
 class Plan(NamedTuple):
     """Where operands are wanted, and what this rank fetches.
 
-    reaches: (dim, rows of keys that each rank needs) of every dim in which a rank needs rows of
-    another, or not all of its own.
+    reaches: (dim, keys that each rank needs) of every dim in which a rank needs rows of another, or
+    not all of its own.
     """
 
     spec: Spec  # of the result
     wanted: tuple[Dims, Dims, Dims]
-    reaches: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    reaches: tuple[tuple[int, Reach], ...]
     places: tuple[Place, ...]
 
 
@@ -90,9 +90,8 @@ def run(
 
 def _fetch(x: Tensor, p: Plan, lead: int = 0) -> Tensor:
     """x with the rows that this rank needs; `lead` dims come before the batch."""
-    for d, rows in p.reaches:
-        dim = p.wanted[1][d]
-        x = comm.window(x, d + lead, dim.sizes, rows, comm.group(p.spec.mesh, dim.axes))
+    for d, reach in p.reaches:
+        x = fetch(x, d, p.spec, reach, lead=lead)
     return x
 
 
@@ -110,7 +109,7 @@ def plan(query: Spec, key: Dims, value: Dims, lines: tuple[Line, ...]) -> Plan:
         own = list(pairwise(dim.offsets)) if dim.axes else [(0, dim.size)]
         rows = tuple(line.rows(a, b) if a < b else (a, a) for a, b in own)
         if any(r != o for r, o in zip(rows, own, strict=True) if o[0] < o[1]):
-            reaches.append((d, rows))
+            reaches.append((d, reach_of(dim, dim.offsets, rows)))
         else:
             rows = tuple(own)
         (a, b), (start, stop) = own[spec.index[d]], rows[spec.index[d]]

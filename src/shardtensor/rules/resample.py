@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import comm
 from .._torch import kernels
 from ..cache import cached
-from ..cuts import Kept
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .pool import result_dtype
+from .windows import Reach, fetch, near, reach_of, trim
 
 _KERNELS: dict[tuple[str, int], Callable[..., Tensor]] = {
     ("nearest", 1): kernels.nn.upsample_nearest1d,
@@ -195,40 +194,28 @@ def _scaled(
     local, dims = x._local, [*x._spec.dims[:2], *(Dim(m) for m in out)]
     target, crops = list(out), []
     for d, halo in halos.items():
-        dim, m, i = x._spec.dims[d], out[d - 2], x._spec.index[d]
-        windows = _haloed(dim, halo)
-        group = comm.group(x._spec.mesh, dim.axes)
-        local = comm.window(local, d, dim.sizes, windows, group)
-        dims[d] = Dim(m, dim.axes, dim.scaled(m, dim.size).sizes)
-        target[d - 2] = local.shape[d] * m // dim.size
-        crops.append((d, (dim.offsets[i] - windows[i][0]) * m // dim.size, dims[d].sizes[i]))
+        reach, firsts = near(x._spec.dims[d], halo, out[d - 2])
+        local = fetch(local, d, x._spec, reach)
+        dims[d], target[d - 2] = reach.dim, local.shape[d] * out[d - 2] // x.shape[d]
+        crops.append((d, reach, firsts[x._spec.index[d]]))
     local = _kernel(local, target, scales, way, out[-1] > 1).to(_dtype(x, way))
-    for d, start, rows in crops:
-        if rows != local.shape[d]:
-            local = local.narrow(d, start, rows)
+    for d, reach, first in crops:
+        local = trim(local, d, x._spec, reach, first)
     return wrap(local, x._spec.with_dims(dims))
 
 
 @cached
-def _haloed(dim: Dim, halo: int) -> Kept[tuple[int, int]]:
-    """The rows of every shard and `halo` beside them, as far as there are any."""
-    return Kept(
-        (max(0, a - halo), min(dim.size, b + halo)) if a < b else (a, a) for a, b in dim.windows()
-    )
-
-
 # any other map of rows ---------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """One sharded dim's map of rows.
+class Taps(NamedTuple):
+    """One dim's map of rows.
 
-    out: the output dim. windows: the input rows that every rank needs.
+    reach: the input rows that every rank needs.
     at: (taps, rows) positions in this rank's window. weights: as many, None for nearest.
     """
 
-    out: Dim
-    windows: tuple[tuple[int, int], ...]
+    reach: Reach
     at: Tensor
     weights: Tensor | None
 
@@ -247,57 +234,53 @@ def _combined(
     for d in range(2, x.ndim):
         dim, i, scale = x._spec.dims[d], x._spec.index[d], rest[d - 2]
         if d in sharded:
-            plan = _plan(dim, i, out[d - 2], scale, way)
-            group = comm.group(x._spec.mesh, dim.axes)
-            rows = comm.window(local, d, dim.sizes, plan.windows, group)
-            local = _weighted(rows, d, plan)
-            dims[d], target[d - 2], rest[d - 2] = plan.out, local.shape[d], None
+            taps = _map(dim, i, out[d - 2], scale, way)
+            local = _weighted(fetch(local, d, x._spec, taps.reach), d, taps)
+            dims[d], target[d - 2], rest[d - 2] = taps.reach.dim, local.shape[d], None
         elif way.mode == "bicubic" and out[d - 2] == dim.size and scale not in (None, 1.0):
             # torch 2.13's gradient is wrong where no size changes, as none may in what is left here
-            local = _weighted(
-                local, d, _plan(Dim(dim.size, (), (dim.size,)), 0, dim.size, scale, way)
-            )
+            whole = Dim(dim.size, (), (dim.size,))
+            local = _weighted(local, d, _map(whole, 0, dim.size, scale, way))
             rest[d - 2] = None
     if target != list(local.shape[2:]) or any(s not in (None, 1.0) for s in rest):
         local = _kernel(local, target, rest, way, out[-1] > 1)
     return wrap(local.to(dtype), x._spec.with_dims(dims))
 
 
-def _weighted(rows: Tensor, d: int, plan: Plan) -> Tensor:
+def _weighted(rows: Tensor, d: int, taps: Taps) -> Tensor:
     """Output rows as sums of input rows; halves are added up in single precision."""
-    if plan.weights is None:
-        return rows.index_select(d, plan.at[0])
-    taps, m = plan.weights.shape
+    if taps.weights is None:
+        return rows.index_select(d, taps.at[0])
+    n, m = taps.weights.shape
     shape = [m] + [1] * (rows.ndim - 1 - d)
-    if taps <= _FEW:
+    if n <= _FEW:
         parts = [
             rows.index_select(d, at) * w.view(shape)
-            for at, w in zip(plan.at, plan.weights, strict=True)
+            for at, w in zip(taps.at, taps.weights, strict=True)
         ]
         return sum(parts[1:], start=parts[0])
-    every = rows.index_select(d, plan.at.flatten()).unflatten(d, (taps, m))
-    return (every * plan.weights.view([taps, *shape])).sum(d)
+    every = rows.index_select(d, taps.at.flatten()).unflatten(d, (n, m))
+    return (every * taps.weights.view([n, *shape])).sum(d)
 
 
 @cached
-def _plan(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Plan:
+def _map(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Taps:
     """The map of rows for the rank with shard i."""
     return _alone(lambda: _mapped(dim, i, m, scale, way))
 
 
-def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Plan:
+def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Taps:
     lows, weights = _taps(dim.size, m, scale, way)
     edges = [round(o * m / dim.size) for o in dim.offsets]
     taps = weights.shape[0]
-    windows = Kept(
+    windows = [
         (int(lows[a:b].min()), min(dim.size, int(lows[a:b].max()) + taps)) if a < b else (0, 0)
         for a, b in pairwise(edges)
-    )
+    ]
     a, b = edges[i], edges[i + 1]
     index = (lows[a:b] + torch.arange(taps)[:, None]).clamp(max=dim.size - 1) - windows[i][0]
-    return Plan(
-        Dim(m, dim.axes, tuple(q - p for p, q in pairwise(edges))),
-        windows,
+    return Taps(
+        reach_of(dim, edges, windows),
         index.to(way.device),
         None if way.nearest else weights[:, a:b].to(way.device),
     )
