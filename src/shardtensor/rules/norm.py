@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
@@ -337,28 +336,3 @@ def rms_norm(
     (a,) = comm.vary(((total / sum(counts) + eps).rsqrt(),), group)
     y = local * a if w is None else local * a * w
     return wrap(y.to(local.dtype), spec)
-
-
-# local response norm -----------------------------------------------------------------------------
-
-
-@rule(F.local_response_norm)
-def local_response_norm(
-    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-) -> ShardTensor:
-    """Each element by its neighbours along channels; of sharded channels a halo is fetched."""
-    x = sharded(input)
-    spec, local = x._spec, x._local
-    channels = spec.dims[1] if len(spec.dims) > 1 else Dim(0)
-    if not channels.axes:
-        y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), local.shape, local)
-        return wrap(y, spec)
-    windows = [
-        (max(0, a - size // 2), min(channels.size, b + (size - 1) // 2)) if a < b else (a, a)
-        for a, b in channels.spans
-    ]
-    group = comm.along(spec, 1)
-    seen = comm.window(local, 1, channels.sizes, windows, group)
-    y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), seen.shape, seen)
-    (start, stop), (first, _) = spec.spans[1], windows[spec.index[1]]
-    return wrap(y.narrow(1, start - first, stop - start), spec)
