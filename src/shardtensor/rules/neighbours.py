@@ -1,0 +1,63 @@
+"""Ops on neighbours along one dim: differences, local response normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..redistribute import reduced
+from ..registry import rule
+from ..spec import Spec
+from ..tensor import ShardTensor, wrap
+from .empty import stock
+from .norm import sharded
+from .rows import dims_of, mesh_of
+from .shape import _index
+from .sliding import sliding
+from .windows import Stencil, checked
+
+
+@rule("diff")
+def diff(
+    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None,
+    append: Tensor | None = None,
+) -> ShardTensor:  # fmt: skip
+    """The n-th differences, in one exchange however large n is."""
+    x = input
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec(mesh_of(prepend, append), dims_of(x)))
+    given = [t for t in (prepend, append) if t is not None]
+    if given or x.ndim == 0 or n < 1:
+        # raises what torch raises
+        meta = [t if t is None else torch.empty(t.shape, device="meta") for t in (prepend, append)]
+        torch.diff(torch.empty(x.shape, device="meta"), n, dim, *meta)
+    x = reduced(x)
+    d = _index(dim, x.ndim)
+    if n == 0:
+        return wrap(x._local.clone(), x._spec)
+    if given:
+        x = torch.cat([t for t in (prepend, x, append) if t is not None], dim)
+        assert isinstance(x, ShardTensor)
+    order = min(n, x.shape[d])
+    return sliding(x, {d: Stencil(order + 1)}, lambda rows: torch.diff(rows, order, d))
+
+
+@rule(F.local_response_norm)
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> ShardTensor:
+    """Each element by its neighbours along channels."""
+    x = sharded(input)
+    before, after = size // 2, (size - 1) // 2
+
+    def norm(rows: Tensor, padding: Sequence[int] = (0,)) -> Tensor:
+        y = stock(lambda z: F.local_response_norm(z, size, alpha, beta, k), rows.shape, rows)
+        # torch pads by itself: what it makes of rows that were fetched belongs to other ranks
+        return y if any(padding) else y.narrow(1, before, rows.shape[1] - before - after)
+
+    if x.ndim < 3:
+        return sliding(x, {}, norm)  # torch says what is wrong
+    return sliding(x, {1: checked(Stencil(size, 1, before, 1, after))}, norm)
