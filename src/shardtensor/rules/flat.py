@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..spec import Spec
@@ -19,14 +18,20 @@ def coordinates(at: Tensor, shape: Sequence[int]) -> list[Tensor]:
     return found
 
 
+def positions(coordinates: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """One coordinate for each dim, which may broadcast, as flat positions in a row-major block."""
+    found, *rest = coordinates
+    for c, n in zip(rest, shape[1:], strict=True):
+        found = found * n + c
+    return found
+
+
 def whole(at: Tensor, shape: Sequence[int], spec: Spec, first: int = 0) -> Tensor:
     """Flat positions in this rank's rows of dims `first` on, as positions in the whole of these.
 
     shape: that of the rows to which the positions belong; each size is 1 at least.
     """
-    found = torch.zeros_like(at)
-    for c, start, n in zip(
-        coordinates(at, shape), spec.offset[first:], spec.shape[first:], strict=True
-    ):
-        found = found * n + (c + start)
-    return found
+    if not shape:
+        return at
+    own = zip(coordinates(at, shape), spec.offset[first:], strict=True)
+    return positions([c + start for c, start in own], spec.shape[first:])

@@ -15,6 +15,7 @@ from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
+from .flat import coordinates, positions
 from .sliding import fetched, plan, sliding
 from .windows import Ints, Reach, Stencil, stencils, trim
 
@@ -104,19 +105,16 @@ def _global_index(
     if not reaches:
         return index
     n = len(dilations)
-    first = len(spec.dims) - n
-    found, step = torch.zeros_like(index), 1
-    for i in reversed(range(n)):
-        d = first + i
-        start = reaches[d].windows[spec.index[d]][0] if d in reaches else 0
-        at = index % shape[i] + start
-        index = index // shape[i]
+    found = []
+    inner = coordinates(index, shape)
+    for d, at, dilation in zip(range(-n, 0), inner, dilations, strict=True):
+        reach = reaches.get(len(spec.dims) + d)
+        start = reach.windows[spec.index[d]][0] if reach else 0
         if start < 0:
             # nothing in the window is above the fill: torch names its first row inside
-            at = torch.where(at < 0, at % dilations[i], at)
-        found = found + at * step
-        step *= spec.dims[d].size
-    return found
+            at = torch.where(at + start < 0, (at + start) % dilation, at + start)
+        found.append(at + start if start > 0 else at)
+    return positions(found, spec.shape[-n:])
 
 
 def _define_max_pool(n: int) -> None:

@@ -168,9 +168,8 @@ def read(
         return wrap(fetch(local, route).reshape(out.local_shape), out)
     at = normal(at, spec, rows.size, negative, op)
     if few:
-        start = rows.offsets[comm.rank(group)]
-        mine = (at >= start) & (at < start + rows.sizes[comm.rank(group)])
-        found = with_one(local, (0,), 0)[torch.where(mine, at - start, 0)]
+        mine, here = _own(at, rows, group)
+        found = with_one(local, (0,), 0)[torch.where(mine, here, 0)]
         mine = mine.reshape(*mine.shape, *[1] * len(rest))
         return wrap(comm.reduce(torch.where(mine, found, 0), group), out)
     found = comm.take(local, at.reshape(-1), rows.sizes, group)
@@ -302,14 +301,20 @@ def _summed(x: Tensor, mesh: DeviceMesh, axes: tuple[int, ...]) -> Tensor:
     return comm.reduce(x, comm.group(mesh, axes)) if axes else x
 
 
+def _own(at: Tensor, rows: Dim, group: str) -> tuple[Tensor, Tensor]:
+    """(which global rows are this rank's, all of them counted from its first)."""
+    me = comm.rank(group)
+    own = at - rows.offsets[me]
+    return (own >= 0) & (own < rows.sizes[me]), own
+
+
 def _mine(
     local: Tensor, at: Tensor, values: Tensor | None, rows: Dim, group: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The entries of an index, alike on all ranks, that fall into this rank's rows."""
-    start, n = rows.offsets[comm.rank(group)], rows.sizes[comm.rank(group)]
-    mine = (at >= start) & (at < start + n)
+    mine, own = _own(at, rows, group)
     if _torch.is_tracing():
         # no sizes that depend on values: what others own goes to one more row, which is cut off
         some = torch.cat([local, local.new_zeros((1, *local.shape[1:]))])
-        return some, torch.where(mine, at - start, n), values
-    return local, at[mine] - start, None if values is None else values[mine]
+        return some, torch.where(mine, own, len(local)), values
+    return local, own[mine], None if values is None else values[mine]

@@ -14,6 +14,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, to_dims
+from . import flat
 from .index import _whole, in_place
 from .rows import (
     Kernel,
@@ -34,18 +35,19 @@ from .rows import (
 from .shape import _index
 
 
-def _flat_place(at: Tensor, index: Spec, shape: Sequence[int], whole: Sequence[bool]) -> Tensor:
-    """Where each element of an index lies in a row of `shape`, flattened; its first dim is aside.
+def _elements(at: Tensor, index: Spec, shape: Sequence[int], whole: Sequence[bool]) -> Tensor:
+    """Rows by index, the first dim of which counts rows, as flat positions of their elements.
 
-    whole: which dims of the row are whole, so that the index counts from their start.
+    shape: of a row. whole: which of its dims are whole, so that the index counts from their start.
     """
-    place, step = torch.zeros((), dtype=torch.int64, device=at.device), 1
-    for i in reversed(range(1, at.ndim)):
+    if at.ndim == 1:
+        return at
+    own = []
+    for i in range(1, at.ndim):
         first = index.offset[i] if whole[i - 1] else 0
-        own = torch.arange(first, first + at.shape[i], device=at.device) * step
-        place = place + own.reshape(-1, *[1] * (at.ndim - 1 - i))
-        step *= shape[i - 1]
-    return place
+        along = torch.arange(first, first + at.shape[i], device=at.device)
+        own.append(along.reshape(-1, *[1] * (at.ndim - 1 - i)))
+    return at * prod(shape) + flat.positions(own, shape)
 
 
 def _first(dims: Sequence[Any], d: int) -> tuple[Any, ...]:
@@ -123,11 +125,10 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
         rows = local.movedim(d, 0)
         n = prod(rows.shape[1:])
         order = Spec(mesh, _first(lead, d))
-        flat = at * n + _flat_place(
-            at, order, rows.shape[1:], [not i.axes for i in _first(dims, d)[1:]]
-        )
+        free = [not i.axes for i in _first(dims, d)[1:]]
+        places = _elements(at, order, rows.shape[1:], free).reshape(-1)
         sizes = [s * n for s in dims[d].sizes]
-        found = comm.take(rows.reshape(-1), flat.reshape(-1), sizes, comm.group(mesh, dims[d].axes))
+        found = comm.take(rows.reshape(-1), places, sizes, comm.group(mesh, dims[d].axes))
         found = found.reshape(at.shape).movedim(0, d)
     out = wrap(found, spec)
     return out if shape else out.reshape(())
@@ -206,12 +207,10 @@ def _scattered(
     local = like(x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), target)._local
     moved = local.movedim(d, 0)
     n = prod(moved.shape[1:])
-    flat = at * n + _flat_place(
-        at, spec.with_dims(_first(lead, d)), moved.shape[1:], [False] * x.ndim
-    )
+    places = _elements(at, spec.with_dims(_first(lead, d)), moved.shape[1:], [False] * x.ndim)
     values = None if v is None else v.movedim(d, 0).reshape(-1)
     every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
-    new = settle(moved.reshape(-1), flat.reshape(-1), values, kernel, every, spec, along.axes)
+    new = settle(moved.reshape(-1), places.reshape(-1), values, kernel, every, spec, along.axes)
     out = wrap(new.reshape(moved.shape).movedim(0, d), target)
     out = to_dims(out, [*dims[:d], old[d], *dims[d + 1 :]])
     return out if shape else out.reshape(())

@@ -20,7 +20,7 @@ from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import aside, fit, reduced
-from .flat import coordinates
+from .flat import coordinates, positions
 from .pointwise import align
 
 
@@ -83,14 +83,14 @@ def _spread(x: Tensor, at: Tensor, spec: Spec, size: tuple[int, ...]) -> ShardTe
         at = comm.window(at, d, dim.sizes, windows, group)
     out = spec.with_dims(dims)
     plane = out.local_shape[lead:]
-    flat, inside = torch.zeros_like(at), torch.ones_like(at, dtype=torch.bool)
-    for c, start, n in zip(coordinates(at, size), out.offset[lead:], plane, strict=True):
-        flat = flat * n + (c - start)
-        inside = inside & (c >= start) & (c < start + n)
+    own = [c - start for c, start in zip(coordinates(at, size), out.offset[lead:], strict=True)]
+    inside = torch.ones_like(at, dtype=torch.bool)
+    for c, n in zip(own, plane, strict=True):
+        inside = inside & (c >= 0) & (c < n)
     # what falls in others' rows goes behind the plane
-    flat = flat.where(inside, prod(plane)).flatten(lead)
+    here = positions(own, plane).where(inside, prod(plane)).flatten(lead)
     local = x.new_zeros([*x.shape[:lead], prod(plane) + 1])
-    local = local.scatter(-1, flat, x.flatten(lead)).narrow(-1, 0, prod(plane))
+    local = local.scatter(-1, here, x.flatten(lead)).narrow(-1, 0, prod(plane))
     return wrap(local.reshape(out.local_shape), out)
 
 
