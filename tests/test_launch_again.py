@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from shardtensor.testing import run_workers
 from test_watch import free_port
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor.ranks.testing import run_workers
 from shardtensor.train import rendezvous
 
 

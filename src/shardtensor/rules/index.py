@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, like, reduced, replicate, to_dims
+from ..tensor.redistribute import fit, reduced, to_dims
+from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .pointwise import _wanted, align, function_rule
 from .rows import axes_in, covering, cut_axes, dims_of, mesh_of, normal, read, write
 from .shape import _index, _permuted
 from .slices import selected, sliced, span
-
-__all__ = ["assigned", "put_at", "sliced"]
 
 
 def _entries(index: Any, ndim: int) -> list[Any] | None:
@@ -264,30 +262,6 @@ def diagonal_scatter(
     along = torch.arange(n, device=input.device)
     rest = {r: along + max(0, -offset), c: along + max(0, offset)}
     return put_at(_whole(input, src), rest, src.movedim(-1, _front(sorted(rest))))
-
-
-def assigned(x: Tensor, op: str, new: Any) -> Tensor:
-    """x, a plain tensor or a ShardTensor, with the values of new() written into it."""
-    if isinstance(x, ShardTensor):
-        check_writable(x, op)
-        x._local.copy_(like(new(), x._spec)._local)
-    else:
-        x.copy_(replicate(new())._local)
-    return x
-
-
-def in_place(fn: Any) -> None:
-    """Register the in-place variant of a rule."""
-    name = f"{fn.__name__}_"
-
-    @rule(name)
-    @takes_plain
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        before = input
-        if "reduce" in name and torch.is_grad_enabled():
-            # its gradient needs what the write overwrites
-            before = input.clone()
-        return assigned(input, name, partial(fn, before, *args, **kwargs))
 
 
 # x[...] = v --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
-from .index import in_place
+from .in_place import in_place
 from .rows import Kernel, dims_of, integers, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index

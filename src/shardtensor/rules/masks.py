@@ -18,6 +18,8 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, on_dim, reduced, to_dims
 from . import labels
+from .in_place import assigned
+from .pointwise import function_rule, pointwise
 from .rows import mesh_of
 from .shape import _index, _permuted
 
@@ -223,6 +225,14 @@ def places(mask: Tensor) -> tuple[Tensor, ...]:
     return _nonzero(flat).unbind(1)
 
 
+@function_rule("where")
+def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A choice by element; the places of a condition alone."""
+    if len(args) + len(kwargs) == 1:
+        return places(*args, *kwargs.values())
+    return pointwise(func, args, kwargs)
+
+
 @rule("nonzero_static")
 def nonzero_static(input: ShardTensor, *, size: int, fill_value: int = -1) -> ShardTensor:
     if size < 0:
@@ -279,8 +289,6 @@ def repeat_interleave(
 
 @rule("masked_scatter_")
 def masked_scatter_(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    from .index import assigned
-
     if source is input:
         raise UnsupportedOpError("masked_scatter_ of a tensor into itself: .clone() the source")
     return assigned(input, "masked_scatter_", lambda: masked_scatter(input, mask, source))

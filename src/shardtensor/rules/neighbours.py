@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..redistribute import reduced
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
 from .empty import stock
 from .norm import sharded
 from .rows import dims_of, mesh_of

@@ -21,7 +21,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
-from .index import sliced
+from .slices import sliced
 
 
 class Plan(NamedTuple):

@@ -159,15 +159,6 @@ def divided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pointwise(func, args, kwargs)
 
 
-@function_rule("where")
-def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) + len(kwargs) == 1:
-        from .masks import places
-
-        return places(*args, *kwargs.values())
-    return pointwise(func, args, kwargs)
-
-
 def check_number(x: Tensor, value: Any, dtype: torch.dtype | None = None) -> None:
     """Raise as torch does for a number that halves cannot hold; one element alone it fills."""
     dtype = dtype or x.dtype

@@ -22,7 +22,7 @@ from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import aside, reduced, to_dims
 from .empty import joined, stock, through, with_one
-from .index import assigned
+from .in_place import assigned
 from .reduce import over, wide
 
 

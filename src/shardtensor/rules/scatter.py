@@ -15,7 +15,8 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, to_dims
 from . import flat
-from .index import _whole, in_place
+from .in_place import in_place
+from .index import _whole
 from .rows import (
     Kernel,
     axes_in,
