@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
@@ -39,7 +38,6 @@ class Local(NamedTuple):
 
     plan: what it reads, and the dims of the output.
     padding, output_padding: what the local op gets.
-    ahead: what F.pad adds to whole dims that are padded more behind than before; () for nothing.
     crops: (dim, start, length) of the rows to keep of what the op makes.
     halo: the padding of `halo_conv`, where it serves the last sharded dim.
     """
@@ -47,7 +45,6 @@ class Local(NamedTuple):
     plan: Plan
     padding: tuple[int, ...]
     output_padding: tuple[int, ...] = ()
-    ahead: tuple[int, ...] = ()
     crops: tuple[tuple[int, int, int], ...] = ()
     halo: tuple[int, ...] | None = None
 
@@ -160,29 +157,27 @@ def _forward(
     lead = len(spec.dims) - len(kernel)
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    stencils, ahead = [], []
+    stencils = []
     for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
         span, size = d * (k - 1), spec.dims[lead + i].size
         before = span // 2 if padding == "same" else 0 if isinstance(padding, str) else padding[i]
         behind = span - before if padding == "same" else before
         stencils.append((lead + i, checked(Stencil(k, s, before, d, behind))))
-        ahead.append(0 if _is_cut(spec.dims[lead + i]) else behind - before)
         if size + before + behind <= span:
             raise RuntimeError(
                 f"conv{len(kernel)}d: Kernel size {span + 1} can't be greater than the padded "
                 f"input: dim {lead + i} has size {size}, padding {before} and {behind}"
             )
     lies = plan(spec, tuple(stencils))
-    more = tuple(n for a in reversed(ahead) for n in (0, a)) if any(ahead) else ()
     halo = None
-    if lies.reaches and lead == 2 and not more:
+    if lies.reaches and lead == 2 and not lies.uneven:
         d, stencil, _ = lies.reaches[-1]
         assert stencil is not None
         rows = width(spec.dims[d], stencil)
         halo = (
             tuple(rows if lead + i == d else p for i, p in enumerate(lies.left)) if rows else None
         )
-    return Local(lies, lies.left, ahead=more, halo=halo)
+    return Local(lies, lies.left, halo=halo)
 
 
 @cached
@@ -304,8 +299,6 @@ def _convolved(
     n, groups = w.ndim - 2, channels.groups
 
     def op(rows: Tensor) -> Tensor:
-        if program.ahead:
-            rows = F.pad(rows, program.ahead)
         more: tuple[Any, ...]
         if transposed:
             more = (stride, program.padding, program.output_padding, groups, dilation)
@@ -322,9 +315,7 @@ def _convolved(
         return y
 
     lies = program.plan
-    if not lies.reaches:
-        return op(local)
-    local = _autocast(local)
+    local = _autocast(local) if lies.reaches else local
     if program.halo is None or channels.partial or not pays(spec):
         return slide(local, spec, lies, op)
     *others, (d, _, reach) = lies.reaches

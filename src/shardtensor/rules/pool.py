@@ -85,7 +85,7 @@ def _max_pool(
 
     if not indices:
         return sliding(x, found, lambda *rows: pool(*rows)[0], fill=low), None
-    dims, reaches, left = plan(x._spec, tuple(found.items()))
+    dims, reaches, left, _ = plan(x._spec, tuple(found.items()))
     local = fetched(x._local, x._spec, reaches, low)
     out, index = pool(local, left)
     index = _global_index(

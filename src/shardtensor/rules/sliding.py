@@ -4,7 +4,8 @@
 
 - Outputs are cut where inputs are, at kernel centres; as many as inputs lie as these.
 - A rank runs op on the rows that its outputs read: in dims that are cut they come with what lies
-  before the first row and after the last, filled; in whole dims op pads by itself.
+  before the first row and after the last, filled; in whole dims op pads by itself, as much before
+  as behind.
 - A rank without outputs runs op on rows of fill, enough for one, and drops it: its weights take
   part in the backward.
 - In large shards the rows of the last cut dim travel while op computes what needs none of them.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import cached
@@ -33,18 +35,21 @@ class Plan(NamedTuple):
 
     dims: the output's. reaches: of every dim in several shards its stencil and what it reads; None
     for a stencil's adjoint, whose rows nothing can be computed of while others travel. left:
-    padding left to the op.
+    padding left to the op, which adds as much before a dim as behind. uneven: F.pad's argument for
+    whole dims with other padding.
     """
 
     dims: tuple[tuple[int, Dim], ...]
     reaches: tuple[tuple[int, Stencil | None, Reach], ...]
     left: tuple[int, ...]
+    uneven: tuple[int, ...] = ()
 
 
 @cached
 def plan(spec: Spec, stencils: tuple[tuple[int, Stencil], ...]) -> Plan:
     """How stencils lie on a spec."""
     dims, reaches, left = [], [], []
+    uneven = [0, 0] * len(spec.dims)
     for d, s in stencils:
         dim = spec.dims[d]
         if len(dim.sizes) > 1:
@@ -54,8 +59,12 @@ def plan(spec: Spec, stencils: tuple[tuple[int, Stencil], ...]) -> Plan:
             left.append(0)
         else:
             dims.append((d, whole(dim, max(0, s.outputs(dim.size)))))
-            left.append(s.before)
-    return Plan(tuple(dims), tuple(reaches), tuple(left))
+            alike = s.after is None or s.after == s.before
+            left.append(s.before if alike else 0)
+            if s.after is not None and not alike:
+                last = 2 * (len(spec.dims) - 1 - d)
+                uneven[last : last + 2] = s.before, s.after
+    return Plan(tuple(dims), tuple(reaches), tuple(left), tuple(uneven) if any(uneven) else ())
 
 
 def whole(dim: Dim, rows: int) -> Dim:
@@ -76,14 +85,17 @@ def slide(
     local: Tensor, spec: Spec, plan: Plan, op: Callable[[Tensor], Tensor], fill: float = 0.0
 ) -> Tensor:
     """op of the rows that this rank's output rows read, in flight where that pays: these rows."""
+    run = op
+    if plan.uneven:
+        run = lambda rows: op(F.pad(rows, plan.uneven, value=fill))  # noqa: E731
     if not plan.reaches:
-        return op(local)
+        return run(local)
     *others, (d, stencil, reach) = plan.reaches
     if stencil is not None and pays(spec):
         rows = fetched(local, spec, others, fill)
-        y = overlapped(rows, d, spec, reach, stencil, op, fill)
+        y = overlapped(rows, d, spec, reach, stencil, run, fill)
     else:
-        y = op(fetched(local, spec, plan.reaches, fill))
+        y = run(fetched(local, spec, plan.reaches, fill))
     for d, _, reach in plan.reaches:
         y = trim(y, d, spec, reach)
     return y
@@ -101,7 +113,8 @@ def sliding(
 
     op(rows) gets a plain tensor and returns one with `outputs` rows in each dim of a stencil; other
     dims that are cut keep their sizes, and further dims may follow. Where a stencil has padding, it
-    is op(rows, padding): what op is to add before each dim, 0 where the rows have it already.
+    is op(rows, padding): what op is to add before and behind each dim; 0 where the rows have it
+    already, in dims that are cut and where it is not the same before and behind.
     fill: the padding's value. view: torch's name of the op, if it gives a view.
     Sends the halo of each cut dim, in one exchange a dim; nothing where no rank reads another's.
     """
@@ -109,7 +122,7 @@ def sliding(
     spec = x._spec
     known = tuple([(d % len(spec.dims), s) for d, s in stencils.items()])
     lies = plan(spec, known)
-    dims, reaches, left = lies
+    dims, reaches, left = lies[:3]
     padded = any(s.before for _, s in known)
     y = slide(x._local, spec, lies, (lambda rows: op(rows, left)) if padded else op, fill)
     if view and reaches:

@@ -1,0 +1,208 @@
+"""What convolutions, pools and blocks must not take for what it is not: a guard each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor.rules import halo, overlap
+from shardtensor.rules.sliding import Stencil, sliding
+
+D = torch.float64
+
+
+def numbers(*shape, dtype=D):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+
+
+def conv(*args, **kwargs):
+    torch.manual_seed(11)
+    return (nn.Conv1d, nn.Conv2d)[len(kwargs.pop("dims", "hw")) - 1](*args, dtype=D, **kwargs)
+
+
+@pytest.fixture
+def in_flight(monkeypatch):
+    """However small the shard; counts the convolutions by strips."""
+    monkeypatch.setattr(overlap, "WORTH", 0)
+    calls = []
+    plain = halo._HaloConv.forward
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(halo._HaloConv, "forward", staticmethod(counted))
+    return calls
+
+
+NARROW = [(1, 11), (11, 1), (1, 10, 0, 1), (4, 0, 8), (1, 1, 10), (5, 1, 1, 5)]
+
+
+@pytest.mark.parametrize("cut", NARROW)
+@pytest.mark.parametrize("kernel, dilation", [(5, 1), (3, 2), (7, 1)])
+def test_a_shard_narrower_than_the_halo(cut, kernel, dilation, in_flight):
+    """Its neighbours need rows of ranks beyond it: strips of direct neighbours do not do."""
+    width = dilation * (kernel - 1) // 2
+    module = conv(2, 3, (kernel, 3), padding=(width, 1), dilation=(dilation, 1))
+    T.hold(module, [numbers(1, 2, 12, 4)], [T.shard(2, cut)], (len(cut),))
+    assert not in_flight
+
+
+STRIPS = {
+    "stride": dict(kernel_size=3, stride=2, padding=1),
+    "less padding": dict(kernel_size=5, padding=1),
+    "more padding": dict(kernel_size=3, padding=2),
+    "even kernel": dict(kernel_size=(4, 3), padding="same"),
+    "padded ahead in a whole dim": dict(kernel_size=(3, 4), padding="same"),
+}
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_what_strips_do_not_serve(name, in_flight):
+    T.hold(conv(2, 3, **STRIPS[name]), [numbers(2, 2, 12, 5)], [T.shard(2, (5, 7))], (2,))
+    assert not in_flight
+
+
+def test_strips_of_one_sample_without_a_batch_and_of_addends(in_flight):
+    T.hold(conv(2, 3, 3, padding=1), [numbers(2, 12, 5)], [T.shard(1, (5, 7))], (2,))
+    T.hold(conv(2, 3, 3, padding=1, dims="l"), [numbers(2, 12)], [T.shard(1, (5, 7))], (2,))
+    module = conv(4, 3, 3, padding=1)
+    T.hold(module, [numbers(1, 4, 8, 5)], [T.On([Shard(1), Shard(2)])], (2, 2))
+    assert not in_flight
+
+
+def test_strips_beside_an_empty_shard_of_another_dim(in_flight):
+    on = T.On([Shard(2), Shard(3)], {2: (4, 0), 3: (3, 4)})
+    T.hold(conv(2, 3, 3, padding=1), [numbers(1, 2, 4, 7)], [on], (2, 2))
+    assert in_flight
+
+
+@pytest.mark.parametrize("wanted", ["weight", "bias", "input"])
+def test_strips_where_one_gradient_is_wanted(wanted, in_flight):
+    def run():
+        mesh, x, w, b = T.make_mesh((3,)), numbers(1, 2, 9, 4), numbers(3, 2, 3, 3), numbers(3)
+        given = {"input": x, "weight": w, "bias": b}
+        given[wanted].requires_grad_()
+        (want,) = torch.autograd.grad(F.conv2d(x, w, b, padding=1).sin().sum(), given[wanted])
+        s = st.distribute_tensor(x.detach(), mesh, [Shard(2)]).requires_grad_(x.requires_grad)
+        with st.trace() as t:
+            y = F.conv2d(s, w, b, padding=1).sin().sum()
+            (got,) = torch.autograd.grad(y, s if wanted == "input" else given[wanted])
+        T.same(got, want, wanted)
+        return [n.collective for n in t.sent].count("halo")
+
+    # back go gradients of strips only where the input has one
+    assert st.simulate(3, run) == [2 if wanted == "input" else 1] * 3
+    assert in_flight
+
+
+def test_strips_under_autocast_are_halves(in_flight):
+    def run():
+        x = st.distribute_tensor(
+            numbers(1, 3, 8, 8, dtype=torch.float32), T.make_mesh((2,)), [Shard(2)]
+        )
+        module = conv(3, 4, 3, padding=1).float()
+        with torch.autocast("cpu", torch.bfloat16), st.trace() as t:
+            y = module(x)
+        assert y.dtype is torch.bfloat16
+        return t.bytes
+
+    assert st.simulate(2, run) == [3 * 8 * 2] * 2
+    assert in_flight
+
+
+WRONG = {
+    "same with a stride": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 2, "same"),
+    "a kernel larger than its input": lambda x: F.conv2d(x, numbers(2, 2, 9, 3), None, 1, 0),
+    "a kernel larger, dilated": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 0, (4, 1)),
+    "no stride": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 0),
+    "no dilation": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 1, 0),
+    "no kernel": lambda x: F.conv2d(x, numbers(2, 2, 0, 3)),
+    "negative padding": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, -1),
+    "too few dims": lambda x: F.conv2d(x[0, 0], numbers(2, 2, 3, 3)),
+    "too many dims": lambda x: F.conv2d(x[None], numbers(2, 2, 3, 3)),
+    "transposed, no stride": lambda x: F.conv_transpose2d(x, numbers(2, 2, 3, 3), None, 0),
+    "transposed, no dilation": lambda x: F.conv_transpose2d(x, numbers(2, 2, 3, 3), dilation=0),
+    "transposed, negative padding": lambda x: F.conv_transpose2d(
+        x, numbers(2, 2, 3, 3), None, 1, -1
+    ),
+    "transposed, output padding": lambda x: F.conv_transpose2d(
+        x, numbers(2, 2, 3, 3), None, 2, 1, 2
+    ),
+    "transposed, no output": lambda x: F.conv_transpose2d(x, numbers(2, 2, 1, 1), None, 1, 4),
+    "pool: no stride": lambda x: F.max_pool2d(x, 2, (0, 1)),
+    "pool: no dilation": lambda x: F.max_pool2d(x, 2, dilation=0),
+    "pool: no kernel": lambda x: F.max_pool2d(x, (0, 2), 1),
+    "pool: negative padding": lambda x: F.avg_pool2d(x, 2, 1, -1),
+    "pool: padding": lambda x: F.avg_pool2d(x, 2, 1, 2),
+    "pool: no output": lambda x: F.max_pool2d(x, 9, 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_torch_refuses_is_refused_before_anything_is_sent(name):
+    fn = WRONG[name]
+    with pytest.raises((RuntimeError, ValueError)):
+        fn(numbers(1, 2, 8, 8))
+
+    def run():
+        x = st.distribute_tensor(numbers(1, 2, 8, 8), T.make_mesh((3,)), [Shard(2)])
+        with st.trace() as t, pytest.raises((RuntimeError, ValueError)) as error:
+            fn(x)
+        assert not isinstance(error.value, st.DivergenceError)
+        assert not [n for n in t.sent if n.collective in ("window", "halo")]
+
+    st.simulate(3, run)
+
+
+def test_a_sharded_weight_of_groups_and_of_axes_that_shard_the_input():
+    x, w, b = numbers(2, 4, 8, 5), numbers(6, 2, 3, 3), numbers(6)
+    grouped = lambda x, w, b: F.conv2d(x, w, b, 1, 1, 1, 2)  # noqa: E731
+    T.hold(grouped, [x, w, b], [T.shard(2), T.shard(0), None], (2,))
+    T.hold(grouped, [x, w, b], [T.replicated(), T.shard(0), None], (2,))
+    one = numbers(6, 4, 3, 3)
+    T.hold(
+        lambda x, w, b: F.conv2d(x, w, b, 1, 1), [x, one, b], [T.shard(2), T.shard(0), None], (2,)
+    )
+    T.hold(
+        lambda x, w, b: F.conv2d(x, w, b, 1, 1), [x, one, b],
+        [T.On([Shard(2), Shard(3)]), T.On([Shard(0), Replicate()]), None], (2, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [(3, 9), (1, 10, 0, 1), (2, 2, 8)])
+def test_pools_in_flight_fill_with_what_loses(cut, in_flight):
+    x = -numbers(2, 2, 12, 4).abs()
+    T.hold(lambda x: F.max_pool2d(x, 3, 1, 1), [x], [T.shard(2, cut)], (len(cut),))
+    T.hold(lambda x: F.max_pool2d(x, (5, 1), 2, (2, 0)), [x], [T.shard(2, cut)], (len(cut),))
+
+
+def weighted(x, before, after):
+    """Every element's neighbours with weights 1, 2, 3, ...; x: (n, rows)."""
+    rows = F.pad(x, (before, after)).unfold(1, before + after + 1, 1)
+    return rows @ torch.arange(1.0, before + after + 2, dtype=x.dtype)
+
+
+@st.rule(weighted)
+def weighted_rule(x, before, after):
+    size = before + after + 1
+
+    def op(rows, padding=(0,)):
+        if padding[0]:
+            rows = F.pad(rows, (padding[0], padding[0]))
+        return rows.unfold(1, size, 1) @ torch.arange(1.0, size + 1, dtype=x.dtype)
+
+    return sliding(x, {1: Stencil(size, 1, before, 1, after)}, op)
+
+
+@pytest.mark.parametrize("cut", T.cuts(9))
+@pytest.mark.parametrize("before, after", [(2, 0), (0, 3), (3, 1), (1, 1), (2, 1)])
+def test_a_stencil_that_reaches_further_to_one_side(cut, before, after):
+    """As many rows as there were lie as these did, and padding is the same in whole dims."""
+    args = [numbers(2, 9), before, after]
+    (spec,) = T.hold(weighted, args, [T.shard(1, cut), None, None], (len(cut),))
+    assert spec.sizes == {1: cut}
+    T.hold(weighted, args, [T.shard(0), None, None], (2,))
