@@ -80,12 +80,15 @@ def _hold_the_rules_of_the_page(module):
         torch.randn(*s, dtype=torch.float64, generator=g)
         for s in ((2, 3, 7, 6), (2, 7, 3), (5, 3), (3,))
     )
+    ways = torch.randint(7, (4, 3), generator=g)
     for cut in T.cuts(7):
         mesh, rows = (len(cut),), T.shard(1, cut)
         T.hold(module.smooth, [image], [T.shard(2, cut)], mesh)
         T.hold(module.similarity, [a, b, w], [rows, None, None], mesh)
         T.hold(module.similarity, [a, b, w], [T.shard(2), T.replicated(), None], mesh)
         T.hold(module.unit, [a], [rows], mesh)
+        T.hold(module.means, [image[0, 0], ways], [T.shard(0, cut), None], mesh)
+        T.hold(module.means, [image[0, 0], ways], [T.shard(0, cut), T.shard(0)], mesh)
     two = T.On([Shard(2), Shard(3)])
     T.hold(module.smooth, [image], [two], (2, 2))
     T.hold(module.similarity, [a, b, w], [T.On([Shard(1), Shard(2)]), None, None], (2, 2))
@@ -127,7 +130,7 @@ def test_the_rule_of_contributing(monkeypatch):
     rule = re.sub(r"from \.\.(\w+)", r"from shardtensor.\1", rule)
     rule = re.sub(r"from \.(\w+)", r"from shardtensor.rules.\1", rule)
     module = {"__name__": "example_of_contributing"}
-    # undone by monkeypatch, as the library takes diff apart without a rule
+    # undone by monkeypatch: the library has a rule of its own
     monkeypatch.setitem(registry.rules, "diff", None)
     try:
         exec(rule + test, module)

@@ -1,9 +1,9 @@
-"""Rows by global index, read from and written to a dim that may be sharded.
+"""Rows by global index, `read` from and written (`write`) to a dim that may be sharded.
 
-The indexed dim comes first. Reads ask the owners of the rows and sums go to them along a route
-(`comm.route`) that is found once for an index. For any other write each owner fetches the entries
-that fall into its rows and runs the stock op. An index that is the same on all ranks needs no
-asking.
+The indexed dim comes first; index, rows and values may be plain or sharded, by any axes. Reads ask
+the owners of the rows and sums go to them along a route (`comm.route`) that is found once for an
+index. For any other write each owner fetches the entries that fall into its rows and runs the
+stock op. An index that is the same on all ranks needs no asking.
 """
 
 from __future__ import annotations
@@ -142,8 +142,10 @@ def read(
 ) -> ShardTensor:
     """x[index]: the dims of the index (of any shape), then those of x but the first.
 
-    Sharded where the index is, else over the ranks that hold x's rows; an index of fewer entries
-    than ranks gives a result that each of them has.
+    Differentiable. Sharded where the index is, else over the ranks that hold x's rows; an index of
+    fewer entries than ranks gives a result that each of them has. negative: whether entries may
+    count from the end; None: all are known to be right. op: the name in errors. IndexError on all
+    ranks where an entry is out of bounds. Sends each row that a rank needs of another once.
     """
     mesh = mesh_of(x, index)
     (rows, *rest), own = dims_of(x), dims_of(index)
@@ -193,10 +195,11 @@ def write(
     x: Tensor, index: Tensor, values: Tensor | None, kernel: Kernel | None,
     *, negative: bool | None = False, op: str = "index",
 ) -> ShardTensor:  # fmt: skip
-    """x with values written at x[index], sharded as x is; kernel None: added.
+    """x with values written at x[index], sharded as x is; kernel None: added. Differentiable.
 
     values: the dims of the index, then those of x but the first; None where the kernel has its own.
-    Dims in which x is whole follow the values, but for the indexed one.
+    kernel(rows, index, values) gives rows after the write, of entries that fall into these rows.
+    Dims in which x is whole follow the values, but for the indexed one. negative, op: as in `read`.
     """
     mesh = mesh_of(x, index, values)
     old, own = dims_of(x), dims_of(index)
