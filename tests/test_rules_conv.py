@@ -1,5 +1,6 @@
 """Convolutions over sharded dims against plain torch."""
 
+import copy
 import itertools
 
 import pytest
@@ -112,6 +113,7 @@ def test_autocast():
 
 
 def sent(conv, rows):
+    conv = copy.deepcopy(conv)  # a simulated rank's own
     mesh = T.make_mesh((2,))
     x = st.distribute_tensor(torch.randn(1, 3, rows, 8), mesh, [Shard(2)]).requires_grad_()
     with st.trace() as forward:
