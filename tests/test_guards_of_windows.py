@@ -1,5 +1,7 @@
 """What convolutions, pools and blocks must not take for what it is not: a guard each."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.rules import halo, overlap
+from shardtensor.rules.conv import _transposed as transposed
 from shardtensor.rules.sliding import Stencil, sliding
 
 D = torch.float64
@@ -130,9 +133,9 @@ WRONG = {
         x, numbers(2, 2, 3, 3), None, 1, -1
     ),
     "transposed, output padding": lambda x: F.conv_transpose2d(
-        x, numbers(2, 2, 3, 3), None, 2, 1, 2
+        x, numbers(2, 2, 3, 3), None, 2, 1, (2, 0)
     ),
-    "transposed, no output": lambda x: F.conv_transpose2d(x, numbers(2, 2, 1, 1), None, 1, 4),
+    "transposed, no output": lambda x: F.conv_transpose2d(x, numbers(2, 2, 1, 1), None, 1, (4, 0)),
     "pool: no stride": lambda x: F.max_pool2d(x, 2, (0, 1)),
     "pool: no dilation": lambda x: F.max_pool2d(x, 2, dilation=0),
     "pool: no kernel": lambda x: F.max_pool2d(x, (0, 2), 1),
@@ -156,6 +159,20 @@ def test_what_torch_refuses_is_refused_before_anything_is_sent(name):
         assert not [n for n in t.sent if n.collective in ("window", "halo")]
 
     st.simulate(3, run)
+
+
+def test_what_the_op_of_a_transposed_convolution_is_given_is_what_torch_takes():
+    """Padding that a kernel covers, output padding below a stride, whatever the shards."""
+
+    def run():
+        mesh, kinds = T.make_mesh((4,)), product((1, 2, 4), (1, 2, 5), (0, 1, 2), (1, 3))
+        for (k, s, p, d), cut in product(kinds, T.cuts(7)[-2:]):
+            x = st.distribute_tensor(numbers(1, 1, 7), mesh, [Shard(2)], sizes={2: cut})
+            if 6 * s - 2 * p + d * (k - 1) + 1 > 0:
+                made = transposed(x.spec, (k,), (s,), (p,), (0,), (d,))
+                assert made.padding[0] <= d * (k - 1) and 0 <= made.output_padding[0] < max(s, d)
+
+    st.simulate(4, run)
 
 
 def test_a_sharded_weight_of_groups_and_of_axes_that_shard_the_input():

@@ -210,13 +210,14 @@ def _transposed(
         start, stop = reach.windows[spec.index[i]]
         first, length = firsts[spec.index[i]], reach.dim.sizes[spec.index[i]]
         surplus = (stop - start - 1) * s + span + 1 - length
-        # the op's own padding takes `first` rows off both ends, its output_padding gives some back
-        if first <= span and 0 <= 2 * first - surplus < max(s, d):
+        # the op's own padding takes `first` rows off both ends, its output_padding gives some back:
+        # less than a stride, as of the last input row's span + 1 rows all but so many are wanted
+        if first <= span and surplus <= 2 * first:
             pads.append(first)
             more.append(2 * first - surplus)
         else:
             behind = surplus - first
-            even = min(first, span, max(behind, 0))
+            even = min(first, max(behind, 0))
             pads.append(even)
             more.append(max(0, -behind))
             crops.append((i, first - even, length))
