@@ -43,7 +43,7 @@ def width(dim: Dim, stencil: Stencil) -> int:
     before = stencil.before
     after = before if stencil.after is None else stencil.after
     same = stencil.stride == 1 and before == after == stencil.extent - 1 - before
-    return before if same and dim.sizes.least >= before else 0
+    return before if same and min(dim.sizes) >= before else 0
 
 
 def halo_conv(
