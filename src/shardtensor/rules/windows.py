@@ -127,13 +127,14 @@ def spread(dim: Dim, stencil: Stencil, out: int) -> tuple[Reach, tuple[int, ...]
     return reach_of(dim, ends, windows), tuple(firsts)
 
 
-def added_to(dim: Dim, stencil: Stencil) -> list[tuple[int, int]]:
+@cached
+def added_to(dim: Dim, stencil: Stencil) -> Kept[tuple[int, int]]:
     """The output rows that each rank's own input rows add to in the adjoint of a stencil."""
     stride, before = stencil.stride, stencil.before
-    return [
+    return Kept(
         (a * stride - before, (b - 1) * stride - before + stencil.extent) if a < b else (0, 0)
         for a, b in pairwise(dim.offsets)
-    ]
+    )
 
 
 @cached
