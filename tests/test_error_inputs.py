@@ -1,0 +1,155 @@
+"""What is wrong for torch is wrong on shards: each mistake raises on all ranks alike, and says what."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn import functional as F
+
+import shardtensor as st
+from shardtensor import testing as T
+
+KINDS = (RuntimeError, IndexError, ValueError, TypeError)
+# what of the message is held; the call, of a matrix (4, 6), a vector (8) and images (2, 3, 8, 6)
+MISTAKES = {
+    "adaptive pooling over 2 dims with output size": lambda m, v, i: F.adaptive_avg_pool2d(i, (2, 3, 4)),
+    "at least 2-D": lambda m, v, i: F.scaled_dot_product_attention(v, v, v),
+    "implicitly created only for scalar outputs": lambda m, v, i: torch.autograd.grad((m * 2).requires_grad_(), m),
+    "padding='same' is not supported for strided": lambda m, v, i: F.conv2d(i, torch.ones(4, 3, 3, 3), stride=2, padding="same"),
+    "output padding": lambda m, v, i: F.conv_transpose2d(i, torch.ones(3, 4, 3, 3), output_padding=1),
+    "boundaries tensor should be 1 dimension": lambda m, v, i: torch.searchsorted(m.sort(1)[0], i),
+    "boundaries tensor must be 1 dimension": lambda m, v, i: torch.bucketize(v, m),
+    "boundary and sorter must have the same size": lambda m, v, i: torch.searchsorted(v, 1.0, sorter=torch.arange(3)),
+    "must have at least 2 dimensions": lambda m, v, i: torch.tril(v),
+    "diagonal dimensions cannot be identical": lambda m, v, i: torch.diagonal(m, 0, 1, 1),
+    r"diag\(\): Supports 1D or 2D": lambda m, v, i: torch.diag(i),
+    "expected a matrix": lambda m, v, i: torch.trace(v),
+    "2 or fewer dimensions": lambda m, v, i: torch.block_diag(i, m),
+    "last dimension of size 2": lambda m, v, i: torch.view_as_complex(m),
+    "total rotation dims == 2": lambda m, v, i: torch.rot90(i, 1, (0, 1, 2)),
+    "total dims >= 2": lambda m, v, i: torch.rot90(v, 1, (0, 1)),
+    "dim0 = dim1": lambda m, v, i: torch.rot90(m, 1, (1, 1)),
+    r"grid_sampler\(\): expected": lambda m, v, i: F.grid_sample(i, torch.zeros(2, 4, 4, 3), align_corners=False),
+    "bicubic interpolation only supports 4D": lambda m, v, i: F.grid_sample(
+        i.unsqueeze(2), torch.zeros(2, 1, 4, 4, 3), mode="bicubic", align_corners=False
+    ),
+    "Index is supposed to be a vector": lambda m, v, i: m.index_select(1, torch.zeros(2, 2, dtype=torch.long)),
+    "Expected dtype int32/int64 for index": lambda m, v, i: m.index_select(1, torch.zeros(2)),
+    "Expected reduce to be one of": lambda m, v, i: m.index_reduce(0, torch.tensor([0]), m[:1], "sum"),
+    "source and index to have the same number": lambda m, v, i: v.clone().put_(torch.tensor([0, 1]), torch.ones(3)),
+    "self and source expected to have the same dtype": lambda m, v, i: v.clone().put_(
+        torch.tensor([0]), torch.ones(1, dtype=torch.float64)
+    ),
+    "0-dimensional value": lambda m, v, i: v.index_fill(0, torch.tensor([0]), torch.ones(2)),
+    "expected BoolTensor for mask": lambda m, v, i: torch.masked_select(v, torch.ones(8)),
+    "only supports boolean masks": lambda m, v, i: v.clone().masked_scatter_(torch.ones(8), torch.ones(8)),
+    "same dtypes": lambda m, v, i: v.masked_scatter(v > 0, torch.ones(8, dtype=torch.float64)),
+    "non-negative integer": lambda m, v, i: torch.nonzero_static(v, size=-1),
+    "repeats must have the same size": lambda m, v, i: torch.repeat_interleave(v, torch.ones(3, dtype=torch.long)),
+    "does not match required size": lambda m, v, i: torch.repeat_interleave(v, torch.ones(8, dtype=torch.long), output_size=3),
+    "both arguments": lambda m, v, i: torch.matmul(v, v.sum()),
+    "operands": lambda m, v, i: torch.einsum("ab,bc->ac", m),
+    "out of range for dimension": lambda m, v, i: torch.kthvalue(v, 9),
+    "Halving dimension must be even": lambda m, v, i: F.glu(i, 1),
+    "at most half of": lambda m, v, i: F.max_pool2d(i, 2, padding=2),
+    "between 0 and 1": lambda m, v, i: F.dropout(v, 1.5),
+    "either add or multiply": lambda m, v, i: v.clone().scatter_(0, torch.tensor([0]), torch.ones(1), reduce="max"),
+    "same number of dimensions": lambda m, v, i: torch.gather(m, 0, torch.tensor([0])),
+    r"Expected self.dtype to be equal to src.dtype": lambda m, v, i: v.scatter(
+        0, torch.tensor([0]), torch.ones(1, dtype=torch.float64)
+    ),
+    "start_dim cannot come after end_dim": lambda m, v, i: i.flatten(2, 1),
+    "expand": lambda m, v, i: i.expand(3, 8),
+    "is invalid for input of size": lambda m, v, i: m.reshape(5, -1),
+    "exceeds": lambda m, v, i: m.narrow(1, 4, 5),
+    "out of bounds for dimension|out of range": lambda m, v, i: m[9],
+    "stft": lambda m, v, i: torch.stft(v, 64, center=False, return_complex=True),
+    "shape of indices|indices": lambda m, v, i: F.max_unpool2d(i, torch.zeros(2, 3, 8, 5, dtype=torch.long), 2),
+    "same number of dimensions|inputs": lambda m, v, i: torch.linalg.cross(m, i),
+    "no dimension of size 3": lambda m, v, i: torch.cross(m, m),
+}  # fmt: skip
+
+
+def tensors(place):
+    torch.manual_seed(0)
+    m, v, i = torch.randn(4, 6), torch.randn(8), torch.randn(2, 3, 8, 6)
+    return [place(x.contiguous(), d).requires_grad_(False) for x, d in ((m, 0), (v, 0), (i, 2))]
+
+
+def raised(call, given):
+    """The error, or None; a mistake that needs a gradient makes it."""
+    try:
+        with torch.enable_grad():
+            call(*given)
+    except Exception as e:
+        return e
+    return None
+
+
+def of_rank():
+    mesh = T.make_mesh((dist.get_world_size(),))
+    given = tensors(lambda x, d: st.distribute_tensor(x, mesh, [Shard(d)], src_data_rank=None))
+    return {k: raised(call, given) for k, call in MISTAKES.items()}
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return st.simulate(3, of_rank)
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_mistakes(said, errors):
+    plain = raised(MISTAKES[said], tensors(lambda x, d: x))
+    assert isinstance(plain, KINDS), f"torch does it: {plain}"
+    found = [e[said] for e in errors]
+    assert len({(type(e), str(e)) for e in found}) == 1, found
+    with pytest.raises(KINDS, match=said):
+        raise found[0]
+
+
+def refusals():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+
+    def on(mesh, d=0, *shape, n=1):
+        x = torch.ones(shape or (4, 4))
+        return st.distribute_tensor(x, mesh, [Shard(d)] * mesh.ndim, src_data_rank=None)
+
+    x, a = on(mesh), on(mesh["a"])
+    other = init_device_mesh("cpu", (4,))
+    y, q = on(other), on(mesh["a"], 2, 1, 2, 4, 4)
+    plain = torch.ones(4, 4)
+    table = torch.ones(4, 4, dtype=torch.long)
+
+    def batched():
+        w = a.detach().requires_grad_()
+        torch.autograd.grad(w * 2, w, torch.ones(2, 4, 4), is_grads_batched=True)
+
+    calls = {
+        "is_grads_batched: call it once per gradient": batched,
+        "different meshes": lambda: x + y,
+        "different meshes|meshes:": lambda: x @ y,
+        "a mask with more dims than query": lambda: F.scaled_dot_product_attention(
+            q[0], q[0], q[0], torch.ones(1, 1, 2, 4, 4)
+        ),
+        "a mask of shape": lambda: F.scaled_dot_product_attention(q, q, q, torch.ones(4)),
+        "from_dtensor": lambda: st.distribute_tensor(
+            torch.distributed.tensor.DTensor.from_local(plain, mesh["a"], [Replicate()]),
+            mesh["a"], [Shard(0)],
+        ),
+        "only sum and avg": lambda: a.redistribute(placements=[torch.distributed.tensor.Partial("max")]),
+        "sizes for dim": lambda: st.ShardTensor.from_local(plain, mesh["a"], [Shard(0)], sizes={5: [2, 2]}),
+        "floats only": lambda: F.adaptive_avg_pool2d(
+            st.distribute_tensor(table[None, None], mesh["a"], [Shard(2)], src_data_rank=None), 2
+        ),
+    }  # fmt: skip
+    return {k: raised(call, ()) for k, call in calls.items()}
+
+
+def test_refusals():
+    """Each names what to do, or both layouts, on all ranks alike."""
+    found = st.simulate(4, refusals)
+    for said, error in found[0].items():
+        assert all((type(e[said]), str(e[said])) == (type(error), str(error)) for e in found), said
+        with pytest.raises((st.UnsupportedOpError, ValueError, RuntimeError), match=said):
+            raise error or AssertionError(f"nothing raised: {said}")
