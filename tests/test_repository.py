@@ -1,5 +1,6 @@
 """What is in the repository, and what is built from it."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,19 @@ def test_no_large_files():
     found = [ROOT / name for name in _run("git", "ls-files", "-z").split("\0") if name]
     large = [str(p) for p in found if p.exists() and p.stat().st_size > 2**20]
     assert len(found) > 100 and not large
+
+
+def test_no_test_is_long():
+    found = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    lines = {str(p.relative_to(ROOT)): p.read_text().count("\n") for p in found}
+    assert len(lines) > 100 and not {name: n for name, n in lines.items() if n > 400}
+
+
+def test_no_test_asserts_wall_clock_time():
+    """What took how long says more of the machine than of the code: count, or put in order."""
+    clock = re.compile(r"assert\b.*\b(perf_counter|monotonic|time\.time|process_time)\(")
+    found = [p for p in (ROOT / "tests").rglob("*.py") if p.name != Path(__file__).name]
+    assert not [p.name for p in found if clock.search(p.read_text())]
 
 
 def test_the_version_of_the_command_line():
