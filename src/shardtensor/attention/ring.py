@@ -286,9 +286,16 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> A
 
 
 def _fake_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor,
-    mask_grad: bool, *rest: Any,
-) -> Any:  # fmt: skip
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    mask_grad: bool,
+    *rest: Any,
+) -> Any:
     dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 

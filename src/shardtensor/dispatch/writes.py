@@ -167,9 +167,12 @@ def _apart(x: ShardTensor, other: ShardTensor) -> bool | None:
 
 
 def stands_for_rows(
-    rows: Tensor, base: ShardTensor, op: str, write: Callable[[Tensor, Tensor], None],
+    rows: Tensor,
+    base: ShardTensor,
+    op: str,
+    write: Callable[[Tensor, Tensor], None],
     ranges: dict[int, tuple[int, int]] | None = None,
-) -> Piece | None:  # fmt: skip
+) -> Piece | None:
     """Mark the local tensor `rows`, whole on every rank, as a view of `base` by torch's `op`.
 
     write(local base, rows) puts changed rows back. ranges: which rows of base they are.

@@ -42,9 +42,12 @@ def agreed(
 
 
 def agreed_sums(
-    run: Callable[[], Sequence[Tensor]], n: int, spec: Spec, dtype: torch.dtype,
+    run: Callable[[], Sequence[Tensor]],
+    n: int,
+    spec: Spec,
+    dtype: torch.dtype,
     kind: type[Exception] = RuntimeError,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The n sums of run() over all parts of spec; an error of one rank is raised on all, as kind.
 
     Whether a rank failed travels with its sums. Kernels of other devices than CPUs do not raise.

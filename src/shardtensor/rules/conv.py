@@ -293,9 +293,16 @@ def _run(
 
 
 def _convolved(
-    local: Tensor, spec: Spec, w: Tensor, b: Tensor | None, program: Local, channels: Channels,
-    stride: Ints, dilation: Ints, transposed: bool,
-) -> Tensor:  # fmt: skip
+    local: Tensor,
+    spec: Spec,
+    w: Tensor,
+    b: Tensor | None,
+    program: Local,
+    channels: Channels,
+    stride: Ints,
+    dilation: Ints,
+    transposed: bool,
+) -> Tensor:
     """torch's own op on this rank's windows of its local tensor."""
     n, groups = w.ndim - 2, channels.groups
 

@@ -46,9 +46,14 @@ def _back(found: ShardTensor, own: Dims) -> ShardTensor:
 
 @rule("searchsorted")
 def searchsorted(
-    sorted_sequence: Tensor, input: Any, *, out_int32: bool = False, right: bool = False,
-    side: str | None = None, sorter: Tensor | None = None,
-) -> ShardTensor:  # fmt: skip
+    sorted_sequence: Tensor,
+    input: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> ShardTensor:
     """Of a sharded sequence every rank counts its own elements below each value.
 
     Where the same ranks share out sequence and values, the smaller of the two is gathered.
@@ -142,9 +147,13 @@ def histc(input: ShardTensor, bins: int = 100, min: float = 0, max: float = 0) -
 
 @rule("histogram")
 def histogram(
-    input: Tensor, bins: Any, *, range: Any = None, weight: Tensor | None = None,
+    input: Tensor,
+    bins: Any,
+    *,
+    range: Any = None,
+    weight: Tensor | None = None,
     density: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """Each rank counts its elements; counts are added up."""
     if weight is not None and weight.shape != input.shape:
         options = {"range": range, "weight": weight, "density": density}
@@ -189,9 +198,12 @@ def _dense(kind: Any, counts: ShardTensor, edges: Sequence[Tensor], density: boo
 
 @rule("histogramdd")
 def histogramdd(
-    input: Tensor, bins: Any, range: Any = None, weight: Tensor | None = None,
+    input: Tensor,
+    bins: Any,
+    range: Any = None,
+    weight: Tensor | None = None,
     density: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     options = {"range": range, "weight": weight, "density": density}
     plain = isinstance(bins, int) or all(isinstance(b, int) for b in bins)
     if not isinstance(input, ShardTensor) or not input.numel() or _torch.is_tracing():
@@ -253,9 +265,11 @@ def _distinct(fn: Any, local: Tensor, d: int, group: str, counting: bool) -> Any
 
 @rule("_unique2")
 def unique(
-    input: ShardTensor, sorted: bool = True, return_inverse: bool = False,
+    input: ShardTensor,
+    sorted: bool = True,
+    return_inverse: bool = False,
     return_counts: bool = False,
-) -> tuple[ShardTensor, ...]:  # fmt: skip
+) -> tuple[ShardTensor, ...]:
     """The distinct values of all ranks, whole on each; the inverse is cut like the input."""
     x = reduced(input)
     axes = axes_of(x._spec, range(x.ndim))
@@ -280,9 +294,12 @@ def unique(
 
 @rule("unique_dim")
 def unique_dim(
-    input: ShardTensor, dim: int, sorted: bool = True, return_inverse: bool = False,
+    input: ShardTensor,
+    dim: int,
+    sorted: bool = True,
+    return_inverse: bool = False,
     return_counts: bool = False,
-) -> tuple[ShardTensor, ...]:  # fmt: skip
+) -> tuple[ShardTensor, ...]:
     """The distinct rows of all ranks, whole on each; the inverse is cut like the input."""
     x = reduced(input)
     if not x.ndim or not _is_cut(x):
@@ -319,9 +336,11 @@ def unique_consecutive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _runs(
-    input: ShardTensor, return_inverse: bool = False, return_counts: bool = False,
+    input: ShardTensor,
+    return_inverse: bool = False,
+    return_counts: bool = False,
     dim: int | None = None,
-) -> tuple[ShardTensor, ...]:  # fmt: skip
+) -> tuple[ShardTensor, ...]:
     """Each rank's runs but those that began on an earlier rank; sharded along the runs."""
     x = reduced(input)
     if not x.numel() or not _is_cut(x):

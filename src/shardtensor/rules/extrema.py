@@ -138,9 +138,13 @@ def max_or_min(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _max_or_min(
-    largest: bool, input: ShardTensor, dim: int | None = None, keepdim: bool = False, *,
+    largest: bool,
+    input: ShardTensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
     axis: int | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     dim = axis if dim is None else dim
     if dim is None:
         return _extreme(input, None, False, largest, True)

@@ -59,9 +59,13 @@ def im2col(
 
 @rule("col2im")
 def col2im(
-    input: ShardTensor, output_size: Ints, kernel_size: Ints, dilation: Ints, padding: Ints,
+    input: ShardTensor,
+    output_size: Ints,
+    kernel_size: Ints,
+    dilation: Ints,
+    padding: Ints,
     stride: Ints,
-) -> ShardTensor:  # fmt: skip
+) -> ShardTensor:
     x = reduced(input)
     size, k, d, p, s = (each(v, 2) for v in (output_size, kernel_size, dilation, padding, stride))
     shape = _shape(_col2im, tuple(x.shape), size, k, d, p, s)

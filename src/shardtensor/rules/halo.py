@@ -47,9 +47,14 @@ def width(dim: Dim, stencil: Stencil) -> int:
 
 
 def halo_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, d: int, spec: Spec, reach: Reach,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    d: int,
+    spec: Spec,
+    reach: Reach,
     settings: Settings,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The rows of the whole convolution that belong to this rank's shard x, (B, C, *spatial).
 
     d: the dim whose rows travel; reach: what is read of it.
@@ -100,9 +105,15 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) ->
 class _HaloConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: int, spec: Spec, reach: Reach,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        d: int,
+        spec: Spec,
+        reach: Reach,
         settings: Settings,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         _, way, _ = route(spec, d, reach)
         rows = spec.offset[d] - reach.windows[spec.index[d]][0]
         arrive = _swap(_ends(x, d, rows), x, way, _there(d, spec))

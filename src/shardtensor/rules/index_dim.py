@@ -112,9 +112,14 @@ def _filled(input: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
 
 @rule("index_reduce")
 def index_reduce(
-    input: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *,
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    source: Tensor,
+    reduce: str,
+    *,
     include_self: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if reduce not in ("prod", "mean", "amax", "amin"):
         raise RuntimeError(
             "index_reduce(): Expected reduce to be one of prod, mean, amax or amin but got "

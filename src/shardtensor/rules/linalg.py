@@ -49,9 +49,12 @@ _SIGNATURES = {
 
 
 def batched(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    signature: str,
     call: Callable[..., Any] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """func on the matrices that each rank has; call: what runs on local tensors."""
     left, _, right = signature.partition("->")
     at: list[Any] = [i for i, a in enumerate(args) if isinstance(a, Tensor)]

@@ -63,9 +63,11 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def _checked(
-    terms: str | tuple[labels.Labels, ...], fn: Callable[..., Tensor],
-    operands: Sequence[Tensor | None], reduction: int,
-) -> Tensor:  # fmt: skip
+    terms: str | tuple[labels.Labels, ...],
+    fn: Callable[..., Tensor],
+    operands: Sequence[Tensor | None],
+    reduction: int,
+) -> Tensor:
     """The mean or sum of what fn gives for each element; its error on one rank is raised on all."""
     p = labels.plan(terms, *operands)
     local = p.fit(operands)
@@ -86,18 +88,25 @@ def _terms(ndim: int) -> tuple[labels.Labels, ...]:
 
 @rule("nll_loss", "nll_loss2d", "nll_loss_nd")
 def nll_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = MEAN,
     ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """input: log-probabilities (N, C, d...); target: class indices (N, d...)."""
     return _nll(input, target, weight, reduction, ignore_index, 0.0)
 
 
 @rule("cross_entropy_loss")
 def cross_entropy_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """input: logits (N, C, d...); target: class indices (N, d...) or probabilities (N, C, d...)."""
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
@@ -115,9 +124,13 @@ def cross_entropy_loss(
 
 
 def _nll(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
     smoothing: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The loss of every element, or reduced: its sums and the weight's in one message."""
     classes = 0 if input.ndim == 1 else 1
     if not input.ndim:
@@ -178,9 +191,13 @@ def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None, classes: in
 
 @rule("multi_margin_loss")
 def multi_margin_loss(
-    input: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None,
+    input: Tensor,
+    target: Tensor,
+    p: float = 1,
+    margin: float = 1,
+    weight: Tensor | None = None,
     reduction: int = MEAN,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """input: scores (N, C), (C,) or one; target: class indices (N,) or one."""
     if input.ndim < 2:
         found = multi_margin_loss(

@@ -22,9 +22,12 @@ from .windows import Stencil, checked
 
 @rule("diff")
 def diff(
-    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None,
+    input: Tensor,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Tensor | None = None,
     append: Tensor | None = None,
-) -> ShardTensor:  # fmt: skip
+) -> ShardTensor:
     """The n-th differences, in one exchange however large n is."""
     x = input
     if not isinstance(x, ShardTensor):

@@ -222,15 +222,23 @@ def _interpolated(
 
 @rule("quantile")
 def quantile(
-    input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *,
+    input: Tensor,
+    q: Any,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
     interpolation: str = "linear",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _quantile(torch.quantile, input, q, dim, keepdim, interpolation)
 
 
 @rule("nanquantile")
 def nanquantile(
-    input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *,
+    input: Tensor,
+    q: Any,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
     interpolation: str = "linear",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _quantile(torch.nanquantile, input, q, dim, keepdim, interpolation)

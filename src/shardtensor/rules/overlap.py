@@ -54,9 +54,14 @@ def pays(spec: Spec) -> bool:
 
 
 def overlapped(
-    x: Tensor, d: int, spec: Spec, reach: Reach, stencil: Stencil, op: Callable[[Tensor], Tensor],
+    x: Tensor,
+    d: int,
+    spec: Spec,
+    reach: Reach,
+    stencil: Stencil,
+    op: Callable[[Tensor], Tensor],
     fill: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """op of this rank's window along dim d, where op makes its output rows as the stencil says."""
     if reach.inside:
         return op(fetch(x, d, spec, reach, fill))

@@ -21,9 +21,14 @@ from .windows import Ints, Reach, Stencil, stencils, trim
 
 
 def _stencils(
-    x: ShardTensor, n: int, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
+    x: ShardTensor,
+    n: int,
+    kernel: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
     ceil: bool,
-) -> dict[int, Stencil]:  # fmt: skip
+) -> dict[int, Stencil]:
     """The stencil of each of the last n dims; raises what torch raises."""
     strides = kernel if stride is None or (not isinstance(stride, int) and not stride) else stride
     found = {}
@@ -67,9 +72,15 @@ _MAX: dict[int, Callable[..., Any]] = {
 
 
 def _max_pool(
-    n: int, input: ShardTensor, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints,
-    ceil_mode: bool, indices: bool,
-) -> tuple[ShardTensor, ShardTensor | None]:  # fmt: skip
+    n: int,
+    input: ShardTensor,
+    kernel: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    indices: bool,
+) -> tuple[ShardTensor, ShardTensor | None]:
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
@@ -98,9 +109,12 @@ def _max_pool(
 
 
 def _global_index(
-    index: Tensor, shape: Sequence[int], spec: Spec, dilations: Sequence[int],
+    index: Tensor,
+    shape: Sequence[int],
+    spec: Spec,
+    dilations: Sequence[int],
     reaches: dict[int, Reach],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Flat positions in the local windows as flat positions in the whole spatial volume."""
     if not reaches:
         return index
@@ -120,16 +134,24 @@ def _global_index(
 def _define_max_pool(n: int) -> None:
     @rule(f"max_pool{n}d")
     def max_pool(
-        input: ShardTensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0,
-        dilation: Ints = 1, ceil_mode: bool = False,
-    ) -> ShardTensor:  # fmt: skip
+        input: ShardTensor,
+        kernel_size: Ints,
+        stride: Ints | None = None,
+        padding: Ints = 0,
+        dilation: Ints = 1,
+        ceil_mode: bool = False,
+    ) -> ShardTensor:
         return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode, False)[0]
 
     @rule(f"max_pool{n}d_with_indices")
     def max_pool_with_indices(
-        input: ShardTensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0,
-        dilation: Ints = 1, ceil_mode: bool = False,
-    ) -> tuple[ShardTensor, ShardTensor | None]:  # fmt: skip
+        input: ShardTensor,
+        kernel_size: Ints,
+        stride: Ints | None = None,
+        padding: Ints = 0,
+        dilation: Ints = 1,
+        ceil_mode: bool = False,
+    ) -> tuple[ShardTensor, ShardTensor | None]:
         return _max_pool(n, input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
@@ -154,9 +176,15 @@ def _counts(s: Stencil, rows: range, size: int, include_pad: bool) -> list[int]:
 
 
 def _avg_pool(
-    n: int, input: ShardTensor, kernel: Ints, stride: Ints | None, padding: Ints, ceil_mode: bool,
-    count_include_pad: bool, divisor: int | None,
-) -> ShardTensor:  # fmt: skip
+    n: int,
+    input: ShardTensor,
+    kernel: Ints,
+    stride: Ints | None,
+    padding: Ints,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> ShardTensor:
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, 1, ceil_mode)
     first = x.ndim - n
@@ -194,9 +222,14 @@ def _avg_pool(
 
 
 def _kernel_average(
-    x: Tensor, n: int, kernels: list[int], strides: list[int], left: Sequence[int], ceil: bool,
+    x: Tensor,
+    n: int,
+    kernels: list[int],
+    strides: list[int],
+    left: Sequence[int],
+    ceil: bool,
     by: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sums over kernels divided by `by`; torch has no divisor in 1-D."""
     if n == 1:
         plane = x.unsqueeze(-2)
@@ -207,10 +240,14 @@ def _kernel_average(
 def _define_avg_pool(n: int) -> None:
     @rule(f"avg_pool{n}d")
     def avg_pool(
-        input: ShardTensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0,
-        ceil_mode: bool = False, count_include_pad: bool = True,
+        input: ShardTensor,
+        kernel_size: Ints,
+        stride: Ints | None = None,
+        padding: Ints = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
         divisor_override: int | None = None,
-    ) -> ShardTensor:  # fmt: skip
+    ) -> ShardTensor:
         return _avg_pool(
             n, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )

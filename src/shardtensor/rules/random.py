@@ -139,10 +139,17 @@ def randint_like(input: ShardTensor, *bounds: int, **options: Any) -> ShardTenso
 
 
 def _like(
-    x: ShardTensor, fill: Any, *, dtype: Any = None, device: Any = None, generator: Any = None,
-    requires_grad: bool = False, normal: bool = False, memory_format: Any = torch.preserve_format,
+    x: ShardTensor,
+    fill: Any,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    generator: Any = None,
+    requires_grad: bool = False,
+    normal: bool = False,
+    memory_format: Any = torch.preserve_format,
     **unused: Any,
-) -> ShardTensor:  # fmt: skip
+) -> ShardTensor:
     """unused: layout and pin_memory, which change no number."""
     spec, place = x._spec.cotangent, torch.device(device or x.device)
     order = _order(x, memory_format)
@@ -212,9 +219,12 @@ def normal(
 
 @rule("rrelu")
 def rrelu(
-    input: ShardTensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+    input: ShardTensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
     generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Slopes of negative elements: drawn in training, the mean of the bounds otherwise."""
     if not training:
         return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
@@ -234,9 +244,12 @@ def rrelu_(input: ShardTensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @rule("multinomial")
 def multinomial(
-    input: ShardTensor, num_samples: int, replacement: bool = False, *,
+    input: ShardTensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
     generator: torch.Generator | None = None,
-) -> ShardTensor:  # fmt: skip
+) -> ShardTensor:
     """Categories (the last dim) are brought together; rows stay sharded."""
     if matching():
         options = {"generator": generator}

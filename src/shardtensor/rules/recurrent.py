@@ -70,9 +70,14 @@ def _states(func: Any, states: list[Tensor]) -> Any:
 
 
 def _by_layer(
-    func: Any, local: Tensor, states: list[Tensor], weights: list[Tensor], given: dict[str, Any],
-    settings: tuple[bool, bool, bool], spec: Spec,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    func: Any,
+    local: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    given: dict[str, Any],
+    settings: tuple[bool, bool, bool],
+    spec: Spec,
+) -> tuple[Tensor, list[Tensor]]:
     """Layer after layer, with this library's dropout between: independent from shard to shard."""
     layers, ways = given["num_layers"], 1 + settings[1]
     each = len(weights) // layers

@@ -192,9 +192,14 @@ def _route(
 
 
 def write(
-    x: Tensor, index: Tensor, values: Tensor | None, kernel: Kernel | None,
-    *, negative: bool | None = False, op: str = "index",
-) -> ShardTensor:  # fmt: skip
+    x: Tensor,
+    index: Tensor,
+    values: Tensor | None,
+    kernel: Kernel | None,
+    *,
+    negative: bool | None = False,
+    op: str = "index",
+) -> ShardTensor:
     """x with values written at x[index], sharded as x is; kernel None: added. Differentiable.
 
     values: the dims of the index, then those of x but the first; None where the kernel has its own.

@@ -240,9 +240,14 @@ def reduce_kernel(reduce: str, include_self: bool) -> Kernel | None:
 
 @rule("scatter")
 def scatter(
-    input: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None,
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    src: Any = None,
+    *,
+    value: Any = None,
     reduce: str | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Where several elements meet, any of them may win, as in torch."""
     given = value if src is None else src
     if isinstance(given, Tensor):

@@ -125,9 +125,13 @@ def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
 
 @rule("split", "split_with_sizes")
 def split(
-    tensor: ShardTensor, split_size: Any = None, dim: int = 0, *, split_sizes: Any = None,
+    tensor: ShardTensor,
+    split_size: Any = None,
+    dim: int = 0,
+    *,
+    split_sizes: Any = None,
     split_size_or_sections: Any = None,
-) -> tuple[ShardTensor, ...]:  # fmt: skip
+) -> tuple[ShardTensor, ...]:
     given = next(s for s in (split_size, split_sizes, split_size_or_sections) if s is not None)
     d = _index(dim, tensor.ndim)
     n = tensor.shape[d]
@@ -167,9 +171,14 @@ def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, .
 
 @rule("tensor_split")
 def tensor_split(
-    input: Tensor, indices_or_sections: Any = None, dim: int = 0, *, indices: Any = None,
-    sections: Any = None, tensor_indices_or_sections: Any = None,
-) -> Any:  # fmt: skip
+    input: Tensor,
+    indices_or_sections: Any = None,
+    dim: int = 0,
+    *,
+    indices: Any = None,
+    sections: Any = None,
+    tensor_indices_or_sections: Any = None,
+) -> Any:
     """At indices, or into a number of sections; either may be a tensor."""
     given = (indices_or_sections, indices, sections, tensor_indices_or_sections)
     at = next(g for g in given if g is not None)

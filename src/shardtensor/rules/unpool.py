@@ -26,9 +26,12 @@ from .pointwise import align
 
 @rule("max_unpool2d", "max_unpool3d")
 def max_unpool(
-    input: Tensor, indices: Tensor, output_size: Sequence[int], stride: Any = None,
+    input: Tensor,
+    indices: Tensor,
+    output_size: Sequence[int],
+    stride: Any = None,
     padding: Any = None,
-) -> ShardTensor:  # fmt: skip
+) -> ShardTensor:
     """With a stride, which is not used: 3-D. Which of two values in one place wins is undefined."""
     n = len(output_size)
     size = tuple(int(m) for m in output_size)

@@ -61,32 +61,48 @@ def _root(v: ShardTensor) -> ShardTensor:
 
 @rule("var")
 def var(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    input: ShardTensor,
+    dim: Any = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
     correction: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _moments(input, *_arguments(dim, unbiased, correction), keepdim)[0]
 
 
 @rule("std")
 def std(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    input: ShardTensor,
+    dim: Any = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
     correction: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _root(_moments(input, *_arguments(dim, unbiased, correction), keepdim)[0])
 
 
 @rule("var_mean")
 def var_mean(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    input: ShardTensor,
+    dim: Any = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
     correction: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     return _moments(input, *_arguments(dim, unbiased, correction), keepdim)
 
 
 @rule("std_mean")
 def std_mean(
-    input: ShardTensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    input: ShardTensor,
+    dim: Any = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    *,
     correction: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     v, m = _moments(input, *_arguments(dim, unbiased, correction), keepdim)
     return _root(v), m
