@@ -17,6 +17,8 @@ from torch.utils import _python_dispatch
 make_wrapper = torch.Tensor._make_wrapper_subclass
 
 no_torch_function = torch._C.DisableTorchFunctionSubclass
+# for modes, too
+no_torch_function_at_all = torch._C.DisableTorchFunction
 
 _outer = threading.local()
 

@@ -202,7 +202,6 @@ def _attend_backward(
             _taken(g, queries), *operands, mask, _taken(out, queries), sums, rule, False
         )
         for x, into, at in zip(grads[:3], (dq, dk, dv), (queries, keys, keys), strict=True):
-            assert x is not None
             # tiles share keys
             for place, part in _parts(x, into, at):
                 place.add_(part)

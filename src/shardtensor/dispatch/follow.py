@@ -172,7 +172,7 @@ def _of_images(args: Any, kwargs: Any, outs: Any) -> list[tuple[int, ...] | None
 def _is_torchs(func: Any) -> bool:
     """Whether func is torch's own: others may do more than compute."""
     module = getattr(func, "__module__", None) or "torch"
-    return isinstance(func, torch._ops.OpOverload) or module.split(".")[0] == "torch"
+    return isinstance(func, _torch.OpOverload) or module.split(".")[0] == "torch"
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None] | None:
@@ -181,7 +181,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None] | No
     if options.get("device") is not None:
         options["device"] = "meta"
     try:
-        with torch.no_grad(), torch._C.DisableTorchFunction(), _torch.outside_modes():
+        with torch.no_grad(), _torch.no_torch_function_at_all(), _torch.outside_modes():
             out = func(*_meta(args, index), **{k: _meta(v, index) for k, v in options.items()})
     except Exception:
         # numbers that it needs

@@ -139,7 +139,6 @@ def _convolved(
         mesh, sites.axes,
         (features, [sites, Dim(spec.shape[1])]), (weight, None), (bias, None),
     )  # fmt: skip
-    assert x is not None and w is not None
     if book.route is not None:
         x = arrivals(x, book.route)
     sites_here = book.sites.sizes[comm.rank(comm.group(mesh, sites.axes))]

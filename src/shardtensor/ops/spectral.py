@@ -251,7 +251,6 @@ def _everywhere(y: Tensor, dims: Sequence[int], target: Spec) -> Tensor:
     y = reduced(y)
     if not isinstance(y, ShardTensor) or not _ready(y._spec, wanted, dims, target):
         (found,) = fit(target.mesh, target.varying, (y, wanted))
-        assert found is not None
         return found
     local = y._local
     for d in dims:

@@ -281,7 +281,6 @@ def _run(
         (weight, cut),
         (bias, [channels.output] if channels.output.axes else None),
     )
-    assert local is not None and w is not None
     inner = None if channels.partial else b
     y = _convolved(local, spec, w, inner, program, channels, stride, dilation, transposed)
     if channels.partial:

@@ -160,7 +160,6 @@ def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
         kept = [n for d, n in enumerate(dims) if d not in rest]
         varying = sorted({*axes_in(dims), *axes_in(lead)})
         (local,) = fit(x._spec.mesh, varying, (x, dims))
-        assert local is not None
         found = torch.ops.aten.index(local, local_at)
         return wrap(found, x._spec.with_dims([*kept[:front], *lead, *kept[front:]]))
     y, flat = _one_row_dim(x, rest, "index")
@@ -187,7 +186,6 @@ def _indices(
         # a shard without elements takes any index where others raise
         whole = Spec(mesh, lead)
         for d, e in at.items():
-            assert e is not None
             normal(e, whole, x.shape[d], True, "index")
     return [at.get(d) for d in range(x.ndim)], lead
 
@@ -215,7 +213,6 @@ def put_at(
             whole = [n for d, n in enumerate(dims) if d not in rest]
             wanted = [*whole[:front], *lead, *whole[front:]]
             a, b = fit(x._spec.mesh, x._spec.varying, (x, dims), (v, wanted))
-            assert a is not None and b is not None
             # torch.index_put itself takes no None
             return wrap(torch.ops.aten.index_put(a, local_at, b, accumulate), x._spec)
     y, flat = _one_row_dim(x, rest, "index_put")

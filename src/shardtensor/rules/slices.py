@@ -250,5 +250,4 @@ def _written(x: Tensor, src: Tensor, d: int, start: int, stop: int, step: int) -
             f"{list(src.shape)}, slice size = {[n.size for n in wanted]}"
         )
     a, b = fit(mesh, spec.varying, (x, dims), (src, wanted))
-    assert a is not None and b is not None
     return wrap(a.slice_scatter(b, d, local.start, local.stop, local.step or 1), spec)

@@ -60,7 +60,6 @@ def meet(asking: Tensor, rows: Tensor) -> Met:
         (asking, (out, *(Dim(n) for n in asking.shape[1:]))),
         (rows, (held, *(Dim(n) for n in rows.shape[1:]))),
     )
-    assert a is not None and b is not None
     return Met(mesh, a, b, out, held, comm.group(mesh, held.axes) if held.axes else ALONE)
 
 

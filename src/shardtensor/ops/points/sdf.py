@@ -59,7 +59,6 @@ def signed_distance(
     three = Dim(3)
     q, v = fit(mesh, out.axes, (queries, (out, three)), (vertices, None))
     (f,) = fit(mesh, (), (faces, (held, three)))
-    assert q is not None and v is not None and f is not None
     f = normal(f, Spec(mesh, (held, three)), len(vertices), False, "signed_distance")
     sizes = held.sizes if held.axes else (held.size,)
     group = comm.group(mesh, held.axes) if held.axes else ALONE
