@@ -13,6 +13,5 @@ def test_hard_list(name, part):
     CASES[name].meet(part, len(PARTS))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_case_is_without_layouts(name):
-    assert CASES[name].layouts()
+def test_no_case_is_without_layouts():
+    assert not [name for name in CASES if not CASES[name].layouts()]
