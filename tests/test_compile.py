@@ -78,6 +78,7 @@ def vit():
 
 
 @pytest.mark.parametrize("make", [unet, vit])
+@pytest.mark.slow
 def test_whole_models(make):
     st.simulate(2, eager_and_compiled, make, (2, 2, 16, 12), 2, "aot_eager")
 
