@@ -13,6 +13,7 @@ from shardtensor import testing as T
 from shardtensor.rules import halo, overlap
 from shardtensor.rules.conv import _transposed as transposed
 from shardtensor.rules.sliding import Stencil, sliding
+from shardtensor.spec import Dim
 
 D = torch.float64
 
@@ -69,6 +70,13 @@ def test_what_strips_do_not_serve(name, in_flight):
     assert not in_flight
 
 
+def test_strips_are_as_wide_ahead_as_back():
+    dim = Dim(9, (0,), (4, 5))
+    assert halo.width(dim, Stencil(5, 1, 2)) == halo.width(dim, Stencil(5, 1, 2, 1, 2)) == 2
+    assert halo.width(dim, Stencil(3, 1, 1, 1, 0)) == halo.width(dim, Stencil(3, 1, 1, 1, 2)) == 0
+    assert halo.width(Dim(9, (0,), (1, 8)), Stencil(5, 1, 2)) == 0
+
+
 def test_strips_of_one_sample_without_a_batch_and_of_addends(in_flight):
     T.hold(conv(2, 3, 3, padding=1), [numbers(2, 12, 5)], [T.shard(1, (5, 7))], (2,))
     T.hold(conv(2, 3, 3, padding=1, dims="l"), [numbers(2, 12)], [T.shard(1, (5, 7))], (2,))
@@ -122,7 +130,7 @@ WRONG = {
     "a kernel larger than its input": lambda x: F.conv2d(x, numbers(2, 2, 9, 3), None, 1, 0),
     "a kernel larger, dilated": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 0, (4, 1)),
     "no stride": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 0),
-    "no dilation": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 1, 0),
+    "no dilation": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 1, (0, 1)),
     "no kernel": lambda x: F.conv2d(x, numbers(2, 2, 0, 3)),
     "negative padding": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, -1),
     "too few dims": lambda x: F.conv2d(x[0, 0], numbers(2, 2, 3, 3)),
@@ -137,7 +145,7 @@ WRONG = {
     ),
     "transposed, no output": lambda x: F.conv_transpose2d(x, numbers(2, 2, 1, 1), None, 1, (4, 0)),
     "pool: no stride": lambda x: F.max_pool2d(x, 2, (0, 1)),
-    "pool: no dilation": lambda x: F.max_pool2d(x, 2, dilation=0),
+    "pool: no dilation": lambda x: F.max_pool2d(x, 3, 1, 1, (0, 1)),
     "pool: no kernel": lambda x: F.max_pool2d(x, (0, 2), 1),
     "pool: negative padding": lambda x: F.avg_pool2d(x, 2, 1, -1),
     "pool: padding": lambda x: F.avg_pool2d(x, 2, 1, 2),
@@ -145,14 +153,15 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("name", WRONG)
-def test_what_torch_refuses_is_refused_before_anything_is_sent(name):
+def test_what_torch_refuses_is_refused_before_anything_is_sent(name, dim):
     fn = WRONG[name]
     with pytest.raises((RuntimeError, ValueError)):
         fn(numbers(1, 2, 8, 8))
 
     def run():
-        x = st.distribute_tensor(numbers(1, 2, 8, 8), T.make_mesh((3,)), [Shard(2)])
+        x = st.distribute_tensor(numbers(1, 2, 8, 8), T.make_mesh((3,)), [Shard(dim)])
         with st.trace() as t, pytest.raises((RuntimeError, ValueError)) as error:
             fn(x)
         assert not isinstance(error.value, st.DivergenceError)
@@ -223,3 +232,18 @@ def test_a_stencil_that_reaches_further_to_one_side(cut, before, after):
     (spec,) = T.hold(weighted, args, [T.shard(1, cut), None, None], (len(cut),))
     assert spec.sizes == {1: cut}
     T.hold(weighted, args, [T.shard(0), None, None], (2,))
+
+
+def means(x):
+    """Of three rows each."""
+    return (x[:-2] + x[1:-1] + x[2:]) / 3
+
+
+@st.rule(means)
+def means_rule(x):
+    return sliding(x, {0: Stencil(3)}, means)
+
+
+@pytest.mark.parametrize("cut", [(1, 0), (0, 0, 1), (1, 1), (0, 2), (2, 1), (0, 0)])
+def test_fewer_rows_than_a_kernel_has(cut):
+    T.hold(means, [numbers(sum(cut), 2)], [T.shard(0, cut)], (len(cut),))
