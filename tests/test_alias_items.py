@@ -114,9 +114,18 @@ def turned_without_gradients(x):
         x.t_()
 
 
+def squeezed_without_gradients(x):
+    with torch.no_grad():
+        x[:1].squeeze_()
+
+
 @pytest.mark.parametrize(
-    "fn", [unfolded, unfolded_added, row_of_expanded, same_rows_in_part, turned_without_gradients]
-)
+    "fn",
+    [
+        unfolded, unfolded_added, row_of_expanded, same_rows_in_part, turned_without_gradients,
+        squeezed_without_gradients,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("cut", [(4, 3), (0, 7), (2, 5, 0)])
 def test_shared_elements_are_refused_alike(fn, cut):
     def run():
@@ -124,7 +133,23 @@ def test_shared_elements_are_refused_alike(fn, cut):
             X, T.make_mesh((len(cut),)), [Shard(0)], src_data_rank=None, sizes={0: cut}
         )
         with pytest.raises((st.UnsupportedOpError, RuntimeError), match=r"share|no_grad|single"):
-            fn(x.requires_grad_(fn is turned_without_gradients) * 1)
+            fn(x.requires_grad_("without" in fn.__name__) * 1)
         return (x * 1).sum().item()
 
     assert len(set(st.simulate(len(cut), run))) == 1
+
+
+@pytest.mark.parametrize("name", ["index_fill_", "masked_fill_", "index_put_"])
+def test_what_torch_only_warns_of_is_refused(name):
+    def run():
+        x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        same = x.unsqueeze(-1).expand(7, 3, 2)
+        call = {
+            "index_fill_": lambda: same.index_fill_(0, torch.tensor([2]), 0),
+            "masked_fill_": lambda: same.masked_fill_(same > 0, 0),
+            "index_put_": lambda: same.index_put_((torch.tensor([2]),), torch.tensor(0.0).double()),
+        }[name]
+        with pytest.raises(st.UnsupportedOpError, match=f"{name} on .* whose elements share"):
+            call()
+
+    st.simulate(2, run)

@@ -170,7 +170,8 @@ def _rows(rng: random.Random) -> Placed:
         # the mean that torch takes beside a variance depends on the order of its steps
         x = x.nan_to_num(0.0, 0.0, 0.0)
     # slopes beside infinite elements are what a formula makes of infinity by infinity
-    steep = any(n in name for n in ("prod", "var")) and not (x.abs() < 1e100).all()
+    # and of logcumsumexp torch adds the logarithms of cotangents to scores, where large ones hide them
+    steep = any(n in name for n in ("prod", "var", "logcumsum")) and not (x.abs() < 1e100).all()
     given = [x] if steep else _grads(rng, x)
     return placed(rng, f"{name} over {d}", lambda x: ROWS[name](x, d), given, plain=0)
 

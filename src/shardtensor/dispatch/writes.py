@@ -26,6 +26,8 @@ __all__ = [
     "check_readable", "check_writable", "part_of", "refuse_overlap", "reshaped_in_place",
     "slice_of", "stale", "stands_for_rows", "writing",
 ]  # fmt: skip
+# of an expanded tensor torch writes these all the same, and warns
+_ONLY_WARN = ("index_fill_", "index_put_", "masked_fill_")
 
 
 def stands_for_view(copy: Tensor, base: Tensor, op: str) -> Tensor:
@@ -256,7 +258,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
     By specs and by strides of dims that are whole on each rank: an empty shard raises as well.
     """
     own = x._local.stride()
-    if layout.expanded(x) and x.numel():
+    if layout.expanded(x) and x.numel() and name not in _ONLY_WARN:
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation."

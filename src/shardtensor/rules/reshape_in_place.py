@@ -16,15 +16,19 @@ from ..tensor import ShardTensor, layout
 from .shape import _index, many, squeeze
 
 
-def _changed(
-    x: ShardTensor, op: str, change: Callable[[Tensor], Any], dims: tuple[Dim, ...]
-) -> ShardTensor:
-    """x after change(its local tensor), which leaves it in these dims."""
+def _refuse_hidden(x: ShardTensor, op: str) -> None:
     if x.requires_grad and not (x.is_leaf or torch.is_grad_enabled()):
         # torch finds gradients of another shape in backward, or takes them where sizes agree
         raise UnsupportedOpError(
             f"{op} under no_grad on {x._spec}, which has a gradient: use {op[:-1]}, or detach first"
         )
+
+
+def _changed(
+    x: ShardTensor, op: str, change: Callable[[Tensor], Any], dims: tuple[Dim, ...]
+) -> ShardTensor:
+    """x after change(its local tensor), which leaves it in these dims."""
+    _refuse_hidden(x, op)
     spec = Spec(x._spec.mesh, dims, x._spec.partial)
     if x._strides is not None or x._spec.thin:
         x._strides = layout.Strides.of(spec.shape, layout.after(x, change))
@@ -74,6 +78,7 @@ def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
         raise UnsupportedOpError(
             f"squeeze_ of a leaf on {input._spec}, cut along that dim: use squeeze"
         )
+    _refuse_hidden(input, "squeeze_")
     found = layout.after(input, lambda whole: whole.squeeze_(gone))
     new = squeeze(input, dim)
     input._strides = layout.Strides.of(new.shape, found)
