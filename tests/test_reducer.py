@@ -304,3 +304,39 @@ def with_a_sharded_parameter(run):
 
 def test_a_sharded_parameter_is_left_alone():
     held(3, None, with_a_sharded_parameter)
+
+
+def grads_of_a_bucket():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    batch = torch.randn(4, 6, 3, dtype=D)
+    net(batch).square().sum().backward()
+    want = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    mesh = make_mesh((2,))
+    st.parallelize(net, mesh)
+    x = st.distribute_tensor(batch, mesh, [Shard(1)], src_data_rank=None)
+
+    def step():
+        net(x).square().sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    for times in (1, 2):
+        for g, w in zip(step(), want, strict=True):
+            torch.testing.assert_close(g, times * w)
+    net.zero_grad()
+    grads = step()
+    places = {g.untyped_storage().data_ptr() for g in grads}
+    assert len(places) == 1 and not any(g._is_view() for g in grads)
+    versions = [g._version for g in grads]
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    grads[0].zero_()
+    # written to one by one, as if each had memory of its own
+    assert grads[1]._version == versions[1] + 1 and float(grads[1].abs().sum()) > 0
+    net.zero_grad(set_to_none=False)
+    for g, w in zip(step(), want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_gradients_stay_in_their_bucket():
+    st.simulate(2, grads_of_a_bucket)

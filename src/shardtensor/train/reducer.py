@@ -303,8 +303,11 @@ class Pass:
             self.send()
         message, whole = self.taken.pop(index)
         message.wait()
-        # a gradient has memory of its own
-        return whole if whole.numel() == message.flat.numel() else whole.clone()
+        # where it came, but a tensor of its own: no view, whose versions are those of all
+        found = whole.new_empty(0)
+        return found.set_(
+            whole.untyped_storage(), whole.storage_offset(), whole.shape, whole.stride()
+        )
 
 
 class Wait(torch.autograd.Function):
