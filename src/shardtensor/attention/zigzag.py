@@ -9,10 +9,10 @@ queries, keys and values there, one brings the result back: at most a block of e
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from itertools import accumulate, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,26 +38,27 @@ def _windows(sizes: tuple[int, ...]) -> tuple[Kept[Any], Kept[Any], Kept[Any], C
     Also the spans of these chunks, and how many tokens each rank has of them.
     """
     sizes = cut(sizes)
-    pairs = chunks(sizes.offsets[-1], len(sizes))
-    order = Kept(span for pair in pairs for span in pair)
-    there = Kept((a, a + rows) for a, rows in order)
-    # where each chunk begins in the order of the ranks
-    begins = dict(zip(order, accumulate((rows for _, rows in order), initial=0), strict=False))
-    found: list[list[tuple[int, int]]] = []
-    ordered = sorted(order)
-    for start, stop in pairwise(sizes.offsets):
-        found.append([])
-        for i in range(max(0, bisect_left(ordered, (start,)) - 1), len(ordered)):
-            chunk, rows = ordered[i]
-            if chunk >= stop:
-                break
-            a, b = max(start, chunk), min(stop, chunk + rows)
-            first = begins[chunk, rows] - chunk
-            if a < b:
-                found[-1].append((a + first, b + first))
-    most = max(1, *map(len, found))
-    back = Kept(x for parts in found for x in (*parts, *[(0, 0)] * (most - len(parts))))
-    return there, back, order, cut(sum(rows for _, rows in pair) for pair in pairs)
+    n = len(sizes)
+    order = Kept(chain.from_iterable(chunks(sizes.offsets[-1], n)))
+    spans = np.fromiter(chain.from_iterable(order), np.int64, 4 * n)
+    starts, rows = spans.reshape(2 * n, 2).T
+    # where each chunk begins in the order of the ranks, from where it begins among all tokens
+    shift = rows.cumsum() - rows - starts
+    by = np.lexsort((rows, starts))
+    begin, end, shift = starts[by], (starts + rows)[by], shift[by]
+    low, high = sizes.edges[:-1, None], sizes.edges[1:, None]
+    first, behind = np.searchsorted(end, low, "right"), np.searchsorted(begin, high)
+    # as many chunks for each shard
+    at = first + np.arange(max(1, int((behind - first).max())))
+    known = at.clip(max=2 * n - 1)
+    a, b = np.maximum(low, begin[known]), np.minimum(high, end[known])
+    has = (at < behind) & (a < b)
+    back = _pairs(np.where(has, a + shift[known], 0), np.where(has, b + shift[known], 0))
+    return _pairs(starts, starts + rows), back, order, cut(rows.reshape(n, 2).sum(1).tolist())
+
+
+def _pairs(starts: Any, stops: Any) -> Kept[tuple[int, int]]:
+    return Kept(zip(starts.ravel().tolist(), stops.ravel().tolist(), strict=True))
 
 
 def attend_balanced(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .._torch import all_gather_flat
 from .._torch.world import is_silent
 from . import groups
-from .counters import finish, sending
+from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
@@ -90,8 +90,7 @@ def start_exchange(
         works = _post(received, send, gives, gets, group, few, wait)
 
     def arrived() -> dict[int, list[torch.Tensor]]:
-        for work in works:
-            finish(work, entry)
+        _end(works, entry, group, label)
         return _split(received, shapes)
 
     return arrived
@@ -121,7 +120,14 @@ def start_all_to_all(
             work = dist.all_to_all_single(
                 _as_bytes(received), _as_bytes(send), gets, gives, groups.resolve(group), True
             )
-    return lambda: None if work is None else finish(work, entry)
+    works = [] if work is None else [work]
+    return lambda: _end(works, entry, group, label)
+
+
+def _end(works: list[Any], entry: Sent | None, group: str, label: str) -> None:
+    """Wait for what was started; who looks at a hang reads group and label from this frame."""
+    for work in works:
+        finish(work, entry)
 
 
 def _sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _post(
     works = dist.batch_isend_irecv(ops) if ops else []
     if wait:
         for work in works:
-            work.wait()
+            finish(work)
         return []
     return works
 
