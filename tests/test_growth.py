@@ -40,4 +40,4 @@ def test_counts_of_a_hop_do_not_know_the_ranks(name):
 def test_plans_of_many_ranks_are_made_in_few_calls():
     """A first call may look at every rank, but not at every pair of ranks."""
     for name in ("conv", "roll", "swap"):
-        assert growth.first_calls(name, 4096) < 8 * 4096, name
+        assert growth.first_calls(name, 4096) < 4 * 4096, name

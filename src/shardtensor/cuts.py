@@ -69,6 +69,16 @@ class Cut(Kept[int]):
         return tuple((a, b - a, self[a]) for a, b in zip(firsts, ends, strict=False) if self[a])
 
 
+def pairs(starts: Any, stops: Any) -> Kept[tuple[int, int]]:
+    """Two numpy arrays as pairs of numbers."""
+    return Kept(zip(starts.ravel().tolist(), stops.ravel().tolist(), strict=True))
+
+
+def table(windows: Sequence[tuple[int, int]]) -> Any:
+    """Pairs of numbers as a numpy array (pairs, 2)."""
+    return np.fromiter(chain.from_iterable(windows), np.int64, 2 * len(windows)).reshape(-1, 2)
+
+
 @_once
 def _cut(sizes: tuple[int, ...]) -> Cut:
     return Cut(sizes)
@@ -94,8 +104,7 @@ def clipped(sizes: Cut, start: int, stop: int) -> Cut:
 @_once
 def windows(sizes: Cut, before: int, after: int) -> Kept[tuple[int, int]]:
     """The rows [start, stop) of every shard, with so many before and after them."""
-    starts, stops = sizes.edges[:-1] - before, sizes.edges[1:] + after
-    return Kept(zip(starts.tolist(), stops.tolist(), strict=True))
+    return pairs(sizes.edges[:-1] - before, sizes.edges[1:] + after)
 
 
 @_once

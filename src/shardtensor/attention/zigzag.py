@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..cuts import Cut, Kept, cut
+from ..cuts import Cut, Kept, cut, pairs, table
 from .ring import attend
 from .schedule import Spans
 
@@ -40,8 +40,7 @@ def _windows(sizes: tuple[int, ...]) -> tuple[Kept[Any], Kept[Any], Kept[Any], C
     sizes = cut(sizes)
     n = len(sizes)
     order = Kept(chain.from_iterable(chunks(sizes.offsets[-1], n)))
-    spans = np.fromiter(chain.from_iterable(order), np.int64, 4 * n)
-    starts, rows = spans.reshape(2 * n, 2).T
+    starts, rows = table(order).T
     # where each chunk begins in the order of the ranks, from where it begins among all tokens
     shift = rows.cumsum() - rows - starts
     by = np.lexsort((rows, starts))
@@ -53,12 +52,8 @@ def _windows(sizes: tuple[int, ...]) -> tuple[Kept[Any], Kept[Any], Kept[Any], C
     known = at.clip(max=2 * n - 1)
     a, b = np.maximum(low, begin[known]), np.minimum(high, end[known])
     has = (at < behind) & (a < b)
-    back = _pairs(np.where(has, a + shift[known], 0), np.where(has, b + shift[known], 0))
-    return _pairs(starts, starts + rows), back, order, cut(rows.reshape(n, 2).sum(1).tolist())
-
-
-def _pairs(starts: Any, stops: Any) -> Kept[tuple[int, int]]:
-    return Kept(zip(starts.ravel().tolist(), stops.ravel().tolist(), strict=True))
+    back = pairs(np.where(has, a + shift[known], 0), np.where(has, b + shift[known], 0))
+    return pairs(starts, starts + rows), back, order, cut(rows.reshape(n, 2).sum(1).tolist())
 
 
 def attend_balanced(

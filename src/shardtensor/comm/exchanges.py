@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..cache import cached
-from ..cuts import Cut, Kept, cut
+from ..cuts import Cut, Kept, cut, table
 
 FILL = -1  # the source of rows that lie outside the global range
 FEW = 16  # ranks that give something to one: fewer are sent to by messages of their own
@@ -94,8 +93,7 @@ def exchange(sizes: tuple[int, ...], windows: Windows, wrap: bool, rank: int) ->
     n, total = len(sizes), sizes.offsets[-1]
     each = len(windows) // n
     own = windows[rank * each : (rank + 1) * each]
-    ends = np.fromiter(chain.from_iterable(windows), np.int64, 2 * len(windows))
-    starts, stops = ends.reshape(n, each, 2).transpose(2, 0, 1)
+    starts, stops = table(windows).reshape(n, each, 2).transpose(2, 0, 1)
     low, high = sizes.edges[:-1, None], sizes.edges[1:, None]
     if each == 1 and n > 1 and total and (starts == 0).all() and (stops == total).all():
         # as many pieces as ranks, of which none is asked for by itself

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..cuts import Kept
+from ..cuts import Kept, pairs, table
 from ..spec import Dim, Spec
 
 Ints = int | Sequence[int]
@@ -98,12 +99,11 @@ def strided(dim: Dim, stencil: Stencil) -> Reach:
     span, stride, before = stencil.extent - 1, stencil.stride, stencil.before
     out = max(0, stencil.outputs(dim.size))
     centre = 0 if stride == 1 and out == dim.size else span // 2 - before
-    ends = _cut(dim, out, [-(-(o - centre) // stride) for o in dim.offsets])
-    windows = [
-        (a * stride - before, (b - 1) * stride - before + span + 1) if a < b else (-span - 1, 0)
-        for a, b in pairwise(ends)
-    ]
-    return reach_of(dim, ends, windows)
+    ends = _cut(out, -((centre - dim.edges) // stride))
+    a, b = ends[:-1], ends[1:]
+    starts = np.where(a < b, a * stride - before, -span - 1)
+    stops = np.where(a < b, (b - 1) * stride - before + span + 1, 0)
+    return reach_of(dim, ends, pairs(starts, stops))
 
 
 @cached
@@ -116,15 +116,13 @@ def spread(dim: Dim, stencil: Stencil, out: int) -> tuple[Reach, tuple[int, ...]
     """
     span, stride, padding = stencil.extent - 1, stencil.stride, stencil.before
     shared = max(0, -(-(span + 1 - stride) // 2))
-    ends = _cut(dim, out, [o * stride - padding + shared for o in dim.offsets])
-    windows, firsts = [], []
-    for a, b in pairwise(ends):
-        first, last = a + padding, b - 1 + padding
-        # the second bound where rows lie in a gap between kernels
-        start = min(-(-(first - span) // stride), first // stride)
-        windows.append((start, last // stride + 1) if a < b else (-1, 0))
-        firsts.append(first - start * stride if a < b else 0)
-    return reach_of(dim, ends, windows), tuple(firsts)
+    ends = _cut(out, dim.edges * stride - padding + shared)
+    has = ends[:-1] < ends[1:]
+    first, last = ends[:-1] + padding, ends[1:] - 1 + padding
+    # the second bound where rows lie in a gap between kernels
+    start = np.minimum(-((span - first) // stride), first // stride)
+    windows = pairs(np.where(has, start, -1), np.where(has, last // stride + 1, 0))
+    return reach_of(dim, ends, windows), tuple(np.where(has, first - start * stride, 0).tolist())
 
 
 @cached
@@ -154,19 +152,19 @@ def near(dim: Dim, beside: int, out: int) -> tuple[Reach, tuple[int, ...]]:
     return reach_of(dim, ends, windows), tuple(firsts)
 
 
-def _cut(dim: Dim, out: int, inner: Sequence[int]) -> list[int]:
+def _cut(out: int, edges: Any) -> Any:
     """Shard boundaries of `out` rows: 0, the inner ones clamped, out."""
-    return [0, *(min(max(e, 0), out) for e in inner[1:-1]), out]
+    ends = edges.clip(0, out)
+    ends[0], ends[-1] = 0, out
+    return ends
 
 
 def reach_of(dim: Dim, ends: Sequence[int], windows: Sequence[tuple[int, int]]) -> Reach:
     """Output rows cut at `ends`, of which those of each rank read a window of rows of a dim."""
-    sizes = tuple(b - a for a, b in pairwise(ends))
-    inside = all(
-        not n or (start >= a and stop <= b)
-        for n, (a, b), (start, stop) in zip(sizes, pairwise(dim.offsets), windows, strict=True)
-    )
-    return Reach(Dim(ends[-1], dim.axes, sizes), Kept(windows), inside)
+    sizes = np.diff(ends)
+    starts, stops = table(windows).T
+    inside = (sizes == 0) | ((starts >= dim.edges[:-1]) & (stops <= dim.edges[1:]))
+    return Reach(Dim(int(ends[-1]), dim.axes, sizes.tolist()), Kept(windows), bool(inside.all()))
 
 
 def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0, lead: int = 0) -> Tensor:
