@@ -17,6 +17,7 @@ from .shape import _index, many, squeeze
 
 
 def _refuse_hidden(x: ShardTensor, op: str) -> None:
+    """Raise for another shape of a result behind the back of its gradient."""
     if x.requires_grad and not (x.is_leaf or torch.is_grad_enabled()):
         # torch finds gradients of another shape in backward, or takes them where sizes agree
         raise UnsupportedOpError(
