@@ -44,7 +44,7 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
     shared = lead - 1 if grouped else lead
     terms = [labels.broadcast(max(0, len(x) - 2 - lead + shared), shared) for x in operands]
     outer = [_outer(x, len(t)) for x, t in zip(known, terms, strict=True)]
-    together = labels.plan_of((*terms, labels.broadcast(shared, shared)), *outer, order=_FIRST)
+    together = labels.plan_of((*terms, labels.broadcast(shared, shared)), None, _FIRST, *outer)
     mesh, batch, used = together.mesh, list(together.out.dims), set(together.varying)
     if grouped:
         batch.append(_heads([dims[-3] for dims in operands if len(dims) > 2], used))

@@ -105,7 +105,7 @@ def _plan(x: Spec, g: Spec) -> tuple[Spec, Spec]:
     # a place of the grid is no label of the input: one mesh axis may cut it and the input's rows
     term = ("n", *(f"p{i}" for i in range(len(g.dims) - 2)))
     known = x.with_dims((n, c)), g.drop([-1])
-    p = labels.plan_of((("n", "c"), term, (*term, "c")), *known, order=(0, 1))
+    p = labels.plan_of((("n", "c"), term, (*term, "c")), None, (0, 1), *known)
     n, *places, c = p.out.dims
     used = set(p.varying)
     for i, d in enumerate(rows):

@@ -73,7 +73,9 @@ class Plan(NamedTuple):
         if self.summed:
             local = comm.reduce(local, comm.group(self.mesh, self.summed), op)
         spec = self.results[i]
-        return wrap(local, spec or self.spec(self.terms[len(self.wanted) + i], local.shape))
+        if spec is None:
+            spec = self.spec(self.terms[len(self.wanted) + i], local.shape)
+        return wrap(local, spec)
 
 
 def known(x: Tensor) -> Known:
@@ -100,7 +102,10 @@ def run(
     all-reduce follows where a label that no result has is cut. Raises RuntimeError for sizes that
     do not fit and UnsupportedOpError for different meshes, before anything is sent.
     """
-    if not any(isinstance(x, ShardTensor) for x in operands):
+    for x in operands:
+        if isinstance(x, ShardTensor):
+            break
+    else:
         return fn(*operands)
     p = plan(pattern, *operands, order=order)
     found = fn(*p.fit(operands))
@@ -128,15 +133,15 @@ def plan(
                 learned = i
     if isinstance(pattern, str):
         pattern = labels(pattern, tuple([None if x is None else x.ndim for x in operands]))
-    return plan_of(pattern, *facts, learned=learned, order=order)
+    return plan_of(pattern, learned, order, *facts)
 
 
 @cached
 def plan_of(
     terms: tuple[Labels, ...],
+    learned: int | None,
+    order: tuple[int, ...] | None,
     *known: Known | None,
-    learned: int | None = None,
-    order: tuple[int, ...] | None = None,
 ) -> Plan:
     """`plan` of operands that lie so, of which `learned` is a weight."""
     inputs = [t if k is not None else () for k, t in zip(known, terms, strict=False)]

@@ -108,7 +108,7 @@ def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
 @cached
 def _align(*known: labels.Known) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     ndims = [len(k.dims if isinstance(k, Spec) else k) for k in known]
-    plan = labels.plan_of(labels.elementwise(*ndims), *known)
+    plan = labels.plan_of(labels.elementwise(*ndims), None, None, *known)
     return plan.out, plan.wanted
 
 

@@ -372,7 +372,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         if x is None:
             found.append(None)
             continue
-        own = () if dims is None else axes_in(dims)
+        own = () if dims is None else tuple([a for d in dims for a in d.axes])
         if isinstance(x, ShardTensor) and dims == x._spec.dims and not x._spec.partial:
             local = x._local
         elif isinstance(x, ShardTensor) or own:
@@ -383,8 +383,8 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         else:
             local = x
         found.append(local)
-        same = tuple(a for a in varying if a not in own)
-        if same and local.requires_grad:
+        same = tuple([a for a in varying if a not in own]) if local.requires_grad else ()
+        if same:
             if local.layout is not torch.strided:
                 refuse_not_dense(local.layout)
             alike.setdefault(same, []).append(i)
