@@ -15,7 +15,7 @@ from ..caller import call_of_user
 from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..settings import current, setting
-from ..spec import Dim, Spec
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import matching, memory_order
 from ..tensor.redistribute import refuse_not_dense, replicate, to_dims
@@ -179,13 +179,12 @@ def _warn(name: str, nbytes: int) -> None:
 
 
 def _shard_again(t: torch.Tensor, sharded: list[ShardTensor]) -> ShardTensor:
-    whole = wrap(t, Spec(sharded[0]._spec.mesh, tuple(Dim(n) for n in t.shape)))
+    whole = wrap(t, Spec.whole(sharded[0]._spec.mesh, t.shape))
     for x in sharded:
         if x._spec.varying and x.shape == t.shape:
             return to_dims(whole, x._spec.dims)
     # rows that were cut are cut again where the result has as many
-    dims = list(whole._spec.dims)
-    for d, dim in enumerate(sharded[0]._spec.dims[: t.ndim]):
-        if dim.axes and dim.size == t.shape[d]:
-            dims[d] = dim
-    return to_dims(whole, dims)
+    again = {
+        d: dim for d, dim in enumerate(sharded[0]._spec.dims[: t.ndim]) if dim.size == t.shape[d]
+    }
+    return to_dims(whole, whole._spec.replace(again).dims)

@@ -24,7 +24,7 @@ from ..registry import rules
 from ..spec import Spec
 from ..tensor import ShardTensor, refuse_transforms, wrap
 from ..tensor.aliases import refuse_copy
-from ..tensor.redistribute import cotangent, gradient
+from ..tensor.redistribute import cotangent, gradient, local_of
 
 
 class _Attach(torch.autograd.Function):
@@ -207,14 +207,10 @@ def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
     return source
 
 
-def unwrapped(x: Any) -> Any:
-    return x._local if isinstance(x, ShardTensor) else x
-
-
 def engine_roots(
     outputs: Any, grads: Any, accumulate: bool
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    roots = tuple(unwrapped(x) for x in outputs)
+    roots = tuple(local_of(x) for x in outputs)
     if accumulate:
         observers.claim(leaves(roots))
     paired = [

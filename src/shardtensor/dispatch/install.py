@@ -7,6 +7,7 @@ import sys
 from .. import _torch, settings
 from .._torch import checkpoint, dtensor, script
 from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import local_of
 from . import functions
 from .resolve import handler_of_shards
 from .rule import finder
@@ -20,8 +21,8 @@ def install() -> None:
     _torch.hide_from_dynamo(ShardTensor.__torch_function__)
     # C++ that looks at wrappers, which have neither versions nor history
     _torch.install_function_hook(functions.around_apply)
-    _torch.install_engine_hook(functions.engine_roots, functions.unwrapped)
-    _torch.install_ddp_hook(functions.unwrapped)
+    _torch.install_engine_hook(functions.engine_roots, local_of)
+    _torch.install_ddp_hook(local_of)
     _torch.guard_transforms(functions.check_transform)
     script.install_script_hook(handler_of_shards)
     checkpoint.install(settings.bringing)

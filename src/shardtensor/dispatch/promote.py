@@ -21,8 +21,7 @@ from .. import _torch, cache, comm
 from .._torch import probe
 from ..caller import caller
 from ..comm import wire
-from ..cuts import nested_chunk_sizes
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import wrap
 
 
@@ -47,7 +46,8 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     for d, dim in enumerate(spec.dims):
         if dim.axes:
             i = spec.index[d]
-            local = local.narrow(d, dim.offsets[i], dim.sizes[i])
+            start, stop = dim.spans[i]
+            local = local.narrow(d, start, stop - start)
     local = local.clone(memory_format=torch.contiguous_format)
     torch.utils.swap_tensors(x, wrap(local, spec))
     return True
@@ -69,13 +69,12 @@ def _alone(x: Tensor) -> bool:
 def _spec(shape: tuple[int, ...], sliced: tuple[bool, ...], value: Spec) -> Spec | None:
     """The spec of a tensor into whose slices a value is assigned: sharded where the value is."""
     kept = [d for d, s in enumerate(sliced) if s]
-    dims = [Dim(n) for n in shape]
+    dims = list(whole_dims(shape))
     for i, dim in enumerate(value.dims, len(kept) - len(value.dims)):
         if dim.axes and i >= 0:
             n = shape[kept[i]]
-            parts = [value.mesh.size(a) for a in dim.axes]
-            cut = Dim(n, dim.axes, nested_chunk_sizes(n, parts))
-            dims[kept[i]] = dim if dim.size == n else cut
+            cut = dim if dim.size == n else Dim.chunked(n, dim.axes, value.mesh)
+            dims[kept[i]] = cut
     spec = Spec(value.mesh, tuple(dims))
     return spec if spec.varying == value.varying else None
 

@@ -16,7 +16,7 @@ from .._torch import probe, script
 from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
-from ..spec import Dim, Spec
+from ..spec import Spec
 from ..tensor import wrap
 from ..tensor.layout import turned
 from .axes import apart, met
@@ -244,7 +244,7 @@ def _decompose(
             given[id(leaves[i])] = x
         elif isinstance(x, Tensor) and (every or _torch.is_tracing()):
             # what the composite does to plain tensors alone must be traced as well
-            leaves[i] = wrap(x, Spec(mesh, tuple(Dim(n) for n in x.shape)))
+            leaves[i] = wrap(x, Spec.whole(mesh, x.shape))
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     with _torch.composite_call():
         out = func(*args, **kwargs)

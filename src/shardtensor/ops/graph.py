@@ -17,9 +17,9 @@ from .. import comm
 from ..comm.route import deliver, fetch, find
 from ..errors import UnsupportedOpError
 from ..rules.rows import entry_counts
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import like
+from ..tensor.redistribute import like, local_of
 
 _REDUCE = {"sum": "sum", "max": "amax", "min": "amin"}
 
@@ -60,7 +60,7 @@ class Topology:
         if isinstance(edge_index, ShardTensor):
             edge_index = self._dealt(edge_index)
         self._check(edge_index)
-        first, last = self._to.offsets[me : me + 2] if axes else (0, self._to.size)
+        first, last = self._to.spans[me]
         if isinstance(edge_index, ShardTensor):
             source, self._rows, self._order = self._sent(edge_index)
         else:
@@ -72,7 +72,7 @@ class Topology:
         self._route = find(source, self._from.sizes or (self._from.size,), self._group)
 
     def _check(self, edge_index: Tensor) -> None:
-        local = edge_index._local if isinstance(edge_index, ShardTensor) else edge_index
+        local = local_of(edge_index)
         bad = 0
         for nodes, rows in zip(local, (self._from, self._to), strict=True):
             bad += int(((nodes < 0) | (nodes >= rows.size)).any())
@@ -161,7 +161,7 @@ class Topology:
         """(this rank's rows of x, its other dims), which are whole."""
         if x.ndim < 1 or x.shape[0] != rows.size:
             raise ValueError(f"{tuple(x.shape)} for {rows.size} rows")
-        rest = tuple(Dim(n) for n in x.shape[1:])
+        rest = whole_dims(x.shape[1:])
         if self.mesh is None:
             return x, rest
         return like(x, Spec(self.mesh, (rows, *rest)))._local, rest

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _torch, comm
 from ..cache import cached
 from ..comm.exchanges import whole
-from ..cuts import cut, nested_chunk_sizes
+from ..cuts import cut
 from ..rules.fft import on_some
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
@@ -131,10 +131,9 @@ def _summed(
         else:
             part = rows @ matrix.mT
     part = part.movedim(-1, d).contiguous()
-    parts = [spec.mesh.size(a) for a in dim.axes]
-    own = Dim(len(freqs), dim.axes, nested_chunk_sizes(len(freqs), parts))
-    local = comm.reduce_scatter(part, d, own.sizes, comm.group(spec.mesh, dim.axes))
-    return wrap(local, spec.with_dims([own if i == d else e for i, e in enumerate(spec.dims)]))
+    own = Dim.chunked(len(freqs), dim.axes, spec.mesh)
+    local = comm.reduce_scatter(part, d, own.sizes, comm.along(spec, d))
+    return wrap(local, spec.replace({d: own}))
 
 
 def _waves(
@@ -204,7 +203,7 @@ def _shared(
     """The inverse sharded as `like`: every rank makes its own rows from all kept modes."""
     target = like.with_dims(_target(like, dims, shape))
     s = [shape[d] for d in dims]
-    sharded = [d for d in dims if len(target.dims[d].sizes) > 1]
+    sharded = [d for d in dims if target.dims[d].is_cut]
     few = dict(zip(dims, kept, strict=True))
     if not sharded or any(sum(few[d]) * len(target.dims[d].sizes) >= shape[d] for d in sharded):
         result = _inverse(y, kept, s, dims, norm)

@@ -69,19 +69,19 @@ def _with_rows(first: Tensor, x: Tensor, last: Tensor, lat: int) -> Tensor:
     for part, at in ((first, full[0]), (last, full[-1])):
         n = part.shape[lat]
         here = Dim(n, dim.axes, tuple(n if i == at else 0 for i in range(len(dim.sizes))))
-        dims = [here if i == lat else d for i, d in enumerate(x._spec.dims)]
+        dims = x._spec.replace({lat: here}).dims
         parts.append(to_dims(part, dims))
     cuts = (p._spec.dims[lat].sizes for p in (parts[0], x, parts[1]))
     sizes = tuple(sum(shards) for shards in zip(*cuts, strict=True))
     new = Dim(x.shape[lat] + first.shape[lat] + last.shape[lat], dim.axes, sizes)
     local = torch.cat([parts[0]._local, x._local, parts[1]._local], lat)
-    spec = x._spec.with_dims([new if i == lat else d for i, d in enumerate(x._spec.dims)])
+    spec = x._spec.replace({lat: new})
     return wrap(local, spec)
 
 
 def _around(x: Tensor, lon: int, west: int, east: int) -> Tensor:
     """Columns of the other end on both sides."""
-    if isinstance(x, ShardTensor) and len(x._spec.dims[lon].sizes) > 1:
+    if isinstance(x, ShardTensor) and x._spec.dims[lon].is_cut:
         # where shards meet, the rule for padding takes any number of dims
         return F.pad(x, (0, 0) * (x.ndim - 1 - lon) + (west, east), mode="circular")
     n = x.shape[lon]

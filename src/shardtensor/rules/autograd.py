@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import ShardTensor
-from ..tensor.redistribute import cotangent, gradient
+from ..tensor.redistribute import cotangent, gradient, local_of
 
 
 @rule(torch.autograd.grad)
@@ -39,8 +39,8 @@ def grad(
         if g is None and o.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     found = torch.autograd.grad(
-        [_local(o) for o in outs],
-        [_local(i) for i in ins],
+        [local_of(o) for o in outs],
+        [local_of(i) for i in ins],
         [_ones(o) if g is None else g for o, g in zip(outs, cotangents, strict=True)],
         retain_graph=retain_graph,
         create_graph=create_graph,
@@ -58,9 +58,5 @@ def _many(xs: Any) -> Sequence[Any]:
     return [xs] if isinstance(xs, Tensor) else list(xs)
 
 
-def _local(x: Any) -> Any:
-    return x._local if isinstance(x, ShardTensor) else x
-
-
 def _ones(x: Tensor) -> Tensor:
-    return torch.ones_like(_local(x))
+    return torch.ones_like(local_of(x))

@@ -15,7 +15,7 @@ from .. import comm
 from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
-from ..tensor.redistribute import like, reduced
+from ..tensor.redistribute import like, local_of, reduced
 from .pointwise import function_rule
 
 _NAMES = [name for name in dir(torch) if name.startswith("_foreach_")]
@@ -93,7 +93,7 @@ def unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     sharded = [g for g in grads if isinstance(g, ShardTensor)]
     for g in sharded:
         check_writable(g, "GradScaler.unscale_")
-    local = [g._local if isinstance(g, ShardTensor) else g for g in grads]
+    local = [local_of(g) for g in grads]
     func(local, found, _plain(scale))
     for mesh in dict.fromkeys(g._spec.mesh for g in sharded if g._spec.varying):
         group = comm.group(mesh, tuple(range(mesh.ndim)))

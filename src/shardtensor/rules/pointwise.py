@@ -19,7 +19,7 @@ from ..registry import POINTWISE, rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.layout import takes_format
-from ..tensor.redistribute import fit, reduced, replicate
+from ..tensor.redistribute import fit, local_of, reduced, replicate
 from . import labels
 from .agreed import agreed
 
@@ -102,7 +102,7 @@ def is_in_place(func: Any) -> bool:
 
 def align(*tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     """The spec of the broadcast result and the dims in which each operand is wanted."""
-    return _align(*[x._spec if isinstance(x, ShardTensor) else x.shape for x in tensors])
+    return _align(*map(labels.known, tensors))
 
 
 @cached
@@ -206,7 +206,7 @@ def like_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rounding a sum of addends is not the sum of rounded addends: partial sums are added first."""
     x, *rest = (reduced(a) for a in args)
-    rest = [a._local if isinstance(a, ShardTensor) else a for a in rest]
+    rest = [local_of(a) for a in rest]
     if not isinstance(x, ShardTensor):
         return func(x, *rest, **kwargs)
     if is_in_place(func):

@@ -59,7 +59,7 @@ def t_(input: ShardTensor) -> ShardTensor:
 @rule("unsqueeze_")
 def unsqueeze_(input: ShardTensor, dim: int) -> ShardTensor:
     d = _index(dim, input.ndim + 1)
-    dims = (*input._spec.dims[:d], Dim(1), *input._spec.dims[d:])
+    dims = input._spec.insert(d, Dim(1)).dims
     return _changed(input, "unsqueeze_", lambda local: local.unsqueeze_(d), dims)
 
 
@@ -69,7 +69,7 @@ def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
     chosen = range(n) if dim is None else [_index(d, n) for d in many(dim) if n]
     gone = tuple(d for d in chosen if input.shape[d] == 1)
     if not any(input._spec.dims[d].axes for d in gone):
-        dims = tuple(d for i, d in enumerate(input._spec.dims) if i not in gone)
+        dims = input._spec.drop(gone).dims
         return _changed(input, "squeeze_", lambda local: local.squeeze_(gone), dims)
     if input.is_leaf and input.requires_grad:
         if torch.is_grad_enabled():

@@ -232,7 +232,7 @@ def _runs(spec: Spec) -> tuple[Tensor, int]:
     starts = torch.zeros(1, dtype=torch.int64)
     for d in range(inner + 1 if cut else 0):
         stride = prod(shape[d + 1 :])
-        offset = spec.dims[d].offsets[spec.index[d]] if spec.dims[d].axes else 0
+        offset = spec.offset[d]
         rows = torch.arange(offset, offset + (local[d] if d < inner else 1))
         starts = (starts[:, None] + rows * stride).reshape(-1)
     length = prod(local[inner:]) if cut else shape.numel()

@@ -23,7 +23,7 @@ from ..comm.deferred import check_mesh
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
-from ..spec import Dim, Spec, axes_in, whole_dims
+from ..spec import Dim, Spec, whole_dims
 from . import layout
 from .aliases import relate
 from .shard_tensor import ShardTensor, wrap

@@ -14,7 +14,7 @@ from ...comm.groups import ALONE
 from ...comm.route import fetch, find
 from ...errors import UnsupportedOpError
 from ...rules.rows import axes_in, covering, cut_axes, dims_of, mesh_of
-from ...spec import Dim, Spec
+from ...spec import Dim, Spec, whole_dims
 from ...tensor import ShardTensor, wrap
 from ...tensor.redistribute import fit
 
@@ -41,7 +41,7 @@ class Met(NamedTuple):
         """What was made for each asking row, as the caller sees it."""
         if self.mesh is None:
             return local
-        return wrap(local, Spec(self.mesh, (self.out, *(Dim(n) for n in local.shape[1:]))))
+        return wrap(local, Spec(self.mesh, (self.out, *whole_dims(local.shape[1:]))))
 
 
 def meet(asking: Tensor, rows: Tensor) -> Met:
@@ -57,8 +57,8 @@ def meet(asking: Tensor, rows: Tensor) -> Met:
     a, b = fit(
         mesh,
         axes_in((out, held)),
-        (asking, (out, *(Dim(n) for n in asking.shape[1:]))),
-        (rows, (held, *(Dim(n) for n in rows.shape[1:]))),
+        (asking, (out, *whole_dims(asking.shape[1:]))),
+        (rows, (held, *whole_dims(rows.shape[1:]))),
     )
     return Met(mesh, a, b, out, held, comm.group(mesh, held.axes) if held.axes else ALONE)
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ... import comm
 from ...rules.rows import read
-from ...spec import Dim, Spec
+from ...spec import Dim, Spec, whole_dims
 from ...tensor import ShardTensor, wrap
 from .curves import cut, even, hilbert_order, kd_parts, morton_order
 
@@ -61,7 +61,7 @@ class Partition:
         if not x.ndim or x.shape[0] != n:
             raise ValueError(f"a tensor of shape {tuple(x.shape)} for a partition of {n} points")
         first = Dim(n, self.axes, tuple(sizes))
-        return Spec(self.mesh, (first, *(Dim(m) for m in x.shape[1:])))
+        return Spec(self.mesh, (first, *whole_dims(x.shape[1:])))
 
     def _own(self, spec: Spec) -> slice:
         return slice(spec.offset[0], spec.offset[0] + spec.local_shape[0])
