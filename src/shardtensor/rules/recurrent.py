@@ -1,7 +1,8 @@
 """RNN, GRU and LSTM over shards of the batch; each sequence lies whole on one rank.
 
-A sharded time or feature dim moves to the batch by one all-to-all. Nothing else is sent, but for
-the gradients of the weights: one all-reduce for each layer.
+A sharded time or feature dim moves to the batch by one all-to-all; where the batch is sharded
+already, or is one sequence, it is gathered. Nothing else is sent, but for the gradients of the
+weights: one all-reduce for each layer.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ends = [("L", "n", f"H{i}") for i in range(len(states))]
     terms = ((*lead, "F"), *ends, (*lead, "O"), *ends)
     p = labels.plan(terms, x, *states, order=tuple(range(1 + len(states))))
-    if not p.gathered.isdisjoint("TF"):
-        return fall_back(func, args, kwargs)
     local, *rest = fit(
         p.mesh, p.varying,
         *zip((x, *states), p.wanted, strict=True), *((w, None) for w in weights),
@@ -107,8 +106,6 @@ def cell(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fall_back(func, args, kwargs)
     ends = [("n", f"H{i}") for i in range(len(states))]
     p = labels.plan((("n", "F"), *ends, *ends), x, *states)
-    if p.gathered:
-        return fall_back(func, args, kwargs)
     local, *rest = fit(
         p.mesh, p.varying,
         *zip((x, *states), p.wanted, strict=True), *((w, None) for w in weights),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .reduce import over
 
 @rule("linalg_cross")
 def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
-    """Elementwise but along dim, whose shards move to another dim."""
+    """Elementwise but along dim, whose shards move to another dim; a vector is gathered."""
     if input.ndim != other.ndim:
         raise RuntimeError(
             f"linalg.cross: inputs must have the same number of dimensions: {input.ndim}, "
@@ -31,10 +32,8 @@ def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
     (d,) = over(dim, input.ndim)
     each, *_ = labels.elementwise(input.ndim)
     term = (*each[:d], "X", *each[d + 1 :])
-    p = labels.plan((term, term, term), input, other)
-    if p.gathered:
-        return fall_back(torch.linalg.cross, (input, other), {"dim": dim})
-    return p.result(torch.linalg.cross(*p.fit((input, other)), dim=dim))
+    cross = partial(torch.linalg.cross, dim=dim)
+    return labels.run((term, term, term), cross, input, other)
 
 
 @rule("cross")
