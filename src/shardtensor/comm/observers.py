@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,8 +46,11 @@ def claim(leaves: Iterable[Tensor]) -> None:
     if claimed is None:
         return
     for x in leaves:
-        _, owner = claimed.setdefault(id(x), (x, thread.rank))
-        if owner != thread.rank:
+        known, owner = claimed.get(id(x), (None, thread.rank))
+        if known is None or known() is not x:
+            # an id may come again once its tensor is gone
+            claimed[id(x)] = weakref.ref(x), thread.rank
+        elif owner != thread.rank:
             raise ValueError(
                 f"simulated ranks {owner} and {thread.rank} share a parameter of shape "
                 f"{list(x.shape)}, in which their gradients would add up: make the model in the "
