@@ -1,5 +1,8 @@
 """Ranks with other samples that take other ways through a model, and models that change."""
 
+import copy
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -211,3 +214,43 @@ def test_modules_that_are_still_to_make_their_parameters():
             st.RankError, match=r"0 \(LazyLinear\) makes its parameters at its first"
         ):
             st.simulate(2, lazy, when)
+
+
+def copied(how, shape=None):
+    model, x = made()
+    if shape is not None:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain"))
+        st.parallelize(model, mesh, data="data")
+        d = mesh.get_local_rank("data")
+        x = st.distribute_tensor(x[d : d + 1], mesh["domain"], [Shard(1)], src_data_rank=None)
+    model(x, "times 0", 0).square().mean().backward()
+    if how == "averaged":
+        other = torch.optim.swa_utils.AveragedModel(model)
+    elif how == "saved":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+        with torch.no_grad():
+            other(x, "times 0", 0)
+    else:
+        other = copy.deepcopy(copy.deepcopy(model))
+    if how == "again":
+        st.parallelize(other, mesh, data="data") if shape else None
+    if how == "copy":
+        other.out = nn.Linear(3, 3).double()
+        other.out.load_state_dict(model.out.state_dict())
+    other(x, "times 0", 0).square().mean().backward()
+    return {k.removeprefix("module."): g for k, g in grads(other).items()}
+
+
+@pytest.mark.parametrize("how", ["copy", "averaged", "again"])
+def test_a_copy_trains_as_its_original(how):
+    want = copied(how)
+    for got in st.simulate(4, copied, how, (2, 2)):
+        same(got, want)
+
+
+def test_a_model_that_was_saved_whole():
+    with pytest.raises(st.RankError, match="call parallelize again"):
+        st.simulate(4, copied, "saved", (2, 2))

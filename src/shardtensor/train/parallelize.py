@@ -87,6 +87,8 @@ def parallelize(
         trained.synchronise(model)
     adapt(model, options)
     _trained[model] = trained
+    # past nn.Module's bookkeeping: these are no part of the model's state
+    model.__dict__["_shardtensor_origin"] = Origin(trained, reducer.ranks.copies)
     if options.fsdp is not None:
         with replacing(model, "parallelize(fsdp=...)"):
             trained.leave(model, fsdp.shard(model, mesh, axes, domain, options))
@@ -94,7 +96,6 @@ def parallelize(
     trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)
     if options.fsdp is not None:
         return model
-    # past nn.Module's bookkeeping: it is no part of the model's state
     model.__dict__["compile"] = partial(_compile, model)
     if options.compile is not None:
         model.compile(**options.compile)
@@ -141,6 +142,7 @@ def restore(model: nn.Module) -> None:
     if trained.handle is not None:
         trained.handle.remove()
     model.__dict__.pop("compile", None)
+    model.__dict__.pop("_shardtensor_origin", None)
 
 
 def _compile(model: nn.Module, **options: Any) -> None:
@@ -265,12 +267,49 @@ class Trained:
             marks.add(self.number)
 
 
+class Origin:
+    """By what copies of a model know how it was parallelized; None in another process."""
+
+    def __init__(self, trained: Trained | None, copies: int) -> None:
+        self.trained, self.copies = trained, copies
+
+    def __deepcopy__(self, _: Any) -> Origin:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Origin, (None, self.copies)
+
+
+def _copied(model: nn.Module) -> None:
+    """Let a copy of a parallelized model that is about to train do so as its original.
+
+    Nothing is sent: weights of copies are alike where the original's were.
+    """
+    origin = model.__dict__.get("_shardtensor_origin")
+    if origin is None or not torch.is_grad_enabled():
+        return
+    if origin.trained is None:
+        if origin.copies > 1 and any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "this model was saved whole after parallelize(data=...), and the ranks over which "
+                "its gradients were averaged are gone: call parallelize again"
+            )
+        return
+    first = origin.trained
+    trained = Trained(Reducer(first.reducer.ranks, first.reducer.most), first.everybody)
+    trained.take(model)
+    _trained[model] = trained
+
+
 def _take_new(model: nn.Module, _: Any) -> None:
     """Before forward: what is new in the model, such as another head, trains as the rest.
 
     Looked for in the modules themselves: code may write into their dicts, which calls no hook.
     """
     trained = _trained.get(model)
+    if trained is None and not _torch.is_tracing():
+        _copied(model)
+        return
     if trained is None or _torch.is_tracing() or not trained.changed(model):
         return
     check_made(model, "parallelize")
