@@ -16,7 +16,7 @@ from shardtensor.attention.strategy import strategy
 from shardtensor.comm import wire
 from shardtensor.comm.exchanges import FILL, exchange, pieces
 from shardtensor.cuts import Cut, chunk_sizes, cut
-from shardtensor.ranks.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import hold, make_mesh, run_workers, shard
 from shardtensor.spec import Dim
 
 
@@ -130,3 +130,38 @@ def test_swaps_of_uneven_cuts(dims):
         shape = [2, 2, 2]
         shape[old], shape[new] = sum(sizes[0]), sum(sizes[1])
         st.simulate(len(sizes[0]), swapped, shape, old, new, sizes)
+
+
+MANY = (2, 0, 1, 3, 1, 1, 2, 0, 0, 4, 1, 2, 2, 1, 1, 3, 0, 1)
+
+
+def attention(kind):
+    def run(x):
+        with strategy(kind):
+            return F.scaled_dot_product_attention(x, x * 1.5, x + 1, is_causal=True)
+
+    return run
+
+
+OPS = {
+    "conv": lambda x: F.conv2d(x, torch.linspace(-1, 1, 27, dtype=x.dtype).view(3, 1, 3, 3), None, 2,
+                               1, 1, 3),
+    "cumsum": lambda x: x.cumsum(2),
+    "logcumsumexp": lambda x: x.logcumsumexp(2),
+    "roll": lambda x: x.roll(7, 2),
+    "repeat": lambda x: x.repeat(1, 1, 2, 1),
+    "select": lambda x: x[:, :, 9],
+    "sort": lambda x: x.sort(2)[0],
+    "fft": lambda x: torch.fft.rfft2(x).abs(),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "mean": lambda x: x.mean(2) * x.sum(),
+    "ring": attention("ring"),
+    "zigzag": attention("zigzag"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_many_ranks(name):
+    """More than 8 ranks gather by rows, more than 16 hold totals for each other."""
+    x = torch.randn(1, 3, sum(MANY), 5, dtype=torch.float64, generator=torch.manual_seed(0))
+    hold(OPS[name], [x], [shard(2, MANY)], (len(MANY),))
