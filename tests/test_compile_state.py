@@ -300,6 +300,62 @@ class Counted(nn.Module):
         return Doubled.apply(x) * self.n
 
 
+class Averaged(nn.Module):
+    """A function of it closes over the buffer; a module has it as an input."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=F64))
+        self.norm = nn.BatchNorm1d(4, dtype=F64)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "norm":
+            return self.norm(x) * self.norm.running_mean
+        if self.way == "out":
+            return x * torch.add(self.mean, 1.0, out=self.mean)
+        if self.way == "row":
+            self.mean[1:] += 1
+        else:
+            self.mean.mul_(0.5).add_(1.0)
+        return x * self.mean
+
+    @property
+    def function(self):
+        return lambda x: self(x)
+
+
+WRITES = ("norm", "out", "row", "in place")
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_writes_to_tensors_happen_once(way, closed_over):
+    x = torch.linspace(-1, 2, 24, dtype=F64).view(6, 4)
+
+    def calls(model, place, compiled):
+        fn = model.function if closed_over else model
+        fn = compiled(fn) if compiled else fn
+        found = [fn(place(x[:n])) for n in (6, 6, 4, 4)]
+        found = [y.full_tensor() if isinstance(y, st.ShardTensor) else y for y in found]
+        return [*found, model.mean, model.norm.running_mean]
+
+    want = calls(Averaged(way), lambda t: t, None)
+
+    def run():
+        mesh = make_mesh((2,))
+        return calls(
+            Averaged(way), lambda t: st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None),
+            lambda f: st.compile(f, backend="eager"),
+        )  # fmt: skip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for got in st.simulate(2, run):
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
+
+
 EAGER = {k: REFUSED[k][0] for k in ("Function", "hook on a tensor", "a value")}
 EAGER["counter"] = Counted()
 

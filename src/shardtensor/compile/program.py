@@ -28,6 +28,7 @@ from ..errors import UnsupportedOpError
 from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
 from .guards import Reads, recording
+from .refused import NoHooks, NoWrites
 
 log = logging.getLogger(__name__)
 # what a graph is for
@@ -191,7 +192,8 @@ class Compiled:
             with (
                 _using(self.fn, own),
                 recording(inputs, lambda: (self.fn, args, kwargs)) as reads,
-                _NoHooks(),
+                NoHooks(),
+                NoWrites(),
             ):
                 try:
                     out = self.call(*args, **kwargs)
@@ -237,25 +239,6 @@ class Compiled:
         graph.recompile()
         # forward: hooks of all modules are part of the graph already
         return _Graph(torch.compile(graph.forward, **self.options), *form), changed
-
-
-class _NoHooks(torch.overrides.TorchFunctionMode):
-    """Raises for what runs in backward and would be lost with the traced tensors."""
-
-    lost = {  # noqa: RUF012
-        Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward,
-        torch.autograd.backward, Tensor.retain_grad,
-    }  # fmt: skip
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in self.lost:
-            raise UnsupportedOpError(
-                f"{func.__name__} inside a compiled program, which keeps no tensors to call it "
-                "for: call it on the result, or leave this part out of st.compile"
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def _name(fn: Any) -> str:

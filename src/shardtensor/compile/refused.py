@@ -1,0 +1,67 @@
+"""What a program may not do while it is traced, as the graph would not hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._torch import probe
+from ..errors import UnsupportedOpError
+
+
+class NoHooks(torch.overrides.TorchFunctionMode):
+    """Raises for what runs in backward and would be lost with the traced tensors."""
+
+    lost = {  # noqa: RUF012
+        Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward,
+        torch.autograd.backward, Tensor.retain_grad,
+    }  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.lost:
+            raise UnsupportedOpError(
+                f"{func.__name__} inside a compiled program, which keeps no tensors to call it "
+                "for: call it on the result, or leave this part out of st.compile"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class NoWrites(TorchDispatchMode):
+    """Raises for writes to tensors with memory that were there before: they would happen twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # kept, so that nothing else gets their memory
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        old = [m for m in map(_memory, pytree.tree_leaves((args, kwargs))) if m not in self.made]
+        if func._schema.is_mutable:
+            written = pytree.tree_leaves((args[:1], kwargs))
+            if any(_memory(x) in old for x in written if _memory(x) is not None):
+                raise UnsupportedOpError(
+                    f"{func} of a tensor that a compiled program closes over: make it a buffer of "
+                    "the module that is compiled, or leave the write out of st.compile"
+                )
+        out = func(*args, **kwargs)
+        for x in pytree.tree_leaves(out):
+            memory = _memory(x)
+            if memory is not None and memory not in old:
+                self.made[memory] = x
+        return out
+
+
+def _memory(x: Any) -> int | None:
+    """Where the elements of a real tensor lie."""
+    if isinstance(x, Tensor) and not probe.is_fake(x) and x.layout is torch.strided:
+        return x.untyped_storage().data_ptr()
+    return None
