@@ -29,6 +29,9 @@ MISTAKES = {
     "adaptive pool to less than nothing": (
         lambda x: F.adaptive_max_pool2d(x[None], (-1, 2)), "size is zero"
     ),
+    "avg_pool, divisor": (
+        lambda x: F.avg_pool2d(x[None], 2, divisor_override=0), "divisor must be not zero"
+    ),
     "avg_pool, padding": (lambda x: F.avg_pool1d(x[None], 2, padding=-1), "negative padding"),
     "max_pool, dilation": (lambda x: F.max_pool1d(x[None], 2, dilation=0), "greater than zero"),
     "conv, stride": (lambda x: F.conv1d(x, x.new_ones(1, 4, 3), stride=0), "greater than zero"),

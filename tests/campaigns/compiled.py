@@ -10,6 +10,7 @@ import itertools
 import random
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,9 +189,11 @@ class Model(nn.Module):
         self.parts = nn.ModuleList(Part(*PARTS[n]) for n in names)
         self.scale = 1.0
 
-    def forward(self, x: Tensor, shift: float = 0.0) -> dict[str, Any]:
+    def forward(self, x: Tensor, shift: Any = 0.0, memory: Tensor | None = None) -> dict[str, Any]:
         for part in self.parts:
             x = x + part(x)
+        if memory is not None:
+            memory.mul_(0.5).add_(x.detach())
         return {"out": x * self.scale + shift, "norm": x.square().mean()}
 
 
@@ -203,6 +206,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     changed: tuple[tuple[int, ...], ...]
     shifts: tuple[float, ...]
+    ways: tuple[str, ...]
+    function: bool
     dims: tuple[int, ...]
     uneven: bool
     backend: str
@@ -213,21 +218,33 @@ class Case:
     def _run(self, place: Callable[[Tensor], Tensor], compiled: Callable[[Any], Any]) -> Any:
         torch.manual_seed(1)
         model = Model(self.parts)
-        fn, found = compiled(model), []
+        fn, found = compiled((lambda *args: model(*args)) if self.function else model), []
+        memory = None
         for i, (shape, changed) in enumerate(zip(self.shapes, self.changed, strict=True)):
             for at in changed:
                 model.parts[at].change(model.parts[at], i)
             numel = torch.Size(shape).numel()
             x = place(torch.linspace(-1, 2, numel, dtype=D).sin().reshape(shape)).requires_grad_()
-            given = () if not self.shifts[i] else (self.shifts[i],)
-            out = fn(x, *given)
+            given: tuple[Any, ...] = () if not self.shifts[i] else (self.shifts[i],)
+            way = self.ways[i]
+            if way == "memory":
+                memory = place(torch.ones(shape, dtype=D))
+                given = (self.shifts[i], memory)
+            elif way == "tensor":
+                given = (place(torch.linspace(0, 1, numel, dtype=D).reshape(shape)),)
+            elif way == "eval":
+                model.eval()
+            with torch.no_grad() if way == "no_grad" else nullcontext():
+                out = fn(x, *given)
+            model.train()
             model.zero_grad()
-            (out["out"].cos().sum() + out["norm"]).backward()
+            if way != "no_grad":
+                (out["out"].cos().sum() + out["norm"]).backward()
             wanted = [p for p in model.parameters() if p.requires_grad]
             grads = [p.detach() * 0 if p.grad is None else p.grad for p in wanted]
             state = [getattr(p, "n", 0) for p in model.parts]
             buffers = [b.detach().clone() for b in model.buffers()]
-            found.append([out, x.grad, grads, state, buffers, x.detach()])
+            found.append([out, x.grad, grads, state, buffers, x.detach(), memory])
         return found
 
     def serial(self) -> Any:
@@ -257,7 +274,11 @@ def draw(rng: random.Random) -> Case:
         tuple(j for j in range(len(names)) if rng.random() < 0.5) for _ in range(calls - 1)
     ))  # fmt: skip
     shifts = tuple(rng.choice((0.0, 0.0, 0.0, 1.5)) for _ in range(calls))
+    ways = tuple(
+        rng.choice(("", "", "", "", "memory", "tensor", "eval", "no_grad")) for _ in range(calls)
+    )
+    function = rng.random() < 0.2
     dims = tuple(rng.choice((0, 0, 1, 1, -1)) for _ in mesh)
     uneven = len(mesh) == 1 and rng.random() < 0.5
     backend = rng.choice(("eager", "eager", "eager", "aot_eager"))
-    return Case(mesh, names, shapes, changed, shifts, dims, uneven, backend)
+    return Case(mesh, names, shapes, changed, shifts, ways, function, dims, uneven, backend)

@@ -185,6 +185,8 @@ def _avg_pool(
     count_include_pad: bool,
     divisor: int | None,
 ) -> ShardTensor:
+    if divisor == 0:
+        raise RuntimeError("divisor must be not zero")
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, 1, ceil_mode)
     first = x.ndim - n
