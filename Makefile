@@ -55,7 +55,7 @@ types: .venv/.stamp ## mypy
 unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-quick: .venv/.stamp ## The tests that take no processes and no time, for the daily loop
+quick: .venv/.stamp ## The tests that take no processes and no time, of each case some layouts
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gloo" $(ARGS)
 
 format: .venv/.stamp ## Format and fix what can be fixed

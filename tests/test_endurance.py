@@ -48,6 +48,7 @@ def long_guarded_training():
         return long_training(12)
 
 
+@pytest.mark.slow
 def test_the_guard_keeps_nothing():
     for ((tensors, _), (later, _)), _ in st.simulate(2, long_guarded_training):
         assert later <= tensors
