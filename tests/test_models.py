@@ -139,11 +139,11 @@ def test_traffic_of_the_vit_is_the_ring_and_weights():
 def refused():
     """On every rank alike, before anything is sent."""
     mesh = T.make_mesh((dist.get_world_size(),))
-    s = st.distribute_tensor(torch.randn(4, 8, 8), mesh, [Shard(1)], src_data_rank=None)
+    s = st.distribute_tensor(torch.rand(4, 8, 8), mesh, [Shard(1)], src_data_rank=None)
     with st.trace() as t:
         for bad in (
             lambda: s.to_sparse(),
-            lambda: torch.bernoulli(s, out=torch.empty(4, 8, 8)),
+            lambda: torch.normal(s, 1.0, out=torch.empty(4, 8, 8)),
             lambda: s.resize_(2),
             lambda: torch.zeros(4, 8, 8).add_(s),
             lambda: F.embedding(s.long(), nn.Parameter(torch.ones(9, 2)), scale_grad_by_freq=True),
