@@ -12,6 +12,11 @@ call sum to half of, and as much as, the time alone.
 
 From which size of a shard on it pays without any delay: the time with the halo in flight over that
 of one haloed copy, forward and backward.
+
+    OMP_NUM_THREADS=1 python benchmarks/overlap.py --strips
+
+What convolutions gain from an exchange of their own (`rules/halo.py`): their time over that by the
+exchange that serves every stencil.
 """
 
 from __future__ import annotations
@@ -35,10 +40,11 @@ from shardtensor.attention import strategy
 from shardtensor.comm import wire
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.ranks.workers import Pool
+from shardtensor.rules import conv as conv_rule
 from shardtensor.rules import overlap
 
 REPEATS = 9
-stock = wire.start_exchange
+stock, forward = wire.start_exchange, conv_rule._forward
 delay, exchanges = 0.0, 0
 
 
@@ -115,8 +121,19 @@ def run(name: str, size: int) -> list[tuple[float, float, float]]:
     return rows
 
 
-def crossing(name: str, size: int) -> float:
-    """Time in flight over time with a haloed copy: both in turn, the median of the ratios."""
+def flight(on: bool) -> None:
+    """Halos in flight or one haloed copy, whatever the shards."""
+    overlap.WORTH = 0 if on else 2**40
+
+
+def strips(on: bool) -> None:
+    """Convolutions by strips, or as every stencil."""
+    overlap.WORTH = 0
+    conv_rule._forward = forward if on else lambda *args: forward(*args)._replace(halo=None)
+
+
+def ratio(name: str, size: int, switch: Callable[[bool], None]) -> float:
+    """Time with a switch on over that with it off: both in turn, the median of the ratios."""
     build, shape, _, dim = CASES[name]
     torch.manual_seed(0)
     fn = build()
@@ -126,7 +143,8 @@ def crossing(name: str, size: int) -> float:
     worth, ratios = overlap.WORTH, []
     for _ in range(4 * REPEATS):
         times = []
-        for overlap.WORTH in (0, 2**40):
+        for on in (True, False):
+            switch(on)
             dist.barrier()
             begin = time.perf_counter()
             fn(x).backward(g)
@@ -134,15 +152,15 @@ def crossing(name: str, size: int) -> float:
             dist.all_reduce(took, dist.ReduceOp.MAX)
             times.append(float(took))
         ratios.append(times[0] / times[1])
+    strips(True)
     overlap.WORTH = worth
     return statistics.median(ratios[2:])
 
 
-def crossover(pool: Pool) -> None:
-    print(f"in flight / copied; taken from {overlap.WORTH} elements a shard on")
+def ratios(pool: Pool, names: list[str], switch: Callable[[bool], None]) -> None:
     print(f"{'':15} " + " ".join(f"{32 << i:>7}" for i in range(5)))
-    for name in list(CASES)[:-1]:
-        found = [pool.run(crossing, name, 32 << i)[0] for i in range(5)]
+    for name in names:
+        found = [pool.run(ratio, name, 32 << i, switch)[0] for i in range(5)]
         print(f"{name:15} " + " ".join(f"{r:7.2f}" for r in found), flush=True)
     elements = " ".join(f"{32 * (32 << i) ** 2 // 2:7}" for i in range(5))
     print(f"{'elements':15} {elements}")
@@ -151,11 +169,17 @@ def crossover(pool: Pool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--strips", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     pool = Pool(2)
-    if options.crossover:
-        crossover(pool)
+    if options.crossover or options.strips:
+        if options.crossover:
+            print(f"in flight / copied; taken from {overlap.WORTH} elements a shard on")
+            ratios(pool, list(CASES)[:-1], flight)
+        else:
+            print("by strips / as every stencil")
+            ratios(pool, ["conv 3x3", "conv 7x7"], strips)
         pool.close()
         return
     print(f"{'':15} {'size':>5} {'alone ms':>9} {'delays':>8} {'together':>9} {'efficiency':>11}")

@@ -234,6 +234,49 @@ def test_a_stencil_that_reaches_further_to_one_side(cut, before, after):
     T.hold(weighted, args, [T.shard(0), None, None], (2,))
 
 
+def test_whether_it_pays_is_asked_of_a_shard(monkeypatch):
+    monkeypatch.setattr(overlap, "WORTH", 10)
+
+    def run():
+        found = []
+        for n in (12, 19, 20):
+            x = st.distribute_tensor(torch.zeros(n), T.make_mesh((2,)), [Shard(0)])
+            found.append(overlap.pays(x.spec))
+        return found
+
+    assert st.simulate(2, run) == [[False, False, True]] * 2
+
+
+def test_nothing_is_in_flight_where_nobody_reads_others(in_flight):
+    def run():
+        x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
+        x.requires_grad_()
+        with st.trace() as t:
+            y = F.conv2d(F.max_pool2d(x, 2), numbers(3, 2, 2, 2), stride=2)
+            y.sum().backward()
+        return [n.collective for n in t.sent if n.collective in ("halo", "window", "window_add")]
+
+    assert st.simulate(2, run) == [[]] * 2
+
+
+def test_nothing_is_in_flight_in_a_graph(in_flight):
+    def run():
+        x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
+        x.requires_grad_()
+        w = numbers(3, 2, 3, 3)
+        fn = lambda x: F.max_pool2d(F.conv2d(x, w, padding=1), 3, 1, 1)  # noqa: E731
+        y = st.compile(fn, backend="aot_eager")(x)
+        y.square().sum().backward()
+        whole = numbers(1, 2, 8, 4).requires_grad_()
+        want = fn(whole)
+        want.square().sum().backward()
+        T.same(y, want.detach(), "value")
+        T.same(x.grad, whole.grad, "gradient")
+
+    st.simulate(2, run)
+    assert not in_flight
+
+
 def means(x):
     """Of three rows each."""
     return (x[:-2] + x[1:-1] + x[2:]) / 3

@@ -36,13 +36,14 @@ TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.con
 class Local(NamedTuple):
     """The local program of one rank along the spatial dims.
 
-    plan: what it reads, and the dims of the output.
+    plan: what it reads. dims: the spatial dims of the output.
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the rows to keep of what the op makes.
     halo: the padding of `halo_conv`, where it serves the last sharded dim.
     """
 
     plan: Plan
+    dims: tuple[Dim, ...]
     padding: tuple[int, ...]
     output_padding: tuple[int, ...] = ()
     crops: tuple[tuple[int, int, int], ...] = ()
@@ -177,7 +178,7 @@ def _forward(
         halo = (
             tuple(rows if lead + i == d else p for i, p in enumerate(lies.left)) if rows else None
         )
-    return Local(lies, lies.left, halo=halo)
+    return Local(lies, tuple(dim for _, dim in lies.dims), lies.left, halo=halo)
 
 
 @cached
@@ -202,7 +203,7 @@ def _transposed(
                 "the former must be positive, the latter smaller than stride or dilation"
             )
         if not _is_cut(dim):
-            dims.append((i, whole(dim, out)))
+            dims.append(whole(dim, out))
             pads.append(p)
             more.append(o)
             continue
@@ -222,9 +223,9 @@ def _transposed(
             more.append(max(0, -behind))
             crops.append((i, first - even, length))
         reaches.append((i, None, reach))
-        dims.append((i, reach.dim))
-    lies = Plan(tuple(dims), tuple(reaches), tuple(pads))
-    return Local(lies, lies.left, tuple(more), crops=tuple(crops))
+        dims.append(reach.dim)
+    lies = Plan(tuple(enumerate(dims, lead)), tuple(reaches), tuple(pads))
+    return Local(lies, tuple(dims), lies.left, tuple(more), crops=tuple(crops))
 
 
 @cached
@@ -287,8 +288,7 @@ def _run(
         dim = channels.output
         y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
         y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * n)
-    spatial = (dim for _, dim in program.plan.dims)
-    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *spatial]))
+    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *program.dims]))
 
 
 def _convolved(
@@ -322,7 +322,9 @@ def _convolved(
         return y
 
     lies = program.plan
-    local = _autocast(local) if lies.reaches else local
+    if not lies.reaches and not lies.uneven:
+        return op(local)
+    local = _autocast(local)
     if program.halo is None or channels.partial or not pays(spec):
         return slide(local, spec, lies, op)
     *others, (d, _, reach) = lies.reaches
