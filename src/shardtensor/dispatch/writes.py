@@ -265,7 +265,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
         )
     refuse_overlap(x, name)
     # other rows of a dim that one rank has, of which the others know nothing
-    lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
+    lonely = any(d.is_cut and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
     for other in others:
         if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
             continue

@@ -120,7 +120,7 @@ def _chosen(dims: tuple[Dim, ...], used: set[int]) -> Dim:
         if d.axes and used.isdisjoint(d.axes):
             used.update(d.axes)
             return d
-    return Dim(dims[0].size)
+    return dims[0].whole
 
 
 def _heads(q: Dim, k: Dim, v: Dim, used: set[int]) -> tuple[Dim, Dim, Dim]:

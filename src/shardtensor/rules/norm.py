@@ -239,7 +239,7 @@ def group_norm(
         )
     )
     straddling = [spec.with_dims([Dim(n), batch, channels]) for n in (2, 3)]
-    together = [spec.with_dims([Dim(n), batch, Dim(channels.size)]) for n in (2, 3)]
+    together = [spec.with_dims([Dim(n), batch, channels.whole]) for n in (2, 3)]
     if not aligned:
         both = like(wrap(torch.stack((mean, m2)), straddling[0]), together[0])._local
         both = both.unflatten(2, (num_groups, width)).movedim(3, 0)

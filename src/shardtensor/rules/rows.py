@@ -96,7 +96,7 @@ def summed(x: Any) -> Any:
     """A tensor without partial sums; the first dim of a 0-dim one."""
     if not isinstance(x, Tensor):
         return x
-    x = reduced(x) if isinstance(x, ShardTensor) else x
+    x = reduced(x)
     return x if x.ndim else x.reshape(1)
 
 
@@ -191,7 +191,7 @@ def write(
     """
     mesh = mesh_of(x, index, values)
     old, own = dims_of(x), dims_of(index)
-    given = dims_of(values) if values is not None else (*own, *(Dim(d.size) for d in old[1:]))
+    given = dims_of(values) if values is not None else (*own, *(d.whole for d in old[1:]))
     dims, lead = _layout(mesh, old, own, given)
     first, lead = placed(mesh, dims[0], lead, kernel is None)
     dims = (first, *dims[1:])
@@ -208,7 +208,7 @@ def write(
     else:
         at = normal(at, spec, rows.size, negative, op).reshape(-1)
         new = settle(local, at, v, kernel, rows, spec, have)
-    final = (Dim(rows.size) if not old[0].axes else rows, *rest)
+    final = (rows if old[0].axes else rows.whole, *rest)
     return like(wrap(new, Spec(mesh, dims)), Spec(mesh, final))
 
 

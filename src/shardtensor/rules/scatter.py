@@ -196,7 +196,7 @@ def _scattered(
     best = [g if g.axes else o for g, o in zip(given, own, strict=True)]
     if len(set(axes_in(best))) != len(axes_in(best)):
         best = list(given)
-    free = [n if i == d else Dim(n.size) for i, n in enumerate(best)]
+    free = [n if i == d else n.whole for i, n in enumerate(best)]
     lead = _met(mesh, dims, free, d, ())
     # only dim d is left to differ
     rows, (along,) = placed(mesh, dims[d], (lead[d],), kernel is None)
@@ -216,7 +216,7 @@ def _scattered(
     every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
     new = settle(moved.reshape(-1), places.reshape(-1), values, kernel, every, spec, along.axes)
     out = wrap(new.reshape(moved.shape).movedim(0, d), target)
-    out = to_dims(out, [*dims[:d], old[d], *dims[d + 1 :]])
+    out = to_dims(out, target.replace({d: old[d]}).dims)
     return out if shape else out.reshape(())
 
 

@@ -231,7 +231,7 @@ def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> ShardTen
 
 def _written(x: Tensor, src: Tensor, d: int, start: int, stop: int, step: int) -> ShardTensor:
     mesh = mesh_of(x, src)
-    x, src = (reduced(t) if isinstance(t, ShardTensor) else t for t in (x, src))
+    x, src = map(reduced, (x, src))
     # a plain target lies as its largest operand
     dims = list(dims_of(x if isinstance(x, ShardTensor) else src))
     if not isinstance(x, ShardTensor):
