@@ -227,6 +227,10 @@ def writing(handler: Handler, name: str) -> Handler:
     return run
 
 
+# several views of one op, and what a user's Function gives: torch refuses writes to them, too
+_TORCHS = ("Unbind", "Split", "Unsafe", "_Pass", "_Continue")
+
+
 def _written(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the handler of a write gives, refused where autograd cannot follow here."""
     try:
@@ -235,7 +239,7 @@ def _written(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[st
         x = args[0]
         node = type(x._local.grad_fn).__name__
         mine = "is a view and is being modified inplace" in str(e)
-        if not mine or node.startswith(("Unbind", "Split", "Unsafe")):
+        if not mine or node.startswith(_TORCHS):
             raise
         raise UnsupportedOpError(
             f"{func.__name__} on {x._spec}, a result that is a view of what was sent between "
