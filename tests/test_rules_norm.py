@@ -184,15 +184,15 @@ def _sent(module, placements, n, dtype=torch.float32):
 
 GATHER, REDUCE = "all_gather", "all_reduce"
 COSTS = [
-    # batch norm: mean and m2 of 6 channels; slopes a and b of 6 channels; 4 bytes each
-    (nn.BatchNorm2d(6), 2, [(GATHER, 48)], [(REDUCE, 48)]),
-    (nn.BatchNorm2d(6), 0, [(GATHER, 48)], [(REDUCE, 48)]),
+    # mean and variance of 6 channels, 8 bytes each; two sums for each, 4 bytes each
+    (nn.BatchNorm2d(6), 2, [(GATHER, 96)], [(REDUCE, 48)]),
+    (nn.BatchNorm2d(6), 0, [(GATHER, 96)], [(REDUCE, 48)]),
     (nn.BatchNorm2d(6).eval(), 2, [], [(REDUCE, 48)]),
-    # 2 samples of 3 groups; slopes for 2 samples of 6 channels
-    (nn.GroupNorm(3, 6), 2, [(GATHER, 48)], [(REDUCE, 96)]),
+    # 2 samples of 3 groups; sums for 2 samples of 6 channels
+    (nn.GroupNorm(3, 6), 2, [(GATHER, 96)], [(REDUCE, 96)]),
     (nn.GroupNorm(3, 6), 0, [], [(REDUCE, 48)]),
     (nn.GroupNorm(2, 6), 1, [], [(GATHER, 12), (GATHER, 12)]),
-    (nn.InstanceNorm2d(6), 2, [(GATHER, 96)], [(REDUCE, 96)]),
+    (nn.InstanceNorm2d(6), 2, [(GATHER, 192)], [(REDUCE, 96)]),
     (nn.InstanceNorm2d(6), 1, [], []),
     (nn.LayerNorm(4), 2, [], [(REDUCE, 32)]),
 ]

@@ -55,6 +55,11 @@ def is_recording() -> bool:
     return mode is not None and bool(mode.pre_dispatch)
 
 
+def is_proxied() -> bool:
+    """Whether make_fx makes a graph of what this thread calls, above autograd or below."""
+    return get_proxy_mode() is not None
+
+
 def is_fake(x: torch.Tensor) -> bool:
     """Whether a tensor has no memory."""
     return isinstance(x, FakeTensor)

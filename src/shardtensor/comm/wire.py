@@ -299,6 +299,18 @@ def start_all_reduce(
     return lambda: None if work is None else finish(work, entry)
 
 
+def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
+    """Vectors whose sum is that of every rank's vector, which may be written to.
+
+    They are those of all ranks, in their order, where each rank sends to all others; else one.
+    """
+    n, lengths = groups.size(group), [flat.numel()]
+    if direct(flat, flat.numel(), n):
+        return _start_to_all(flat, [lengths] * n, group, "all_reduce", lengths=lengths, by="sum")()
+    start_all_reduce(flat, "sum", group, lengths)()
+    return [flat]
+
+
 def direct(x: torch.Tensor, most: int, n: int) -> bool:
     """Whether every rank sends all it has to every other; alike on all ranks."""
     few = n <= 8 and (n - 1) * most * x.element_size() <= DIRECT

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import wrap
+from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
-from .rows import Kernel, dims_of, integers, lifted, mesh_of, read, summed, write
+from .rows import Kernel, dims_of, integers, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
 from .trial import few
@@ -30,7 +30,9 @@ def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor
 @rule("index_select")
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     d, index = _row_index(input, dim, index, "index_select")
-    x = lifted(summed(input), index)
+    x = summed(input)
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec(mesh_of(index), dims_of(x)))
     out = read(x.movedim(d, 0), index, negative=False, op="index_select").movedim(0, d)
     return out if input.ndim else out.reshape(())
 
@@ -50,7 +52,8 @@ def _rows_written(
         if source.dtype != x.dtype:
             raise RuntimeError(f"{op}(): self and source expected to have the same dtype")
         source = source.movedim(d, 0)
-    x = lifted(x, index, source)
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec(mesh_of(index, source), dims_of(x)))
     out: Tensor = write(x.movedim(d, 0), index, source, kernel, negative=source is None, op=op)
     out = out.movedim(0, d)
     return out if input.ndim else out.reshape(())
@@ -78,7 +81,8 @@ def index_copy(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor
     return _rows_written("index_copy", input, dim, index, source, _copy_kernel)
 
 
-def _copy_kernel(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
+def _copy_kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
+    assert values is not None
     return rows.index_copy(0, at, values)
 
 
@@ -147,7 +151,8 @@ def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) 
     if input.dtype != source.dtype:
         raise RuntimeError("put_(): self and source expected to have the same dtype")
     x, source = summed(input), summed(source)
-    x = lifted(x, index, source)
+    if not isinstance(x, ShardTensor):
+        x = wrap(x, Spec(mesh_of(index, source), dims_of(x)))
     kernel = None if accumulate else _copy_kernel
     out: Any = write(
         x.reshape(-1), index.reshape(-1), source.reshape(-1), kernel, negative=True, op="put"

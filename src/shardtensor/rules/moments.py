@@ -16,6 +16,8 @@ from .reduce import axes_of
 
 Dims = tuple[int, ...]
 Counts = tuple[int, ...]
+# ranks up to which all of them send their statistics to all; more add them up
+GATHERED = 16
 
 
 @cached
@@ -71,6 +73,20 @@ def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
     return whole, (m2 + n * (mean - whole).square()).sum(0)
 
 
+def _added(mean: Tensor, m2: Tensor, counts: Counts, group: str) -> tuple[Tensor, Tensor]:
+    """As `merged`, of every rank's own part, in sums over the ranks."""
+    n, mine = sum(counts), counts[comm.rank(group)]
+    if mean.dtype is torch.float64:
+        # the difference of two sums would round at the square of the mean
+        whole = comm.reduce(mean * (mine / n), group)
+        (shared,) = comm.vary([whole], group)
+        return whole, comm.reduce(m2 + mine * (mean - shared).square(), group)
+    wide = mean.double()
+    sums = torch.stack((wide * (mine / n), m2 / n + wide.square() * (mine / n)))
+    whole, square = comm.reduce(sums, group)
+    return whole.to(mean.dtype), (n * (square - whole.square()).clamp_min(0.0)).to(mean.dtype)
+
+
 def statistics(
     x: Tensor, dims: Dims, counts: Counts, group: str | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -78,6 +94,8 @@ def statistics(
     mean, m2 = moments(x, dims, dtype)
     if group is None:
         return mean, m2
+    if len(counts) > GATHERED:
+        return _added(mean, m2, counts, group)
     both = comm.gather(torch.stack((mean, m2))[None], 0, (1,) * len(counts), group)
     return merged(both[:, 0], both[:, 1], counts)
 

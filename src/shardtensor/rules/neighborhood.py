@@ -8,6 +8,7 @@ inward, so these rows are found from the first and the last of its queries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,10 @@ def run(
 ) -> ShardTensor:
     """The result for operands of which at least one is a ShardTensor."""
     mesh = mesh_of(query, key, value)
+    operands = query, key, value
     # operands on other meshes are refused by fit
     p = plan(Spec(mesh, dims_of(query)), dims_of(key), dims_of(value), lines)
-    for_q, for_k, for_v = p.wanted
-    q, k, v = fit(mesh, p.spec.varying, (query, for_q), (key, for_k), (value, for_v))
+    q, k, v = fit(mesh, p.spec.varying, *zip(operands, p.wanted, strict=True))
     if p.reaches and key.shape == value.shape:
         k, v = _fetch(torch.stack([k, v]), p, 1).unbind(0)
     elif p.reaches:
@@ -104,12 +105,12 @@ def plan(query: Spec, key: Dims, value: Dims, lines: tuple[Line, ...]) -> Plan:
     reaches, places = [], []
     for d, line in enumerate(lines, 1):
         dim = lead[d]
-        own = dim.spans
+        own = list(pairwise(dim.offsets)) if dim.axes else [(0, dim.size)]
         rows = tuple(line.rows(a, b) if a < b else (a, a) for a, b in own)
         if any(r != o for r, o in zip(rows, own, strict=True) if o[0] < o[1]):
             reaches.append((d, reach_of(dim, dim.offsets, rows)))
         else:
-            rows = own
+            rows = tuple(own)
         (a, b), (start, stop) = own[spec.index[d]], rows[spec.index[d]]
         places.append(Place(a, start, b - a, stop - start))
     return Plan(spec, (wanted[0], wanted[1], wanted[2]), tuple(reaches), tuple(places))
@@ -120,7 +121,7 @@ def _chosen(dims: tuple[Dim, ...], used: set[int]) -> Dim:
         if d.axes and used.isdisjoint(d.axes):
             used.update(d.axes)
             return d
-    return dims[0].whole
+    return Dim(dims[0].size)
 
 
 def _heads(q: Dim, k: Dim, v: Dim, used: set[int]) -> tuple[Dim, Dim, Dim]:

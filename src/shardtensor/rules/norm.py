@@ -2,10 +2,9 @@
 
 Laws:
 - No sharded dim is averaged over: the plain op on the local shard, nothing is sent.
-- A sharded dim is averaged over: each rank takes mean and squared deviations of its part, one
-  all-gather of these few numbers brings them together on every rank, and the result is the affine
-  map a * (x - center) + b. Backward is one all-reduce of the gradients of a and b; it also makes
-  those of weight and bias whole.
+- A sharded dim is averaged over: each rank takes mean and variance of its part, one message of
+  these few numbers brings them together on every rank. Backward is one all-reduce of two sums; it
+  also makes the gradients of weight and bias whole. See `normalise`.
 - Running statistics are the global ones, the same bits on every rank.
 """
 
@@ -25,8 +24,11 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, reduced, replicate
 from .empty import stock
-from .moments import Dims, accumulated, merged, normalised, spread, squares, statistics
+from .moments import Dims, accumulated, merged, normalised, spread, statistics
+from .normalise import Way, normalise
+from .numbers import Numbers, move
 from .pointwise import function_rule
+from .reduce import count
 
 
 def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
@@ -59,18 +61,19 @@ def buffer(name: str, x: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def update(running: Tensor | None, value: Tensor, momentum: float) -> None:
-    """Move a running statistic towards the global value."""
-    if running is not None:
-        running.copy_(momentum * value.detach() + (1 - momentum) * running)
+def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: float) -> None:
+    """Move running statistics towards the mean and variance of n elements."""
+    mean, var = stats
+    for r, value in zip(running, (mean, var * (n / (n - 1)) if n > 1 else var), strict=True):
+        if isinstance(r, Tensor):
+            move(r, value, momentum)
 
 
 @torch.no_grad()
-def whole(spec: Spec, dims: Sequence[Dim], *values: Tensor) -> Tensor:
+def whole(spec: Spec, dims: Sequence[Dim], *values: Numbers) -> Tensor:
     """Small local values, which lie in dims, stacked and whole on every rank."""
-    stacked = wrap(
-        torch.stack([v.detach() for v in values]), spec.with_dims([Dim(len(values)), *dims])
-    )
+    found = torch.stack([torch.as_tensor(v).detach() for v in values])
+    stacked = wrap(found, spec.with_dims([Dim(len(values)), *dims]))
     return replicate(stacked)._local
 
 
@@ -96,7 +99,7 @@ def batch_norm(
     channels = spec.dims[1]
     dims = (0, *range(2, len(spec.dims)))
     axes, counts = spread(spec, dims)
-    n = sum(counts)
+    n = count(x, dims)
     mine = (channels,)
     if not n and training:
         # nothing to learn from: running statistics stay
@@ -113,15 +116,10 @@ def batch_norm(
                     r.copy_(whole(spec, mine, part)[0])
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
-    group = comm.group(spec.mesh, axes)
-    mean, m2 = (
-        s.flatten() for s in statistics(local, dims, counts, group, accumulated(local.dtype))
-    )
+    kept: list[Numbers] = []
+    y = normalise(local, w, b, Way(counts, n, comm.group(spec.mesh, axes), eps), kept)
     if any(r is not None for r in running):
-        stats = whole(spec, mine, mean, m2)
-        update(running[0], stats[0], momentum)
-        update(running[1], stats[1] / (n - 1), momentum)
-    y = normalised(local, mean, m2 / n, w, b, eps, lambda *c: comm.vary(c, group))
+        track(running, whole(spec, mine, *kept) if channels.axes else kept, n, momentum)
     return wrap(y, spec)
 
 
@@ -172,15 +170,13 @@ def instance_norm(
         y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, local, w, b)
         return wrap(y, spec)
     group = comm.group(spec.mesh, axes) if axes else None
-    mean, m2 = (
-        s.flatten(1) for s in statistics(local, dims, counts, group, accumulated(local.dtype))
-    )
-    n = sum(counts)
+    kept: list[Numbers] = []
+    n = max(1, count(x, dims))
+    y = normalise(local, w, b, Way(counts, n, group, eps, apart=True), kept)
     if tracked:
-        stats = whole(spec, spec.dims[:2], mean, m2).mean(1)
-        update(running[0], stats[0], momentum)
-        update(running[1], stats[1] / (n - 1), momentum)
-    y = normalised(local, mean, m2 / n, w, b, eps, lambda *c: _varied(c, group))
+        shape = local.shape[:2]
+        stats = whole(spec, spec.dims[:2], *(k.reshape(shape) for k in kept)).mean(1)
+        track(running, stats, n, momentum)
     return wrap(y, spec)
 
 
@@ -229,30 +225,26 @@ def group_norm(
     else:
         w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
     group = comm.group(spec.mesh, axes) if axes else None
-    inside = width if aligned else 1
-    parts = local.unflatten(1, (local.shape[1] // inside, inside))  # (B, G, C / G, *S)
-    counts = tuple(c * inside for c in counts)
-    mean, m2 = (
-        s.flatten(1)
-        for s in statistics(
-            parts, tuple(range(2, parts.ndim)), counts, group, accumulated(local.dtype)
-        )
-    )
+    if aligned:
+        n = max(1, width * count(x, dims))
+        way = Way(counts, n, group, eps, apart=True, width=width)
+        return wrap(normalise(local, w, b, way), spec)
+    dtype = accumulated(local.dtype)
+    channel = local.unsqueeze(2)
+    found = statistics(channel, tuple(range(2, channel.ndim)), counts, group, dtype)
+    mean, m2 = (s.flatten(1) for s in found)
     straddling = [spec.with_dims([Dim(n), batch, channels]) for n in (2, 3)]
-    together = [spec.with_dims([Dim(n), batch, channels.whole]) for n in (2, 3)]
-    if not aligned:
-        both = like(wrap(torch.stack((mean, m2)), straddling[0]), together[0])._local
-        both = both.unflatten(2, (num_groups, width)).movedim(3, 0)
-        mean, m2 = merged(both[:, 0], both[:, 1], (sum(counts),) * width)
-    n = width * sum(counts) // inside
+    together = [spec.with_dims([Dim(n), batch, Dim(channels.size)]) for n in (2, 3)]
+    both = like(wrap(torch.stack((mean, m2)), straddling[0]), together[0])._local
+    both = both.unflatten(2, (num_groups, width)).movedim(3, 0)
+    mean, m2 = merged(both[:, 0], both[:, 1], (sum(counts),) * width)
 
     def deal(*coefficients: Tensor) -> Sequence[Tensor]:
-        if not aligned:
-            whole = wrap(torch.stack(coefficients), together[1])
-            center, a, b = like(whole, straddling[1])._local
-            coefficients = (center.detach(), a, b)
-        return _varied(coefficients, group)
+        whole = wrap(torch.stack(coefficients), together[1])
+        center, a, b = like(whole, straddling[1])._local
+        return _varied((center.detach(), a, b), group)
 
+    n = width * sum(counts)
     mean, var = (s.repeat_interleave(width, 1) for s in (mean, m2 / n))  # (B, C)
     return wrap(normalised(local, mean, var, w, b, eps, deal), spec)
 
@@ -292,18 +284,9 @@ def layer_norm(
             lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
         )
         return wrap(y, spec)
-    group = comm.group(spec.mesh, axes)
-    mean, m2 = statistics(local, dims, counts, group, accumulated(local.dtype))
-    # the leading dims, which have a statistic each, take the place of channels
-    mean, var = mean.flatten(), m2.flatten() / sum(counts)
-    rows = local.reshape(1, mean.numel(), *local.shape[dims[0] :])
-    y = normalised(rows, mean, var, None, None, eps, lambda *c: comm.vary(c, group))
-    y = y.view(local.shape)
-    if w is not None:
-        y = y * w if b is None else torch.addcmul(b, y, w)
-    elif b is not None:
-        y = y + b
-    return wrap(y.to(local.dtype), spec)
+    n = max(1, count(x, dims))
+    way = Way(counts, n, comm.group(spec.mesh, axes), eps, last=len(dims))
+    return wrap(normalise(local, w, b, way), spec)
 
 
 @rule("rms_norm")
@@ -326,13 +309,13 @@ def rms_norm(
         y = stock(lambda z, w: torch.rms_norm(z, z.shape[lead:], w, eps), local.shape, local, w)
         return wrap(y, spec)
     group = comm.group(spec.mesh, axes)
-    dtype = accumulated(local.dtype)
-    if local.is_complex():
-        part = local.square().sum(dims, keepdim=True)
-    else:
-        part = squares(local, local.new_zeros((), dtype=dtype), dims)
-    total = comm.reduce(part, group)
-    eps = torch.finfo(dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(accumulated(local.dtype)).eps
+    if not local.is_complex():
+        n = max(1, count(x, dims))
+        way = Way(counts, n, group, eps, last=len(dims), centred=False)
+        return wrap(normalise(local, w, None, way), spec)
+    total = comm.reduce(local.square().sum(dims, keepdim=True), group)
     (a,) = comm.vary(((total / sum(counts) + eps).rsqrt(),), group)
     y = local * a if w is None else local * a * w
     return wrap(y.to(local.dtype), spec)

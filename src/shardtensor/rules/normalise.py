@@ -1,0 +1,343 @@
+"""What is normalised with the statistics of several ranks: one local program with its backward.
+
+Forward: mean and variance of this rank's part in one kernel, one message, one affine map. Backward:
+two sums in one kernel, one message, one affine map of input and gradient; its sums are also the
+whole gradients of weight and bias. Between them is float64 arithmetic on a few numbers. It keeps
+the input and the statistics. Where a graph is made, and for second derivatives, the same program is
+written in differentiable ops and collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import comm
+from .._torch import probe
+from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
+from .numbers import Numbers, constant, gathered, numbers_of, rounded, summed, tensor_of, tensors
+
+# standard deviations that a mean may lie from zero for the fast kernel, which rounds at its size
+FAR = 16.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """Over what each statistic is taken.
+
+    counts: every rank's number of elements of a row; n: all elements of a statistic. The rows that
+    have a weight each are the channels
+    (batch norm), with `apart` the channels of each sample, of which `width` share a statistic; with
+    `last` dims normalised elementwise they are what those dims leave, and weights lie along those.
+    centred: with a mean; else that is taken as zero.
+    """
+
+    counts: Counts
+    n: int
+    group: str | None
+    eps: float
+    apart: bool = False
+    width: int = 1
+    last: int = 0
+    centred: bool = True
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as (samples, rows, ...)."""
+        lead = 2 if self.apart else x.ndim - self.last
+        if self.last or (self.apart and x.shape[0] != 1):
+            return x.view(1, prod(x.shape[:lead]), *x.shape[lead:])
+        return x
+
+    def deal(self, *values: Tensor) -> Sequence[Tensor]:
+        """Replicated values for use beside shards."""
+        return comm.vary(values, self.group) if self.group else values
+
+
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any] | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias; mean and variance are added to kept."""
+    kept = [] if kept is None else kept
+    if way.last:
+        x = x.contiguous()
+    scattered = way.apart and x.shape[0] > 1 and not x.is_contiguous()
+    if scattered or probe.is_proxied():
+        return _plainly(x, weight, bias, way, kept)
+    return _Normalise.apply(x, weight, bias, way, kept)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
+    ) -> Tensor:
+        rows = way.rows(x)
+        mean, var = _statistics(rows, way)
+        kept += [mean, var]
+        ctx.way, ctx.mean = way, _per_row(mean, way)
+        ctx.slope = _per_row((var + way.eps) ** -0.5, way)
+        ctx.save_for_backward(x, weight, bias)
+        if way.last:
+            y = _affine(rows, ctx.slope, 0.0, ctx.mean, ctx.slope).view(x.shape)
+            if weight is not None:
+                y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
+            elif bias is not None:
+                y += bias
+        else:
+            times, plus = _of_rows(weight, x, way, 1.0), _of_rows(bias, x, way, 0.0)
+            y = _affine(rows, ctx.slope * times, plus, ctx.mean, ctx.slope).view(x.shape)
+        # no view, to which autograd would let nobody write
+        return y.data
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return *_recorded(ctx, g), None, None
+        way: Way = ctx.way
+        x, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mean, slope = ctx.mean, ctx.slope
+        dw = db = None
+        if way.last:
+            g = g.contiguous()
+            dw, db = _elementwise(g, x, weight, bias, mean, slope, way, needs)
+            times = 1.0
+            if weight is not None:
+                g = torch.mul(g, weight, out=torch.empty_like(x))
+        else:
+            times = _of_rows(weight, x, way, 1.0)
+        if way.apart:
+            g = g.contiguous()
+        rows, g = way.rows(x), way.rows(g)
+        along, total = _sums(rows, g, mean, slope, way)
+        if not way.last:
+            dw = _of_channels(along, weight, x, way) if needs[1] else None
+            db = _of_channels(total, bias, x, way) if needs[2] else None
+        if not needs[0]:
+            return None, dw, db, None, None
+        # what varies along the statistic has no part in the sums and the slopes against x
+        by_x = -_per_row(_per_group(times * along, way), way) / way.n * slope**2
+        by_one = -_per_row(_per_group(times * total, way), way) / way.n * slope
+        dx = _affine(rows, by_x, by_one, mean, slope)
+        if x.dtype == accumulated(x.dtype):
+            (a,) = tensors(x, rows.shape[1], times * slope)
+            dx.addcmul_(g, a.view(-1, *[1] * (rows.ndim - 2)))
+        else:
+            # coefficients of half precision would round all gradients of a channel alike
+            dx += _affine(g, times * slope, 0.0, 0.0, slope)
+        return dx.view(x.shape), dw, db, None, None
+
+
+def _affine(rows: Tensor, a: Any, b: Any, center: Any, slope: Any) -> Tensor:
+    """a * (rows - center) + b for each row; slope: the inverse of the standard deviations."""
+    if not rows.numel():
+        return torch.empty_like(rows)
+    n = rows.shape[1]
+    if not _far(rows, center, slope):
+        # the kernel of batch norm with fixed statistics
+        scale, shift, at, one = tensors(rows, n, a, b, center, 1.0)
+        return torch.native_batch_norm(rows, scale, shift, at, one, False, 0.0, 0.0)[0]
+    middle = rounded(center, rows)
+    shape = (-1, *[1] * (rows.ndim - 2))
+    half, at, rest = tensors(rows, n, a / 2, middle, b - a * (center - middle))
+    y = torch.ops.aten.mse_loss_backward(half.view(shape), rows, at.view(shape), 0)
+    return y.add_(rest.view(shape))
+
+
+def _far(rows: Tensor, center: Any, slope: Any) -> bool:
+    """Whether a * rows + (b - a * center), which CPUs' kernels compute, would round too much."""
+    if not isinstance(center, np.ndarray) or rows.dtype != accumulated(rows.dtype):
+        return False
+    return bool((np.abs(center) * slope > FAR).any())
+
+
+def _statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
+    """Mean and variance over all ranks, of each statistic, in float64."""
+    mean, var = _of_part(rows)
+    n = rows.numel() // max(1, rows.shape[1])
+    if not way.centred:
+        part = n * (var + mean * mean)
+        whole = part if way.group is None else summed(rows, [part], way.group)[0]
+        return 0.0 * whole, whole / way.n
+    if way.width > 1:
+        parts, within = mean.reshape(-1, way.width), var.reshape(-1, way.width)
+        mean = parts.mean(1)
+        var = (within + (parts - mean.reshape(-1, 1)) ** 2).mean(1)
+        n *= way.width
+    if way.group is None:
+        return mean, var
+    if len(way.counts) <= GATHERED:
+        found = gathered(rows, [mean, var], way.group)
+        counts = constant(way.counts, rows).reshape(-1, 1) * (way.width / way.n)
+        means, vars = found[:, 0], found[:, 1]
+        # relative to one of them: their weighted sum would round at the size of the mean
+        anchor = means[way.counts.index(max(way.counts))]
+        whole = anchor + ((means - anchor) * counts).sum(0)
+        return whole, ((vars + (means - whole) ** 2) * counts).sum(0)
+    share = n / way.n
+    if accumulated(rows.dtype) is torch.float64:
+        # the difference of two sums would round at the square of the mean
+        whole = summed(rows, [share * mean], way.group)[0]
+        return whole, summed(rows, [share * (var + (mean - whole) ** 2)], way.group)[0]
+    whole, square = summed(rows, [share * mean, share * (var + mean**2)], way.group, wide=True)
+    return whole, (square - whole**2).clip(0.0)
+
+
+def _of_part(rows: Tensor) -> tuple[Numbers, Numbers]:
+    """Mean and variance of this rank's part of each row; zeros where it is empty."""
+    n = rows.shape[1]
+    if not rows.numel():
+        nothing = numbers_of(rows.new_zeros(2, n, dtype=accumulated(rows.dtype)))
+        return nothing[0], nothing[1]
+    # given in the dtype of running statistics, which are not used
+    half = rows.dtype.itemsize == 2 and rows.device.type == "cpu"
+    unused = rows.new_empty(n, dtype=torch.float32) if half else None
+    found = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
+    mean, var = (numbers_of(x) for x in found)
+    if _far(rows, mean, (var + 1e-30) ** -0.5):
+        # by its rounding alone means of parts would differ, which adds to the variance
+        center, one = tensors(rows, n, mean, 1.0)
+        _, rest, _ = torch.ops.aten.native_batch_norm_backward(
+            one[:1].expand(rows.shape), rows, None, None, None, center, one, True, 0.0,
+            [False, True, False],
+        )  # fmt: skip
+        rest = numbers_of(rest) * (n / rows.numel())
+        mean, var = mean + rest, (var - rest**2).clip(0.0)
+    return mean, var
+
+
+def _sums(
+    rows: Tensor, g: Tensor, mean: Numbers, slope: Numbers, way: Way
+) -> tuple[Numbers, Numbers]:
+    """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g."""
+    n = rows.shape[1]
+    if rows.numel():
+        center, scale = tensors(rows, n, mean, slope)
+        _, along, total = torch.ops.aten.native_batch_norm_backward(
+            g, rows, None, None, None, center, scale, True, 0.0, [False, True, True]
+        )
+    else:
+        along = total = rows.new_zeros(n, dtype=accumulated(rows.dtype))
+    parts = [numbers_of(along)]
+    if way.centred:
+        parts.append(numbers_of(total))
+        # the kernel took the rounded mean
+        parts[0] = parts[0] - (mean - rounded(mean, rows)) * slope * parts[1]
+    if way.group is not None:
+        parts = list(summed(rows, parts, way.group))
+    return parts[0], parts[1] if way.centred else 0.0 * parts[0]
+
+
+def _per_group(rows: Numbers, way: Way) -> Numbers:
+    """The sums of the rows that share a statistic."""
+    return rows if way.width == 1 else rows.reshape(-1, way.width).sum(1)
+
+
+def _per_row(values: Numbers, way: Way) -> Numbers:
+    """For each row the value of its statistic."""
+    if way.width == 1:
+        return values
+    if isinstance(values, Tensor):
+        return values.repeat_interleave(way.width)
+    return values.repeat(way.width)
+
+
+def _of_rows(weight: Tensor | None, x: Tensor, way: Way, default: float) -> Any:
+    """Each row's weight, which is that of its channel."""
+    if weight is None:
+        return default
+    found = numbers_of(weight)
+    if not way.apart or x.shape[0] == 1:
+        return found
+    return found.repeat(x.shape[0]) if isinstance(found, Tensor) else np.tile(found, x.shape[0])
+
+
+def _of_channels(rows: Numbers, weight: Tensor, x: Tensor, way: Way) -> Tensor:
+    """The gradient of a weight from what its rows add to it."""
+    if way.apart:
+        rows = rows.reshape(x.shape[0], weight.numel()).sum(0)
+    return tensor_of(rows, weight.dtype)
+
+
+def _elementwise(
+    g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Numbers, slope: Numbers,
+    way: Way, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of weight and bias that lie along the last dims, of this rank's rows."""
+    if not (needs[1] or needs[2]):
+        return None, None
+    shape = x.shape[-way.last :]
+    if not x.numel():
+        dw, db = x.new_zeros(shape), x.new_zeros(shape)
+    else:
+        center, scale = tensors(x, mean.shape[0], mean, slope)
+        given = bias if weight is None else weight
+        assert given is not None
+        one = given.to(scale.dtype)
+        _, dw, db = torch.ops.aten.native_layer_norm_backward(
+            g, x, shape, center, scale, one, one, [False, needs[1], needs[2]]
+        )
+    return (
+        dw.to(weight.dtype) if needs[1] and weight is not None else None,
+        db.to(bias.dtype) if needs[2] and bias is not None else None,
+    )
+
+
+# with derivatives of every order -----------------------------------------------------------------
+
+
+def _recorded(ctx: Any, g: Tensor) -> list[Tensor | None]:
+    """Gradients that have gradients themselves."""
+    # nodes of their own: one operand may be made from another
+    given = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+    x, weight, bias = given
+    assert x is not None
+    y = _plainly(x, weight, bias, ctx.way, [])
+    needs = ctx.needs_input_grad[:3]
+    wanted = [x for x, need in zip(given, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _plainly(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
+) -> Tensor:
+    """`normalise` in ops and collectives of which every derivative exists."""
+    dtype = accumulated(x.dtype)
+    if not way.centred:
+        part = squares(x, x.new_zeros((), dtype=dtype), tuple(range(x.ndim - way.last, x.ndim)))
+        total = part if way.group is None else comm.reduce(part, way.group)
+        (a,) = way.deal((total / way.n + way.eps).rsqrt())
+        y = x * a if weight is None else x * a * weight
+        return y.to(x.dtype)
+    parts = x
+    if way.last:
+        dims = tuple(range(x.ndim - way.last, x.ndim))
+    elif way.apart:
+        parts = x.unflatten(1, (x.shape[1] // way.width, way.width))
+        dims = tuple(range(2, parts.ndim))
+    else:
+        dims = (0, *range(2, x.ndim))
+    counts = tuple(way.width * c for c in way.counts)
+    mean, m2 = statistics(parts, dims, counts, way.group, dtype)
+    mean, var = mean.flatten(1 if way.apart else 0), m2.flatten(1 if way.apart else 0) / way.n
+    # a graph that is traced knows no no_grad()
+    kept += [mean.detach(), var.detach()]
+    if way.last:
+        # the leading dims, which have a statistic each, take the place of channels
+        rows = x.reshape(1, mean.numel(), *x.shape[x.ndim - way.last :])
+        y = normalised(rows, mean, var, None, None, way.eps, way.deal).view(x.shape)
+        if weight is not None:
+            y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+        elif bias is not None:
+            y = y + bias
+        return y.to(x.dtype)
+    if way.width > 1:
+        mean, var = mean.repeat_interleave(way.width, 1), var.repeat_interleave(way.width, 1)
+    return normalised(x, mean, var, weight, bias, way.eps, way.deal)

@@ -1,0 +1,132 @@
+"""A few numbers between kernels, in float64: numpy's on CPUs, where torch's cost three times that.
+
+`Numbers` are an array or, on other devices, a tensor; what is written with operators, `sum`, `mean`
+and `reshape` runs on both. They have no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from ..cache import cached
+from ..comm import groups, wire
+from .moments import accumulated
+
+Numbers = Any
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _on_host(x: Tensor) -> bool:
+    # fake tensors have no numbers
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+
+
+class _Lent:
+    """A tensor whose memory numpy reads; `numpy()` would let nobody resize it, as FSDP2 does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __dlpack__(self, **asked: Any) -> Any:
+        return to_dlpack(self.x)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def numbers_of(x: Tensor) -> Numbers:
+    """The values of a tensor."""
+    x = x.detach()
+    if not _on_host(x):
+        return x.double()
+    return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
+
+
+def rounded(values: Numbers, like: Tensor) -> Numbers:
+    """What is left of numbers in the dtype in which `like` accumulates."""
+    dtype = accumulated(like.dtype)
+    if isinstance(values, Tensor):
+        return values.to(dtype).double()
+    return values.astype(_DTYPES[dtype]).astype(np.float64)
+
+
+def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers."""
+    if isinstance(values, Tensor):
+        return values.to(dtype)
+    known = _DTYPES.get(dtype)
+    return torch.from_numpy(values.astype(known)) if known else torch.from_numpy(values).to(dtype)
+
+
+def move(x: Tensor, values: Numbers, by: float) -> None:
+    """Bring x, which has no gradient, a part of the way to values."""
+    if isinstance(values, Tensor) or x.dtype not in _DTYPES or not _on_host(x):
+        x.lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
+        return
+    into: Any = np.from_dlpack(x.detach())
+    if not into.flags.writeable:
+        x.lerp_(torch.as_tensor(values, dtype=x.dtype), by)
+        return
+    into += by * (values - into)
+
+
+def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
+    """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
+    dtype = accumulated(like.dtype)
+    if _on_host(like):
+        out = torch.empty((len(values), n), dtype=dtype)
+        rows = out.numpy()
+        for i, value in enumerate(values):
+            rows[i] = value
+        return list(out.unbind())
+    given = [v.expand(n) if isinstance(v, Tensor) else like.new_full((n,), v) for v in values]
+    return [v.to(dtype) for v in given]
+
+
+def gathered(like: Tensor, values: Sequence[Numbers], group: str) -> Numbers:
+    """Every rank's vectors, (ranks, len(values), n), in one message."""
+    flat = _message(like, values, torch.float64)
+    found = wire.all_gather(flat, [flat.shape] * groups.size(group), group)
+    return _stacked(found).reshape(len(found), len(values), len(values[0]))
+
+
+def summed(like: Tensor, values: Sequence[Numbers], group: str, *, wide: bool = False) -> Numbers:
+    """The sums over ranks of vectors, (len(values), n), in one message; wide: in float64."""
+    dtype = torch.float64 if wide else accumulated(like.dtype)
+    flat = _message(like, values, dtype)
+    return _stacked(wire.addends(flat, group)).sum(0).reshape(len(values), len(values[0]))
+
+
+def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
+    if not _on_host(like):
+        return torch.cat(list(values)).to(dtype)
+    flat = torch.empty(sum(len(v) for v in values), dtype=dtype)
+    np.concatenate(values, out=flat.numpy(), casting="same_kind")
+    return flat
+
+
+def _stacked(found: Sequence[Tensor]) -> Numbers:
+    if _on_host(found[0]):
+        return np.stack([f.numpy() for f in found]).astype(np.float64)
+    return torch.stack(list(found)).double() if len(found) > 1 else found[0].double()[None]
+
+
+@cached
+def _constant(values: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def constant(values: tuple[int, ...], like: Tensor) -> Numbers:
+    """Numbers that all ranks know."""
+    if _on_host(like):
+        return np.array(values, dtype=np.float64)
+    if type(like) is not Tensor:
+        # fake: it has a shape only
+        return like.new_ones(len(values), dtype=torch.float64)
+    return _constant(values, str(like.device))

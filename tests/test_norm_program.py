@@ -1,0 +1,220 @@
+"""Norms over cut dims: what their program runs, sends and rounds, against plain torch's."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shardtensor as st
+from shardtensor import cache
+from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.comm import groups
+from shardtensor.comm.define import KERNELS
+from shardtensor.rules import moments, normalise
+
+D = torch.float64
+ROWS = 4
+
+
+class Counted(TorchDispatchMode):
+    """Kernels of torch, inside collectives too, and the bytes of memory that they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in KERNELS:
+            with self:
+                return KERNELS[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        had = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        made = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in had]
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and "empty" not in name and (made or func._schema.is_mutable):
+            self.kernels += 1
+            self.bytes += sum(x.numel() * x.element_size() for x in made)
+        return out
+
+
+def tensors(tree):
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def counted(make, shape, ranks):
+    """(kernels, bytes, messages, bytes sent) of forward and of backward, of one rank of so many."""
+    torch.manual_seed(0)
+    cache.clear()
+    with silent_world(ranks // 2, ranks):
+        try:
+            x = torch.randn(shape)
+            module = make(ranks)
+            if ranks > 1:
+                mesh, sizes = init_device_mesh("cpu", (ranks,)), {2: [ROWS] * ranks}
+                x = st.ShardTensor.from_local(x, mesh, [Shard(2)], sizes)
+            x.requires_grad_()
+            for _ in range(2):
+                with Counted() as ahead, st.trace() as there:
+                    y = module(x)
+                local = getattr(y, "_local", y)
+                g = torch.randn_like(local)
+                with Counted() as behind, st.trace() as back:
+                    local.backward(g)
+        finally:
+            cache.clear()
+            groups.forget()
+    return [(c.kernels, c.bytes, len(t.sent), t.bytes) for c, t in ((ahead, there), (behind, back))]
+
+
+def last(norm):
+    return lambda ranks: norm((16, ROWS * ranks, 32), elementwise_affine=False)
+
+
+NORMS = {
+    "batch 1d": (lambda _: nn.BatchNorm1d(16), (2, 16, ROWS)),
+    "batch 2d": (lambda _: nn.BatchNorm2d(16), (2, 16, ROWS, 32)),
+    "batch 3d": (lambda _: nn.BatchNorm3d(16), (2, 16, ROWS, 8, 8)),
+    "group": (lambda _: nn.GroupNorm(4, 16), (2, 16, ROWS, 32)),
+    "instance": (lambda _: nn.InstanceNorm2d(16, affine=True), (2, 16, ROWS, 32)),
+    "layer": (last(nn.LayerNorm), (2, 16, ROWS, 32)),
+    "rms": (last(nn.RMSNorm), (2, 16, ROWS, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_handful_of_kernels_and_one_message_each_way(name):
+    """Two of them, a copy and a fill in the transport, are not those of a real group."""
+    make, shape = NORMS[name]
+    (plain, plain_bytes, *_), (plain_back, plain_back_bytes, *_) = counted(make, shape, 1)
+    for ranks in (2, 8, 64):
+        ahead, behind = counted(make, shape, ranks)
+        assert ahead[0] <= plain + 4 and behind[0] <= plain_back + 6
+        assert ahead[2] == behind[2] == 1
+        # small messages weigh in a small image
+        more = 20 * (ahead[3] + behind[3]) + 4096
+        assert ahead[1] + behind[1] <= plain_bytes + plain_back_bytes + more
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_bytes_do_not_grow_with_the_ranks(name):
+    make, shape = NORMS[name]
+    few, many = counted(make, shape, 64), counted(make, shape, 512)
+    for (kernels, _, _, sent), (kernels_, _, _, sent_) in zip(few, many, strict=True):
+        assert kernels_ == kernels and sent_ <= 1.02 * sent
+
+
+class Affine(nn.Module):
+    """A norm, then what writes to its result in place."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm.to(D)
+        torch.manual_seed(1)
+        for v in self.norm.parameters():
+            v.data.uniform_(0.5, 1.5)
+
+    def forward(self, x):
+        return F.leaky_relu_(self.norm(x), 0.2)
+
+
+EACH = [
+    nn.BatchNorm2d(6), nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+    nn.GroupNorm(3, 6), nn.LayerNorm((6, 7, 5)), nn.RMSNorm((7, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", EACH, ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+def test_statistics_that_are_added_up(norm, wide, monkeypatch):
+    """As on more than 16 ranks; written to in place afterwards."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 7, 5, dtype=D) + 3
+    monkeypatch.setattr(moments, "GATHERED", 1)
+    monkeypatch.setattr(normalise, "GATHERED", 1)
+    module = Affine(norm)
+    for cut in ((4, 0, 3), (7, 0), (2, 2, 3)):
+        if wide:
+            T.hold(module, [x], [T.shard(2, cut)], (len(cut),))
+        else:
+            T.hold(module.float(), [x.float()], [T.shard(2, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("norm", EACH, ids=str)
+def test_second_derivatives(norm):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 7, 5, dtype=D) + 1
+    module = Affine(copy.deepcopy(norm)).requires_grad_(False)
+    weight = module.norm.weight.detach().clone().requires_grad_()
+
+    def penalty(v, w):
+        y = torch.func.functional_call(module, {"norm.weight": w}, (v,))
+        gv, gw = torch.autograd.grad((y * y * y).sum(), (v, w), create_graph=True)
+        return (gv * gv).sum() + (gw * gw).sum()
+
+    leaf = x.clone().requires_grad_()
+    for cut in ((4, 3), (0, 7)):
+        T.hold(penalty, [leaf, weight], [T.shard(2, cut), None], (2,), rtol=1e-9)
+
+
+def _errors(name, cut, mean):
+    """Largest errors of output, gradient and weight's gradient in fp32, over plain torch's."""
+    mesh = T.make_mesh((len(cut),))
+    g = torch.Generator().manual_seed(3)
+    data = (torch.randn(2, 6, 64, 16, generator=g, dtype=D) + mean).float().to(D)
+    cotangent = torch.randn(data.shape, generator=g, dtype=D)
+    make = {
+        "batch": lambda: nn.BatchNorm2d(6),
+        "group": lambda: nn.GroupNorm(3, 6),
+        "instance": lambda: nn.InstanceNorm2d(6, affine=True),
+        "layer": lambda: nn.LayerNorm((6, 64, 16)),
+    }[name]
+
+    def run(dtype, place):
+        module, v = make().to(dtype), data.to(dtype, copy=True).requires_grad_()
+        if place:
+            local = v.detach()
+            v = st.distribute_tensor(local, mesh, [Shard(2)], src_data_rank=None, sizes={2: cut})
+            v.requires_grad_()
+        y = module(v)
+        (y * cotangent.to(dtype)).sum().backward()
+        return [T.full(t).to(D) for t in (y, v.grad, module.weight.grad)]
+
+    exact = run(D, False)
+    errors = [
+        [float((a - e).abs().max()) for a, e in zip(run(torch.float32, p), exact, strict=True)]
+        for p in (True, False)
+    ]
+    return [a / b for a, b in zip(*errors, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["batch", "group", "instance", "layer"])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_mean_of_ten_thousand_deviations(name, added, monkeypatch):
+    """In fp32 the errors are those of plain torch, but for chance in the largest of them."""
+    if added:
+        monkeypatch.setattr(normalise, "GATHERED", 1)
+    for cut in ((40, 24), (1, 60, 0, 3)):
+        for found in st.simulate(len(cut), _errors, name, cut, 1e4):
+            assert max(found) <= 1.5, found
+
+
+def _resizable():
+    mesh = T.make_mesh((2,))
+    module = nn.BatchNorm2d(6)
+    x = st.distribute_tensor(torch.randn(2, 6, 8, 4), mesh, [Shard(2)], src_data_rank=None)
+    module(x.requires_grad_()).sum().backward()
+    return [v.untyped_storage().resizable() for v in (x._local, *module.state_dict().values())]
+
+
+def test_what_others_resize_stays_so():
+    """FSDP2 frees the memory of parameters between their uses."""
+    for found in st.simulate(2, _resizable):
+        assert all(found)
