@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Shard
 from torch.profiler import ProfilerActivity, profile
@@ -77,9 +78,30 @@ def conv_both_ways(mesh: DeviceMesh) -> Callable[[], Any]:
     return lambda: F.conv2d(x, w, padding=1).sum().backward()
 
 
-def batch_norm(mesh: DeviceMesh) -> Callable[[], Any]:
-    x = shards(mesh, (1, 4, 0, 8), 2, 4)
-    return lambda: F.batch_norm(x, None, None, training=True)
+def norm(make: Callable[[int], nn.Module], backward: bool) -> Callable[[DeviceMesh], Any]:
+    """make: a norm of an image (2, 16, H, 32) that is cut along H, by H."""
+
+    def prepare(mesh: DeviceMesh) -> Callable[[], Any]:
+        x, module = shards(mesh, (2, 16, 0, 32), 2, 4).requires_grad_(), make(4 * mesh.size())
+        g = torch.randn_like(x._local)
+
+        def run() -> Any:
+            y = module(x)
+            if backward:
+                y._local.backward(g)
+
+        return run
+
+    return prepare
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch norm": lambda rows: nn.BatchNorm2d(16),
+    "group norm": lambda rows: nn.GroupNorm(4, 16),
+    "instance norm": lambda rows: nn.InstanceNorm2d(16, affine=True),
+    "layer norm": lambda rows: nn.LayerNorm((16, rows, 32), elementwise_affine=False),
+    "rms norm": lambda rows: nn.RMSNorm((16, rows, 32), elementwise_affine=False),
+}
 
 
 def swap(mesh: DeviceMesh) -> Callable[[], Any]:
@@ -147,7 +169,6 @@ OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
     "conv": conv,
     "conv by 2": conv_strided,
     "conv both ways": conv_both_ways,
-    "batch_norm": batch_norm,
     "swap": swap,
     "slice": narrow,
     "roll": roll,
@@ -254,13 +275,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
-    print("op                 ranks    cold us    warm us  kernels  messages     bytes    calls")
+    print("op                    ranks    cold us    warm us  kernels  messages     bytes    calls")
     cost("conv", 2, 1)
     for name in options.ops:
         for n in options.ranks:
             c = cost(name, n, options.repeats)
             print(
-                f"{name:16} {n:7} {c.cold:10.0f} {c.warm:10.1f} {c.kernels:8} {c.messages:9} "
+                f"{name:19} {n:7} {c.cold:10.0f} {c.warm:10.1f} {c.kernels:8} {c.messages:9} "
                 f"{c.bytes:9} {c.calls:8}",
                 flush=True,
             )

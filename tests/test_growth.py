@@ -11,14 +11,14 @@ import growth
 
 # what every rank has something for all others in: an all-to-all, an all-gather, an all-reduce
 TO_ALL = {
-    "batch_norm", "conv both ways", "cumsum", "full_tensor", "reduce_scatter", "select", "softmax",
-    "sum", "swap",
+    "conv both ways", "cumsum", "full_tensor", "reduce_scatter", "select", "softmax", "sum", "swap",
+    *growth.NORMS, *(f"{name}, both" for name in growth.NORMS),
 }  # fmt: skip
 # steps of a ring are as many as ranks
 RING = {"ring attention"}
 
 
-@pytest.mark.parametrize("name", sorted(growth.OPS.keys() - RING - {"batch_norm"}))
+@pytest.mark.parametrize("name", sorted(growth.OPS.keys() - RING))
 def test_counts_of_a_call_do_not_know_the_ranks(name):
     few, many = growth.cost(name, 64, 1), growth.cost(name, 4096, 1)
     assert many.calls == few.calls and many.kernels == few.kernels, (few, many)
