@@ -183,7 +183,7 @@ def test_is_not_compiled():
     def on_rank():
         x = st.distribute_tensor(p, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
         with pytest.raises(st.UnsupportedOpError, match="compiled"):
-            st.compile(lambda x: st.points.knn(x, x, 2)[0])(x)
+            st.compile(lambda x: st.points.knn(x, x, 2)[0], fullgraph=True)(x)
 
     st.simulate(2, on_rank)
 

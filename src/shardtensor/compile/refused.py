@@ -46,8 +46,10 @@ class NoWrites(TorchDispatchMode):
         kwargs = kwargs or {}
         old = [m for m in map(_memory, pytree.tree_leaves((args, kwargs))) if m not in self.made]
         if func._schema.is_mutable:
-            written = pytree.tree_leaves((args[:1], kwargs))
-            if any(_memory(x) in old for x in written if _memory(x) is not None):
+            given = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)} | kwargs
+            marks = {a.name: a.alias_info for a in func._schema.arguments}
+            written = [x for k, x in given.items() if marks[k] and marks[k].is_write]
+            if any(m is not None and m in old for m in map(_memory, pytree.tree_leaves(written))):
                 raise UnsupportedOpError(
                     f"{func} of a tensor that a compiled program closes over: make it a buffer of "
                     "the module that is compiled, or leave the write out of st.compile"

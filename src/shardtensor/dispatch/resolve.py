@@ -22,6 +22,7 @@ from ..tensor.layout import turned
 from .axes import apart, met
 from .fallback import fall_back, into_plain, is_shard
 from .follow import NOT, follow, hides, kind_of
+from .results import keep_result, saves_result
 from .writes import check_readable, stale, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
@@ -46,7 +47,7 @@ _LOCAL_ATTRIBUTES = {
     "_backward_hooks", "is_ort", "is_xla", "is_ipu", "is_maia", "is_vulkan", "is_mtia", "is_hpu",
     "get_device", "is_floating_point", "is_complex", "is_signed", "element_size", "is_inference",
     "is_conj", "is_neg", "_is_view", "is_pinned", "is_coalesced", "has_names", "is_distributed",
-    "is_shared", "storage_offset",
+    "is_shared",
 }  # fmt: skip
 
 
@@ -161,6 +162,7 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
 def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
+    kept = saves_result(name)
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if stale:
@@ -180,6 +182,8 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
                 given.append(out)
         if (turned and not writes) or (kind and hides(kind, args, out)):
             follow(kind, func, args, kwargs, out)
+        if kept:
+            keep_result(out)
         return out
 
     return run

@@ -21,6 +21,7 @@ from ..registry import Handler
 from ..tensor import ShardTensor, layout
 from ..tensor.aliases import Part, Piece, family_of, forget_dead, refuse_stale, relate, stale
 from ..tensor.redistribute import reduced
+from .results import lose_result
 
 __all__ = [
     "check_readable", "check_writable", "part_of", "refuse_overlap", "reshaped_in_place",
@@ -74,6 +75,7 @@ def _settle(x: ShardTensor, op: str) -> None:
         # torch lets nobody write to one of several results of a Function
         local = whole._local.clone() if whole._local.requires_grad else whole._local
     relate(local, x._local)
+    lose_result(x)
     x._local, x._spec = local, whole._spec
 
 
@@ -205,22 +207,44 @@ def writing(handler: Handler, name: str) -> Handler:
         cdata = x._local.untyped_storage()._cdata
         inside = family is None or getattr(_current, "storage", None) == cdata
         piece = None if inside or family is None else family.pieces.get(cdata)
+        if family is not None and not inside:
+            family.refuse_arrays(name)
         if piece is not None:
             piece.refuse_leaf(_wants_gradient(args) or _wants_gradient(kwargs.values()))
         if name not in ("setitem", "fill_", "zero_"):
             # which writes to a part of x in turn
             _check_overlap(x, (*args[1:], *kwargs.values()), name)
         if inside or family is None:
-            return handler(func, args, kwargs)
+            return _written(handler, func, args, kwargs)
         before, _current.storage = getattr(_current, "storage", None), cdata
         try:
-            out = handler(func, args, kwargs)
+            out = _written(handler, func, args, kwargs)
         finally:
             _current.storage = before
         family.wrote(_written_back(x._local), name, _touched(piece, x, name, args))
         return out
 
     return run
+
+
+# several views of one op, and what a user's Function gives: torch refuses writes to them, too
+_TORCHS = ("Unbind", "Split", "Unsafe", "_Pass", "_Continue")
+
+
+def _written(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the handler of a write gives, refused where autograd cannot follow here."""
+    try:
+        return handler(func, args, kwargs)
+    except RuntimeError as e:
+        x = args[0]
+        node = type(x._local.grad_fn).__name__
+        mine = "is a view and is being modified inplace" in str(e)
+        if not mine or node.startswith(_TORCHS):
+            raise
+        raise UnsupportedOpError(
+            f"{func.__name__} on {x._spec}, a result that is a view of what was sent between "
+            "ranks: .clone() it first"
+        ) from e
 
 
 # ops whose gradients need no operand
@@ -265,7 +289,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
         )
     refuse_overlap(x, name)
     # other rows of a dim that one rank has, of which the others know nothing
-    lonely = any(len(d.sizes) > 1 and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
+    lonely = any(d.is_cut and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
     for other in others:
         if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
             continue

@@ -51,13 +51,18 @@ def write_zarr(
             "whole, give ShardTensor.from_local(x, mesh, [Replicate()])"
         )
     if not name or {"", ".", ".."} & set(name.split("/")) or (step is not None and step < 0):
-        raise ValueError(f"write_zarr: name {name!r}, step {step}")
+        raise ValueError(
+            f"write_zarr: name {name!r}, step {step}; a name stays in the store (no '..', no empty "
+            "part), and steps count from 0"
+        )
     url = fspath(url)
     x = x.detach()
     if x.spec.partial:
         x = x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
     if chunks is not None and (len(chunks) != x.ndim or min(chunks, default=1) < 1):
-        raise ValueError(f"chunks {tuple(chunks)} of a tensor of {x.ndim} dims")
+        raise ValueError(
+            f"chunks {tuple(chunks)} of a tensor of {x.ndim} dims: one size of 1 or more for each"
+        )
     mesh, first = x.device_mesh, _first(x.device_mesh)
     part = staged.place(url, name)
     error, unit = None, [1] * (x.ndim + 1)

@@ -65,7 +65,7 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
         shape = [d.size for d in (*batch, queries, keys)]
         if any(d.size not in (1, n) for d, n in zip(own[::-1], shape[::-1], strict=False)):
             raise RuntimeError(f"{NAME}: a mask of {[d.size for d in own]} for scores of {shape}")
-        last = keys if merged and not ring else Dim(keys.size)
+        last = keys if merged and not ring else keys.whole
         wanted.append((*cut_alike(own[:-2], batch), *cut_alike(own[-2:], [queries, last])))
     return Plan(
         Spec(mesh, (*batch, queries, Dim(operands[2][-1].size))),
@@ -122,7 +122,7 @@ def _tokens(own: Dim, others: list[Dims], used: set[int]) -> Dim:
     for d in (own, *(dims[-2] for dims in others)):
         if d.axes and d.size == own.size and used.isdisjoint(d.axes):
             return d
-    return Dim(own.size)
+    return own.whole
 
 
 @cached

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
-from ..cuts import nested_chunk_sizes
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, to_dims
 from .empty import some
@@ -143,10 +142,6 @@ def _check(x: ShardTensor, n: int, name: str) -> None:
 # plans -------------------------------------------------------------------------------------------
 
 
-def _is_cut(dim: Dim) -> bool:
-    return len(dim.sizes) > 1
-
-
 @cached
 def _forward(
     spec: Spec,
@@ -202,7 +197,7 @@ def _transposed(
                 f"conv_transpose{len(kernel)}d: output size {out}, output padding {o} in dim {i}; "
                 "the former must be positive, the latter smaller than stride or dilation"
             )
-        if not _is_cut(dim):
+        if not dim.is_cut:
             dims.append(whole(dim, out))
             pads.append(p)
             more.append(o)
@@ -232,11 +227,11 @@ def _transposed(
 def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Channels:
     size, axes, sizes = dim = spec.dims[-n - 1]
     each, out_each = size // groups, out // groups
-    if not _is_cut(dim) or min(sizes) == 0 or (groups > 1 and any(s % each for s in sizes)):
+    if not dim.is_cut or min(sizes) == 0 or (groups > 1 and any(s % each for s in sizes)):
         weight = (Dim(size), Dim(out_each)) if transposed else (Dim(out), Dim(each))
         return Channels(Dim(size), weight, Dim(out), groups, False)
     if groups == 1:
-        cut = Dim(out, axes, nested_chunk_sizes(out, [spec.mesh.size(a) for a in axes]))
+        cut = Dim.chunked(out, axes, spec.mesh)
         weight = (dim, Dim(out)) if transposed else (Dim(out), dim)
         return Channels(dim, weight, cut, 1, True)
     cut = Dim(out, axes, tuple(s // each * out_each for s in sizes))
@@ -269,11 +264,11 @@ def _run(
     n = weight.ndim - 2
     at = x.ndim - n - 1
     if channels.input != x._spec.dims[at]:
-        x = to_dims(x, [channels.input if i == at else d for i, d in enumerate(x._spec.dims)])
+        x = to_dims(x, x._spec.replace({at: channels.input}).dims)
     spec = x._spec
     cut = None
     if channels.output.axes:
-        cut = [*channels.weight, *(Dim(k) for k in weight.shape[2:])]
+        cut = [*channels.weight, *whole_dims(weight.shape[2:])]
     varying = tuple(sorted({*spec.varying, *channels.output.axes}))
     local, w, b = fit(
         spec.mesh,

@@ -12,13 +12,13 @@ from ..dispatch.promote import adopt
 from ..dispatch.writes import check_writable, refuse_overlap
 from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced, to_dims
 from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .pointwise import _wanted, align, function_rule
-from .rows import axes_in, covering, cut_axes, dims_of, mesh_of, normal, read, write
+from .rows import covering, cut_axes, dims_of, lifted, normal, read, write
 from .shape import _index, _permuted
 from .slices import selected, sliced, span
 
@@ -54,9 +54,7 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, T
     passed = []
     for e in entries:
         if e is None:
-            spec = x._spec
-            dims = (*spec.dims[:d], Dim(1), *spec.dims[d:])
-            x = wrap(x._local.unsqueeze(d), Spec(spec.mesh, dims, spec.partial))
+            x = wrap(x._local.unsqueeze(d), x._spec.insert(d, Dim(1)))
             d += 1
         elif isinstance(e, slice):
             step = 1 if e.step is None else int(e.step)
@@ -75,13 +73,6 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, T
     return x, rest
 
 
-def _whole(x: Tensor, *others: Any) -> ShardTensor:
-    """A plain tensor as a replicated one."""
-    if isinstance(x, ShardTensor):
-        return reduced(x)
-    return wrap(x, Spec(mesh_of(*others), dims_of(x)))
-
-
 @function_rule("getitem")
 def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
@@ -91,7 +82,7 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(x, ShardTensor):
         if not any(isinstance(e, ShardTensor) for e in entries):
             return x[tuple(entries)]
-        x = _whole(x, *entries)
+        x = lifted(x, *entries)
     y, rest = _basic(x, entries)
     if rest:
         return picked(y, rest)
@@ -102,7 +93,7 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @rule("index", "_unsafe_index")
 def index(input: Tensor, indices: Any) -> ShardTensor:
     rest = _at_dims(indices)
-    return picked(_whole(input, *rest.values()), rest)
+    return picked(lifted(input, *rest.values()), rest)
 
 
 def _at_dims(indices: Any) -> dict[int, Tensor]:
@@ -178,7 +169,7 @@ def _indices(
     if any(isinstance(t, ShardTensor) for t in tensors):
         lead = align(*tensors)[0].dims
     else:
-        lead = tuple(Dim(n) for n in torch.broadcast_shapes(*(t.shape for t in tensors)))
+        lead = whole_dims(torch.broadcast_shapes(*(t.shape for t in tensors)))
     lead = covering(mesh, lead, (), axes_in(x._spec.dims))
     found = fit(mesh, (), *((t.to(x.device), _wanted(lead, t.shape)) for t in tensors))
     at = dict(zip(sorted(rest), found, strict=True))
@@ -225,15 +216,14 @@ def put_at(
     return to_dims(_permuted(out, back), dims)
 
 
-def _overwrite(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
-    assert values is not None
+def _overwrite(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
     return rows.index_put((at,), values)
 
 
 @rule("index_put", "_unsafe_index_put")
 def index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> ShardTensor:
     rest = _at_dims(indices)
-    return put_at(_whole(input, *rest.values(), values), rest, values, accumulate)
+    return put_at(lifted(input, *rest.values(), values), rest, values, accumulate)
 
 
 @rule("index_put_", "_index_put_impl_")
@@ -258,7 +248,7 @@ def diagonal_scatter(
         )
     along = torch.arange(n, device=input.device)
     rest = {r: along + max(0, -offset), c: along + max(0, offset)}
-    return put_at(_whole(input, src), rest, src.movedim(-1, _front(sorted(rest))))
+    return put_at(lifted(input, src), rest, src.movedim(-1, _front(sorted(rest))))
 
 
 # x[...] = v --------------------------------------------------------------------------------------

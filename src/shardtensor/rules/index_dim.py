@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import wrap
 from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
-from .rows import Kernel, dims_of, integers, mesh_of, read, summed, write
+from .rows import Kernel, dims_of, integers, lifted, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
 from .trial import few
@@ -30,9 +30,7 @@ def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor
 @rule("index_select")
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     d, index = _row_index(input, dim, index, "index_select")
-    x = summed(input)
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(index), dims_of(x)))
+    x = lifted(summed(input), index)
     out = read(x.movedim(d, 0), index, negative=False, op="index_select").movedim(0, d)
     return out if input.ndim else out.reshape(())
 
@@ -52,8 +50,7 @@ def _rows_written(
         if source.dtype != x.dtype:
             raise RuntimeError(f"{op}(): self and source expected to have the same dtype")
         source = source.movedim(d, 0)
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(index, source), dims_of(x)))
+    x = lifted(x, index, source)
     out: Tensor = write(x.movedim(d, 0), index, source, kernel, negative=source is None, op=op)
     out = out.movedim(0, d)
     return out if input.ndim else out.reshape(())
@@ -81,8 +78,7 @@ def index_copy(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor
     return _rows_written("index_copy", input, dim, index, source, _copy_kernel)
 
 
-def _copy_kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
-    assert values is not None
+def _copy_kernel(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
     return rows.index_copy(0, at, values)
 
 
@@ -151,8 +147,7 @@ def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) 
     if input.dtype != source.dtype:
         raise RuntimeError("put_(): self and source expected to have the same dtype")
     x, source = summed(input), summed(source)
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(index, source), dims_of(x)))
+    x = lifted(x, index, source)
     kernel = None if accumulate else _copy_kernel
     out: Any = write(
         x.reshape(-1), index.reshape(-1), source.reshape(-1), kernel, negative=True, op="put"

@@ -30,8 +30,8 @@ def data_ptr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 @function_rule(
     "mutable_data_ptr", "untyped_storage", "storage", "_typed_storage", "storage_type",
-    "share_memory_", "set_", "is_set_to", "_shallow_copy_from", "__dlpack__", "__dlpack_device__",
-    "__cuda_array_interface__",
+    "share_memory_", "set_", "is_set_to", "storage_offset", "_shallow_copy_from", "__dlpack__",
+    "__dlpack_device__", "__cuda_array_interface__",
 )  # fmt: skip
 def memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A kernel would read one rank's rows as if they were all."""

@@ -8,7 +8,6 @@ inward, so these rows are found from the first and the last of its queries.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,10 +75,10 @@ def run(
 ) -> ShardTensor:
     """The result for operands of which at least one is a ShardTensor."""
     mesh = mesh_of(query, key, value)
-    operands = query, key, value
     # operands on other meshes are refused by fit
     p = plan(Spec(mesh, dims_of(query)), dims_of(key), dims_of(value), lines)
-    q, k, v = fit(mesh, p.spec.varying, *zip(operands, p.wanted, strict=True))
+    for_q, for_k, for_v = p.wanted
+    q, k, v = fit(mesh, p.spec.varying, (query, for_q), (key, for_k), (value, for_v))
     if p.reaches and key.shape == value.shape:
         k, v = _fetch(torch.stack([k, v]), p, 1).unbind(0)
     elif p.reaches:
@@ -105,12 +104,12 @@ def plan(query: Spec, key: Dims, value: Dims, lines: tuple[Line, ...]) -> Plan:
     reaches, places = [], []
     for d, line in enumerate(lines, 1):
         dim = lead[d]
-        own = list(pairwise(dim.offsets)) if dim.axes else [(0, dim.size)]
+        own = dim.spans
         rows = tuple(line.rows(a, b) if a < b else (a, a) for a, b in own)
         if any(r != o for r, o in zip(rows, own, strict=True) if o[0] < o[1]):
             reaches.append((d, reach_of(dim, dim.offsets, rows)))
         else:
-            rows = tuple(own)
+            rows = own
         (a, b), (start, stop) = own[spec.index[d]], rows[spec.index[d]]
         places.append(Place(a, start, b - a, stop - start))
     return Plan(spec, (wanted[0], wanted[1], wanted[2]), tuple(reaches), tuple(places))
@@ -121,7 +120,7 @@ def _chosen(dims: tuple[Dim, ...], used: set[int]) -> Dim:
         if d.axes and used.isdisjoint(d.axes):
             used.update(d.axes)
             return d
-    return Dim(dims[0].size)
+    return dims[0].whole
 
 
 def _heads(q: Dim, k: Dim, v: Dim, used: set[int]) -> tuple[Dim, Dim, Dim]:

@@ -14,7 +14,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
 from .norm import sharded
-from .rows import dims_of, mesh_of
+from .rows import mesh_of
 from .shape import _index
 from .sliding import sliding
 from .windows import Stencil, checked
@@ -31,7 +31,7 @@ def diff(
     """The n-th differences, in one exchange however large n is."""
     x = input
     if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec(mesh_of(prepend, append), dims_of(x)))
+        x = wrap(x, Spec.whole(mesh_of(prepend, append), x.shape))
     given = [t for t in (prepend, append) if t is not None]
     if given or x.ndim == 0 or n < 1:
         # raises what torch raises

@@ -234,7 +234,7 @@ def group_norm(
     found = statistics(channel, tuple(range(2, channel.ndim)), counts, group, dtype)
     mean, m2 = (s.flatten(1) for s in found)
     straddling = [spec.with_dims([Dim(n), batch, channels]) for n in (2, 3)]
-    together = [spec.with_dims([Dim(n), batch, Dim(channels.size)]) for n in (2, 3)]
+    together = [spec.with_dims([Dim(n), batch, channels.whole]) for n in (2, 3)]
     both = like(wrap(torch.stack((mean, m2)), straddling[0]), together[0])._local
     both = both.unflatten(2, (num_groups, width)).movedim(3, 0)
     mean, m2 = merged(both[:, 0], both[:, 1], (sum(counts),) * width)

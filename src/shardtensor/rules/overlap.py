@@ -69,7 +69,7 @@ def overlapped(
     plan, way, sent = route(spec, d, reach)
     own = _own(plan, me)
     first, last = _interior(spec, d, reach, stencil)
-    ends = reach.dim.offsets[me], reach.dim.offsets[me + 1]
+    ends = reach.dim.spans[me]
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
     pieces = _Cut.apply(x, d, (*sent, *ranges))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
@@ -109,7 +109,7 @@ def _interior(spec: Spec, d: int, reach: Reach, stencil: Stencil) -> tuple[int, 
     """The output rows [first, last) of this rank that read own rows only."""
     me, start = spec.index[d], spec.offset[d]
     stop = start + spec.dims[d].sizes[me]
-    a, b = reach.dim.offsets[me], reach.dim.offsets[me + 1]
+    a, b = reach.dim.spans[me]
     first = max(a, -(-(start + stencil.before) // stencil.stride))
     last = min(b, (stop - stencil.extent + stencil.before) // stencil.stride + 1)
     return (first, last) if first < last else (a, a)

@@ -22,7 +22,7 @@ from .._torch import kernels
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim
+from ..spec import Dim, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .pool import result_dtype
@@ -90,7 +90,7 @@ def interpolate(
     way = Way(mode, n, bool(align_corners), antialias, x.dtype, x.device)
     if not sharded:
         local = _kernel(x._local, out, scales, way).to(_dtype(x, way))
-        return wrap(local, x._spec.with_dims([*x._spec.dims[:2], *(Dim(m) for m in out)]))
+        return wrap(local, x._spec.with_dims([*x._spec.dims[:2], *whole_dims(out)]))
     halos = [_halo(x._spec.dims[d], out[d - 2], scales[d - 2], way) for d in sharded]
     if None not in halos:
         return _scaled(x, out, scales, way, dict(zip(sharded, halos, strict=True)))  # type: ignore[arg-type]
@@ -191,7 +191,7 @@ def _halo(dim: Dim, m: int, scale: float | None, way: Way) -> int | None:
 def _scaled(
     x: ShardTensor, out: Sequence[int], scales: Scales, way: Way, halos: dict[int, int]
 ) -> ShardTensor:
-    local, dims = x._local, [*x._spec.dims[:2], *(Dim(m) for m in out)]
+    local, dims = x._local, [*x._spec.dims[:2], *whole_dims(out)]
     target, crops = list(out), []
     for d, halo in halos.items():
         reach, firsts = near(x._spec.dims[d], halo, out[d - 2])
@@ -229,7 +229,7 @@ def _combined(
             "integers in its own way; convert to float first"
         )
     dtype = _dtype(x, way)
-    local, dims = x._local, [*x._spec.dims[:2], *(Dim(m) for m in out)]
+    local, dims = x._local, [*x._spec.dims[:2], *whole_dims(out)]
     target, rest = list(out), list(scales)
     for d in range(2, x.ndim):
         dim, i, scale = x._spec.dims[d], x._spec.index[d], rest[d - 2]

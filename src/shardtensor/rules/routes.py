@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _torch, cache, comm
 from ..comm.route import Route
-from ..tensor import ShardTensor
+from ..tensor.redistribute import local_of
 
 _MOST = 64
 
@@ -55,7 +55,7 @@ def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[],
 
     key: what else the route depends on. group: all ranks that make it together.
     """
-    local = index._local if isinstance(index, ShardTensor) else index
+    local = local_of(index)
     ref = _torch.storage_ref(local)
     full = (ref.cdata, local.storage_offset(), local.shape, local.stride(), local.dtype, key)
     route = _kept.get(full, at)

@@ -9,7 +9,6 @@ stock op. An index that is the same on all ranks needs no asking.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -20,23 +19,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch, cache, comm
 from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
-from ..cuts import nested_chunk_sizes
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one
 from .routes import route_of
 
 Dims = tuple[Dim, ...]
-# kernel(rows, index (E,), values (E, ...)) gives the rows after the write
-Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# kernel(rows, index (E,), values (E, ...)) gives the rows after the write; values may be None
+Kernel = Callable[[Tensor, Tensor, Any], Tensor]
 # gloo cannot add these up
 _NO_SUM = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
 def dims_of(x: Tensor) -> Dims:
     """How x lies; whole for a plain tensor."""
-    return x._spec.dims if isinstance(x, ShardTensor) else tuple(Dim(n) for n in x.shape)
+    return x._spec.dims if isinstance(x, ShardTensor) else whole_dims(x.shape)
 
 
 def mesh_of(*xs: object) -> DeviceMesh:
@@ -44,48 +42,34 @@ def mesh_of(*xs: object) -> DeviceMesh:
     return next(x._spec.mesh for x in xs if isinstance(x, ShardTensor))
 
 
-def axes_in(dims: Sequence[Dim]) -> tuple[int, ...]:
-    """The mesh axes that shard any of the dims, ascending."""
-    return tuple(sorted(a for d in dims for a in d.axes))
+def lifted(x: Tensor, *others: object) -> ShardTensor:
+    """x without addends; a plain one lies whole on the mesh of another operand."""
+    if isinstance(x, ShardTensor):
+        return reduced(x)
+    return wrap(x, Spec.whole(mesh_of(*others), x.shape))
 
 
 def cut_axes(dim: Dim) -> tuple[int, ...]:
     """The mesh axes of a dim that lies in several shards."""
-    return dim.axes if len(dim.sizes) > 1 else ()
-
-
-def clipped(dim: Dim, n: int) -> Dim:
-    """The first n rows of a dim, every shard keeping what it has of them."""
-    if not dim.axes:
-        return Dim(n)
-    edges = [min(o, n) for o in dim.offsets]
-    return Dim(n, dim.axes, tuple(b - a for a, b in pairwise(edges)))
+    return dim.axes if dim.is_cut else ()
 
 
 @cached
 def covering(mesh: DeviceMesh, dims: Dims, need: tuple[int, ...], banned: tuple[int, ...]) -> Dims:
     """Dims of an index that no banned axis shards and every needed one does."""
-    new = [Dim(d.size) if set(d.axes) & set(banned) else d for d in dims]
+    new = [d.whole if set(d.axes) & set(banned) else d for d in dims]
     missing = tuple(a for a in need if a not in axes_in(new))
     if missing:
         to = max(range(len(new)), key=lambda i: (not new[i].axes, new[i].size))
-        axes = tuple(sorted((*new[to].axes, *missing)))
-        sizes = nested_chunk_sizes(new[to].size, [mesh.size(a) for a in axes])
-        new[to] = Dim(new[to].size, axes, sizes)
+        axes = sorted((*new[to].axes, *missing))
+        new[to] = Dim.chunked(new[to].size, axes, mesh)
     return tuple(new)
 
 
 @cached
 def entry_counts(index: Spec, axes: tuple[int, ...]) -> tuple[int, ...]:
     """How many entries of an index each rank of the group over `axes` holds."""
-    places = product(*(range(index.mesh.size(a)) for a in axes))
-    found = []
-    for place in places:
-        at = list(index.coordinate)
-        for axis, i in zip(axes, place, strict=True):
-            at[axis] = i
-        found.append(prod(index.local_shape_at(at)))
-    return tuple(found)
+    return tuple(prod(index.local_shape_at(at)) for at in index.places(axes))
 
 
 def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) -> Tensor:
@@ -112,7 +96,7 @@ def summed(x: Any) -> Any:
     """A tensor without partial sums; the first dim of a 0-dim one."""
     if not isinstance(x, Tensor):
         return x
-    x = reduced(x) if isinstance(x, ShardTensor) else x
+    x = reduced(x)
     return x if x.ndim else x.reshape(1)
 
 
@@ -158,7 +142,6 @@ def read(
     dims = own if few else covering(mesh, own, need, ())
     varying = sorted({*rows.axes, *taken, *axes_in(dims)})
     local, at = fit(mesh, varying, (x, (rows, *rest)), (index, dims))
-    assert local is not None and at is not None
     out = Spec(mesh, (*dims, *rest))
     if not need and (not at.numel() or rows.size):
         # index_select refuses what counts from the end
@@ -208,21 +191,15 @@ def write(
     """
     mesh = mesh_of(x, index, values)
     old, own = dims_of(x), dims_of(index)
-    given = dims_of(values) if values is not None else (*own, *(Dim(d.size) for d in old[1:]))
+    given = dims_of(values) if values is not None else (*own, *(d.whole for d in old[1:]))
     dims, lead = _layout(mesh, old, own, given)
     first, lead = placed(mesh, dims[0], lead, kernel is None)
     dims = (first, *dims[1:])
     rows, *rest = dims
-    operands = fit(
-        mesh, sorted({*axes_in(dims), *axes_in(lead)}),
-        (values, (*lead, *rest)), (index, lead),
-    )  # fmt: skip
-    v, at = operands
-    assert at is not None
+    varying = sorted({*axes_in(dims), *axes_in(lead)})
+    v, at = fit(mesh, varying, (values, (*lead, *rest)), (index, lead))
     v = None if v is None else v.reshape(at.numel(), *v.shape[len(own) :])
-    local = like(
-        x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), Spec(mesh, dims)
-    )._local
+    local = like(lifted(x, index, values), Spec(mesh, dims))._local
     spec, have = Spec(mesh, lead), axes_in(lead)
     asks = bool(set(cut_axes(rows)) & set(have))
     if kernel is None and v is not None and asks and not _torch.is_tracing():
@@ -231,7 +208,7 @@ def write(
     else:
         at = normal(at, spec, rows.size, negative, op).reshape(-1)
         new = settle(local, at, v, kernel, rows, spec, have)
-    final = (Dim(rows.size) if not old[0].axes else rows, *rest)
+    final = (rows if old[0].axes else rows.whole, *rest)
     return like(wrap(new, Spec(mesh, dims)), Spec(mesh, final))
 
 
@@ -258,7 +235,7 @@ def placed(mesh: DeviceMesh, rows: Dim, lead: Sequence[Dim], adds: bool) -> tupl
         return rows, covering(mesh, tuple(lead), (), have)
     if not need and have and not adds:
         # ranks with entries of their own share the rows out
-        rows = Dim(rows.size, have, nested_chunk_sizes(rows.size, [mesh.size(a) for a in have]))
+        rows = Dim.chunked(rows.size, have, mesh)
         need = cut_axes(rows)
     if not adds:
         lead = covering(mesh, tuple(lead), (), tuple(a for a in have if a not in need))
@@ -270,7 +247,7 @@ def placed(mesh: DeviceMesh, rows: Dim, lead: Sequence[Dim], adds: bool) -> tupl
 def settle(
     local: Tensor,
     at: Tensor,
-    values: Tensor | None,
+    values: Any,
     kernel: Kernel | None,
     rows: Dim,
     index: Spec,
@@ -284,12 +261,10 @@ def settle(
     asks = bool(set(need) & set(have))
     group = comm.group(mesh, need) if need else ""
     if kernel is None:
-        assert values is not None
         extra = tuple(a for a in have if a not in need)
         if asks:
             return local + _summed(comm.put(values, at, rows.sizes, group), mesh, extra)
         some, at, values = _mine(local, at, values, rows, group) if need else (local, at, values)
-        assert values is not None
         if extra:
             part = torch.zeros_like(some).index_add(0, at, values)
             return local + _summed(part[: len(local)], mesh, extra)
@@ -317,8 +292,8 @@ def _own(at: Tensor, rows: Dim, group: str) -> tuple[Tensor, Tensor]:
 
 
 def _mine(
-    local: Tensor, at: Tensor, values: Tensor | None, rows: Dim, group: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    local: Tensor, at: Tensor, values: Any, rows: Dim, group: str
+) -> tuple[Tensor, Tensor, Any]:
     """The entries of an index, alike on all ranks, that fall into this rank's rows."""
     mine, own = _own(at, rows, group)
     if _torch.is_tracing():

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, like, to_dims
+from ..tensor.redistribute import fit, like, local_of, to_dims
 from . import flat
 from .in_place import in_place
-from .index import _whole
 from .rows import (
     Kernel,
-    axes_in,
-    clipped,
     covering,
     cut_axes,
     dims_of,
     integers,
+    lifted,
     mesh_of,
     normal,
     placed,
@@ -83,7 +81,7 @@ def _one_index(index: Tensor, d: int) -> bool:
         or axes_in([dims[i] for i in rest])
     ):
         return False
-    local = index._local if isinstance(index, ShardTensor) else index
+    local = local_of(index)
     mine = all(local.stride(i) == 0 or local.shape[i] == 1 for i in rest) or not local.numel()
     axes = axes_in(dims)
     return all(comm.counts(int(mine), local, comm.group(mesh_of(index), axes)) if axes else [mine])
@@ -104,7 +102,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     index = integers(index, "gather")
     x, index = summed(input), summed(index)
     if not index.numel():
-        return _whole(x.reshape(-1)[:0], index).reshape(shape)
+        return lifted(x.reshape(-1)[:0], index).reshape(shape)
     _check_shapes("gather", d, index, (x, False))
     mesh, dims = mesh_of(x, index), dims_of(x)
     if cut_axes(dims[d]) and _one_index(index, d):
@@ -138,11 +136,14 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
 def _met(
     mesh: Any, dims: Sequence[Dim], own: Sequence[Dim], d: int, need: tuple[int, ...]
 ) -> tuple[Dim, ...]:
-    """Dims of an index beside a tensor in `dims`: cut alike in all but dim d."""
+    """Dims of an index beside a tensor in `dims`: cut alike in all but dim d.
+
+    By hand: the sizes of both differ, so that an index is cut where the rows of the tensor are.
+    """
     taken = axes_in([n for i, n in enumerate(dims) if i != d])
     free = covering(mesh, tuple(own), (), taken)
     lead = [
-        clipped(n, o.size) if n.axes and i != d else f
+        n.clipped(0, o.size) if n.axes and i != d else f
         for i, (n, o, f) in enumerate(zip(dims, own, free, strict=True))
     ]
     missing = tuple(a for a in need if a not in axes_in(lead))
@@ -181,7 +182,7 @@ def _scattered(
         and _one_index(index, d)
     ):
         rowwise = None if kernel is None else by_row(kernel)
-        full: Tensor = x if isinstance(x, ShardTensor) else _whole(x, index, src)
+        full: Tensor = lifted(x, index, src)
         return write(
             full.movedim(d, 0), _along(index, d), src.movedim(d, 0), rowwise, op=op
         ).movedim(0, d)
@@ -195,7 +196,7 @@ def _scattered(
     best = [g if g.axes else o for g, o in zip(given, own, strict=True)]
     if len(set(axes_in(best))) != len(axes_in(best)):
         best = list(given)
-    free = [n if i == d else Dim(n.size) for i, n in enumerate(best)]
+    free = [n if i == d else n.whole for i, n in enumerate(best)]
     lead = _met(mesh, dims, free, d, ())
     # only dim d is left to differ
     rows, (along,) = placed(mesh, dims[d], (lead[d],), kernel is None)
@@ -205,7 +206,9 @@ def _scattered(
     varying = sorted({*axes_in(dims), *axes_in(lead)})
     v, at = fit(mesh, varying, (src, lead), (index, lead))
     at = normal(at, spec, rows.size, False, op).movedim(d, 0)
-    local = like(x if isinstance(x, ShardTensor) else wrap(x, Spec(mesh, old)), target)._local
+    local = like(
+        x if isinstance(x, ShardTensor) else wrap(x, Spec.whole(mesh, x.shape)), target
+    )._local
     moved = local.movedim(d, 0)
     n = prod(moved.shape[1:])
     places = _elements(at, spec.with_dims(_first(lead, d)), moved.shape[1:], [False] * x.ndim)
@@ -213,15 +216,14 @@ def _scattered(
     every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
     new = settle(moved.reshape(-1), places.reshape(-1), values, kernel, every, spec, along.axes)
     out = wrap(new.reshape(moved.shape).movedim(0, d), target)
-    out = to_dims(out, [*dims[:d], old[d], *dims[d + 1 :]])
+    out = to_dims(out, target.replace({d: old[d]}).dims)
     return out if shape else out.reshape(())
 
 
 def by_row(kernel: Kernel) -> Kernel:
     """A kernel of elements for rows."""
 
-    def rowwise(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
-        assert values is not None
+    def rowwise(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
         return kernel(rows, at.reshape(-1, *[1] * (rows.ndim - 1)).expand(values.shape), values)
 
     return rowwise
@@ -231,8 +233,7 @@ def reduce_kernel(reduce: str, include_self: bool) -> Kernel | None:
     if reduce == "sum" and include_self:
         return None
 
-    def kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
-        assert values is not None
+    def kernel(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
         return rows.scatter_reduce(0, at, values, reduce, include_self=include_self)
 
     return kernel
@@ -270,8 +271,7 @@ def scatter(
     return _scattered("scatter", input, dim, index, None, fill)
 
 
-def _scatter_kernel(rows: Tensor, at: Tensor, values: Tensor | None) -> Tensor:
-    assert values is not None
+def _scatter_kernel(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
     return rows.scatter(0, at, values)
 
 

@@ -37,8 +37,7 @@ def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> Shar
     """Rows start, start + step, ... below stop of dim d: every rank keeps what it has of them."""
     spec = x._spec
     new, local = picks(spec.dims[d], spec.index[d], start, stop, step)
-    dims = (*spec.dims[:d], new, *spec.dims[d + 1 :])
-    out = wrap(x._local[(slice(None),) * d + (local,)], Spec(spec.mesh, dims, spec.partial))
+    out = wrap(x._local[(slice(None),) * d + (local,)], spec.replace({d: new}))
     out._slice = slice_of(x, d, start, stop, step)
     return out
 
@@ -50,13 +49,11 @@ def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
         raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
     index %= n
     spec = x._spec
-    dims = (*spec.dims[:d], *spec.dims[d + 1 :])
-    out = Spec(spec.mesh, dims, spec.partial)
-    dim = spec.dims[d]
+    out, dim = spec.drop([d]), spec.dims[d]
     if not dim.axes:
         return wrap(x._local.select(d, index), out)
     row = sliced(x, d, index, index + 1)
-    sizes, group = row._spec.dims[d].sizes, comm.group(spec.mesh, dim.axes)
+    sizes, group = row._spec.dims[d].sizes, comm.along(spec, d)
     rows = comm.gather(row._local, d, sizes, group)
     picked = rows.select(d, 0)
     if len(sizes) > 1:
@@ -118,8 +115,7 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
 def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
     d = _index(dim, input.ndim)
     x = whole_in(input, [d], "unbind")
-    dims = (*x._spec.dims[:d], *x._spec.dims[d + 1 :])
-    spec = Spec(x._spec.mesh, dims, x._spec.partial)
+    spec = x._spec.drop([d])
     return tuple(wrap(row, spec) for row in x._local.unbind(d))
 
 
@@ -155,8 +151,7 @@ def _parts(x: ShardTensor, d: int, sizes: Sequence[int]) -> tuple[ShardTensor, .
     # one op, as in torch, whose views autograd does not let be written to
     locals_ = x._local.split_with_sizes(own, d)
     return tuple(
-        wrap(local, Spec(spec.mesh, (*spec.dims[:d], dim, *spec.dims[d + 1 :]), spec.partial))
-        for local, dim in zip(locals_, new, strict=True)
+        wrap(local, spec.replace({d: dim})) for local, dim in zip(locals_, new, strict=True)
     )
 
 
@@ -236,7 +231,7 @@ def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> ShardTen
 
 def _written(x: Tensor, src: Tensor, d: int, start: int, stop: int, step: int) -> ShardTensor:
     mesh = mesh_of(x, src)
-    x, src = (reduced(t) if isinstance(t, ShardTensor) else t for t in (x, src))
+    x, src = map(reduced, (x, src))
     # a plain target lies as its largest operand
     dims = list(dims_of(x if isinstance(x, ShardTensor) else src))
     if not isinstance(x, ShardTensor):

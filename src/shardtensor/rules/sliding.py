@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache import cached
 from ..dispatch.writes import stands_for_view
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .overlap import overlapped, pays
@@ -52,7 +52,7 @@ def plan(spec: Spec, stencils: tuple[tuple[int, Stencil], ...]) -> Plan:
     uneven = [0, 0] * len(spec.dims)
     for d, s in stencils:
         dim = spec.dims[d]
-        if len(dim.sizes) > 1:
+        if dim.is_cut:
             reach = strided(dim, s)
             reaches.append((d, s, reach))
             dims.append((d, reach.dim))
@@ -138,4 +138,4 @@ def sliding(
         dim if dim.axes or i in new else Dim(n)
         for i, (dim, n) in enumerate(zip(kept, y.shape, strict=False))
     ]
-    return wrap(y, spec.with_dims([*full, *(Dim(n) for n in y.shape[len(kept) :])]))
+    return wrap(y, spec.with_dims([*full, *whole_dims(y.shape[len(kept) :])]))

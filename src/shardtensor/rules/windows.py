@@ -9,7 +9,6 @@ A `Reach` is the plan for one dim, the same on every rank; `fetch` brings this r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,7 +130,7 @@ def added_to(dim: Dim, stencil: Stencil) -> Kept[tuple[int, int]]:
     stride, before = stencil.stride, stencil.before
     return Kept(
         (a * stride - before, (b - 1) * stride - before + stencil.extent) if a < b else (0, 0)
-        for a, b in pairwise(dim.offsets)
+        for a, b in dim.spans
     )
 
 
@@ -144,10 +143,7 @@ def near(dim: Dim, beside: int, out: int) -> tuple[Reach, tuple[int, ...]]:
     """
     n = dim.size
     ends = [o * out // n for o in dim.offsets]
-    windows = [
-        (max(0, a - beside), min(n, b + beside)) if a < b else (a, a)
-        for a, b in pairwise(dim.offsets)
-    ]
+    windows = [(max(0, a - beside), min(n, b + beside)) if a < b else (a, a) for a, b in dim.spans]
     firsts = [(a - start) * out // n for a, (start, _) in zip(dim.offsets, windows, strict=False)]
     return reach_of(dim, ends, windows), tuple(firsts)
 
@@ -179,7 +175,7 @@ def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0, lead: 
     if reach.inside and reach.dim.sizes[me]:
         whole = start == spec.offset[d] and stop - start == dim.sizes[me]
         return x if whole else x.narrow(at, start - spec.offset[d], stop - start)
-    name = comm.group(spec.mesh, dim.axes)
+    name = comm.along(spec, d)
     return comm.window(x, at, dim.sizes, reach.windows, name, fill=fill)
 
 

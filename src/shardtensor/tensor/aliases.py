@@ -24,6 +24,9 @@ _room = 64
 Part = tuple[Any, dict[int, tuple[int, int]]]
 
 
+_ARRAY = "numpy"
+
+
 class Piece:
     """One storage of a family, by weak references only."""
 
@@ -92,6 +95,14 @@ class Family:
                 stale[cdata] = _Stale(piece, writer, op)
         forget_dead()
         _sweep()
+
+    def refuse_arrays(self, op: str) -> None:
+        """Raise UnsupportedOpError for a write that an array which is still there would miss."""
+        if any(p.made_by == _ARRAY and not p.storage.expired() for p in self.pieces.values()):
+            raise UnsupportedOpError(
+                f"{op} of a tensor whose array (.numpy()) is still in use: the array of a sharded "
+                "tensor is a copy, which would miss the write; drop it first, or .copy() it"
+            )
 
     def reshaped(self, fresh: set[int], op: str, tracked: bool) -> None:
         """As after a write that changes no value.
@@ -193,6 +204,18 @@ def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
     piece = Piece(copy, op, base)
     family.add(piece)
     return piece
+
+
+def as_array(whole: Tensor, array: Any, base: Tensor) -> Any:
+    """The array of a gathered tensor, which neither sees nor makes writes to its base.
+
+    So it is read-only, and while it is there the base is not written to.
+    """
+    if whole.untyped_storage()._cdata != base.untyped_storage()._cdata:
+        array.flags.writeable = False
+        if array.base is not None:
+            relate(whole.detach(), base.detach(), _ARRAY)
+    return array
 
 
 def _root(x: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
     if isinstance(error, UnsupportedOpError):
         return
     for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
-        kind = _not_dense(x._local if isinstance(x, ShardTensor) else x)
+        kind = _not_dense(local_of(x))
         if kind:
             name, what = getattr(func, "__name__", func), str(error).split("\n")[0]
             raise UnsupportedOpError(
@@ -277,7 +277,7 @@ def _blocks(dim: Dim, at: tuple[int, ...], parts: tuple[int, ...]) -> Cut:
 def _outer(dim: Dim, mesh: DeviceMesh, depth: int) -> Dim:
     """A dim sharded only by the first `depth` of its axes."""
     if depth in (0, len(dim.axes)):
-        return dim if depth else Dim(dim.size)
+        return dim if depth else dim.whole
     return _coarse(dim, depth, prod(mesh.size(a) for a in dim.axes[depth:]))
 
 

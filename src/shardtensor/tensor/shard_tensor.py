@@ -21,7 +21,7 @@ from ..errors import UnsupportedOpError
 from ..registry import handlers, methods
 from ..spec import Spec
 from . import layout
-from .aliases import refuse_stale, stale
+from .aliases import as_array, refuse_stale, stale
 
 _level = _torch.functorch_level
 
@@ -311,11 +311,13 @@ class ShardTensor(torch.Tensor):
         return self.full_tensor().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The whole tensor as an array."""
-        return self.full_tensor().numpy(force=force)
+        """The whole tensor as an array; read-only where it is not this tensor's memory."""
+        whole = self.full_tensor()
+        return as_array(whole, whole.numpy(force=force), self._local)
 
     def __array__(self, dtype: Any = None) -> Any:
-        return self.full_tensor().__array__(dtype)
+        whole = self.full_tensor()
+        return as_array(whole, whole.__array__(dtype), self._local)
 
     def __bool__(self) -> bool:
         return bool(self.full_tensor())
