@@ -139,6 +139,7 @@ def test_layouts():
         Task(nn.Identity, [(4, 3, 8, 2)], dims=(4,))
 
 
+@pytest.mark.slow
 def test_ranking_and_the_fewest():
     t = task("U-Net", 1, (2,))
     one = estimate(t, Layout(1, (2,), (1,)))
