@@ -12,7 +12,7 @@ import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.rules import halo, overlap
 from shardtensor.rules.conv import _transposed as transposed
-from shardtensor.rules.sliding import Stencil, sliding
+from shardtensor.rules.sliding import Stencil, plan, sliding
 from shardtensor.spec import Dim
 
 D = torch.float64
@@ -275,6 +275,22 @@ def test_nothing_is_in_flight_in_a_graph(in_flight):
 
     st.simulate(2, run)
     assert not in_flight
+
+
+@pytest.mark.parametrize("cut", [(3, 4), (1, 5, 0, 1)])
+def test_transposed_convolutions_are_not_in_flight(cut, in_flight):
+    module = nn.ConvTranspose2d(2, 3, 3, 2, 1, dtype=D)
+    T.hold(module, [numbers(1, 2, 7, 3)], [T.shard(2, cut)], (len(cut),))
+    assert not in_flight
+
+
+def test_padding_in_one_shard_is_left_to_the_op():
+    def run():
+        x = st.distribute_tensor(numbers(1, 1, 6, 6), T.make_mesh((1,)), [Shard(2)])
+        made = plan(x.spec, ((2, Stencil(3, 1, 1)),))
+        return made.reaches, made.left, F.max_pool2d(x, 3, 1, 1).placements
+
+    assert st.simulate(1, run) == [((), (1,), (Shard(2),))]
 
 
 def means(x):
