@@ -157,3 +157,20 @@ def transformed():
 def test_transforms_are_refused_where_gradients_are_averaged():
     with pytest.raises(st.RankError, match=r"averaged over the data axis: take torch.autograd"):
         st.simulate(2, transformed)
+
+
+def asked(model, x):
+    """Gradients of weights that are DTensors, which lie on another axis than the loss."""
+    wanted = list(model.parameters())
+    grads = torch.autograd.grad(model(x).square().mean(), wanted, create_graph=True)
+    again = torch.autograd.grad(sum((g * g).sum() for g in map(torch.cos, grads)), wanted)
+    model(x).square().mean().backward(inputs=wanted[:2])
+    return [*grads, *again, *(p.grad for p in wanted[:2])]
+
+
+@pytest.mark.parametrize("names", [("data", "domain", "tp"), ("domain", "tp")])
+def test_gradients_that_are_asked_for_of_tensor_parallel_weights(names):
+    want = run(asked)
+    shape = (2, 1, 2) if "data" in names else (2, 2)
+    for got in st.simulate(4, run, asked, shape, names):
+        same(got, want)

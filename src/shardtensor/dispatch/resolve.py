@@ -159,6 +159,10 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     return reflect
 
 
+# each asks for gradients of its operands as they are, on whatever meshes
+_ENGINE = (torch.autograd.grad, torch.Tensor.backward)
+
+
 def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
@@ -167,7 +171,7 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if stale:
             check_readable(args, kwargs)
-        if apart(args, kwargs):
+        if apart(args, kwargs) and func not in _ENGINE:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
