@@ -198,6 +198,8 @@ OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
         lambda x, n: lambda: x.redistribute(sizes={2: [5] + [4] * (n - 2) + [3]})
     )(shards(mesh, (1, 4, 0, 8), 2, 4), mesh.size()),
     "reduce_scatter": summed,
+    **{name: norm(make, False) for name, make in NORMS.items()},
+    **{f"{name}, both": norm(make, True) for name, make in NORMS.items()},
 }
 
 
