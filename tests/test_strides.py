@@ -106,3 +106,22 @@ def test_what_only_moves_keeps_its_strides():
         assert seen(s) == seen(last) and seen(s * 2) == seen(last)
 
     simulate(2, run)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (2, 1), (0, 1, 2)])
+def test_writes_to_expanded_rows_raise_alike(sizes):
+    def fail(x):
+        y = x[..., None].expand(*x.shape, 2)
+        for index in (0, slice(1), (slice(None), 1), [1, 0]):
+            with pytest.raises(RuntimeError, match=r"single memory|share memory"):
+                y[index] = 0.5
+
+    def run():
+        x = X[:, :, 0, 0].clone()
+        fail(
+            st.distribute_tensor(
+                x, make_mesh((len(sizes),)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+            )
+        )
+
+    simulate(len(sizes), run)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.fallback import fall_back
+from ..dispatch.follow import PART, follow, hides
 from ..dispatch.promote import adopt
 from ..dispatch.writes import check_writable, refuse_overlap
 from ..errors import UnsupportedOpError
@@ -298,6 +299,9 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(e, slice) or not whole:
             single.append(not whole)
     part, _ = _basic(x, ranges)
+    if hides(PART, (x,), part):
+        # of an expanded tensor, whose rows are written to on some ranks only
+        follow(PART, Tensor.__getitem__, (x, tuple(ranges)), {}, part)
     part.copy_(_with_dims_of_one(value, single))
 
 
@@ -315,6 +319,8 @@ def _set_at(x: ShardTensor, entries: list[Any], value: Tensor) -> None:
     for e in entries:
         outer += [slice(None)] * (e.ndim if is_mask(e) else 1) if isinstance(e, Tensor) else [e]
     part, rest = _basic(x, entries)
+    if hides(PART, (x,), part):
+        follow(PART, Tensor.__getitem__, (x, tuple(outer)), {}, part)
     refuse_overlap(part, "x[index] = ")
     new = put_at(part, rest, value.to(x.dtype))
     if part._local is x._local:
