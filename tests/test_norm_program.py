@@ -17,7 +17,7 @@ from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups
 from shardtensor.comm.define import KERNELS
-from shardtensor.rules import moments, normalise
+from shardtensor.rules import moments, normalise, numbers
 
 D = torch.float64
 ROWS = 4
@@ -145,6 +145,18 @@ def test_statistics_that_are_added_up(norm, wide, monkeypatch):
             T.hold(module, [x], [T.shard(2, cut)], (len(cut),))
         else:
             T.hold(module.float(), [x.float()], [T.shard(2, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("norm", EACH, ids=str)
+@pytest.mark.parametrize("most", [1, 16])
+def test_numbers_of_other_devices(norm, most, monkeypatch):
+    """Which stay in tensors there."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 7, 5, dtype=D) + 3
+    monkeypatch.setattr(numbers, "_on_host", lambda x: False)
+    monkeypatch.setattr(normalise, "GATHERED", most)
+    for cut in ((4, 0, 3), (5, 2)):
+        T.hold(Affine(norm), [x], [T.shard(2, cut)], (len(cut),))
 
 
 @pytest.mark.parametrize("norm", EACH, ids=str)

@@ -218,9 +218,10 @@ def _sums(
     """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g."""
     n = rows.shape[1]
     if rows.numel():
-        center, scale = tensors(rows, n, mean, slope)
+        center, scale, one = tensors(rows, n, mean, slope, 1.0)
+        # CUDA's kernel gives these gradients in the form of the weight, which it must have
         _, along, total = torch.ops.aten.native_batch_norm_backward(
-            g, rows, None, None, None, center, scale, True, 0.0, [False, True, True]
+            g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
         )
     else:
         along = total = rows.new_zeros(n, dtype=accumulated(rows.dtype))
