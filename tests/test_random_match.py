@@ -197,6 +197,16 @@ def test_the_order_that_only_the_whole_has(way, dim, cut):
     matched(draw, x, [Shard(dim)], {dim: cut}, (2,), quiet=False)
 
 
+@pytest.mark.parametrize("name", ["feature_dropout", "feature_alpha_dropout"])
+def test_channels_are_drawn_rows_first(name):
+    x = torch.linspace(-2, 2, 28, dtype=F64).reshape(4, 7)
+    draw = getattr(torch, name)
+    for dim, cut in ((0, (3, 1)), (1, (4, 3))):
+        matched(
+            lambda x: draw(x.t() + 1, 0.5, True), x, [Shard(dim)], {dim: cut}, (2,), quiet=False
+        )
+
+
 def test_the_result_keeps_the_order():
     x = torch.ones(3, 4, 5)
     matched(lambda x: F.dropout(torch.rand_like(x.transpose(0, 2))), x, [Shard(1)], None, (2,))

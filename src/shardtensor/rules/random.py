@@ -26,7 +26,8 @@ _PROBABLE = "Expected p_in >= 0 && p_in <= 1"
 def _keep(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> Tensor:
     """Ones, with probability 1 - p, and zeros, with the given dims and the dtype of x."""
     spec = x._spec.with_dims(dims)
-    order = _order(x) if dims == x._spec.dims else ()
+    # one number for each channel is drawn rows first, even where that is one for each element
+    order = _order(x) if dims is x._spec.dims else ()
     return draw(spec, x.dtype, x.device, lambda t, g: t.bernoulli_(1 - p, generator=g), order=order)
 
 
