@@ -125,3 +125,38 @@ def test_writes_to_expanded_rows_raise_alike(sizes):
         )
 
     simulate(len(sizes), run)
+
+
+def squeezed_in_place(x):
+    y = x[:1]
+    y.squeeze_(0)
+    y.add_(1)
+    return x, y
+
+
+def turned_before_a_row_is_written(x):
+    rows = x.unbind(0)
+    x.t_()
+    rows[1].zero_()
+    return x
+
+
+@pytest.mark.parametrize("fn", [squeezed_in_place, turned_before_a_row_is_written])
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 0), (1, 3)])
+def test_rows_are_written_back_to_what_was_turned_in_place(fn, sizes):
+    square = X.reshape(-1)[:16].reshape(4, 4)
+    want = fn(square.clone())
+
+    def run():
+        s = st.distribute_tensor(
+            square, make_mesh((2,)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        try:
+            got = fn(s)
+            wanted = want if isinstance(want, tuple) else (want,)
+            for g, w in zip(got if isinstance(got, tuple) else (got,), wanted, strict=True):
+                same(g, w, fn.__name__)
+        except st.UnsupportedOpError as e:
+            assert fn is squeezed_in_place and "read after" in str(e), e
+
+    simulate(2, run)

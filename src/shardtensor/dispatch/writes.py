@@ -97,7 +97,7 @@ class _Back:
         # base may be a passing view
         root = base if base._base is None else base._base
         self.root = weakref.ref(root)
-        self.view = None if root is base else _geometry(base)
+        self.view = _geometry(base)
         self.write = write
         self.geometry = _geometry(rows)
         self.rows = weakref.ref(rows if rows._base is None else rows._base)
@@ -105,7 +105,8 @@ class _Back:
     def base(self) -> Tensor | None:
         """The local tensor that the rows belong to, None if it is gone."""
         root = self.root()
-        return root if root is None or self.view is None else root.as_strided(*self.view)
+        # which may have been turned in place
+        return root if root is None or _geometry(root) == self.view else root.as_strided(*self.view)
 
     def run(self, local: Tensor, base: Tensor) -> None:
         """Write the rows of which local is a view to base; differentiably where autograd saw it."""

@@ -48,11 +48,11 @@ def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
     whole = x._spec.whole_in(dims).dims
     if x._spec.partial:
         return moved(x, whole, op)
-    y = to_dims(x, whole)
+    y, spec = to_dims(x, whole), x._spec
 
     def write(base: Tensor, rows: Tensor) -> None:
-        # whole on every rank: nothing is sent
-        base.copy_(convert(rows, y._spec, x._spec))
+        # whole on every rank: nothing is sent. x may have other dims by then (squeeze_, t_)
+        base.copy_(convert(rows, y._spec, spec))
 
     stands_for_rows(y._local, x, op, write)
     return y
