@@ -104,3 +104,30 @@ def test_storage_offset_is_refused():
             x[1:].storage_offset()
 
     simulate(2, run)
+
+
+class Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 0)])
+def test_gradcheck(sizes):
+    def run():
+        x = st.distribute_tensor(X[:, :2], make_mesh((2,)), [Shard(0)], sizes={0: sizes})
+        x.requires_grad_()
+        for fn in (lambda x: (x * x).sum(), lambda x: x.flip(0).softmax(0)):
+            assert torch.autograd.gradcheck(fn, (x,))
+            assert torch.autograd.gradcheck(fn, (x,), fast_mode=True)
+        with pytest.raises(
+            torch.autograd.gradcheck.__globals__["GradcheckError"], match="mismatch"
+        ):
+            torch.autograd.gradcheck(Wrong.apply, (x,))
+
+    simulate(2, run)

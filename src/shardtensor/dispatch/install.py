@@ -23,6 +23,7 @@ def install() -> None:
     _torch.install_function_hook(functions.around_apply)
     _torch.install_engine_hook(functions.engine_roots, local_of)
     _torch.install_ddp_hook(local_of)
+    _torch.install_gradcheck_hook(lambda x: isinstance(x, ShardTensor))
     _torch.guard_transforms(functions.check_transform)
     script.install_script_hook(handler_of_shards)
     checkpoint.install(settings.bringing)
