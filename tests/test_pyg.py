@@ -46,15 +46,19 @@ def test_layers(name, sharded):
         T.hold(layer, [X, EDGES, *more], places, (len(cut),), atol=1e-13)
 
 
+class Bipartite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = pyg.SAGEConv((6, 4), 5).double()
+
+    def forward(self, x, y, edges):
+        return self.layer((x, y), edges)
+
+
 def test_bipartite():
-    layer = pyg.SAGEConv((6, 4), 5).double()
     y, edges = torch.randn(7, 4, dtype=D), torch.stack([EDGES[0], EDGES[1] % 7])
-
-    def fn(x, y, edges):
-        return layer((x, y), edges)
-
     for sizes in ((4, 3), (7, 0)):
-        T.hold(fn, [X, y, edges], [T.shard(0), T.shard(0, sizes), None], (2,))
+        T.hold(Bipartite(), [X, y, edges], [T.shard(0), T.shard(0, sizes), None], (2,))
 
 
 def sent(width):
