@@ -21,8 +21,7 @@ from ..cuts import chunk_sizes
 from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in, whole_dims
-from ..tensor import ShardTensor, wrap
-from ..tensor.layout import views
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import convert, like, reduced, replicate, to_dims
 from .agreed import agreed
 from .pointwise import function_rule
@@ -149,19 +148,28 @@ def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
     return tuple(before), Spec(spec.mesh, tuple(after), spec.partial)
 
 
+@cached
+def _reshaped(
+    spec: Spec, stride: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[bool, tuple[Dim, ...], Spec, bool]:
+    """(whether shards stay, the dims that they need, the spec of the result, whether a view)."""
+    target = _infer(shape, spec.shape.numel())
+    before, out = _plan(spec, target)
+    return before == spec.dims, before, out, layout.is_view(spec.shape, stride, target)
+
+
 def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
-    target = _infer(shape, x.numel())
-    if x.numel() == 0:
+    if not x._spec.shape.numel():
+        target = _infer(shape, 0)
         local = replicate(x)._local.reshape(target)
         return wrap(local, Spec.whole(x._spec.mesh, target))
-    before, spec = _plan(x._spec, target)
-    view = views(x, target)
+    stays, before, spec, view = _reshaped(x._spec, layout.stride(x), tuple(shape))
     if strict and not view:
         raise RuntimeError(
             "view size is not compatible with input tensor's size and stride (at least one "
             "dimension spans across two contiguous subspaces). Use .reshape(...) instead."
         )
-    if before == x._spec.dims:
+    if stays:
         out = x._local.reshape(spec.local_shape)
         if not view and out.untyped_storage()._cdata == x._local.untyped_storage()._cdata:
             # a view of this shard, of one row perhaps, where the whole is copied
@@ -276,9 +284,13 @@ def _index(dim: int, ndim: int) -> int:
 
 
 def _permuted(x: ShardTensor, order: Sequence[int]) -> ShardTensor:
-    spec = x._spec
-    dims = tuple(spec.dims[d] for d in order)
-    return wrap(x._local.permute(tuple(order)), Spec(spec.mesh, dims, spec.partial))
+    order = tuple(order)
+    return wrap(x._local.permute(order), _ordered(x._spec, order))
+
+
+@cached
+def _ordered(spec: Spec, order: tuple[int, ...]) -> Spec:
+    return Spec(spec.mesh, tuple([spec.dims[d] for d in order]), spec.partial)
 
 
 @rule("permute")
@@ -292,11 +304,15 @@ def permute(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
-    order = list(range(input.ndim))
+    return wrap(input._local.transpose(dim0, dim1), _swapped(input._spec, dim0, dim1))
+
+
+@cached
+def _swapped(spec: Spec, dim0: int, dim1: int) -> Spec:
+    order = list(range(len(spec.dims)))
     if order:
-        a, b = _index(dim0, input.ndim), _index(dim1, input.ndim)
-        order[a], order[b] = b, a
-    return _permuted(input, order)
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _ordered(spec, tuple(order))
 
 
 @rule("t")
@@ -347,7 +363,12 @@ def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
 @rule("unsqueeze")
 def unsqueeze(input: ShardTensor, dim: int) -> ShardTensor:
     d = _index(dim, input.ndim + 1)
-    return wrap(input._local.unsqueeze(d), input._spec.insert(d, Dim(1)))
+    return wrap(input._local.unsqueeze(d), _with_one(input._spec, d))
+
+
+@cached
+def _with_one(spec: Spec, d: int) -> Spec:
+    return spec.insert(d, Dim(1))
 
 
 @rule("expand", "broadcast_to")

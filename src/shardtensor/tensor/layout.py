@@ -171,11 +171,6 @@ def _in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]
     return True
 
 
-def views(x: Any, target: tuple[int, ...]) -> bool:
-    """Whether torch gives the whole, which is not empty, in another shape as a view."""
-    return _views(x._spec.shape, stride(x), target)
-
-
 def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) -> bool:
     """Whether torch gives a tensor without empty dims in another shape as a view."""
     kept = [(n, s) for n, s in zip(shape, stride, strict=True) if n != 1]
@@ -192,6 +187,3 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
         if run > 1:
             return False
     return not wanted
-
-
-_views = cached(is_view)
