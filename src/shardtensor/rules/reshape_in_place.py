@@ -53,7 +53,9 @@ def transpose_(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
 def t_(input: ShardTensor) -> ShardTensor:
     if input.ndim > 2:
         raise RuntimeError(f"t_() expects a tensor with <= 2 dimensions, but self is {input.ndim}D")
-    return transpose_(input, 0, 1) if input.ndim == 2 else input
+    if input.ndim < 2:
+        return _changed(input, "t_", lambda local: local, input._spec.dims)
+    return transpose_(input, 0, 1)
 
 
 @rule("unsqueeze_")
