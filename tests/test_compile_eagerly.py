@@ -1,0 +1,161 @@
+"""What no graph holds: refused where the whole is wanted, else run eagerly, and written once."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.ranks.testing import make_mesh
+
+F64 = torch.float64
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+def hooked(x):
+    y = x * 2
+    y.register_hook(lambda g: g * 2)
+    return y
+
+
+def int_of_a_buffer(x):
+    n = torch.tensor(2)
+    return x[: int(n)] if int(n) > 1 else x
+
+
+REFUSED = {
+    "Function": (lambda x: Doubled.apply(x), "autograd|would lose its backward"),
+    "reentrant checkpoint": (
+        lambda x: torch.utils.checkpoint.checkpoint(lambda y: y * 2, x, use_reentrant=True),
+        "use_reentrant=False",
+    ),
+    "hook on a tensor": (hooked, "register_hook inside a compiled program"),
+    "a value": (lambda x: x * 2 if x.sum() > 0 else x, "needs the value of a tensor"),
+    "dropout": (lambda x: torch.dropout(x, 0.5, True), "UnsupportedOpError"),
+}
+
+
+def refused(name):
+    x = torch.linspace(-1, 2, 16, dtype=F64).view(4, 4)
+    s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None).requires_grad_()
+    st.compile(REFUSED[name][0], backend="eager", fullgraph=True)(s)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_graph_would_lose_is_refused(name):
+    with pytest.raises(st.RankError, match=REFUSED[name][1]) as e:
+        st.simulate(2, refused, name)
+    assert isinstance(e.value.__cause__, st.UnsupportedOpError)
+
+
+def gone_through(fn, x):
+    """The result of two calls, and their gradients."""
+    torch.manual_seed(0)
+    x = x.requires_grad_()
+    found = []
+    for _ in range(2):
+        y = fn(x)
+        found += [y.detach(), *torch.autograd.grad((y * y.detach().cos()).sum(), [x])]
+    return found
+
+
+class Counted(nn.Module):
+    """Its state has changed when the trace breaks off."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        return Doubled.apply(x) * self.n
+
+
+class Averaged(nn.Module):
+    """A function of it closes over the buffer; a module has it as an input."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=F64))
+        self.norm = nn.BatchNorm1d(4, dtype=F64)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "norm":
+            return self.norm(x) * self.norm.running_mean
+        if self.way == "out":
+            return x * torch.add(self.mean, 1.0, out=self.mean)
+        if self.way == "row":
+            self.mean[1:] += 1
+        else:
+            self.mean.mul_(0.5).add_(1.0)
+        return x * self.mean
+
+    @property
+    def function(self):
+        return lambda x: self(x)
+
+
+WRITES = ("norm", "out", "row", "in place")
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_writes_to_tensors_happen_once(way, closed_over):
+    x = torch.linspace(-1, 2, 24, dtype=F64).view(6, 4)
+
+    def calls(model, place, compiled):
+        fn = model.function if closed_over else model
+        fn = compiled(fn) if compiled else fn
+        found = [fn(place(x[:n])) for n in (6, 6, 4, 4)]
+        found = [y.full_tensor() if isinstance(y, st.ShardTensor) else y for y in found]
+        return [*found, model.mean, model.norm.running_mean]
+
+    want = calls(Averaged(way), lambda t: t, None)
+
+    def run():
+        mesh = make_mesh((2,))
+        return calls(
+            Averaged(way), lambda t: st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None),
+            lambda f: st.compile(f, backend="eager"),
+        )  # fmt: skip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for got in st.simulate(2, run):
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
+
+
+EAGER = {k: REFUSED[k][0] for k in ("Function", "hook on a tensor", "a value")}
+EAGER["counter"] = Counted()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_what_no_graph_holds_runs_eagerly(name):
+    x = torch.linspace(-1, 2, 16, dtype=F64).view(4, 4)
+    want = gone_through(copy.deepcopy(EAGER[name]), x.clone())
+
+    def run():
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        compiled = st.compile(copy.deepcopy(EAGER[name]), backend="eager")
+        return [t.full_tensor() for t in gone_through(compiled, s)], compiled.traces
+
+    with pytest.warns(UserWarning, match="runs eagerly where no graph holds it"):
+        ranks = st.simulate(2, run)
+    for got, traces in ranks:
+        assert traces == 0
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
