@@ -8,6 +8,9 @@ python -m campaigns --docs COUNT           docs/campaigns.md: all of them
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 
 from campaigns import KINDS, Tally, cost, names, run
 
@@ -47,14 +50,20 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def _tried(name: str, count: int) -> Tally:
+    return run(name, range(count // cost(name)))
+
+
 def main() -> int:
     args = sys.argv[1:]
     if len(args) < 2:
         print(__doc__, "\n".join(names()), sep="\n")
         return 0
     if args[0] == "--docs":
-        tallies = [run(name, range(int(args[1]) // cost(name))) for name in names()]
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            tallies = list(pool.map(_tried, names(), repeat(int(args[1]))))
         print(_page(tallies))
+        print(*(text for t in tallies for text in t.bad), sep="\n", file=sys.stderr)
         return any(t.bad for t in tallies)
     first = int(args[2]) if len(args) > 2 else 0
     tally = run(args[0], range(first, first + int(args[1])))
