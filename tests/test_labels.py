@@ -146,3 +146,16 @@ def test_an_order_and_an_operand_that_is_none():
         assert torch.equal(best.full_tensor(), (_numbers(5, 4) * small).amax(-1))
 
     st.simulate(2, run)
+
+
+def test_a_result_cannot_be_cut_along_a_label_twice():
+    def run():
+        x = st.distribute_tensor(_numbers(4, 6), T.make_mesh((2,)), [Shard(1)])
+        with pytest.raises(ValueError, match="give the operand twice, with two labels"):
+            labels.run("n p -> p p", lambda a: a.mT @ a, x)
+        both = labels.run("n p, n q -> p q", lambda a, b: a.mT @ b, x, x)
+        whole = labels.run("n P -> P P", lambda a: a.mT @ a, x)
+        for y in (both, whole):
+            T.same(y, _numbers(4, 6).mT @ _numbers(4, 6), "products")
+
+    st.simulate(2, run)

@@ -59,6 +59,9 @@ MISTAKES = {
     "flatten backwards": (lambda x: x.flatten(1, 0), "start_dim cannot come after end_dim"),
     "glu of an odd dim": (lambda x: F.glu(x[:, :3]), "must be even"),
     "narrow too far": (lambda x: x.narrow(0, 2, 5), "exceeds"),
+    "circular padding of all dims": (
+        lambda x: F.pad(x, (1, 1, 0, 0), mode="circular"), "of the last 2 dims"
+    ),
     "narrow from before the first": (lambda x: x.narrow(0, -5, 1), "start out of range"),
     "narrow to less than nothing": (lambda x: x.narrow(0, 1, -1), "must be non-negative"),
     "an index too large": (lambda x: x[9], "out of bounds"),

@@ -209,3 +209,20 @@ def test_what_a_custom_op_returns_is_cut_where_its_operand_was():
         same(y, torch.cat([x, x], 1), "rows")
 
     simulate(2, run)
+
+
+def narrower(x):
+    return x[1:]
+
+
+def test_a_rule_that_gives_another_shape_than_its_spec_says():
+    @st.rule(narrower)
+    def _(x):
+        return wrap(x.to_local()[1:], x.spec)
+
+    def run():
+        x = st.distribute_tensor(torch.zeros(5, 2), make_mesh((2,)), [Shard(0)])
+        with pytest.raises(RuntimeError, match=r"the rule .*_ gave a local tensor of shape"):
+            narrower(x)
+
+    simulate(2, run)

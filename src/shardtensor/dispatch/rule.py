@@ -45,14 +45,35 @@ def rule(*keys: Any) -> Callable[[F], F]:
     """
 
     def register(fn: F) -> F:
+        run = _checked(fn)
         for key in keys:
             if isinstance(key, str) and "." in key:
-                _when_loaded(*key.rpartition(".")[::2], fn)
+                _when_loaded(*key.rpartition(".")[::2], run)
             else:
-                registry.rule(*_targets(key))(fn)
+                registry.rule(*_targets(key))(run)
         return fn
 
     return register
+
+
+def _checked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, whose results are held to their specs: a wrong shape shows here, not ops later."""
+
+    @wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = fn(*args, **kwargs)
+        for x in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(x, ShardTensor) and x._local.shape != x._spec.local_shape:
+                raise RuntimeError(
+                    f"the rule {fn.__qualname__} gave a local tensor of shape "
+                    f"{tuple(x._local.shape)} for {x._spec}, which has "
+                    f"{tuple(x._spec.local_shape)} on this rank"
+                )
+        return out
+
+    # what is said of the rule later is said of this, too
+    run.__dict__ = fn.__dict__
+    return run
 
 
 def _targets(key: Any) -> list[Any]:

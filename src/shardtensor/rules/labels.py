@@ -235,7 +235,13 @@ def labels(pattern: str, ndims: tuple[int | None, ...]) -> tuple[Labels, ...]:
         raise ValueError(f"{pattern!r} is for {len(terms)} operands, not {len(ndims)}")
     spans = [_ellipsis(pattern, t, n) for t, n in zip(terms, ndims, strict=True)]
     most = max(spans, default=0)
-    terms += [t.split() for t in right.split(",")]
+    results = [t.split() for t in right.split(",")]
+    for name in {n for t in results for n in t if t.count(n) > 1 and not n[0].isupper()}:
+        raise ValueError(
+            f"{pattern!r}: a result has {name!r} twice, and could be cut along one of them only: "
+            "give the operand twice, with two labels"
+        )
+    terms += results
     spans += [most] * (len(terms) - len(spans))
     return tuple(
         tuple(name for t in term for name in (broadcast(n, most) if t == "..." else (t,)))

@@ -38,6 +38,10 @@ class Plan(NamedTuple):
     keep: tuple[tuple[int, int, int], ...]
 
 
+# how many dims a tensor has whose edges are repeated or reflected, by the numbers given
+_BATCHED = {2: (2, 3), 4: (3, 4), 6: (4, 5)}
+
+
 @rule(F.pad, "pad")
 def pad(
     input: ShardTensor,
@@ -61,6 +65,11 @@ def _pad(
         torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)
     if len(pad) % 2 or len(pad) > 2 * x.ndim:
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
+    if mode != "constant" and x.ndim not in _BATCHED.get(len(pad), ()):
+        raise NotImplementedError(
+            f"pad: {mode} padding of the last {len(pad) // 2} dims of a tensor of {x.ndim} dims: "
+            "only the last 1 to 3 dims, with one or two dims before them"
+        )
     if mode == "circular" and min(pad, default=0) < 0:
         x, pad = _cropped(x, pad)
     plan = _plan(x._spec, pad, mode)
