@@ -97,6 +97,11 @@ def run(name: str, cases: Iterable[int]) -> Tally:
     return tally
 
 
+def share(name: str, count: int) -> Tally:
+    """The first `count` cases, or as many as take as long."""
+    return run(name, range(count // cost(name)))
+
+
 def drawn(module: ModuleType, i: int) -> Any:
     """Case i of a campaign."""
     torch.manual_seed(i)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 
-from campaigns import KINDS, Tally, cost, names, run
+from campaigns import KINDS, Tally, names, run, share
 
 
 def _general(message: str) -> str:
@@ -50,10 +50,6 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def _tried(name: str, count: int) -> Tally:
-    return run(name, range(count // cost(name)))
-
-
 def main() -> int:
     args = sys.argv[1:]
     if len(args) < 2:
@@ -61,7 +57,7 @@ def main() -> int:
         return 0
     if args[0] == "--docs":
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            tallies = list(pool.map(_tried, names(), repeat(int(args[1]))))
+            tallies = list(pool.map(share, names(), repeat(int(args[1]))))
         print(_page(tallies))
         print(*(text for t in tallies for text in t.bad), sep="\n", file=sys.stderr)
         return any(t.bad for t in tallies)

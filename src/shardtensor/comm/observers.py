@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,10 +45,10 @@ def claim(leaves: Iterable[Tensor]) -> None:
     if claimed is None:
         return
     for x in leaves:
-        known, owner = claimed.get(id(x), (None, thread.rank))
-        if known is None or known() is not x:
-            # an id may come again once its tensor is gone
-            claimed[id(x)] = weakref.ref(x), thread.rank
+        world, at, owner = x.__dict__.get("_claim", (None, 0, 0))
+        if world is not claimed or at != id(x):
+            # torch swaps no tensor that has a weak reference; a copy has the mark, too
+            x._claim = claimed, id(x), thread.rank  # type: ignore[attr-defined]
         elif owner != thread.rank:
             raise ValueError(
                 f"simulated ranks {owner} and {thread.rank} share a parameter of shape "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,7 +39,7 @@ class _Turns:
         self.done: set[str] = set()
         self.stuck: RankError | None = None
         # leaves that have gradients, by id, and whose they are
-        self.claimed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self.claimed = object()
 
     def next_after(self, rank: int) -> None:
         """Give the turn to the next rank that can run."""

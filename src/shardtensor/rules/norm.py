@@ -21,7 +21,7 @@ from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import fit, like, reduced, replicate
 from .empty import stock
 from .moments import Dims, accumulated, merged, normalised, spread, statistics
@@ -135,6 +135,11 @@ def native_batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return fall_back(func, args, kwargs)
 
 
+def _scattered(x: ShardTensor) -> bool:
+    """Whether the whole has samples that lie in another order than rows first."""
+    return x.shape[0] > 1 and not layout.is_contiguous(x, torch.contiguous_format)
+
+
 @rule("instance_norm")
 def instance_norm(
     input: Tensor,
@@ -172,7 +177,8 @@ def instance_norm(
     group = comm.group(spec.mesh, axes) if axes else None
     kept: list[Numbers] = []
     n = max(1, count(x, dims))
-    y = normalise(local, w, b, Way(counts, n, group, eps, apart=True), kept)
+    way = Way(counts, n, group, eps, apart=True, scattered=_scattered(x))
+    y = normalise(local, w, b, way, kept)
     if tracked:
         shape = local.shape[:2]
         stats = whole(spec, spec.dims[:2], *(k.reshape(shape) for k in kept)).mean(1)
@@ -227,7 +233,7 @@ def group_norm(
     group = comm.group(spec.mesh, axes) if axes else None
     if aligned:
         n = max(1, width * count(x, dims))
-        way = Way(counts, n, group, eps, apart=True, width=width)
+        way = Way(counts, n, group, eps, apart=True, width=width, scattered=_scattered(x))
         return wrap(normalise(local, w, b, way), spec)
     dtype = accumulated(local.dtype)
     channel = local.unsqueeze(2)

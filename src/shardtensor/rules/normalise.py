@@ -35,7 +35,8 @@ class Way:
     have a weight each are the channels
     (batch norm), with `apart` the channels of each sample, of which `width` share a statistic; with
     `last` dims normalised elementwise they are what those dims leave, and weights lie along those.
-    centred: with a mean; else that is taken as zero.
+    centred: with a mean; else that is taken as zero. scattered: samples that lie in another order
+    than rows first, which a shard of one sample need not show.
     """
 
     counts: Counts
@@ -46,6 +47,7 @@ class Way:
     width: int = 1
     last: int = 0
     centred: bool = True
+    scattered: bool = False
 
     def rows(self, x: Tensor) -> Tensor:
         """x as (samples, rows, ...)."""
@@ -66,9 +68,10 @@ def normalise(
     kept = [] if kept is None else kept
     if way.last:
         x = x.contiguous()
-    scattered = way.apart and x.shape[0] > 1 and not x.is_contiguous()
-    if scattered or probe.is_proxied():
+    if way.scattered or probe.is_proxied():
         return _plainly(x, weight, bias, way, kept)
+    if way.apart:
+        x = x.contiguous()
     return _Normalise.apply(x, weight, bias, way, kept)
 
 
