@@ -43,6 +43,7 @@ class NoWrites(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Note the memory that ops make; raise for a write to any other."""
         kwargs = kwargs or {}
         old = [m for m in map(_memory, pytree.tree_leaves((args, kwargs))) if m not in self.made]
         if func._schema.is_mutable:

@@ -169,6 +169,7 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     kept = saves_result(name)
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The op: stale operands, other mesh axes, `out=`, then its handler."""
         if stale:
             check_readable(args, kwargs)
         if apart(args, kwargs) and func not in _ENGINE:

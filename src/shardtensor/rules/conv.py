@@ -96,6 +96,7 @@ def conv_transpose(
     groups: int = 1,
     dilation: Ints = 1,
 ) -> ShardTensor:
+    """The rows that reach this rank's rows of the result, the stock op, a crop."""
     n = weight.ndim - 2
     x = sharded(input, weight, bias)
     _check(x, n, "conv_transpose")
@@ -150,6 +151,7 @@ def _forward(
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
 ) -> Local:
+    """What a convolution fetches in each dim, and what the stock op gets."""
     lead = len(spec.dims) - len(kernel)
     if padding == "same" and max(stride) > 1:
         raise RuntimeError("padding='same' is not supported for strided convolutions")
@@ -185,6 +187,7 @@ def _transposed(
     output_padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Local:
+    """What a transposed convolution fetches in each dim, what the op gets, the crop."""
     lead = len(spec.dims) - len(kernel)
     reaches, pads, more, crops, dims = [], [], [], [], []
     every = zip(kernel, stride, padding, output_padding, dilation, strict=True)
@@ -261,6 +264,7 @@ def _run(
     dilation: Ints,
     transposed: bool,
 ) -> ShardTensor:
+    """The convolution on this rank's rows, while its halo travels where that pays."""
     n = weight.ndim - 2
     at = x.ndim - n - 1
     if channels.input != x._spec.dims[at]:

@@ -204,6 +204,7 @@ def histogramdd(
     weight: Tensor | None = None,
     density: bool = False,
 ) -> Any:
+    """Each rank counts its points, which are whole; counts are added up."""
     options = {"range": range, "weight": weight, "density": density}
     plain = isinstance(bins, int) or all(isinstance(b, int) for b in bins)
     if not isinstance(input, ShardTensor) or not input.numel() or _torch.is_tracing():

@@ -33,6 +33,7 @@ _im2col, _col2im = kernels.nn.im2col, kernels.nn.col2im
 def im2col(
     input: ShardTensor, kernel_size: Ints, dilation: Ints, padding: Ints, stride: Ints
 ) -> ShardTensor:
+    """The block rows whose centres this rank has, from its rows and a halo."""
     x = reduced(input)
     k, d, p, s = (each(v, 2) for v in (kernel_size, dilation, padding, stride))
     shape = _shape(_im2col, tuple(x.shape), k, d, p, s)
@@ -66,6 +67,7 @@ def col2im(
     padding: Ints,
     stride: Ints,
 ) -> ShardTensor:
+    """Each rank adds up its blocks; rows that it shares with a neighbour go there."""
     x = reduced(input)
     size, k, d, p, s = (each(v, 2) for v in (output_size, kernel_size, dilation, padding, stride))
     shape = _shape(_col2im, tuple(x.shape), size, k, d, p, s)

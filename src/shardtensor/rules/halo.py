@@ -114,6 +114,7 @@ class _HaloConv(torch.autograd.Function):
         reach: Reach,
         settings: Settings,
     ) -> Tensor:
+        """The shard between zeros while the strips travel; their part is added to the rim."""
         _, way, _ = route(spec, d, reach)
         rows = spec.offset[d] - reach.windows[spec.index[d]][0]
         arrive = _swap(_ends(x, d, rows), x, way, _there(d, spec))
@@ -129,6 +130,7 @@ class _HaloConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        """The strips' gradients travel while those of input and weight are computed."""
         x, weight, bias, *strips = ctx.saved_tensors
         (d, spec, reach, way, rows), settings = ctx.plan, ctx.settings
         needs, inner = ctx.needs_input_grad[:3], _strip_settings(settings, d)

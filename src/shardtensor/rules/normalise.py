@@ -80,6 +80,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
     ) -> Tensor:
+        """Statistics, one message, one affine map."""
         rows = way.rows(x)
         mean, var = _statistics(rows, way)
         kept += [mean, var]
@@ -100,6 +101,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        """Two sums, one message, the gradient; recorded op by op for second derivatives."""
         if torch.is_grad_enabled():
             return *_recorded(ctx, g), None, None
         way: Way = ctx.way

@@ -58,6 +58,7 @@ def pad(
 def _pad(
     input: ShardTensor, amounts: Sequence[int], mode: str, value: float | None = None
 ) -> ShardTensor:
+    """Padding at the edges of the whole; repeated rows come from the rank that has them."""
     x = reduced(input)
     pad = tuple(int(n) for n in amounts)
     if value and any(pad):
@@ -121,6 +122,7 @@ def _ends(pad: Sequence[int], ndim: int) -> list[tuple[int, tuple[int, int]]]:
 
 @cached
 def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
+    """Which rows each cut dim fetches, what the stock op pads, and what is cut off again."""
     dims = list(spec.dims)
     fetched: list[tuple[int, tuple[tuple[int, int], ...]]] = []
     amounts: list[int] = []

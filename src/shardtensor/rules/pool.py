@@ -81,6 +81,7 @@ def _max_pool(
     ceil_mode: bool,
     indices: bool,
 ) -> tuple[ShardTensor, ShardTensor | None]:
+    """(largest values, their flat places where asked for) of windows."""
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
@@ -132,6 +133,8 @@ def _global_index(
 
 
 def _define_max_pool(n: int) -> None:
+    """The rules of max pools over n dims."""
+
     @rule(f"max_pool{n}d")
     def max_pool(
         input: ShardTensor,
@@ -185,6 +188,7 @@ def _avg_pool(
     count_include_pad: bool,
     divisor: int | None,
 ) -> ShardTensor:
+    """Means of windows; those at the edges count what torch counts."""
     if divisor == 0:
         raise RuntimeError("divisor must be not zero")
     x = reduced(input)

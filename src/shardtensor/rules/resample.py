@@ -74,6 +74,7 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Tensor:
+    """Each rank fetches the rows that its rows of the result are made of."""
     x = reduced(input)
     n = x.ndim - 2
     out, scales = _sizes(x, n, size, scale_factor, recompute_scale_factor)
@@ -223,6 +224,7 @@ class Taps(NamedTuple):
 def _combined(
     x: ShardTensor, out: Sequence[int], scales: Scales, way: Way, sharded: Sequence[int]
 ) -> ShardTensor:
+    """Each output row from a few input rows, by indices and weights read off torch."""
     if not way.nearest and not x.is_floating_point():
         raise UnsupportedOpError(
             f"interpolate of {x.dtype} {x._spec} to {list(out)} in mode {way.mode}: torch rounds "

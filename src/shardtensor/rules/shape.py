@@ -159,6 +159,7 @@ def _reshaped(
 
 
 def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
+    """A local reshape where cuts fall on rows of both shapes; else shards move there."""
     if not x._spec.shape.numel():
         target = _infer(shape, 0)
         local = replicate(x)._local.reshape(target)
