@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..rules.pad import padded
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
@@ -83,6 +83,6 @@ def _around(x: Tensor, lon: int, west: int, east: int) -> Tensor:
     """Columns of the other end on both sides."""
     if isinstance(x, ShardTensor) and x._spec.dims[lon].is_cut:
         # where shards meet, the rule for padding takes any number of dims
-        return F.pad(x, (0, 0) * (x.ndim - 1 - lon) + (west, east), mode="circular")
+        return padded(x, (0, 0) * (x.ndim - 1 - lon) + (west, east), "circular")
     n = x.shape[lon]
     return torch.cat([x.narrow(lon, n - west, west), x, x.narrow(lon, 0, east)], lon)

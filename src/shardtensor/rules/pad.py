@@ -52,13 +52,18 @@ def pad(
     """F.pad in every mode; a negative number of rows crops."""
     if isinstance(value, complex):
         raise TypeError("pad(): argument 'value' (position 4) must be float, not complex")
-    return _pad(input, pad, mode, value)
+    if mode != "constant" and input.ndim not in _BATCHED.get(len(pad), ()):
+        raise NotImplementedError(
+            f"pad: {mode} padding of the last {len(pad) // 2} dims of {input.ndim}: only of the "
+            "last 1 to 3, with one or two dims before them"
+        )
+    return padded(input, pad, mode, value)
 
 
-def _pad(
+def padded(
     input: ShardTensor, amounts: Sequence[int], mode: str, value: float | None = None
 ) -> ShardTensor:
-    """Padding at the edges of the whole; repeated rows come from the rank that has them."""
+    """Padding in any dims: repeated rows come from the rank that has them."""
     x = reduced(input)
     pad = tuple(int(n) for n in amounts)
     if value and any(pad):
@@ -66,11 +71,6 @@ def _pad(
         torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)
     if len(pad) % 2 or len(pad) > 2 * x.ndim:
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
-    if mode != "constant" and x.ndim not in _BATCHED.get(len(pad), ()):
-        raise NotImplementedError(
-            f"pad: {mode} padding of the last {len(pad) // 2} dims of a tensor of {x.ndim} dims: "
-            "only the last 1 to 3 dims, with one or two dims before them"
-        )
     if mode == "circular" and min(pad, default=0) < 0:
         x, pad = _cropped(x, pad)
     plan = _plan(x._spec, pad, mode)
@@ -94,17 +94,17 @@ def _pad(
 
 @rule("constant_pad_nd")
 def constant_pad(input: ShardTensor, pad: Sequence[int], value: float = 0.0) -> ShardTensor:
-    return _pad(input, pad, "constant", value)
+    return padded(input, pad, "constant", value)
 
 
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 def reflection_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
-    return _pad(input, padding, "reflect")
+    return padded(input, padding, "reflect")
 
 
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def replication_pad(input: ShardTensor, padding: Sequence[int]) -> ShardTensor:
-    return _pad(input, padding, "replicate")
+    return padded(input, padding, "replicate")
 
 
 def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[int, ...]]:
