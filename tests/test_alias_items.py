@@ -140,13 +140,14 @@ def test_shared_elements_are_refused_alike(fn, cut):
     assert len(set(st.simulate(len(cut), run))) == 1
 
 
-@pytest.mark.parametrize("name", ["index_fill_", "masked_fill_", "index_put_"])
+@pytest.mark.parametrize("name", ["index_fill_", "masked_fill_", "index_put_", "copy_"])
 def test_what_torch_only_warns_of_is_refused(name):
     def run():
         x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
         same = x.unsqueeze(-1).expand(7, 3, 2)
         call = {
             "index_fill_": lambda: same.index_fill_(0, torch.tensor([2]), 0),
+            "copy_": lambda: same[0].copy_(same[0]),
             "masked_fill_": lambda: same.masked_fill_(same > 0, 0),
             "index_put_": lambda: same.index_put_((torch.tensor([2]),), torch.tensor(0.0).double()),
         }[name]

@@ -25,3 +25,13 @@ def test_negative_counts_are_refused_as_by_torch():
             torch.bincount(x)
 
     st.simulate(2, run)
+
+
+def test_isin_of_a_number_that_the_dtype_does_not_hold():
+    def run():
+        x = st.distribute_tensor(torch.arange(6, dtype=torch.int32), T.make_mesh((2,)), [Shard(0)])
+        for call in (lambda: torch.isin(x, 1 << 40), lambda: torch.isin(1 << 40, x)):
+            with pytest.raises(st.UnsupportedOpError, match="does not hold"):
+                call()
+
+    st.simulate(2, run)

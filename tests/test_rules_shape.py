@@ -64,3 +64,12 @@ def test_a_write_to_a_view_of_other_ranks_makes_its_base_unreadable():
         T.same(s, torch.cat([x[:, :, :1] + 2, x[:, :, 1:] + 1], 2), "through a local view")
 
     st.simulate(2, write)
+
+
+def test_dims_of_a_number_are_moved():
+    def run():
+        x = st.distribute_tensor(torch.arange(3.0), T.make_mesh((2,)), [Shard(0)]).sum()
+        for y in (x.movedim(0, -1), x.transpose(0, -1), x.permute(())):
+            assert y.shape == () and y.item() == 3
+
+    st.simulate(2, run)

@@ -27,8 +27,8 @@ __all__ = [
     "check_readable", "check_writable", "part_of", "refuse_overlap", "reshaped_in_place",
     "slice_of", "stale", "stands_for_rows", "writing",
 ]  # fmt: skip
-# of an expanded tensor torch writes these all the same, and warns
-_ONLY_WARN = ("index_fill_", "index_put_", "masked_fill_")
+# of an expanded tensor torch writes these all the same, and warns, or copies rows on themselves
+_ONLY_WARN = ("copy_", "index_fill_", "index_put_", "masked_fill_")
 
 
 def stands_for_view(copy: Tensor, base: Tensor, op: str) -> Tensor:

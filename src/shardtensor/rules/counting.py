@@ -102,7 +102,12 @@ def isin(
     """Where the same ranks share out both, the smaller of the two is gathered."""
     x, tests = _settled(elements), _settled(test_elements)
     if not (isinstance(x, Tensor) and isinstance(tests, Tensor)):
-        of = x if isinstance(x, ShardTensor) else tests
+        of, number = (x, tests) if isinstance(x, ShardTensor) else (tests, x)
+        if isinstance(number, int) and not _holds(of.dtype, number):
+            raise UnsupportedOpError(
+                f"isin with {number}, which {of.dtype} does not hold: how torch compares it "
+                "depends on the number of elements; cast the tensor first"
+            )
         a, b = map(local_of, (x, tests))
         if of is x:
             return wrap(torch.isin(a, b, invert=invert), of._spec)
@@ -111,6 +116,12 @@ def isin(
     each, others = (tuple(f"{k}{i}" for i in range(t.ndim)) for k, t in (("x", x), ("t", tests)))
     found = labels.run((each, others, each), torch.isin, x, tests, op="max")
     return _back(~found if invert else found, dims_of(x))
+
+
+def _holds(dtype: torch.dtype, number: int) -> bool:
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+        return True
+    return torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 # histograms --------------------------------------------------------------------------------------

@@ -342,8 +342,8 @@ def adjoint(input: ShardTensor) -> Tensor:
 @rule("movedim", "moveaxis")
 def movedim(input: ShardTensor, source: Any, destination: Any) -> ShardTensor:
     n = input.ndim
-    old = [_index(d, n) for d in many(source)]
-    new = [_index(d, n) for d in many(destination)]
+    old = [_index(d, max(1, n)) for d in many(source)]
+    new = [_index(d, max(1, n)) for d in many(destination)]
     rest = iter([d for d in range(n) if d not in old])
     place = dict(zip(new, old, strict=True))
     return _permuted(input, [place[d] if d in place else next(rest) for d in range(n)])
