@@ -26,6 +26,8 @@ from .slices import selected, sliced, span
 
 def _entries(index: Any, ndim: int) -> list[Any] | None:
     """The index as one entry per dim and None, the ellipsis spelled out; None if it cannot be."""
+    if type(index) is slice and ndim:
+        return [index] + [slice(None)] * (ndim - 1)
     entries = [_tensor(e) for e in (index if isinstance(index, tuple) else (index,))]
     if any(isinstance(e, bool) or (is_mask(e) and e.ndim == 0) for e in entries):
         return None
