@@ -112,6 +112,21 @@ def test_derivatives_of_every_order(name, sizes):
     held(OPS[name], rand(5, 4), sizes)
 
 
+# torch.cat leaves the graph of a vector without elements out
+VECTORS = {
+    "cat": lambda v: torch.cat([v, v * v]), "cat of parts": lambda v: torch.cat([c.sin() for c in v.chunk(3)]), "hstack": lambda v: torch.hstack([v[1:], v, v]),
+    "append": lambda v: v.diff(prepend=v[:1], append=v[:2]), "cumsum": lambda v: v.cumsum(0), "cumprod": lambda v: v.cumprod(0), "cummax": lambda v: v.cummax(0)[0],
+    "roll": lambda v: v.roll(2), "flip": lambda v: v.flip(0), "pad": lambda v: F.pad(v, (2, 1)), "repeat": lambda v: v.repeat(2), "rows": lambda v: v[INDEX],
+    "scatter_add": lambda v: v.scatter_add(0, INDEX, v[:4] * v[1:]), "index_put": lambda v: v.index_put((INDEX[:2],), v[:2] * v[1:3]), "sort": lambda v: v.sort()[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 0), (0, 5), (5, 0, 0)])
+@pytest.mark.parametrize("name", VECTORS)
+def test_derivatives_of_vectors(name, sizes):
+    held(VECTORS[name], rand(5), sizes)
+
+
 ZERO, FEW = (
     torch.ones(5, 1).index_fill(0, torch.tensor([4]), 0),
     torch.tensor([1.5 + 2j, -1 + 1j, 2, 1 - 3j]),

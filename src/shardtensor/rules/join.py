@@ -16,6 +16,7 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, local_of, reduced
 from . import labels
+from .empty import joined
 from .labels import Known
 from .pointwise import align
 from .shape import _index, many
@@ -52,7 +53,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             windows = dim_out.clipped(start, stop).spans
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
-    return wrap(_with_gradients(torch.cat(pieces, d), skipped), spec)
+    return wrap(_with_gradients(joined(pieces, d), skipped), spec)
 
 
 def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
