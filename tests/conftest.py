@@ -29,6 +29,26 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def in_flight(monkeypatch):
+    """in_flight(Function): exchanges are overlapped however small; a list with a 1 for each forward."""
+    from shardtensor.rules import overlap
+
+    def count(function):
+        monkeypatch.setattr(overlap, "WORTH", 0)
+        calls = []
+        plain = function.forward
+
+        def counted(*args):
+            calls.append(1)
+            return plain(*args)
+
+        monkeypatch.setattr(function, "forward", staticmethod(counted))
+        return calls
+
+    return count
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line for each campaign: what became of its cases."""
     done = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]

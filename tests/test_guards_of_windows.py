@@ -28,18 +28,9 @@ def conv(*args, **kwargs):
 
 
 @pytest.fixture
-def in_flight(monkeypatch):
-    """However small the shard; counts the convolutions by strips."""
-    monkeypatch.setattr(overlap, "WORTH", 0)
-    calls = []
-    plain = halo._HaloConv.forward
-
-    def counted(*args):
-        calls.append(1)
-        return plain(*args)
-
-    monkeypatch.setattr(halo._HaloConv, "forward", staticmethod(counted))
-    return calls
+def by_strips(in_flight):
+    """The convolutions by strips."""
+    return in_flight(halo._HaloConv)
 
 
 NARROW = [(1, 11), (11, 1), (1, 10, 0, 1), (4, 0, 8), (1, 1, 10), (5, 1, 1, 5)]
@@ -47,12 +38,12 @@ NARROW = [(1, 11), (11, 1), (1, 10, 0, 1), (4, 0, 8), (1, 1, 10), (5, 1, 1, 5)]
 
 @pytest.mark.parametrize("cut", NARROW)
 @pytest.mark.parametrize("kernel, dilation", [(5, 1), (3, 2), (7, 1)])
-def test_a_shard_narrower_than_the_halo(cut, kernel, dilation, in_flight):
+def test_a_shard_narrower_than_the_halo(cut, kernel, dilation, by_strips):
     """Its neighbours need rows of ranks beyond it: strips of direct neighbours do not do."""
     width = dilation * (kernel - 1) // 2
     module = conv(2, 3, (kernel, 3), padding=(width, 1), dilation=(dilation, 1))
     T.hold(module, [numbers(1, 2, 12, 4)], [T.shard(2, cut)], (len(cut),))
-    assert not in_flight
+    assert not by_strips
 
 
 STRIPS = {
@@ -65,9 +56,9 @@ STRIPS = {
 
 
 @pytest.mark.parametrize("name", STRIPS)
-def test_what_strips_do_not_serve(name, in_flight):
+def test_what_strips_do_not_serve(name, by_strips):
     T.hold(conv(2, 3, **STRIPS[name]), [numbers(2, 2, 12, 5)], [T.shard(2, (5, 7))], (2,))
-    assert not in_flight
+    assert not by_strips
 
 
 def test_strips_are_as_wide_ahead_as_back():
@@ -77,22 +68,22 @@ def test_strips_are_as_wide_ahead_as_back():
     assert halo.width(Dim(9, (0,), (1, 8)), Stencil(5, 1, 2)) == 0
 
 
-def test_strips_of_one_sample_without_a_batch_and_of_addends(in_flight):
+def test_strips_of_one_sample_without_a_batch_and_of_addends(by_strips):
     T.hold(conv(2, 3, 3, padding=1), [numbers(2, 12, 5)], [T.shard(1, (5, 7))], (2,))
     T.hold(conv(2, 3, 3, padding=1, dims="l"), [numbers(2, 12)], [T.shard(1, (5, 7))], (2,))
     module = conv(4, 3, 3, padding=1)
     T.hold(module, [numbers(1, 4, 8, 5)], [T.On([Shard(1), Shard(2)])], (2, 2))
-    assert not in_flight
+    assert not by_strips
 
 
-def test_strips_beside_an_empty_shard_of_another_dim(in_flight):
+def test_strips_beside_an_empty_shard_of_another_dim(by_strips):
     on = T.On([Shard(2), Shard(3)], {2: (4, 0), 3: (3, 4)})
     T.hold(conv(2, 3, 3, padding=1), [numbers(1, 2, 4, 7)], [on], (2, 2))
-    assert in_flight
+    assert by_strips
 
 
 @pytest.mark.parametrize("wanted", ["weight", "bias", "input"])
-def test_strips_where_one_gradient_is_wanted(wanted, in_flight):
+def test_strips_where_one_gradient_is_wanted(wanted, by_strips):
     def run():
         mesh, x, w, b = T.make_mesh((3,)), numbers(1, 2, 9, 4), numbers(3, 2, 3, 3), numbers(3)
         given = {"input": x, "weight": w, "bias": b}
@@ -107,10 +98,10 @@ def test_strips_where_one_gradient_is_wanted(wanted, in_flight):
 
     # back go gradients of strips only where the input has one
     assert st.simulate(3, run) == [2 if wanted == "input" else 1] * 3
-    assert in_flight
+    assert by_strips
 
 
-def test_strips_under_autocast_are_halves(in_flight):
+def test_strips_under_autocast_are_halves(by_strips):
     def run():
         x = st.distribute_tensor(
             numbers(1, 3, 8, 8, dtype=torch.float32), T.make_mesh((2,)), [Shard(2)]
@@ -122,7 +113,7 @@ def test_strips_under_autocast_are_halves(in_flight):
         return t.bytes
 
     assert st.simulate(2, run) == [3 * 8 * 2] * 2
-    assert in_flight
+    assert by_strips
 
 
 WRONG = {
@@ -200,7 +191,7 @@ def test_a_sharded_weight_of_groups_and_of_axes_that_shard_the_input():
 
 
 @pytest.mark.parametrize("cut", [(3, 9), (1, 10, 0, 1), (2, 2, 8)])
-def test_pools_in_flight_fill_with_what_loses(cut, in_flight):
+def test_pools_by_strips_fill_with_what_loses(cut, by_strips):
     x = -numbers(2, 2, 12, 4).abs()
     T.hold(lambda x: F.max_pool2d(x, 3, 1, 1), [x], [T.shard(2, cut)], (len(cut),))
     T.hold(lambda x: F.max_pool2d(x, (5, 1), 2, (2, 0)), [x], [T.shard(2, cut)], (len(cut),))
@@ -247,7 +238,7 @@ def test_whether_it_pays_is_asked_of_a_shard(monkeypatch):
     assert st.simulate(2, run) == [[False, False, True]] * 2
 
 
-def test_nothing_is_in_flight_where_nobody_reads_others(in_flight):
+def test_nothing_is_by_strips_where_nobody_reads_others(by_strips):
     def run():
         x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
         x.requires_grad_()
@@ -259,7 +250,7 @@ def test_nothing_is_in_flight_where_nobody_reads_others(in_flight):
     assert st.simulate(2, run) == [[]] * 2
 
 
-def test_nothing_is_in_flight_in_a_graph(in_flight):
+def test_nothing_is_by_strips_in_a_graph(by_strips):
     def run():
         x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
         x.requires_grad_()
@@ -274,14 +265,14 @@ def test_nothing_is_in_flight_in_a_graph(in_flight):
         T.same(x.grad, whole.grad, "gradient")
 
     st.simulate(2, run)
-    assert not in_flight
+    assert not by_strips
 
 
 @pytest.mark.parametrize("cut", [(3, 4), (1, 5, 0, 1)])
-def test_transposed_convolutions_are_not_in_flight(cut, in_flight):
+def test_transposed_convolutions_are_not_by_strips(cut, by_strips):
     module = nn.ConvTranspose2d(2, 3, 3, 2, 1, dtype=D)
     T.hold(module, [numbers(1, 2, 7, 3)], [T.shard(2, cut)], (len(cut),))
-    assert not in_flight
+    assert not by_strips
 
 
 def test_padding_in_one_shard_is_left_to_the_op():
