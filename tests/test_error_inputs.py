@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from raising import raised
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
@@ -111,20 +112,16 @@ def tensors(place):
     return [place(x.contiguous(), d).requires_grad_(False) for x, d in ((m, 0), (v, 0), (i, 2))]
 
 
-def raised(call, given):
+@torch.enable_grad()
+def tried(call, given):
     """The error, or None; a mistake that needs a gradient makes it."""
-    try:
-        with torch.enable_grad():
-            call(*given)
-    except Exception as e:
-        return e
-    return None
+    return raised(call, *given)
 
 
 def of_rank():
     mesh = T.make_mesh((dist.get_world_size(),))
     given = tensors(lambda x, d: st.distribute_tensor(x, mesh, [Shard(d)], src_data_rank=None))
-    return {k: raised(call, given) for k, call in MISTAKES.items()}
+    return {k: tried(call, given) for k, call in MISTAKES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +131,7 @@ def errors():
 
 @pytest.mark.parametrize("said", MISTAKES)
 def test_mistakes(said, errors):
-    plain = raised(MISTAKES[said], tensors(lambda x, d: x))
+    plain = tried(MISTAKES[said], tensors(lambda x, d: x))
     assert isinstance(plain, KINDS), f"torch does it: {plain}"
     found = [e[said] for e in errors]
     assert len({(type(e), str(e)) for e in found}) == 1, found
@@ -177,7 +174,7 @@ def refusals():
             st.distribute_tensor(table[None, None], mesh["a"], [Shard(2)], src_data_rank=None), 2
         ),
     }  # fmt: skip
-    return {k: raised(call, ()) for k, call in calls.items()}
+    return {k: tried(call, ()) for k, call in calls.items()}
 
 
 def test_refusals():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from raising import raised
 from test_watch import launched
 from torch.distributed.tensor import Shard
 
@@ -33,17 +34,9 @@ CASES = {
 }  # fmt: skip
 
 
-def _raised(fn, *args):
-    try:
-        fn(*args)
-    except Exception as e:
-        return e
-    return None
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_every_rank_raises_and_goes_on(name):
-    want = _raised(CASES[name], X.clone().requires_grad_(), LABELS)
+    want = raised(CASES[name], X.clone().requires_grad_(), LABELS)
     assert isinstance(want, RuntimeError | IndexError)
 
     def run():
@@ -52,7 +45,7 @@ def test_every_rank_raises_and_goes_on(name):
             st.distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None, sizes={0: (3, 0, 3)})
             for v in (X, LABELS)
         )
-        error = _raised(CASES[name], x.requires_grad_(), t)
+        error = raised(CASES[name], x.requires_grad_(), t)
         assert isinstance(error, RuntimeError | IndexError), repr(error)
         # nobody waits in what the others left
         assert x.detach().sum().item() == pytest.approx(X.sum().item())

@@ -6,6 +6,7 @@ Each line is a call that torch refuses on one device, too.
 import pytest
 import torch
 import torch.nn.functional as F
+from raising import raised
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -132,23 +133,15 @@ OURS = {
 }
 
 
-def _raised(fn, x):
-    try:
-        fn(x)
-    except Exception as e:
-        return e
-    return None
-
-
 def _on_rank(fn, dim):
-    return _raised(fn, st.distribute_tensor(X, make_mesh((2,)), [Shard(dim)]))
+    return raised(fn, st.distribute_tensor(X, make_mesh((2,)), [Shard(dim)]))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", MISTAKES)
 def test_torchs_kind_of_error(name, dim):
     fn, match = MISTAKES[name]
-    alone = _raised(fn, X.clone())
+    alone = raised(fn, X.clone())
     assert alone is not None
     for e in st.simulate(2, _on_rank, fn, dim):
         assert isinstance(e, type(alone)), repr(e)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from raising import raised
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -28,23 +29,15 @@ REFUSED = {
 }  # fmt: skip
 
 
-def _raised(fn, x):
-    try:
-        fn(x)
-    except Exception as e:
-        return e
-    return None
-
-
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize(("d", "cut"), [(0, (3, 0)), (1, (0, 3)), (0, (2, 1))])
 def test_refused_on_every_rank(name, d, cut):
-    want = _raised(REFUSED[name], X)
+    want = raised(REFUSED[name], X)
     assert want is not None
 
     def run():
         x = st.distribute_tensor(X, make_mesh((2,)), [Shard(d)], src_data_rank=None, sizes={d: cut})
-        return _raised(REFUSED[name], x)
+        return raised(REFUSED[name], x)
 
     for error in st.simulate(2, run):
         assert isinstance(error, RuntimeError | IndexError), repr(error)
