@@ -41,14 +41,14 @@ def looked_at() -> bool:
 
 def claim(leaves: Iterable[Tensor]) -> None:
     """Raise ValueError if another simulated rank accumulates gradients in one of these, too."""
-    claimed = thread.__dict__.get("claimed")
-    if claimed is None:
+    here = thread.__dict__.get("world")
+    if here is None:
         return
     for x in leaves:
         world, at, owner = x.__dict__.get("_claim", (None, 0, 0))
-        if world is not claimed or at != id(x):
+        if world != here or at != id(x):
             # torch swaps no tensor that has a weak reference; a copy has the mark, too
-            x._claim = claimed, id(x), thread.rank  # type: ignore[attr-defined]
+            x._claim = here, id(x), thread.rank  # type: ignore[attr-defined]
         elif owner != thread.rank:
             raise ValueError(
                 f"simulated ranks {owner} and {thread.rank} share a parameter of shape "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from ..errors import DivergenceError, RankError
 from ..observe.hangs import op_of
 
 T = TypeVar("T")
+# of worlds, one after the other
+_numbers = count()
 
 
 class _Turns:
@@ -38,8 +41,8 @@ class _Turns:
         self.arrived: dict[str, dict[int, Any]] = {}
         self.done: set[str] = set()
         self.stuck: RankError | None = None
-        # leaves that have gradients, by id, and whose they are
-        self.claimed = object()
+        # with which ranks mark the leaves that they accumulate gradients in
+        self.number = next(_numbers)
 
     def next_after(self, rank: int) -> None:
         """Give the turn to the next rank that can run."""
@@ -136,7 +139,7 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         turns.go[rank].clear()
         observers.thread.rank = rank
         observers.thread.left = turns.left
-        observers.thread.claimed = turns.claimed
+        observers.thread.world = turns.number
         turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
         try:

@@ -109,16 +109,15 @@ class _Normalise(torch.autograd.Function):
         needs = ctx.needs_input_grad
         mean, slope = ctx.mean, ctx.slope
         dw = db = None
-        if way.last:
+        if way.last or way.apart:
             g = g.contiguous()
+        if way.last:
             dw, db = _elementwise(g, x, weight, bias, mean, slope, way, needs)
             times = 1.0
             if weight is not None:
                 g = torch.mul(g, weight, out=torch.empty_like(x))
         else:
             times = _of_rows(weight, x, way, 1.0)
-        if way.apart:
-            g = g.contiguous()
         rows, g = way.rows(x), way.rows(g)
         along, total = _sums(rows, g, mean, slope, way)
         if not way.last:
