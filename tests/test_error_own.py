@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from raising import raised
 from shardtensor.spectral import truncated_irfftn, truncated_rfftn
-from test_error_inputs import raised
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -88,7 +88,7 @@ def mistakes():
         "by is 'colour'; one of": lambda: record.table("colour"),
         "is for .* operands|operands": lambda: st.rules.labels.run("a b, b c -> a c", torch.mm, x),
     }  # fmt: skip
-    return {k: raised(call, ()) for k, call in calls.items()}
+    return {k: raised(call) for k, call in calls.items()}
 
 
 def test_mistakes_are_named():
