@@ -1,0 +1,254 @@
+"""What a warm step on CUDA launches, copies, waits for and sends: one rank of n beside plain.
+
+    python benchmarks/launches.py [--models ViT U-Net ...] [--ranks 8] [--large] [--json FILE]
+    FOLDER/run python benchmarks/launches.py ...    (pretended GPU: benchmarks/pretended/README.md)
+
+One rank of a silent world (`shardtensor.rehearse`'s), whose collectives move nothing. On a real GPU
+the profiler counts; the pretended one counts the calls of the CUDA runtime itself, and its values
+are garbage. Columns: kernels (those of cuBLAS and cuFFT and fills are among them), copies between
+host and device, host synchronisations, collectives and bytes sent. --large: the ViT of 127 million
+parameters of the paper (arXiv 2605.11111) at 1024^2 and 2048^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_models import DiT, fno
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shardtensor as st
+from shardtensor import cache
+from shardtensor._torch.world import silent_world
+from shardtensor.attention.strategy import strategy
+from shardtensor.comm import groups
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from models import UNet, ViT
+from test_shifted_windows import Swin
+
+PRETENDED = os.environ.get("FAKECUDA")
+Step = Callable[[], Any]
+
+
+@dataclass
+class Counts:
+    """Of one step. bytes: sent by this rank to others."""
+
+    kernels: int
+    copies: int
+    synchronisations: int
+    collectives: int = 0
+    bytes: int = 0
+
+
+def pretended() -> Counts:
+    """What the pretended device has counted since the process began."""
+    library = ctypes.CDLL(str(PRETENDED))
+    kinds = "launches", "h2d", "d2h", "syncs"
+    launches, h2d, d2h, syncs = (ctypes.c_long.in_dll(library, f"fake_{k}").value for k in kinds)
+    return Counts(launches, h2d + d2h, syncs)
+
+
+def profiled(run: Step) -> Counts:
+    """The same of one call on a real GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        run()
+        torch.cuda.synchronize()
+    names = [e.name for e in prof.events()]
+    # the last one is ours
+    waits = sum(n.endswith("Synchronize") for n in names) - 1
+    copies = sum("HtoD" in n or "DtoH" in n for n in names)
+    launched = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemsetAsync", "cudaLaunchCooperative")
+    return Counts(sum(n.startswith(launched) for n in names), copies, waits)
+
+
+class ByOp(TorchDispatchMode):
+    """Kernels of each op of torch below autograd, and where Python called those of forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = pretended().kernels
+        out = func(*args, **(kwargs or {}))
+        frames = traceback.extract_stack(limit=8)
+        place = next((f for f in reversed(frames) if "/shardtensor/" in f.filename), None)
+        line = f"{Path(place.filename).name}:{place.lineno}" if place else ""
+        self.found[f"{func} {line}"] += pretended().kernels - before
+        return out
+
+
+def counted(run: Step, by_op: bool = False) -> Counts:
+    """Of the third call: the first two make what is kept."""
+    run()
+    run()
+    if by_op:
+        with ByOp() as ops:
+            run()
+        for name, n in ops.found.most_common(40):
+            print(f"{n:8} {name}")
+    with st.trace() as sent:
+        if PRETENDED:
+            before = pretended()
+            run()
+            after = pretended()
+            found = Counts(**{k: v - vars(before)[k] for k, v in vars(after).items()})
+        else:
+            found = profiled(run)
+    found.collectives, found.bytes = len(sent.sent), sent.bytes
+    return found
+
+
+class Neighbours(nn.Module):
+    """A layer of neighbourhood attention (Hassani et al. 2023), on a grid of 2 or 3 dims."""
+
+    def __init__(self, dims: int, width: int = 32) -> None:
+        super().__init__()
+        self.qkv, self.dims = nn.Linear(width, 3 * width), dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).unbind(-3)
+        return st.neighborhood_attention(q, k, v, 5)
+
+
+# name -> (model, shape of an input, dim that is cut, unit of uneven cuts)
+STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
+    "U-Net": (lambda: UNet(4, 4, width=16), (2, 4, 256, 128), 2, 4),
+    "ViT": (lambda: ViT((256, 128), 8, 4, 4), (2, 4, 256, 128), 2, 8),
+    "DiT": (lambda: DiT(), (2, 4, 256, 128), 2, 4),
+    "Swin": (lambda: Swin((128, 64), 8, 4), (1, 128, 64, 8), 1, 8),
+    "FNO": (lambda: fno(), (2, 4, 256, 128), 2, 1),
+    "neighbours 2-D": (lambda: Neighbours(2), (1, 64, 64, 32), 1, 1),
+    "neighbours 3-D": (lambda: Neighbours(3), (1, 64, 16, 16, 32), 1, 1),
+}
+
+
+def cuts(rows: int, unit: int, ranks: int) -> list[int]:
+    """Even cuts of so many rows, but for a unit more on the middle rank and less on the last."""
+    sizes = [rows // ranks] * ranks
+    sizes[ranks // 2] += unit
+    sizes[-1] -= unit
+    return sizes
+
+
+def part(
+    shape: tuple[int, ...], dim: int, mesh: DeviceMesh, sizes: list[int], dtype: torch.dtype
+) -> Tensor:
+    """This rank's shard of a tensor that is nowhere whole."""
+    mine = (*shape[:dim], sizes[mesh.get_local_rank()], *shape[dim + 1 :])
+    local = torch.zeros(mine, device="cuda", dtype=dtype)
+    return st.ShardTensor.from_local(local, mesh, [Shard(dim)], {dim: sizes})
+
+
+def trained(model: nn.Module, x: Tensor) -> Step:
+    def run() -> None:
+        model(x).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def inferred(model: nn.Module, x: Tensor) -> Step:
+    return torch.no_grad()(lambda: model(x))
+
+
+@contextmanager
+def rank_of(ranks: int) -> Iterator[DeviceMesh]:
+    cache.clear()
+    with silent_world(ranks // 2, ranks):
+        try:
+            yield init_device_mesh("cuda", (ranks,))
+        finally:
+            cache.clear()
+            groups.forget()
+
+
+def small(name: str, ranks: int, uneven: bool, by_op: bool = False) -> tuple[Counts, Counts]:
+    """(plain, one of so many ranks) of a training step."""
+    build, shape, dim, unit = STEPS[name]
+    plain = counted(trained(build().cuda(), torch.zeros(shape, device="cuda")))
+    with rank_of(ranks) as mesh:
+        even = [shape[dim] // ranks] * ranks
+        x = part(shape, dim, mesh, cuts(shape[dim], unit, ranks) if uneven else even, torch.float32)
+        return plain, counted(trained(st.parallelize(build().cuda(), mesh), x), by_op)
+
+
+def large(side: int, train: bool, dtype: torch.dtype, ranks: int) -> dict[str, Counts]:
+    """The paper's ViT by each way of attention, and plain."""
+    make = trained if train else inferred
+    model = ViT((side, side), 8, 3, 3, 768, 16, 16).cuda().to(dtype)
+    found = {
+        "plain": counted(make(model, torch.zeros(1, 3, side, side, device="cuda", dtype=dtype)))
+    }
+    for way in ("all_to_all", "ring"):
+        with rank_of(ranks) as mesh, strategy(way):
+            x = part((1, 3, side, side), 2, mesh, [side // ranks] * ranks, dtype)
+            found[way] = counted(make(st.parallelize(model, mesh), x))
+            model = ViT((side, side), 8, 3, 3, 768, 16, 16).cuda().to(dtype)
+    return found
+
+
+def shown(what: str, found: Counts) -> dict[str, Any]:
+    print(f"{what:44}" + "".join(f"{v:12}" for v in vars(found).values()), flush=True)
+    return {"what": what, **asdict(found)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(STEPS))
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--by-op", action="store_true", help="each op's kernels (pretended GPU)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if PRETENDED:
+        # it has none
+        torch.backends.cudnn.enabled = False
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    card = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__} on {card}; one of {options.ranks} ranks")
+    print(
+        f"{'':44}"
+        + "".join(f"{k:>12}" for k in ("kernels", "copies", "syncs", "collectives", "bytes"))
+    )
+    rows = []
+    for name in options.models:
+        for uneven in (False, True):
+            plain, sharded = small(name, options.ranks, uneven, options.by_op and not uneven)
+            if not uneven:
+                rows.append(shown(f"{name}, plain", plain))
+            rows.append(shown(f"{name}, {'uneven' if uneven else 'even'}", sharded))
+    for side, train, dtype in ((1024, False, torch.bfloat16), (2048, True, torch.bfloat16)):
+        if options.large:
+            for way, found in large(side, train, dtype, options.ranks).items():
+                job = "training" if train else "inference"
+                rows.append(shown(f"ViT 127 M {side}^2 {job}, {way}", found))
+    if options.json:
+        options.json.write_text(
+            json.dumps({"torch": torch.__version__, "card": card, "rows": rows})
+        )
+
+
+if __name__ == "__main__":
+    main()
