@@ -251,3 +251,25 @@ def checked_ops():
 
 def test_torchs_own_checks():
     simulate(2, checked_ops)
+
+
+def made_by_members():
+    from torch.distributed import distributed_c10d
+
+    mesh, world = init_device_mesh("cpu", (2, 2, 1)), dist.group.WORLD
+    asked, split = [], distributed_c10d._get_split_source
+    # as init_process_group(device_id=...) leaves it
+    world.bound_device_id = torch.device("cpu:0")
+    distributed_c10d._get_split_source = asked.append
+    try:
+        # the other ranks do not come
+        n = comm.size(comm.group(mesh, (0, 2))) if mesh.get_coordinate()[1] == 0 else 2
+        bound = world.bound_device_id
+    finally:
+        distributed_c10d._get_split_source, world.bound_device_id = split, None
+    return n, asked, str(bound)
+
+
+@pytest.mark.gloo
+def test_a_group_on_several_axes_needs_its_members_only():
+    assert run_workers(4, made_by_members) == [(2, [], "cpu:0")] * 4

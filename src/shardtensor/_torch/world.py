@@ -87,6 +87,23 @@ def silent_world(rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def group_of(ranks: list[int]) -> Any:
+    """A process group of these ranks, made by them alone.
+
+    Where init_process_group was given a device, torch splits the world's communicator, to which all
+    ranks would have to come; so the group gets a communicator of its own.
+    """
+    everyone = dist.group.WORLD
+    bound = everyone.bound_device_id
+    if bound is not None:
+        everyone.bound_device_id = None
+    try:
+        return dist.new_group(ranks, use_local_synchronization=True)
+    finally:
+        if bound is not None:
+            everyone.bound_device_id = bound
+
+
 def is_silent(group: Any) -> bool:
     """Whether the group is one of a `silent_world`."""
     return bool(dist.get_backend(group) == "fake")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
-from .._torch.world import is_silent
+from .._torch.world import group_of, is_silent
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
 from ..spec import Spec, axes_in
@@ -20,6 +20,8 @@ from .observers import Hooks, simulated_rank
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 # the process group that the caches of functions of meshes are for
 _world: ref[dist.ProcessGroup] | None = None
+# by group: the devices of its meshes
+_devices: dict[str, set[str]] = {}
 # the name of a group of one rank, which needs no process group
 ALONE = "self"
 
@@ -64,14 +66,20 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     else:
         if Hooks.meeting is not None and simulated_rank() is None:
             Hooks.meeting("new_group", ranks, {})
-        made = dist.new_group(ranks, use_local_synchronization=True)
+        made = group_of(ranks)
     assert made is not None
     # ranks of a simulated world share this table, hence their number in the key
     name = f"{made.group_name}:{dist.get_rank()}"
     _groups[name] = made
+    _devices.setdefault(name, set()).add(mesh.device_type)
     if Hooks.grouped is not None and simulated_rank() is None:
         Hooks.grouped()
     return name
+
+
+def devices(name: str) -> list[str]:
+    """The kinds of device that meshes of the group have; none is known of a group without one."""
+    return sorted(_devices.get(name, ()))
 
 
 def size(name: str) -> int:
@@ -137,3 +145,4 @@ def renew() -> None:
 def forget() -> None:
     """Drop all groups, at the end of a simulated world."""
     _groups.clear()
+    _devices.clear()
