@@ -64,6 +64,18 @@ def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:
     return "", ""
 
 
+def op_of(frame: FrameType | None) -> str:
+    """The torch function on ShardTensors, or "backward", that the frame belongs to."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__torch_function__" and code.co_filename.startswith(_OURS[0]):
+            return str(getattr(frame.f_locals.get("func"), "__name__", ""))
+        if code.co_name == "_engine_run_backward":
+            return "backward"
+        frame = frame.f_back
+    return ""
+
+
 def error_line(error: BaseException) -> str:
     """The same for where an exception was raised."""
     found, at = "", error.__traceback__

@@ -18,3 +18,10 @@ class DivergenceError(RankError):
 
     Raised under `guard` on every rank; the message names ranks, ops and lines.
     """
+
+
+class TransportError(RuntimeError):
+    """A buffer under way was touched or not waited for, or is none that NCCL takes.
+
+    Raised by the strict transport; the message names the op and its line.
+    """

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .._torch import all_gather_flat
 from .._torch.world import is_silent
-from . import groups
+from . import groups, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
 
@@ -29,11 +28,16 @@ FEW = 8
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
 # whether a group is one of a rehearsal
 _kinds: WeakKeyDictionary[dist.ProcessGroup, bool] = WeakKeyDictionary()
-_REDUCE = {
-    "sum": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
+# dtypes that NCCL does not add up
+_WIDER = {
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e4m3fnuz: torch.float32,
+    torch.float8_e5m2: torch.float32,
+    torch.float8_e5m2fnuz: torch.float32,
+    torch.float8_e8m0fnu: torch.float32,
 }
 _COMBINE: dict[str, Any] = {
     "sum": torch.add,
@@ -87,7 +91,7 @@ def start_exchange(
         label, sum(given), sum([b > 0 for b in given]), groups.size(group), group,
         dtype=like.dtype, **(facts or _sparse_facts(gives, gets, group)),
     ) as entry:  # fmt: skip
-        works = _post(received, send, gives, gets, group, few, wait)
+        works = _post(received, send, gives, gets, group, label, few, wait)
 
     def arrived() -> dict[int, list[torch.Tensor]]:
         _end(works, entry, group, label)
@@ -112,15 +116,12 @@ def start_all_to_all(
     n = len(gives)
     facts = dict(gives=gives, gets=gets)
     nbytes = send.numel() * send.element_size()
-    work = None
+    works: list[Any] = []
     with sending(label, nbytes, n - gives.count(0), n, group, dtype=send.dtype, **facts) as entry:
         if _silent(group):
             received.zero_()
         else:
-            work = dist.all_to_all_single(
-                _as_bytes(received), _as_bytes(send), gets, gives, groups.resolve(group), True
-            )
-    works = [] if work is None else [work]
+            works = transport.all_to_all(received, send, gets, gives, group, label)
     return lambda: _end(works, entry, group, label)
 
 
@@ -143,6 +144,7 @@ def _post(
     gives: dict[int, int],
     gets: dict[int, int],
     group: str,
+    label: str,
     few: bool,
     wait: bool,
 ) -> list[Any]:
@@ -152,36 +154,26 @@ def _post(
         received.zero_()
         return []
     n, to = groups.size(group), groups.resolve(group)
-    into, out = _as_bytes(received), _as_bytes(send)
     together = not few or n <= FEW or simulated_rank() is not None
-    if together or (into.is_cuda and to not in _met):
+    if together or (_connects(received) and to not in _met):
         # NCCL connects all ranks in a first collective, which some may have nothing to send in
         _met.add(to)
-        work = dist.all_to_all_single(
-            into,
-            out,
-            [gets.get(r, 0) for r in range(n)],
-            [gives.get(r, 0) for r in range(n)],
-            group=to,
-            async_op=not wait,
-        )
-        return [] if work is None else [work]
-    ops, at = [], 0
-    for r, nbytes in gets.items():
-        if nbytes:
-            ops.append(dist.P2POp(dist.irecv, into[at : at + nbytes], group=to, group_peer=r))
-            at += nbytes
-    at = 0
-    for r, nbytes in gives.items():
-        if nbytes:
-            ops.append(dist.P2POp(dist.isend, out[at : at + nbytes], group=to, group_peer=r))
-            at += nbytes
-    works = dist.batch_isend_irecv(ops) if ops else []
-    if wait:
-        for work in works:
-            finish(work)
-        return []
-    return works
+        every = range(n)
+        return transport.all_to_all(
+            received, send, [gets.get(r, 0) for r in every], [gives.get(r, 0) for r in every],
+            group, label, wait=wait,
+        )  # fmt: skip
+    works = transport.messages(received, send, gets, gives, group, label)
+    if not wait:
+        return works
+    for work in works:
+        finish(work)
+    return []
+
+
+def _connects(x: torch.Tensor) -> bool:
+    """Whether ranks are connected by a collective of all of them."""
+    return x.is_cuda or transport.is_strict()
 
 
 def all_gather(
@@ -213,7 +205,7 @@ def all_gather_rows(
         if _silent(group):
             received.view(n, most).copy_(flat)
         else:
-            all_gather_flat(_as_bytes(received), _as_bytes(flat), group=groups.resolve(group))
+            transport.all_gather(received, flat, group)
     return received.view(n, most)
 
 
@@ -251,17 +243,8 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
     else:
         # no view of another tensor, which torch would not let be written to
         total = xs[0].clone(memory_format=torch.contiguous_format)
-    wire = total
-    if total.is_complex():
-        if op != "sum":
-            raise ValueError(f"all_reduce {op} of complex numbers")
-        wire = torch.view_as_real(total)
-    elif total.dtype is torch.bool:
-        # logical or / and: sums of booleans saturate
-        op = {"sum": "max", "product": "min"}.get(op, op)
-        wire = total.view(torch.uint8)
     lengths = [x.numel() for x in xs]
-    start_all_reduce(wire.view(-1), op, group, lengths)()
+    start_all_reduce(total.view(-1), op, group, lengths)()
     if len(xs) == 1:
         return [total]
     parts = total.split(lengths)
@@ -276,9 +259,10 @@ def start_all_reduce(
     lengths: of the tensors that the vector is made of, on which ranks must agree.
     """
     n = groups.size(group)
-    if direct(flat, flat.numel(), n):
+    on_wire, op, back = _reducible(flat, op)
+    if direct(on_wire, on_wire.numel(), n):
         arrived = _start_to_all(
-            flat, [[flat.numel()]] * n, group, "all_reduce", lengths=lengths, by=op
+            on_wire, [[on_wire.numel()]] * n, group, "all_reduce", lengths=lengths, by=op
         )
 
         def combine() -> None:
@@ -287,16 +271,52 @@ def start_all_reduce(
             total = _COMBINE[op](first, second)
             for other in others:
                 _COMBINE[op](total, other, out=total)
-            flat.copy_(total)
+            back(on_wire.copy_(total))
 
         return combine
     # a ring all-reduce sends each byte twice but for this rank's own part
-    nbytes = 2 * flat.numel() * flat.element_size() * (n - 1) // n
+    nbytes = 2 * on_wire.numel() * on_wire.element_size() * (n - 1) // n
     with sending(
         "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=flat.dtype, lengths=lengths, by=op
     ) as entry:
-        work = dist.all_reduce(flat, _REDUCE[op], group=groups.resolve(group), async_op=True)
-    return lambda: None if work is None else finish(work, entry)
+        works = [] if _silent(group) else transport.all_reduce(on_wire, op, group)
+
+    def ended() -> None:
+        _end(works, entry, group, "all_reduce")
+        back(on_wire)
+
+    return ended
+
+
+def _reducible(
+    flat: torch.Tensor, op: str
+) -> tuple[torch.Tensor, str, Callable[[torch.Tensor], object]]:
+    """(a vector, an op of it, what brings its values back): of a dtype that NCCL and gloo reduce.
+
+    The vector shares the memory of `flat` where it can. Integers wrap as those of `flat` do.
+    """
+    if flat.is_complex():
+        if op != "sum":
+            raise ValueError(f"all_reduce {op} of complex numbers")
+        return torch.view_as_real(flat).view(-1), op, _stay
+    if flat.dtype is torch.bool:
+        # logical or / and: sums of booleans saturate
+        return flat.view(torch.uint8), {"sum": "max", "product": "min"}.get(op, op), _stay
+    if flat.dtype in transport.REDUCED:
+        return flat, op, _stay
+    if flat.dtype is torch.uint64:
+        signed, top = flat.view(torch.int64), torch.iinfo(torch.int64).min
+        if op in ("sum", "product"):
+            return signed, op, _stay
+        # the order of the numbers is that of the signed ones with the first bit turned over
+        return signed ^ top, op, lambda turned: signed.copy_(turned ^ top)
+    if flat.dtype not in _WIDER:
+        raise ValueError(f"all_reduce of {flat.dtype}")
+    return flat.to(_WIDER[flat.dtype]), op, lambda summed: flat.copy_(summed)
+
+
+def _stay(x: torch.Tensor) -> None:
+    """The values are where they belong."""
 
 
 def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
@@ -314,7 +334,7 @@ def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
 def direct(x: torch.Tensor, most: int, n: int) -> bool:
     """Whether every rank sends all it has to every other; alike on all ranks."""
     few = n <= 8 and (n - 1) * most * x.element_size() <= DIRECT
-    return few and x.device.type == "cpu"
+    return few and x.device.type == "cpu" and not transport.is_strict()
 
 
 def _start_to_all(
@@ -337,22 +357,14 @@ def _start_to_all(
 
 def broadcast(flat: torch.Tensor, group: str) -> None:
     """A vector's values from the group's first rank to all."""
-    to = groups.resolve(group)
     n = groups.size(group)
     first = groups.rank(group) == 0
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
     with sending(
         "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
     ):
-        dist.broadcast(_as_bytes(flat), group=to, group_src=0)
-
-
-def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    """A vector's bytes, as a view where its elements lie one after the other."""
-    flat = flat.resolve_conj().resolve_neg()
-    if flat.stride(0) != 1:
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8)
+        if not _silent(group):
+            transport.broadcast(flat, group)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .._torch import world
-from ..caller import call_of_user
+from ..caller import call_of_user, op_of
 from ..comm import groups
 from ..comm.launcher import seconds
 
@@ -90,18 +90,6 @@ def _group(frame: FrameType) -> str | None:
             at = at.f_back
     # a wait for what was started earlier
     return None
-
-
-def op_of(frame: FrameType | None) -> str:
-    """The torch function on ShardTensors, or "backward", that the frame belongs to."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__torch_function__" and code.co_filename.startswith(_OURS):
-            return str(getattr(frame.f_locals.get("func"), "__name__", ""))
-        if code.co_name == "_engine_run_backward":
-            return "backward"
-        frame = frame.f_back
-    return ""
 
 
 class Look:

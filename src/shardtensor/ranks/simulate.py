@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from .. import _torch, cache
-from ..caller import call_of_user, described
+from ..caller import call_of_user, described, op_of
 from ..comm import counters, groups, observers
+from ..comm import transport as wire
 from ..comm.mismatch import Record, difference, position
 from ..errors import DivergenceError, RankError
-from ..observe.hangs import op_of
 
 T = TypeVar("T")
 # of worlds, one after the other
@@ -85,6 +85,12 @@ class _Turns:
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
 
+    def pause(self) -> None:
+        """Let another rank go first."""
+        me = counters.simulated_rank()
+        assert me is not None
+        self.wait(me, lambda: True, {"collective": "a wait"})
+
     def join(self, key: str, size: int, rank: int, collective: Any, data: Any) -> None:
         """Meet the other members of a group; the last to come does the work."""
         me = counters.simulated_rank()
@@ -100,7 +106,8 @@ class _Turns:
         met = [here[r] for r in range(size)]
         records = {member: brought for _, member, brought in met}
         if difference(records):
-            parted = difference({r: self.placed(r, x) for r, x in records.items()})
+            placed = {r: self.placed(r, x) for r, x in records.items()}
+            parted = difference(placed) or difference(records)
             self.stuck = DivergenceError(parted)
             raise DivergenceError(parted)
         collective.work([data for data, _, _ in met])
@@ -116,7 +123,9 @@ def _called() -> str:
     return "" if frame is None else frame.f_code.co_name
 
 
-def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
+def simulate(
+    world_size: int, fn: Callable[..., T], *args: Any, transport: str | None = None
+) -> list[T]:
     """Run fn(*args) on `world_size` ranks, threads of this process; returns what each returned.
 
     Inside fn, torch.distributed is initialised, as under torchrun: make a mesh with
@@ -125,7 +134,11 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
     come to a collective with another one, another dtype or other sizes.
     Ranks share what fn closes over and args: a model is to be made inside fn, or copied there; one
     in which gradients of two ranks would add up raises ValueError.
+    transport: "strict" treats buffers as NCCL does, and raises TransportError where they are used
+    carelessly; default: SHARDTENSOR_TRANSPORT, else "plain".
     """
+    if transport is not None:
+        wire.checked(transport)
     if counters.simulated_rank() is not None:
         raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
     turns = _Turns(world_size)
@@ -140,12 +153,15 @@ def simulate(world_size: int, fn: Callable[..., T], *args: Any) -> list[T]:
         observers.thread.rank = rank
         observers.thread.left = turns.left
         observers.thread.world = turns.number
+        observers.thread.transport = transport
+        observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
         try:
             with torch.autograd.set_multithreading_enabled(False):
                 dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
                 results[rank] = fn(*args)
+                wire.all_waited_for()
                 if dist.is_initialized():
                     dist.destroy_process_group()
         except BaseException as e:
