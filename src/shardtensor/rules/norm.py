@@ -23,9 +23,10 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import fit, like, reduced, replicate
+from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Dims, accumulated, merged, normalised, spread, statistics
-from .normalise import Way, normalise
+from .normalise import Way
 from .numbers import Numbers, move
 from .pointwise import function_rule
 from .reduce import count
@@ -117,8 +118,11 @@ def batch_norm(
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
-    y = normalise(local, w, b, Way(counts, n, comm.group(spec.mesh, axes), eps), kept)
-    if any(r is not None for r in running):
+    way = Way(counts, n, comm.group(spec.mesh, axes), eps)
+    tracked = any(r is not None for r in running)
+    moved = None if channels.axes else Running(running[0], running[1], momentum)
+    y = normalise(local, w, b, way, kept if tracked else None, moved)
+    if kept:
         track(running, whole(spec, mine, *kept) if channels.axes else kept, n, momentum)
     return wrap(y, spec)
 

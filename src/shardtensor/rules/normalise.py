@@ -82,7 +82,7 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         """Statistics, one message, one affine map."""
         rows = way.rows(x)
-        mean, var = _statistics(rows, way)
+        mean, var = whole_statistics(rows, way)
         kept += [mean, var]
         ctx.way, ctx.mean = way, _per_row(mean, way)
         ctx.slope = _per_row((var + way.eps) ** -0.5, way)
@@ -103,7 +103,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         """Two sums, one message, the gradient; recorded op by op for second derivatives."""
         if torch.is_grad_enabled():
-            return *_recorded(ctx, g), None, None
+            return *recorded(ctx, g), None, None
         way: Way = ctx.way
         x, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -112,7 +112,7 @@ class _Normalise(torch.autograd.Function):
         if way.last or way.apart:
             g = g.contiguous()
         if way.last:
-            dw, db = _elementwise(g, x, weight, bias, mean, slope, way, needs)
+            dw, db = elementwise(g, x, weight, bias, mean, slope, way, needs)
             times = 1.0
             if weight is not None:
                 g = torch.mul(g, weight, out=torch.empty_like(x))
@@ -161,7 +161,7 @@ def _far(rows: Tensor, center: Any, slope: Any) -> bool:
     return bool((np.abs(center) * slope > FAR).any())
 
 
-def _statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
+def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
     """Mean and variance over all ranks, of each statistic, in float64."""
     mean, var = _of_part(rows)
     n = rows.numel() // max(1, rows.shape[1])
@@ -270,7 +270,7 @@ def _of_channels(rows: Numbers, weight: Tensor, x: Tensor, way: Way) -> Tensor:
     return tensor_of(rows, weight.dtype)
 
 
-def _elementwise(
+def elementwise(
     g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Numbers, slope: Numbers,
     way: Way, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
@@ -297,7 +297,7 @@ def _elementwise(
 # with derivatives of every order -----------------------------------------------------------------
 
 
-def _recorded(ctx: Any, g: Tensor) -> list[Tensor | None]:
+def recorded(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """Gradients that have gradients themselves."""
     # nodes of their own: one operand may be made from another
     given = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
