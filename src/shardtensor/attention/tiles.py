@@ -120,10 +120,17 @@ def _tiles(
     return found
 
 
-def _mask(seen: tuple[Seen, ...], device: torch.device) -> Tensor | None:
+def _mask(seen: tuple[Seen, ...], like: Tensor) -> Tensor | None:
     """(1, 1, queries, keys) of a tile; None where every query sees every key."""
     if all(span == line[0] for line in seen for span in line):
         return None
+    if like.is_cuda and type(like) is Tensor:
+        # made on the host, whose copies wait for the device
+        return _kept_mask(seen, str(like.device))
+    return _made_mask(seen, like.device)
+
+
+def _made_mask(seen: tuple[Seen, ...], device: torch.device | str) -> Tensor:
     whole = torch.ones([1, 1], dtype=torch.bool, device=device)
     for line in seen:
         start, stop = torch.tensor(line, device=device).unsqueeze(-1).unbind(1)
@@ -131,6 +138,9 @@ def _mask(seen: tuple[Seen, ...], device: torch.device) -> Tensor | None:
         own = (at >= start) & (at < stop)
         whole = (whole[:, None, :, None] & own[:, None]).flatten(2).flatten(0, 1)
     return whole[None, None]
+
+
+_kept_mask = lru_cache(maxsize=64)(_made_mask)
 
 
 class Call(NamedTuple):
@@ -152,7 +162,7 @@ class Call(NamedTuple):
         for seen, tiles in _tiles(self.lines(), starts, tuple(q.shape[1:-2])).items():
             scores = q.shape[0] * q.shape[-2] * prod(len(s) * s[-1][1] for s in seen)
             n = max(1, CHUNK // scores)
-            mask = _mask(seen, q.device)
+            mask = _mask(seen, q)
             for i in range(0, len(tiles), n):
                 queries, keys = zip(*tiles[i : i + n], strict=True)
                 yield mask, queries, keys

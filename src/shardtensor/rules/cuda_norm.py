@@ -144,10 +144,10 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
     if 0 in way.counts:
         # the kernel divides by their number of elements
         found = torch.cat([found[i : i + 1] for i, c in enumerate(way.counts) if c])
-    given = (None, None, 0.0) if running is None else running
+    moving, moved, by = running or (None, None, 0.0)
     counts = _counts(way, rows.device, dtype)
     return torch.batch_norm_gather_stats_with_counts(
-        found, found[:, :n], found[:, n:], *given, way.eps, counts
+        found, found[:, :n], found[:, n:], moving, moved, by, way.eps, counts
     )
 
 
