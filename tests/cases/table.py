@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,18 +44,32 @@ class Case:
     def meet(self, share: str = "all") -> None:
         """Raise AssertionError that names op, case, cut and mesh of every layout that fails."""
         failed, every = [], self.layouts(share)
-        for mesh, places in every:
+        for mesh, same in itertools.groupby(every, lambda on: on[0]):
+            layouts = [places for _, places in same]
             try:
-                specs = T.hold(self.fn, self.operands, places, mesh, **self.how)
-                if self.stays and places[0] and places[0].sizes:
-                    sizes = {d: tuple(n) for d, n in places[0].sizes.items()}
-                    assert specs[0] and specs[0].sizes == sizes, f"the result is {specs[0]}"
-            except Exception as e:
-                on = ", ".join(str(p) if p else "plain" for p in places)
-                failed.append(f"on {on} of mesh {mesh}: {e}")
+                self._hold(mesh, layouts)
+            except Exception as together:
+                told = [t for places in layouts if (t := self._alone(mesh, places))]
+                failed += told or [f"on mesh {mesh}, one layout after the other: {together}"]
         assert not failed, "\n".join(
             [f"{self.op} {self.name}: {len(failed)} of {len(every)} layouts", *failed]
         )
+
+    def _hold(self, mesh: tuple[int, ...], layouts: list[list[T.On | None]]) -> None:
+        found = T.hold_all(self.fn, self.operands, layouts, mesh, **self.how)
+        for places, specs in zip(layouts, found, strict=True):
+            if self.stays and places[0] and places[0].sizes:
+                sizes = {d: tuple(n) for d, n in places[0].sizes.items()}
+                assert specs[0] and specs[0].sizes == sizes, f"the result is {specs[0]}"
+
+    def _alone(self, mesh: tuple[int, ...], places: list[T.On | None]) -> str:
+        """What fails on one layout, if anything."""
+        try:
+            self._hold(mesh, [places])
+        except Exception as e:
+            on = ", ".join(str(p) if p else "plain" for p in places)
+            return f"on {on} of mesh {mesh}: {e}"
+        return ""
 
 
 def case(
