@@ -1,7 +1,10 @@
 """`testing.hold` itself: what it takes for right, what not, and what a failure says."""
 
+import threading
+
 import pytest
 import torch
+from cases.table import Case
 from torch import nn
 from torch.distributed.tensor import Partial, Shard
 
@@ -96,3 +99,49 @@ def test_a_shard_that_is_wrong_on_one_rank():
 
     with pytest.raises(st.RankError, match=r"rank 1: .*output 0: relative error"):
         T.hold(off, [X], [T.shard(2, (4, 1, 4))], (3,))
+
+
+def test_several_layouts_on_the_same_ranks():
+    cuts = [(5, 4), (8, 1), (9, 0)]
+    specs = T.hold_all(torch.sin, [X], [[T.shard(2, c)] for c in cuts], (2,))
+    assert [s[0].dims[2].sizes for s in specs] == cuts
+
+    def off(x):
+        uneven = isinstance(x, st.ShardTensor) and x.spec.dims[2].sizes == (8, 1)
+        return x * (2 if uneven else 1)
+
+    with pytest.raises(st.RankError, match=r"\{2: \(8, 1\)\}\) on mesh \(2,\): output 0: relative"):
+        T.hold_all(off, [X], [[T.shard(2, c)] for c in cuts], (2,))
+
+
+def test_a_part_of_the_gradient_that_is_lost_on_one_rank():
+    def off(x):
+        y = x * 2
+        if isinstance(x, st.ShardTensor) and x.spec.coordinate == (1,):
+            y.to_local().register_hook(lambda g: g * 0.5)
+        return y
+
+    with pytest.raises(st.RankError, match=r"rank 1: .*gradient 0: relative error"):
+        T.hold(off, [X.double()], [T.shard(2, (4, 1, 4))], (3,))
+
+
+def test_a_case_names_the_layouts_that_fail():
+    def off(x):
+        uneven = isinstance(x, st.ShardTensor) and x.spec.dims[0].sizes == (7, 0, 2)
+        return x * (2 if uneven else 1)
+
+    with pytest.raises(AssertionError, match=r"op off: 1 of .* layouts") as e:
+        Case("op", "off", off, (X[0, 0].double(),), ((0, 1),)).meet()
+    assert "{0: (7, 0, 2)} of mesh (3,): rank 0" in str(e.value)
+
+
+def test_a_case_that_fails_only_after_another_layout():
+    seen = threading.local()
+
+    def off(x):
+        again = isinstance(x, st.ShardTensor) and hasattr(seen, "layout")
+        seen.layout = x.shape
+        return x * (2 if again else 1)
+
+    with pytest.raises(AssertionError, match=r"on mesh \(2,\), one layout after the other"):
+        Case("op", "off", off, (X[0, 0].double(),), ((0, 1),)).meet()

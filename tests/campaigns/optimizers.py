@@ -24,7 +24,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "AdamW": [{}, {"amsgrad": True}, {"fused": True}, {"fused": True, "weight_decay": 0.1}],
     "Adamax": [{}, {"weight_decay": 0.1}],
     "ASGD": [{}, {"t0": 1}, {"weight_decay": 0.1}],
-    "LBFGS": [{}, {"line_search_fn": "strong_wolfe"}],
+    "LBFGS": [{"max_iter": 4}, {"max_iter": 4, "line_search_fn": "strong_wolfe"}],
     "NAdam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
     "RAdam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
     "RMSprop": [{}, {"centered": True}, {"momentum": 0.9}],
