@@ -1,7 +1,7 @@
 """Small modules under `st.compile`, whose Python state changes between calls, against eager plain PyTorch.
 
 Attributes, closures, hooks added later, parts replaced, buffers, views, in-place ops, Functions of the
-user, values that Python branches on: outputs, gradients, buffers and counters of every call.
+user, values that Python branches on, random ops: outputs, gradients, buffers and counters of every call.
 """
 
 from __future__ import annotations
@@ -109,6 +109,11 @@ def branching(m: Any, x: Tensor) -> Tensor:
     return m.lin(x) if x.sum() > m.k else x * 2
 
 
+def path_dropped(m: Any, x: Tensor) -> Tensor:
+    kept = x.new_empty((x.shape[0], *[1] * (x.ndim - 1))).bernoulli_(0.6)
+    return m.lin(x) * kept.div_(0.6)
+
+
 def detached(m: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         k = m.lin(x).mean()
@@ -180,6 +185,12 @@ PARTS: dict[str, tuple[Any, Any, Any]] = {
     "shape": (put(), lambda m, x: m.lin(x) * x.shape[0] if x.shape[0] > 5 else m.lin(x), nothing),
     "mask": (put(k=0.0), lambda m, x: torch.where(x > m.k, m.lin(x), 0.1), set_k), "einsum": (put(), lambda m, x: torch.einsum("...i,oi->...o", x, m.lin.weight), nothing),
     "weight": (put(), lambda m, x: F.linear(x, m.lin.weight * 2, m.lin.bias), lambda m, i: m.lin.weight.data.mul_(1.1)),
+    "drawn: dropout": (put(k=2.0), lambda m, x: F.dropout(m.lin(x) * m.k, 0.4), set_k),
+    "drawn: noise": (put(), lambda m, x: x * torch.rand_like(x) + torch.randn_like(m.lin(x)), nothing),
+    "drawn: path": (put(), path_dropped, nothing), "drawn: channels": (put(), lambda m, x: F.dropout1d(m.lin(x), 0.3), nothing),
+    "drawn: alike": (put(), lambda m, x: m.lin(x) * torch.rand(WIDTH, dtype=D) * torch.randperm(WIDTH), nothing),
+    "drawn: bernoulli": (put(), lambda m, x: m.lin(x) * torch.bernoulli(x.detach().sigmoid()), nothing),
+    "drawn: seeded": (put(), lambda m, x: (torch.manual_seed(2), F.dropout(m.lin(x), 0.3))[1], nothing),
 }  # fmt: skip
 
 
@@ -260,7 +271,9 @@ class Case:
             places = [Replicate() if d < 0 else Shard(d) for d in self.dims]
             return st.distribute_tensor(x, mesh, places, sizes=sizes, src_data_rank=None)
 
-        return self._run(place, lambda m: st.compile(m, backend=self.backend))
+        draws = any(n.startswith("drawn") for n in self.parts)
+        with st.random.match_single_device() if draws else nullcontext():
+            return self._run(place, lambda m: st.compile(m, backend=self.backend))
 
 
 def draw(rng: random.Random) -> Case:

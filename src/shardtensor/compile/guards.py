@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .._torch import probe
 from ..caller import is_library
+from ..tensor.tape import Tape
 from .attributes import MISSING, noting, watch
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -32,10 +33,13 @@ _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 
 class Reads:
-    """What one call read. inputs: ids of modules whose parameters and buffers are given anew."""
+    """What one call read. inputs: ids of modules whose parameters and buffers are given anew.
 
-    def __init__(self, inputs: frozenset[int]) -> None:
-        self.inputs = inputs
+    tape: of random generators that are read.
+    """
+
+    def __init__(self, inputs: frozenset[int], tape: Tape) -> None:
+        self.inputs, self.tape = inputs, tape
         self.known: dict[int, Any] = {}
         # (mapping, name) -> value
         self.slots: dict[tuple[int, str], tuple[Any, str, Any]] = {}
@@ -55,7 +59,9 @@ class Reads:
         if isinstance(x, (*_PLAIN, Enum)) or id(x) in self.known:
             return
         self.known[id(x)] = x
-        if isinstance(x, Tensor | set) or hasattr(x, "__array_interface__"):
+        if isinstance(x, torch.Generator):
+            self.tape.take(x)
+        elif isinstance(x, Tensor | set) or hasattr(x, "__array_interface__"):
             self.described.append((x, _described(x), name))
         elif isinstance(x, types.FunctionType):
             self._function(x)
@@ -338,10 +344,10 @@ def _draws() -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def recording(inputs: frozenset[int], roots: Callable[[], Any]) -> Iterator[Reads]:
+def recording(inputs: frozenset[int], tape: Tape, roots: Callable[[], Any]) -> Iterator[Reads]:
     """Note what the code inside reads, from roots() on, in this thread."""
     with noting() as note:
-        reads = Reads(inputs)
+        reads = Reads(inputs, tape)
         watch(nn.Module)
         for x in roots():
             reads.reach(x, "an argument")

@@ -25,8 +25,11 @@ from .. import attention
 from .._torch import probe
 from ..dispatch.fallback import is_shard, limit
 from ..errors import UnsupportedOpError
+from ..settings import setting
 from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
+from ..tensor.tape import Tape
+from .draws import Draw, hoist
 from .guards import Reads, recording
 from .refused import NoHooks, NoWrites
 
@@ -54,10 +57,11 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
     options: those of torch.compile (backend, mode, ...). Traced once for each combination of specs,
     shapes, dtypes, grad mode, train/eval and Python state that fn reads: attributes, hooks,
     globals, closures. A module's parameters and buffers are inputs of the graph, so they may
-    change; tensors that a function closes over are read anew at each call. A call that changes
-    Python state (a counter in forward) runs eagerly, with a warning; so does one that no graph can
-    hold: random ops, Python that needs the values of tensors, hooks on tensors, gradients through
-    an autograd.Function. With fullgraph=True that raises UnsupportedOpError.
+    change; tensors that a function closes over are read anew at each call. Random numbers are those
+    of the eager call: they are drawn before the program runs, and are inputs of it. A call that
+    changes Python state (a counter in forward) runs eagerly, with a warning; so does one that no
+    graph can hold: Python or random ops that need the values of tensors, seeds, hooks on tensors,
+    gradients through an autograd.Function. With fullgraph=True that raises UnsupportedOpError.
 
     At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
     at level INFO what each graph is for and how that differs from the graph before it; at WARNING,
@@ -68,11 +72,12 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
 
 @dataclass
 class _Graph:
-    """A compiled program, what it reads and the form of its result."""
+    """A compiled program, what it reads, the form of its result and what it draws."""
 
     run: Callable[..., Any]
     reads: Reads
     out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
+    draws: list[Draw]
 
 
 class Compiled:
@@ -112,7 +117,8 @@ class Compiled:
             if graph is None:
                 return self.call(*args, **kwargs)
         self.traced.move_to_end(key)
-        flat = graph.run(*state.values(), *(x for x in given if isinstance(x, Tensor)))
+        drawn = [draw() for draw in graph.draws]
+        flat = graph.run(*state.values(), *(x for x in given if isinstance(x, Tensor)), *drawn)
         form, kinds = graph.out
         flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
         return pytree.tree_unflatten(flat, form)
@@ -175,7 +181,7 @@ class Compiled:
     ) -> tuple[_Graph, str]:
         """The graph of a call, and what of the state that it reads it changed."""
         form: list[Any] = []
-        changed = ""
+        changed, tape = "", Tape()
 
         def local(*tensors: Tensor) -> list[Any]:
             """The call on local tensors alone, which is traced; notes specs and state."""
@@ -191,12 +197,14 @@ class Compiled:
             args, kwargs = pytree.tree_unflatten(given, tree)
             with (
                 _using(self.fn, own),
-                recording(inputs, lambda: (self.fn, args, kwargs)) as reads,
+                recording(inputs, tape, lambda: (self.fn, args, kwargs)) as reads,
+                setting("tape", tape),
                 NoHooks(),
-                NoWrites(),
+                NoWrites(tape),
             ):
                 try:
                     out = self.call(*args, **kwargs)
+                    tape.check()
                 except BaseException:
                     # what was done so far will be done again
                     reads.restore()
@@ -234,11 +242,14 @@ class Compiled:
             ) from e
         finally:
             torch.set_grad_enabled(grad)
+            tape.close()
+        draws = hoist(graph, tape)
         # questions about dtypes are traced too, and Dynamo does not take them
         graph.graph.eliminate_dead_code()
         graph.recompile()
         # forward: hooks of all modules are part of the graph already
-        return _Graph(torch.compile(graph.forward, **self.options), *form), changed
+        run = torch.compile(graph.forward, **self.options)
+        return _Graph(run, form[0], form[1], draws), changed
 
 
 def _name(fn: Any) -> str:

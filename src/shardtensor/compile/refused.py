@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import probe
 from ..errors import UnsupportedOpError
+from ..tensor.tape import Tape
 
 
 class NoHooks(torch.overrides.TorchFunctionMode):
@@ -33,10 +34,14 @@ class NoHooks(torch.overrides.TorchFunctionMode):
 
 
 class NoWrites(TorchDispatchMode):
-    """Raises for writes to tensors with memory that were there before: they would happen twice."""
+    """Raises for writes to tensors with memory that were there before: they would happen twice.
 
-    def __init__(self) -> None:
+    And for a random generator that was seeded since: a graph holds no seeds.
+    """
+
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
+        self.tape = tape
         # kept, so that nothing else gets their memory
         self.made: dict[int, Tensor] = {}
 
@@ -45,6 +50,8 @@ class NoWrites(TorchDispatchMode):
     ) -> Any:
         """Note the memory that ops make; raise for a write to any other."""
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.tape.check()
         old = [m for m in map(_memory, pytree.tree_leaves((args, kwargs))) if m not in self.made]
         if func._schema.is_mutable:
             given = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)} | kwargs

@@ -15,8 +15,9 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.random import draw, generator_for, matching, memory_order
+from ..tensor.random import draw, generator_for, matching, memory_order, refill
 from ..tensor.redistribute import aside, fit, reduced, replicate
+from ..tensor.tape import tape
 from .agreed import agreed
 from .pointwise import align, function_rule
 
@@ -53,7 +54,12 @@ def _check_all(spec: Spec, right: Callable[[], Tensor], what: str) -> None:
         if not right().all():
             raise RuntimeError(what)
 
-    if spec.mesh.device_type == "cpu" and comm.knows_values(comm.group(spec.mesh, spec.varying)):
+    group = comm.group(spec.mesh, spec.varying)
+    if tape() is not None:
+        # the graph has no Python to raise
+        wrong = comm.reduce(right().logical_not().any().to(torch.int64), group, "max")
+        torch._assert_async(wrong == 0, what)
+    elif spec.mesh.device_type == "cpu" and comm.knows_values(group):
         agreed(check, spec, spec.varying, RuntimeError, what)
 
 
@@ -181,8 +187,10 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTenso
             draw(x._spec, x.dtype, x.device, lambda t, g: func(t, *rest, **kwargs, generator=g),
                  generator, normal=normal, order=_order(x))
         )  # fmt: skip
-    else:
+    elif any(isinstance(a, Tensor) for a in rest):
         func(x._local, *rest, **kwargs, generator=generator_for(x._spec, x.device, generator))
+    else:
+        refill(x._local, x._spec, lambda t, g: func(t, *rest, **kwargs, generator=g), generator)
     return x
 
 
@@ -214,8 +222,13 @@ def normal(
         spec, first.dtype, first.device, lambda t, g: t.normal_(0.0, own, generator=g), generator,
         normal=True,
     )  # fmt: skip
-    drawn = drawn.mul_(sigma) if isinstance(std, Tensor) else drawn
-    return wrap(drawn.add_(mu), spec)
+    drawn = drawn.mul_(sigma.detach()) if isinstance(sigma, Tensor) else drawn
+    drawn = drawn.add_(mu.detach() if isinstance(mu, Tensor) else mu)
+    for x in (mu, sigma):
+        if isinstance(x, Tensor) and x.requires_grad:
+            # as in torch, their gradients are zeros
+            drawn = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, drawn)
+    return wrap(drawn, spec)
 
 
 @rule("rrelu")
@@ -232,8 +245,7 @@ def rrelu(
     if matching():
         return gathered(torch.rrelu, (input, lower, upper, True))
     x = reduced(input)
-    g = generator_for(x._spec, x.device, generator)
-    drawn = torch.rand(x._local.shape, generator=g, device=x.device, dtype=x.dtype)
+    drawn = draw(x._spec, x.dtype, x.device, lambda t, g: t.uniform_(generator=g), generator)
     slope = lower + (upper - lower) * drawn
     return wrap(torch.where(x._local > 0, x._local, slope * x._local), x._spec)
 

@@ -23,6 +23,7 @@ from ..errors import UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
 from . import layout
+from .tape import tape
 
 # fill(out, generator) fills a tensor in place
 Fill = Callable[[Tensor, torch.Generator | None], object]
@@ -63,6 +64,11 @@ def generator_for(
             f"a draw for {spec} that match_single_device cannot repeat: leave the block around it, "
             "or draw on a plain tensor and distribute it"
         )
+    if tape() is not None:
+        raise UnsupportedOpError(
+            f"a draw for {spec} that depends on values cannot be compiled: leave it out of "
+            "st.compile"
+        )
     source = None if generator is None or generator.device.type != "cpu" else generator
     seed = torch.randint(2**62, (1,), generator=source)
     alike = tuple(a for a in range(spec.mesh.ndim) if a not in spec.varying)
@@ -92,9 +98,17 @@ def draw(
 
     order: the dims as one device has them in memory, outermost first; rows first by default.
     """
+    rows = tuple(range(len(spec.dims)))
+    order = tuple(order) or rows
+    noted = tape()
+    if noted is not None:
+        dense = layout.dense([spec.local_shape[d] for d in order])
+        strides = [dense[order.index(d)] for d in rows]
+        return noted.add(
+            lambda: draw(spec, dtype, device, fill, generator, normal=normal, order=order),
+            spec.local_shape, strides, dtype, device,
+        )  # fmt: skip
     if matching():
-        rows = tuple(range(len(spec.dims)))
-        order = tuple(order) or rows
         if order == rows:
             return _matched(spec, dtype, device, fill, generator, normal)
         turned = spec.with_dims([spec.dims[d] for d in order])
@@ -104,6 +118,22 @@ def draw(
     out = torch.empty(spec.local_shape, dtype=dtype, device=device)
     fill(out, generator_for(spec, device, generator))
     return out
+
+
+def refill(x: Tensor, spec: Spec, fill: Fill, generator: torch.Generator | None) -> None:
+    """Fill this rank's shard in place from its own stream."""
+    noted = tape()
+    if noted is None:
+        fill(x, generator_for(spec, x.device, generator))
+        return
+    facts = x.shape, x.stride(), x.dtype, x.device
+
+    def draw() -> Tensor:
+        out = torch.empty_strided(*facts[:2], dtype=facts[2], device=facts[3])
+        fill(out, generator_for(spec, facts[3], generator))
+        return out
+
+    x.copy_(noted.add(draw, *facts))
 
 
 def _one_by_one(fill: Fill) -> Fill:
@@ -126,6 +156,12 @@ def memory_order(x: Any) -> tuple[int, ...]:
     if len([d for d in spec.dims if d.size > 1]) < 2:
         return rows
     if x._strides is None and spec.thin:
+        if tape() is not None:
+            raise UnsupportedOpError(
+                f"a draw like {spec} that match_single_device repeats, while it is compiled: some "
+                "rank has less than two rows, and does not know how the whole lies in memory; "
+                "draw like a tensor with more rows, or leave it out of st.compile"
+            )
         mine = _told_order(x)
     else:
         mine = _order(spec.shape, layout.stride(x))
