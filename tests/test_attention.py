@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor._torch import attention as kernels
-from shardtensor.attention import strategy
+from shardtensor.attention import blocks, strategy
 from shardtensor.attention.schedule import hops, pieces
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
 
@@ -115,14 +115,40 @@ def test_memory_is_a_number_of_blocks():
 
 
 def test_cuda_kernels_take_their_arguments():
-    for kernel in (kernels._FLASH_CUDA, kernels._EFFICIENT_CUDA):
-        query = torch.empty(2, 4, 33, 64, dtype=torch.bfloat16, device="meta")
-        for groups in (2, 4):
-            key = torch.empty(2, groups, 40, 64, dtype=torch.bfloat16, device="meta")
-            out, lse = kernel.forward(query, key, key, None, False, 0.1)
-            grads = kernel.backward(out, query, key, key, None, out, lse, False, 0.1)
-            assert out.shape == query.shape and lse.shape == out.shape[:3]
-            assert [g.shape for g in grads] == [query.shape, key.shape, key.shape]
+    for kernel in (kernels._FLASH_CUDA, kernels._EFFICIENT_CUDA, kernels._CUDNN):
+        for groups, head, width in ((2, 64, 64), (4, 64, 64), (4, 20, 12), (4, 8, 24)):
+            meta = {"dtype": torch.bfloat16, "device": "meta"}
+            query = torch.empty(2, 4, 33, head, **meta)
+            key, value = (torch.empty(2, groups, 40, n, **meta) for n in (head, width))
+            out, lse = kernel.forward(query, key, value, None, False, 0.1)
+            grads = kernel.backward(out, query, key, value, None, out, lse, False, 0.1)
+            assert out.shape == (2, 4, 33, width) and lse.shape == out.shape[:3]
+            assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
+
+
+@pytest.mark.parametrize("head, width", [(5, 3), (8, 12), (16, 16)])
+def test_heads_of_any_width_are_padded(head, width):
+    torch.manual_seed(0)
+    query, key = (torch.randn(2, 3, 7, head, dtype=D, requires_grad=True) for _ in range(2))
+    value, g = (torch.randn(2, 3, 7, width, dtype=D, requires_grad=True) for _ in range(2))
+    whole = sdpa(query, key, value)
+    wanted = torch.autograd.grad(whole, (query, key, value), g)
+    with torch.no_grad():
+        kernel = kernels._padded(kernels._FLASH_CPU)
+        out, lse = kernel.forward(query, key, value, None, False, head**-0.5)
+        found = kernel.backward(g, query, key, value, None, out, lse, False, head**-0.5)
+    for a, b in zip((out, *found), (whole, *wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_one_number_merge(causal, monkeypatch):
+    monkeypatch.setattr(blocks, "_looked_at", lambda lse: False)
+    torch.manual_seed(0)
+    x = [torch.randn(2, 3, 7, 4, dtype=D) for _ in range(3)]
+    for cut in ((4, 3), (3, 0, 4), (1, 1, 4, 1)):
+        with strategy("ring"):
+            T.hold(lambda *x: sdpa(*x, is_causal=causal), x, [T.shard(2, cut)] * 3, (len(cut),))
 
 
 # what is refused, and randomness ------------------------------------------------------------------

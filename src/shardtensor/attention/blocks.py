@@ -4,8 +4,11 @@ Shapes: q (B, H, L, E), k (B, G, S, E), v (B, G, S, F), where H is a multiple of
 broadcasts to (B, H, L, S); out (B, H, L, F); sums (2, B, H, L): for each row m and t such that its
 sum of exp(scores) is t exp(m); m is -inf where the row sees no key. Two numbers, since their
 log-sum-exp m + log t rounds t away where m is about the most negative number: in a row that a mask
-of such numbers fills. Gradients of a block need only the merged out and sums of all blocks:
-P = exp(scores - m) / t, dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
+of such numbers fills. Where no mask can, and nobody looks (`_looked_at`), sums are their
+log-sum-exp alone, (B, H, L).
+
+Gradients of a block need only the merged out and sums of all blocks: P = exp(scores - m) / t,
+dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ def forward(
         return _plain_forward(q, k, v, mask, rule)
     bias = _bias(mask, q.dtype)
     out, lse = kernel.forward(q, k, v, bias, rule.triangle, rule.scale)
+    if bias is None and not _looked_at(lse):
+        return out, lse
     hidden = None
     if bias is not None:
         most = bias.amax(-1)
@@ -87,10 +92,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask) of a block, given out and `settled` sums over all keys."""
     kernel = None if mask_grad else _fused(q, k, v, mask, rule)
-    lse = sums[0] + sums[1].log()
+    lse = sums[2]
     if kernel is None:
         if not rule.exact:
-            sums = torch.stack((lse, torch.ones_like(lse)))
+            sums = torch.stack((lse, torch.ones_like(lse), lse))
         return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
     rows = coarse_rows(sums[0]) if rule.exact else None
     if rows is not None:
@@ -108,9 +113,10 @@ def backward(
 
 
 def settled(sums: Tensor) -> Tensor:
-    """sums for `backward`: a row that sees no key has weights of zero."""
+    """sums for `backward`, with their log (3, B, H, L): a row without keys has weights of zero."""
     top, total = sums
-    return torch.stack((top.masked_fill(top == -inf, inf), total.masked_fill(total == 0, 1.0)))
+    top, total = top.masked_fill(top == -inf, inf), total.masked_fill(total == 0, 1.0)
+    return torch.stack((top, total, top + total.log()))
 
 
 def dead_rows(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -121,6 +127,11 @@ def dead_rows(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return dead.view(*[1] * (3 - dead.ndim), *dead.shape)
 
 
+def _looked_at(lse: Tensor) -> bool:
+    """Whether the digits of log-sum-exps are asked for."""
+    return lse.device.type == "cpu" and not probe.is_fake(lse)
+
+
 def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     """Rows with a log-sum-exp that has lost digits, None without any.
 
@@ -128,7 +139,7 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     scores of such size have lost as many digits already. Nor of a plan's tensors: they have no
     values.
     """
-    if lse.device.type != "cpu" or probe.is_fake(lse):
+    if not _looked_at(lse):
         return None
     size = lse.abs()
     found = (size > COARSE[lse.dtype]) & (size < inf)
@@ -164,9 +175,18 @@ class Merge:
         if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
             self.found = out.to(self.dtype), sums.to(self.dtype)
             return
-        all_out, every = self.result()
+        if self.found is None:
+            self.found = self._nothing(lone=sums.ndim == 3)
+        all_out, every = self.found
         have_out, have = all_out[:, :, rows[0] : rows[1]], every[..., rows[0] : rows[1]]
-        sums = sums.to(self.dtype)
+        if have.ndim == sums.ndim == 3:
+            torch.logaddexp(have, sums, out=have)
+            have_out.lerp_(out.to(self.dtype), (sums - have).exp_().unsqueeze(-1))
+            return
+        if every.ndim == 3:
+            self.found = all_out, _paired(every)
+            have = self.found[1][..., rows[0] : rows[1]]
+        sums = _paired(sums).to(self.dtype)
         top = torch.maximum(have[0], sums[0])
         parts = [relative(s, top) for s in (have, sums)]
         total = parts[0] + parts[1]
@@ -178,14 +198,28 @@ class Merge:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, sums); zeros and -inf where no key was seen."""
-        if self.found is None:
-            b, h, rows, width = self.shape
-            # the layout that fused kernels give: heads beside each other in memory
-            out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
-            sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
-            sums[0] = -inf
-            self.found = out, sums
-        return self.found
+        out, sums = self._nothing(lone=False) if self.found is None else self.found
+        return out, _paired(sums)
+
+    def _nothing(self, *, lone: bool) -> tuple[Tensor, Tensor]:
+        b, h, rows, width = self.shape
+        # the layout that fused kernels give: heads beside each other in memory
+        out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
+        if lone:
+            return out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
+        sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
+        sums[0] = -inf
+        return out, sums
+
+
+def log_of(sums: Tensor) -> Tensor:
+    """The log-sum-exps (B, H, L)."""
+    return sums if sums.ndim == 3 else sums[0] + sums[1].log()
+
+
+def _paired(sums: Tensor) -> Tensor:
+    """sums as two numbers."""
+    return sums if sums.ndim == 4 else torch.stack((sums, (sums > -inf).to(sums.dtype)))
 
 
 def relative(sums: Tensor, top: Tensor) -> Tensor:
@@ -209,7 +243,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule
 ) -> _torch.AttentionKernel | None:
-    if rule.drop or q.shape[-1] != v.shape[-1] or (mask is not None and rule.triangle):
+    if rule.drop or (mask is not None and rule.triangle):
         return None
     return _torch.attention_kernel(q, k, v, mask, rule.triangle)
 
@@ -303,7 +337,7 @@ def _plain_backward(
         for a, b in _chunks(q, k):
             rows = q[:, :, a:b].to(dtype)
             gr = g[:, :, a:b].to(dtype)
-            top, total = sums[..., a:b]
+            top, total = sums[:2, ..., a:b]
             p = _powers(_scores(rows, k, _cut(mask, a, b), rule, a), top).div_(total.unsqueeze(-1))
             keep = _kept(p, rule, generator)
             dp = (_grouped(gr, groups) @ v.mT).view(p.shape)

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import _torch
 from ..comm.ops import define
 from ..errors import UnsupportedOpError
-from .blocks import CHUNK, Rule, backward, coarse_rows, forward, wide
+from .blocks import CHUNK, Rule, backward, coarse_rows, forward, log_of, settled, wide
 
 # entries of a tile's mask
 MASK = 1 << 20
@@ -186,7 +186,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *integers: Any) -> tuple[Tensor, Te
     rule = Rule(call.scale)
     for mask, queries, keys in call.batches(q):
         found = forward(_taken(q, queries), _taken(k, keys), _taken(v, keys), mask, rule)
-        total = found[1][0] + found[1][1].log()
+        total = log_of(found[1])
         for into, part in (
             *_parts(found[0], out, queries), *_parts(total.unsqueeze(-1), lse, queries)
         ):  # fmt: skip
@@ -205,9 +205,9 @@ def _attend_backward(
     for mask, queries, keys in call.batches(q):
         operands = _taken(q, queries), _taken(k, keys), _taken(v, keys)
         found = _taken(lse, queries).squeeze(-1)
-        sums = torch.stack((found, torch.ones_like(found)))
+        sums = torch.stack((found, torch.ones_like(found), found))
         if coarse_rows(found) is not None:
-            sums = forward(*operands, mask, rule)[1]
+            sums = settled(forward(*operands, mask, rule)[1])
         grads = backward(
             _taken(g, queries), *operands, mask, _taken(out, queries), sums, rule, False
         )
