@@ -17,7 +17,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict fuzz campaigns operators zoo bench endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart fuzz campaigns operators zoo bench endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ docs: .venv/.stamp ## Build the documentation into site/
 
 strict: .venv/.stamp ## The tests with the strict transport: what NCCL would do to careless code
 	SHARDTENSOR_TRANSPORT=strict OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+apart: .venv/.stamp ## The tests with backward on a thread of its own, as that of a GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --backward-apart $(ARGS)
 
 fuzz: .venv/.stamp ## Random programs and campaigns of cases; CASES=20000 tries more
 	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py tests/test_campaigns.py $(ARGS)

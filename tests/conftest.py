@@ -2,11 +2,27 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backward-apart", action="store_true", help="backward runs on a thread of its own"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def backward(request):
+    """Backward where --backward-apart says."""
+    from threads import all_apart
+
+    with all_apart() if request.config.getoption("--backward-apart") else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
