@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.attention import MASKS, some
+from raising import raised
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import blocks, strategy
+from shardtensor.rules import attention
 
 torch.manual_seed(0)
 D = torch.float64
@@ -119,11 +121,11 @@ def test_a_mask_beside_is_causal():
     """As torch: together only where its fused kernel takes them."""
     on, n = ring((6, 3), (3, 4))
     bias = torch.randn(L, S, dtype=D)
-    T.hold(lambda *x: sdpa(*x, bias, is_causal=True), [q, k, v], on, n)
+    if raised(lambda: sdpa(q, k, v, bias, is_causal=True)) is None:
+        T.hold(lambda *x: sdpa(*x, bias, is_causal=True), [q, k, v], on, n)
 
     def refused():
-        mesh = T.make_mesh((2,))
-        a, b, c = (st.distribute_tensor(x, mesh, [Shard(-2)]) for x in (q, k, v))
+        a, b, c = sharded_on_two()
         with pytest.raises(RuntimeError, match="should not be set when is_causal"):
             sdpa(a[0], b[0], c[0], bias, is_causal=True)
         with pytest.raises(RuntimeError, match=r"a mask of torch\.float16 for a query"):
@@ -134,6 +136,31 @@ def test_a_mask_beside_is_causal():
     three = [x[0] for x in (q, k, v)]
     with pytest.raises(RuntimeError, match="should not be set when is_causal"):
         sdpa(*three, bias, is_causal=True)
+
+
+def sharded_on_two():
+    mesh = T.make_mesh((2,))
+    return [st.distribute_tensor(x, mesh, [Shard(-2)], src_data_rank=None) for x in (q, k, v)]
+
+
+def test_a_mask_beside_is_causal_where_torch_takes_them_nowhere(monkeypatch):
+    """As torch 2.14, whose message it is."""
+    call, bias = F.scaled_dot_product_attention, torch.randn(L, S, dtype=D)
+
+    def strict(q, k, v, mask=None, *args, is_causal=False, **kwargs):
+        if mask is not None and is_causal:
+            raise RuntimeError("not both, says this torch")
+        return call(q, k, v, mask, *args, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", strict)
+    attention._refusal.cache_clear()
+    try:
+        found = st.simulate(
+            2, lambda: raised(lambda: call(*sharded_on_two(), bias, is_causal=True))
+        )
+    finally:
+        attention._refusal.cache_clear()
+    assert [str(e) for e in found] == ["not both, says this torch"] * 2
 
 
 def test_extreme_scores():

@@ -13,14 +13,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import comm
+from .. import _torch, comm
 from ..attention import (
     all_to_all_pays,
     attend,
@@ -60,8 +62,11 @@ def scaled_dot_product_attention(
     exact = query.device.type != "cpu" or not _takes_flash(
         query, key, value, attn_mask, dropout_p, enable_gqa
     )
-    if attn_mask is not None and is_causal and exact and query.device.type == "cpu":
-        raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
+    if attn_mask is not None and is_causal:
+        if _refusal():
+            raise RuntimeError(_refusal())
+        if exact and query.device.type == "cpu":
+            raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
     if enable_gqa and not _heads_fit(known(query), known(key), known(value)):
         key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
     facts = known(query), known(key), known(value)
@@ -244,6 +249,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             )
         if mask.ndim > max(x.ndim for x in (q, k, v)):
             raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
+
+
+@cache
+def _refusal() -> str:
+    """What this torch says to a mask with is_causal where its fused kernel takes both.
+
+    "" up to torch 2.13, which adds them up there.
+    """
+    with _torch.outside_modes(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        x = torch.zeros(1, 1, 2, 8, device="cpu")
+        try:
+            F.scaled_dot_product_attention(x, x, x, x.new_zeros(2, 2), is_causal=True)
+        except RuntimeError as e:
+            return str(e)
+    return ""
 
 
 def _takes_flash(
