@@ -22,6 +22,7 @@ from ..dispatch.axes import is_slice
 from ..tensor import ShardTensor
 from . import fsdp
 from .fsdp import local
+from .offload import offloaded
 from .options import Options
 from .reducer import Ranks, Reducer
 from .replaced import check_made, replacing
@@ -111,7 +112,7 @@ def adapt(model: nn.Module, options: Options) -> None:
         for block in blocks:
             _torch.checkpointed(block)
     if options.offload:
-        _around(model, lambda: torch.autograd.graph.save_on_cpu(pin_memory=False))
+        _around(model, offloaded)
     if options.precision is not None and options.fsdp is None:
         dtype = fsdp.DTYPES[options.precision]
         device = next((p.device.type for p in model.parameters()), "cpu")
