@@ -316,10 +316,11 @@ class Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, index: int) -> Tensor:
         ctx.batch, ctx.index = batch, index
+        ctx.set_materialize_grads(False)
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
         # a gradient of this gradient is wanted: `Start` summed it
         return (g if torch.is_grad_enabled() else ctx.batch.take(ctx.index)), None, None
 
@@ -333,10 +334,12 @@ class Start(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
         if not torch.is_grad_enabled():
             ctx.batch.add(ctx.index, g)
-        elif comm.size(ctx.batch.ranks.domain) > 1:
+            # torch would keep it for `Wait` until all other nodes have run
+            return None, None, None
+        if comm.size(ctx.batch.ranks.domain) > 1:
             (g,) = reduce_op([g], "sum", ctx.batch.ranks.domain)
         return g, None, None
 
