@@ -188,3 +188,11 @@ def test_mistakes_of_the_command(args, message, command, monkeypatch):
     code, _, err = command(*UNET, *args)
     assert code == 2 and message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_dropout_is_planned():
+    found = estimate(
+        Task(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout()), [(1, 3, 64, 64)]),
+        Layout(1, (2,), (4,)),
+    )
+    assert not found.refused and found.memory["activations"] > 0
