@@ -1,12 +1,14 @@
 """Third-party models, small and with random weights, none of which knows that it runs sharded.
 
 MODELS: name -> (builder, input shape, dim to shard). A builder imports its library when called.
+LARGE: the same at sizes that users have: 2048 x 2048, 256 x 256 x 256, 10^6 points.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 import shardtensor as st
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {}
+Entry = tuple[Callable[[], nn.Module], tuple[int, ...], int]
+MODELS: dict[str, Entry] = {}
+LARGE: dict[str, Entry] = {}
 IMAGE = (1, 3, 128, 64)
 SQUARE = (1, 3, 64, 64)
 
@@ -31,9 +35,25 @@ class Picked(nn.Module):
         return self.call(self.model, x)
 
 
-def add(name: str, shape: Sequence[int], build: Callable[[], nn.Module], dim: int = 2) -> None:
-    """Enter a model in the table."""
-    MODELS[name] = (build, tuple(shape), dim)
+def add(
+    name: str,
+    shape: Sequence[int],
+    build: Callable[..., nn.Module],
+    dim: int = 2,
+    large: Sequence[int] = (),
+) -> None:
+    """Enter a model in the tables. One that is made for a size is given the input's shape."""
+    large = tuple(large) or _enlarged(tuple(shape), dim)
+    for table, size in ((MODELS, tuple(shape)), (LARGE, large)):
+        sized = build.__code__.co_varnames[:1] == ("shape",)
+        table[name] = (partial(build, size) if sized else build, size, dim)
+
+
+def _enlarged(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    batch, channels, *sides = shape
+    if len(sides) == 1:
+        return (batch, 10**6, *sides)
+    return (batch, channels, *([2048] * 2 if len(sides) == 2 else [256] * 3))
 
 
 def new(path: str, *args: Any, **kwargs: Any) -> nn.Module:
@@ -72,7 +92,7 @@ def _torchvision() -> None:
         extra = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
         add(f"tv.{name}", IMAGE, lambda n=name, e=extra: torchvision(n, **e))
     add("tv.swin_t", SQUARE, lambda: torchvision("swin_t"))
-    add("tv.vit", SQUARE, lambda: torchvision("VisionTransformer", 64, 8, 2, 4, 64, 128))
+    add("tv.vit", SQUARE, lambda shape: torchvision("VisionTransformer", shape[2], 8, 2, 4, 64, 128))
     add("tv.deeplabv3", IMAGE, lambda: segmentation("deeplabv3_resnet50"))
     add("tv.fcn_resnet50", IMAGE, lambda: segmentation("fcn_resnet50"))
     add("tv.lraspp", IMAGE, lambda: segmentation("lraspp_mobilenet_v3_large"))
@@ -86,13 +106,20 @@ def _timm() -> None:
     def build(name: str, **kwargs: Any) -> nn.Module:
         return new("timm.create_model", name, pretrained=False, **kwargs)
 
+    def resized(name: str, side: int) -> nn.Module:
+        """The model for images of another size than its own, if its size is fixed at all."""
+        try:
+            return build(name, **({"img_size": side} if side > 256 else {}))
+        except TypeError:
+            return build(name)
+
     for name in ("swinv2_cr_tiny_224", "mixer_s32_224", "coatnet_pico_rw_224", "vit_tiny_patch16_224",
                  "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "maxvit_rmlp_pico_rw_256",
                  "mobilevit_xxs", "crossvit_tiny_240", "pvt_v2_b0", "gcvit_xxtiny",
                  "efficientformerv2_s0", "hiera_tiny_224", "cait_xxs24_224",
                  "beit_base_patch16_224", "twins_svt_small", "convit_tiny"):  # fmt: skip
         side = int(name[-3:]) if name[-3:].isdigit() else 224
-        add(f"timm.{name}", (1, 3, side, side), lambda n=name: build(n))
+        add(f"timm.{name}", (1, 3, side, side), lambda shape, n=name: resized(n, shape[2]))
     for name in ("efficientnet_b0", "poolformer_s12", "resnet50", "convnextv2_atto", "regnetx_002",
                  "mobilenetv3_small_100", "edgenext_xx_small", "hrnet_w18_small", "focalnet_tiny_srf",
                  "davit_tiny", "dm_nfnet_f0", "res2net50_14w_8s", "repvgg_a0", "fastvit_t8",
@@ -120,9 +147,9 @@ def _diffusers() -> None:
             timestep=lambda: torch.tensor([5]),
             encoder_hidden_states=lambda: torch.ones(1, 4, 16))  # fmt: skip
 
-    def dit() -> nn.Module:
+    def dit(shape: Sequence[int]) -> nn.Module:
         return sample(new("diffusers.DiTTransformer2DModel", num_attention_heads=2,
-            attention_head_dim=16, in_channels=3, num_layers=2, sample_size=32, patch_size=4,
+            attention_head_dim=16, in_channels=3, num_layers=2, sample_size=shape[2], patch_size=4,
             num_embeds_ada_norm=10, norm_num_groups=8), timestep=lambda: torch.tensor([5]),
             class_labels=lambda: torch.tensor([1]))  # fmt: skip
 
@@ -161,7 +188,7 @@ def _monai() -> None:
     )
     add("monai.VNet", cube, lambda: new(nets + "VNet", 3, 1, 2, dropout_prob_down=0.0,
         dropout_prob_up=(0.0, 0.0)))  # fmt: skip
-    add("monai.UNETR", cube, lambda: new(nets + "UNETR", 1, 2, (32, 32, 32), feature_size=8,
+    add("monai.UNETR", cube, lambda shape: new(nets + "UNETR", 1, 2, shape[2:], feature_size=8,
         hidden_size=48, mlp_dim=96, num_heads=4))  # fmt: skip
     add(
         "monai.SwinUNETR",
@@ -190,7 +217,9 @@ def _smp() -> None:
 
 def _transformers() -> None:
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vit = {"image_size": 64, "patch_size": 8, "intermediate_size": 128, **small}
+
+    def vit(shape: Sequence[int]) -> dict[str, Any]:
+        return {"image_size": shape[2], "patch_size": 8, "intermediate_size": 128, **small}
 
     def build(
         name: str, get: str = "last_hidden_state", config: str = "", **kwargs: Any
@@ -202,11 +231,11 @@ def _transformers() -> None:
     add("hf.Segformer", IMAGE, lambda: build("SegformerForSemanticSegmentation", "logits", "Segformer",
         hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4],
         decoder_hidden_size=32))  # fmt: skip
-    add("hf.ViT", SQUARE, lambda: build("ViTModel", **vit))
-    add("hf.DeiT", SQUARE, lambda: build("DeiTModel", **vit))
-    add("hf.Beit", SQUARE, lambda: build("BeitModel", **vit))
-    add("hf.Dinov2", SQUARE, lambda: build("Dinov2Model", image_size=64, patch_size=8, **small))
-    add("hf.Swin", SQUARE, lambda: build("SwinModel", image_size=64, embed_dim=16, depths=[2, 2],
+    add("hf.ViT", SQUARE, lambda shape: build("ViTModel", **vit(shape)))
+    add("hf.DeiT", SQUARE, lambda shape: build("DeiTModel", **vit(shape)))
+    add("hf.Beit", SQUARE, lambda shape: build("BeitModel", **vit(shape)))
+    add("hf.Dinov2", SQUARE, lambda shape: build("Dinov2Model", image_size=shape[2], patch_size=8, **small))
+    add("hf.Swin", SQUARE, lambda shape: build("SwinModel", image_size=shape[2], embed_dim=16, depths=[2, 2],
         num_heads=[2, 4], window_size=4))  # fmt: skip
     add("hf.ConvNextV2", IMAGE, lambda: build("ConvNextV2Model", hidden_sizes=[16, 32, 64, 64],
         depths=[1, 1, 1, 1]))  # fmt: skip
@@ -214,8 +243,8 @@ def _transformers() -> None:
         hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], layer_type="basic"))  # fmt: skip
     add("hf.MobileViT", IMAGE, lambda: build("MobileViTModel", hidden_sizes=[32, 32, 32],
         neck_hidden_sizes=[8, 16, 16, 32, 32, 32, 32]))  # fmt: skip
-    add("hf.Swin2SR", (1, 3, 32, 32), lambda: build("Swin2SRForImageSuperResolution",
-        "reconstruction", "Swin2SR", image_size=32, embed_dim=16, depths=[2, 2], num_heads=[2, 2],
+    add("hf.Swin2SR", (1, 3, 32, 32), lambda shape: build("Swin2SRForImageSuperResolution",
+        "reconstruction", "Swin2SR", image_size=shape[2], embed_dim=16, depths=[2, 2], num_heads=[2, 2],
         window_size=8))  # fmt: skip
     add("hf.GLPN", IMAGE, lambda: build("GLPNForDepthEstimation", "predicted_depth", "GLPN",
         hidden_sizes=[16, 32, 64, 64], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4],
@@ -223,11 +252,13 @@ def _transformers() -> None:
 
 
 def _vit_pytorch() -> None:
-    vit = {"image_size": 64, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4,
-           "mlp_dim": 128}  # fmt: skip
-    add("vit_pytorch.SimpleViT", SQUARE, lambda: new("vit_pytorch.SimpleViT", **vit))
-    add("vit_pytorch.ViT", SQUARE, lambda: new("vit_pytorch.ViT", **vit))
-    add("vit_pytorch.DeepViT", SQUARE, lambda: new("vit_pytorch.deepvit.DeepViT", **vit))
+    def vit(shape: Sequence[int]) -> dict[str, int]:
+        return {"image_size": shape[2], "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2,
+                "heads": 4, "mlp_dim": 128}  # fmt: skip
+
+    add("vit_pytorch.SimpleViT", SQUARE, lambda shape: new("vit_pytorch.SimpleViT", **vit(shape)))
+    add("vit_pytorch.ViT", SQUARE, lambda shape: new("vit_pytorch.ViT", **vit(shape)))
+    add("vit_pytorch.DeepViT", SQUARE, lambda shape: new("vit_pytorch.deepvit.DeepViT", **vit(shape)))
     add("vit_pytorch.RegionViT", (1, 3, 224, 224), lambda: new("vit_pytorch.regionvit.RegionViT",
         dim=(16, 32, 64, 64), depth=(1, 1, 1, 1), num_classes=10))  # fmt: skip
     add("vit_pytorch.MaxViT", SQUARE, lambda: new("vit_pytorch.max_vit.MaxViT", num_classes=10,
@@ -247,7 +278,7 @@ def _physicsnemo() -> None:
             return model(x, x)
 
     models = "physicsnemo.models."
-    add("pn.AFNO", (1, 2, 32, 64), lambda: new(models + "afno.AFNO", inp_shape=[32, 64],
+    add("pn.AFNO", (1, 2, 32, 64), lambda shape: new(models + "afno.AFNO", inp_shape=[*shape[2:]],
         in_channels=2, out_channels=1, patch_size=[8, 8], embed_dim=32, depth=2, num_blocks=2))  # fmt: skip
     add("pn.FNO", (1, 2, 32, 32), lambda: new(models + "fno.FNO", in_channels=2, out_channels=1,
         decoder_layers=1, decoder_layer_size=8, dimension=2, latent_channels=8, num_fno_layers=2,
@@ -258,11 +289,11 @@ def _physicsnemo() -> None:
         conv_layer_size=8, n_downsampling=2, n_blocks=1))  # fmt: skip
     add("pn.SRResNet", (1, 1, 16, 8, 8), lambda: new(models + "srrn.SRResNet", 1, 1,
         conv_layer_size=8, n_resid_blocks=2, scaling_factor=2))  # fmt: skip
-    add("pn.SongUNet", (1, 4, 64, 32), lambda: Picked(new(models + "diffusion_unets.SongUNet",
-        [64, 32], 4, 4, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[32],
+    add("pn.SongUNet", (1, 4, 64, 32), lambda shape: Picked(new(models + "diffusion_unets.SongUNet",
+        [*shape[2:]], 4, 4, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[32],
         label_dim=0), lambda m, x: m(x, torch.tensor([0.5]), None)))  # fmt: skip
-    add("pn.DhariwalUNet", (1, 4, 32, 32), lambda: Picked(new(models + "diffusion_unets.DhariwalUNet",
-        32, 4, 4, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16],
+    add("pn.DhariwalUNet", (1, 4, 32, 32), lambda shape: Picked(new(models + "diffusion_unets.DhariwalUNet",
+        shape[2], 4, 4, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16],
         label_dim=0), lambda m, x: m(x, torch.tensor([0.5]), None)))  # fmt: skip
     add("pn.Transolver", (1, 512, 3), lambda: Picked(new(models + "transolver.Transolver",
         functional_dim=3, out_dim=2, embedding_dim=3, n_layers=2, n_hidden=32, n_head=4, slice_num=8,
@@ -280,13 +311,13 @@ def _physicsnemo() -> None:
     add("pn.FLARE", (1, 512, 3), lambda: Picked(new(models + "flare.FLARE", functional_dim=3, out_dim=2,
         embedding_dim=3, n_layers=2, n_hidden=32, n_head=4, slice_num=8, use_te=False),
         lambda m, x: m(x, x)), dim=1)  # fmt: skip
-    add("pn.DiT", (1, 2, 64, 32), lambda: Picked(new(models + "dit.DiT", (64, 32), 2, (8, 8), hidden_size=32,
+    add("pn.DiT", (1, 2, 64, 32), lambda shape: Picked(new(models + "dit.DiT", shape[2:], 2, (8, 8), hidden_size=32,
         depth=2, num_heads=4), lambda m, x: m(x, torch.tensor([0.5], dtype=x.dtype))))  # fmt: skip
-    add("pn.DPOT", (1, 64, 64, 1, 1), lambda: new(models + "dpot.DPOTNet", 64, 8, embed_dim=32, depth=2, modes=4,
-        num_blocks=2), dim=1)  # fmt: skip
-    add("pn.Pangu", (1, 72, 32, 64), lambda: Picked(new(models + "pangu.Pangu", (32, 64), (2, 4, 4), 24,
+    add("pn.DPOT", (1, 64, 64, 1, 1), lambda shape: new(models + "dpot.DPOTNet", shape[1], 8, embed_dim=32,
+        depth=2, modes=4, num_blocks=2), dim=1, large=(1, 2048, 2048, 1, 1))  # fmt: skip
+    add("pn.Pangu", (1, 72, 32, 64), lambda shape: Picked(new(models + "pangu.Pangu", shape[2:], (2, 4, 4), 24,
         (2, 2, 2, 2), (2, 2, 4)), joined))  # fmt: skip
-    add("pn.Fengwu", (1, 24, 32, 64), lambda: Picked(new(models + "fengwu.Fengwu", (32, 64), 4, 24, (4, 4),
+    add("pn.Fengwu", (1, 24, 32, 64), lambda shape: Picked(new(models + "fengwu.Fengwu", shape[2:], 4, 24, (4, 4),
         (2, 2, 2, 2), (2, 2, 4)), joined))  # fmt: skip
 
 
