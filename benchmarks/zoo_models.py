@@ -92,7 +92,9 @@ def _torchvision() -> None:
         extra = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
         add(f"tv.{name}", IMAGE, lambda n=name, e=extra: torchvision(n, **e))
     add("tv.swin_t", SQUARE, lambda: torchvision("swin_t"))
-    add("tv.vit", SQUARE, lambda shape: torchvision("VisionTransformer", shape[2], 8, 2, 4, 64, 128))
+    add(
+        "tv.vit", SQUARE, lambda shape: torchvision("VisionTransformer", shape[2], 8, 2, 4, 64, 128)
+    )
     add("tv.deeplabv3", IMAGE, lambda: segmentation("deeplabv3_resnet50"))
     add("tv.fcn_resnet50", IMAGE, lambda: segmentation("fcn_resnet50"))
     add("tv.lraspp", IMAGE, lambda: segmentation("lraspp_mobilenet_v3_large"))
@@ -234,7 +236,11 @@ def _transformers() -> None:
     add("hf.ViT", SQUARE, lambda shape: build("ViTModel", **vit(shape)))
     add("hf.DeiT", SQUARE, lambda shape: build("DeiTModel", **vit(shape)))
     add("hf.Beit", SQUARE, lambda shape: build("BeitModel", **vit(shape)))
-    add("hf.Dinov2", SQUARE, lambda shape: build("Dinov2Model", image_size=shape[2], patch_size=8, **small))
+    add(
+        "hf.Dinov2",
+        SQUARE,
+        lambda shape: build("Dinov2Model", image_size=shape[2], patch_size=8, **small),
+    )
     add("hf.Swin", SQUARE, lambda shape: build("SwinModel", image_size=shape[2], embed_dim=16, depths=[2, 2],
         num_heads=[2, 4], window_size=4))  # fmt: skip
     add("hf.ConvNextV2", IMAGE, lambda: build("ConvNextV2Model", hidden_sizes=[16, 32, 64, 64],
@@ -258,7 +264,11 @@ def _vit_pytorch() -> None:
 
     add("vit_pytorch.SimpleViT", SQUARE, lambda shape: new("vit_pytorch.SimpleViT", **vit(shape)))
     add("vit_pytorch.ViT", SQUARE, lambda shape: new("vit_pytorch.ViT", **vit(shape)))
-    add("vit_pytorch.DeepViT", SQUARE, lambda shape: new("vit_pytorch.deepvit.DeepViT", **vit(shape)))
+    add(
+        "vit_pytorch.DeepViT",
+        SQUARE,
+        lambda shape: new("vit_pytorch.deepvit.DeepViT", **vit(shape)),
+    )
     add("vit_pytorch.RegionViT", (1, 3, 224, 224), lambda: new("vit_pytorch.regionvit.RegionViT",
         dim=(16, 32, 64, 64), depth=(1, 1, 1, 1), num_classes=10))  # fmt: skip
     add("vit_pytorch.MaxViT", SQUARE, lambda: new("vit_pytorch.max_vit.MaxViT", num_classes=10,

@@ -1,6 +1,5 @@
 """What one rank of eight holds at its peak, over its share of what one device holds: by counts."""
 
-import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Shard
