@@ -1,7 +1,7 @@
 """Peak memory of third-party models at realistic sizes on one rank of several, over its share.
 
     python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--csv FILE]
-    python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md      the table of what FILE holds
+    python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md     the table of FILE
 
 Images of 2048 x 2048, volumes of 256^3, 10^6 points. A step of training, forward and backward, on
 fake tensors, which have sizes and no memory: what it holds at its peak beyond weights, buffers and
@@ -88,7 +88,7 @@ class Origins(Ledger):
     def held(self, start: int) -> dict[int, int]:
         """Bytes of what is held beside weights when most of it is, after the first moves."""
         alive: dict[int, int] = {}
-        most, total, found = -1, 0, dict[int, int]()
+        most, total = -1, 0
         best = start
         for i, (number, nbytes) in enumerate(self.moves):
             if self.kinds[number] in WEIGHTS:
