@@ -1,11 +1,17 @@
 """A compiled program gives what Python would: its state is read anew, or the call runs eagerly."""
 
+import array
 import collections
+import contextvars
 import dataclasses
 import functools
+import itertools
+import os
 import random
+import threading
 import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -58,6 +64,11 @@ class Net(nn.Module):
 
 class Special(Net):
     """Its class gets attributes."""
+
+
+class Doubling(Special):
+    def forward(self, x):
+        return super().forward(x) * 2
 
 
 def put(**values):
@@ -120,6 +131,66 @@ def hook_for_all(m, i):
     HANDLES.append(register(lambda mod, a, y: y * 1.5))
 
 
+COUNT = itertools.count(1)
+CONTEXT = contextvars.ContextVar("k", default=2.0)
+LOCAL = threading.local()
+SCALE = [1.0]
+
+
+class Kind(type):
+    k = 2.0
+
+
+class OfKind(metaclass=Kind):
+    pass
+
+
+class Inherited(Names):
+    pass
+
+
+class Called:
+    """What it does is in special methods, which Python looks up in its class."""
+
+    def __init__(self):
+        self.n = 2.0
+
+    def __getitem__(self, i):
+        return self.n * SCALE[0]
+
+    def __call__(self, x):
+        return x * self.n
+
+
+def attributed(x):
+    return x * attributed.k
+
+
+@functools.lru_cache
+def remembered(k):
+    return k * SCALE[0]
+
+
+def class_counter(m, x):
+    type(m).extra = getattr(type(m), "extra", 0) + 1
+    return m.lin(x) * type(m).extra
+
+
+def names_counter(m, x):
+    Names.k += 1
+    return m.lin(x) * Names.k
+
+
+def array_counter(m, x):
+    m.c[0] += 1
+    return m.lin(x) * float(m.c[0])
+
+
+def patched(m, i):
+    m.c = Called()
+    Called.__call__ = lambda self, x: x * (3.0 + i)
+
+
 ACTS = [torch.tanh, torch.sigmoid, torch.exp, torch.relu]
 # forward, what the module has, what changes between calls, graphs that are made (None: any)
 CASES = {
@@ -178,6 +249,38 @@ CASES = {
     "buffer replaced": (buffering, lambda m: m.register_buffer("mean", torch.zeros(4, dtype=F64)),
                         lambda m, i: None, 0),
     "Python's random numbers": (lambda m, x: m.lin(x) * random.random(), put(), lambda m, i: None, 0),
+    "metaclass": (lambda m, x: m.lin(x) * OfKind.k, put(), lambda m, i: setattr(Kind, "k", 3.0 + i), 4),
+    "base class": (lambda m, x: m.lin(x) * Inherited.k, put(), lambda m, i: setattr(Names, "k", 3.0 + i), 4),
+    "attribute of a function": (lambda m, x: attributed(m.lin(x)), put(),
+                                lambda m, i: setattr(attributed, "k", 3.0 + i), 4),
+    "what lru_cache keeps": (lambda m, x: m.lin(x) * remembered(2.0), put(), lambda m, i: (
+        SCALE.__setitem__(0, 3.0 + i), remembered.cache_clear()), 4),
+    "special method": (lambda m, x: m.lin(x) * m.c[0], put(c=Called),
+                       lambda m, i: SCALE.__setitem__(0, 3.0 + i), 4),
+    "method replaced": (lambda m, x: m.c(m.lin(x)), put(c=Called), patched, 4),
+    "class replaced": (linear, put(), lambda m, i: setattr(m, "__class__", Doubling), 2),
+    "context variable": (lambda m, x: m.lin(x) * CONTEXT.get(), put(), lambda m, i: CONTEXT.set(3.0 + i), 4),
+    "of a thread": (lambda m, x: m.lin(x) * LOCAL.k, put(), lambda m, i: setattr(LOCAL, "k", 3.0 + i), 4),
+    "environment": (lambda m, x: m.lin(x) * float(os.environ["SCALE"]), put(),
+                    lambda m, i: os.environ.update(SCALE=str(3 + i)), 4),
+    "UserDict": (lambda m, x: m.lin(x) * m.c["k"], lambda m: put(c=collections.UserDict(k=2.0))(m),
+                 lambda m, i: m.c.update(k=3.0 + i), 4),
+    "weak reference": (lambda m, x: m.lin(x) * m.r().k, lambda m: (
+        put(c=Config)(m), setattr(m, "r", weakref.ref(m.c))), lambda m, i: setattr(m.c, "k", 3.0 + i), 4),
+    "bytes": (lambda m, x: m.lin(x) * m.c[0], lambda m: put(c=bytearray(b"12"))(m),
+              lambda m, i: m.c.__setitem__(0, i), 4),
+    "numbers": (lambda m, x: m.lin(x) * m.c[0], lambda m: put(c=array.array("d", [2.0]))(m),
+                lambda m, i: m.c.__setitem__(0, 3.0 + i), 4),
+    "counter of the class": (class_counter, put(), lambda m, i: None, 0),
+    "counter of names": (names_counter, put(), lambda m, i: None, 0),
+    "counter in an array": (array_counter, lambda m: put(c=np.ones(2))(m), lambda m, i: None, 0),
+    "iterator": (lambda m, x: m.lin(x) * next(m.c), lambda m: put(c=iter([1.0 * i for i in range(9)]))(m),
+                 lambda m, i: None, 0),
+    "count": (lambda m, x: m.lin(x) * next(COUNT), put(), lambda m, i: None, 0),
+    "its own random numbers": (lambda m, x: m.lin(x) * m.c.random(),
+                               lambda m: put(c=random.Random(1))(m), lambda m, i: None, 0),
+    "numpy's generator": (lambda m, x: m.lin(x) * m.c.random(),
+                          lambda m: put(c=np.random.default_rng(1))(m), lambda m, i: None, 0),
     "numpy's random numbers": (lambda m, x: m.lin(x) * np.random.rand(), put(), lambda m, i: None, 0),
 }  # fmt: skip
 
@@ -190,6 +293,14 @@ def calls(name, place, compiled):
     LOG.clear()
     random.seed(0)
     np.random.seed(0)
+    global COUNT
+    COUNT = itertools.count(1)
+    CONTEXT.set(2.0)
+    os.environ["SCALE"] = "2"
+    Kind.k = LOCAL.k = attributed.k = 2.0
+    SCALE[0] = 1.0
+    remembered.cache_clear()
+    Called.__call__ = lambda self, x: x * self.n
     if hasattr(Special, "extra"):
         del Special.extra
     m = Special(body, init)

@@ -8,11 +8,13 @@ Afterwards `Reads.changed` compares: by identity, in C, where nothing changed.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import types
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -21,12 +23,14 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._torch import probe
 from ..caller import is_library
 from ..tensor.tape import Tape
 from .attributes import MISSING, noting, watch
+from .code import names_of, of_user, operators
+from .contents import HOLDERS, describe, held, is_described, put_back
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
@@ -46,6 +50,11 @@ class Reads:
         self.dicts: list[tuple[Any, dict[Any, Any], str]] = []
         self.lists: list[tuple[Any, tuple[Any, ...], str]] = []
         self.cells: list[tuple[Any, Any, str]] = []
+        self.kinds: list[tuple[Any, type]] = []
+        self.owners: dict[type, None] = {}
+        self.words: set[str] = set()
+        # by the views of their attributes
+        self.classes: dict[int, type] = {}
         # whose contents no identity tells
         self.described: list[tuple[Any, Any, str]] = []
         self.draws: Any = _draws()
@@ -61,8 +70,9 @@ class Reads:
         self.known[id(x)] = x
         if isinstance(x, torch.Generator):
             self.tape.take(x)
-        elif isinstance(x, Tensor | set) or hasattr(x, "__array_interface__"):
-            self.described.append((x, _described(x), name))
+        elif is_described(x):
+            self.described.append((x, describe(x), name))
+            self.reach(held(x), name)
         elif isinstance(x, types.FunctionType):
             self._function(x)
         elif isinstance(x, types.MethodType):
@@ -71,9 +81,9 @@ class Reads:
         elif isinstance(x, partial):
             for part in (x.func, x.args, x.keywords):
                 self.reach(part, name)
-        elif isinstance(x, property):
-            self.reach(x.fget, name)
-        elif isinstance(x, _NAMESPACES):
+        elif isinstance(x, property | weakref.ref):
+            self.reach(x.fget if isinstance(x, property) else x(), name)
+        elif isinstance(x, _NAMESPACES + HOLDERS):
             self._mapping(vars(x), name)
         elif isinstance(x, dict | types.MappingProxyType):
             self._mapping(x, name)
@@ -82,17 +92,29 @@ class Reads:
             for v in x:
                 self.reach(v, name)
         elif isinstance(x, type):
-            if _of_user(x):
-                self._mapping(vars(x), x.__name__)
+            # of a metaclass, too
+            meta: type = x.__class__
+            for cls in chain(x.__mro__, meta.__mro__):
+                if of_user(cls) and (cls is x or id(cls) not in self.known):
+                    self.known[id(cls)] = cls
+                    mapping = vars(cls)
+                    self.classes[id(mapping)] = cls
+                    self._mapping(mapping, cls.__name__)
+        elif hasattr(x, "__wrapped__"):
+            # what functools.lru_cache makes
+            self.reach(x.__wrapped__, name)
         elif isinstance(x, nn.Module):
+            self._kind(x)
             self._mapping(x.__dict__["_modules"], "a module")
             if id(x) not in self.inputs:
                 self._mapping(x.__dict__["_parameters"], "a parameter")
                 self._mapping(x.__dict__["_buffers"], "a buffer")
             self._method(x, "forward")
-        elif _of_user(type(x)):
+        elif of_user(type(x)):
+            self._kind(x)
             watch(type(x))
-            self._method(x, "__call__")
+            for method in operators(type(x)):
+                self._method(x, method)
 
     def read(self, owner: Any, name: str, value: Any) -> None:
         """Note an attribute that is read."""
@@ -112,7 +134,7 @@ class Reads:
                 self.reach(value, label)
                 return
         for cls in type(owner).__mro__:
-            if _of_user(cls) or (name in vars(cls) and cls is not nn.Module):
+            if of_user(cls) or (name in vars(cls) and cls is not nn.Module):
                 self._slot(vars(cls), name, cls)
             if name in vars(cls):
                 found = vars(cls)[name]
@@ -140,6 +162,19 @@ class Reads:
         self.known.setdefault(id(owner), owner)
         self.slots.setdefault((id(owner), name), (mapping, name, mapping.get(name, MISSING)))
 
+    def _kind(self, x: Any) -> None:
+        self.kinds.append((x, type(x)))
+        new = [c for c in type(x).__mro__ if c not in self.owners and of_user(c)]
+        self.owners.update(dict.fromkeys(new))
+        self._of_classes(self.words, new)
+
+    def _of_classes(self, words: Iterable[str], classes: Iterable[type]) -> None:
+        """Note attributes of classes that code may read from type(x)."""
+        self.words.update(words)
+        for cls in classes:
+            for word in words:
+                self._slot(vars(cls), word, cls)
+
     def _mapping(self, x: Any, name: str) -> None:
         self.known[id(x)] = x
         self.dicts.append((x, dict(x), name))
@@ -148,6 +183,10 @@ class Reads:
 
     def _method(self, x: Any, name: str) -> None:
         found = getattr(type(x), name, None)
+        for cls in type(x).__mro__:
+            if of_user(cls) and name in vars(cls):
+                self._slot(vars(cls), name, cls)
+                break
         if isinstance(found, types.FunctionType):
             self._function(found)
 
@@ -156,7 +195,10 @@ class Reads:
         if is_library(x.__code__.co_filename):
             return
         self.known[id(x)] = x
-        names = _names(x.__code__)
+        self._mapping(x.__dict__, "a function's attribute")
+        names = names_of(x.__code__)
+        if names & {"type", "__class__"}:
+            self._of_classes(names_of(x.__code__, strings=True), self.owners)
         for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
             self.cells.append((cell, _content(cell), name))
             self.reach(_content(cell), name)
@@ -170,6 +212,9 @@ class Reads:
                 self._slot(x.__globals__, name, x.__globals__)
             if not isinstance(value, types.ModuleType):
                 self.reach(value, name)
+            elif value is os:
+                if names & {"environ", "getenv"}:
+                    self.reach(os.environ, "os.environ")
             elif not is_library(getattr(value, "__file__", None) or "<frozen>"):
                 for inner in names & vars(value).keys():
                     self._slot(vars(value), inner, value)
@@ -186,7 +231,9 @@ class Reads:
         self.rows = [x for x, _, _ in self.lists if isinstance(x, list | deque)]
         self.sizes = [len(x) for x in (*self.maps, *self.rows)]
         self.held = [*self._held()]
+        self.typed = [[x for x, _ in self.kinds], [k for _, k in self.kinds]]
         self.known.clear()
+        self.owners.clear()
         self.draws = None
 
     def _held(self) -> Iterator[Any]:
@@ -203,11 +250,12 @@ class Reads:
             all(map(is_, map(dict.get, mappings, names, repeat(MISSING)), values))
             and [len(x) for x in (*self.maps, *self.rows)] == self.sizes
             and all(map(is_, self._held(), self.held))
+            and all(map(is_, map(type, self.typed[0]), self.typed[1]))
         )
         if not same and self.changed():
             return False
         return all(_same(m.get(n, MISSING), v) for m, n, v in self.other) and all(
-            _described(x) == had for x, had, _ in self.described
+            describe(x) == had for x, had, _ in self.described
         )
 
     def changed(self) -> str:
@@ -225,19 +273,27 @@ class Reads:
         for cell, had, name in self.cells:
             if not _same(_content(cell), had):
                 return f"{name}: {_short(had)} -> {_short(_content(cell))}"
+        for x, kind in self.kinds:
+            if type(x) is not kind:
+                return f"the class of a {kind.__name__}"
         for x, had, name in self.described:
-            if _described(x) != had:
-                return f"{name}: {_short(had)} -> {_short(_described(x))}"
+            if describe(x) != had:
+                return f"{name}: {_short(had)} -> {_short(describe(x))}"
         if self.draws is not None and self.draws[0] != _draws()[0]:
             return "the state of Python's or numpy's random numbers"
         return ""
 
     def restore(self) -> None:
         """Put everything back as it was when it was read."""
-        for mapping, name, had in self.slots.values():
+        for (owner, _), (mapping, name, had) in self.slots.items():
             if isinstance(mapping, dict | _Slots):
                 mapping.pop(name, None) if had is MISSING else mapping.update({name: had})
+            elif mapping.get(name, MISSING) is not had:
+                _put_attribute(self.known[owner], name, had)
         for mapping, had, _ in self.dicts:
+            for name in () if isinstance(mapping, dict) else {**had, **mapping}:
+                if mapping.get(name, MISSING) is not had.get(name, MISSING):
+                    _put_attribute(self.classes[id(mapping)], name, had.get(name, MISSING))
             if isinstance(mapping, dict) and not (len(mapping) == len(had) and all(
                 a is b and v is w
                 for (a, v), (b, w) in zip(mapping.items(), had.items(), strict=True)
@@ -249,9 +305,8 @@ class Reads:
                 x.clear()
                 x.extend(had)
         for x, had, _ in self.described:
-            if isinstance(x, set) and x != had:
-                x.clear()
-                x.update(had)
+            if describe(x) != had:
+                put_back(x, had)
         for cell, had, _ in self.cells:
             if had is not MISSING:
                 cell.cell_contents = had
@@ -279,6 +334,13 @@ class _Slots:
             setattr(self.owner, name, value)
 
 
+def _put_attribute(x: Any, name: str, value: Any) -> None:
+    if value is MISSING:
+        delattr(x, name)
+    else:
+        setattr(x, name, value)
+
+
 def _values(x: Any) -> Any:
     return x.values()
 
@@ -298,19 +360,6 @@ def _content(cell: Any) -> Any:
         return MISSING
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """The globals and attributes that code and the functions within it name."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _of_user(cls: type) -> bool:
-    """Whether a class is written in Python, outside of this library, torch and Python's own."""
-    module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None) or ("" if cls.__module__ == "__main__" else "<frozen>")
-    return not is_library(file) and not issubclass(cls, Tensor)
-
-
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
@@ -328,12 +377,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _short(x: Any) -> str:
     return "nothing" if x is MISSING else repr(x)[:80]
-
-
-def _described(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return (tuple(x.shape), x.dtype, x.device, x.requires_grad)
-    return frozenset(x) if isinstance(x, set) else (x.shape, str(x.dtype), x.tobytes())
 
 
 def _draws() -> tuple[Any, Any, Any]:
