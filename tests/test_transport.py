@@ -231,6 +231,9 @@ def test_a_transport_that_is_not_known(monkeypatch):
     monkeypatch.setenv("SHARDTENSOR_TRANSPORT", "nccl")
     with pytest.raises(st.RankError, match="SHARDTENSOR_TRANSPORT='nccl'"):
         st.simulate(2, swapped, False)
+    with pytest.raises(ValueError, match="SHARDTENSOR_TRANSPORT='nccl'"):
+        st.init()
+    assert not dist.is_initialized()
 
 
 # the library -------------------------------------------------------------------------------------

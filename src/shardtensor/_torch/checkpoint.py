@@ -12,12 +12,14 @@ from torch.utils import checkpoint
 
 def install(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Let what checkpoints recompute be around(function), made when the forward runs."""
-    begin = checkpoint._checkpoint_without_reentrant_generator
+    frame = checkpoint._CheckpointFrame
+    make = frame.__init__
 
-    def without_reentrant(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return begin(around(fn), *args, **kwargs)
+    def made(self: Any, recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        make(self, around(recompute), *args, **kwargs)
 
-    checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+    # others than torch.utils.checkpoint have imported what makes frames
+    frame.__init__ = made
     reentrant = checkpoint.CheckpointFunction
     forward = reentrant.forward
 
