@@ -27,15 +27,22 @@ def saving_elsewhere() -> bool:
 def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
     """Route `autograd.Function.apply` of every Function through around(apply, args).
 
-    `Function.apply` looks `super().apply` up at each call, so this also reaches an `apply` that was
-    stored before the library was imported.
+    Up to torch 2.13 `Function.apply` looks `super().apply` up at each call, so this also reaches an
+    `apply` that was stored before the library was imported. Since 2.14 it is C++'s own.
     """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         call = super(_SingleLevelFunction, cls).apply
         return around(call, args) if not kwargs else call(*args, **kwargs)
 
+    def whole(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+        return apply(cls, *args, **kwargs)
+
     _SingleLevelFunction.apply = classmethod(apply)
+    if not isinstance(vars(torch.autograd.Function)["apply"], classmethod):
+        torch.autograd.Function.apply = classmethod(whole)
 
 
 def install_engine_hook(
