@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
+from torch.distributed import _composable_state
 
 from .dispatcher import no_torch_function
 
@@ -102,6 +103,29 @@ def will_run(node: Any) -> bool:
 def run_last(node: Any) -> None:
     """Let backward run a node when nothing else is left to do."""
     node._set_sequence_nr(0)
+
+
+def number_of(node: Any) -> int:
+    """By what the engine orders nodes: those of higher numbers, made later, run first."""
+    return int(node._sequence_nr())
+
+
+def run_after(node: Any, number: int) -> None:
+    """Let backward run a node when no node of a higher number is left to do."""
+    node._set_sequence_nr(number)
+
+
+def skip_numbers(n: int) -> None:
+    """Give no node that this thread makes from now on one of the first n numbers."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        for _ in range(n - torch.autograd._get_sequence_nr()):
+            x.view_as(x)
+
+
+def has_composable_modules() -> bool:
+    """Whether there is a module to which FSDP2, or another composable function, was applied."""
+    return bool(_composable_state._module_state_mapping)
 
 
 def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:

@@ -14,12 +14,11 @@ from torch import Tensor
 from .. import _torch
 from ..cuts import cut
 from ..errors import UnsupportedOpError
-from . import deferred, groups, ops, wire
+from . import deferred, groups, ops, together, wire
 from .addends import addend_op, alike_op
 from .exchanges import Exchange, Kept, exchange, whole
 from .groups import along, group, knows_values, rank, size
 from .ops import reduce_op
-from .ops import vary as _vary
 from .rows import exchange_rows, put_op, requests, take_op
 
 __all__ = [
@@ -67,7 +66,11 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
     if size(group) == 1:
         return found
     for picked in by_dtype.values():
-        for i, x in zip(picked, _vary([found[i] for i in picked], group), strict=True):
+        given = [found[i] for i in picked]
+        varied = together.vary(given, group)
+        if varied is None:
+            varied = ops.vary(given, group)
+        for i, x in zip(picked, varied, strict=True):
             found[i] = x
     return found
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .. import comm
-from ..comm import counters, groups, wire
+from ..comm import counters, groups, together, wire
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
@@ -76,6 +76,7 @@ def distribute_tensor(
 def _check(tensor: Any, mesh: Any, what: str) -> None:
     """Raise TypeError or ValueError for what cannot lie on a mesh."""
     groups.renew()
+    together.begin()
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} of a {type(tensor).__name__}: make it a torch.Tensor first")
     if not isinstance(mesh, DeviceMesh):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
-from ..comm import groups, observers, wire
+from ..comm import groups, observers, together, wire
 from ..compile.program import Compiled
 from ..dispatch.axes import is_slice
 from ..tensor import ShardTensor
@@ -90,6 +90,7 @@ def parallelize(
     _trained[model] = trained
     # past nn.Module's bookkeeping: these are no part of the model's state
     model.__dict__["_shardtensor_origin"] = Origin(trained, reducer.ranks.copies)
+    together.begin_model(options.fsdp is not None)
     if options.fsdp is not None:
         with replacing(model, "parallelize(fsdp=...)"):
             trained.leave(model, fsdp.shard(model, mesh, axes, domain, options))

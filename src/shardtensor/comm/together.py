@@ -1,0 +1,219 @@
+"""Gradients of replicated tensors wait for one another, to be summed in few messages.
+
+As many conditions, scales and shifts meet shards in a model, as many sums of a few hundred bytes
+would backward wait for. Here they are sent when backward has nothing else to run, all that there
+are. The engine runs nodes by their numbers: `Start` takes this rank's part of a gradient at its
+place, `Wait` gives the sum, and has a lower number than any other node. So what is sent together
+follows from what depends on what in the graph, which is the same on all ranks.
+
+Large ones wait only for those of the same tensor, to which they are added before they are sent:
+their `Wait` comes where the node that made the tensor would.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from threading import local
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from .. import _torch
+from .ops import reduce_op
+
+# bytes of the gradients of one call up to which they wait, and of all that do
+SMALL, MOST = 2**16, 2**22
+# messages of one backward that wait for others
+ROUNDS = 64
+
+_here = local()
+
+
+def begin() -> None:
+    """Let gradients of what this thread computes from now on wait for one another."""
+    if not getattr(_here, "begun", False):
+        # lower numbers are those of `Wait`; 0 is that of parameters, which come last
+        _torch.skip_numbers(ROUNDS)
+        _here.begun, _here.leaves, _here.fsdp = True, False, 0
+
+
+def begin_model(fsdp: bool) -> None:
+    """As `begin`, for a model of which no op sums gradients of parameters by itself.
+
+    fsdp: whether FSDP2 does. Else those of leaves wait, too: no hook waits for these.
+    """
+    begin()
+    used = FSDPModule.__subclasses__()
+    if used:
+        # when memory is freed differs from rank to rank
+        gc.collect()
+    _here.leaves = not fsdp
+    _here.fsdp = -1 if fsdp or (used and _torch.has_composable_modules()) else len(used)
+
+
+def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
+    """As `ops.vary`, of tensors of one dtype; None where their gradients do not wait.
+
+    Alike on all ranks. Small ones do not where FSDP2 is used: its modules free their weights once
+    the gradient of what they were called with is there, when no part of their backward may be left.
+    """
+    if not getattr(_here, "begun", False):
+        return None
+    leaves = any(x.is_leaf for x in xs)
+    size = sum([x.numel() * x.element_size() for x in xs])
+    small = size <= SMALL and len(FSDPModule.__subclasses__()) == _here.fsdp
+    if (leaves and not (small and _here.leaves)) or (not small and len(xs) > 1):
+        return None
+    if _torch.is_tracing() or _torch.functorch_level() is not None:
+        return None
+    call = Call(group, None if small else _torch.number_of(xs[0].grad_fn))
+    held = _torch.apply(Wait, call, *xs)
+    call.wait = ref(held[0].grad_fn)
+    call.sources = [(x if x.is_leaf else x.grad_fn, x.output_nr) for x in xs]
+    return _torch.apply(Start, call, *held)
+
+
+class Call:
+    """What the two nodes of one call know of each other in the backward that runs.
+
+    number: of `Wait`, which sends its own message; None: with others, when nothing else is left.
+    """
+
+    def __init__(self, group: str, number: int | None) -> None:
+        self.group, self.number = group, number
+        self.wait: Any = None
+        # where the gradients go
+        self.sources: list[tuple[Any, int]] = []
+        # the number of the backward, and there the message and where in it
+        self.task = -1
+        self.place: tuple[Backward, Message, list[int | None]] | None = None
+
+
+class Message:
+    """Parts of gradients that are sent together, then their sums.
+
+    Parts of one tensor are added up before, and their sum is the first one's.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        # the tensors are kept, so that their ids are theirs
+        self.known: dict[Any, tuple[int, Any]] = {}
+        self.sums: list[Tensor] | None = None
+
+    def add(self, source: tuple[Any, int], part: Tensor) -> int | None:
+        """Take a part; where its sum will be, None if in the place of another."""
+        key = id(source[0]), source[1]
+        if key in self.known:
+            at, _ = self.known[key]
+            self.parts[at] = self.parts[at] + part
+            return None
+        at = len(self.parts)
+        self.known[key] = at, source[0]
+        self.parts.append(part)
+        return at
+
+    def send(self, group: str) -> None:
+        """Sum the parts over the ranks."""
+        self.sums = reduce_op(self.parts, "sum", group)
+        self.parts = []
+
+
+class Backward:
+    """What waits in one backward. Its calls hold it, and so the graph; nothing else does."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Any, Message] = {}
+        # of one tensor each
+        self.alone: dict[Any, Message] = {}
+        self.bytes = self.rounds = 0
+
+    def add(self, call: Call, parts: Sequence[Tensor]) -> tuple[Message, list[int | None]]:
+        """The message of some parts, and where in it their sums will be."""
+        if call.number is not None:
+            message = self.alone.setdefault(_source(call), Message())
+        else:
+            key = call.group, parts[0].dtype, parts[0].device
+            message = self.waiting.setdefault(key, Message())
+            self.bytes += sum([g.numel() * g.element_size() for g in parts])
+        return message, [message.add(*each) for each in zip(call.sources, parts, strict=True)]
+
+    def send(self, call: Call | None = None) -> None:
+        """Sum all that waits, in the order in which the first of each message came.
+
+        call: one whose message is sent by itself.
+        """
+        if call is not None and call.number is not None:
+            self.alone.pop(_source(call)).send(call.group)
+            return
+        waiting, self.waiting, self.bytes = self.waiting, {}, 0
+        self.rounds += 1
+        for (group, *_), message in waiting.items():
+            message.send(group)
+
+
+def _source(call: Call) -> tuple[Any, ...]:
+    tensor, number = call.sources[0]
+    return call.group, id(tensor), number
+
+
+# by torch's number of the backward pass
+_running: WeakValueDictionary[int, Backward] = WeakValueDictionary()
+
+
+class Wait(torch.autograd.Function):
+    """The identity; backward gives the sums of the parts that `Start` took."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple([x.view_as(x) for x in xs])
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: `Start` summed it
+            return None, *parts
+        if call.place is None or call.task != _torch.graph_task():
+            # `Start` ran in a backward that ended between the two
+            return None, *reduce_op(list(parts), "sum", call.group)
+        running, message, places = call.place
+        call.place = None
+        if message.sums is None:
+            running.send(call)
+        assert message.sums is not None
+        sums = message.sums
+        return None, *[None if i is None else sums[i] for i in places]
+
+
+class Start(torch.autograd.Function):
+    """The identity; backward hands in this rank's part of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple([x.view_as(x) for x in xs])
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        if torch.is_grad_enabled():
+            return None, *reduce_op(list(parts), "sum", call.group)
+        call.task = _torch.graph_task()
+        running = _running.get(call.task)
+        if running is None:
+            running = _running[call.task] = Backward()
+        call.place = running, *running.add(call, parts)
+        wait = call.wait()
+        if wait is not None:
+            # those of a later round come after all that the sums of this one lead to
+            later = max(1, ROUNDS - running.rounds)
+            _torch.run_after(wait, later if call.number is None else call.number)
+        if running.rounds >= ROUNDS or running.bytes > MOST:
+            running.send()
+        return None, *parts
