@@ -16,7 +16,13 @@ MODES = list(
 
 def places(*shape, reach=1.6):
     """Places in the image and around it."""
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(5)).double() * 2 - 1) * reach
+    return (
+        torch.rand(
+            shape, generator=torch.Generator(torch.get_default_device()).manual_seed(5)
+        ).double()
+        * 2
+        - 1
+    ) * reach
 
 
 def sampled(mode, padding, align):

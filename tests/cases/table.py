@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from layouts import Layout, layouts
 from torch import Tensor
 
+import shardtensor as st
 from shardtensor import testing as T
 
 D = torch.float64
@@ -56,7 +58,9 @@ class Case:
         )
 
     def _hold(self, mesh: tuple[int, ...], layouts: list[list[T.On | None]]) -> None:
-        found = T.hold_all(self.fn, self.operands, layouts, mesh, **self.how)
+        device = self.operands[0].device
+        run = {"run": partial(_simulated, device)} if device.type != "cpu" else {}
+        found = T.hold_all(self.fn, self.operands, layouts, mesh, **self.how, **run)
         for places, specs in zip(layouts, found, strict=True):
             if self.stays and places[0] and places[0].sizes:
                 sizes = {d: tuple(n) for d, n in places[0].sizes.items()}
@@ -70,6 +74,16 @@ class Case:
             on = ", ".join(str(p) if p else "plain" for p in places)
             return f"on {on} of mesh {mesh}: {e}"
         return ""
+
+
+def _simulated(device: torch.device, ranks: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """As simulate; ranks, which are threads, make tensors on the device, too."""
+
+    def run(*args: Any) -> Any:
+        with device:
+            return fn(*args)
+
+    return st.simulate(ranks, run, *args)
 
 
 def case(

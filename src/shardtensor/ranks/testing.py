@@ -28,7 +28,7 @@ __all__ = [
     "simulate",
 ]  # fmt: skip
 NAMES = ("a", "b", "c")
-_meshes: dict[tuple[int, ...], DeviceMesh] = {}
+_meshes: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def hold(
     gather: bool = False,
     run: Callable[..., list[Any]] = simulate,
 ) -> list[Spec | None]:
-    """Raise AssertionError unless fn of sharded args equals fn of plain args.
+    """Raise AssertionError unless fn of sharded args equals fn of plain args, on their device.
 
     args: tensors and other values; places: for each argument how it is sharded, or added up along
     axes that are Partial; None: given plain.
@@ -150,10 +150,10 @@ def tensors(out: Any) -> list[Tensor]:
 
 def _cotangents(outs: list[Tensor]) -> list[Tensor]:
     g = torch.Generator().manual_seed(17)
-    made = []
+    made, on = [], torch.device("cpu")
     for o in outs:
         wide = torch.complex128 if o.is_complex() else torch.float64
-        made.append(torch.randn(o.shape, generator=g, dtype=wide).to(o.dtype))
+        made.append(torch.randn(o.shape, generator=g, dtype=wide, device=on).to(o.device, o.dtype))
     return made
 
 
@@ -187,13 +187,19 @@ def _serial(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], grad: bool) ->
     return [o.detach() for o in outs], [None if g is None else g.detach() for g in grads], state
 
 
-def make_mesh(mesh_shape: Sequence[int]) -> DeviceMesh:
-    """A CPU mesh over all ranks, its axes named a, b, c; a process keeps its meshes."""
+def make_mesh(mesh_shape: Sequence[int], device: str = "cpu") -> DeviceMesh:
+    """A mesh over all ranks, its axes named a, b, c; a process keeps its meshes."""
     shape = tuple(mesh_shape)
     kept = _meshes if simulated_rank() is None else {}
-    if shape not in kept:
-        kept[shape] = init_device_mesh("cpu", shape, mesh_dim_names=NAMES[: len(shape)])
-    return kept[shape]
+    if (device, shape) not in kept:
+        names = NAMES[: len(shape)]
+        kept[device, shape] = init_device_mesh(device, shape, mesh_dim_names=names)
+    return kept[device, shape]
+
+
+def _device(args: Sequence[Any]) -> str:
+    """Where the first tensor lies."""
+    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
 
 
 def _root(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +223,7 @@ def _on_rank(
     gather: bool,
 ) -> list[list[Spec | None]]:
     """Hold fn on this rank's shards to what one device gave; the specs of its results."""
-    mesh = make_mesh(mesh_shape)
+    mesh = make_mesh(mesh_shape, _device(args))
     grad = bool(want[1])
     found = []
     for places in layouts:
