@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,13 +50,18 @@ Post = Callable[[torch.Tensor, torch.Tensor], list[Any]]
 def is_strict() -> bool:
     """Whether this rank's transport is the strict one."""
     name = thread.__dict__.get("transport")
-    if name is None:
-        name = os.environ.get("SHARDTENSOR_TRANSPORT", "")
-    return bool(name) and checked(name) == "strict"
+    return (of_process() if name is None else name) == "strict"
 
 
-def checked(name: str) -> str:
-    """The name of a transport."""
+@cache
+def of_process() -> str:
+    """The transport of this process, read once."""
+    return chosen(None)
+
+
+def chosen(name: str | None) -> str:
+    """The name of a transport: this one, or what SHARDTENSOR_TRANSPORT says."""
+    name = name or os.environ.get("SHARDTENSOR_TRANSPORT", "") or "plain"
     if name not in ("plain", "strict"):
         raise ValueError(f'SHARDTENSOR_TRANSPORT={name!r}: "plain" or "strict" is expected')
     return name

@@ -18,7 +18,7 @@ from ..comm.launcher import Place as Place
 from ..comm.launcher import first_host as first_host
 from ..comm.launcher import place
 from ..comm.observers import Hooks, simulated_rank
-from ..comm.transport import is_strict
+from ..comm.transport import chosen
 from ..observe import failures, network, onlookers
 from .rendezvous import agree, fresh, met
 
@@ -48,7 +48,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     if alone:
         # before ranks wait for each other
         _sizes(axes, here.ranks)
-        is_strict()
+        chosen(None)
     gpus = torch.cuda.is_available()
     if alone:
         # of a process group that was destroyed; its store gives the port back
