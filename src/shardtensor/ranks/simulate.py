@@ -137,7 +137,7 @@ def simulate(
     transport: "strict" treats buffers as NCCL does, and raises TransportError where they are used
     carelessly; default: SHARDTENSOR_TRANSPORT, else "plain".
     """
-    kind = wire.chosen(transport)
+    chosen = wire.chosen(transport)
     if counters.simulated_rank() is not None:
         raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
     turns = _Turns(world_size)
@@ -152,7 +152,7 @@ def simulate(
         observers.thread.rank = rank
         observers.thread.left = turns.left
         observers.thread.world = turns.number
-        observers.thread.transport = kind
+        observers.thread.transport = chosen
         observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
         torch.set_rng_state(before)
