@@ -211,7 +211,7 @@ def test_options(tmp_path):
     want = st.Options(data="data", fsdp="all", blocks=("Block",), precision="bf16")
     assert st.Options.from_yaml(file) == want
     for text in ("fsdp: half", "data: data\ncolour: red", "fsdp: data", "- fsdp",
-                 "precision: fp8", "bucket_mb: 0", "fsdp: all\ncompile: {}", "blocks: Block"):  # fmt: skip
+                 "precision: fp8", "bucket_mb: 0", "blocks: Block"):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ValueError):
             st.Options.from_yaml(file)

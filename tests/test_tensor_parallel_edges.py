@@ -1,7 +1,6 @@
 """Where DTensor weights and activations meet in odd ways, and what is refused."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -114,13 +113,6 @@ def refused_styles():
     assert tied[1].weight is tied[0].weight and isinstance(tied[0].weight, DTensor)
     assert not isinstance(tied[0].bias, DTensor) and isinstance(tied[1].bias, DTensor)
     sharded = st.tensor_parallel(model(), mesh, {"0": COLUMN})
-    with warnings.catch_warnings():
-        # no graph holds DTensors: it runs eagerly
-        warnings.simplefilter("ignore")
-        y = st.compile(sharded, backend="aot_eager")(x)
-    close(y, sharded(x).full_tensor().detach(), "compiled")
-    with pytest.raises(ValueError, match="compile"):
-        st.parallelize(sharded, mesh, compile={})
     with pytest.raises(ValueError, match="slice"):
         st.parallelize(sharded, init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "tp")))
     with pytest.raises(ValueError, match="name one"):

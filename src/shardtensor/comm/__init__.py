@@ -57,7 +57,10 @@ def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
     for i, x in enumerate(found):
         if x.requires_grad:
             slot = deferred.slot_of(x)
-            if slot is not None and slot.group == group and not _torch.is_tracing():
+            if (
+                slot is not None and slot.group == group
+                and (type(slot) is deferred.Twin or not _torch.is_tracing())
+            ):  # fmt: skip
                 value = slot.use(x)
                 if value is not None:
                     found[i] = value

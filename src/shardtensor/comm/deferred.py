@@ -24,6 +24,16 @@ class Slot(Protocol):
         """The parameter's value, whose gradient this rank's part is; None: sum it now."""
 
 
+class Twin:
+    """The slot of a parameter while it is traced: its value is another input of the graph."""
+
+    def __init__(self, group: str, value: Tensor) -> None:
+        self.group, self.value = group, value
+
+    def use(self, x: Tensor) -> Tensor:
+        return self.value
+
+
 def slot_of(x: Tensor) -> Slot | None:
     """The slot of a parameter, or of a DTensor parameter's local tensor."""
     return getattr(x, "_shardtensor_slot", None)

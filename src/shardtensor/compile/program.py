@@ -8,13 +8,14 @@ was read while it was traced (see `guards`).
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,13 @@ from ..settings import setting
 from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
 from ..tensor.tape import Tape
+from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
+from .inputs import Own, key_of, parted, parts_of, seen
 from .refused import NoHooks, NoWrites
 
+M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
 # what a graph is for
 _PARTS = (
@@ -51,7 +55,13 @@ _STATE = (
 _TRIES = 2
 
 
-def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
+@overload
+def compile(fn: Callable[..., Any], *, blocks: None = None, **options: Any) -> Compiled: ...
+@overload
+def compile(fn: M, *, blocks: Iterable[str], **options: Any) -> M: ...
+def compile(
+    fn: Callable[..., Any], *, blocks: Iterable[str] | None = None, **options: Any
+) -> Callable[..., Any]:
     """fn (a module or a function of tensors) with its local program compiled by torch.compile.
 
     options: those of torch.compile (backend, mode, ...). Traced once for each combination of specs,
@@ -63,21 +73,50 @@ def compile(fn: Callable[..., Any], **options: Any) -> Compiled:
     graph can hold: Python or random ops that need the values of tensors, seeds, hooks on tensors,
     gradients through an autograd.Function. With fullgraph=True that raises UnsupportedOpError.
 
+    blocks: class names of modules of fn; without names, (), the elements of every outermost
+    nn.ModuleList. Then only these are compiled, each by itself and in place, and fn is returned:
+    equal blocks share one compiled program, so that compiling costs what one block does, and hooks
+    around a block (FSDP2, checkpoints) work as ever.
+
     At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
     at level INFO what each graph is for and how that differs from the graph before it; at WARNING,
     once, that graphs are dropped.
     """
-    return Compiled(fn, options)
+    if blocks is None:
+        return Compiled(fn, options)
+    if not isinstance(fn, nn.Module):
+        raise ValueError(f"blocks of {_name(fn)}, which is no module: leave them out")
+    found = blocks_of(fn, tuple(blocks))
+    if not found:
+        raise ValueError(
+            "blocks=(): the model has no nn.ModuleList; name the classes of the blocks"
+        )
+    compile_forward(found, options)
+    return fn
+
+
+def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> None:
+    """Let forward of each of these modules run compiled from now on, inside of their hooks."""
+    programs = Programs()
+    for module in dict.fromkeys(modules):
+        call = module.__dict__.get("forward", type(module).forward.__get__(module))
+        if isinstance(call, Compiled):
+            call = call.call
+        module.__dict__["forward"] = Compiled(module, options, call, programs)
 
 
 @dataclass
 class _Graph:
-    """A compiled program, what it reads, the form of its result and what it draws."""
+    """A compiled program, what it reads, the form of its result, what it draws.
+
+    twins: the parameters whose gradients are summed later, by name.
+    """
 
     run: Callable[..., Any]
     reads: Reads
     out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
     draws: list[Draw]
+    twins: list[str]
 
 
 class Compiled:
@@ -90,9 +129,11 @@ class Compiled:
         fn: Callable[..., Any],
         options: dict[str, Any],
         call: Callable[..., Any] | None = None,
+        programs: Programs | None = None,
     ) -> None:
         # call: how fn is called, where fn itself calls this
         self.fn, self.call = fn, call or fn
+        self.programs = Programs() if programs is None else programs
         self.options = dict(options)
         if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
             self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
@@ -102,23 +143,38 @@ class Compiled:
         # calls that changed the state that they read
         self.changing: Counter[Any] = Counter()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        fn, call = copy.deepcopy(self.fn, memo), copy.deepcopy(self.call, memo)
+        return Compiled(fn, self.options, call, self.programs)
+
+    def __reduce__(self) -> Any:
+        # a model that is saved whole is not compiled where it is loaded
+        return copy.copy, (self.call,)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
         state = _state(self.fn)
-        specs, given = zip(*map(_parted, leaves), strict=True) if leaves else ((), ())
-        key = (
-            specs, _key(given), _key(list(state.values())), str(tree), *_modes(self.fn),
-        )  # fmt: skip
+        try:
+            parts = parts_of(state, leaves)
+        except UnsupportedOpError as e:
+            if self.options.get("fullgraph"):
+                raise
+            self._warn(f"runs eagerly where no graph holds it: {e}")
+            return self.call(*args, **kwargs)
+        own = Own(state, parts)
+        specs, given = zip(*map(parted, leaves), strict=True) if leaves else ((), ())
+        key = (specs, key_of(given), own.key(), str(tree), *_modes(self.fn))
         found = self.traced.get(key, ())
         graph = next((g for g in found if g.reads.hold()), None)
         if graph is None:
             why = self._eager(key, found)
-            graph = None if why else self._make(key, leaves, tree, state)
+            graph = None if why else self._make(key, leaves, tree, own)
             if graph is None:
                 return self.call(*args, **kwargs)
         self.traced.move_to_end(key)
         drawn = [draw() for draw in graph.draws]
-        flat = graph.run(*state.values(), *(x for x in given if isinstance(x, Tensor)), *drawn)
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
         form, kinds = graph.out
         flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
         return pytree.tree_unflatten(flat, form)
@@ -134,12 +190,12 @@ class Compiled:
         warnings.warn(f"{_name(self.fn)} {why}", stacklevel=4)
 
     def _make(
-        self, key: tuple[Any, ...], leaves: list[Any], tree: pytree.TreeSpec, state: Any
+        self, key: tuple[Any, ...], leaves: list[Any], tree: pytree.TreeSpec, own: Own
     ) -> _Graph | None:
         """A graph for a call, None if it changes what it reads, or does what no graph holds."""
         self._note(key)
         try:
-            graph, changed = self._trace(leaves, tree, state)
+            graph, changed = self._trace(leaves, tree, own)
         except UnsupportedOpError as e:
             if self.options.get("fullgraph"):
                 raise
@@ -176,9 +232,7 @@ class Compiled:
             )  # fmt: skip
         self.traced.popitem(last=False)
 
-    def _trace(
-        self, leaves: list[Any], tree: pytree.TreeSpec, state: dict[str, Tensor]
-    ) -> tuple[_Graph, str]:
+    def _trace(self, leaves: list[Any], tree: pytree.TreeSpec, state: Own) -> tuple[_Graph, str]:
         """The graph of a call, and what of the state that it reads it changed."""
         form: list[Any] = []
         changed, tape = "", Tape()
@@ -187,7 +241,7 @@ class Compiled:
             """The call on local tensors alone, which is traced; notes specs and state."""
             nonlocal changed
             inside = iter(tensors)
-            own = {name: next(inside) for name in state}
+            own = state.inside(inside)
             given = [
                 wrap(next(inside), x._spec, x._strides) if isinstance(x, ShardTensor)
                 else next(inside) if isinstance(x, Tensor) else x
@@ -222,12 +276,15 @@ class Compiled:
                 )
             reads.close()
             flat, spec = pytree.tree_flatten(out, is_leaf=is_shard)
-            form.extend([reads, (spec, [_seen(x) for x in flat])])
+            form.extend([reads, (spec, [seen(x) for x in flat])])
             return [x._local if isinstance(x, ShardTensor) else x for x in flat]
 
         modules = self.fn.modules() if isinstance(self.fn, nn.Module) else ()
         inputs = frozenset(map(id, modules))
-        tensors = [*state.values(), *(_parted(x)[1] for x in leaves if isinstance(x, Tensor))]
+        tensors = [
+            *state.tensors, *state.doubles(),
+            *(parted(x)[1] for x in leaves if isinstance(x, Tensor)),
+        ]  # fmt: skip
         # what is traced sets the mode; an error would leave it so
         grad = torch.is_grad_enabled()
         try:
@@ -244,12 +301,14 @@ class Compiled:
             torch.set_grad_enabled(grad)
             tape.close()
         draws = hoist(graph, tape)
+        twins = state.used(graph)
         # questions about dtypes are traced too, and Dynamo does not take them
         graph.graph.eliminate_dead_code()
         graph.recompile()
         # forward: hooks of all modules are part of the graph already
-        run = torch.compile(graph.forward, **self.options)
-        return _Graph(run, form[0], form[1], draws), changed
+        modes = _modes(self.fn)
+        run = self.programs.of(graph, (modes[0], *modes[2:]), self.options)
+        return _Graph(run, form[0], form[1], draws, twins), changed
 
 
 def _name(fn: Any) -> str:
@@ -271,34 +330,6 @@ def _replaced(fn: Any, own: dict[str, Tensor]) -> str:
     now = _state(fn)
     found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
     return f"the parameter or buffer {found[0]}" if found else ""
-
-
-def _seen(x: Any) -> tuple[Spec, Any] | None:
-    return (x._spec, x._strides) if isinstance(x, ShardTensor) else None
-
-
-def _parted(x: Any) -> tuple[Any, Any]:
-    return _seen(x), x.to_local() if isinstance(x, ShardTensor) else x
-
-
-def _key(leaves: Any) -> tuple[Any, ...]:
-    return tuple(
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor)
-        else _value(x)
-        for x in leaves
-    )  # fmt: skip
-
-
-def _value(x: Any) -> Any:
-    """What tells one argument from another: 1, 1.0 and True are equal, but give other dtypes."""
-    if isinstance(x, float | complex):
-        return type(x), repr(x)
-    try:
-        hash(x)
-    except TypeError:
-        # what it holds is among what is read
-        return type(x), id(x)
-    return type(x), x
 
 
 def _modes(fn: Any) -> tuple[Any, ...]:

@@ -100,17 +100,14 @@ def _common(operands: list[Any]) -> DeviceMesh:
     for w in weights:
         if _torch.is_tracing():
             raise UnsupportedOpError(
-                "DTensor weights in a compiled program: leave tensor-parallel modules out of "
-                "shardtensor.compile"
+                "DTensor weights that a compiled program closes over: compile the module that has "
+                "them as parameters, or leave this part out of st.compile"
             )
         joined = _join(mesh, _sharding(w.device_mesh, tuple(w.placements)))
         beyond, known = _axes(joined) - _axes(mesh), tensor_axes(dtensor.root_mesh(joined))
         if not beyond <= known:
             if dtensor.is_kept_by_fsdp(w):
-                raise UnsupportedOpError(
-                    "a ShardTensor meets a parameter that FSDP2 has not gathered: call the module "
-                    "that fully_shard was applied to, not a part of it"
-                )
+                raise _not_gathered()
             known.update(beyond)
         mesh = joined
     known = tensor_axes(dtensor.root_mesh(mesh))
@@ -143,6 +140,29 @@ def tensor_axes(root: DeviceMesh) -> set[str]:
 def declare(mesh: DeviceMesh) -> None:
     """Make the axes of a mesh tensor-parallel: activations are the same along them."""
     tensor_axes(dtensor.root_mesh(mesh)).update(_axes(mesh))
+
+
+def as_shards(x: DTensor, beside: DeviceMesh | None) -> Tensor:
+    """A DTensor parameter as it meets activations on a mesh; its gradient is a DTensor.
+
+    What is the same on all ranks is a plain tensor.
+    """
+    made = from_dtensor(x)
+    if _is_whole(x):
+        return made._local
+    if dtensor.is_kept_by_fsdp(x):
+        raise _not_gathered()
+    mesh = _sharding(x.device_mesh, tuple(x.placements))
+    declare(mesh)
+    mesh = mesh if beside is None else _join(beside, mesh)
+    return wrap(made._local, _lifted(made._spec, mesh))
+
+
+def _not_gathered() -> UnsupportedOpError:
+    return UnsupportedOpError(
+        "a ShardTensor meets a parameter that FSDP2 has not gathered: call the module "
+        "that fully_shard was applied to, not a part of it"
+    )
 
 
 def is_slice(mesh: DeviceMesh, root: DeviceMesh) -> bool:

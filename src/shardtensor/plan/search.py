@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compile.blocks import blocks_of
 from ..observe.network import DGX_H100, Network
-from ..train.fsdp import blocks_of
 from ..train.options import Options
 from .estimate import H100, Device, Estimate, Layout, Task, estimate
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from .. import comm
 from .._torch.dtensor import is_broken_fsdp, mend_fsdp
 from ..comm.ops import reduce_op
+from ..compile.blocks import blocks_of
 from ..tensor import ShardTensor
 from .options import Options
 from .replaced import replacing
@@ -134,22 +135,3 @@ def _flat(mesh: DeviceMesh, axes: tuple[int, ...]) -> DeviceMesh:
         names = mesh.mesh_dim_names or ()
         mesh = mesh[tuple(names[a] for a in axes)]
     return mesh if mesh.ndim == 1 else mesh._flatten()
-
-
-def blocks_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules of these classes; without names the elements of every outermost ModuleList.
-
-    Raises ValueError where a name is no module's class.
-    """
-    if not names:
-        found, inside = list[nn.Module](), set[nn.Module]()
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList) and module not in inside:
-                found += module
-                inside.update(module.modules())
-        return found
-    found = [m for m in model.modules() if type(m).__name__ in names]
-    missing = set(names) - {type(m).__name__ for m in found}
-    if missing:
-        raise ValueError(f"the model has no module of class {', '.join(sorted(missing))}")
-    return found

@@ -27,7 +27,8 @@ class Options:
     checkpoint: blocks keep their inputs only and are computed again in the backward pass.
     offload: what is kept for the backward pass waits in host memory.
     precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it.
-    compile: arguments of `model.compile`; None: eager.
+    compile: arguments of `model.compile`; None: eager. With fsdp its units are compiled, one program
+        for all that are equal; what lies outside of the innermost units runs eagerly.
 
     Raises ValueError for a value of another type and for values that do not fit together.
     """
@@ -53,8 +54,6 @@ class Options:
             raise ValueError(f"precision is {self.precision!r}; one of {PRECISION}")
         if self.fsdp == "data" and self.data is None:
             raise ValueError("fsdp over 'data' needs the name of the data axis: data=...")
-        if self.fsdp is not None and self.compile is not None:
-            raise ValueError("compile and fsdp: the compiled program takes whole parameters")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.compile is not None:
             object.__setattr__(self, "compile", dict(self.compile))

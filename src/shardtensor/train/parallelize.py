@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
 from ..comm import groups, observers, together, wire
-from ..compile.program import Compiled
+from ..compile.blocks import blocks_of
+from ..compile.program import Compiled, compile_forward
+from ..compile.program import compile as compile_blocks
 from ..dispatch.axes import is_slice
 from ..tensor import ShardTensor
 from . import fsdp
@@ -71,8 +73,6 @@ def parallelize(
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         raise ValueError("fully_shard was applied already; parallelize does it with fsdp=...")
     tensor = _tensor_axes(model, mesh)
-    if tensor and options.compile is not None:
-        raise ValueError("compile and tensor_parallel: the compiled program takes whole parameters")
     axes = tuple(a for a in range(mesh.ndim) if a not in tensor)
     everyone = comm.group(mesh, axes)
     shared = tuple(a for a in axes if options.data is None or names[a] != options.data)
@@ -96,8 +96,6 @@ def parallelize(
             trained.leave(model, fsdp.shard(model, mesh, axes, domain, options))
     trained.take(model)
     trained.handle = model.register_forward_pre_hook(_take_new, prepend=True)
-    if options.fsdp is not None:
-        return model
     model.__dict__["compile"] = partial(_compile, model)
     if options.compile is not None:
         model.compile(**options.compile)
@@ -107,7 +105,7 @@ def parallelize(
 def adapt(model: nn.Module, options: Options) -> None:
     """Checkpointing, offload and autocast, by hooks around forward."""
     if options.checkpoint:
-        blocks = fsdp.blocks_of(model, options.blocks)
+        blocks = blocks_of(model, options.blocks)
         if not blocks:
             raise ValueError("checkpoint: the model has no nn.ModuleList; name the blocks")
         for block in blocks:
@@ -147,9 +145,21 @@ def restore(model: nn.Module) -> None:
     model.__dict__.pop("_shardtensor_origin", None)
 
 
-def _compile(model: nn.Module, **options: Any) -> None:
-    """As nn.Module.compile: the model's calls run compiled from now on."""
-    model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
+def _compile(model: nn.Module, *, blocks: Iterable[str] | None = None, **options: Any) -> None:
+    """As nn.Module.compile: the model's calls run compiled from now on, or those of its blocks.
+
+    Under FSDP2 those of its units without other units in them, inside of FSDP2's hooks.
+    """
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if units:
+        if blocks is not None:
+            raise ValueError("compile of blocks under fsdp: its units are compiled, leave them out")
+        inner = [m for m in units if sum(isinstance(x, FSDPModule) for x in m.modules()) == 1]
+        compile_forward(inner, options)
+    elif blocks is not None:
+        compile_blocks(model, blocks=blocks, **options)
+    else:
+        model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
 
 
 def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
