@@ -27,8 +27,8 @@ class Options:
     checkpoint: blocks keep their inputs only and are computed again in the backward pass.
     offload: what is kept for the backward pass waits in host memory.
     precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it.
-    compile: arguments of `model.compile`; None: eager. With fsdp its units are compiled, one program
-        for all that are equal; what lies outside of the innermost units runs eagerly.
+    compile: arguments of `model.compile`; None: eager. With fsdp its units are compiled, one
+        program for all that are equal; what lies outside of the innermost units runs eagerly.
 
     Raises ValueError for a value of another type and for values that do not fit together.
     """
