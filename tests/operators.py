@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def run(name: str, op: Any, setting: Setting, most: int) -> Verdict:
     grad = op.supports_autograd and (dtype.is_floating_point or dtype.is_complex)
     mesh = make_mesh((setting.ranks,))
     torch.manual_seed(0)
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=grad))[:most]
+    samples = list(islice(op.sample_inputs("cpu", dtype, requires_grad=grad), most))
     for sample in samples:
         leaves, tree = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
         for nth, (where, dim) in enumerate(shardable(sample)):

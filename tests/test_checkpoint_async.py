@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -165,28 +166,17 @@ def test_killed_while_it_writes(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     folder = tmp_path / "c"
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29731",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, folder],
-            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.DEVNULL,
-        )
-        for r in range(2)
-    ]
+    ranks = forked.ranks(script, 2, folder)
     try:
         deadline = time.monotonic() + 60
         while not (folder / "writing").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (folder / "writing").exists()
-        ranks[1].send_signal(signal.SIGKILL)
-        assert ranks[0].wait(60) != 0
+        ranks[1].signal(signal.SIGKILL)
+        assert ranks[0].ended(60)[0] != 0
     finally:
         for r in ranks:
-            r.kill()
+            r.process.kill()
     assert (folder / ".torn.partial").exists()
     assert checkpoint.latest(folder).name == "good"
     state = checkpoint.load({"x": torch.zeros(8, 4)}, folder / "good")

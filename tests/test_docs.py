@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from cases import CASES, table
+from forked import Program
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -197,11 +198,14 @@ def test_the_example_of_point_clouds():
         assert torch.allclose(found, want, rtol=1e-4)
 
 
-def test_the_example_of_launching():
+def test_the_example_of_launching(tmp_path):
     """In a process of its own, which has no launcher."""
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "launch.md").read_text(), re.S)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    subprocess.run([sys.executable, "-c", block], check=True, env=env, timeout=120)
+    script = tmp_path / "launch.py"
+    script.write_text(block)
+    code, text = Program(script, env=env).ended()
+    assert code == 0, text
     (options,) = re.findall(r"```yaml\n(data.*?)```", (DOCS / "launch.md").read_text(), re.S)
     assert st.Options.from_dict(yaml.safe_load(options)).fsdp == "all"
 

@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import torchrun
 
 import shardtensor as st
 from shardtensor.observe import network
@@ -105,16 +105,11 @@ def test_all_ranks_choose_by_what_the_first_knows(tmp_path, monkeypatch):
         f"import os\nos.environ['SHARDTENSOR_HOME'] = {str(tmp_path)!r} + os.environ['RANK']\n"
         + PROGRAM
     )
-    env = os.environ | {"SHARDTENSOR_HOME": str(tmp_path) + "0", "OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("SHARDTENSOR_HOME", str(tmp_path) + "0")
     network.save(found)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    done = subprocess.run(
-        [torchrun, "--standalone", "--nproc-per-node", "2", program],
-        capture_output=True, text=True, env=env, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "[[0.25, 4000000000.0], [0.25, 4000000000.0]]" in done.stdout
+    code, text = torchrun(tmp_path, 2, program)
+    assert code == 0, text
+    assert "[[0.25, 4000000000.0], [0.25, 4000000000.0]]" in text
 
 
 @pytest.mark.slow

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import torchrun
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def torchrun(ranks, script, *args, restarts=0):
+def restarted(ranks, script, *args, restarts):
+    """What it prints, under torchrun itself."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), EXAMPLES / script, *args,
@@ -37,8 +39,9 @@ def losses(folder):
 @pytest.mark.gloo
 def test_killed_and_resumed(tmp_path):
     """SIGKILL to rank 1 in step 7: the losses are those of a run that nobody killed, bit by bit."""
-    torchrun(2, "resume.py", "--folder", tmp_path / "whole")
-    out = torchrun(2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2)
+    code, text = torchrun(tmp_path, 2, EXAMPLES / "resume.py", "--folder", tmp_path / "whole")
+    assert code == 0, text
+    out = restarted(2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2)
     assert re.search(r"resumed at step [36] from", out)
     assert (tmp_path / "killed" / "killed").exists()
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -47,9 +50,11 @@ def test_killed_and_resumed(tmp_path):
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("package", ["fabric", "accelerate"])
-def test_with_a_trainer(package):
-    pytest.importorskip("lightning" if package == "fabric" else package)
-    out = torchrun(2, f"with_{package}.py")
+def test_with_a_trainer(package, tmp_path):
+    name = "lightning" if package == "fabric" else package
+    pytest.importorskip(name)
+    code, out = torchrun(tmp_path, 2, EXAMPLES / f"with_{package}.py", loads=f"import {name}")
+    assert code == 0, out[-3000:]
     apart = float(re.search(r"difference from one device: (\S+)", out)[1])
     first, last = map(float, re.search(r"losses (\S+) to (\S+)", out).groups())
     assert apart < 1e-5 and last < 0.9 * first

@@ -1,12 +1,10 @@
 """A whole program under the guard, and the docs' example of it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import torchrun
 
 
 def test_the_example_of_the_docs(tmp_path):
@@ -50,23 +48,7 @@ os.write(1, b"finished\\n")
 def test_a_program_under_SHARDTENSOR_DEBUG(case, expected, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "SHARDTENSOR_DEBUG": "1",
-        "SHARDTENSOR_DEBUG_TIMEOUT": "2",
-    }
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        case,
-    ]
-    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=120)
-    text = done.stdout + done.stderr
+    env = {"SHARDTENSOR_DEBUG": "1", "SHARDTENSOR_DEBUG_TIMEOUT": "2"}
+    code, text = torchrun(tmp_path, 2, script, case, **env)
     assert expected in text, text
-    assert (done.returncode == 0) == (case == "good") == (text.count("finished") == 2)
+    assert (code == 0) == (case == "good") == (text.count("finished") == 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from forked import Program, free_port
 
 import shardtensor as st
 from shardtensor.comm.launcher import flag, seconds
@@ -266,22 +267,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def ran(processes):
-    return [p.communicate(timeout=120)[0] for p in processes]
-
-
-def start(command, **env):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
-    return subprocess.Popen(
-        command, env={**clean, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+def clean():
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.gloo
@@ -290,20 +278,22 @@ def test_started(launcher, tmp_path: Path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
     if launcher == "none":
-        texts = ran([start([sys.executable, str(script)])])
-        assert "found 15.0 (1, 1) 6" in texts[0]
+        code, text = Program(script, env=clean()).ended()
+        assert code == 0 and "found 15.0 (1, 1) 6" in text
         return
     if launcher == "torchrun":
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", str(script)]  # fmt: skip
-        texts = ran([start(run)])
+        done = subprocess.run(run, env=clean(), capture_output=True, text=True, timeout=120)
+        text = done.stdout + done.stderr
     else:
-        port = str(free_port())
-        texts = ran([
-            start([sys.executable, str(script)], SLURM_PROCID=str(r), SLURM_NTASKS="2",
-                  SLURM_LOCALID=str(r), SLURM_STEP_ID="0", MASTER_PORT=port,
-                  SLURM_STEP_NODELIST="localhost")
+        given = clean() | {
+            "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost",
+            "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+        programs = [
+            Program(script, env=given | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)})
             for r in range(2)
-        ])  # fmt: skip
-    text = "".join(texts)
+        ]
+        text = "".join(p.ended()[1] for p in programs)
     assert text.count("found 15.0 (1, 2) 3 ('data', 'domain')") == 2, text

@@ -1,13 +1,9 @@
 """st.init in a process group that is there: again, after its end, with other axes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
-from test_watch import free_port
+from forked import torchrun
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -91,12 +87,9 @@ dist.destroy_process_group()
 
 
 @pytest.mark.gloo
-def test_anew_after_the_end_of_a_process_group():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={free_port()}", "--no-python", sys.executable, "-c", ANEW]
-    env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("[435.0, 435.0, 435.0, 435.0]") == 2
+def test_anew_after_the_end_of_a_process_group(tmp_path):
+    script = tmp_path / "anew.py"
+    script.write_text(ANEW)
+    code, text = torchrun(tmp_path, 2, script)
+    assert code == 0, text[-3000:]
+    assert text.count("[435.0, 435.0, 435.0, 435.0]") == 2

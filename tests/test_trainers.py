@@ -1,12 +1,9 @@
 """Accelerate, Fabric and Lightning put DDP around or inside of `parallelize`: one device's weights."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
-from test_watch import free_port
+from forked import torchrun
 
 SCRIPT = """
 import os, sys, warnings, torch, shardtensor as st
@@ -107,15 +104,11 @@ def test_ddp_of_trainers(tmp_path):
         pytest.skip("neither accelerate nor lightning is installed")
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4"]
-    command += [f"--master-port={free_port()}", str(script), *found]
-    env = os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    loads = "import " + ", ".join(found)
+    code, text = torchrun(tmp_path, 4, script, *found, loads=loads)
+    assert code == 0, text[-4000:]
     trainers = ("accelerate",) * ("accelerate" in found)
     trainers += ("fabric", "lightning") * ("lightning" in found)
     for trainer in trainers:
         for way in ("inside", "outside", "domain"):
-            assert run.stdout.count(f"{trainer} {way} True") == 4, run.stdout + run.stderr[-2000:]
+            assert text.count(f"{trainer} {way} True") == 4, text + text[-2000:]

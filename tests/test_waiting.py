@@ -1,12 +1,9 @@
 """A rank that waits long says for what; ranks that wait for each other for ever end. No flag is set."""
 
-import os
 import signal
-import subprocess
-import sys
 
+import forked
 import pytest
-from test_watch import free_port
 
 from shardtensor.observe.hangs import apart, doomed, late, told
 
@@ -110,28 +107,14 @@ def test_who_came_but_waits_elsewhere_is_told():
     assert not any(apart(states[r], states) for r in states)
 
 
-def ran(script, ranks, args, until="", then=lambda processes: None):
+def ran(script, ranks, args, until="", then=lambda programs: None):
     """The code and text of each process; then() is called once rank 0 has printed `until`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
-    clean |= {"OMP_NUM_THREADS": "1", "SHARDTENSOR_DEBUG": "0", "SHARDTENSOR_WAIT": "2"}
-    clean |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=clean | {"RANK": str(r), "LOCAL_RANK": str(r), "SHARDTENSOR_INIT_TIMEOUT": "120"},
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
-    early = ""
+    given = {"SHARDTENSOR_DEBUG": "0", "SHARDTENSOR_WAIT": "2", "SHARDTENSOR_INIT_TIMEOUT": "120"}
+    programs = forked.ranks(script, ranks, *args, **given)
     if until:
-        for text in processes[0].stdout:
-            early += text
-            if until in text:
-                then(processes)
-                break
-    texts = [p.communicate(timeout=150)[0] for p in processes]
-    texts[0] = early + texts[0]
-    return [(p.returncode, t) for p, t in zip(processes, texts, strict=True)]
+        programs[0].until(until)
+        then(programs)
+    return [p.ended() for p in programs]
 
 
 def place(mark):
@@ -184,6 +167,6 @@ def test_a_rank_that_does_not_answer_is_told(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
     said = "rank 1 does not answer (stopped"
-    found = ran(script, 2, ["stop"], said, lambda ps: ps[1].send_signal(signal.SIGCONT))
+    found = ran(script, 2, ["stop"], said, lambda ps: ps[1].signal(signal.SIGCONT))
     assert [code for code, _ in found] == [0, 0], found
     assert all("finished" in t and "for ever" not in t for _, t in found), found

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
+from forked import Program, free_port, torchrun
 
 SCRIPT = """
 import os, signal, sys, time, torch, shardtensor as st
@@ -36,40 +34,24 @@ SAID = {
 }
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
-
-
-def launched(script, ranks, torchrun, args):
-    """(exit code, output) of each process."""
+def launched(script, ranks, agent, args):
+    """(exit code, output) of each process, or of the agent and all of its ranks."""
+    if agent:
+        return [torchrun(script.parent, ranks, script, *args, SHARDTENSOR_DEBUG="0")]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
     clean |= {"OMP_NUM_THREADS": "1", "SHARDTENSOR_DEBUG": "0"}
-    port = free_port()
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    envs = [{}] if torchrun else [
-        {"SLURM_PROCID": str(r), "SLURM_NTASKS": str(ranks), "SLURM_LOCALID": str(r),
-         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    clean |= {"SLURM_NTASKS": str(ranks), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    clean |= {"MASTER_PORT": str(free_port())}
+    programs = [
+        Program(script, *args, env=clean | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)})
         for r in range(ranks)
-    ]  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *(agent if torchrun else []), str(script), *args],
-            env=clean | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for env in envs
-    ]  # fmt: skip
-    found = []
-    for p in processes:
-        text, _ = p.communicate(timeout=250)
-        found.append((p.returncode, text))
-    return found
+    ]
+    return [p.ended(250) for p in programs]
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "case, who, others, ranks, torchrun",
+    "case, who, others, ranks, agent",
     [
         ("raise", 1, "waiting", 2, True),
         ("raise", 0, "busy", 3, True),
@@ -84,15 +66,15 @@ def launched(script, ranks, torchrun, args):
         ("leave", 0, "waiting", 2, False),
     ],
 )
-def test_others_end_with_its_message(case, who, others, ranks, torchrun, tmp_path):
+def test_others_end_with_its_message(case, who, others, ranks, agent, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
-    found = launched(script, ranks, torchrun, [case, str(who), others])
+    found = launched(script, ranks, agent, [case, str(who), others])
     message = SAID[case].format(who)
     for rank, (code, text) in enumerate(found):
         # a rank that is busy is not left to its work
         assert "started" in text and "slept" not in text and "finished" not in text, text
-        if torchrun:
+        if agent:
             # the agent may end ranks before they have read it, but not all of them
             assert code != 0 and message in text, text
         elif rank != who:
