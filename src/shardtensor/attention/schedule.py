@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class Laid(NamedTuple):
 
     queries, keys: the spans (start, size) of each rank. held: how many keys each has. hops: how
     many ranks on each block of keys must travel, to the last that needs it. steps: the most hops.
+    firsts, lasts: a rank needs the blocks whose first does not lie behind its last.
     """
 
     queries: tuple[Spans, ...]
@@ -56,6 +57,12 @@ class Laid(NamedTuple):
     held: tuple[int, ...]
     hops: tuple[int, ...]
     steps: int
+    firsts: tuple[int, ...]
+    lasts: tuple[int, ...]
+
+    def sees(self, rank: int, block: int) -> bool:
+        """Whether a rank needs a block of keys."""
+        return self.lasts[rank] >= self.firsts[block]
 
 
 @cached
@@ -71,7 +78,9 @@ def laid(
     far = hops(n, q_starts, q_sizes, k_starts, k_sizes, causal)
     keys = _per_rank(n, k_starts, k_sizes)
     held = tuple([sum([size for _, size in spans]) for spans in keys])
-    return Laid(_per_rank(n, q_starts, q_sizes), keys, held, far, max(far))
+    first, last = _ends(n, q_starts, q_sizes, k_starts, k_sizes, causal)
+    ends = tuple(first.tolist()), tuple(last.tolist())
+    return Laid(_per_rank(n, q_starts, q_sizes), keys, held, far, max(far), *ends)
 
 
 def hops(
@@ -87,12 +96,7 @@ def hops(
     After t hops block j is on rank (j + t) % n. A rank needs a block if the last of its queries
     sees the first of its keys.
     """
-    firsts, lasts = np.array(k_starts), np.array(q_starts) + np.array(q_sizes) - 1
-    if not causal:
-        firsts, lasts = np.zeros_like(firsts), np.zeros_like(lasts)
-    low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
-    first = np.where(np.array(k_sizes) > 0, firsts, high).reshape(n, -1).min(1)
-    last = np.where(np.array(q_sizes) > 0, lasts, low).reshape(n, -1).max(1)
+    first, last = _ends(n, q_starts, q_sizes, k_starts, k_sizes, causal)
     # tops[l][i]: the largest of the 2^l ranks up to rank i, twice around the ring
     tops, width = [np.concatenate((last, last))], 1
     while 2 * width < n:
@@ -105,8 +109,26 @@ def hops(
         inside = at - width >= np.arange(n)
         at = np.where(inside & (top[at] < first), at - width, at)
         width //= 2
-    needed = (at > np.arange(n)) & (np.concatenate((last, last))[at] >= first) & (first < high)
+    needed = (at > np.arange(n)) & (np.concatenate((last, last))[at] >= first)
     return tuple(np.where(needed, at - np.arange(n), 0).tolist())
+
+
+def _ends(
+    n: int,
+    q_starts: tuple[int, ...],
+    q_sizes: tuple[int, ...],
+    k_starts: tuple[int, ...],
+    k_sizes: tuple[int, ...],
+    causal: bool,
+) -> tuple[Any, Any]:
+    """The first key and the last query of each rank, beyond all others where it has none."""
+    firsts, lasts = np.array(k_starts), np.array(q_starts) + np.array(q_sizes) - 1
+    if not causal:
+        firsts, lasts = np.zeros_like(firsts), np.zeros_like(lasts)
+    low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    first = np.where(np.array(k_sizes) > 0, firsts, high).reshape(n, -1).min(1)
+    last = np.where(np.array(q_sizes) > 0, lasts, low).reshape(n, -1).max(1)
+    return first, last
 
 
 def _per_rank(n: int, starts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Spans, ...]:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..comm import groups, window
-from ..comm.exchanges import whole
+from ..comm.exchanges import Windows
 from ..comm.ops import reduce_op
 from ..comm.wire import all_reduce
-from ..cuts import cut
 from .blocks import wide
 
 # first local row, number of rows, first key among those of all ranks, number of keys, and whether
@@ -29,18 +28,19 @@ def attend_plainly(
     v: Tensor,
     mask: Tensor | None,
     *,
-    held: Sequence[int],
+    sizes: Sequence[int],
+    wanted: Windows,
     pieces: Sequence[Piece],
     scale: float,
     group: str,
     merged: str,
 ) -> Tensor:
-    """As `ring.attend`. held: the keys of each rank; pieces: what these rows see of them.
+    """As `ring.attend`. sizes: the keys of each rank; wanted: which of them each rank attends to.
 
-    mask: for the keys of all ranks of the ring, in their order.
+    pieces: what these rows see of those. mask: for all of those, in their order.
     """
-    if len(held) > 1:
-        k, v = (window(x, 2, held, whole(cut(held)), group) for x in (k, v))
+    if len(sizes) > 1:
+        k, v = (window(x, 2, sizes, wanted, group) for x in (k, v))
     dtype, times = wide(q.dtype), q.shape[1] // max(1, k.shape[1])
     wide_q, k, v = q.to(dtype), *(x.to(dtype).repeat_interleave(times, 1) for x in (k, v))
     scores = (wide_q * scale) @ k.mT

@@ -1,0 +1,153 @@
+"""The integers of one call of ring attention: who holds what, and what a rank computes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..comm import groups
+from ..comm.exchanges import whole
+from ..cuts import Cut, cut, pairs
+from .blocks import Rule
+from .schedule import Laid, laid, pieces
+from .twice import Piece
+
+Span = tuple[int, int]
+
+INTEGERS = (
+    "int[] q_starts, int[] q_sizes, int[] k_starts, int[] k_sizes, int mask_start, bool causal, "
+    "bool exact, float scale, float drop, int seed, int[] order, int team, str group"
+)
+
+
+class Seen(NamedTuple):
+    """Local rows, local keys, the mask's columns and the rule of a piece that a rank computes."""
+
+    rows: Span
+    keys: Span
+    columns: Span
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Call:
+    """As the dispatcher takes them; the same on every rank of the group.
+
+    team: how many ranks of the group sit at one place of the ring, each in a ring of its own with
+    the same spans. order: the group's ranks, place by place; none: as they are.
+    """
+
+    q_starts: tuple[int, ...]
+    q_sizes: tuple[int, ...]
+    k_starts: tuple[int, ...]
+    k_sizes: tuple[int, ...]
+    mask_start: int
+    causal: bool
+    exact: bool
+    scale: float
+    drop: float
+    seed: int
+    order: tuple[int, ...]
+    team: int
+    group: str
+
+    @classmethod
+    def of(cls, *integers: Any) -> Call:
+        """From the arguments of the op."""
+        fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in integers]
+        return cls(*fields)
+
+    @cached_property
+    def _seat(self) -> tuple[int, int]:
+        rank = groups.rank(self.group)
+        return divmod(self.order.index(rank) if self.order else rank, self.team)
+
+    @property
+    def me(self) -> int:
+        """This rank's place in its ring."""
+        return self._seat[0]
+
+    @cached_property
+    def n(self) -> int:
+        """Places of a ring."""
+        return groups.size(self.group) // self.team
+
+    def rank(self, place: int) -> int:
+        """Who of the group sits there in this rank's ring."""
+        at = place % self.n * self.team + self._seat[1]
+        return self.order[at] if self.order else at
+
+    @cached_property
+    def laid(self) -> Laid:
+        """The spans of each place, and where keys must go."""
+        return laid(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
+
+    def held(self, place: int, step: int) -> int:
+        """The block that a place may hold after `step` hops."""
+        return (place - step) % self.n
+
+    def seen(self, q: Tensor, block: int) -> list[Seen]:
+        """What this rank's queries see of a block."""
+        # ranks may have no queries for other reasons than tokens: an empty shard of the batch
+        if not q.numel():
+            return []
+        found = list[Seen]()
+        row = 0
+        for first, rows in self.laid.queries[self.me]:
+            key = 0
+            for start, keys in self.laid.keys[block]:
+                for p in pieces(rows, keys, first - start if self.causal else None):
+                    seed = self._seed(block, len(found))
+                    rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
+                    columns = _moved(p.keys, start - self.mask_start)
+                    found.append(Seen(_moved(p.rows, row), _moved(p.keys, key), columns, rule))
+                key += keys
+            row += rows
+        return found
+
+    def whole_pieces(self) -> list[Piece]:
+        """What this rank's rows see of the keys of all places."""
+        found, row = list[Piece](), 0
+        for first, rows in self.laid.queries[self.me]:
+            key = 0
+            for start, keys in (span for block in self.laid.keys for span in block):
+                for p in pieces(rows, keys, first - start if self.causal else None):
+                    (a, b), (c, d) = p.rows, p.keys
+                    found.append((row + a, b - a, key + c, d - c, p.triangle))
+                key += keys
+            row += rows
+        return found
+
+    def _seed(self, block: int, piece: int) -> int:
+        most = 3 * (len(self.k_starts) // self.n) * (len(self.q_starts) // self.n)
+        return (self.seed + most * block + piece) % 2**63
+
+    def whole_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The mask's columns in the order of the keys of all places."""
+        if mask is None or mask.shape[-1] == 1:
+            return mask
+        spans = (span for block in self.laid.keys for span in block)
+        parts = [mask.narrow(-1, start - self.mask_start, keys) for start, keys in spans if keys]
+        return torch.cat(parts, -1) if parts else mask[..., :0]
+
+    def gathered(self) -> tuple[Cut, Any]:
+        """Sizes of the keys of all ranks of the group; the windows that each asks for of them."""
+        if self.team == 1 and not self.order:
+            sizes = cut(self.laid.held)
+            return sizes, whole(sizes)
+        order = self.order or tuple(range(self.n * self.team))
+        held = [0] * len(order)
+        wanted: list[tuple[int, ...]] = [()] * len(order)
+        for at, rank in enumerate(order):
+            held[rank] = self.laid.held[at // self.team]
+            wanted[rank] = order[at % self.team :: self.team]
+        edges, ranks = cut(held).edges, [r for ring in wanted for r in ring]
+        return cut(held), pairs(edges[:-1][ranks], edges[1:][ranks])
+
+
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
