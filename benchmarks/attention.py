@@ -1,9 +1,11 @@
-"""Causal attention by ring, zigzag and all-to-all: time and bytes over the tokens of a rank.
+"""Attention by every strategy: time and bytes over the tokens of a rank, and what "auto" takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--csv FILE]
+    OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--full] [--csv FILE]
+    OMP_NUM_THREADS=1 python benchmarks/attention.py --rates [--ranks N]
 
 Forward and backward on N gloo processes, taken in turns; the median of the slowest rank's times,
-and each over the plain ring's. The last column is the strategy that "auto" takes.
+each over the plain ring's, and the time of the busiest rank's forward by `attention.cost`. --rates
+measures what that model needs (`attention.strategy.RATES`), each by the least time of many.
 """
 
 import argparse
@@ -19,15 +21,26 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.attention import strategy
+from shardtensor.attention import rates, strategy
+from shardtensor.attention.blocks import Merge, Rule, forward
+from shardtensor.attention.cost import Rates, Way, Work, cost
+from shardtensor.attention.usp import fits
+from shardtensor.comm import groups, wire
 from shardtensor.ranks.testing import make_mesh, run_workers
 
-KINDS = ("ring", "zigzag", "all_to_all", "auto")
+KINDS = ("ring", "zigzag", "usp", "all_to_all", "auto")
 WIDTH, REPEATS = 64, 9
 
 
-def measured(heads, tokens):
-    """{kind: (milliseconds, bytes sent by this rank, collectives)}."""
+def possible(kind, ranks, heads, causal):
+    """Whether a strategy can be forced."""
+    if kind == "usp":
+        return any(ranks % u == 0 and fits(heads, heads, u) for u in range(2, ranks + 1))
+    return heads >= ranks if kind == "all_to_all" else causal or kind != "zigzag"
+
+
+def measured(heads, tokens, causal):
+    """{kind: (milliseconds, bytes sent forward by this rank, the calls of each collective)}."""
     n = dist.get_world_size()
     mesh = make_mesh((n,))
     torch.manual_seed(0)
@@ -37,25 +50,67 @@ def measured(heads, tokens):
     ]
     for x in qkv:
         x.requires_grad_()
-    kinds = [k for k in KINDS if k != "all_to_all" or heads >= n]
+    kinds = [k for k in KINDS if possible(k, n, heads, causal)]
     times, sent = {k: [] for k in kinds}, {}
     for _ in range(REPEATS):
         for kind in kinds:
             dist.barrier()
             begin = time.perf_counter()
             with strategy(kind), st.trace() as t:
-                out = F.scaled_dot_product_attention(*qkv, is_causal=True)
+                out = F.scaled_dot_product_attention(*qkv, is_causal=causal)
             out.square().mean().backward()
             dist.barrier()
             times[kind].append(1e3 * (time.perf_counter() - begin))
-            sent[kind] = t.bytes, {s.collective for s in t.sent}
+            sent[kind] = t.bytes, tuple(s.collective for s in t.sent)
     return {k: (statistics.median(times[k]), *sent[k]) for k in kinds}
 
 
-def name(collectives):
-    if "ring" not in collectives:
-        return "all_to_all"
-    return "zigzag" if "window" in collectives else "ring"
+def modelled(heads, tokens, ranks, causal):
+    """{kind: milliseconds of the busiest rank, forward}."""
+    even = (tokens,) * ranks
+    work = Work(even, even, 1, heads, heads, WIDTH, WIDTH, 4, causal)
+    ways = [Way("ring"), Way("zigzag"), Way("all_to_all", ranks)]
+    ways += [Way("usp", u) for u in range(2, ranks) if ranks % u == 0 and fits(heads, heads, u)]
+    found = {}
+    for way in ways:
+        if possible(way.kind, ranks, heads, causal):
+            ms = 1e3 * cost(work, way).seconds(rates("cpu", 4, ranks))
+            found[way.kind] = min(ms, found.get(way.kind, ms))
+    return found
+
+
+def least(fn, repeats=30):
+    """The least time of a call, in seconds."""
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        fn()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def links():
+    """(latency, bandwidth) of what every rank gives the next one."""
+    n, group = dist.get_world_size(), groups.world()
+    me, found = dist.get_rank(), []
+    for numbers in (16, 1 << 20):
+        x = torch.randn(numbers)
+        to, of = {(me + 1) % n: [x]}, {(me - 1) % n: [x.shape]}
+        found.append(least(lambda: wire.exchange(to, of, x, group, "ring")))  # noqa: B023
+    return found[0], 4 * (1 << 20) / (found[1] - found[0])
+
+
+def measured_rates(ranks):
+    """The rates of this machine, fp32."""
+    q = torch.randn(1, 8, 1024, WIDTH)
+    rule = Rule(WIDTH**-0.5)
+    multiplied = 8 * 1024 * 1024 * 2 * WIDTH
+    multiply = multiplied / least(lambda: forward(q, q, q, None, rule))
+    part, merge = forward(q, q, q, None, rule), Merge(q, q)
+    merge.add((0, 1024), *part)
+    merging = q.numel() / least(lambda: merge.add((0, 1024), *part))
+    found = run_workers(ranks, links)
+    return Rates(multiply, merging, max(f[0] for f in found), min(f[1] for f in found))
 
 
 def main():
@@ -63,20 +118,30 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--full", action="store_true", help="without a causal mask")
+    parser.add_argument("--rates", action="store_true", help="measure the model's rates instead")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    print(f"{args.ranks} ranks, {args.heads} heads of {WIDTH}, causal; {machine}")
-    print(f"{'tokens':>7} {'kind':>11} {'ms':>8} {'of ring':>8} {'MB fwd':>8}   auto")
+    if args.rates:
+        print(f"{args.ranks} ranks; {machine}")
+        print("Rates(" + ", ".join(f"{x:.1e}" for x in measured_rates(args.ranks)) + ")")
+        return
+    causal = not args.full
+    print(f"{args.ranks} ranks, {args.heads} heads of {WIDTH}, causal {causal}; {machine}")
+    print(f"{'tokens':>7} {'kind':>11} {'ms':>8} {'of ring':>8} {'model':>8} {'MB fwd':>8}   auto")
     rows = []
     for tokens in args.tokens:
-        found = run_workers(args.ranks, measured, args.heads, tokens)
+        found = run_workers(args.ranks, measured, args.heads, tokens, causal)
+        model = modelled(args.heads, tokens, args.ranks, causal)
         slow = {k: max(f[k][0] for f in found) for k in found[0]}
+        taken = {found[0][k][2]: k for k in found[0] if k != "auto"}
         for kind in found[0]:
             sent = max(f[kind][1] for f in found) / 1e6
-            auto = name(found[0][kind][2]) if kind == "auto" else ""
-            over = slow[kind] / slow["ring"]
-            print(f"{tokens:7} {kind:>11} {slow[kind]:8.1f} {over:8.2f} {sent:8.2f}   {auto}")
+            auto = taken.get(found[0][kind][2], "?") if kind == "auto" else ""
+            over, by_model = slow[kind] / slow["ring"], model.get(kind, min(model.values()))
+            figures = f"{slow[kind]:8.1f} {over:8.2f} {by_model:8.1f} {sent:8.2f}"
+            print(f"{tokens:7} {kind:>11} {figures}   {auto}", flush=True)
             rows.append([machine, args.ranks, args.heads, tokens, kind, slow[kind], over, sent])
     if args.csv:
         with args.csv.open("a", newline="") as f:

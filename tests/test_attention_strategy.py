@@ -7,7 +7,8 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.attention import strategy
+from shardtensor.attention import cheapest, fits, rates, strategy
+from shardtensor.attention.cost import Way, Work, cost, pairs
 from shardtensor.attention.zigzag import chunks
 
 D = torch.float64
@@ -136,7 +137,54 @@ def test_costs():
     # the choice
     assert sent("auto", 4) == sent("all_to_all", 4)
     assert sent("auto", 2) == sent("ring", 2)
-    assert sent("auto", 2, causal=True)[2] == ["swap"]
+    # too few tokens for the work to count
+    assert sent("auto", 2, causal=True)[2] == ["ring"]
+
+
+def model_vit(ranks, heads, tokens, causal, device="cuda", key_heads=None):
+    """What is chosen for so many tokens a rank, heads of 64, in bf16 on GPUs, in fp32 on CPUs."""
+    even, item = (tokens,) * ranks, 2 if device == "cuda" else 4
+    work = Work(even, even, 1, heads, key_heads or heads, 64, 64, item, causal)
+    ways = [Way("ring"), Way("zigzag")] if causal else [Way("ring")]
+    sizes = [u for u in range(2, ranks) if ranks % u == 0 and fits(heads, work.key_heads, u)]
+    ways += [Way("usp", u) for u in sizes]
+    ways += [Way("all_to_all", ranks)] if heads >= ranks else []
+    return cheapest(work, ways, rates(device, item, ranks))
+
+
+def test_the_choice_is_by_work_and_wire():
+    for causal in (False, True):
+        # 12 heads on 8 ranks: an all-to-all would leave two idle
+        assert model_vit(8, 12, 4096, causal) == ("usp", 4)
+        assert model_vit(8, 16, 4096, causal) == ("all_to_all", 8)
+        assert model_vit(8, 12, 64, causal) == ("all_to_all", 8)
+        assert model_vit(8, 1, 64, causal) == ("ring", 1)
+        assert model_vit(8, 12, 4096, causal, key_heads=1).kind != "all_to_all"
+    assert model_vit(2, 12, 4096, False) == ("ring", 1)
+    assert model_vit(8, 1, 16384, True) == ("zigzag", 1)
+    assert model_vit(2, 12, 64, True, "cpu") == ("ring", 1)
+    assert model_vit(2, 12, 4096, True, "cpu") == ("all_to_all", 2)
+    assert model_vit(8, 12, 4096, True, "cpu").kind == "usp"
+
+
+def test_costs_are_those_of_the_trace():
+    """The model's bytes and exchanges are what is sent, and its work that of the mask."""
+    tokens = 8
+    even = (tokens,) * 4
+    for causal in (False, True):
+        work = Work(even, even, 2, 4, 4, 3, 3, D.itemsize, causal)
+        for way in (Way("ring"), Way("usp", 2), Way("all_to_all", 4)):
+            found = cost(work, way)
+            nbytes, _, names = sent(way.kind, 4, causal)
+            if not causal:
+                assert found.moved + found.passed == nbytes
+            else:
+                assert found.moved + found.passed >= nbytes
+            assert ("swap" in names) == (found.swaps > 0) and ("ring" in names) == (found.hops > 0)
+    area = sum(pairs(work))
+    assert area == 32 * 33 // 2 and pairs(work)[-1] == sum(range(25, 33))
+    wider = Work((5, 3), (3, 2), 1, 1, 1, 1, 1, 4, True)
+    assert pairs(wider) == (1 + 2 + 3 + 4 + 5, 3 * 5)
 
 
 def test_refused_where_heads_cannot_be_dealt():

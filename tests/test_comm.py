@@ -239,7 +239,7 @@ def checked_ops():
         (ops.window_op, (mine, 1, [2, 1], [-1, 1], [3, 4], False, 2.0, group)),
         (ops.window_op, (last.requires_grad_(), 2, [2, 1], [0, 1], [3, 3], True, 0.0, group)),
         (ops.window_add_op, (asked, 1, [2, 1], [0, 1], [3, 3], False, group)),
-        (ops.swap_op, (mine, 1, 0, [2, 1], [1, 2], group)),
+        (ops.swap_op, (mine, 1, 0, [2, 1], [1, 2], [], group)),
         (ops.ring_op, (mine, 1, [2, 1], 0, 1, group)),
         (rows_of.take_op, (mine[0].detach().requires_grad_(), index, [2, 1], group)),
         (rows_of.put_op, (rows, index, [2, 1], group)),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from forked import torchrun
 
 import shardtensor as st
+from shardtensor.attention.cost import Way, Work
 from shardtensor.observe import network
 from shardtensor.observe.network import Link
 from shardtensor.plan import doctor
@@ -70,17 +71,21 @@ def test_facts_and_suspects(monkeypatch):
 
 def test_the_choice_follows_the_link(monkeypatch):
     monkeypatch.setattr(strategy, "_link", [])
-    few = (4, 64, 64, 64, 64, False)
-    assert strategy.all_to_all_pays(*few)
-    # two ranks, the same bytes: nothing is dearer, so the ring stays
-    assert not strategy.all_to_all_pays(2, 64, 64, 64, 64, False)
+
+    def taken(ranks, key_heads=8, tokens=16):
+        work = Work((tokens,) * ranks, (tokens,) * ranks, 1, 8, key_heads, 8, 8, 4, False)
+        ways = [Way("ring"), Way("all_to_all", ranks)]
+        return strategy.cheapest(work, ways, strategy.rates("cpu", 4, ranks)).kind
+
+    assert taken(4) == "all_to_all"
+    # two ranks, the same bytes: the ring's are hidden
+    assert taken(2) == "ring"
     strategy.assume_link(1.0, 1e9)
     # long latencies: two rounds for three
-    assert strategy.all_to_all_pays(*few)
+    assert taken(4) == "all_to_all" and taken(2) == "ring"
     # one key head for many of queries: the ring sends little
-    assert not strategy.all_to_all_pays(2, 1 << 20, 64, 64, 1 << 20, False)
     strategy.assume_link(1e-9, 1.0)
-    assert not strategy.all_to_all_pays(4, 1 << 20, 64, 64, 1 << 20, False)
+    assert taken(4) == "all_to_all" and taken(4, key_heads=1) == "ring"
 
 
 PROGRAM = """

@@ -1,14 +1,22 @@
 """Attention over keys and values that lie on several ranks: the kernels below the rules."""
 
+from .cost import Rates, Way, Work
 from .ring import attend
-from .strategy import all_to_all_pays, balance_pays, chosen, strategy
+from .strategy import assume, cheapest, chosen, rates, strategy
+from .usp import attend_in_teams, fits
 from .zigzag import attend_balanced
 
 __all__ = [
-    "all_to_all_pays",
+    "Rates",
+    "Way",
+    "Work",
+    "assume",
     "attend",
     "attend_balanced",
-    "balance_pays",
+    "attend_in_teams",
+    "cheapest",
     "chosen",
+    "fits",
+    "rates",
     "strategy",
 ]

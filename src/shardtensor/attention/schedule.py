@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +112,39 @@ def hops(
         width //= 2
     needed = (at > np.arange(n)) & (np.concatenate((last, last))[at] >= first)
     return tuple(np.where(needed, at - np.arange(n), 0).tolist())
+
+
+@cached
+def teams(n: int, size: int, folded: bool) -> tuple[int, ...]:
+    """The ranks of a ring in teams of `size`, one team after the other, each ascending.
+
+    folded: as many ranks from the front as from the back, so that under a causal mask, of which
+    late queries see more keys, teams have about the same work.
+    """
+    count, half = n // size, size // 2 if folded else 0
+    found = list[int]()
+    for i in range(count):
+        middle = half * count + i * (size - 2 * half)
+        found += range(i * half, (i + 1) * half)
+        found += range(middle, middle + size - 2 * half)
+        found += range(n - (i + 1) * half, n - i * half)
+    return tuple(found)
+
+
+@cached
+def seated(spans: Spans, order: tuple[int, ...], size: int) -> Spans:
+    """The spans of each team of so many ranks, as many for each; adjacent ones are one."""
+    found = []
+    for at in range(0, len(order), size):
+        own: list[tuple[int, int]] = []
+        for start, length in (spans[r] for r in order[at : at + size]):
+            if own and sum(own[-1]) == start:
+                own[-1] = own[-1][0], own[-1][1] + length
+            elif length:
+                own.append((start, length))
+        found.append(own)
+    most = max(1, *(len(own) for own in found))
+    return tuple(chain.from_iterable((*own, *[(0, 0)] * (most - len(own))) for own in found))
 
 
 def _ends(

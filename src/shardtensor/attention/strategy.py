@@ -1,4 +1,4 @@
-"""Ring, zigzag or all-to-all: how attention over sharded queries and keys is parallelised.
+"""Ring, zigzag, all-to-all or both: how attention over sharded queries and keys is parallelised.
 
 Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes), forward sends
 - ring: (n - 1) (K + V) in n - 1 messages, hidden behind the computation; under a causal mask the
@@ -6,34 +6,44 @@ Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes),
 - zigzag, under a causal mask: the ring on chunks dealt so that all ranks work alike; at most
   Q + K + V + O more in 2 (n - 1) messages;
 - all-to-all (Jacobs et al.: DeepSpeed Ulysses, 2023): (n - 1) / n (Q + K + V + O) in 2 (n - 1)
-  messages; each rank then has all tokens of some heads, so a causal mask loads all alike.
-"auto" takes the all-to-all where heads can be dealt to ranks and it sends less, or as much under a
-causal mask; else, under a causal mask, the zigzag where a rank has at least `BALANCE` tokens, so
-that a block's products take longer than its way. Memory is that of one rank's share in every case.
-Where `shardtensor doctor` has measured the links of as many ranks, `init` gives what the first rank
-knows of them to all ranks, and the all-to-all is taken where it spends less time on them.
+  messages; each rank then has all tokens of some heads, so a causal mask loads all alike;
+- usp (arXiv 2405.07719), in teams of u ranks: (u - 1) / u (Q + K + V + O) in 2 (u - 1) messages,
+  then (n / u - 1) (K + V) in n / u - 1 messages, hidden behind the computation.
+"auto" takes what costs the busiest rank least time by `cost`, at the rates of `RATES` for the
+mesh's device. Memory is that of one rank's share in every case. Where `shardtensor doctor` has
+measured the links of as many ranks, `init` gives what the first rank knows of them to all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..settings import current, setting
+from .cost import Rates, Way, Work, cost
 
-KINDS = ("auto", "ring", "zigzag", "all_to_all")
-# measured by benchmarks/attention.py on gloo, where messages are dear
-BALANCE = 2048
+KINDS = ("auto", "ring", "zigzag", "all_to_all", "usp")
+# by device and bytes of a number; of what is not there, as for 4 bytes
+RATES = {
+    # `benchmarks/attention.py --rates` on gloo, 2 ranks with a core of a server each, fp32
+    "cpu": {4: Rates(3e10, 1e9, 1.3e-4, 8e8)},
+    # from data sheets, as `plan` assumes: H100, half of 67e12 and 989e12 FLOP/s, a multiply-add is
+    # two; 3.35e12 bytes/s, of which a merge moves 26 an element; NVLink 4, a kernel's launch
+    "cuda": {4: Rates(1.7e13, 1.3e11, 1e-5, 4.5e11), 2: Rates(2.5e14, 1.3e11, 1e-5, 4.5e11)},
+}
+# GPUs that NVLink joins; beyond, NDR InfiniBand (s, bytes/s)
+NODE, BEYOND = 8, (2e-5, 5e10)
 # latency and bandwidth, where they were measured
 _link: list[float] = []
 
 
 @contextmanager
 def strategy(kind: str) -> Iterator[None]:
-    """Force "ring", "zigzag" or "all_to_all" for attention inside; "auto" chooses by cost.
+    """Force "ring", "zigzag", "all_to_all" or "usp" for attention inside; "auto" chooses by cost.
 
-    "all_to_all" raises UnsupportedOpError where heads cannot be dealt to the ranks, "zigzag" where
-    queries and keys are not sharded alike. Without a causal mask "zigzag" is "ring".
+    "all_to_all" and "usp" raise UnsupportedOpError where heads cannot be dealt to the ranks or to
+    teams of them, "zigzag" where queries and keys are not sharded alike. Without a causal mask
+    "zigzag" is "ring".
     """
     if kind not in KINDS:
         raise ValueError(f"attention strategy {kind!r}; one of {KINDS}")
@@ -46,27 +56,32 @@ def chosen() -> str:
     return str(current("strategy", "auto"))
 
 
+@contextmanager
+def assume(rates: Mapping[int, Rates]) -> Iterator[None]:
+    """Choose by these rates, as in `RATES`; the same on all ranks, or they part."""
+    with setting("rates", rates):
+        yield
+
+
 def assume_link(latency: float, bandwidth: float) -> None:
     """Choose by the time on such a link (s, bytes/s); the same on all ranks, or they part."""
     _link[:] = [latency, bandwidth]
 
 
-def all_to_all_pays(
-    n: int, queries: int, keys: int, values: int, output: int, causal: bool, item: int = 4
-) -> bool:
-    """Whether the all-to-all costs less than a ring of n ranks.
-
-    By the time on the link that is assumed, else by what is sent. queries, keys, values, output:
-    elements of all ranks, of item bytes.
-    """
-    swapped = (queries + keys + values + output) / n
-    if not _link:
-        return swapped < keys + values or (causal and swapped == keys + values)
-    latency, bandwidth = _link
-    share = (n - 1) / n * item / bandwidth
-    return 2 * latency + share * swapped < (n - 1) * latency + share * (keys + values)
+def rates(device: str, item: int, ranks: int) -> Rates:
+    """By which is chosen for so many ranks of such devices and numbers of item bytes."""
+    assumed = current("rates", None)
+    table = assumed or RATES.get(device, RATES["cuda"])
+    found: Rates = table.get(item, table[4])
+    if assumed:
+        return found
+    if _link:
+        return found._replace(latency=_link[0], bandwidth=_link[1])
+    if device != "cpu" and ranks > NODE:
+        return found._replace(latency=BEYOND[0], bandwidth=BEYOND[1])
+    return found
 
 
-def balance_pays(tokens: int) -> bool:
-    """Whether a ring of ranks with so many tokens each gains by the zigzag order."""
-    return tokens >= BALANCE
+def cheapest(work: Work, ways: Sequence[Way], rates: Rates) -> Way:
+    """The way that takes the busiest rank the least time; the first of equal ones."""
+    return min(ways, key=lambda way: cost(work, way).seconds(rates))

@@ -157,12 +157,22 @@ def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Ten
 
 
 def swap(
-    x: Tensor, old: int, new: int, old_sizes: Sequence[int], new_sizes: Sequence[int], group: str
+    x: Tensor,
+    old: int,
+    new: int,
+    old_sizes: Sequence[int],
+    new_sizes: Sequence[int],
+    group: str,
+    among: tuple[int, ...] = (),
 ) -> Tensor:
-    """A tensor sharded along dim `old` as one sharded along dim `new`."""
+    """A tensor sharded along dim `old` as one sharded along dim `new`.
+
+    among: the ranks of the group, ascending, that share the tensor out; the others have tensors of
+    their own, and every rank calls this.
+    """
     if len(old_sizes) == 1:
         return x
-    return ops.swap(x, old, new, cut(old_sizes), cut(new_sizes), group)
+    return ops.swap(x, old, new, cut(old_sizes), cut(new_sizes), among, group)
 
 
 def ring(

@@ -285,8 +285,10 @@ window_add, window_add_op = paired(
 # swap --------------------------------------------------------------------------------------------
 
 
-def _swap(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: str) -> Tensor:
-    me, item = groups.rank(group), x.element_size()
+def _swap(
+    x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, among: Ints, group: str
+) -> Tensor:
+    me, item = _place(among, group), x.element_size()
     rows, columns = old_sizes[me], new_sizes[me]
     out = x.new_empty(_resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
     own = x.narrow(new, new_sizes.offsets[me], columns)
@@ -294,30 +296,37 @@ def _swap(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: 
     gets, gives = spread(old_sizes, rest * columns, me), spread(new_sizes, rest * rows, me)
     received = x.new_empty(out.numel() - own.numel())
     send = packed(x, new, new_sizes, me)
-    arrived = wire.start_all_to_all(received, send, gets, gives, group, "swap")
+    arrived = wire.start_all_to_all(received, send, gets, gives, group, "swap", among)
     # while the others' travel
     out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
     arrived()
     return unpacked(received, out, old, old_sizes, me)
 
 
-def _swap_fake(x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, group: str) -> Tensor:
+def _place(among: Ints, group: str) -> int:
+    """This rank's number among some ranks of a group; none: all."""
+    rank = groups.rank(group)
+    return among.index(rank) if among else rank
+
+
+def _swap_fake(
+    x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, among: Ints, group: str
+) -> Tensor:
     whole = _resized(x.shape, old, old_sizes.offsets[-1])
-    return x.new_empty(_resized(whole, new, new_sizes[groups.rank(group)]))
+    return x.new_empty(_resized(whole, new, new_sizes[_place(among, group)]))
 
 
 swap, swap_op = paired(
-    "swap(Tensor x, int old, int new, int[] old_sizes, int[] new_sizes, str group) -> Tensor",
+    "swap(Tensor x, int old, int new, int[] old_sizes, int[] new_sizes, int[] among, str group)"
+    " -> Tensor",
     _swap,
     _swap_fake,
-    lambda g, old, new, old_sizes, new_sizes, group: swap(
-        g, new, old, new_sizes, old_sizes, group
+    lambda g, old, new, old_sizes, new_sizes, *rest: swap(
+        g, new, old, new_sizes, old_sizes, *rest
     ),
-    lambda old, new, old_sizes, new_sizes, group: (
-        old, new, cut(old_sizes), cut(new_sizes), group,
-    ),
-    lambda old, new, old_sizes, new_sizes, group: (
-        old, new, list(old_sizes), list(new_sizes), group,
+    lambda old, new, old_sizes, new_sizes, *rest: (old, new, cut(old_sizes), cut(new_sizes), *rest),
+    lambda old, new, old_sizes, new_sizes, among, group: (
+        old, new, list(old_sizes), list(new_sizes), list(among), group,
     ),
 )  # fmt: skip
 

@@ -107,18 +107,28 @@ def start_all_to_all(
     gives: list[int],
     group: str,
     label: str,
+    among: Sequence[int] = (),
 ) -> Callable[[], Any]:
     """A vector in parts, one for every other rank, and what they all give this one, in order.
 
-    gets, gives: the bytes from and to every rank, none of this one. Calling what is returned ends
+    gets, gives: the bytes from and to every rank, none of this one. among: the ranks of the group
+    that these are, ascending; the others meet in parts of their own. Calling what is returned ends
     it.
     """
-    n = len(gives)
-    facts = dict(gives=gives, gets=gets)
+    n = groups.size(group)
+    whole = not among or len(among) == n
+    to_some: dict[int, int] = {} if whole else dict(zip(among, gives, strict=True))
+    of_some: dict[int, int] = {} if whole else dict(zip(among, gets, strict=True))
+    facts: dict[str, Any] = dict(gives=gives, gets=gets)
+    if not whole:
+        facts = _sparse_facts(to_some, of_some, group)
     nbytes = send.numel() * send.element_size()
+    messages = len(gives) - gives.count(0)
     works: list[Any] = []
-    with sending(label, nbytes, n - gives.count(0), n, group, dtype=send.dtype, **facts) as entry:
-        if _silent(group):
+    with sending(label, nbytes, messages, n, group, dtype=send.dtype, **facts) as entry:
+        if not whole:
+            works = _post(received, send, to_some, of_some, group, label, True, False)
+        elif _silent(group):
             received.zero_()
         else:
             works = transport.all_to_all(received, send, gets, gives, group, label)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard
 
 from .. import cache
 from .._torch import probe
+from ..attention import Rates, assume
 from ..comm import groups
 from ..comm.counters import Sent
 from ..errors import UnsupportedOpError
@@ -189,7 +190,8 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
-    with probe.fake_world(rank, layout.ranks, ledger):
+    chosen = assume(attention_rates(device, network, layout.ranks))
+    with probe.fake_world(rank, layout.ranks, ledger), chosen:
         try:
             step = _prepared(task, layout, ledger)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
@@ -209,6 +211,17 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         communication=sum(network.seconds(s) for s in messages),
         flop=sum(f for f, _, _ in work),
     )
+
+
+def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:
+    """What attention is chosen by: two FLOP a multiply-add, 26 bytes a merged element."""
+    link = network.inner if ranks <= network.node else network.outer
+    return {
+        bits // 8: Rates(
+            flops * device.efficiency / 2, device.bandwidth / 26, link.latency, link.bandwidth
+        )
+        for bits, flops in device.flops.items()
+    }
 
 
 def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:

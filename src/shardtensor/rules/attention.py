@@ -1,8 +1,8 @@
 """Scaled dot-product attention over batch, heads, queries and keys, however they are sharded.
 
 - A batch or head dim that is sharded stays so, and an operand that has it is cut alike.
-- Mesh axes that shard keys and queries: a ring, in which keys travel and queries stay; or, along
-  the innermost of them, an all-to-all of tokens for heads (see `shardtensor.attention.strategy`).
+- Mesh axes that shard keys and queries: a ring, in which keys travel and queries stay; or an
+  all-to-all of tokens for heads; or both (see `shardtensor.attention.strategy`).
 - Mesh axes that shard keys alone: each rank attends to its keys, then the results are merged.
 - Mesh axes that shard queries alone: keys whole on each of them.
 - The embedding is made whole.
@@ -23,14 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch, comm
-from ..attention import (
-    all_to_all_pays,
-    attend,
-    attend_balanced,
-    balance_pays,
-    chosen,
-    strategy,
-)
+from ..attention import attend, attend_balanced, attend_in_teams, chosen, rates, strategy
 from ..cache import cached
 from ..dispatch.fallback import gathered
 from ..errors import UnsupportedOpError
@@ -40,6 +33,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.random import generator_for, matching
 from ..tensor.redistribute import fit, like, reduced, to_dims
 from .attention_plan import NAME, Dims, Plan, cut_alike, dims_of, plan, spans
+from .attention_way import RING, dealt_along, way
 from .empty import stock
 from .labels import Known, known
 
@@ -77,11 +71,22 @@ def scaled_dot_product_attention(
         call = (query, key, value, attn_mask, dropout_p, is_causal)
         whole = gathered(F.scaled_dot_product_attention, call, options)
         return to_dims(whole, p.spec.dims)
-    plain = attn_mask is None and not dropout_p
-    dealt = _deal(p, facts, plain, is_causal, query.dtype.itemsize)
-    if dealt is not None:
-        return _by_heads(p, (query, key, value), dealt, {"is_causal": is_causal, **options})
+    goes = RING
+    if p.ring:
+        items = _dtype(query).itemsize, 1 if attn_mask is None else attn_mask.dtype.itemsize
+        limits = rates(p.spec.mesh.device_type, items[0], p.spec.mesh.size())
+        goes = way(p, facts, masked, bool(dropout_p), is_causal, items, chosen(), limits)
+    if goes.kind == "all_to_all":
+        axis = dealt_along(p, *facts)
+        assert axis is not None
+        return _by_heads(p, (query, key, value), axis, {"is_causal": is_causal, **options})
     for_q, for_k, for_v, for_mask = p.wanted
+    rows = "own"
+    if attn_mask is not None and attn_mask.shape[-2] == 1:
+        rows = "one"
+    elif goes.kind == "usp" and for_mask is not None and not isinstance(masked, Spec):
+        # a mask that every rank has needs no exchange within a team
+        rows, for_mask = "whole", (*for_mask[:-2], for_mask[-2].whole, for_mask[-1])
     q, k, v, mask = fit(
         p.spec.mesh, p.varying,
         (query, for_q), (key, for_k), (value, for_v), (attn_mask, for_mask),
@@ -100,95 +105,27 @@ def scaled_dot_product_attention(
     q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
-    if is_causal and _zigzags(p, mask is None and not dropout_p):
+    if goes.kind == "zigzag":
         sizes = p.keys.sizes
         out = attend_balanced(
             q, k, v, sizes=sizes, scale=scale, exact=exact, group=ring, alone=merged
         )
         return wrap(out.reshape(p.spec.local_shape), p.spec)
     q_spans, k_spans = spans(p)
-    out = attend(
-        q,
-        k,
-        v,
-        None if mask is None else _mask_apart(_autocast(mask), lead),
-        q_spans=q_spans,
-        k_spans=k_spans,
-        mask_start=0 if p.ring or not p.merged else k_spans[0][0],
-        causal=is_causal,
-        scale=scale,
-        exact=exact,
-        drop=dropout_p,
-        seed=_seed(p, q.device) if dropout_p else 0,
-        group=ring,
-        merged=merged,
-    )
+    apart = None if mask is None else _mask_apart(_autocast(mask), lead)
+    common: dict[str, Any] = dict(
+        q_spans=q_spans, k_spans=k_spans, causal=is_causal, scale=scale, exact=exact,
+        drop=dropout_p, seed=_seed(p, q.device) if dropout_p else 0, group=ring, merged=merged,
+    )  # fmt: skip
+    if goes.kind == "usp":
+        out = attend_in_teams(q, k, v, apart, team=goes.team, rows=rows, **common)
+    else:
+        start = 0 if p.ring or not p.merged else k_spans[0][0]
+        out = attend(q, k, v, apart, mask_start=start, **common)
     return wrap(out.reshape(p.spec.local_shape), p.spec)
 
 
-def _zigzags(p: Plan, plain: bool) -> bool:
-    """Whether the tokens of a causal ring are dealt out anew, for equal work."""
-    kind = chosen()
-    if kind == "ring" or not p.ring:
-        return False
-    # sizes of 1 among the mesh axes change nothing
-    alike = p.spec.dims[-2] == p.keys and len(p.keys.sizes) == prod(
-        p.spec.mesh.size(a) for a in p.ring
-    )
-    if kind == "zigzag" and not (alike and plain and not p.merged):
-        raise UnsupportedOpError(
-            f"{NAME}: strategy('zigzag') with a mask, with dropout or for queries and keys that "
-            "are not sharded alike; leave the choice to 'auto'"
-        )
-    return (
-        alike
-        and plain
-        and not p.merged
-        and (kind == "zigzag" or balance_pays(p.keys.size // len(p.keys.sizes)))
-    )
-
-
 # all-to-all --------------------------------------------------------------------------------------
-
-
-def _deal(
-    p: Plan, known: tuple[Known, Known, Known], plain: bool, causal: bool, item: int
-) -> int | None:
-    """The mesh axis whose ranks exchange tokens for heads; None where keys travel instead."""
-    kind = chosen()
-    if kind in ("ring", "zigzag") or not p.ring:
-        return None
-    axis = _innermost(p, *known)
-    if axis is None or not plain:
-        if kind == "all_to_all":
-            raise UnsupportedOpError(
-                f"{NAME}: strategy('all_to_all') with a mask, with dropout, or for heads of "
-                f"{[tuple(d.size for d in dims_of(x)) for x in known]}, which cannot be dealt "
-                f"to the ranks along mesh axes {p.ring}; leave the choice to 'auto'"
-            )
-        return None
-    if kind == "all_to_all":
-        return axis
-    n = p.spec.mesh.size(axis)
-    queries, keys, values = [prod(d.size for d in dims_of(x)) for x in known]
-    output = queries // max(1, dims_of(known[0])[-1].size) * dims_of(known[2])[-1].size
-    pays = all_to_all_pays(n, queries, keys, values, output, causal, item)
-    return axis if pays else None
-
-
-@cached
-def _innermost(p: Plan, q: Known, k: Known, v: Known) -> int | None:
-    """The last mesh axis of queries and keys, if its ranks can share the heads out among them."""
-    queries, heads = p.spec.dims[-2], p.spec.dims[-3] if len(p.spec.dims) > 2 else None
-    if heads is None or heads.axes or min(len(dims_of(x)) for x in (q, k, v)) < 3:
-        return None
-    axis = queries.axes[-1]
-    if axis != p.keys.axes[-1:][0] or axis not in p.ring:
-        return None
-    n = p.spec.mesh.size(axis)
-    every = [dims_of(x)[-3].size for x in (q, k, v)]
-    alike = len(set(every)) == 1 and every[0] >= n
-    return axis if alike or all(h % n == 0 for h in every) else None
 
 
 def _by_heads(
