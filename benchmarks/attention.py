@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--full] [--csv FILE]
     OMP_NUM_THREADS=1 python benchmarks/attention.py --rates [--ranks N]
 
-Forward and backward on N gloo processes, taken in turns; the median of the slowest rank's times,
-each over the plain ring's, and the time of the busiest rank's forward by `attention.cost`. --rates
+Forward and backward on N gloo processes, taken in turns: the median of the slowest rank's times,
+each over the plain ring's; the least CPU time of the busiest rank, which other load on the machine
+does not change as much; the time of the busiest rank's forward by `attention.cost`. --rates
 measures what that model needs (`attention.strategy.RATES`), each by the least time of many.
 """
 
@@ -40,7 +41,7 @@ def possible(kind, ranks, heads, causal):
 
 
 def measured(heads, tokens, causal):
-    """{kind: (milliseconds, bytes sent forward by this rank, the calls of each collective)}."""
+    """{kind: (ms, CPU ms, bytes sent forward by this rank, its collectives)}."""
     n = dist.get_world_size()
     mesh = make_mesh((n,))
     torch.manual_seed(0)
@@ -51,18 +52,19 @@ def measured(heads, tokens, causal):
     for x in qkv:
         x.requires_grad_()
     kinds = [k for k in KINDS if possible(k, n, heads, causal)]
-    times, sent = {k: [] for k in kinds}, {}
+    times, busy, sent = {k: [] for k in kinds}, {k: [] for k in kinds}, {}
     for _ in range(REPEATS):
         for kind in kinds:
             dist.barrier()
-            begin = time.perf_counter()
+            begin, worked = time.perf_counter(), time.process_time()
             with strategy(kind), st.trace() as t:
                 out = F.scaled_dot_product_attention(*qkv, is_causal=causal)
             out.square().mean().backward()
+            busy[kind].append(1e3 * (time.process_time() - worked))
             dist.barrier()
             times[kind].append(1e3 * (time.perf_counter() - begin))
             sent[kind] = t.bytes, tuple(s.collective for s in t.sent)
-    return {k: (statistics.median(times[k]), *sent[k]) for k in kinds}
+    return {k: (statistics.median(times[k]), min(busy[k]), *sent[k]) for k in kinds}
 
 
 def modelled(heads, tokens, ranks, causal):
@@ -129,20 +131,23 @@ def main():
         return
     causal = not args.full
     print(f"{args.ranks} ranks, {args.heads} heads of {WIDTH}, causal {causal}; {machine}")
-    print(f"{'tokens':>7} {'kind':>11} {'ms':>8} {'of ring':>8} {'model':>8} {'MB fwd':>8}   auto")
+    names = ("ms", "of ring", "CPU ms", "model", "MB fwd")
+    print(f"{'tokens':>7} {'kind':>11} " + " ".join(f"{x:>8}" for x in names) + "   auto")
     rows = []
     for tokens in args.tokens:
         found = run_workers(args.ranks, measured, args.heads, tokens, causal)
         model = modelled(args.heads, tokens, args.ranks, causal)
         slow = {k: max(f[k][0] for f in found) for k in found[0]}
-        taken = {found[0][k][2]: k for k in found[0] if k != "auto"}
+        taken = {found[0][k][3]: k for k in found[0] if k != "auto"}
         for kind in found[0]:
-            sent = max(f[kind][1] for f in found) / 1e6
-            auto = taken.get(found[0][kind][2], "?") if kind == "auto" else ""
+            sent, cpu = max(f[kind][2] for f in found) / 1e6, max(f[kind][1] for f in found)
+            auto = taken.get(found[0][kind][3], "?") if kind == "auto" else ""
             over, by_model = slow[kind] / slow["ring"], model.get(kind, min(model.values()))
-            figures = f"{slow[kind]:8.1f} {over:8.2f} {by_model:8.1f} {sent:8.2f}"
+            figures = f"{slow[kind]:8.1f} {over:8.2f} {cpu:8.1f} {by_model:8.1f} {sent:8.2f}"
             print(f"{tokens:7} {kind:>11} {figures}   {auto}", flush=True)
-            rows.append([machine, args.ranks, args.heads, tokens, kind, slow[kind], over, sent])
+            rows.append(
+                [machine, args.ranks, args.heads, tokens, kind, slow[kind], over, cpu, sent]
+            )
     if args.csv:
         with args.csv.open("a", newline="") as f:
             csv.writer(f).writerows(rows)

@@ -147,9 +147,11 @@ def test_the_rule_of_contributing(monkeypatch):
         registry.handlers.clear()
 
 
-def test_the_example_of_attention():
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.S)
-    exec(block, {})
+def test_the_examples_of_attention():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
 
 
 def test_the_examples_of_data(tmp_path, monkeypatch):
