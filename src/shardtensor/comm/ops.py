@@ -233,6 +233,8 @@ def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
 
 def _reduce_scatter(g: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     """The sum of what every rank has for this one's shard, in the order of the ranks."""
+    if g.dtype not in wire.ADDED:
+        return _split(wire.all_reduce([g], "sum", group)[0], dim, sizes, group)
     n, me = len(sizes), groups.rank(group)
     rest = numel_but(g.shape, dim)
     item = g.element_size()

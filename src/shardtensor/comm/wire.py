@@ -39,6 +39,8 @@ _WIDER = {
     torch.float8_e5m2fnuz: torch.float32,
     torch.float8_e8m0fnu: torch.float32,
 }
+# dtypes of which torch adds tensors up
+ADDED = transport.REDUCED | {torch.bool, torch.int16, torch.complex64, torch.complex128}
 _COMBINE: dict[str, Any] = {
     "sum": torch.add,
     "max": torch.maximum,
