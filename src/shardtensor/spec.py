@@ -199,6 +199,11 @@ class Spec:
         return {i: d.sizes for i, d in enumerate(self.dims) if d.axes}
 
     @cached_property
+    def cuts(self) -> tuple[Dim, ...]:
+        """The dims that mesh axes shard, in order."""
+        return tuple([d for d in self.dims if d.axes])
+
+    @cached_property
     def varying(self) -> tuple[int, ...]:
         """The mesh axes along which local tensors are shards, ascending."""
         return axes_in(self.dims)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..cache import register
-from ..spec import Dim
+from ..spec import Spec
 from ..tensor import ShardTensor, layout
 from ..tensor.random import matching
 
@@ -72,7 +72,7 @@ def hides(kind: int, args: tuple[Any, ...], out: Any) -> bool:
     x = args[0]
     if type(x) is not ShardTensor or x._strides is not None:
         return True
-    return kind in (PART, TURN) and _gaps(kind, x, first._spec.dims)
+    return kind in (PART, TURN) and _gaps(kind, x, first._spec)
 
 
 def follow(kind: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -105,15 +105,13 @@ def _made_like(out: Any, given: list[ShardTensor]) -> tuple[int, ...] | None:
     return torch.empty_like(whole).stride()
 
 
-def _gaps(kind: int, x: ShardTensor, new: tuple[Dim, ...]) -> bool:
-    """Whether some rows of x, in these dims, may leave gaps that differ from rank to rank."""
-    old = x._spec.dims
+def _gaps(kind: int, x: ShardTensor, new: Spec) -> bool:
+    """Whether some rows of x, which lie so, may leave gaps that differ from rank to rank."""
+    old = x._spec
     if kind == TURN:
-        return bool(x._spec.varying)
-    if new is old or [d for d in old if d.axes] == [d for d in new if d.axes]:
-        return False
+        return bool(old.varying)
     # rows of the outermost dim leave none
-    return not (old[1:] == new[1:] and x._local.is_contiguous())
+    return old.cuts != new.cuts and not (old.dims[1:] == new.dims[1:] and x._local.is_contiguous())
 
 
 def _shards(values: Any) -> Iterator[ShardTensor]:

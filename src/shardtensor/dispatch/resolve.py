@@ -144,6 +144,7 @@ def _calling(fn: Callable[..., Any]) -> Handler:
             kwargs["keepdim"] = kwargs.pop("keepdims")
         return fn(*args, **kwargs)
 
+    handler.rule = fn  # type: ignore[attr-defined]
     return handler
 
 
@@ -167,6 +168,8 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
     kept = saves_result(name)
+    # what the handler calls where there is nothing to translate
+    rule = getattr(handler, "rule", None)
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The op: stale operands, other mesh axes, `out=`, then its handler."""
@@ -177,7 +180,7 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
         if not (counters.records or probe.profiling()):
-            out = handler(func, args, kwargs)
+            out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
         else:
             with (
                 counters.named(f"shardtensor::{name}"),

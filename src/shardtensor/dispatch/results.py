@@ -28,6 +28,8 @@ def saves_result(name: str) -> bool:
 
 def keep_result(out: Any) -> None:
     """Let backward raise on every rank, as torch does, if results were written to by then."""
+    if out.__class__ is ShardTensor and not out._local.requires_grad:
+        return
     for x in out if isinstance(out, tuple | list) else (out,):
         node = _node(x) if isinstance(x, ShardTensor) else None
         if node is not None and not _torch.is_tracing():

@@ -145,12 +145,19 @@ def part_of(x: ShardTensor, ranges: dict[int, tuple[int, int]]) -> Part:
     return (tuple(dims[d] for d in order), offset), rows
 
 
-def slice_of(x: ShardTensor, d: int, start: int, stop: int, step: int) -> tuple[Any, ...]:
-    """What x[start:stop:step] is rows of: (tensor, its spec, {dim: ((start, stop), step)})."""
-    none: dict[int, Any] = {}
-    root, spec, ranges = x._slice or (x, x._spec, none)
-    (first, _), by = ranges.get(d, ((0, 0), 1))
-    return root, spec, {**ranges, d: ((first + start * by, first + stop * by), step * by)}
+def slice_of(x: ShardTensor, part: dict[int, tuple[tuple[int, int], int]]) -> tuple[Any, ...]:
+    """What some rows of x are rows of: (tensor, its spec, {dim: ((start, stop), step)}).
+
+    part: which rows of x. The tensor is None where it has no name.
+    """
+    if x._slice is None:
+        return x, x._spec, part
+    root, spec, ranges = x._slice
+    ranges = dict(ranges)
+    for d, ((start, stop), step) in part.items():
+        (first, _), by = ranges.get(d, ((0, 0), 1))
+        ranges[d] = ((first + start * by, first + stop * by), step * by)
+    return root, spec, ranges
 
 
 def _apart(x: ShardTensor, other: ShardTensor) -> bool | None:
@@ -158,7 +165,7 @@ def _apart(x: ShardTensor, other: ShardTensor) -> bool | None:
     if x._slice is None or other._slice is None:
         return None
     (root, spec, a), (other_root, other_spec, b) = x._slice, other._slice
-    if root is not other_root or not spec == other_spec == root._spec:
+    if root is None or root is not other_root or not spec == other_spec == root._spec:
         return None
     if layout.overlaps(root):
         return None

@@ -22,7 +22,8 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
-from .shape import _gathered_on_lead, _index, _on_multiples
+from .reshape import _gathered_on_lead, _on_multiples
+from .shape import _index
 from .sliding import sliding
 from .windows import Ints, Stencil, added_to, each, fetch, spread, stencils, strided
 

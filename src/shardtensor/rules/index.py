@@ -10,12 +10,13 @@ from torch import Tensor
 from ..dispatch.fallback import fall_back
 from ..dispatch.follow import PART, follow, hides
 from ..dispatch.promote import adopt
-from ..dispatch.writes import check_writable, refuse_overlap
+from ..dispatch.writes import check_writable, refuse_overlap, slice_of
 from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced, to_dims
+from .basic_index import basic, hashable
 from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .pointwise import _wanted, align, function_rule
@@ -79,6 +80,17 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, T
 @function_rule("getitem")
 def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
+    key = hashable(index) if isinstance(x, ShardTensor) else None
+    plan = None if key is None else basic(x._spec, key)
+    if plan is not None:
+        spec, local, part, own = plan
+        if spec is None:
+            # another tensor, which keeps its shape when x.t_() changes that of x
+            return wrap(x._local[...], x._spec, x._strides)
+        out = wrap(x._local[local], spec)
+        if part:
+            out._slice = slice_of(x, part) if own else (None, spec, part)
+        return out
     entries = _entries(index, x.ndim)
     if entries is None:
         return fall_back(func, args, kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced
 from .rows import dims_of, mesh_of
-from .shape import _index, whole_in
+from .shape import _index, many, whole_in
 
 
 @cached
@@ -33,31 +33,54 @@ def picks(dim: Dim, i: int, start: int, stop: int, step: int = 1) -> tuple[Dim, 
     return new, slice(first, first + new.sizes[i] * step, step) if new.sizes[i] else slice(0, 0)
 
 
-def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> ShardTensor:
-    """Rows start, start + step, ... below stop of dim d: every rank keeps what it has of them."""
-    spec = x._spec
+class Rows(NamedTuple):
+    """Some rows of one dim of a tensor: their spec, where this rank has them, for `slice_of`."""
+
+    spec: Spec
+    local: tuple[slice, ...]
+    part: dict[int, tuple[tuple[int, int], int]]
+
+
+@cached
+def _rows(spec: Spec, d: int, start: int, stop: int, step: int = 1) -> Rows:
     new, local = picks(spec.dims[d], spec.index[d], start, stop, step)
-    out = wrap(x._local[(slice(None),) * d + (local,)], spec.replace({d: new}))
-    out._slice = slice_of(x, d, start, stop, step)
+    where = (*(slice(None),) * d, local)
+    return Rows(spec.replace({d: new}), where, {d: ((start, stop), step)})
+
+
+def _picked(x: ShardTensor, rows: Rows) -> ShardTensor:
+    out = wrap(x._local[rows.local], rows.spec)
+    out._slice = slice_of(x, rows.part)
     return out
 
 
-def selected(x: ShardTensor, d: int, index: int) -> ShardTensor:
-    """One row of dim d, alike on all ranks that shard it."""
-    n = x.shape[d]
+def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> ShardTensor:
+    """Rows start, start + step, ... below stop of dim d: every rank keeps what it has of them."""
+    return _picked(x, _rows(x._spec, d, start, stop, step))
+
+
+@cached
+def _of_row(spec: Spec, dim: int, index: int) -> tuple[int, int, Spec]:
+    """(the dim, the row, the spec of what it is)."""
+    d = _index(dim, len(spec.dims))
+    n = spec.dims[d].size
     if not -n <= index < n:
         raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
-    index %= n
+    return d, index % n, spec.drop([d])
+
+
+def selected(x: ShardTensor, dim: int, index: int) -> ShardTensor:
+    """One row of a dim, alike on all ranks that shard it."""
     spec = x._spec
-    out, dim = spec.drop([d]), spec.dims[d]
-    if not dim.axes:
+    d, index, out = _of_row(spec, dim, index)
+    if not spec.dims[d].axes:
         return wrap(x._local.select(d, index), out)
     row = sliced(x, d, index, index + 1)
     sizes, group = row._spec.dims[d].sizes, comm.along(spec, d)
     rows = comm.gather(row._local, d, sizes, group)
     picked = rows.select(d, 0)
     if len(sizes) > 1:
-        own = picks(dim, spec.index[d], index, index + 1)[1]
+        own = picks(spec.dims[d], spec.index[d], index, index + 1)[1]
 
         def write(base: Tensor, rows: Tensor) -> None:
             part = base.narrow(d, own.start, own.stop - own.start)
@@ -81,7 +104,7 @@ def _int(x: Any) -> int | None:
 
 @rule("select")
 def select(input: ShardTensor, dim: int, index: int) -> ShardTensor:
-    return selected(input, _index(dim, input.ndim), int(index))
+    return selected(input, operator.index(dim), int(index))
 
 
 @rule("slice")
@@ -97,8 +120,14 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
     first = int(start)
     if not isinstance(input, ShardTensor):
         return input.narrow(dim, first, length)
-    d = _index(dim, input.ndim)
-    n = input.shape[d]
+    dim, length = operator.index(dim), operator.index(length)
+    return _picked(input, _narrowed(input._spec, dim, first, length))
+
+
+@cached
+def _narrowed(spec: Spec, dim: int, first: int, length: int) -> Rows:
+    d = _index(dim, len(spec.dims))
+    n = spec.dims[d].size
     if length < 0:
         raise RuntimeError("narrow(): length must be non-negative.")
     if not -n <= first <= n:
@@ -108,15 +137,21 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
     first = first + n if first < 0 else first
     if first + length > n:
         raise RuntimeError(f"start ({first}) + length ({length}) exceeds {n}")
-    return sliced(input, d, first, first + length)
+    return _rows(spec, d, first, first + length)
 
 
 @rule("unbind")
 def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
-    d = _index(dim, input.ndim)
-    x = whole_in(input, [d], "unbind")
-    spec = x._spec.drop([d])
-    return tuple(wrap(row, spec) for row in x._local.unbind(d))
+    d, spec, cut = _unbound(input._spec, operator.index(dim))
+    local = whole_in(input, [d], "unbind")._local if cut else input._local
+    return tuple([wrap(row, spec) for row in local.unbind(d)])
+
+
+@cached
+def _unbound(spec: Spec, dim: int) -> tuple[int, Spec, bool]:
+    """(the dim, the spec of its rows, whether mesh axes shard it)."""
+    d = _index(dim, len(spec.dims))
+    return d, spec.drop([d]), bool(spec.dims[d].axes)
 
 
 @rule("split", "split_with_sizes")
@@ -129,39 +164,53 @@ def split(
     split_size_or_sections: Any = None,
 ) -> tuple[ShardTensor, ...]:
     given = next(s for s in (split_size, split_sizes, split_size_or_sections) if s is not None)
-    d = _index(dim, tensor.ndim)
-    n = tensor.shape[d]
-    sizes = list(given) if isinstance(given, list | tuple) else _even(n, int(given))
+    sizes = many(given) if isinstance(given, list | tuple) else int(given)
+    return _parts(tensor, _split(tensor._spec, operator.index(dim), sizes))
+
+
+class Parts(NamedTuple):
+    """Consecutive rows of a dim: how many this rank has of each part, and their specs."""
+
+    dim: int
+    own: list[int]
+    specs: tuple[Spec, ...]
+
+
+@cached
+def _split(spec: Spec, dim: int, sizes: int | tuple[int, ...]) -> Parts:
+    d = _index(dim, len(spec.dims))
+    n = spec.dims[d].size
+    sizes = _even(n, sizes) if isinstance(sizes, int) else sizes
     if sum(sizes) != n:
-        raise RuntimeError(f"split_with_sizes expects sizes that add up to {n}, not {sizes}")
-    return _parts(tensor, d, sizes)
+        raise RuntimeError(f"split_with_sizes expects sizes that add up to {n}, not {list(sizes)}")
+    own, specs, at = [], [], 0
+    for k in sizes:
+        new = picks(spec.dims[d], spec.index[d], at, at + k)[0]
+        own.append(new.sizes[spec.index[d]] if new.axes else new.size)
+        specs.append(spec.replace({d: new}))
+        at += k
+    return Parts(d, own, tuple(specs))
 
 
-def _even(n: int, size: int) -> list[int]:
-    return [min(size, n - i) for i in range(0, n, size)] or [0]
+def _even(n: int, size: int) -> tuple[int, ...]:
+    return tuple([min(size, n - i) for i in range(0, n, size)]) or (0,)
 
 
-def _parts(x: ShardTensor, d: int, sizes: Sequence[int]) -> tuple[ShardTensor, ...]:
-    spec = x._spec
-    new, at = [], 0
-    for n in sizes:
-        new.append(picks(spec.dims[d], spec.index[d], at, at + n)[0])
-        at += n
-    own = [dim.sizes[spec.index[d]] if dim.axes else dim.size for dim in new]
+def _parts(x: ShardTensor, parts: Parts) -> tuple[ShardTensor, ...]:
     # one op, as in torch, whose views autograd does not let be written to
-    locals_ = x._local.split_with_sizes(own, d)
-    return tuple(
-        wrap(local, spec.replace({d: dim})) for local, dim in zip(locals_, new, strict=True)
-    )
+    locals_ = x._local.split_with_sizes(parts.own, parts.dim)
+    return tuple([wrap(local, s) for local, s in zip(locals_, parts.specs, strict=True)])
 
 
 @rule("chunk")
 def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, ...]:
-    d = _index(dim, input.ndim)
-    n = input.shape[d]
-    if n == 0:
-        return _parts(input, d, [0] * chunks)
-    return _parts(input, d, _even(n, -(-n // chunks)))
+    return _parts(input, _chunked(input._spec, operator.index(chunks), operator.index(dim)))
+
+
+@cached
+def _chunked(spec: Spec, chunks: int, dim: int) -> Parts:
+    n = spec.dims[_index(dim, len(spec.dims))].size
+    return _split(spec, dim, _even(n, -(-n // chunks)) if n else (0,) * chunks)
 
 
 @rule("tensor_split")
@@ -187,7 +236,8 @@ def tensor_split(
         return tuple(sliced(input, d, *span(a, b, 1, n)) for a, b in ends)
     if at <= 0:
         raise RuntimeError(f"number of sections must be larger than 0, got {at}")
-    return _parts(input, d, [n // at + (i < n % at) for i in range(at)])
+    sizes = tuple([n // at + (i < n % at) for i in range(at)])
+    return _parts(input, _split(input._spec, d, sizes))
 
 
 # the same as copies, which may be written to ------------------------------------------------------

@@ -1,0 +1,287 @@
+"""reshape and its kin: local views of the local tensor wherever the shards allow it.
+
+Input and output dims fall into blocks of equal products. A shard of a leading dim is a contiguous
+part of the flattened block, so it survives any reshape of the block once its edges lie on whole
+rows of the output. Shards of other dims of a block move to the leading dim first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd, prod
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..cache import cached
+from ..cuts import chunk_sizes
+from ..dispatch.writes import stands_for_view
+from ..registry import rule
+from ..spec import Dim, Spec, axes_in, whole_dims
+from ..tensor import ShardTensor, layout, wrap
+from ..tensor.redistribute import convert, like, reduced, replicate
+from .agreed import agreed
+from .pointwise import function_rule
+from .shape import _index, many, moved
+
+# of a whole tensor; None: rows first
+Stride = tuple[int, ...] | None
+
+
+def _infer(shape: Sequence[int], numel: int) -> tuple[int, ...]:
+    known = prod(n for n in shape if n != -1)
+    if -1 in shape:
+        if known == 0 or numel % known:
+            raise RuntimeError(f"shape '{list(shape)}' is invalid for input of size {numel}")
+        return tuple(numel // known if n == -1 else n for n in shape)
+    if known != numel:
+        raise RuntimeError(f"shape '{list(shape)}' is invalid for input of size {numel}")
+    return tuple(shape)
+
+
+def _blocks(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of runs of input and output dims with equal products; numel is not zero."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(a) or j < len(b):
+        left = a[i] if i < len(a) else 1
+        right = b[j] if j < len(b) else 1
+        if i < len(a) and left == 1 and (right != 1 or j >= len(b)):
+            found.append(([i], []))
+            i += 1
+            continue
+        if j < len(b) and right == 1 and (left != 1 or i >= len(a)):
+            found.append(([], [j]))
+            j += 1
+            continue
+        ins, outs = [i], [j]
+        while left != right:
+            if left < right:
+                i += 1
+                ins.append(i)
+                left *= a[i]
+            else:
+                j += 1
+                outs.append(j)
+                right *= b[j]
+        i, j = i + 1, j + 1
+        found.append((ins, outs))
+    return found
+
+
+def _lead(dims: Sequence[int], sizes: Sequence[int]) -> int:
+    return next((d for d in dims if sizes[d] > 1), dims[0])
+
+
+def _gathered_on_lead(spec: Spec, ins: Sequence[int], lead: int) -> Dim:
+    """The leading dim of a block, sharded by all axes that shard any dim of the block."""
+    dim = spec.dims[lead]
+    axes = axes_in([spec.dims[d] for d in ins])
+    if axes == dim.axes:
+        return dim
+    if dim.axes and axes[: len(dim.axes)] == dim.axes:
+        # keep the outer cut, so that only the inner axes move
+        inner = prod(spec.mesh.size(a) for a in axes[len(dim.axes) :])
+        return Dim(dim.size, axes, tuple(s for n in dim.sizes for s in chunk_sizes(n, inner)))
+    return Dim.chunked(dim.size, axes, spec.mesh)
+
+
+def _on_multiples(dim: Dim, q: int) -> Dim:
+    """The dim with its cuts moved to the nearest multiples of q."""
+    if q == 1 or all(o % q == 0 for o in dim.offsets):
+        return dim
+    return dim.cut_at([*(min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]), dim.size])
+
+
+@cached
+def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
+    """(the dims in which the local reshape is right, the spec of the result)."""
+    a = spec.shape
+    before = list(spec.dims)
+    after = list(whole_dims(shape))
+    for ins, outs in _blocks(a, shape):
+        if not any(spec.dims[d].axes for d in ins):
+            continue
+        if not outs:
+            before[ins[0]] = Dim(1)
+            continue
+        lead, out = _lead(ins, a), _lead(outs, shape)
+        rows = prod(a[d] for d in ins if d > lead)
+        per_row = prod(shape[d] for d in outs if d > out)
+        dim = _gathered_on_lead(spec, ins, lead)
+        dim = _on_multiples(dim, per_row // gcd(per_row, rows))
+        for d in ins:
+            before[d] = dim if d == lead else Dim(a[d])
+        after[out] = dim.scaled(rows, per_row)
+    return tuple(before), Spec(spec.mesh, tuple(after), spec.partial)
+
+
+class Reshaped(NamedTuple):
+    """How a tensor takes another shape.
+
+    stays: whether shards stay. before: the dims that they need. spec: of the result, local_shape
+    there. view: whether torch gives a view.
+    """
+
+    stays: bool
+    before: tuple[Dim, ...]
+    spec: Spec
+    local_shape: torch.Size
+    view: bool
+
+
+@cached
+def _reshaped(spec: Spec, stride: Stride, shape: tuple[int, ...]) -> Reshaped:
+    numel = spec.shape.numel()
+    target = _infer(shape, numel)
+    if not numel:
+        before, out = spec.replicated().dims, Spec.whole(spec.mesh, target)
+        return Reshaped(False, before, out, out.local_shape, True)
+    before, out = _plan(spec, target)
+    view = layout.is_view(spec.shape, stride or layout.dense(spec.shape), target)
+    return Reshaped(before == spec.dims, before, out, out.local_shape, view)
+
+
+def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
+    """A local reshape where cuts fall on rows of both shapes; else shards move there."""
+    return _shaped(x, _reshaped(x._spec, _laid(x), tuple(shape)), op, strict)
+
+
+def _laid(x: ShardTensor) -> Stride:
+    """The strides of the whole, None for rows first."""
+    if x._strides is None and (x._spec.thin or x._local.is_contiguous()):
+        return None
+    return layout.stride(x)
+
+
+def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTensor:
+    stays, before, spec, local_shape, view = plan
+    if strict and not view:
+        raise RuntimeError(
+            "view size is not compatible with input tensor's size and stride (at least one "
+            "dimension spans across two contiguous subspaces). Use .reshape(...) instead."
+        )
+    if stays:
+        out = x._local.reshape(local_shape)
+        if view and out._base is not None:
+            # a view of this shard, hence in its memory
+            return wrap(out, spec)
+        if not view and out.untyped_storage()._cdata == x._local.untyped_storage()._cdata:
+            # a view of this shard, of one row perhaps, where the whole is copied
+            out = out.clone(memory_format=torch.contiguous_format)
+        return wrap(stands_for_view(out, x._local, op) if view else out, spec)
+    if not view:
+        y = like(x, Spec(spec.mesh, before, spec.partial))
+        return wrap(y._local.reshape(local_shape), spec)
+    if not x._spec.shape.numel():
+        return wrap(replicate(x)._local.reshape(local_shape), spec)
+    out = moved(x, before, op)._local.reshape(local_shape)
+    return wrap(stands_for_view(out, x._local, op), spec)
+
+
+@function_rule("view")
+def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor:
+    x = args[0]
+    first = args[1] if len(args) > 1 else kwargs.get("dtype", kwargs.get("size"))
+    if isinstance(first, torch.dtype):
+        if first.itemsize != x.dtype.itemsize:
+            return _other_items(x, first)
+        # the bits of a sum are not the sums of bits
+        y = reduced(x)
+        stands_for_view(y._local, x._local, "view")
+        return wrap(y._local.view(first), y._spec)
+    # as a leaf of a composite the wrapper's strides were those of a contiguous tensor
+    strict = not isinstance(func, _torch.OpOverload)
+    plan = _reshaped(x._spec, _laid(x), many(first, args[2:]))
+    return _shaped(x, plan, "view", strict)
+
+
+def _other_items(x: ShardTensor, dtype: torch.dtype) -> ShardTensor:
+    """The same memory in items of another size, of which the last dim has more or fewer."""
+    if not x.ndim:
+        raise RuntimeError(f"self.dim() cannot be 0 to view {x.dtype} as {dtype}")
+    new, old = dtype.itemsize, x.dtype.itemsize
+    last, own = x._spec.dims[-1], x._local
+    ranges = {} if x._slice is None else x._slice[2]
+    (begin, _), step = ranges.get(x.ndim - 1, ((0, 0), 1))
+    if last.size * old % new or begin * old % new:
+        raise RuntimeError(
+            f"self.size(-1) and self.storage_offset() must be divisible by {new // old} to view "
+            f"{x.dtype} as {dtype} (different element sizes), but got {last.size} and {begin}"
+        )
+    whole = _on_multiples(last, max(1, new // old))
+    spec = x._spec.replace({-1: whole}).cotangent
+    y = convert(own, x._spec, spec)
+    if new > old and last.axes:
+        # rows, and the memory, of a shard may begin within an item
+        y = y.clone(memory_format=torch.contiguous_format)
+    stands_for_view(y, own, "view")
+    out = spec.replace({-1: whole.scaled(old, new)})
+
+    def run() -> Tensor:
+        if step != 1 or (own.shape[-1] > 1 and own.numel() and own.stride(-1) != 1):
+            raise RuntimeError(
+                f"self.stride(-1) must be 1 to view {x.dtype} as {dtype} (different element sizes)"
+            )
+        if y.numel():
+            return y.view(dtype)
+        return y.as_strided((0,), (1,), 0).view(dtype).view(out.local_shape)
+
+    # shards of one row tell nothing of strides
+    what = f"view as {dtype} of {x.dtype}: the last dim is not dense on {{0}} other ranks"
+    return wrap(agreed(run, out, out.varying, RuntimeError, what), out)
+
+
+@rule("reshape", "_unsafe_view")
+def reshape(input: ShardTensor, *shape: Any, **kwargs: Any) -> ShardTensor:
+    first = shape[0] if shape else kwargs["shape"]
+    return _reshape(input, many(first, shape[1:]), "reshape", False)
+
+
+@rule("_reshape_alias")
+def reshape_alias(input: ShardTensor, size: Sequence[int], stride: Sequence[int]) -> ShardTensor:
+    return _reshape(input, size, "reshape", False)
+
+
+@rule("view_as", "reshape_as")
+def view_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.reshape(other.shape)
+
+
+@rule("flatten")
+def flatten(input: ShardTensor, start_dim: int = 0, end_dim: int = -1) -> ShardTensor:
+    plan = _flattened(input._spec, _laid(input), index(start_dim), index(end_dim))
+    return input if plan is None else _shaped(input, plan, "flatten", False)
+
+
+@cached
+def _flattened(spec: Spec, stride: Stride, start_dim: int, end_dim: int) -> Reshaped | None:
+    n = max(1, len(spec.dims))
+    start, end = _index(start_dim, n), _index(end_dim, n)
+    if start > end:
+        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
+    if spec.dims and start == end:
+        return None
+    shape = list(spec.shape) or [1]
+    shape[start : end + 1] = [prod(shape[start : end + 1])]
+    return _reshaped(spec, stride, tuple(shape))
+
+
+@rule("ravel")
+def ravel(input: ShardTensor) -> ShardTensor:
+    return _reshape(input, [-1] if input.numel() else [0], "ravel", False)
+
+
+@rule("unflatten")
+def unflatten(input: ShardTensor, dim: int, sizes: Sequence[int]) -> ShardTensor:
+    plan = _unflattened(input._spec, _laid(input), index(dim), many(sizes))
+    return _shaped(input, plan, "unflatten", False)
+
+
+@cached
+def _unflattened(spec: Spec, stride: Stride, dim: int, sizes: tuple[int, ...]) -> Reshaped:
+    d, shape = _index(dim, len(spec.dims)), spec.shape
+    return _reshaped(spec, stride, (*shape[:d], *_infer(sizes, shape[d]), *shape[d + 1 :]))
