@@ -37,6 +37,7 @@ from .dispatcher import (
     not_tracing,
     outside_modes,
     tell_dynamo,
+    under_modes,
 )
 from .memory import owns_memory, same_memory, storage_ref
 from .ops import (
@@ -107,5 +108,6 @@ __all__ = [
     "storage_ref",
     "tell_dynamo",
     "threaded_world",
+    "under_modes",
     "will_run",
 ]

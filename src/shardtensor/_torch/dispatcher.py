@@ -91,6 +91,11 @@ def is_tracing() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and not getattr(_outer, "counting", False)
 
 
+def under_modes() -> bool:
+    """Whether a dispatch mode sees the ops of this thread: what they make may be fake."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 @contextmanager
 def not_tracing() -> Iterator[None]:
     """Modes of this thread only count: ops run as if nobody looked."""

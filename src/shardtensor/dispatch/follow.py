@@ -18,6 +18,7 @@ from .. import _torch
 from ..cache import register
 from ..spec import Spec
 from ..tensor import ShardTensor, layout
+from ..tensor.lazy import Lazy
 from ..tensor.random import matching
 
 _VIEWS = {
@@ -66,7 +67,7 @@ def hides(kind: int, args: tuple[Any, ...], out: Any) -> bool:
     """Whether local strides of the result of an op on tensors that show theirs may tell nothing."""
     first = out[0] if type(out) is tuple and out else out
     if type(first) is not ShardTensor or first._spec.thin:
-        return True
+        return not isinstance(first, Lazy)
     if kind == OWN or not args:
         return kind != OWN
     x = args[0]
@@ -79,7 +80,9 @@ def follow(kind: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Let the results of func remember the strides of the whole, if they must."""
     given = [*_shards(args), *_shards(kwargs.values())]
     outs = out if isinstance(out, tuple | list) else (out,)
-    new = [o for o in outs if isinstance(o, ShardTensor) and not any(o is x for x in given)]
+    # what is lazy knows its strides
+    kinds = [o for o in outs if isinstance(o, ShardTensor) and not isinstance(o, Lazy)]
+    new = [o for o in kinds if not any(o is x for x in given)]
     if not new or not given:
         return
     odd = any(x._strides is not None and x._strides.turned for x in given)

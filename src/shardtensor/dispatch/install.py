@@ -7,6 +7,7 @@ import sys
 from .. import _torch, settings
 from .._torch import checkpoint, dtensor, script
 from ..tensor import ShardTensor, wrap
+from ..tensor.lazy import Lazy, engine_input
 from ..tensor.redistribute import local_of
 from . import functions
 from .resolve import handler_of_shards
@@ -19,9 +20,10 @@ def install() -> None:
     Nothing changes for programs without ShardTensors.
     """
     _torch.hide_from_dynamo(ShardTensor.__torch_function__)
+    _torch.hide_from_dynamo(Lazy.__torch_function__)
     # C++ that looks at wrappers, which have neither versions nor history
     _torch.install_function_hook(functions.around_apply)
-    _torch.install_engine_hook(functions.engine_roots, local_of)
+    _torch.install_engine_hook(functions.engine_roots, engine_input)
     _torch.install_ddp_hook(local_of)
     _torch.install_gradcheck_hook(lambda x: isinstance(x, ShardTensor))
     _torch.guard_transforms(functions.check_transform)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,17 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import wrap
 
 
-def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
+def adopt(
+    x: Tensor,
+    entries: Sequence[Any],
+    value: Spec,
+    zeros: Callable[[Spec, torch.dtype, torch.device], Tensor],
+) -> bool:
     """Turn the plain x of `x[entries] = value` into a ShardTensor that lies as value does.
 
     entries: a slice or an integer for each dim of x. Call it from a handler that has x, its first
     argument, in one local variable. One message to agree. Returns whether x is a ShardTensor now.
+    zeros: makes what x becomes where it is complex and nothing but zeros on all ranks.
     """
     references = sys.getrefcount(x)
     if _torch.is_tracing() or not value.varying or value.partial:
@@ -39,9 +45,14 @@ def adopt(x: Tensor, entries: Sequence[Any], value: Spec) -> bool:
     cache.forget(x)
     mine = spec is not None and references == _USUAL and _is_variable(x) and _alone(x)
     group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
-    (all_may,) = wire.all_reduce([torch.tensor([int(mine)], device=x.device)], "min", group)
+    blank = mine and x.is_complex() and not torch.view_as_real(x).any()
+    agreed = wire.all_reduce([torch.tensor([mine, blank], device=x.device).int()], "min", group)
+    all_may, all_blank = agreed[0].tolist()
     if not all_may or spec is None:
         return False
+    if all_blank:
+        torch.utils.swap_tensors(x, zeros(spec, x.dtype, x.device))
+        return True
     local = x
     for d, dim in enumerate(spec.dims):
         if dim.axes:

@@ -223,6 +223,10 @@ def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(args[0]._local, *args[1:], **kwargs)
 
 
+# of a tensor that is not made yet they are told without it
+_local_attribute.of_local = True  # type: ignore[attr-defined]
+
+
 def _scripted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What torch.jit made: the Python that was scripted, else its graph op by op."""
     python = script.python_of(func)

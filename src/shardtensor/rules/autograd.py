@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import ShardTensor
+from ..tensor.lazy import engine_input
 from ..tensor.redistribute import cotangent, gradient, local_of
 
 
@@ -40,7 +41,7 @@ def grad(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     found = torch.autograd.grad(
         [local_of(o) for o in outs],
-        [local_of(i) for i in ins],
+        [engine_input(i) for i in ins],
         [_ones(o) if g is None else g for o, g in zip(outs, cotangents, strict=True)],
         retain_graph=retain_graph,
         create_graph=create_graph,

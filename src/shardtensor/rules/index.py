@@ -19,6 +19,7 @@ from ..tensor.redistribute import fit, reduced, to_dims
 from .basic_index import basic, hashable
 from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
+from .modes import written, zeros
 from .pointwise import _wanted, align, function_rule
 from .rows import covering, cut_axes, dims_of, lifted, normal, read, write
 from .shape import _index, _permuted
@@ -277,9 +278,11 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not isinstance(x, ShardTensor):
         places = _entries(index, x.ndim) if isinstance(value, ShardTensor) else None
         # adopt counts the references to x: this must be its only name here
-        if places is None or not adopt(x, places, value._spec):
+        if places is None or not adopt(x, places, value._spec, zeros):
             # a plain tensor is whole on every rank, so it takes whole values
             fall_back(func, args, kwargs)
+            return
+        if written(x, index, value):
             return
     check_writable(x, "x[...] = ")
     if not isinstance(value, Tensor):

@@ -62,6 +62,8 @@ class ShardTensor(torch.Tensor):
     _slice: Any = None
     # the strides of the whole, where local ones need not show them
     _strides: layout.Strides | None = None
+    # whether gradients of what was taken from it go past it (see `lazy`)
+    _bypassed = False
     # opt_einsum (hence tensorly, hence neuraloperator) takes the first part for the array library
     __module__ = "torch.shardtensor"
     # C++ sets this on a wrapper that a Function writes to; hooks live on the local tensor
@@ -158,7 +160,7 @@ class ShardTensor(torch.Tensor):
             return f"ShardTensor({self.to_local()!r}, spec={spec})"
         return (
             f"ShardTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"spec={spec}, local_shape={tuple(self._local.shape)})"
+            f"spec={spec}, local_shape={tuple(spec.local_shape)})"
         )
 
     # from and to local tensors --------------------------------------------------------------------
@@ -263,7 +265,10 @@ class ShardTensor(torch.Tensor):
         return wrap(self._local.detach(), self._spec, self._strides)
 
     def retain_grad(self) -> None:
-        self._local.retain_grad()
+        local = self._local
+        if self._bypassed:
+            methods["refuse_bypassed"](self)
+        local.retain_grad()
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]
@@ -271,13 +276,15 @@ class ShardTensor(torch.Tensor):
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         """Call hook with the gradient as a ShardTensor; what it returns replaces it."""
-        spec = self._spec
+        local, spec = self._local, self._spec
+        if self._bypassed:
+            methods["refuse_bypassed"](self)
 
         def local_hook(g: Tensor) -> Tensor | None:
             new = hook(methods["gradient"](g, spec))
             return None if new is None else methods["cotangent"](new, spec)
 
-        return self._local.register_hook(local_hook)
+        return local.register_hook(local_hook)
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
         spec = self._spec
@@ -297,7 +304,7 @@ class ShardTensor(torch.Tensor):
         else:
             local = methods["cotangent"](gradient, self._spec)
         given = (inputs,) if isinstance(inputs, Tensor) else inputs
-        wrt = None if given is None else [getattr(x, "_local", x) for x in given]
+        wrt = None if given is None else [methods["engine_input"](x) for x in given]
         # local tensors all: nothing is dispatched again
         torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
 
