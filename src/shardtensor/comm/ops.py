@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..cache import cached
 from ..cuts import Cut, cut
 from . import groups, wire
 from .define import define, paired
@@ -140,7 +141,18 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
         shapes = [_resized(shape, dim, k) for k in sizes]
         return torch.cat(wire.all_gather(flat, shapes, group), dim)
     rows = wire.all_gather_rows(flat, spread(sizes, rest, -1), most, group)
+    if _in_order(sizes) and numel_but(shape, *range(dim, len(shape))) == 1:
+        # they came as they lie; results of a dispatcher op may not be views
+        found = rows.view(-1)[: rest * sizes.offsets[-1]]
+        return found.view(_resized(shape, dim, sizes.offsets[-1])).data
     return unpacked(rows, x.new_empty(_resized(shape, dim, sizes.offsets[-1])), dim, sizes)
+
+
+@cached
+def _in_order(sizes: Cut) -> bool:
+    """Whether only the last shard that has rows is shorter than the first."""
+    first, last = max(sizes), sizes.offsets[-1]
+    return all(a == min(i * first, last) for i, a in enumerate(sizes.offsets))
 
 
 def _split(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
