@@ -1,5 +1,6 @@
 """Orders of points by their definitions; partitions that shard and restore."""
 
+import importlib
 import itertools
 
 import pytest
@@ -163,3 +164,22 @@ def test_one_axis_and_mistakes():
         return True
 
     assert all(st.simulate(4, on_rank))
+
+
+@pytest.mark.parametrize("curve", ["hilbert", "morton"])
+@pytest.mark.parametrize("n", [8, 101])
+def test_ranks_share_out_a_curve(curve, n, monkeypatch):
+    module = importlib.import_module("shardtensor.ops.points.partition")
+    monkeypatch.setattr(module, "SHARED", 8)
+    # points of one cell keep their order
+    x = torch.randint(4, (n, 2), generator=torch.Generator().manual_seed(0)).to(D)
+    want = getattr(P, f"{curve}_order")(x)
+
+    def run():
+        alike = P.partition(x, T.make_mesh((2, 2)), order=curve)
+        one = P.partition(x, T.make_mesh((2, 2)), order=curve, axes=[1])
+        return alike.order, alike.inverse, one.order
+
+    for order, inverse, one in st.simulate(4, run):
+        assert torch.equal(order, want) and torch.equal(one, want)
+        assert torch.equal(inverse[want], torch.arange(n))

@@ -15,7 +15,12 @@ def morton_order(points: Tensor, bits: int = 21) -> Tensor:
 
     bits: of each coordinate, at most 63 / D; cells are cubes. Points of a cell keep their order.
     """
-    return _key(_cells(points, bits)).argsort(stable=True)
+    return morton_keys(points, bits=bits).argsort(stable=True)
+
+
+def morton_keys(points: Tensor, rows: slice = slice(None), bits: int = 21) -> Tensor:
+    """Where some of plain points (N, D) lie along Morton's curve through all of them, int64."""
+    return _key(_cells(points, rows, bits))
 
 
 def hilbert_order(points: Tensor, bits: int = 21) -> Tensor:
@@ -25,7 +30,12 @@ def hilbert_order(points: Tensor, bits: int = 21) -> Tensor:
     `morton_order`. bits: as there. Skilling, "Programming the Hilbert curve", AIP Conf. Proc. 707,
     381 (2004).
     """
-    cells = _cells(points, bits)
+    return hilbert_keys(points, bits=bits).argsort(stable=True)
+
+
+def hilbert_keys(points: Tensor, rows: slice = slice(None), bits: int = 21) -> Tensor:
+    """Where some of plain points (N, D) lie along Hilbert's curve through all of them, int64."""
+    cells = _cells(points, rows, bits)
     x = list(cells.coordinates.unbind(1))
     for bit in reversed(range(1, cells.bits)):
         low = (1 << bit) - 1
@@ -41,7 +51,7 @@ def hilbert_order(points: Tensor, bits: int = 21) -> Tensor:
     for bit in range(1, cells.bits):
         turn = turn ^ ((x[-1] >> bit & 1) * ((1 << bit) - 1))
     turned = torch.stack([c ^ turn for c in x], 1)
-    return _key(_Cells(turned, cells.bits)).argsort(stable=True)
+    return _key(_Cells(turned, cells.bits))
 
 
 def kd_order(points: Tensor, parts: int) -> Tensor:
@@ -99,16 +109,18 @@ class _Cells(NamedTuple):
     bits: int
 
 
-def _cells(points: Tensor, bits: int) -> _Cells:
+def _cells(points: Tensor, rows: slice, bits: int) -> _Cells:
+    """The cells of some of the points, of a grid around all."""
     if points.ndim != 2 or not points.shape[1] or bits < 0:
         raise ValueError(f"order of points {tuple(points.shape)} by {bits} bits; expected (N, D)")
     bits = min(bits, _MOST // points.shape[1], 52)
-    x = points.detach().double()
-    if not len(x):
+    points = points.detach()
+    x = points[rows].double()
+    if not len(points):
         return _Cells(x.long(), bits)
-    x = x - x.amin(0)
-    width = x.amax().clamp(min=torch.finfo(x.dtype).tiny)
-    return _Cells((x / width * 2**bits).long().clamp(max=2**bits - 1), bits)
+    low, high = points.amin(0).double(), points.amax(0).double()
+    width = (high - low).amax().clamp(min=torch.finfo(x.dtype).tiny)
+    return _Cells(((x - low) / width * 2**bits).long().clamp(max=2**bits - 1), bits)
 
 
 def _key(cells: _Cells) -> Tensor:

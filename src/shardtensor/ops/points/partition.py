@@ -15,9 +15,13 @@ from ... import comm
 from ...rules.rows import read
 from ...spec import Dim, Spec, whole_dims
 from ...tensor import ShardTensor, wrap
-from .curves import cut, even, hilbert_order, kd_parts, morton_order
+from .curves import cut, even, hilbert_keys, kd_parts, morton_keys
 
-_CURVES = {"hilbert": hilbert_order, "morton": morton_order}
+_CURVES = {"hilbert": hilbert_keys, "morton": morton_keys}
+# points that are numbered at a time
+_PIECE = 2**18
+# points from which on the ranks share out the work of a curve
+SHARED = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +81,10 @@ def partition(
     """A partition of plain points (N, D), the same on every rank, over mesh axes (default: all).
 
     order: "hilbert" or "morton" (pieces of a curve) or "kd" (boxes). weights: (N,) the work of each
-    point, to be the same for all shards; without it shards have the same number of points. The
-    order is computed on every rank alike, O(N log N); nothing is sent. Raises ValueError for
-    points that are sharded already, and for an unknown order.
+    point, to be the same for all shards; without it shards have the same number of points. Along a
+    curve every rank sorts its part of many points, O(N / ranks), and the order is gathered: all
+    ranks of the axes must call. Few points, and boxes, are sorted on every rank alike. Raises
+    ValueError for points that are sharded already, and for an unknown order.
     """
     if isinstance(points, ShardTensor) or isinstance(weights, ShardTensor):
         raise ValueError("partition: plain points and weights, whole on every rank: full_tensor()")
@@ -91,7 +96,7 @@ def partition(
         found = kd_parts(points, parts, weights)
         by, sizes = torch.cat(found), [len(part) for part in found]
     elif order in _CURVES:
-        by = _CURVES[order](points)
+        by = _along(order, points, mesh, on)
         sizes = even(len(by), parts)
         if weights is not None:
             ends = cut(weights[by], [i / parts for i in range(1, parts)])
@@ -99,5 +104,21 @@ def partition(
     else:
         raise ValueError(f"partition: order {order!r}; expected 'hilbert', 'morton' or 'kd'")
     inverse = torch.empty_like(by)
-    inverse[by] = torch.arange(len(by), device=by.device)
+    for a in range(0, len(by), _PIECE):
+        b = min(a + _PIECE, len(by))
+        inverse[by[a:b]] = torch.arange(a, b, device=by.device)
     return Partition(mesh, on, by, inverse, tuple(sizes))
+
+
+def _along(curve: str, points: Tensor, mesh: DeviceMesh, axes: tuple[int, ...]) -> Tensor:
+    """The order (N,) of points along a curve."""
+    group, keys = comm.group(mesh, axes), _CURVES[curve]
+    n = comm.size(group)
+    if n == 1 or len(points) < SHARED or not comm.knows_values(group):
+        return keys(points).argsort(stable=True)
+    spec = Spec(mesh, (Dim(len(points), axes, tuple(even(len(points), n))),))
+    first = spec.offset[0]
+    mine = wrap(keys(points, slice(first, first + spec.local_shape[0])), spec)
+    order = torch.argsort(mine, stable=True)
+    assert isinstance(order, ShardTensor)
+    return comm.gather(order._local, 0, spec.dims[0].sizes, group)
