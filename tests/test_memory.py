@@ -1,13 +1,16 @@
 """What one rank of eight holds at its peak, over its share of what one device holds: by counts."""
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor._torch.world import silent_world
+from shardtensor.comm import route
 from shardtensor.ranks.measure import peak_bytes
-from shardtensor.ranks.testing import make_mesh
+from shardtensor.ranks.testing import make_mesh, run_workers
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -33,3 +36,60 @@ def test_parts_of_gradients_are_released_with_their_bucket():
         model.zero_grad()
         weights = sum(p.nbytes for p in model.parameters())
         assert weights < peak_bytes(step) < 1.4 * weights
+
+
+def test_the_gradient_of_a_position_is_gathered_into_its_place():
+    with silent_world(RANKS // 2, RANKS):
+        x = sharded(make_mesh((RANKS,)), (1, 4096, 256), 1)
+        p = nn.Parameter(torch.zeros(x.shape))
+
+        def step():
+            p.grad = None
+            (x + p).square().sum().backward()
+
+        share = p.nbytes / RANKS
+        # the gradient, whole as the parameter is, and few shares
+        assert peak_bytes(step) <= p.nbytes + 3 * share
+
+
+def placed(x, mesh):
+    return x if mesh is None else st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
+
+
+def picked(mesh):
+    torch.manual_seed(0)
+    # in a process of its own
+    route.ROUND = 2**17
+    x, at = placed(torch.randn(2**12, 256), mesh), torch.randperm(2**12)
+    return lambda: x[at]
+
+
+def ordered(mesh):
+    torch.manual_seed(0)
+    x = placed(torch.randn(2**19), mesh)
+    return lambda: x.sort(stable=True)
+
+
+def along_a_curve(mesh):
+    torch.manual_seed(0)
+    points = torch.rand(2**17, 3)
+    if mesh is None:
+        return lambda: st.points.hilbert_order(points)
+    return lambda: st.points.partition(points, mesh)
+
+
+def peaks():
+    found = []
+    for run in (picked, ordered, along_a_curve):
+        step = run(make_mesh((4,)) if dist.get_world_size() > 1 else None)
+        step()
+        found.append(peak_bytes(step))
+    return found
+
+
+@pytest.mark.gloo
+def test_rows_and_orders_take_few_shares():
+    alone, ranks = run_workers(1, peaks)[0], run_workers(4, peaks)
+    shares = [4 * max(p) / a for a, *p in zip(alone, *ranks, strict=True)]
+    # they were 4.8, 3.0 and 4.0
+    assert all(n < most for n, most in zip(shares, (1.8, 1.75, 1.2), strict=True)), shares

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -20,28 +19,16 @@ Ints = Sequence[int]
 def exchange_rows(x: Tensor, gives: Ints, gets: Ints, group: str, label: str) -> Tensor:
     """What each rank had for this one, gets[r] rows, in the order of the ranks.
 
-    x: gives[r] rows for each rank, in order; this rank's own stay.
+    x: gives[r] rows for each rank, in order; this rank's own among them, which travel along, so
+    that nothing has to be cut out or put together.
     """
     if len(gives) == 1:
         return x
-    me, rest = groups.rank(group), x.shape[1:]
-    start, row = sum(gives[:me]), sum(gets[:me])
-    before, own, after = x.split([start, gives[me], x.shape[0] - start - gives[me]])
-    received = x.new_empty([sum(gets) - gets[me], *rest])
+    received = x.new_empty([sum(gets), *x.shape[1:]])
     size = numel_but(x.shape, 0) * x.element_size()
-    to, of = ([0 if r == me else n * size for r, n in enumerate(ns)] for ns in (gives, gets))
-    send = torch.cat((before, after)).reshape(-1)
-    wire.start_all_to_all(received.view(-1), send, of, to, group, label)()
-    return torch.cat((received[:row], own, received[row:]))
-
-
-def exchange_parts(
-    parts: Sequence[Tensor], shapes: Sequence[Ints], group: str, label: str
-) -> list[Tensor]:
-    """What each rank had for this one; parts[r] goes to rank r, this rank's own stays."""
-    gives, gets = [p.numel() for p in parts], [prod(s) for s in shapes]
-    found = exchange_rows(torch.cat([p.reshape(-1) for p in parts]), gives, gets, group, label)
-    return [part.view(tuple(s)) for part, s in zip(found.split(gets), shapes, strict=True)]
+    to, of = ([n * size for n in ns] for ns in (gives, gets))
+    wire.start_all_to_all(received.view(-1), x.reshape(-1), of, to, group, label)()
+    return received
 
 
 def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int], list[int], Tensor]:
@@ -64,9 +51,8 @@ def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int],
 
 def _take(x: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:
     order, counts, asked, rows = requests(index, sizes, group)
-    out = x.new_empty([index.numel(), *x.shape[1:]])
-    out[order] = exchange_rows(x[rows], asked, counts, group, "take")
-    return out
+    found = exchange_rows(x[rows], asked, counts, group, "take")
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
 def _put(rows: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:

@@ -111,11 +111,11 @@ def start_all_to_all(
     label: str,
     among: Sequence[int] = (),
 ) -> Callable[[], Any]:
-    """A vector in parts, one for every other rank, and what they all give this one, in order.
+    """A vector in parts, one for every rank, and what they all give this one, in order.
 
-    gets, gives: the bytes from and to every rank, none of this one. among: the ranks of the group
-    that these are, ascending; the others meet in parts of their own. Calling what is returned ends
-    it.
+    gets, gives: the bytes from and to every rank; what this one gives itself is not sent. among:
+    the ranks of the group that these are, ascending, when none gives itself anything; the others
+    meet in parts of their own. Calling what is returned ends it.
     """
     n = groups.size(group)
     whole = not among or len(among) == n
@@ -124,8 +124,9 @@ def start_all_to_all(
     facts: dict[str, Any] = dict(gives=gives, gets=gets)
     if not whole:
         facts = _sparse_facts(to_some, of_some, group)
-    nbytes = send.numel() * send.element_size()
-    messages = len(gives) - gives.count(0)
+    own = gives[groups.rank(group)] if whole else 0
+    nbytes = send.numel() * send.element_size() - own
+    messages = len(gives) - gives.count(0) - (own > 0)
     works: list[Any] = []
     with sending(label, nbytes, messages, n, group, dtype=send.dtype, **facts) as entry:
         if not whole:

@@ -84,11 +84,14 @@ def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) ->
         raise IndexError(f"{op}: an index of {at.dtype}; expected int64")
     at = at.long()
     if not _torch.is_tracing():
-        low, high = at.aminmax() if at.numel() else (at.new_zeros(()), at.new_zeros(()))
-        bad = int(at.numel() > 0 and bool((low < (-size if negative else 0)) | (high >= size)))
+        low, high = torch.stack(at.aminmax()).tolist() if at.numel() else (0, -1)
+        bad = int(low < (-size if negative else 0) or high >= size)
         axes = axes_in(spec.dims)
         if any(comm.counts(bad, at, comm.group(spec.mesh, axes)) if axes else [bad]):
             raise IndexError(f"{op}: index out of bounds for a dimension of size {size}")
+        if low >= 0:
+            # no other tensor of the index's size
+            return at
     return torch.where(at < 0, at + size, at) if negative else at
 
 

@@ -2,8 +2,8 @@
 
 Where another dim can take the shards, `aside` brings the sorted one together. Else the ranks sort
 in parallel: each its own rows, then the exact places at which to cut every rank's sorted rows so
-that each piece of the result has the size of a shard (`cuts`: a few small all-reduces), one
-all-to-all, and a sort of what came. Ties keep their order in the whole tensor.
+that each piece of the result has the size of a shard (`cuts`: a few small all-reduces), two
+all-to-alls, and a sort of what came. Ties keep their order in the whole tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..comm.rows import exchange_parts
+from ..comm.route import Route, fetch
+from ..comm.rows import exchange_rows
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -46,12 +47,13 @@ def keys(x: Tensor, descending: bool = False) -> Tensor:
     x = x.detach()
     if x.dtype in _BITS:
         # adding zero makes -0.0 positive; negative numbers have their bits in reverse order
-        bits = (x + 0.0).view(_BITS[x.dtype])
-        top = torch.iinfo(bits.dtype).max
-        found = torch.where(x.isnan(), top, torch.where(bits < 0, bits ^ top, bits))
+        found = (x + 0.0).view(_BITS[x.dtype])
+        info = torch.iinfo(found.dtype)
+        found ^= (found >> info.bits - 1).bitwise_and_(info.max)
+        found.masked_fill_(x.isnan(), info.max)
     else:
-        found = x.to(_INTEGERS[x.dtype])
-    return ~found if descending else found
+        found = x.to(_INTEGERS[x.dtype], copy=True)
+    return found.bitwise_not_() if descending else found
 
 
 def cuts(found: Tensor, first: Tensor, group: str) -> Tensor:
@@ -116,49 +118,47 @@ def lanes(local: Tensor, d: int) -> Tensor:
 # sort --------------------------------------------------------------------------------------------
 
 
-def _order(x: ShardTensor, d: int, descending: bool) -> Tensor:
-    """(lanes, rows): this rank's part of the indices that sort x along d."""
+def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
+    """(lanes, rows): this rank's part of x sorted along d, and of the indices that sort it.
+
+    Memory of a few shards; two all-to-alls, of the elements and of their indices.
+    """
     dim, me = x._spec.dims[d], x._spec.index[d]
     group = comm.along(x._spec, d)
-    own, places = keys(lanes(x._local, d), descending).sort(stable=True)
+    flat = lanes(x._local, d)
+    own, places = keys(flat, descending).sort(stable=True)
     count, device = own.shape[0], own.device
     if not count:
-        return places
+        return flat, places
     inner = torch.tensor(dim.offsets[1:-1], device=device).expand(count, -1)
     inside = cuts(own, inner, group)
+    del own
     ends = torch.tensor(dim.sizes, device=device)[:, None, None].expand(-1, count, 1)
     # (from, lane, to): how many rows each rank sends to each other
     moves = torch.cat([inside, ends], -1).diff(dim=-1, prepend=torch.zeros_like(ends))
     sent = moves.sum(1).tolist()
-    narrow = own.dtype is not torch.int64 and max(dim.sizes) <= torch.iinfo(torch.int32).max
-    dtype = torch.int32 if narrow else torch.int64
-    both = torch.stack((own.to(dtype), places.to(dtype)))  # (2, lanes, rows)
+    numbers = places.to(torch.int32 if dim.size <= torch.iinfo(torch.int32).max else torch.int64)
+    numbers += dim.offsets[me]
     if count > 1:
         # to one rank after the other, lane by lane
-        at = torch.arange(own.shape[1], device=device).expand(count, -1).contiguous()
+        at = torch.arange(flat.shape[1], device=device).expand(count, -1).contiguous()
         to = torch.searchsorted(inside[me].contiguous(), at, right=True)
-        both = both[:, None].flatten(2)[..., to.flatten().argsort(stable=True)]
-    parts = both.flatten(1).split(sent[me], 1)
-    got = exchange_parts(parts, [[2, row[me]] for row in sent], group, "sort")
-    own = torch.cat([g[0] for g in got])
-    places = torch.cat([g[1].long() + o for g, o in zip(got, dim.offsets[:-1], strict=True)])
+        away = to.flatten().argsort(stable=True)
+        places += flat.shape[1] * torch.arange(count, device=device)[:, None]
+        places, numbers = places.flatten()[away], numbers.flatten()[away]
+        del at, to, away
+    gives, gets = sent[me], [row[me] for row in sent]
+    way = Route(places.flatten(), tuple(gives), tuple(gets), None, max(dim.sizes), group)
+    found = fetch(flat.flatten(), way)
+    del places, way
+    numbers = exchange_rows(numbers.flatten(), gives, gets, group, "sort")
     if count > 1:
-        each = torch.arange(count, device=device).expand(len(got), -1).flatten()
-        order = each.repeat_interleave(moves[..., me].flatten()).argsort(stable=True)
-        own, places = own[order], places[order]
-    # equal keys came in the order of the ranks
-    order = own.view(count, -1).sort(stable=True)[1]
-    return places.view(count, -1).gather(1, order)
-
-
-def _at(x: ShardTensor, d: int, index: Tensor) -> Tensor:
-    """The elements of x at this rank's (lanes, rows) of indices along d."""
-    dim = x._spec.dims[d]
-    n = index.shape[0]
-    flat = (index * n + torch.arange(n, device=index.device)[:, None]).flatten()
-    rows = x._local.movedim(d, 0).reshape(-1)
-    sizes = [n * s for s in dim.sizes]
-    return comm.take(rows, flat, sizes, comm.along(x._spec, d))
+        each = torch.arange(count, device=device).expand(len(gets), -1).flatten()
+        back = each.repeat_interleave(moves[..., me].flatten()).argsort(stable=True)
+        found, numbers = found[back], numbers[back]
+    # equal ones came in the order of the ranks
+    found, order = found.view(count, -1).sort(descending=descending, stable=True)
+    return found, numbers.view(count, -1).gather(1, order).long()
 
 
 def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | None) -> Any:
@@ -174,10 +174,10 @@ def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | N
     if _torch.is_tracing() or not has_keys(x.dtype):
         found = fall_back(fn, (x,), options)
         return (found,) if isinstance(found, Tensor) else tuple(found)
-    index = _order(x, d, descending)
+    found = _order(x.detach() if fn is torch.argsort else x, d, descending)
     shape = x._spec.local_shape
     shape = torch.Size([*shape[:d], *shape[d + 1 :], shape[d]])
-    parts = [index] if fn is torch.argsort else [_at(x, d, index), index]
+    parts = found[1:] if fn is torch.argsort else found
     return tuple(wrap(p.view(shape).movedim(-1, d), x._spec) for p in parts)
 
 
