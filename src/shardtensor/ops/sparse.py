@@ -178,8 +178,9 @@ def _rulebook(
         route = find(number[met], sites.sizes, group)
         place = torch.full_like(number, -1)
         # pairs pick from what arrives
+        assert route.place is not None
         place[met] = route.place
-        route = route._replace(place=route.place[:0])
+        route = route._replace(place=None)
     pairs = tuple((p[m], m.nonzero().reshape(-1)) for p, m in zip(place, met, strict=True))
     # the coordinates themselves would keep alive what the rulebook is kept with
     return _Rulebook(None if same else out, found, route, pairs)
