@@ -31,7 +31,7 @@ def hoist(graph: fx.GraphModule, tape: Tape) -> list[Draw]:
     last = [n for n in nodes if n.op == "placeholder"][-1:]
     found: list[Draw] = []
     for node in nodes:
-        if node.op != "call_function" or not _draws(node.target):
+        if node.op != "call_function" or not _draws(node):
             continue
         draw, put = _replaced(graph, node, tape)
         with graph.graph.inserting_after(last[-1]) if last else graph.graph.inserting_before():
@@ -54,8 +54,18 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _draws(target: Any) -> bool:
-    return target is DRAWN or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+def _draws(node: fx.Node) -> bool:
+    target: Any = node.target
+    if target is DRAWN:
+        return True
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    for i, given in enumerate(target._schema.arguments):
+        if given.name == "dropout_p":
+            # attention that drops nothing draws nothing
+            default = node.kwargs.get("dropout_p", given.default_value)
+            return bool(node.args[i] if i < len(node.args) else default)
+    return True
 
 
 def _replaced(
