@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import comm
 from shardtensor.attention.strategy import strategy
-from shardtensor.comm import wire
+from shardtensor.comm import ops, wire
 from shardtensor.comm.exchanges import FILL, exchange, pieces
 from shardtensor.cuts import Cut, chunk_sizes, cut
 from shardtensor.ranks.testing import hold, make_mesh, run_workers, shard
@@ -117,14 +117,19 @@ def swapped(shape, old, new, sizes):
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
     a, b = cut(sizes[0]), cut(sizes[1])
     x = whole.narrow(old, a.offsets[me], a[me]).clone().requires_grad_()
-    y = comm.swap(x, old, new, a, b, group)
+    with st.trace() as t:
+        y = comm.swap(x, old, new, a, b, group)
+    others = x.numel() - x.narrow(new, b.offsets[me], b[me]).numel()
+    assert t.bytes == others * x.element_size()
     assert torch.equal(y, whole.narrow(new, b.offsets[me], b[me])) and y.is_contiguous()
     (g,) = torch.autograd.grad(y, x, y.detach())
     assert torch.equal(g, x)
 
 
 @pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 2), (2, 1), (2, 0), (1, 2)])
-def test_swaps_of_uneven_cuts(dims):
+@pytest.mark.parametrize("own", [False, True])
+def test_swaps_of_uneven_cuts(dims, own, monkeypatch):
+    monkeypatch.setattr(ops, "_sends_own", lambda x: own)
     old, new = dims
     for sizes in (((3, 2), (4, 1)), ((0, 5, 2), (1, 1, 5)), ((2, 2, 2, 0), (3, 3, 1, 0))):
         shape = [2, 2, 2]

@@ -307,14 +307,21 @@ def _swap(
     out = x.new_empty(_resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
     own = x.narrow(new, new_sizes.offsets[me], columns)
     rest = numel_but(x.shape, old, new) * item
-    gets, gives = spread(old_sizes, rest * columns, me), spread(new_sizes, rest * rows, me)
-    received = x.new_empty(out.numel() - own.numel())
-    send = packed(x, new, new_sizes, me)
+    # without this rank's own part, but where kernels count more than a copy of it
+    but = -1 if not among and _sends_own(x) else me
+    gets, gives = spread(old_sizes, rest * columns, but), spread(new_sizes, rest * rows, but)
+    received = x.new_empty(out.numel() - (own.numel() if but >= 0 else 0))
+    send = packed(x, new, new_sizes, but)
     arrived = wire.start_all_to_all(received, send, gets, gives, group, "swap", among)
-    # while the others' travel
-    out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
+    if but >= 0:
+        # while the others' travel
+        out.narrow(old, old_sizes.offsets[me], rows).copy_(own)
     arrived()
-    return unpacked(received, out, old, old_sizes, me)
+    return unpacked(received, out, old, old_sizes, but)
+
+
+def _sends_own(x: Tensor) -> bool:
+    return x.device.type != "cpu"
 
 
 def _place(among: Ints, group: str) -> int:

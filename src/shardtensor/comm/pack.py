@@ -46,13 +46,12 @@ def _each(x: Tensor, dim: int, sizes: Cut, but: int) -> Iterator[tuple[Tensor, i
 
 
 def packed(x: Tensor, dim: int, sizes: Cut, but: int) -> Tensor:
-    """The shards along dim one after the other, without shard `but`: one vector."""
-    rest = numel_but(x.shape, dim)
-    if dim == 0 and but in (0, len(sizes) - 1):
+    """The shards along dim one after the other, without shard `but` (-1: all): one vector."""
+    rest, left = numel_but(x.shape, dim), sizes[but] if but >= 0 else 0
+    if dim == 0 and but in (-1, 0, len(sizes) - 1):
         # they lie so
-        start = sizes[0] if but == 0 else 0
-        return x.narrow(0, start, x.shape[0] - sizes[but]).reshape(-1)
-    out = x.new_empty(rest * (x.shape[dim] - sizes[but]))
+        return x.narrow(0, left if but == 0 else 0, x.shape[0] - left).reshape(-1)
+    out = x.new_empty(rest * (x.shape[dim] - left))
     for rows, _, count, size, before in _each(x, dim, sizes, but):
         into = out[rest * before : rest * (before + count * size)]
         into.view(rows.shape).copy_(rows)
