@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardtensor import comm, simulate
+from shardtensor.comm import wire
 from shardtensor.comm.exchanges import pieces
 from shardtensor.ranks.testing import cuts, make_mesh, run_workers
 
@@ -273,3 +274,26 @@ def made_by_members():
 @pytest.mark.gloo
 def test_a_group_on_several_axes_needs_its_members_only():
     assert run_workers(4, made_by_members) == [(2, [], "cpu:0")] * 4
+
+
+PADDED = [(3, 2, 2, 2), (0, 4, 1, 3), (1, 0, 0, 5), (2, 2, 1, 0), (0, 0, 0, 3)]
+
+
+@pytest.mark.parametrize("sizes", PADDED)
+def test_gathers_of_padded_shards(sizes, monkeypatch):
+    """Outermost dims are received where they stay, also where shards are of different sizes."""
+    monkeypatch.setattr(wire, "DIRECT", 0)
+    x = torch.randn(1, sum(sizes), 3, dtype=torch.float64)
+
+    def run():
+        group = comm.group(make_mesh((4,)), (0,))
+        own = x.split(sizes, 1)[comm.rank(group)].clone().requires_grad_()
+        found = comm.gather(own, 1, sizes, group)
+        # no view of what came, which nobody could write to
+        found.mul_(2)
+        found.backward(x)
+        return found.detach(), own.grad
+
+    for r, (found, grad) in enumerate(simulate(4, run)):
+        assert torch.equal(found, 2 * x)
+        assert torch.equal(grad, 2 * x.split(sizes, 1)[r])

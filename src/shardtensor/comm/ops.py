@@ -38,6 +38,8 @@ from .exchanges import FILL, Exchange, exchange, spread, windows_of
 from .pack import numel_but, others, packed, unpacked
 
 Ints = Sequence[int]
+# ranks whose shards a gather moves together one by one
+MOVED = 64
 
 
 def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -141,11 +143,22 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
         shapes = [_resized(shape, dim, k) for k in sizes]
         return torch.cat(wire.all_gather(flat, shapes, group), dim)
     rows = wire.all_gather_rows(flat, spread(sizes, rest, -1), most, group)
-    if _in_order(sizes) and numel_but(shape, *range(dim, len(shape))) == 1:
-        # they came as they lie; results of a dispatcher op may not be views
-        found = rows.view(-1)[: rest * sizes.offsets[-1]]
+    if numel_but(shape, *range(dim, len(shape))) == 1 and (_in_order(sizes) or n <= MOVED):
+        # they came in order: no second whole tensor; results of a dispatcher op may not be views
+        found = _closed_up(rows, sizes, rest)
         return found.view(_resized(shape, dim, sizes.offsets[-1])).data
     return unpacked(rows, x.new_empty(_resized(shape, dim, sizes.offsets[-1])), dim, sizes)
+
+
+def _closed_up(rows: Tensor, sizes: Cut, rest: int) -> Tensor:
+    """The shards of a padded gather, one after the other, in the same memory."""
+    flat = rows.view(-1)
+    for r, (size, start) in enumerate(zip(sizes, sizes.offsets, strict=False)):
+        a, k = start * rest, size * rest
+        if k and a != r * rows.shape[1]:
+            # old and new place overlap
+            flat[a : a + k] = rows[r, :k].clone()
+    return flat[: rest * sizes.offsets[-1]]
 
 
 @cached
