@@ -178,3 +178,19 @@ def different():
 
 def test_blocks_of_different_graphs_share_nothing():
     st.simulate(2, different)
+
+
+def given_to_inductor():
+    x = st.distribute_tensor(data(), make_mesh((1,)), [Shard(1)], src_data_rank=None)
+    wave = st.compile(lambda t: torch.fft.irfft(torch.fft.rfft(t, dim=2), n=4, dim=2))(x)
+    held([wave.full_tensor()], [data()])
+    st.compile(lambda t: t * 2)(x)
+    st.compile(lambda t: t * 2, options={"layout_optimization": True})(x)
+
+
+def test_what_inductor_is_slow_at_it_is_not_given(monkeypatch):
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda f, **given: options.append(given["options"]) or f)
+    st.simulate(1, given_to_inductor)
+    # no complex numbers, and convolutions as they lie in memory
+    assert [o["layout_optimization"] for o in options] == [False, True]

@@ -178,6 +178,20 @@ def test_matched_draws_of_shards_that_show_no_order():
         held(got, want)
 
 
+def without_dropout(m, x):
+    """Attention, recurrent layers and dropout in eval mode are ops that might draw."""
+    y = F.scaled_dot_product_attention(x, x * m.p, x) + F.dropout(m.p, 0.5, training=False)
+    q = m.p.view(1, 1, 4)
+    return y + F.scaled_dot_product_attention(q, q, q) + F.rrelu(m.p, training=False)
+
+
+def test_what_does_not_draw_stays_in_the_graph():
+    want, _ = calls(without_dropout, eagerly, eagerly)
+    for got, traces in st.simulate(2, on_a_rank, without_dropout, (5, 2), False, compiled):
+        assert traces == 1
+        held(got, want)
+
+
 def probable(p):
     x = st.distribute_tensor(torch.tensor(p), make_mesh((2,)), [Shard(0)], src_data_rank=None)
     with pytest.raises(RuntimeError, match="Expected p_in"):

@@ -55,17 +55,16 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    target: Any = node.target
-    if target is DRAWN:
-        return True
-    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
-        return False
-    for i, given in enumerate(target._schema.arguments):
-        if given.name == "dropout_p":
-            # attention that drops nothing draws nothing
-            default = node.kwargs.get("dropout_p", given.default_value)
-            return bool(node.args[i] if i < len(node.args) else default)
-    return True
+    """Whether an op draws random numbers: attention is known to torch as one that does."""
+    op: Any = node.target
+    if op is DRAWN or torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+        return op is DRAWN
+    given = {a.name: a.default_value for a in op._schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    rates = [given[k] for k in ("dropout_p", "dropout") if k in given]
+    return not (
+        (rates and rates[0] == 0) or any(given.get(k) is False for k in ("train", "training"))
+    )
 
 
 def _replaced(
