@@ -259,6 +259,11 @@ class Spec:
         return list(product(*ranges))
 
     @cached_property
+    def shard_numel(self) -> int:
+        """The elements of a shard, on average."""
+        return self.shape.numel() // prod([len(d.sizes) for d in self.dims if d.axes])
+
+    @cached_property
     def thin(self) -> bool:
         """Whether some rank has less than two rows of a cut dim: its strides may tell nothing."""
         return any(len(d.sizes) > 1 and cut(d.sizes).least < 2 for d in self.dims)

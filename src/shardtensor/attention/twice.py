@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..comm import groups, window
 from ..comm.exchanges import Windows
-from ..comm.ops import reduce_op
+from ..comm.ops import reduce
 from ..comm.wire import all_reduce
 from .blocks import wide
 
@@ -66,5 +66,5 @@ def attend_plainly(
     weights = (scores - top.masked_fill(top == -inf, 0.0)).exp()
     sums = [weights @ v, weights.sum(-1, keepdim=True)]
     if several:
-        sums = reduce_op(sums, "sum", merged)
+        sums = list(reduce(sums, "sum", merged))
     return (sums[0] / sums[1].masked_fill(sums[1] == 0, 1.0)).to(q.dtype)

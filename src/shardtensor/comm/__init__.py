@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
 from ..cuts import cut
@@ -18,7 +19,7 @@ from . import deferred, groups, ops, together, wire
 from .addends import addend_op, alike_op
 from .exchanges import Exchange, Kept, exchange, whole
 from .groups import along, group, knows_values, rank, size
-from .ops import reduce_op
+from .ops import reduce as _reduce
 from .rows import exchange_rows, put_op, requests, take_op
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "gather",
     "group",
     "knows_values",
+    "planned",
     "put",
     "rank",
     "reduce",
@@ -42,31 +44,34 @@ __all__ = [
     "vary",
     "window",
     "window_add",
+    "windowed",
 ]
 
 
-def vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
+def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> list[Tensor]:
     """Replicated tensors for use beside shards: the same values; gradients are summed over ranks.
 
-    The gradients of one call travel in one message per dtype.
+    The gradients of one call travel in one message per dtype. mesh: on which the shards lie.
+    Raises ValueError for a parameter whose gradient is summed over ranks outside of it.
     """
     found = list(xs)
-    if not torch.is_grad_enabled():
-        return found
+    learning = torch.is_grad_enabled()
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
-        if x.requires_grad:
-            slot = deferred.slot_of(x)
-            if (
-                slot is not None and slot.group == group
-                and (type(slot) is deferred.Twin or not _torch.is_tracing())
-            ):  # fmt: skip
+        if not x.requires_grad:
+            continue
+        slot = getattr(x, deferred.SLOT, None)
+        if slot is not None:
+            if mesh is not None:
+                deferred.check_mesh(slot, group, mesh)
+            alike = slot.group == group and learning
+            if alike and (type(slot) is deferred.Twin or not _torch.is_tracing()):
                 value = slot.use(x)
                 if value is not None:
                     found[i] = value
                     continue
-            by_dtype.setdefault(x.dtype, []).append(i)
-    if size(group) == 1:
+        by_dtype.setdefault(x.dtype, []).append(i)
+    if not learning or group == groups.ALONE:
         return found
     for picked in by_dtype.values():
         given = [found[i] for i in picked]
@@ -83,7 +88,7 @@ def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
 
     Only the sum has a gradient.
     """
-    return x if size(group) == 1 else reduce_op([x], op, group)[0]
+    return x if size(group) == 1 else _reduce([x], op, group)[0]
 
 
 def addend(x: Tensor, group: str) -> Tensor:
@@ -106,9 +111,10 @@ def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     return x if len(sizes) == 1 else ops.split(x, dim, cut(sizes), group)
 
 
-def _planned(
-    sizes: Sequence[int], windows: Sequence[tuple[int, int]], wrap: bool, group: str
+def planned(
+    sizes: Sequence[int], windows: Sequence[tuple[int, int]], group: str, *, wrap: bool = False
 ) -> Exchange:
+    """How `window` moves rows, for `windowed`: what is asked often keeps it."""
     if type(windows) is not Kept:
         windows = tuple(windows)
     return exchange(cut(sizes), windows, wrap, rank(group))
@@ -132,7 +138,11 @@ def window(
     need; no message where no rank needs another's rows. Windows that are the same at every call
     are found at once as a `spec.Kept`, other sequences once all their numbers were compared.
     """
-    plan = _planned(sizes, windows, wrap, group)
+    return windowed(x, dim, planned(sizes, windows, group, wrap=wrap), group, fill)
+
+
+def windowed(x: Tensor, dim: int, plan: Exchange, group: str, fill: float = 0.0) -> Tensor:
+    """`window` by its plan."""
     return x if plan.identity else ops.window(x, dim, plan, fill, group)
 
 
@@ -147,7 +157,7 @@ def window_add(
 
     What lies outside the global range is dropped.
     """
-    plan = _planned(sizes, windows, False, group)
+    plan = planned(sizes, windows, group)
     return x if plan.identity else ops.window_add(x, dim, plan, group)
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,18 +34,21 @@ class Twin:
         return self.value
 
 
+# the attribute of a parameter, or of a DTensor parameter's local tensor, that is its slot
+SLOT = "_shardtensor_slot"
+
+
 def slot_of(x: Tensor) -> Slot | None:
     """The slot of a parameter, or of a DTensor parameter's local tensor."""
-    return getattr(x, "_shardtensor_slot", None)
+    return getattr(x, SLOT, None)
 
 
-def check_mesh(x: Any, group: str, mesh: DeviceMesh) -> None:
+def check_mesh(slot: Slot, group: str, mesh: DeviceMesh) -> None:
     """Raise ValueError if a parameter's gradient is the sum over more ranks than share the sample.
 
     group: over which its gradient is summed at this use, beside a tensor that lies on the mesh.
     """
-    slot = getattr(x, "_shardtensor_slot", None)
-    if slot is not None and slot.group != group and not _holds(mesh, slot.group):
+    if slot.group != group and not _holds(mesh, slot.group):
         raise ValueError(
             f"parallelize was told that {groups.size(slot.group)} ranks share each sample, but a "
             f"parameter meets a tensor on {mesh}: name the axis along which samples differ, "

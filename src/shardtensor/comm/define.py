@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from .. import _torch
 from .._torch import probe
 
 _library = Library("shardtensor", "DEF")
@@ -73,7 +74,7 @@ def paired(
         if probe.dispatch_modes():
             return op(x, *lower(*facts))
         if x.requires_grad and torch.is_grad_enabled():
-            return Node.apply(x, *facts)
+            return _torch.apply(Node, x, *facts)
         return kernel(x, *facts)
 
     return call, op

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from math import prod
+from typing import NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch.distributed as dist
@@ -16,8 +17,18 @@ from ..errors import UnsupportedOpError
 from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank
 
+
+class _Facts(NamedTuple):
+    """What is known of a group by its name: ranks, this rank's number, whether it is rehearsed."""
+
+    size: int
+    rank: int
+    silent: bool
+
+
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+_facts: dict[str, _Facts] = {}
 # the process group that the caches of functions of meshes are for
 _world: ref[dist.ProcessGroup] | None = None
 # by group: the devices of its meshes
@@ -44,6 +55,7 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
         return _made(mesh, axes)
 
 
+@cached
 def along(spec: Spec, *dims: int) -> str:
     """The name of the group of ranks that share out dims of a tensor."""
     return group(spec.mesh, axes_in([spec.dims[d] for d in dims]))
@@ -69,11 +81,17 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
         made = group_of(ranks)
     assert made is not None
     # ranks of a simulated world share this table, hence their number in the key
-    name = f"{made.group_name}:{dist.get_rank()}"
-    _groups[name] = made
+    name = _named(made)
     _devices.setdefault(name, set()).add(mesh.device_type)
     if Hooks.grouped is not None and simulated_rank() is None:
         Hooks.grouped()
+    return name
+
+
+def _named(made: dist.ProcessGroup) -> str:
+    name = f"{made.group_name}:{dist.get_rank()}"
+    _groups[name] = made
+    _facts[name] = _Facts(made.size(), made.rank(), is_silent(made))
     return name
 
 
@@ -84,21 +102,24 @@ def devices(name: str) -> list[str]:
 
 def size(name: str) -> int:
     """How many ranks the group has."""
-    return 1 if name == ALONE else resolve(name).size()
+    return 1 if name == ALONE else _facts[name].size
 
 
 def rank(name: str) -> int:
     """This rank's number within the group."""
-    return 0 if name == ALONE else resolve(name).rank()
+    return 0 if name == ALONE else _facts[name].rank
+
+
+def silent(name: str) -> bool:
+    """Whether the group is one of a rehearsal, in which nothing arrives."""
+    return name != ALONE and _facts[name].silent
 
 
 def world() -> str:
     """The group of all ranks."""
     made = dist.group.WORLD
     assert made is not None
-    name = f"{made.group_name}:{dist.get_rank()}"
-    _groups[name] = made
-    return name
+    return _named(made)
 
 
 def members(name: str) -> tuple[int, ...]:
@@ -115,7 +136,7 @@ def _members(name: str) -> tuple[int, ...]:
 
 def knows_values(name: str) -> bool:
     """Whether ranks get each other's values: not in a plan or a rehearsal."""
-    return name == ALONE or not is_silent(resolve(name))
+    return not silent(name)
 
 
 def check_values(name: str) -> None:
@@ -146,3 +167,4 @@ def forget() -> None:
     """Drop all groups, at the end of a simulated world."""
     _groups.clear()
     _devices.clear()
+    _facts.clear()

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from .._torch import probe
 from ..cache import cached
 from ..cuts import Cut, cut
 from . import groups, wire
@@ -84,7 +85,20 @@ class Vary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *reduce_op(grads, "sum", ctx.group)
+        return None, *reduce(grads, "sum", ctx.group)
+
+
+class Reduce(torch.autograd.Function):
+    """`reduce_op` without the dispatcher, for use outside of tracing."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.op, ctx.group = op, group
+        return tuple(_reduce(xs, op, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *_reduce_adjoint(ctx, grads)
 
 
 def _vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
@@ -103,10 +117,10 @@ def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, ctx.op, ctx.group = inputs
 
 
-def _reduce_adjoint(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _reduce_adjoint(ctx: Any, grads: Sequence[Tensor]) -> Sequence[Tensor]:
     if ctx.op != "sum":
         raise NotImplementedError(f"the gradient of an all-reduce with {ctx.op}")
-    return list(vary(grads, ctx.group)), None, None
+    return vary(grads, ctx.group)
 
 
 vary_op = define(
@@ -121,7 +135,7 @@ reduce_op: Any = define(
     _reduce,
     lambda xs, op, group: [x.new_empty(x.shape) for x in xs],
     _reduce_setup,
-    _reduce_adjoint,
+    lambda ctx, grads: (list(_reduce_adjoint(ctx, grads)), None, None),
 )
 
 
@@ -129,7 +143,18 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
     """`vary_op` where a graph is being traced, else its cheaper equal."""
     if _torch.is_tracing():
         return vary_op(list(xs), group)
-    return Vary.apply(group, *xs)
+    return _torch.apply(Vary, group, *xs)
+
+
+def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
+    """`reduce_op` where a mode looks on, else its cheaper equal."""
+    if probe.dispatch_modes():
+        return reduce_op(list(xs), op, group)
+    if torch.is_grad_enabled():
+        for x in xs:
+            if x.requires_grad:
+                return _torch.apply(Reduce, op, group, *xs)
+    return _reduce(xs, op, group)
 
 
 # gather and split --------------------------------------------------------------------------------
@@ -210,8 +235,17 @@ def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Ten
         return _gather(x, dim, plan.sizes, group)
     received: dict[int, list[Tensor]] = {}
     if plan.communicates:
-        sends = {r: [x.narrow(dim, a, n) for a, n in to] for r, to in plan.sends.items()}
-        shapes = {r: [_resized(x.shape, dim, n) for n in of] for r, of in plan.gets.items()}
+        sends: dict[int, list[Tensor]] = {}
+        for r, to in plan.sends.items():
+            sends[r] = parts = []
+            for a, n in to:
+                parts.append(x.narrow(dim, a, n))
+        shapes: dict[int, list[Ints]] = {}
+        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        for r, of in plan.gets.items():
+            shapes[r] = rows = []
+            for n in of:
+                rows.append((*before, n, *after))
         received = wire.exchange(sends, shapes, x, group, "window", few=plan.few)
     out = _empty(x, _resized(x.shape, dim, plan.rows))
     row = 0

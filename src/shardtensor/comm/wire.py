@@ -7,14 +7,14 @@ ranks it is one all-to-all, among many a message to each that is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from .._torch.world import is_silent
 from . import groups, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
@@ -26,8 +26,6 @@ DIRECT = 2**20
 FEW = 8
 # groups whose ranks have met in a collective
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
-# whether a group is one of a rehearsal
-_kinds: WeakKeyDictionary[dist.ProcessGroup, bool] = WeakKeyDictionary()
 # dtypes that NCCL does not add up
 _WIDER = {
     torch.int16: torch.int32,
@@ -83,21 +81,34 @@ def start_exchange(
     """
     item = like.element_size()
     # bytes to each rank, and from each, in the order of the ranks
-    gives = {r: item * sum([c.numel() for c in sends[r]]) for r in sorted(sends)}
-    gets = {r: item * sum([_numel(s) for s in shapes[r]]) for r in sorted(shapes)}
+    gives, gets = {}, {}
+    for r in sorted(sends):
+        gives[r] = item * sum(map(torch.Tensor.numel, sends[r]))
+    for r in sorted(shapes):
+        gets[r] = item * sum(map(prod, shapes[r]))
     flat = [c.reshape(-1) for r in gives for c in sends[r]]
     send = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
     received = like.new_empty(sum(gets.values()) // item)
-    given = gives.values()
+    given = list(gives.values())
+    if not facts and looked_at():
+        facts = _sparse_facts(gives, gets, group)
     with sending(
-        label, sum(given), sum([b > 0 for b in given]), groups.size(group), group,
-        dtype=like.dtype, **(facts or _sparse_facts(gives, gets, group)),
+        label, sum(given), len(given) - given.count(0), groups.size(group), group,
+        dtype=like.dtype, **facts,
     ) as entry:  # fmt: skip
         works = _post(received, send, gives, gets, group, label, few, wait)
 
     def arrived() -> dict[int, list[torch.Tensor]]:
         _end(works, entry, group, label)
-        return _split(received, shapes)
+        at = 0
+        found: dict[int, list[torch.Tensor]] = {}
+        for r in gets:
+            found[r] = parts = []
+            for s in shapes[r]:
+                n = prod(s)
+                parts.append(received[at : at + n].view(tuple(s)))
+                at += n
+        return found
 
     return arrived
 
@@ -110,18 +121,19 @@ def start_all_to_all(
     group: str,
     label: str,
     among: Sequence[int] = (),
+    **facts: Any,
 ) -> Callable[[], Any]:
     """A vector in parts, one for every rank, and what they all give this one, in order.
 
     gets, gives: the bytes from and to every rank; what this one gives itself is not sent. among:
     the ranks of the group that these are, ascending, when none gives itself anything; the others
-    meet in parts of their own. Calling what is returned ends it.
+    meet in parts of their own. facts: as in `start_exchange`. Calling what is returned ends it.
     """
     n = groups.size(group)
     whole = not among or len(among) == n
     to_some: dict[int, int] = {} if whole else dict(zip(among, gives, strict=True))
     of_some: dict[int, int] = {} if whole else dict(zip(among, gets, strict=True))
-    facts: dict[str, Any] = dict(gives=gives, gets=gets)
+    facts = facts or dict(gives=gives, gets=gets)
     if not whole:
         facts = _sparse_facts(to_some, of_some, group)
     own = gives[groups.rank(group)] if whole else 0
@@ -131,7 +143,7 @@ def start_all_to_all(
     with sending(label, nbytes, messages, n, group, dtype=send.dtype, **facts) as entry:
         if not whole:
             works = _post(received, send, to_some, of_some, group, label, True, False)
-        elif _silent(group):
+        elif groups.silent(group):
             received.zero_()
         else:
             works = transport.all_to_all(received, send, gets, gives, group, label)
@@ -145,8 +157,6 @@ def _end(works: list[Any], entry: Sent | None, group: str, label: str) -> None:
 
 
 def _sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
-    if not looked_at():
-        return {}
     every = range(groups.size(group))
     return dict(gives=[gives.get(r, 0) for r in every], gets=[gets.get(r, 0) for r in every])
 
@@ -162,7 +172,7 @@ def _post(
     wait: bool,
 ) -> list[Any]:
     """Start what brings bytes from and to these ranks; on every rank of the group."""
-    if _silent(group):
+    if groups.silent(group):
         # nothing arrives, and what lies in memory may be slow to compute with
         received.zero_()
         return []
@@ -194,13 +204,14 @@ def all_gather(
 ) -> list[torch.Tensor]:
     """Every rank's tensor, whose shapes are known, on every rank; padded where they differ."""
     n = len(shapes)
-    lengths = [_numel(s) for s in shapes]
+    lengths = [prod(s) for s in shapes]
     most, flat = max(lengths), local.reshape(-1)
     if direct(flat, most, n):
-        return _start_to_all(flat, shapes, group, "all_gather", lengths=lengths)()
-    received = all_gather_rows(flat, lengths, most, group)
-    rows = zip(received, lengths, shapes, strict=True)
-    return [row[:length].view(tuple(s)) for row, length, s in rows]
+        rows = _start_to_all(flat, lengths, group, "all_gather", lengths=lengths)()
+    else:
+        padded = all_gather_rows(flat, lengths, most, group)
+        rows = [row[:length] for row, length in zip(padded, lengths, strict=True)]
+    return [row.view(tuple(s)) for row, s in zip(rows, shapes, strict=True)]
 
 
 def all_gather_rows(
@@ -215,7 +226,7 @@ def all_gather_rows(
     with sending(
         "all_gather", item * most * (n - 1), n - 1, n, group, dtype=flat.dtype, lengths=lengths
     ):
-        if _silent(group):
+        if groups.silent(group):
             received.view(n, most).copy_(flat)
         else:
             transport.all_gather(received, flat, group)
@@ -236,7 +247,7 @@ def all_gather_numbers(
 def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str) -> Any:
     """`all_gather_numbers` as a numpy array (ranks, numbers)."""
     n = groups.size(group)
-    if n == 1 or _silent(group):
+    if n == 1 or groups.silent(group):
         return np.broadcast_to(np.array(mine, dtype=np.int64), (n, len(mine)))
     local = torch.tensor(mine, dtype=torch.int64, device=device)
     if direct(local, len(mine), n):
@@ -275,7 +286,7 @@ def start_all_reduce(
     on_wire, op, back = _reducible(flat, op)
     if direct(on_wire, on_wire.numel(), n):
         arrived = _start_to_all(
-            on_wire, [[on_wire.numel()]] * n, group, "all_reduce", lengths=lengths, by=op
+            on_wire, [on_wire.numel()] * n, group, "all_reduce", lengths=lengths, by=op
         )
 
         def combine() -> None:
@@ -292,7 +303,7 @@ def start_all_reduce(
     with sending(
         "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=flat.dtype, lengths=lengths, by=op
     ) as entry:
-        works = [] if _silent(group) else transport.all_reduce(on_wire, op, group)
+        works = [] if groups.silent(group) else transport.all_reduce(on_wire, op, group)
 
     def ended() -> None:
         _end(works, entry, group, "all_reduce")
@@ -339,7 +350,7 @@ def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
     """
     n, lengths = groups.size(group), [flat.numel()]
     if direct(flat, flat.numel(), n):
-        return _start_to_all(flat, [lengths] * n, group, "all_reduce", lengths=lengths, by="sum")()
+        return _start_to_all(flat, lengths * n, group, "all_reduce", lengths=lengths, by="sum")()
     start_all_reduce(flat, "sum", group, lengths)()
     return [flat]
 
@@ -351,19 +362,29 @@ def direct(x: torch.Tensor, most: int, n: int) -> bool:
 
 
 def _start_to_all(
-    flat: torch.Tensor, shapes: Sequence[Sequence[int]], group: str, label: str, **facts: Any
+    flat: torch.Tensor, of: Sequence[int], group: str, label: str, **facts: Any
 ) -> Callable[[], list[torch.Tensor]]:
-    """Every rank's vector on every rank, in shapes, in one round that may be under way."""
-    me = groups.rank(group)
-    others = [r for r in range(len(shapes)) if r != me]
-    arrived = start_exchange(
-        {r: [flat] for r in others}, {r: [shapes[r]] for r in others}, flat, group, label, **facts
-    )
+    """Every rank's vector, of so many elements, on every rank, in one round that may be under way.
+
+    facts: as in `start_exchange`.
+    """
+    n, me, item = len(of), groups.rank(group), flat.element_size()
+    own = of[me]
+    gets = [item * k for k in of]
+    gets[me] = 0
+    gives = [item * own] * n
+    gives[me] = 0
+    received = flat.new_empty(sum(of) - own)
+    send = flat if n == 2 else flat.repeat(n - 1)
+    arrived = start_all_to_all(received, send, gets, gives, group, label, **facts)
 
     def every() -> list[torch.Tensor]:
-        found = arrived()
-        own = flat.view(tuple(shapes[me]))
-        return [own if r == me else found[r][0] for r in range(len(shapes))]
+        arrived()
+        found, at = [], 0
+        for r, k in enumerate(gets):
+            found.append(flat if r == me else received[at : at + of[r]])
+            at += k // item
+        return found
 
     return every
 
@@ -376,33 +397,5 @@ def broadcast(flat: torch.Tensor, group: str) -> None:
     with sending(
         "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
     ):
-        if not _silent(group):
+        if not groups.silent(group):
             transport.broadcast(flat, group)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
-
-
-def _split(
-    buffer: torch.Tensor, shapes: Mapping[int, Sequence[Sequence[int]]]
-) -> dict[int, list[torch.Tensor]]:
-    at, found = 0, {}
-    for r in sorted(shapes):
-        parts = []
-        for s in shapes[r]:
-            n = _numel(s)
-            parts.append(buffer[at : at + n].view(tuple(s)))
-            at += n
-        found[r] = parts
-    return found
-
-
-def _silent(group: str) -> bool:
-    to = groups.resolve(group)
-    if to not in _kinds:
-        _kinds[to] = is_silent(to)
-    return _kinds[to]

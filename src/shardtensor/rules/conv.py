@@ -64,6 +64,23 @@ class Channels(NamedTuple):
     partial: bool
 
 
+class Program(NamedTuple):
+    """A convolution of a tensor that lies so, by a weight that lies so.
+
+    at: the dim of the channels. spec: in which the input is wanted. weight, bias: the dims in which
+    they are, None: whole. varying: the mesh axes along which ranks differ. out: of the result.
+    """
+
+    local: Local
+    channels: Channels
+    at: int
+    spec: Spec
+    weight: tuple[Dim, ...] | None
+    bias: tuple[Dim, ...] | None
+    varying: tuple[int, ...]
+    out: Spec
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def conv(
     input: Tensor,
@@ -74,15 +91,30 @@ def conv(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> ShardTensor:
-    n = weight.ndim - 2
     x = sharded(input, weight, bias)
-    _check(x, n, "conv")
+    known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
+    across = padding if isinstance(padding, str) else _given(padding)
+    program = _conv(x._spec, known, _given(stride), across, _given(dilation), groups)
+    return _run(x, weight, bias, program, stride, dilation, False)
+
+
+def _given(v: Ints) -> Ints:
+    """A setting in a form to be found by."""
+    return v if type(v) is int or type(v) is tuple else each(v, 1)
+
+
+@cached
+def _conv(
+    spec: Spec, weight: Spec | torch.Size, stride: Ints, padding: Ints | str, dilation: Ints,
+    groups: int,
+) -> Program:  # fmt: skip
+    shape = weight.shape if isinstance(weight, Spec) else weight
+    n = len(shape) - 2
+    _check(spec, n, "conv")
     across = padding if isinstance(padding, str) else each(padding, n)
-    local = _forward(x._spec, tuple(weight.shape[2:]), each(stride, n), across, each(dilation, n))
-    channels = _columns(weight, x._spec, n, groups) or _channels(
-        x._spec, n, weight.shape[0], groups, False
-    )
-    return _run(x, weight, bias, local, channels, stride, dilation, False)
+    local = _forward(spec, tuple(shape[2:]), each(stride, n), across, each(dilation, n))
+    channels = _columns(weight, spec, n, groups) or _channels(spec, n, shape[0], groups, False)
+    return _program(spec, shape, local, channels)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -99,7 +131,7 @@ def conv_transpose(
     """The rows that reach this rank's rows of the result, the stock op, a crop."""
     n = weight.ndim - 2
     x = sharded(input, weight, bias)
-    _check(x, n, "conv_transpose")
+    _check(x._spec, n, "conv_transpose")
     local = _transposed(
         x._spec,
         tuple(weight.shape[2:]),
@@ -109,7 +141,8 @@ def conv_transpose(
         each(dilation, n),
     )
     channels = _channels(x._spec, n, weight.shape[1] * groups, groups, True)
-    return _run(x, weight, bias, local, channels, stride, dilation, True)
+    program = _program(x._spec, weight.shape, local, channels)
+    return _run(x, weight, bias, program, stride, dilation, True)
 
 
 @rule("convolution", "_convolution")
@@ -132,11 +165,11 @@ def convolution(
     return conv(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _check(x: ShardTensor, n: int, name: str) -> None:
-    if x.ndim - n not in (1, 2):
+def _check(spec: Spec, n: int, name: str) -> None:
+    if len(spec.dims) - n not in (1, 2):
         raise RuntimeError(
             f"Expected {n + 1}D (unbatched) or {n + 2}D (batched) input to {name}{n}d, but got "
-            f"input of size: {list(x.shape)}"
+            f"input of size: {list(spec.shape)}"
         )
 
 
@@ -242,9 +275,24 @@ def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Ch
     return Channels(dim, weight, cut, sizes[spec.index[-n - 1]] // each, False)
 
 
-def _columns(weight: Tensor, spec: Spec, n: int, groups: int) -> Channels | None:
+@cached
+def _program(spec: Spec, weight: torch.Size, local: Local, channels: Channels) -> Program:
+    n = len(weight) - 2
+    at = len(spec.dims) - n - 1
+    moved = spec
+    if channels.input != spec.dims[at]:
+        moved = spec.replace({at: channels.input}).cotangent
+    cut = bias = None
+    if channels.output.axes:
+        cut, bias = (*channels.weight, *whole_dims(weight[2:])), (channels.output,)
+    varying = tuple(sorted({*moved.varying, *channels.output.axes}))
+    out = moved.with_dims([*moved.dims[:at], channels.output, *local.dims])
+    return Program(local, channels, at, moved, cut, bias, varying, out)
+
+
+def _columns(weight: Spec | torch.Size, spec: Spec, n: int, groups: int) -> Channels | None:
     """Output channels sharded as the weight's are, along mesh axes that do not shard the input."""
-    out = weight._spec.dims[0] if isinstance(weight, ShardTensor) else Dim(0)
+    out = weight.dims[0] if isinstance(weight, Spec) else Dim(0)
     size = spec.dims[-n - 1].size
     if not out.axes or groups > 1 or not set(out.axes).isdisjoint(spec.varying):
         return None
@@ -258,36 +306,23 @@ def _run(
     x: ShardTensor,
     weight: Tensor,
     bias: Tensor | None,
-    program: Local,
-    channels: Channels,
+    program: Program,
     stride: Ints,
     dilation: Ints,
     transposed: bool,
 ) -> ShardTensor:
     """The convolution on this rank's rows, while its halo travels where that pays."""
-    n = weight.ndim - 2
-    at = x.ndim - n - 1
-    if channels.input != x._spec.dims[at]:
-        x = to_dims(x, x._spec.replace({at: channels.input}).dims)
-    spec = x._spec
-    cut = None
-    if channels.output.axes:
-        cut = [*channels.weight, *whole_dims(weight.shape[2:])]
-    varying = tuple(sorted({*spec.varying, *channels.output.axes}))
-    local, w, b = fit(
-        spec.mesh,
-        varying,
-        (x, spec.dims),
-        (weight, cut),
-        (bias, [channels.output] if channels.output.axes else None),
-    )
+    here, channels, at, spec, cut, bias_cut, varying, out = program
+    if spec is not x._spec:
+        x = to_dims(x, spec.dims)
+    local, w, b = fit(spec.mesh, varying, (x, spec.dims), (weight, cut), (bias, bias_cut))
     inner = None if channels.partial else b
-    y = _convolved(local, spec, w, inner, program, channels, stride, dilation, transposed)
+    y = _convolved(local, spec, w, inner, here, channels, stride, dilation, transposed)
     if channels.partial:
         dim = channels.output
         y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
-        y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * n)
-    return wrap(y, spec.with_dims([*spec.dims[:at], channels.output, *program.dims]))
+        y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * (w.ndim - 2))
+    return wrap(y, out)
 
 
 def _convolved(
@@ -310,9 +345,11 @@ def _convolved(
             more = (stride, program.padding, program.output_padding, groups, dilation)
         else:
             more = (stride, program.padding, dilation, groups)
-        y = (TRANSPOSED if transposed else FORWARD)[n](
-            some(rows), some(w), b if b is None else some(b), *more
-        )
+        run = (TRANSPOSED if transposed else FORWARD)[n]
+        if rows.numel() and w.numel():
+            y = run(rows, w, b, *more)
+        else:
+            y = run(some(rows), some(w), b if b is None else some(b), *more)
         # neither samples nor output channels where this rank has none
         y = y if rows.ndim == n + 1 or rows.shape[0] else y.narrow(0, 0, 0)
         y = y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)

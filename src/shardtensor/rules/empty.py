@@ -45,7 +45,10 @@ def some(x: Tensor) -> Tensor:
 
 def stock(fn: Callable[..., Any], shape: Sequence[int], *xs: Tensor | None) -> Any:
     """fn(*xs), a tensor of this shape or several, of local tensors some of which may be empty."""
-    if all(x is None or x.numel() for x in xs):
+    for x in xs:
+        if x is not None and not x.numel():
+            break
+    else:
         return fn(*xs)
     out = fn(*(x if x is None else some(x) for x in xs))
     return cut(out, shape) if isinstance(out, Tensor) else tuple(cut(o, shape) for o in out)

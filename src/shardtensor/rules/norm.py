@@ -11,21 +11,23 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import comm
+from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
 from ..registry import rule
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import fit, like, reduced, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
-from .moments import Dims, accumulated, merged, normalised, spread, statistics
+from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
 from .normalise import Way
 from .numbers import Numbers, move
 from .pointwise import function_rule
@@ -262,12 +264,29 @@ def group_norm(
 # layer and rms norm ------------------------------------------------------------------------------
 
 
-def _last(name: str, spec: Spec, shape: Sequence[int]) -> Dims:
-    """The dims that a normalized_shape names."""
-    k = len(shape)
-    if not 0 < k <= len(spec.dims) or tuple(spec.shape[-k:]) != tuple(shape):
+class Last(NamedTuple):
+    """The dims that a normalized_shape names.
+
+    mine: how weight and bias are cut, None where they are whole. group: of the ranks that share the
+    dims out, None where each has them whole. counts: of `spread`. numel: of each statistic.
+    """
+
+    dims: Dims
+    mine: tuple[Dim, ...] | None
+    group: str | None
+    counts: Counts
+    numel: int
+
+
+@cached
+def _last(name: str, spec: Spec, shape: tuple[int, ...]) -> Last:
+    k, n = len(shape), len(spec.dims)
+    if not 0 < k <= n or tuple(spec.shape[-k:]) != shape:
         raise RuntimeError(f"{name}: normalized_shape {list(shape)} for a tensor on {spec}")
-    return tuple(range(len(spec.dims) - k, len(spec.dims)))
+    dims, mine = tuple(range(n - k, n)), spec.dims[-k:]
+    axes, counts = spread(spec, dims)
+    group = comm.group(spec.mesh, axes) if axes else None
+    return Last(dims, mine if axes_in(mine) else None, group, counts, max(1, prod(shape)))
 
 
 @rule("layer_norm")
@@ -282,21 +301,22 @@ def layer_norm(
     """Over the last dims; where they are sharded, weight and bias are cut like them."""
     x = sharded(input, weight, bias)
     spec, local = x._spec, x._local
-    dims = _last("layer_norm", spec, normalized_shape)
-    local = autocast(local, lambda z: torch.layer_norm(z, (1,)))
-    axes, counts = spread(spec, dims)
-    mine = spec.dims[dims[0] :]
+    dims, mine, group, counts, n = _last("layer_norm", spec, tuple(normalized_shape))
+    local = autocast(local, _layer_normed)
     w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
-    if not axes:
+    if group is None:
         lead = dims[0]
         rest: Any = (eps, cudnn_enable)
         y = stock(
             lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
         )
         return wrap(y, spec)
-    n = max(1, count(x, dims))
-    way = Way(counts, n, comm.group(spec.mesh, axes), eps, last=len(dims))
+    way = Way(counts, n, group, eps, last=len(dims))
     return wrap(normalise(local, w, b, way), spec)
+
+
+def _layer_normed(x: Tensor) -> Tensor:
+    return torch.layer_norm(x, (1,))
 
 
 @rule("rms_norm")
@@ -309,20 +329,16 @@ def rms_norm(
     """As layer_norm without the mean: sharded dims take one all-reduce of the sums of squares."""
     x = sharded(input, weight)
     spec, local = x._spec, x._local
-    dims = _last("rms_norm", spec, normalized_shape)
+    dims, mine, group, counts, n = _last("rms_norm", spec, tuple(normalized_shape))
     local = autocast(local, lambda z: torch.rms_norm(z, (1,)))
-    axes, counts = spread(spec, dims)
-    mine = spec.dims[dims[0] :]
     (w,) = fit(spec.mesh, spec.varying, (weight, mine))
-    if not axes:
+    if group is None:
         lead = dims[0]
         y = stock(lambda z, w: torch.rms_norm(z, z.shape[lead:], w, eps), local.shape, local, w)
         return wrap(y, spec)
-    group = comm.group(spec.mesh, axes)
     if eps is None:
         eps = torch.finfo(accumulated(local.dtype)).eps
     if not local.is_complex():
-        n = max(1, count(x, dims))
         way = Way(counts, n, group, eps, last=len(dims), centred=False)
         return wrap(normalise(local, w, None, way), spec)
     total = comm.reduce(local.square().sum(dims, keepdim=True), group)

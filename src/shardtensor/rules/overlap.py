@@ -9,7 +9,6 @@ adjoint of the other, so this can be differentiated any number of times.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +48,7 @@ def route(spec: Spec, d: int, reach: Reach) -> tuple[Exchange, Route, list[tuple
 
 def pays(spec: Spec) -> bool:
     """Whether shards are large enough; alike on all ranks."""
-    shards = prod(len(d.sizes) for d in spec.dims if d.axes)
-    return spec.shape.numel() >= shards * WORTH and not _torch.is_tracing()
+    return spec.shard_numel >= WORTH and not _torch.is_tracing()
 
 
 def overlapped(

@@ -7,7 +7,7 @@ instead and reduce those, so that their gradients are torch's own, at zeros and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import through, with_one
+from .shape import many
 from .trial import tried
 
 Dims = int | Sequence[int] | None
@@ -36,6 +37,35 @@ def over(dim: Dims, ndim: int) -> tuple[int, ...]:
     if len({d % max(ndim, 1) for d in found}) != len(found):
         raise RuntimeError(f"dim {found} appears multiple times in the list of dims")
     return tuple(sorted({d % ndim for d in found if ndim}))
+
+
+class Over(NamedTuple):
+    """A reduction over some dims, as torch names them.
+
+    spec: of the result. group: of the ranks that share the dims out, None where each has them
+    whole. numel: elements of each result.
+    """
+
+    dims: tuple[int, ...]
+    spec: Spec
+    group: str | None
+    numel: int
+
+
+@cached
+def _over(spec: Spec, dim: int | tuple[int, ...] | None, keepdim: bool) -> Over:
+    dims = over(dim, len(spec.dims))
+    axes = _axes_of(spec, dims)
+    group = comm.group(spec.mesh, axes) if axes else None
+    n = 1
+    for d in dims:
+        n *= spec.shape[d]
+    return Over(dims, _without(spec, dims, keepdim), group, n)
+
+
+def _given(dim: Dims) -> int | tuple[int, ...] | None:
+    """The dims in a form to be found by."""
+    return dim if dim is None or type(dim) is int else many(dim)
 
 
 def without(spec: Spec, dims: Sequence[int], keepdim: bool) -> Spec:
@@ -86,17 +116,17 @@ def _with_elements(spec: Spec, dims: tuple[int, ...]) -> tuple[int, ...]:
 def sum(
     input: ShardTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> ShardTensor:
-    x = reduced(input)
-    dims = over(dim, x.ndim)
-    spec = without(x._spec, dims, keepdim)
-    if not axes_of(x._spec, dims):
-        return wrap(torch.sum(x._local, dims, keepdim, dtype=dtype), spec)
-    if (dtype or x.dtype) not in _HALVES:
-        return wrap(finish(torch.sum(x._local, dims, keepdim, dtype=dtype), x._spec, dims), spec)
+    x = reduced(input) if input._spec.partial else input
+    dims, spec, group, _ = _over(x._spec, _given(dim), keepdim)
+    local = x._local
+    if group is None:
+        return wrap(torch.sum(local, dims, keepdim, dtype=dtype), spec)
+    if (dtype or local.dtype) not in _HALVES:
+        return wrap(comm.reduce(torch.sum(local, dims, keepdim, dtype=dtype), group), spec)
     # single precision under autocast
-    out = torch.sum(x._local.new_empty(0), dtype=dtype).dtype
-    total = torch.sum(x._local, dims, keepdim, dtype=torch.float32)
-    return wrap(finish(total, x._spec, dims).to(out), spec)
+    out = torch.sum(local.new_empty(0), dtype=dtype).dtype
+    total = torch.sum(local, dims, keepdim, dtype=torch.float32)
+    return wrap(comm.reduce(total, group).to(out), spec)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -116,16 +146,17 @@ def count(x: Tensor, dims: Sequence[int]) -> int:
 def mean(
     input: ShardTensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None
 ) -> ShardTensor:
-    dims = over(dim, input.ndim)
-    if not axes_of(input._spec, dims):
-        x = reduced(input)
-        local = x._local.mean(dims or None, keepdim, dtype=dtype)
-        return wrap(local, without(x._spec, dims, keepdim))
-    out = dtype or input.dtype
+    x = reduced(input) if input._spec.partial else input
+    dims, spec, group, n = _over(x._spec, _given(dim), keepdim)
+    local = x._local
+    if group is None:
+        return wrap(local.mean(dims or None, keepdim, dtype=dtype), spec)
+    out = dtype or local.dtype
     if not (out.is_floating_point or out.is_complex):
-        raise RuntimeError(f"mean(): could not infer output dtype from {input.dtype}")
-    total = sum(input, dims, keepdim, dtype=wide(out))
-    return wrap((total._local / count(input, dims)).to(out), total._spec)
+        raise RuntimeError(f"mean(): could not infer output dtype from {local.dtype}")
+    added = torch.float32 if out in _HALVES else out
+    total = comm.reduce(torch.sum(local, dims, keepdim, dtype=added), group)
+    return wrap((total / n).to(out), spec)
 
 
 @rule("nansum")

@@ -5,13 +5,16 @@ Two all-reduces of one number a row in the forward, one in the backward.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import comm
+from ..cache import cached
 from ..registry import rule
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import with_one
@@ -19,16 +22,17 @@ from .reduce import over, wide
 
 
 def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
-    x = reduced(input)
-    dims = over(dim, x.ndim)
-    if x.is_complex() and dtype is None:
-        raise NotImplementedError(f"softmax not implemented for {x.dtype}")
-    if not dims or not x._spec.dims[dims[0]].axes:
-        return wrap(fn(x._local, dim, dtype=dtype), x._spec)
+    x = reduced(input) if input._spec.partial else input
+    spec, local = x._spec, x._local
+    if dtype is None and local.dtype.is_complex:
+        raise NotImplementedError(f"softmax not implemented for {local.dtype}")
+    dims = _cut(spec, operator.index(dim))
+    if not dims:
+        return wrap(fn(local, dim, dtype=dtype), spec)
     # what torch would give, under autocast too
-    out = fn(x._local.new_zeros(1), 0, dtype=dtype).dtype
-    local = x._local.to(wide(out))
-    group = comm.along(x._spec, dims[0])
+    out = fn(local.new_zeros(1), 0, dtype=dtype).dtype
+    local = local.to(wide(out))
+    group = comm.along(spec, dims[0])
     most = with_one(local.detach(), dims, float("-inf")).amax(dims, keepdim=True)
     most = comm.reduce(most, group, "max")
     shifted = local - most
@@ -36,7 +40,13 @@ def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     # the sum is the same on each rank, and each uses it differently
     (total,) = comm.vary([comm.reduce(size.sum(dims, keepdim=True), group)], group)
     found = shifted - total.log() if fn is torch.log_softmax else size / total
-    return wrap(found.to(out), x._spec)
+    return wrap(found.to(out), spec)
+
+
+@cached
+def _cut(spec: Spec, dim: int) -> tuple[int, ...]:
+    """The dim, if it lies in several shards."""
+    return tuple([d for d in over(dim, len(spec.dims)) if spec.dims[d].is_cut])
 
 
 @rule("softmax", "special_softmax")

@@ -169,14 +169,22 @@ def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0, lead: 
     x may have been fetched along other dims of `spec` before, and may have `lead` dims in front of
     those of `spec`. Sends halo rows only, nothing where `reach.inside`.
     """
+    rows, plan, group = _fetching(spec, d, reach)
+    if plan is None:
+        return x.narrow(d + lead, *rows) if rows else x
+    return comm.windowed(x, d + lead, plan, group, fill)
+
+
+@cached
+def _fetching(spec: Spec, d: int, reach: Reach) -> tuple[tuple[int, int] | None, Any, str]:
+    """(which of its own rows (start, length) this rank reads, None: all; else the plan, group)."""
     dim, me = spec.dims[d], spec.index[d]
-    at = d + lead
     start, stop = reach.windows[me]
     if reach.inside and reach.dim.sizes[me]:
-        whole = start == spec.offset[d] and stop - start == dim.sizes[me]
-        return x if whole else x.narrow(at, start - spec.offset[d], stop - start)
-    name = comm.along(spec, d)
-    return comm.window(x, at, dim.sizes, reach.windows, name, fill=fill)
+        first, length = start - spec.offset[d], stop - start
+        return (None if (first, length) == (0, dim.sizes[me]) else (first, length)), None, ""
+    group = comm.along(spec, d)
+    return None, comm.planned(dim.sizes, reach.windows, group), group
 
 
 def trim(y: Tensor, d: int, spec: Spec, reach: Reach, first: int | None = None) -> Tensor:

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from .. import comm
 from ..cache import cached
-from ..comm.deferred import check_mesh
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
@@ -372,10 +371,12 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         if x is None:
             found.append(None)
             continue
-        own = () if dims is None else tuple([a for d in dims for a in d.axes])
+        own: tuple[int, ...] = ()
+        for d in dims or ():
+            own += d.axes
         if isinstance(x, ShardTensor) and dims == x._spec.dims and not x._spec.partial:
             local = x._local
-        elif isinstance(x, ShardTensor) or own:
+        elif own or isinstance(x, ShardTensor):
             wanted = whole_dims(x.shape) if dims is None else tuple(dims)
             local = like(x, Spec(mesh, wanted))._local
         elif type(x) is DTensor:
@@ -383,16 +384,16 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         else:
             local = x
         found.append(local)
-        same = tuple([a for a in varying if a not in own]) if local.requires_grad else ()
+        if not local.requires_grad or own == varying:
+            continue
+        same = tuple([a for a in varying if a not in own]) if own else tuple(varying)
         if same:
             if local.layout is not torch.strided:
                 refuse_not_dense(local.layout)
             alike.setdefault(same, []).append(i)
     for axes, picked in alike.items():
         group = comm.group(mesh, axes)
-        for i in picked:
-            check_mesh(found[i], group, mesh)
-        values = comm.vary([found[i] for i in picked], group)  # type: ignore[misc]
-        for i, value in zip(picked, values, strict=True):
+        given: list[Any] = [found[i] for i in picked]
+        for i, value in zip(picked, comm.vary(given, group, mesh), strict=True):
             found[i] = value
     return tuple(found)

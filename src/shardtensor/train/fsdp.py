@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from .. import comm
 from .._torch.dtensor import is_broken_fsdp, mend_fsdp
-from ..comm.ops import reduce_op
+from ..comm.ops import reduce
 from ..compile.blocks import blocks_of
 from ..tensor import ShardTensor
 from .options import Options
@@ -52,7 +52,7 @@ class Weighted(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: it must be whole now
-            return reduce_op([g], "sum", ctx.group)[0], None
+            return reduce([g], "sum", ctx.group)[0], None
         return g * comm.size(ctx.group), None
 
 

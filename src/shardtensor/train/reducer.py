@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .. import _torch, comm
 from .._torch import modules
 from ..comm import wire
-from ..comm.ops import reduce_op
+from ..comm.ops import reduce
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
 from .checksum import LENGTH, Heads
@@ -340,7 +340,7 @@ class Start(torch.autograd.Function):
             # torch would keep it for `Wait` until all other nodes have run
             return None, None, None
         if comm.size(ctx.batch.ranks.domain) > 1:
-            (g,) = reduce_op([g], "sum", ctx.batch.ranks.domain)
+            (g,) = reduce([g], "sum", ctx.batch.ranks.domain)
         return g, None, None
 
 
