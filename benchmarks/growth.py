@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -191,6 +191,7 @@ OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
     "unfold": on_image(lambda x: x.unfold(2, 3, 1)),
     "flatten": on_image(lambda x: x.flatten(2)),
     "sum": on_image(lambda x: x.sum(2)),
+    "mean": on_image(lambda x: x.mean(2)),
     "select": on_image(lambda x: x[:, :, 3]),
     "chunk": on_image(lambda x: x.chunk(2, 2)),
     "full_tensor": on_image(lambda x: x.full_tensor()),
@@ -203,13 +204,13 @@ OPS: dict[str, Callable[[DeviceMesh], Callable[[], Any]]] = {
 }
 
 
-def python_calls(run: Callable[[], Any]) -> int:
-    """Functions of Python and of C that a call of run makes."""
+def python_calls(run: Callable[[], Any], events: Sequence[str] = ("call", "c_call")) -> int:
+    """Functions of Python (call) and of C (c_call) that a call of run makes."""
     found = 0
 
     def count(frame: Any, event: str, arg: Any) -> None:
         nonlocal found
-        found += event in ("call", "c_call")
+        found += event in events
 
     sys.setprofile(count)
     try:

@@ -11,7 +11,7 @@ import growth
 
 # what every rank has something for all others in: an all-to-all, an all-gather, an all-reduce
 TO_ALL = {
-    "conv both ways", "cumsum", "full_tensor", "reduce_scatter", "select", "softmax", "sum", "swap",
+    "conv both ways", "cumsum", "full_tensor", "mean", "reduce_scatter", "select", "softmax", "sum", "swap",
     *growth.NORMS, *(f"{name}, both" for name in growth.NORMS),
 }  # fmt: skip
 # steps of a ring are as many as ranks

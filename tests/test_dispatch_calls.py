@@ -1,0 +1,81 @@
+"""What a call costs on one rank, in calls of Python functions, which no other program disturbs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import growth
+
+KERNEL, SCALE = torch.randn(4, 4, 3, 3), torch.randn(8)
+WEIGHTS = [torch.randn(s) for s in ((16, 8), (8, 16)) * 2]
+
+
+def mlp(x):
+    """Two blocks of linear, gelu, linear, forward and backward."""
+    leaves = [w.detach().requires_grad_() for w in WEIGHTS]
+    for first, second in zip(leaves[::2], leaves[1::2], strict=True):
+        x = x + F.linear(F.gelu(F.linear(x, first)), second)
+    x.sum().backward()
+
+
+# of an image (1, 4, rows, 8) that is cut along its rows: name -> (call, the most calls of Python)
+VIEW = 12
+CALLS = {
+    "x + x": (lambda x: x + x, 7),
+    "linear": (lambda x: F.linear(x, WEIGHTS[0]), 10),
+    "layer norm": (lambda x: F.layer_norm(x, (8,), SCALE), 26),
+    "softmax": (lambda x: x.softmax(-1), 11),
+    "sum": (lambda x: x.sum(), 50),
+    "mean": (lambda x: x.mean(), 50),
+    "sum of a dim": (lambda x: x.sum(2), 50),
+    "mean of a dim": (lambda x: x.mean(2), 50),
+    "conv": (lambda x: F.conv2d(x, KERNEL, padding=1), 55),
+    "softmax along the cut": (lambda x: x.softmax(2), 80),
+    "view": (lambda x: x.view(1, 2, 2, -1, 8), VIEW),
+    "reshape": (lambda x: x.reshape(1, 2, 2, -1, 8), VIEW + 1),
+    "flatten": (lambda x: x.flatten(0, 1), VIEW),
+    "transpose": (lambda x: x.transpose(1, 2), VIEW),
+    "swapaxes": (lambda x: x.swapaxes(1, 2), VIEW),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), VIEW),
+    "movedim": (lambda x: x.movedim(1, 3), VIEW),
+    "mT": (lambda x: x.mT, VIEW),
+    "squeeze": (lambda x: x.squeeze(0), VIEW),
+    "unsqueeze": (lambda x: x.unsqueeze(0), VIEW),
+    "expand": (lambda x: x.expand(3, 4, -1, 8), VIEW),
+    "select": (lambda x: x.select(1, 0), VIEW),
+    "narrow": (lambda x: x.narrow(1, 0, 3), VIEW + 1),
+    "chunk": (lambda x: x.chunk(2, 1), VIEW + 2),
+    "unbind": (lambda x: x.unbind(1), VIEW + 6),
+    "x[:]": (lambda x: x[:], VIEW),
+    "x[:, 0]": (lambda x: x[:, 0], VIEW + 1),
+    "x[:, 1:3]": (lambda x: x[:, 1:3], VIEW + 2),
+    "x[..., None]": (lambda x: x[..., None], VIEW + 1),
+    "an MLP, both ways": (mlp, 330),
+}
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """The Python calls of a warm call on one of so many ranks, on which nothing is received."""
+
+    def run(call, ranks):
+        monkeypatch.setitem(growth.OPS, "counted", growth.on_image(call))
+        with growth.prepared("counted", ranks) as op:
+            for _ in range(3):
+                op()
+            # the least: what the collector frees in between calls functions, too; less the lambdas
+            return min(growth.python_calls(op, ("call",)) for _ in range(3)) - 2
+
+    return run
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_few_calls_of_python_on_any_number_of_ranks(name, count):
+    call, most = CALLS[name]
+    found = [count(call, ranks) for ranks in (8, 64)]
+    assert max(found) <= most, found
