@@ -78,15 +78,20 @@ def _basic(x: ShardTensor, entries: list[Any]) -> tuple[ShardTensor, dict[int, T
     return x, rest
 
 
+_ALL = slice(None)
+
+
 @function_rule("getitem")
 def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
+    if index.__class__ is slice and index == _ALL and isinstance(x, ShardTensor) and x._spec.dims:
+        # another tensor, which keeps its shape when x.t_() changes that of x
+        return wrap(x._local[...], x._spec, x._strides)
     key = hashable(index) if isinstance(x, ShardTensor) else None
     plan = None if key is None else basic(x._spec, key)
     if plan is not None:
         spec, local, part, own = plan
         if spec is None:
-            # another tensor, which keeps its shape when x.t_() changes that of x
             return wrap(x._local[...], x._spec, x._strides)
         out = wrap(x._local[local], spec)
         if part:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import comm
 from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
@@ -33,7 +34,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, ShardTensor) and not isinstance(weight, ShardTensor):
         spec = input._spec
         if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
-            out = _linear_spec(spec, weight.shape)
+            out, group = _linear(spec, weight.shape)
+            if bias is None and type(weight) in _PLAIN and weight.layout is torch.strided:
+                # as `fit` does, at half its cost
+                w = weight if group is None else comm.vary((weight,), group, spec.mesh)[0]
+                return wrap(F.linear(input._local, w), out)
             x, w, b = fit(spec.mesh, spec.varying, (input, spec.dims), (weight, None), (bias, None))
             return wrap(F.linear(x, w, b), out)
     if bias is not None and input.ndim == 2:
@@ -50,8 +55,13 @@ def _cast(x: Tensor, product: Tensor) -> Tensor:
 
 
 @cached
-def _linear_spec(spec: Spec, weight: torch.Size) -> Spec:
-    return spec.with_dims([*spec.dims[:-1], *whole_dims(weight[:-1])])
+def _linear(spec: Spec, weight: torch.Size) -> tuple[Spec, str | None]:
+    """(the spec of the result, the group of ranks that have other rows, None without any)."""
+    out = spec.with_dims([*spec.dims[:-1], *whole_dims(weight[:-1])])
+    return out, comm.group(spec.mesh, spec.varying) if spec.varying else None
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 # shards without elements find no kernel missing
