@@ -219,7 +219,7 @@ def test_traceable():
 
 def checked_ops():
     """PyTorch's own checks: schema, fake kernel with real strides, autograd, AOT tracing."""
-    from shardtensor.comm import ops
+    from shardtensor.comm import ops, sums
     from shardtensor.comm import rows as rows_of
 
     group = comm.group(make_mesh((2,)), (0,))
@@ -244,8 +244,8 @@ def checked_ops():
         (ops.ring_op, (mine, 1, [2, 1], 0, 1, group)),
         (rows_of.take_op, (mine[0].detach().requires_grad_(), index, [2, 1], group)),
         (rows_of.put_op, (rows, index, [2, 1], group)),
-        (ops.vary_op, ([whole, rows], group)),
-        (ops.reduce_op, ([whole, rows], "sum", group)),
+        (sums.vary_op, ([whole, rows], group)),
+        (sums.reduce_op, ([whole, rows], "sum", group)),
     ]:
         torch.library.opcheck(op, args)
 

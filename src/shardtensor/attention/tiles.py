@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
-from ..comm.ops import define
+from ..comm.define import define
 from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, log_of, settled, wide
 

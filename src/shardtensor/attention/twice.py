@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..comm import groups, window
 from ..comm.exchanges import Windows
-from ..comm.ops import reduce
+from ..comm.sums import reduce
 from ..comm.wire import all_reduce
 from .blocks import wide
 

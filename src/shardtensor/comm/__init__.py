@@ -15,11 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from ..cuts import cut
 from ..errors import UnsupportedOpError
-from . import deferred, groups, ops, together, wire
+from . import deferred, groups, ops, sums, together, wire
 from .addends import addend_op, alike_op
 from .exchanges import Exchange, Kept, exchange, whole
 from .groups import along, group, knows_values, rank, size
-from .ops import reduce as _reduce
 from .rows import exchange_rows, put_op, requests, take_op
 
 __all__ = [
@@ -77,7 +76,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
         given = [found[i] for i in picked]
         varied = together.vary(given, group)
         if varied is None:
-            varied = ops.vary(given, group)
+            varied = sums.vary(given, group)
         for i, x in zip(picked, varied, strict=True):
             found[i] = x
     return found
@@ -88,7 +87,7 @@ def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
 
     Only the sum has a gradient.
     """
-    return x if size(group) == 1 else _reduce([x], op, group)[0]
+    return x if size(group) == 1 else sums.reduce([x], op, group)[0]
 
 
 def addend(x: Tensor, group: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 | op            | forward                                | adjoint                          |
 |---------------|----------------------------------------|----------------------------------|
-| vary          | Replicate or plain meets sharded: identity | reduce                       |
+| vary          | Replicate or plain meets sharded: identity | reduce (both in `sums`)      |
 | reduce        | Partial to Replicate: all-reduce       | vary                             |
 | gather        | Shard to Replicate: uneven all-gather  | split                            |
 | split         | Replicate to Shard: own slice          | gather                           |
@@ -29,22 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .._torch import probe
 from ..cache import cached
 from ..cuts import Cut, cut
 from . import groups, wire
-from .define import define, paired
+from .define import paired
 from .exchanges import FILL, Exchange, exchange, spread, windows_of
 from .pack import numel_but, others, packed, unpacked
 
 Ints = Sequence[int]
 # ranks whose shards a gather moves together one by one
 MOVED = 64
-
-
-def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.rest = inputs[1:]
 
 
 def _resized(shape: Ints, dim: int, n: int) -> list[int]:
@@ -70,91 +64,6 @@ window: Callable[..., Tensor]
 window_add: Callable[..., Tensor]
 swap: Callable[..., Tensor]
 ring: Callable[..., Tensor]
-
-
-# vary and reduce ---------------------------------------------------------------------------------
-
-
-class Vary(torch.autograd.Function):
-    """`vary` without the dispatcher, for use outside of tracing: views, a third of the cost."""
-
-    @staticmethod
-    def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(x.view_as(x) for x in xs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *reduce(grads, "sum", ctx.group)
-
-
-class Reduce(torch.autograd.Function):
-    """`reduce_op` without the dispatcher, for use outside of tracing."""
-
-    @staticmethod
-    def forward(ctx: Any, op: str, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.op, ctx.group = op, group
-        return tuple(_reduce(xs, op, group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *_reduce_adjoint(ctx, grads)
-
-
-def _vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
-    # a dispatcher op may not return its argument
-    return [x.clone() for x in xs]
-
-
-def _reduce(xs: Sequence[Tensor], op: str, group: str) -> list[Tensor]:
-    found = wire.all_reduce(xs, op, group)
-    # results of a dispatcher op may not share the buffer that they travelled in, nor be views, to
-    # which autograd would let nobody write
-    return [found[0].data] if len(found) == 1 else [x.clone() for x in found]
-
-
-def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, ctx.op, ctx.group = inputs
-
-
-def _reduce_adjoint(ctx: Any, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    if ctx.op != "sum":
-        raise NotImplementedError(f"the gradient of an all-reduce with {ctx.op}")
-    return vary(grads, ctx.group)
-
-
-vary_op = define(
-    "vary(Tensor[] xs, str group) -> Tensor[]",
-    _vary,
-    lambda xs, group: [torch.empty_like(x) for x in xs],
-    _keep_arguments,
-    lambda ctx, grads: (reduce_op(grads, "sum", *ctx.rest), None),
-)
-reduce_op: Any = define(
-    "reduce(Tensor[] xs, str op, str group) -> Tensor[]",
-    _reduce,
-    lambda xs, op, group: [x.new_empty(x.shape) for x in xs],
-    _reduce_setup,
-    lambda ctx, grads: (list(_reduce_adjoint(ctx, grads)), None, None),
-)
-
-
-def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
-    """`vary_op` where a graph is being traced, else its cheaper equal."""
-    if _torch.is_tracing():
-        return vary_op(list(xs), group)
-    return _torch.apply(Vary, group, *xs)
-
-
-def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
-    """`reduce_op` where a mode looks on, else its cheaper equal."""
-    if probe.dispatch_modes():
-        return reduce_op(list(xs), op, group)
-    if torch.is_grad_enabled():
-        for x in xs:
-            if x.requires_grad:
-                return _torch.apply(Reduce, op, group, *xs)
-    return _reduce(xs, op, group)
 
 
 # gather and split --------------------------------------------------------------------------------

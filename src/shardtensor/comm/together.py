@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .. import _torch
-from .ops import reduce_op
+from .sums import reduce_op
 
 # bytes of the gradients of one call up to which they wait, and of all that do
 SMALL, MOST = 2**16, 2**22
@@ -56,7 +56,7 @@ def begin_model(fsdp: bool) -> None:
 
 
 def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
-    """As `ops.vary`, of tensors of one dtype; None where their gradients do not wait.
+    """As `sums.vary`, of tensors of one dtype; None where their gradients do not wait.
 
     Alike on all ranks. Small ones do not where FSDP2 is used: its modules free their weights once
     the gradient of what they were called with is there, when no part of their backward may be left.

@@ -369,8 +369,7 @@ def _start_to_all(
     facts: as in `start_exchange`.
     """
     n, me, item = len(of), groups.rank(group), flat.element_size()
-    own = of[me]
-    gets = [item * k for k in of]
+    own, gets = of[me], [item * k for k in of]
     gets[me] = 0
     gives = [item * own] * n
     gives[me] = 0

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from ..comm.deferred import Twin, slot_of
-from ..comm.ops import vary
+from ..comm.sums import vary
 from ..dispatch.axes import as_shards
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap

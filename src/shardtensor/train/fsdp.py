@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from .. import comm
 from .._torch.dtensor import is_broken_fsdp, mend_fsdp
-from ..comm.ops import reduce
+from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
 from ..tensor import ShardTensor
 from .options import Options

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .. import _torch, comm
 from .._torch import modules
 from ..comm import wire
-from ..comm.ops import reduce
+from ..comm.sums import reduce
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
 from .checksum import LENGTH, Heads
