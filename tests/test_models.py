@@ -124,7 +124,10 @@ def test_traffic_of_the_unet_is_halos_statistics_and_weights():
 
 def test_traffic_of_the_vit_is_the_ring_and_weights():
     """Only the keys and values of the ring (and their gradients), the positions and weights grow."""
-    (small, weights), (large, more) = (st.simulate(2, traffic, "vit", n)[0] for n in (32, 64))
+    # small vectors are gathered without padding on CPUs alone
+    (small, weights), (large, more) = (
+        st.simulate(2, traffic, "vit", n, transport="plain")[0] for n in (32, 64)
+    )
     grown = {k: large[k] - small.get(k, 0) for k in large if large[k] != small.get(k, 0)}
     tokens = 3 * 32 // 4
     # forward K, V; backward K, V, dK, dV and dK, dV home; width 16, 2 layers, half of the tokens
