@@ -124,14 +124,11 @@ def test_traffic_of_the_unet_is_halos_statistics_and_weights():
 
 def test_traffic_of_the_vit_is_the_ring_and_weights():
     """Only the keys and values of the ring (and their gradients), the positions and weights grow."""
-    # small vectors are gathered without padding on CPUs alone
-    (small, weights), (large, more) = (
-        st.simulate(2, traffic, "vit", n, transport="plain")[0] for n in (32, 64)
-    )
+    (small, weights), (large, more) = (st.simulate(2, traffic, "vit", n)[0] for n in (32, 64))
     grown = {k: large[k] - small.get(k, 0) for k in large if large[k] != small.get(k, 0)}
     tokens = 3 * 32 // 4
-    # forward K, V; backward K, V, dK, dV and dK, dV home; width 16, 2 layers, half of the tokens
-    ring = 2 * (2 + 2 + 2 + 2) * (tokens / 2) * 16 * 4
+    # forward K, V; backward K, V, and dK, dV home; width 16, 2 layers, half of the tokens
+    ring = 2 * (2 + 2 + 2) * (tokens / 2) * 16 * 4
     assert abs(grown.pop("ring") - ring) <= ring * 0.1
     # the gradient of the learned positions is gathered whole on each rank, as every weight's
     assert grown.pop("all_gather") <= (more - weights) * 1.1
