@@ -143,26 +143,36 @@ def _attention_backward(
     steps = call.laid.steps
     dtype = wide(q.dtype)
     sums = settled(sums)
+    if q.device.type != "cpu":
+        # once, as kernels ask for it
+        g = g.contiguous()
     dq = q.new_zeros(q.shape, dtype=dtype)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
     held, home, grads = [k, v], list[Tensor](), list[Tensor]()
     for step in range(steps + 1):
         arriving = _pass(call, step, held, grads) if step < steps or step > 1 else None
-        own = [x.new_zeros(x.shape, dtype=dtype) for x in held]
-        for seen in call.seen(q, call.held(call.me, step)):
+        every = list(call.seen(q, call.held(call.me, step)))
+        # what queries find for all keys at once is not added up
+        alone = len(every) == 1 and every[0].keys == (0, held[0].shape[2])
+        own = [] if alone else [x.new_zeros(x.shape, dtype=dtype) for x in held]
+        for seen in every:
             found = backward(
                 _cut(g, seen.rows), _cut(q, seen.rows), _cut(held[0], seen.keys),
                 _cut(held[1], seen.keys), _part(mask, seen), _cut(out, seen.rows),
                 sums[..., seen.rows[0] : seen.rows[1]], seen.rule, mask_grad,
             )  # fmt: skip
-            parts = _cut(dq, seen.rows), _cut(own[0], seen.keys), _cut(own[1], seen.keys)
-            for into, x in zip((*parts, _part(dmask, seen)), found, strict=True):
-                if into is not None and x is not None:
-                    into.add_(x)
+            _cut(dq, seen.rows).add_(found[0])
+            if alone:
+                own = [found[1], found[2]]
+            else:
+                _add([_cut(x, seen.keys) for x in own], found[1:3])
+            into = _part(dmask, seen)
+            if into is not None and found[3] is not None:
+                into.add_(found[3])
         if step:
             grads = [x.to(k.dtype) for x in own]
         else:
-            home = own
+            home = [x.to(dtype) for x in own]
         if arriving:
             held, came = arriving()
             _add(home, came)
@@ -176,7 +186,7 @@ def _attention_backward(
     )
 
 
-def _add(to: list[Tensor], parts: list[Tensor]) -> None:
+def _add(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     for x, part in zip(to, parts, strict=False):
         x.add_(part)
 
