@@ -45,7 +45,7 @@ def test_memory_is_flat():
 
 def long_guarded_training():
     with st.guard():
-        return long_training(12)
+        return long_training(6)
 
 
 @pytest.mark.slow
