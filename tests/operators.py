@@ -168,7 +168,7 @@ def run(name: str, op: Any, setting: Setting, most: int) -> Verdict:
     verdict, dtype = Verdict(name), setting.dtype
     grad = op.supports_autograd and (dtype.is_floating_point or dtype.is_complex)
     mesh = make_mesh((setting.ranks,))
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     samples = list(islice(op.sample_inputs("cpu", dtype, requires_grad=grad), most))
     for sample in samples:
         leaves, tree = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))

@@ -104,13 +104,18 @@ def share(name: str, count: int) -> Tally:
 
 def drawn(module: ModuleType, i: int) -> Any:
     """Case i of a campaign."""
-    torch.manual_seed(i)
+    _seed(i)
     return module.draw(random.Random(f"{module.__name__} {i}"))
+
+
+def _seed(number: int) -> None:
+    # torch.manual_seed also takes down a traceback, for a GPU that is not in use: 0.3 ms
+    torch.default_generator.manual_seed(number)
 
 
 def judge(case: Case) -> Verdict:
     """Run a case on one device and on simulated ranks."""
-    torch.manual_seed(0)
+    _seed(0)
     want, error = _tried(case.serial)
     try:
         ranks = simulate(prod(case.mesh), _on_rank, case, want)
@@ -147,7 +152,7 @@ def _told(e: BaseException | None) -> str:
 
 def _on_rank(case: Case, want: Any) -> tuple[Exception | None, str]:
     """This rank's error, and how its result differs from what is wanted."""
-    torch.manual_seed(0)
+    _seed(0)
     mesh = make_mesh(case.mesh)
     got, error = _tried(lambda: _whole(case.sharded(mesh)))
     # without its traceback, which holds this rank's process groups

@@ -21,6 +21,7 @@ SOFT = {
     "torch": torch.softmax, "method": lambda a, d: a.log_softmax(d), "special": torch.special.softmax,
     "leaf": lambda a, d: torch.ops.aten._softmax(a, d, False),
     "safe": lambda a, d: torch.ops.aten._safe_softmax(a, d),
+    "far below zero": lambda a, d: F.softmax(a - 1e3, d),
     "class": lambda a, d: torch.nn.Softmax(d)(a), "statistics": lambda a, d: a.mean(d).softmax(0),
 }  # fmt: skip
 
