@@ -15,7 +15,7 @@ import shardtensor as st
 from shardtensor import cache
 from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
-from shardtensor.comm import groups
+from shardtensor.comm import groups, wire
 from shardtensor.comm.define import KERNELS
 from shardtensor.rules import moments, normalise, numbers
 
@@ -101,6 +101,45 @@ def test_a_handful_of_kernels_and_one_message_each_way(name):
         # small messages weigh in a small image
         more = 20 * (ahead[3] + behind[3]) + 4096
         assert ahead[1] + behind[1] <= plain_bytes + plain_back_bytes + more
+
+
+WEIGHTED = {
+    "layer": lambda ranks: nn.LayerNorm((ROWS * ranks, 32)),
+    "layer without a bias": lambda ranks: nn.LayerNorm((ROWS * ranks, 32), bias=False),
+    "rms": lambda ranks: nn.RMSNorm((ROWS * ranks, 32)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_along_a_cut_dim_take_no_message_of_their_own(name):
+    """Their gradients travel with the sums; a rank's part of a weight is a view."""
+    make, shape = WEIGHTED[name], (2, 64, ROWS, 32)
+    (plain, plain_bytes, *_), (plain_back, plain_back_bytes, *_) = counted(make, shape, 1)
+    for ranks in (2, 8, 64):
+        ahead, behind = counted(make, shape, ranks)
+        assert ahead[0] <= plain + 4 and behind[0] <= plain_back + 6
+        assert ahead[2] == behind[2] == 1
+        if ranks == 2:
+            assert ahead[1] + behind[1] <= 1.3 * (plain_bytes + plain_back_bytes)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm((7, 5)), nn.RMSNorm((7, 5))], ids=str)
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_weights_that_are_plain_replicated_or_cut(norm, most, monkeypatch):
+    """Beside a batch that is cut, too; whether ranks send to all others or add up."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(wire, "DIRECT", most)
+    x, w = torch.randn(4, 7, 5, dtype=D), torch.rand(7, 5, dtype=D).requires_grad_()
+    b = torch.randn(7, 5, dtype=D).requires_grad_() if isinstance(norm, nn.LayerNorm) else None
+
+    def run(x, w, b):
+        if b is None:
+            return F.rms_norm(x, (7, 5), w)
+        return F.layer_norm(x, (7, 5), w, b)
+
+    for mesh, place in (((3,), T.shard(1, (4, 0, 3))), ((2, 2), T.On([Shard(0), Shard(1)]))):
+        for weight in (None, T.shard(0, (4, 0, 3))) if mesh == (3,) else (None,):
+            T.hold(run, [x, w, b], [place, weight, None], mesh)
 
 
 @pytest.mark.parametrize("name", NORMS)

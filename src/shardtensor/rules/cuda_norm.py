@@ -8,6 +8,7 @@ not have, it is `normalise`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ def normalise(
     apart = way.scattered or not way.centred or way.group is None or probe.is_proxied()
     if apart or not _has_kernels(x):
         return program.normalise(x, weight, bias, way, kept)
+    weight, bias = way.parts(weight, bias)
+    way = replace(way, blocks=())
     if way.last or way.apart:
         x = x.contiguous()
     if running is not None and not _moves(running, x):

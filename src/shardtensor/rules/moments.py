@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +28,15 @@ def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
     No axes where one rank holds all of it.
     """
     axes = axes_of(spec, dims)
-    shapes = [spec.local_shape_at(at) for at in spec.places(axes)]
-    counts = tuple(prod(shape[d] for d in dims) for shape in shapes)
-    return (axes if len(counts) > 1 else ()), counts
+    shape = [spec.mesh.size(a) for a in axes]
+    at = dict(zip(axes, np.indices(shape).reshape(len(axes), prod(shape)), strict=True))
+    counts = np.ones(prod(shape), np.int64)
+    for dim in (spec.dims[d] for d in dims):
+        shard = np.zeros(len(counts), np.int64)
+        for axis in dim.axes:
+            shard = shard * spec.mesh.size(axis) + at[axis]
+        counts = counts * np.diff(dim.edges)[shard] if dim.axes else counts * dim.size
+    return (axes if len(counts) > 1 else ()), tuple(counts.tolist())
 
 
 def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .. import comm
 from ..cache import cached
@@ -29,7 +30,7 @@ from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
 from .normalise import Way
-from .numbers import Numbers, move
+from .numbers import Blocks, Numbers, move
 from .pointwise import function_rule
 from .reduce import count
 
@@ -289,6 +290,32 @@ def _last(name: str, spec: Spec, shape: tuple[int, ...]) -> Last:
     return Last(dims, mine if axes_in(mine) else None, group, counts, max(1, prod(shape)))
 
 
+def _elementwise(
+    spec: Spec, mine: Sequence[Dim] | None, *weights: Tensor | None
+) -> tuple[Sequence[Tensor | None], Blocks]:
+    """Weights along dims of which each rank has its part, and every rank's part if they are whole.
+
+    Whole they stay, and their gradients travel with the sums that the norm's backward sends.
+    """
+    if (
+        any(
+            isinstance(w, DTensor) or (isinstance(w, ShardTensor) and w._spec.varying)
+            for w in weights
+        )
+        or mine is None
+        or all(w is None for w in weights)
+    ):
+        return fit(spec.mesh, spec.varying, *((w, mine) for w in weights)), ()
+    axes = axes_in(mine)
+    others = tuple(a for a in spec.varying if a not in axes)
+    return fit(spec.mesh, others, *((w, None) for w in weights)), _blocks(spec, axes, len(mine))
+
+
+@cached
+def _blocks(spec: Spec, axes: Dims, last: int) -> Blocks:
+    return tuple(spec.spans_at(at)[-last:] for at in spec.places(axes))
+
+
 @rule("layer_norm")
 def layer_norm(
     input: Tensor,
@@ -303,15 +330,16 @@ def layer_norm(
     spec, local = x._spec, x._local
     dims, mine, group, counts, n = _last("layer_norm", spec, tuple(normalized_shape))
     local = autocast(local, _layer_normed)
-    w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
     if group is None:
+        w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
         lead = dims[0]
         rest: Any = (eps, cudnn_enable)
         y = stock(
             lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
         )
         return wrap(y, spec)
-    way = Way(counts, n, group, eps, last=len(dims))
+    (w, b), blocks = _elementwise(spec, mine, weight, bias)
+    way = Way(counts, n, group, eps, last=len(dims), blocks=blocks)
     return wrap(normalise(local, w, b, way), spec)
 
 
@@ -331,16 +359,18 @@ def rms_norm(
     spec, local = x._spec, x._local
     dims, mine, group, counts, n = _last("rms_norm", spec, tuple(normalized_shape))
     local = autocast(local, lambda z: torch.rms_norm(z, (1,)))
-    (w,) = fit(spec.mesh, spec.varying, (weight, mine))
     if group is None:
+        (w,) = fit(spec.mesh, spec.varying, (weight, mine))
         lead = dims[0]
         y = stock(lambda z, w: torch.rms_norm(z, z.shape[lead:], w, eps), local.shape, local, w)
         return wrap(y, spec)
     if eps is None:
         eps = torch.finfo(accumulated(local.dtype)).eps
     if not local.is_complex():
-        way = Way(counts, n, group, eps, last=len(dims), centred=False)
+        (w,), blocks = _elementwise(spec, mine, weight)
+        way = Way(counts, n, group, eps, last=len(dims), centred=False, blocks=blocks)
         return wrap(normalise(local, w, None, way), spec)
+    (w,) = fit(spec.mesh, spec.varying, (weight, mine))
     total = comm.reduce(local.square().sum(dims, keepdim=True), group)
     (a,) = comm.vary(((total / sum(counts) + eps).rsqrt(),), group)
     y = local * a if w is None else local * a * w

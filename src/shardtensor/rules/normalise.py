@@ -21,7 +21,22 @@ from torch import Tensor
 from .. import comm
 from .._torch import probe
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
-from .numbers import Numbers, constant, gathered, numbers_of, rounded, summed, tensor_of, tensors
+from .numbers import (
+    Blocks,
+    Numbers,
+    constant,
+    gathered,
+    numbers_of,
+    rounded,
+    slices,
+    summed,
+    summed_beside,
+    tensor_of,
+    tensors,
+)
+
+# gradients of weight and bias
+Weights = tuple[Tensor | None, ...]
 
 # standard deviations that a mean may lie from zero for the fast kernel, which rounds at its size
 FAR = 16.0
@@ -36,7 +51,8 @@ class Way:
     (batch norm), with `apart` the channels of each sample, of which `width` share a statistic; with
     `last` dims normalised elementwise they are what those dims leave, and weights lie along those.
     centred: with a mean; else that is taken as zero. scattered: samples that lie in another order
-    than rows first, which a shard of one sample need not show.
+    than rows first, which a shard of one sample need not show. blocks: for every rank the (start,
+    stop) of the last dims that it has, where weights are whole; none where they are cut like these.
     """
 
     counts: Counts
@@ -48,6 +64,19 @@ class Way:
     last: int = 0
     centred: bool = True
     scattered: bool = False
+    blocks: Blocks = ()
+
+    def own(self, weight: Tensor | None) -> Tensor | None:
+        """This rank's part of a weight, as a view."""
+        if weight is None or not self.blocks or self.group is None:
+            return weight
+        return weight[slices(self.blocks[comm.rank(self.group)])]
+
+    def parts(self, *weights: Tensor | None) -> Sequence[Tensor | None]:
+        """This rank's parts of weights, whose gradients are summed as those of other values."""
+        if not self.blocks:
+            return weights
+        return [None if w is None else self.own(*self.deal(w)) for w in weights]
 
     def rows(self, x: Tensor) -> Tensor:
         """x as (samples, rows, ...)."""
@@ -89,6 +118,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         if way.last:
             y = _affine(rows, ctx.slope, 0.0, ctx.mean, ctx.slope).view(x.shape)
+            weight, bias = way.own(weight), way.own(bias)
             if weight is not None:
                 y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
             elif bias is not None:
@@ -115,11 +145,13 @@ class _Normalise(torch.autograd.Function):
             dw, db = elementwise(g, x, weight, bias, mean, slope, way, needs)
             times = 1.0
             if weight is not None:
-                g = torch.mul(g, weight, out=torch.empty_like(x))
+                own = way.own(weight)
+                assert own is not None
+                g = torch.mul(g, own, out=torch.empty_like(x))
         else:
             times = _of_rows(weight, x, way, 1.0)
         rows, g = way.rows(x), way.rows(g)
-        along, total = _sums(rows, g, mean, slope, way)
+        along, total, (dw, db) = _sums(rows, g, mean, slope, way, (dw, db))
         if not way.last:
             dw = _of_channels(along, weight, x, way) if needs[1] else None
             db = _of_channels(total, bias, x, way) if needs[2] else None
@@ -217,9 +249,9 @@ def _of_part(rows: Tensor) -> tuple[Numbers, Numbers]:
 
 
 def _sums(
-    rows: Tensor, g: Tensor, mean: Numbers, slope: Numbers, way: Way
-) -> tuple[Numbers, Numbers]:
-    """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g."""
+    rows: Tensor, g: Tensor, mean: Numbers, slope: Numbers, way: Way, own: Weights
+) -> tuple[Numbers, Numbers, Weights]:
+    """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g; `own` whole."""
     n = rows.shape[1]
     if rows.numel():
         center, scale, one = tensors(rows, n, mean, slope, 1.0)
@@ -234,9 +266,14 @@ def _sums(
         parts.append(numbers_of(total))
         # the kernel took the rounded mean
         parts[0] = parts[0] - (mean - rounded(mean, rows)) * slope * parts[1]
-    if way.group is not None:
+    given = [w for w in own if w is not None]
+    if way.group is not None and way.blocks and given:
+        parts, wholes = summed_beside(rows, parts, given, way.blocks, way.group)
+        found = iter([whole.to(w.dtype) for whole, w in zip(wholes, given, strict=True)])
+        own = tuple(None if w is None else next(found) for w in own)
+    elif way.group is not None:
         parts = list(summed(rows, parts, way.group))
-    return parts[0], parts[1] if way.centred else 0.0 * parts[0]
+    return parts[0], parts[1] if way.centred else 0.0 * parts[0], own
 
 
 def _per_group(rows: Numbers, way: Way) -> Numbers:
@@ -282,9 +319,8 @@ def elementwise(
         dw, db = x.new_zeros(shape), x.new_zeros(shape)
     else:
         center, scale = tensors(x, mean.shape[0], mean, slope)
-        given = bias if weight is None else weight
-        assert given is not None
-        one = given.to(scale.dtype)
+        # of which only the shape is read
+        one = scale.new_empty(shape)
         _, dw, db = torch.ops.aten.native_layer_norm_backward(
             g, x, shape, center, scale, one, one, [False, needs[1], needs[2]]
         )
@@ -315,6 +351,7 @@ def _plainly(
 ) -> Tensor:
     """`normalise` in ops and collectives of which every derivative exists."""
     dtype = accumulated(x.dtype)
+    weight, bias = way.parts(weight, bias)
     if not way.centred:
         part = squares(x, x.new_zeros((), dtype=dtype), tuple(range(x.ndim - way.last, x.ndim)))
         total = part if way.group is None else comm.reduce(part, way.group)

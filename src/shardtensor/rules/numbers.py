@@ -7,6 +7,7 @@ and `reshape` runs on both. They have no gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..comm import groups, wire
 from .moments import accumulated
 
 Numbers = Any
+# for every rank the (start, stop) that it has of each dim
+Blocks = tuple[tuple[tuple[int, int], ...], ...]
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -101,6 +104,52 @@ def summed(like: Tensor, values: Sequence[Numbers], group: str, *, wide: bool = 
     dtype = torch.float64 if wide else accumulated(like.dtype)
     flat = _message(like, values, dtype)
     return _stacked(wire.addends(flat, group)).sum(0).reshape(len(values), len(values[0]))
+
+
+def summed_beside(
+    like: Tensor, values: Sequence[Numbers], own: Sequence[Tensor], blocks: Blocks, group: str
+) -> tuple[list[Numbers], list[Tensor]]:
+    """`summed`, and tensors of which each rank has its block, whole, in the same message."""
+    shape = [max(b for _, b in ends) for ends in zip(*blocks, strict=True)]
+    dtype = accumulated(like.dtype)
+    wholes = [x.new_empty(shape, dtype=dtype) for x in own]
+    parts = [numbers_of(x.reshape(-1)) for x in own]
+    first, each = sum(len(v) for v in values), [prod(b - a for a, b in of) for of in blocks]
+    flat = _message(like, [*values, *parts], dtype)
+    if wire.direct(flat, first + len(own) * max(each), len(blocks)):
+        found = wire.all_gather(flat, [[first + len(own) * n] for n in each], group)
+        sums = _stacked([f[:first] for f in found]).sum(0)
+        for f, n, block in zip(found, each, blocks, strict=True):
+            for i, whole in enumerate(wholes):
+                _put(whole, block, f[first + i * n : first + (i + 1) * n])
+    else:
+        # between zeros, whose sum is all of it
+        mine = slices(blocks[groups.rank(group)])
+        for i, whole in enumerate(wholes):
+            full = np.zeros(shape) if _on_host(whole) else torch.zeros_like(whole)
+            full[mine] = parts[i].reshape(own[i].shape)
+            parts[i] = full.reshape(-1)
+        flat = _message(like, [*values, *parts], dtype)
+        (total,) = wire.all_reduce([flat], "sum", group)
+        sums, every = _stacked([total[:first]])[0], ((0, n) for n in shape)
+        block = tuple(every)
+        for i, whole in enumerate(wholes):
+            n = whole.numel()
+            _put(whole, block, total[first + i * n : first + (i + 1) * n])
+    return list(sums.reshape(len(values), -1)), wholes
+
+
+def slices(block: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    """The index of a block of a tensor."""
+    return tuple([slice(a, b) for a, b in block])
+
+
+def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
+    shape = [b - a for a, b in block]
+    if _on_host(whole):
+        whole.numpy()[slices(block)] = flat.numpy().reshape(shape)
+    else:
+        whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
 
 def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
