@@ -131,3 +131,19 @@ def test_gradcheck(sizes):
             torch.autograd.gradcheck(Wrong.apply, (x,))
 
     simulate(2, run)
+
+
+def test_a_value_of_another_size_raises_on_all_ranks():
+    """Also where what a rank has of both fits by chance."""
+
+    def run():
+        x = st.distribute_tensor(torch.zeros(2, 8), make_mesh((2,)), [Shard(1)], src_data_rank=None)
+        v = x[:, :3] + 1
+        for write in (
+            lambda: x[:, -1:].copy_(v),
+            lambda: x.__setitem__((slice(None), slice(1)), v),
+        ):
+            with pytest.raises(RuntimeError, match="must match the existing size"):
+                write()
+
+    st.simulate(2, run)

@@ -258,6 +258,17 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     return a * b.sigmoid()
 
 
+def _check_expands(shape: torch.Size, target: torch.Size) -> None:
+    """Raise on all ranks what torch raises where local sizes happen not to fit."""
+    for d in range(-1, -1 - min(len(shape), len(target)), -1):
+        if shape[d] not in (1, target[d]):
+            raise RuntimeError(
+                f"The expanded size of the tensor ({target[d]}) must match the existing size "
+                f"({shape[d]}) at non-singleton dimension {d % len(target)}.  Target sizes: "
+                f"{list(target)}.  Tensor sizes: {list(shape)}"
+            )
+
+
 @rule("copy_")
 def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(input, ShardTensor):
@@ -268,6 +279,8 @@ def copy_(input: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             )
         return input.copy_(value._local, non_blocking)
     check_writable(input, "copy_")
+    if src.shape != input.shape:
+        _check_expands(src.shape, input.shape)
     spec, wanted = align_to(input._spec, input, src)
     (local,) = fit(spec.mesh, spec.varying, (src, wanted[1]))
     input._local.copy_(local, non_blocking)
