@@ -137,7 +137,8 @@ def test_weights_that_are_plain_replicated_or_cut(norm, most, monkeypatch):
             return F.rms_norm(x, (7, 5), w)
         return F.layer_norm(x, (7, 5), w, b)
 
-    for mesh, place in (((3,), T.shard(1, (4, 0, 3))), ((2, 2), T.On([Shard(0), Shard(1)]))):
+    batch = T.On([Shard(0), Shard(1)])
+    for mesh, place in (((3,), T.shard(1, (4, 0, 3))), ((2, 2), batch), ((1,), T.shard(1, (7,)))):
         for weight in (None, T.shard(0, (4, 0, 3))) if mesh == (3,) else (None,):
             T.hold(run, [x, w, b], [place, weight, None], mesh)
 

@@ -34,7 +34,7 @@ def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
     for dim in (spec.dims[d] for d in dims):
         shard = np.zeros(len(counts), np.int64)
         for axis in dim.axes:
-            shard = shard * spec.mesh.size(axis) + at[axis]
+            shard = shard * spec.mesh.size(axis) + at.get(axis, 0)
         counts = counts * np.diff(dim.edges)[shard] if dim.axes else counts * dim.size
     return (axes if len(counts) > 1 else ()), tuple(counts.tolist())
 
