@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def backward(request):
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
     os.environ["SHARDTENSOR_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+def pytest_runtest_setup(item):
+    """Worker processes are forks of one that has imported what any seed or optimizer imports, too."""
+    if item.get_closest_marker("gloo"):
+        forkserver.set_forkserver_preload(["shardtensor", "torch._dynamo"])
+        # the first time
+        forkserver.ensure_running()
 
 
 @pytest.fixture
