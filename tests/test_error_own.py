@@ -75,7 +75,6 @@ def mistakes():
         "sizes are whole numbers": lambda: st.init(a=1.5),
         "simulate inside simulate": lambda: st.simulate(2, print),
         "fsdp is 'some'; one of": lambda: st.Options(fsdp="some"),
-        "takes whole parameters": lambda: st.Options(fsdp="all", compile={}),
         "expected Options, or a mapping": lambda: st.parallelize(chain, mesh, [1]),
         "no nn.ModuleList; name the blocks": lambda: st.parallelize(chain, mesh, checkpoint=True),
         "no module of class Block": lambda: st.parallelize(chain, mesh, checkpoint=True, blocks=("Block",)),

@@ -95,7 +95,8 @@ def _fetch(
             out[:, part] = came
         else:
             torch.index_select(came, 0, place, out=out[:, part])
-    return out.view(entries, *x.shape[1:])
+    # no view, to which autograd would let nobody write
+    return out.view(entries, *x.shape[1:]).data
 
 
 def _deliver(
@@ -109,7 +110,7 @@ def _deliver(
         if place is not None:
             here = flat.new_zeros(sum(gets), here.shape[1]).index_add_(0, place, here)
         out[:, part].index_add_(0, rows, _moved(here, gets, gives, group, "put"))
-    return out.view(size, *values.shape[1:])
+    return out.view(size, *values.shape[1:]).data
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

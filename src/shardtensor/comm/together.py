@@ -41,6 +41,11 @@ def begin() -> None:
         _here.begun, _here.leaves, _here.fsdp = True, False, 0
 
 
+def forget() -> None:
+    """Begin anew, in another world."""
+    _here.begun = False
+
+
 def begin_model(fsdp: bool) -> None:
     """As `begin`, for a model of which no op sums gradients of parameters by itself.
 

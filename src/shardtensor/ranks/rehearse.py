@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .. import cache
 from .._torch import world
-from ..comm import groups
+from ..comm import groups, together
 from ..comm.counters import Sent
 from ..observe.network import DGX_H100 as DGX_H100
 from ..observe.network import Link as Link
@@ -70,6 +70,7 @@ def rehearse(
         raise RuntimeError("rehearse in a process of its own: torch.distributed is initialised")
     device = torch.device(device)
     cache.clear()
+    together.forget()
     with world.silent_world(rank, ranks):
         try:
             step = prepare()
@@ -86,6 +87,7 @@ def rehearse(
         finally:
             cache.clear()
             groups.forget()
+            together.forget()
     return Rehearsal(ranks, median(times), peak, tuple(t.sent))
 
 
