@@ -12,7 +12,7 @@ import shardtensor as st
 from shardtensor import testing as T
 from shardtensor._torch import attention as kernels
 from shardtensor.attention import blocks, strategy
-from shardtensor.attention.schedule import hops, pieces
+from shardtensor.attention.schedule import laid, pieces
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
 
 torch.manual_seed(0)
@@ -40,9 +40,9 @@ def test_pieces_are_the_causal_mask():
 
 def test_blocks_travel_only_to_who_needs_them():
     starts, sizes = (0, 4, 8, 12), (4, 4, 4, 4)
-    assert hops(4, starts, sizes, starts, sizes, False) == (3, 3, 3, 3)
-    assert hops(4, starts, sizes, starts, sizes, True) == (3, 2, 1, 0)
-    assert hops(4, (0, 4, 4, 8), (4, 0, 4, 4), starts, (4, 4, 0, 8), False) == (3, 3, 0, 3)
+    assert laid(4, starts, sizes, starts, sizes, False).hops == (3, 3, 3, 3)
+    assert laid(4, starts, sizes, starts, sizes, True).hops == (3, 2, 1, 0)
+    assert laid(4, (0, 4, 4, 8), (4, 0, 4, 4), starts, (4, 4, 0, 8), False).hops == (3, 3, 0, 3)
 
 
 def sent(n, causal, places, grad=True, dtype=D):

@@ -31,7 +31,7 @@ def attention_kernel(
         return _FLASH_CPU if fits else None
     if q.device.type != "cuda" or torch.version.hip or mask is not None:
         return None
-    width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+    width = _width(q, v)
     # heads of the width that the kernels get; nothing is copied to ask
     asked = _like(q, q.shape, width)
     keys, values = (_like(q, (*q.shape[:2], x.shape[2]), width) for x in (k, v))
@@ -46,6 +46,11 @@ def attention_kernel(
 
 # SDPBackend.CUDNN_ATTENTION
 _CUDNN_CHOICE = 3
+
+
+def _width(q: torch.Tensor, v: torch.Tensor) -> int:
+    """The width of the heads that the kernels get: a multiple of 8."""
+    return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
 
 
 def _like(q: torch.Tensor, rows: Sequence[int], width: int) -> torch.Tensor:
@@ -96,7 +101,7 @@ def _padded(kernel: AttentionKernel) -> AttentionKernel:
         return torch.nn.functional.pad(x, (0, more)) if more else x
 
     def forward(q: Any, k: Any, v: Any, bias: Any, causal: bool, scale: float) -> Any:
-        width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+        width = _width(q, v)
         found = (wide(x, width) for x in (q, k, v))
         out, lse = kernel.forward(*found, bias, causal, scale)
         return out[..., : v.shape[-1]], lse
@@ -104,7 +109,7 @@ def _padded(kernel: AttentionKernel) -> AttentionKernel:
     def backward(
         g: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any, causal: bool, scale: float
     ) -> Any:
-        width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+        width = _width(q, v)
         g, q_, k_, v_, out = (wide(x, width) for x in (g, q, k, v, out))
         found = kernel.backward(g, q_, k_, v_, bias, out, lse, causal, scale)
         return tuple(d[..., : x.shape[-1]] for d, x in zip(found, (q, k, v), strict=True))
@@ -154,7 +159,7 @@ def _flash_cuda_backward(
     # without dropout the kernel does not read its random state
     state, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in ([2], []))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), out, 
+        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), out,
         lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, unused,
         scale=scale,
     )  # fmt: skip

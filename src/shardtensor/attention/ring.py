@@ -151,7 +151,7 @@ def _attention_backward(
     held, home, grads = [k, v], list[Tensor](), list[Tensor]()
     for step in range(steps + 1):
         arriving = _pass(call, step, held, grads) if step < steps or step > 1 else None
-        every = list(call.seen(q, call.held(call.me, step)))
+        every = call.seen(q, call.held(call.me, step))
         # what queries find for all keys at once is not added up
         alone = len(every) == 1 and every[0].keys == (0, held[0].shape[2])
         own = [] if alone else [x.new_zeros(x.shape, dtype=dtype) for x in held]

@@ -76,28 +76,20 @@ def laid(
     causal: bool,
 ) -> Laid:
     """The spans of each rank, listed rank by rank, as many for each, and where keys must go."""
-    far = hops(n, q_starts, q_sizes, k_starts, k_sizes, causal)
     keys = _per_rank(n, k_starts, k_sizes)
     held = tuple([sum([size for _, size in spans]) for spans in keys])
     first, last = _ends(n, q_starts, q_sizes, k_starts, k_sizes, causal)
+    far = _hops(n, first, last)
     ends = tuple(first.tolist()), tuple(last.tolist())
     return Laid(_per_rank(n, q_starts, q_sizes), keys, held, far, max(far), *ends)
 
 
-def hops(
-    n: int,
-    q_starts: tuple[int, ...],
-    q_sizes: tuple[int, ...],
-    k_starts: tuple[int, ...],
-    k_sizes: tuple[int, ...],
-    causal: bool,
-) -> tuple[int, ...]:
+def _hops(n: int, first: Any, last: Any) -> tuple[int, ...]:
     """How many ranks on around the ring each block of keys must travel, to the last that needs it.
 
     After t hops block j is on rank (j + t) % n. A rank needs a block if the last of its queries
     sees the first of its keys.
     """
-    first, last = _ends(n, q_starts, q_sizes, k_starts, k_sizes, causal)
     # tops[l][i]: the largest of the 2^l ranks up to rank i, twice around the ring
     tops, width = [np.concatenate((last, last))], 1
     while 2 * width < n:

@@ -18,17 +18,21 @@ def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.rest = inputs[1:]
 
 
-class Vary(torch.autograd.Function):
-    """`vary` without the dispatcher, for use outside of tracing: views, a third of the cost."""
+class Identity(torch.autograd.Function):
+    """The identity, as views; a subclass says what `about` means to its backward."""
 
     @staticmethod
-    def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(x.view_as(x) for x in xs)
+    def forward(ctx: Any, about: Any, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.about = about
+        return tuple([x.view_as(x) for x in xs])
+
+
+class Vary(Identity):
+    """`vary` along a group without the dispatcher, outside of tracing: a third of the cost."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *reduce(grads, "sum", ctx.group)
+        return None, *reduce(grads, "sum", ctx.about)
 
 
 class Reduce(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .. import _torch
-from .sums import reduce_op
+from .sums import Identity, reduce_op
 
 # bytes of the gradients of one call up to which they wait, and of all that do
 SMALL, MOST = 2**16, 2**22
@@ -170,17 +170,12 @@ def _source(call: Call) -> tuple[Any, ...]:
 _running: WeakValueDictionary[int, Backward] = WeakValueDictionary()
 
 
-class Wait(torch.autograd.Function):
+class Wait(Identity):
     """The identity; backward gives the sums of the parts that `Start` took."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        return tuple([x.view_as(x) for x in xs])
-
-    @staticmethod
     def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
-        call: Call = ctx.call
+        call: Call = ctx.about
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: `Start` summed it
             return None, *parts
@@ -196,17 +191,12 @@ class Wait(torch.autograd.Function):
         return None, *[None if i is None else sums[i] for i in places]
 
 
-class Start(torch.autograd.Function):
+class Start(Identity):
     """The identity; backward hands in this rank's part of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        return tuple([x.view_as(x) for x in xs])
-
-    @staticmethod
     def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
-        call: Call = ctx.call
+        call: Call = ctx.about
         if torch.is_grad_enabled():
             return None, *reduce_op(list(parts), "sum", call.group)
         call.task = _torch.graph_task()

@@ -33,20 +33,9 @@ Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether operands must be made to meet: one is a DTensor, or they lie on several meshes."""
-    mesh = None
-    for x in args:
-        kind = x.__class__
-        if kind is ShardTensor:
-            if mesh is None:
-                mesh = x._spec.mesh
-            elif x._spec.mesh is not mesh and x._spec.mesh != mesh:
-                return True
-        elif kind is DTensor:
-            return True
-        elif kind is list or kind is tuple:
-            mesh = _mesh(x, mesh)
-            if mesh is _NOWHERE:
-                return True
+    mesh = _mesh(args, None)
+    if mesh is _NOWHERE:
+        return True
     return bool(kwargs) and _mesh(kwargs.values(), mesh) is _NOWHERE
 
 

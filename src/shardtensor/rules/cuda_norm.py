@@ -19,8 +19,8 @@ from ..cache import cached
 from ..comm import wire
 from . import normalise as program
 from .moments import GATHERED, accumulated
-from .normalise import Way
-from .numbers import tensor_of
+from .normalise import Way, of_channels, per_row
+from .numbers import tensor_of, track
 
 
 class Running(NamedTuple):
@@ -75,16 +75,13 @@ class _Normalise(torch.autograd.Function):
         mean, slope = _statistics(rows, way, running)
         if kept is not None:
             kept += [mean, slope**-2 - way.eps]
-        ctx.way, ctx.mean, ctx.slope = way, _per_row(mean, way), _per_row(slope, way)
+        ctx.way, ctx.mean, ctx.slope = way, per_row(mean, way), per_row(slope, way)
         ctx.save_for_backward(x, weight, bias)
         w, b = (None, None) if way.last else (_of_rows(v, x, way) for v in (weight, bias))
         if not x.numel():
             return torch.empty_like(x)
         y = torch.batch_norm_elemt(rows, w, b, ctx.mean, ctx.slope, way.eps).view(x.shape)
-        if way.last and weight is not None:
-            y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
-        elif way.last and bias is not None:
-            y += bias
+        y = program.scaled(y, weight, bias) if way.last else y
         # no view, to which autograd would let nobody write
         return y.data
 
@@ -107,8 +104,8 @@ class _Normalise(torch.autograd.Function):
         rows, g = way.rows(x), way.rows(g.to(x.dtype))
         total, along = _sums(g, rows, ctx.mean, ctx.slope, w, way)
         if not way.last:
-            dw = _of_channels(along * ctx.slope, weight, x, way) if needs[1] else None
-            db = _of_channels(total, bias, x, way) if needs[2] else None
+            dw = of_channels(along * ctx.slope, weight, x, way) if needs[1] else None
+            db = of_channels(total, bias, x, way) if needs[2] else None
         if not needs[0] or not x.numel():
             dx = torch.zeros_like(x) if needs[0] else None
             return dx, dw, db, None, None, None
@@ -118,7 +115,7 @@ class _Normalise(torch.autograd.Function):
                 g, total, along = g * w.view(shape).to(g.dtype), total * w, along * w
             w = None
             both = torch.stack((total, along)).view(2, -1, way.width).sum(2)
-            total, along = (_per_row(v, way) for v in both)
+            total, along = (per_row(v, way) for v in both)
         counts = _counts(way, x.device, torch.int32)
         dx = torch.batch_norm_backward_elemt(
             g, rows, ctx.mean, ctx.slope, w, total, along, counts
@@ -135,7 +132,8 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
         # the sums of so many ranks take one all-reduce; it is small arithmetic in float64
         wide = torch.float64
         mean, var = (tensor_of(v, wide) for v in program.whole_statistics(rows, way))
-        _move(running, mean, var, way.n)
+        if running is not None:
+            track(running[:2], (mean, var), way.n, running.momentum)
         return mean.to(dtype), (var + way.eps).rsqrt().to(dtype)
     if rows.numel():
         parts = rows if way.width == 1 else rows.view(1, n, way.width, *rows.shape[2:])
@@ -152,13 +150,6 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
     return torch.batch_norm_gather_stats_with_counts(
         found, found[:, :n], found[:, n:], moving, moved, by, way.eps, counts
     )
-
-
-def _move(running: Running | None, mean: Tensor, var: Tensor, n: int) -> None:
-    if running is not None:
-        for r, value in zip(running[:2], (mean, var * (n / max(1, n - 1))), strict=True):
-            if r is not None:
-                r.lerp_(value.to(r.dtype), running.momentum)
 
 
 def _sums(
@@ -187,23 +178,9 @@ def _counts(way: Way, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _dealt(tuple(way.width * c for c in way.counts if c), str(device), dtype)
 
 
-def _per_row(values: Tensor, way: Way) -> Tensor:
-    """For each row the value of its statistic."""
-    if way.width == 1:
-        return values
-    return values.unsqueeze(-1).expand(-1, way.width).reshape(-1)
-
-
 def _of_rows(weight: Tensor | None, x: Tensor, way: Way) -> Tensor | None:
     """Each row's weight, which is that of its channel."""
     if weight is None:
         return None
     weight = weight.to(accumulated(x.dtype))
     return weight.repeat(x.shape[0]) if way.apart and x.shape[0] != 1 else weight
-
-
-def _of_channels(rows: Tensor, weight: Tensor, x: Tensor, way: Way) -> Tensor:
-    """The gradient of a weight from what its rows add to it."""
-    if way.apart and x.shape[0] != 1:
-        rows = rows.reshape(x.shape[0], weight.numel()).sum(0)
-    return rows.to(weight.dtype)

@@ -30,7 +30,7 @@ from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
 from .normalise import Way
-from .numbers import Blocks, Numbers, move
+from .numbers import Blocks, Numbers, track
 from .pointwise import function_rule
 from .reduce import count
 
@@ -62,15 +62,6 @@ def buffer(name: str, x: Tensor | None) -> Tensor | None:
             )
         return x._local
     return x
-
-
-@torch.no_grad()
-def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: float) -> None:
-    """Move running statistics towards the mean and variance of n elements."""
-    mean, var = stats
-    for r, value in zip(running, (mean, var * (n / (n - 1)) if n > 1 else var), strict=True):
-        if isinstance(r, Tensor):
-            move(r, value, momentum)
 
 
 @torch.no_grad()

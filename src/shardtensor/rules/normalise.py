@@ -113,16 +113,12 @@ class _Normalise(torch.autograd.Function):
         rows = way.rows(x)
         mean, var = whole_statistics(rows, way)
         kept += [mean, var]
-        ctx.way, ctx.mean = way, _per_row(mean, way)
-        ctx.slope = _per_row((var + way.eps) ** -0.5, way)
+        ctx.way, ctx.mean = way, per_row(mean, way)
+        ctx.slope = per_row((var + way.eps) ** -0.5, way)
         ctx.save_for_backward(x, weight, bias)
         if way.last:
             y = _affine(rows, ctx.slope, 0.0, ctx.mean, ctx.slope).view(x.shape)
-            weight, bias = way.own(weight), way.own(bias)
-            if weight is not None:
-                y = y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
-            elif bias is not None:
-                y += bias
+            y = scaled(y, way.own(weight), way.own(bias))
         else:
             times, plus = _of_rows(weight, x, way, 1.0), _of_rows(bias, x, way, 0.0)
             y = _affine(rows, ctx.slope * times, plus, ctx.mean, ctx.slope).view(x.shape)
@@ -153,13 +149,13 @@ class _Normalise(torch.autograd.Function):
         rows, g = way.rows(x), way.rows(g)
         along, total, (dw, db) = _sums(rows, g, mean, slope, way, (dw, db))
         if not way.last:
-            dw = _of_channels(along, weight, x, way) if needs[1] else None
-            db = _of_channels(total, bias, x, way) if needs[2] else None
+            dw = of_channels(along, weight, x, way) if needs[1] else None
+            db = of_channels(total, bias, x, way) if needs[2] else None
         if not needs[0]:
             return None, dw, db, None, None
         # what varies along the statistic has no part in the sums and the slopes against x
-        by_x = -_per_row(_per_group(times * along, way), way) / way.n * slope**2
-        by_one = -_per_row(_per_group(times * total, way), way) / way.n * slope
+        by_x = -per_row(_per_group(times * along, way), way) / way.n * slope**2
+        by_one = -per_row(_per_group(times * total, way), way) / way.n * slope
         dx = _affine(rows, by_x, by_one, mean, slope)
         if x.dtype == accumulated(x.dtype):
             (a,) = tensors(x, rows.shape[1], times * slope)
@@ -168,6 +164,13 @@ class _Normalise(torch.autograd.Function):
             # coefficients of half precision would round all gradients of a channel alike
             dx += _affine(g, times * slope, 0.0, 0.0, slope)
         return dx.view(x.shape), dw, db, None, None
+
+
+def scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y * weight + bias, elementwise along the last dims, in place."""
+    if weight is not None:
+        return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
+    return y if bias is None else y.add_(bias)
 
 
 def _affine(rows: Tensor, a: Any, b: Any, center: Any, slope: Any) -> Tensor:
@@ -281,12 +284,12 @@ def _per_group(rows: Numbers, way: Way) -> Numbers:
     return rows if way.width == 1 else rows.reshape(-1, way.width).sum(1)
 
 
-def _per_row(values: Numbers, way: Way) -> Numbers:
+def per_row(values: Numbers, way: Way) -> Numbers:
     """For each row the value of its statistic."""
     if way.width == 1:
         return values
     if isinstance(values, Tensor):
-        return values.repeat_interleave(way.width)
+        return values.unsqueeze(-1).expand(-1, way.width).reshape(-1)
     return values.repeat(way.width)
 
 
@@ -300,9 +303,9 @@ def _of_rows(weight: Tensor | None, x: Tensor, way: Way, default: float) -> Any:
     return found.repeat(x.shape[0]) if isinstance(found, Tensor) else np.tile(found, x.shape[0])
 
 
-def _of_channels(rows: Numbers, weight: Tensor, x: Tensor, way: Way) -> Tensor:
+def of_channels(rows: Numbers, weight: Tensor, x: Tensor, way: Way) -> Tensor:
     """The gradient of a weight from what its rows add to it."""
-    if way.apart:
+    if way.apart and x.shape[0] != 1:
         rows = rows.reshape(x.shape[0], weight.numel()).sum(0)
     return tensor_of(rows, weight.dtype)
 

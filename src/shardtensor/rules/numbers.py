@@ -79,6 +79,15 @@ def move(x: Tensor, values: Numbers, by: float) -> None:
     into += by * (values - into)
 
 
+@torch.no_grad()
+def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: float) -> None:
+    """Move running statistics towards the mean and variance of n elements."""
+    mean, var = stats
+    for r, value in zip(running, (mean, var * (n / (n - 1)) if n > 1 else var), strict=True):
+        if isinstance(r, Tensor):
+            move(r, value, momentum)
+
+
 def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
