@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_models import MODELS
-from launches import PRETENDED, inferred, part, rank_of, trained
-from models import ViT
+from launches import PRETENDED, inferred, part, rank_of, trained, vit127, without_cudnn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor.attention import neighborhood
 from shardtensor.attention.strategy import strategy
 
 HERE = Path(__file__).parent
@@ -42,7 +42,6 @@ PARTS = {
 }  # fmt: skip
 # of arXiv 2605.11111, for one H100: seconds of a training step and GB of its memory
 PAPER = {"1024 s": 7.96, "2048 s": 31.4, "GB": 51.4}
-ViT127 = {"width": 768, "depth": 16, "heads": 16}
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -75,20 +74,19 @@ def vit() -> list[dict[str, Any]]:
         (1024, torch.bfloat16, False), (1024, torch.bfloat16, True), (2048, torch.bfloat16, True),
         (1024, torch.float32, True), (2048, torch.float32, True),
     ):  # fmt: skip
-        model = ViT((side, side), 8, 3, 3, **ViT127).cuda().to(dtype)
         make, shape = trained if train else inferred, (1, 3, side, side)
         runs = [(1, "plain"), *((n, way) for n in (2, 4, 8) for way in ("all_to_all", "ring"))]
         for n, way in runs:
             job = {"side": side, "dtype": str(dtype)[6:], "training": train, "ranks": n, "way": way}
             try:
                 if n == 1:
-                    step = make(model, torch.zeros(shape, device="cuda", dtype=dtype))
+                    whole = torch.zeros(shape, device="cuda", dtype=dtype)
+                    step = make(vit127(side, dtype), whole)
                     found = milliseconds(step, 3), peak(step)
                 else:
                     with rank_of(n) as mesh, strategy(way):
-                        whole = ViT((side, side), 8, 3, 3, **ViT127).cuda().to(dtype)
                         x = part(shape, 2, mesh, [side // n] * n, dtype)
-                        step = make(st.parallelize(whole, mesh), x)
+                        step = make(st.parallelize(vit127(side, dtype), mesh), x)
                         found = milliseconds(step, 3), peak(step)
                 rows.append({**job, "ms": found[0], "GB": found[1]})
             except torch.cuda.OutOfMemoryError as e:
@@ -184,8 +182,6 @@ def compiled() -> list[dict[str, Any]]:
 
 def natten() -> list[dict[str, Any]]:
     """Neighbourhood attention by NATTEN's kernels and by ours, where NATTEN is installed."""
-    from shardtensor.attention import neighborhood
-
     rows = []
     q, k, v = (torch.randn(1, 64, 64, 4, 32, device="cuda") for _ in range(3))
     found = neighborhood.installed(q, v)
@@ -319,9 +315,7 @@ def main() -> None:
     parser.add_argument("--part", choices=list(OWN), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if PRETENDED:
-        # it has none
-        torch.backends.cudnn.enabled = False
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn()
     if options.part:
         warnings.simplefilter("ignore")
         rows = OWN[options.part]()

@@ -197,18 +197,26 @@ def small(name: str, ranks: int, uneven: bool, by_op: bool = False) -> tuple[Cou
         return plain, counted(trained(st.parallelize(build().cuda(), mesh), x), by_op)
 
 
+def vit127(side: int, dtype: torch.dtype) -> nn.Module:
+    """The paper's ViT of 127 million parameters."""
+    return ViT((side, side), 8, 3, 3, width=768, depth=16, heads=16).cuda().to(dtype)
+
+
+def without_cudnn() -> None:
+    """The pretended GPU has none."""
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def large(side: int, train: bool, dtype: torch.dtype, ranks: int) -> dict[str, Counts]:
     """The paper's ViT by each way of attention, and plain."""
     make = trained if train else inferred
-    model = ViT((side, side), 8, 3, 3, 768, 16, 16).cuda().to(dtype)
-    found = {
-        "plain": counted(make(model, torch.zeros(1, 3, side, side, device="cuda", dtype=dtype)))
-    }
+    whole = torch.zeros(1, 3, side, side, device="cuda", dtype=dtype)
+    found = {"plain": counted(make(vit127(side, dtype), whole))}
     for way in ("all_to_all", "ring"):
         with rank_of(ranks) as mesh, strategy(way):
             x = part((1, 3, side, side), 2, mesh, [side // ranks] * ranks, dtype)
-            found[way] = counted(make(st.parallelize(model, mesh), x))
-            model = ViT((side, side), 8, 3, 3, 768, 16, 16).cuda().to(dtype)
+            found[way] = counted(make(st.parallelize(vit127(side, dtype), mesh), x))
     return found
 
 
@@ -227,9 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if PRETENDED:
-        # it has none
-        torch.backends.cudnn.enabled = False
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        without_cudnn()
     card = torch.cuda.get_device_name()
     print(f"torch {torch.__version__} on {card}; one of {options.ranks} ranks")
     print(

@@ -111,11 +111,14 @@ def messages(
         ]
         return dist.batch_isend_irecv(ops) if ops else []
 
-    facts = {}
-    if is_strict():
-        every = range(groups.size(group))
-        facts = {k: [of.get(r, 0) for r in every] for k, of in (("gives", gives), ("gets", gets))}
+    facts = sparse_facts(gives, gets, group) if is_strict() else {}
     return _start(post, received, send, group, label, facts)
+
+
+def sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
+    """Of the bytes to and from the ranks that are named: those to and from every rank."""
+    every = range(groups.size(group))
+    return dict(gives=[gives.get(r, 0) for r in every], gets=[gets.get(r, 0) for r in every])
 
 
 def all_gather(received: torch.Tensor, send: torch.Tensor, group: str) -> None:

@@ -91,7 +91,7 @@ def start_exchange(
     received = like.new_empty(sum(gets.values()) // item)
     given = list(gives.values())
     if not facts and looked_at():
-        facts = _sparse_facts(gives, gets, group)
+        facts = transport.sparse_facts(gives, gets, group)
     with sending(
         label, sum(given), len(given) - given.count(0), groups.size(group), group,
         dtype=like.dtype, **facts,
@@ -135,7 +135,7 @@ def start_all_to_all(
     of_some: dict[int, int] = {} if whole else dict(zip(among, gets, strict=True))
     facts = facts or dict(gives=gives, gets=gets)
     if not whole:
-        facts = _sparse_facts(to_some, of_some, group)
+        facts = transport.sparse_facts(to_some, of_some, group)
     own = gives[groups.rank(group)] if whole else 0
     nbytes = send.numel() * send.element_size() - own
     messages = len(gives) - gives.count(0) - (own > 0)
@@ -154,11 +154,6 @@ def _end(works: list[Any], entry: Sent | None, group: str, label: str) -> None:
     """Wait for what was started; who looks at a hang reads group and label from this frame."""
     for work in works:
         finish(work, entry)
-
-
-def _sparse_facts(gives: dict[int, int], gets: dict[int, int], group: str) -> dict[str, Any]:
-    every = range(groups.size(group))
-    return dict(gives=[gives.get(r, 0) for r in every], gets=[gets.get(r, 0) for r in every])
 
 
 def _post(
