@@ -1,6 +1,7 @@
 """What a trace tells: ops, lines, times, waiting, memory; and what it costs when it is off."""
 
 import json
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import shardtensor as st
 from shardtensor import _torch
 from shardtensor._torch import probe
+from shardtensor.comm import clock, counters
 from shardtensor.comm.counters import Sent
 from shardtensor.observe.hangs import here
 from shardtensor.observe.timeline import Part, Timeline
@@ -247,3 +249,122 @@ def test_gather_of_simulated_ranks():
         return sorted(t.gather().waits())
 
     assert st.simulate(3, run) == [[0, 1, 2]] * 3
+
+
+class Device:
+    """A GPU as `torch.cuda` shows it, which comes to each event a second after the one before."""
+
+    def __init__(self):
+        self.events, self.waits, self.capturing = 0, [], False
+        self.cuda, device = self, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                device.events += 1
+                self.at = device.events
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        self.Event = Event
+
+    def current_device(self):
+        return 0
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def synchronize(self, device):
+        self.waits.append(self.events)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    found = Device()
+    monkeypatch.setattr(clock, "torch", found)
+    monkeypatch.setattr(counters, "devices", lambda group: ["cuda"])
+    monkeypatch.setattr(counters, "_on_gpu", lambda args: True)
+    return found
+
+
+def in_order(t):
+    """(op, begin, end, seconds inside) by the device's clock, from the first."""
+    items = [(c.op, c.begin, c.end, c.end - c.begin) for c in t.calls]
+    items += [(s.collective, s.begin, s.end, s.seconds) for s in t.sent]
+    start = min(begin for _, begin, _, _ in items)
+    return [(op, round(a - start), round(b - start), round(s)) for op, a, b, s in items]
+
+
+def test_times_of_a_device(gpu):
+    """Marks when a collective begins, is started, is waited for, is over; one wait, at the end."""
+
+    def run():
+        x = rows()
+        with st.trace() as t:
+            x.sum()
+            inside = len(gpu.waits)
+        return in_order(t), inside, len(gpu.waits), t.table(), t.timeline().table(), t.end
+
+    ((found, inside, waits, table, lines, end),) = st.simulate(1, run)
+    assert found == [("sum", 0, 1, 1)] and (inside, waits) == (0, 1) and end > 0
+    (found, inside, waits, table, lines, _), _ = st.simulate(2, run)
+    (_, a, b, _), (name, begin, over, seconds) = found
+    # the other rank, in the same process, has the same device
+    assert name == "all_reduce" and a < begin < over < b and 2 <= seconds < over - begin
+    assert inside == 0 or waits > inside
+    assert table.splitlines()[0].endswith("clock") and table.splitlines()[1].endswith("device")
+    assert lines.splitlines()[1].endswith("device")
+
+
+def test_times_of_a_device_in_nested_traces(gpu):
+    def run():
+        x = rows()
+        with st.trace() as outer:
+            x.sum()
+            with st.trace() as inner:
+                x.mean()
+            x.amax()
+        parts = pickle.loads(pickle.dumps(outer.part()))
+        return in_order(outer), in_order(inner), [c.clock for c in parts.calls]
+
+    ((outer, inner, clocks),) = st.simulate(1, run)
+    # the end of the inner one is a mark, too
+    assert outer == [("sum", 0, 1, 1), ("mean", 2, 3, 1), ("amax", 5, 6, 1)]
+    assert inner == [("mean", 0, 1, 1)] and clocks == ["device"] * 3
+
+
+def test_what_is_captured_has_the_clock_of_the_host(gpu):
+    def run():
+        x = rows()
+        with st.trace() as t:
+            gpu.capturing = True
+            x.sum()
+            gpu.capturing = False
+        return [c.clock for c in t.calls], t.timeline().table()
+
+    ((clocks, table),) = st.simulate(1, run)
+    assert clocks == ["host"] and table.endswith("host") and not gpu.waits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nothing_waits_in_a_trace_of_a_gpu():
+    def run():
+        mesh = make_mesh((2,), device="cuda")
+        x = torch.zeros(1, 2, 24, 16, device="cuda")
+        x = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None)
+        model = net().cuda()
+        model(x).sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with st.trace() as t:
+                model(x).sum().backward()
+                # the end may wait
+                torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return {c.clock for c in t.calls} | {s.clock for s in t.sent}
+
+    assert st.simulate(2, run) == [{"device"}] * 2

@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
 from .._torch import probe
 from ..caller import call_of_user
-from .groups import members
+from .clock import DeviceClock, Marks
+from .groups import devices, members
 from .observers import Hooks, looked_at, simulated_rank, thread
 
 
@@ -25,7 +27,8 @@ class Sent:
 
     op, rule, line: of the user's call that it belongs to, in backward of the forward call, if that
     was traced. begin, end: of time.perf_counter(), to when its result was there. seconds: that this
-    rank spent in it: starting it, and waiting for it.
+    rank spent in it: starting it, and waiting for it. clock: who got there then, the "host" or the
+    "device". marks: of the device, read when the trace ends.
     """
 
     collective: str
@@ -40,11 +43,16 @@ class Sent:
     begin: float = 0.0
     end: float = 0.0
     peers: tuple[int, ...] = ()
+    clock: str = "host"
+    marks: Marks | None = None
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of the user on ShardTensors. first, last: autograd's numbers of its nodes."""
+    """One call of the user on ShardTensors. first, last: autograd's numbers of its nodes.
+
+    clock, marks: as of `Sent`.
+    """
 
     op: str
     rule: str
@@ -53,6 +61,8 @@ class Call:
     first: int
     last: int = -1
     end: float = 0.0
+    clock: str = "host"
+    marks: Marks | None = None
 
 
 @dataclass(eq=False)
@@ -64,7 +74,9 @@ class Record:
     calls: list[Call] = field(default_factory=list)
     gathered: list[tuple[str, int]] = field(default_factory=list)
     # called after each call of the user
-    sample: Callable[[], None] | None = None
+    sample: Callable[[Call], None] | None = None
+    # marks what happens on a GPU
+    clock: DeviceClock | None = None
 
     def origin(self, number: int) -> Call | None:
         """The call that made this node of autograd."""
@@ -106,6 +118,8 @@ class sending:
             self.mine = [r for r in records if r.rank == me]
             if self.mine:
                 self.item = _noted(self.mine[0], *self.args)
+                if "cuda" in devices(group):
+                    self.item.marks = _marks(self.mine)
         return self.item
 
     def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
@@ -117,6 +131,8 @@ class sending:
         elif self.item is not None:
             self.item.end = time.perf_counter()
             self.item.seconds = self.item.end - self.item.begin
+            if self.item.marks is not None:
+                self.item.marks.add()
             for record in self.mine:
                 record.sent.append(self.item)
 
@@ -138,6 +154,21 @@ def _noted(
     item.peers = members(group)
     item.begin = time.perf_counter()
     return item
+
+
+def _marks(mine: Iterable[Record]) -> Marks | None:
+    """What begins here on a GPU, if one of these records has a clock of it."""
+    clock = next((r.clock for r in mine if r.clock is not None), None)
+    return None if clock is None else Marks(clock)
+
+
+def _on_gpu(values: Iterable[Any]) -> bool:
+    """Whether a call runs on a GPU: by its first tensor."""
+    for value in values:
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, torch.Tensor):
+            return first.is_cuda
+    return False
 
 
 def named(name: str) -> AbstractContextManager[Any]:
@@ -174,6 +205,9 @@ def explaining() -> Iterator[None]:
 def finish(work: Any, item: Sent | None = None) -> None:
     """Wait for a collective that was started; item: what `sending` gave for it."""
     begin = time.perf_counter()
+    marks = None if item is None else item.marks
+    if marks is not None:
+        marks.add()
     if Hooks.explained is None:
         work.wait()
     else:
@@ -182,6 +216,8 @@ def finish(work: Any, item: Sent | None = None) -> None:
     if item is not None:
         item.end = time.perf_counter()
         item.seconds += item.end - begin
+    if marks is not None:
+        marks.add()
 
 
 def called(op: str, args: Any, kwargs: Any = None) -> Any:
@@ -190,22 +226,27 @@ def called(op: str, args: Any, kwargs: Any = None) -> Any:
 
 
 @contextmanager
-def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[list[Any]]:
+def running(
+    op: str, rule: str, args: Any = (), kwargs: Any = None, *, device: torch.device | None = None
+) -> Iterator[list[Any]]:
     """Note an op in every open record of this rank; collectives inside carry its name.
 
-    Whoever enters puts the op's result into the list.
+    Whoever enters puts the op's result into the list. device: where it runs, default: where its
+    first tensor is.
     """
     before = getattr(current_op, "name", "")
-    call = seen = error = None
+    seen = error = call = None
+    mine: list[Record] = []
     given: list[Any] = []
     if not before:
         seen = called(op, args, kwargs)
         me = simulated_rank()
-        for record in records:
-            if record.rank == me:
-                if call is None:
-                    line, first = call_of_user()[0], probe.sequence_nr()
-                    call = Call(op, rule, line, time.perf_counter(), first)
+        mine = [r for r in records if r.rank == me]
+        if mine:
+            call = Call(op, rule, call_of_user()[0], time.perf_counter(), probe.sequence_nr())
+            if _on_gpu(args) if device is None else device.type == "cuda":
+                call.marks = _marks(mine)
+            for record in mine:
                 record.calls.append(call)
     current_op.name = op
     try:
@@ -219,9 +260,11 @@ def running(op: str, rule: str, args: Any = (), kwargs: Any = None) -> Iterator[
             Hooks.called(seen, args, given, error)
         if call is not None:
             call.end, call.last = time.perf_counter(), probe.sequence_nr()
-            for record in records:
+            if call.marks is not None:
+                call.marks.add()
+            for record in mine:
                 if record.sample is not None:
-                    record.sample()
+                    record.sample(call)
 
 
 def gathering(op: str, nbytes: int) -> None:

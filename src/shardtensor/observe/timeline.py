@@ -66,17 +66,22 @@ class Timeline:
         return found
 
     def table(self) -> str:
-        """A line for each rank: seconds, in collectives, waiting for later ranks; MB sent; peak."""
+        """A line for each rank: seconds, in collectives, waiting for later ranks; MB sent; peak.
+
+        The clock is that of its collectives: the host's, the device's, or some of each.
+        """
         lines = [
             f"{'rank':>4} {'s':>9} {'in collectives':>15} {'waiting':>9} {'MB sent':>9} "
-            f"{'peak MiB':>9}"
+            f"{'peak MiB':>9} clock"
         ]
         waits = self.waits()
         for p in self.parts:
             peak = f"{max((b for _, b in p.memory), default=0) / MIB:9.1f}" if p.memory else "-"
+            clocks = "+".join(sorted({s.clock for s in p.sent})) or "host"
             lines.append(
                 f"{p.rank:4} {p.end - p.begin:9.3f} {sum(s.seconds for s in p.sent):15.3f} "
-                f"{waits[p.rank]:9.3f} {sum(s.bytes for s in p.sent) / 1e6:9.2f} {peak:>9}"
+                f"{waits[p.rank]:9.3f} {sum(s.bytes for s in p.sent) / 1e6:9.2f} {peak:>9} "
+                f"{clocks}"
             )
         return "\n".join(lines)
 
@@ -100,7 +105,7 @@ class Timeline:
             event("M", "thread_name", 0, args={"name": "ops"})
             for c in p.calls:
                 took = round(1e6 * (c.end - c.begin), 3)
-                facts = {"rule": c.rule, "line": c.line}
+                facts = {"rule": c.rule, "line": c.line, "clock": c.clock}
                 event("X", c.op, 0, cat="op", ts=at(c.begin), dur=took, args=facts)
             lanes: list[float] = []
             for s, wait in zip(p.sent, late[p.rank], strict=True):
@@ -115,6 +120,7 @@ class Timeline:
                     args={
                         "op": s.op, "rule": s.rule, "line": s.line, "backward": s.backward,
                         "bytes": s.bytes, "messages": s.messages, "ranks": s.ranks,
+                        "clock": s.clock,
                         "last rank came after us": round(1e6 * wait, 3),
                     },
                 )  # fmt: skip

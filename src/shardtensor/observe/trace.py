@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from .._torch import probe
 from ..comm import counters, groups, wire
+from ..comm.clock import DeviceClock
 from .timeline import Part, Timeline
 
 
@@ -21,10 +23,27 @@ class Trace:
     """The ops and collectives of this rank inside a `trace()` block."""
 
     def __init__(self) -> None:
-        self.record = counters.Record(counters.simulated_rank())
+        me = counters.simulated_rank()
+        # one for all open traces of a rank, whose entries are the same
+        clock = next((r.clock for r in counters.records if r.rank == me and r.clock), None)
+        self.record = counters.Record(me, clock=clock or DeviceClock())
         # (seconds of perf_counter, bytes held beyond those at the start)
         self.memory: list[tuple[float, int]] = []
         self.begin = self.end = time.perf_counter()
+
+    def _stop(self) -> None:
+        """Read the marks that the GPU came to: the times of ops and collectives are of it."""
+        clock = self.record.clock
+        assert clock is not None
+        self.end = clock.stop()
+        entries: list[counters.Call | counters.Sent] = [*self.calls, *self.sent]
+        for item in entries:
+            times = None if item.marks is None else item.marks.times()
+            if times is not None:
+                item.begin, item.end, inside = times
+                item.clock = "device"
+                if isinstance(item, counters.Sent):
+                    item.seconds = inside
 
     @property
     def ops(self) -> list[tuple[str, str]]:
@@ -59,33 +78,35 @@ class Trace:
     def table(self, by: str = "op") -> str:
         """What was sent, a line for each op and collective, or by="line" for each line of yours.
 
-        Columns: calls, messages, bytes, milliseconds that this rank spent in them. Longest first.
+        Columns: calls, messages, bytes, milliseconds that this rank spent in them, by which clock:
+        the host's, or the device's, if it is a GPU, which the host runs ahead of. Longest first.
         """
         if by not in ("op", "line"):
             raise ValueError(f'by is {by!r}; one of "op", "line"')
-        rows: dict[tuple[str, str, str], list[float]] = {}
+        rows: dict[tuple[str, str, str, str], list[float]] = {}
         for s in self.sent:
             of = (s.line or "?") if by == "line" else s.op or "-"
             row = rows.setdefault(
-                (of, "backward" if s.backward else "", s.collective), [0, 0, 0, 0]
+                (of, "backward" if s.backward else "", s.collective, s.clock), [0, 0, 0, 0]
             )
             for i, v in enumerate((1, s.messages, s.bytes, 1e3 * s.seconds)):
                 row[i] += v
-        width = max([12, *(len(of) for of, _, _ in rows)])
+        width = max([12, *(len(of) for of, *_ in rows)])
         lines = [
             f"{by:{width}} {'':8} {'collective':12} {'calls':>6} {'messages':>9} {'bytes':>12} "
-            f"{'ms':>9}"
+            f"{'ms':>9} clock"
         ]
-        for (of, way, name), (c, m, b, t) in sorted(rows.items(), key=lambda r: -r[1][3]):
-            lines.append(f"{of:{width}} {way:8} {name:12} {c:6.0f} {m:9.0f} {b:12.0f} {t:9.2f}")
+        for (of, way, name, clock), (c, m, b, t) in sorted(rows.items(), key=lambda r: -r[1][3]):
+            line = f"{of:{width}} {way:8} {name:12} {c:6.0f} {m:9.0f} {b:12.0f} {t:9.2f} {clock}"
+            lines.append(line)
         return "\n".join(lines)
 
     def part(self, offset: float = 0.0) -> Part:
         """This rank's part of a timeline; offset: of its clock (s)."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return Part(
-            rank, offset, self.begin, self.end, list(self.calls), list(self.sent), self.memory
-        )
+        calls = [replace(c, marks=None) for c in self.calls]
+        sent = [replace(s, marks=None) for s in self.sent]
+        return Part(rank, offset, self.begin, self.end, calls, sent, self.memory)
 
     def timeline(self) -> Timeline:
         """Of this rank alone."""
@@ -110,7 +131,8 @@ def trace(*, memory: bool = False) -> Iterator[Trace]:
 
     memory: also what is allocated over time (CPU: by torch's profiler, which slows the program
     down; CUDA: after each op). Raises ValueError for that in a simulated rank, whose process is all
-    ranks'. Times of simulated ranks mean little: one runs at a time.
+    ranks'. Times of simulated ranks mean little: one runs at a time. What a GPU runs is timed by
+    CUDA events, so that nothing waits inside the block; its end waits for the GPU.
     """
     t = Trace()
     counters.records.append(t.record)
@@ -121,6 +143,7 @@ def trace(*, memory: bool = False) -> Iterator[Trace]:
                 yield t
             finally:
                 t.end = time.perf_counter()
+            t._stop()
     finally:
         counters.records.remove(t.record)
 
@@ -131,10 +154,11 @@ def _memory(t: Trace) -> Iterator[None]:
         raise ValueError("memory of a simulated rank: run ranks as processes")
     if torch.cuda.is_initialized():
         start = torch.cuda.memory_allocated()
-        t.record.sample = lambda: t.memory.append(
-            (time.perf_counter(), torch.cuda.memory_allocated() - start)
-        )
+        after: list[tuple[counters.Call, int]] = []
+        t.record.sample = lambda c: after.append((c, torch.cuda.memory_allocated() - start))
         yield
+        # when the device got there
+        t.memory += [(call.end, held) for call, held in after]
         return
     since = time.perf_counter() - time.time()
     with probe.allocating() as moves:

@@ -88,7 +88,8 @@ class Recipe:
                 stack.enter_context(kept)
             stack.enter_context(counters.named(f"shardtensor::{self.name}"))
             if counters.records:
-                stack.enter_context(counters.running(self.name, "lazy"))
+                running = counters.running(self.name, "lazy", device=self.device)
+                stack.enter_context(running)
             yield
 
 
