@@ -17,7 +17,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart fuzz campaigns operators zoo bench gpu endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart fuzz campaigns operators zoo bench tiled gpu endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,9 @@ zoo: .venv/.zoo ## Third-party models, unmodified, against one device
 
 bench: .venv/.stamp ## What a call costs over the plain one
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)
+
+tiled: .venv/.stamp ## Memory and time of models in parts on one device; ARGS=--large
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/tiled.py $(ARGS)
 
 gpu: .venv/.stamp ## Everything that needs a GPU, in at most 8 minutes: out/gpu/gpu.md
 	$(BIN)/python -W ignore benchmarks/gpu.py $(ARGS)

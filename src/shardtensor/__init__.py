@@ -15,6 +15,7 @@ from .observe.trace import trace
 from .ops import graph, points, sparse, spectral, sphere
 from .ops import natten as _natten  # noqa: F401
 from .ops import tracers as _tracers  # noqa: F401
+from .paged.tiled import tiled
 from .plan.check import check
 from .plan.search import plan
 from .ranks import testing
@@ -60,6 +61,7 @@ __all__ = [
     "sphere",
     "tensor_parallel",
     "testing",
+    "tiled",
     "trace",
 ]
 

@@ -39,7 +39,7 @@ from .dispatcher import (
     tell_dynamo,
     under_modes,
 )
-from .memory import owns_memory, same_memory, storage_ref
+from .memory import owns_memory, same_memory, storage_of, storage_ref, swap_memory
 from .ops import (
     OpOverload,
     OpOverloadPacket,
@@ -105,7 +105,9 @@ __all__ = [
     "same_memory",
     "saving_elsewhere",
     "skip_numbers",
+    "storage_of",
     "storage_ref",
+    "swap_memory",
     "tell_dynamo",
     "threaded_world",
     "under_modes",

@@ -38,3 +38,14 @@ def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.stride() == b.stride()
         and a.storage_offset() == b.storage_offset()
     )
+
+
+def storage_of(ref: Any) -> torch.UntypedStorage | None:
+    """The memory that `storage_ref` refers to, unless it is gone."""
+    found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+    return found
+
+
+def swap_memory(a: torch.UntypedStorage, b: torch.UntypedStorage) -> None:
+    """Let each of two have the other's memory, for all tensors that see it."""
+    a._swap_data_ptr_(b)

@@ -14,22 +14,25 @@ import torch.distributed as dist
 
 # torch 2.13 renamed all_gather_into_tensor
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# of the collectives of simulated worlds
+_numbers = itertools.count()
 
 
 @contextmanager
 def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[None]:
     """torch.distributed with one world per thread, whose groups rendezvous through `join`.
 
-    join(group name, group size, rank, collective, data) must run collective.work(list of every
-    rank's data) once and then return on every rank.
+    join(name of the collective, group size, rank, collective, data) must run collective.work(list
+    of every rank's data) once and then return on every rank. May be left, and entered again, while
+    no thread is in a collective.
     """
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-    numbers = itertools.count()
-
     class Collective:
         def __init__(self, size: int, collective: Any, pg: Any) -> None:
-            self.size, self.collective, self.key = size, collective, next(numbers)
+            self.size, self.collective, self.key = size, collective, next(_numbers)
+            if type(collective) is threaded.AllToAllBase:
+                self.collective = AllToAll()
 
         def join(self, rank: int, data: Any) -> Any:
             join(str(self.key), self.size, rank, self.collective, data)
@@ -55,6 +58,23 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
         threaded.ProcessLocalGroup.reset()
         threaded.Collective = kept
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+class AllToAll:
+    """all_to_all_single of simulated ranks; torch's own copies between all pairs, nothing, too."""
+
+    @torch.no_grad()
+    def work(self, datas: list[Any]) -> None:
+        n = len(datas)
+        gives = [list(sizes) if sizes else [x.shape[0] // n] * n for _, x, _, sizes in datas]
+        starts = [list(itertools.accumulate(g, initial=0)) for g in gives]
+        for to, (received, *_) in enumerate(datas):
+            at = 0
+            for source, (_, send, *_) in enumerate(datas):
+                k, start = gives[source][to], starts[source][to]
+                if k:
+                    received.detach()[at : at + k].copy_(send.detach()[start : start + k])
+                at += k
 
 
 def default_store() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from .._torch.world import group_of, is_silent
 from ..cache import cached, clear
 from ..errors import UnsupportedOpError
 from ..spec import Spec, axes_in
-from .observers import Hooks, simulated_rank
+from .observers import Hooks, simulated_rank, thread
 
 
 class _Facts(NamedTuple):
@@ -80,7 +80,6 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
             Hooks.meeting("new_group", ranks, {})
         made = group_of(ranks)
     assert made is not None
-    # ranks of a simulated world share this table, hence their number in the key
     name = _named(made)
     _devices.setdefault(name, set()).add(mesh.device_type)
     if Hooks.grouped is not None and simulated_rank() is None:
@@ -89,7 +88,8 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
 
 
 def _named(made: dist.ProcessGroup) -> str:
-    name = f"{made.group_name}:{dist.get_rank()}"
+    # ranks of simulated worlds share the tables, hence the numbers of both in the key
+    name = f"{made.group_name}:{dist.get_rank()}:{thread.__dict__.get('world', '')}"
     _groups[name] = made
     _facts[name] = _Facts(made.size(), made.rank(), is_silent(made))
     return name
@@ -163,8 +163,9 @@ def renew() -> None:
         _world = ref(now)
 
 
-def forget() -> None:
-    """Drop all groups, at the end of a simulated world."""
-    _groups.clear()
-    _devices.clear()
-    _facts.clear()
+def forget(world: int | None = None) -> None:
+    """Drop the groups of a simulated world that has ended; without its number, all."""
+    table: dict[str, Any]
+    for table in (_groups, _devices, _facts):  # type: ignore[assignment]
+        for name in [n for n in table if world is None or n.endswith(f":{world}")]:
+            table.pop(name, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 _numbers = count()
 
 
-class _Turns:
+class Turns:
     """Whose turn it is: one rank runs until it waits or ends."""
 
     def __init__(self, world_size: int) -> None:
@@ -43,21 +43,29 @@ class _Turns:
         self.stuck: RankError | None = None
         # with which ranks mark the leaves that they accumulate gradients in
         self.number = next(_numbers)
+        # ranks that wait for the world to be taken up again, and who waits for them
+        self.outside: set[int] = set()
+        self.back = threading.Event()
+
+    def order(self, rank: int) -> Iterable[int]:
+        """All ranks, those first that are to run first after this one has stopped."""
+        n = len(self.go)
+        return ((rank + step) % n for step in range(1, n + 1))
 
     def next_after(self, rank: int) -> None:
         """Give the turn to the next rank that can run."""
-        n = len(self.go)
         if self.errors and self.stuck is None:
             r, error = next(iter(self.errors.items()))
             self.stuck = RankError(f"rank {r} raised {described(error)}")
-        for step in range(1, n + 1):
-            r = (rank + step) % n
+        for r in self.order(rank):
             if r in self.ended:
                 continue
             if r not in self.waiting or self.waiting[r][0]() or self.stuck:
                 self.go[r].set()
                 return
-        if len(self.ended) < n:
+        if self.ended | self.outside == set(range(len(self.go))):
+            self.back.set()
+        else:
             waits = {r: self.placed(r, w) for r, (_, w) in sorted(self.waiting.items())}
             what = ", ".join(f"rank {r} in {position(w)}" for r, w in waits.items())
             gone = "".join(f"; rank {r} raised {text}" for r, text in sorted(self.left.items()))
@@ -85,6 +93,13 @@ class _Turns:
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
 
+    def leave(self) -> None:
+        """Wait until all ranks do, and the world is taken up again."""
+        me = counters.simulated_rank()
+        assert me is not None
+        self.outside.add(me)
+        self.wait(me, lambda: me not in self.outside, {"collective": "what is outside"})
+
     def pause(self) -> None:
         """Let another rank go first."""
         me = counters.simulated_rank()
@@ -110,9 +125,13 @@ class _Turns:
             parted = difference(placed) or difference(records)
             self.stuck = DivergenceError(parted)
             raise DivergenceError(parted)
-        collective.work([data for data, _, _ in met])
+        self.work(collective, [data for data, _, _ in met])
         del self.arrived[key]
         self.done.add(key)
+
+    def work(self, collective: Any, datas: list[Any]) -> None:
+        """Move what the ranks of a group brought."""
+        collective.work(datas)
 
 
 def _called() -> str:
@@ -137,29 +156,84 @@ def simulate(
     transport: "strict" treats buffers as NCCL does, and raises TransportError where they are used
     carelessly; default: SHARDTENSOR_TRANSPORT, else "plain".
     """
-    chosen = wire.chosen(transport)
-    if counters.simulated_rank() is not None:
-        raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
-    turns = _Turns(world_size)
-    results: list[Any] = [None] * world_size
-    store = dist.HashStore()
-    before = torch.get_rng_state()
-    hook = sys.excepthook
+    world = World(world_size, fn, args, Turns(world_size), transport)
+    world.go_on()
+    return world.results
 
-    def run(rank: int) -> None:
+
+class World:
+    """Simulated ranks, which run where `go_on` is called: all until they end, or leave together."""
+
+    def __init__(
+        self,
+        world_size: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        turns: Turns,
+        transport: str | None = None,
+    ) -> None:
+        self.transport = wire.chosen(transport)
+        self.turns = turns
+        self.results: list[Any] = [None] * world_size
+        self.store = dist.HashStore()
+        self.random = torch.get_rng_state()
+        ranks = range(world_size)
+        self.threads = [
+            threading.Thread(target=self._run, args=(r, fn, args), daemon=True) for r in ranks
+        ]
+        self.begun = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether no rank is left that could go on."""
+        return len(self.turns.ended) == len(self.threads)
+
+    def go_on(self) -> None:
+        """Run all ranks until they end or leave; raises what `simulate` does, once they ended."""
+        if counters.simulated_rank() is not None:
+            raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
+        turns, before, hook = self.turns, torch.get_rng_state(), sys.excepthook
+        # a mesh of an earlier world may equal one of this
+        cache.clear()
+        turns.outside.clear()
+        turns.back.clear()
+        with _torch.threaded_world(turns.join):
+            if not self.begun:
+                self.begun = True
+                for t in self.threads:
+                    t.start()
+            turns.go[next(r for r in range(len(turns.go)) if r not in turns.ended)].set()
+            turns.back.wait()
+            if self.ended:
+                for t in self.threads:
+                    t.join()
+        cache.clear()
+        torch.set_rng_state(before)
+        # init_process_group puts "[rank0]" before every later traceback of this process
+        sys.excepthook = hook
+        if self.ended:
+            groups.forget(turns.number)
+            self._raise()
+
+    def _run(self, rank: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """What the thread of a rank does."""
+        turns = self.turns
         turns.go[rank].wait()
         turns.go[rank].clear()
         observers.thread.rank = rank
         observers.thread.left = turns.left
         observers.thread.world = turns.number
-        observers.thread.transport = chosen
+        observers.thread.transport = self.transport
         observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
-        torch.set_rng_state(before)
+        torch.set_rng_state(self.random)
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
-                results[rank] = fn(*args)
+                world_size = len(self.threads)
+                dist.init_process_group(
+                    "threaded", rank=rank, world_size=world_size, store=self.store
+                )
+                self.results[rank] = fn(*args)
                 wire.all_waited_for()
                 if dist.is_initialized():
                     dist.destroy_process_group()
@@ -169,24 +243,14 @@ def simulate(
         turns.ended.add(rank)
         turns.next_after(rank)
 
-    cache.clear()
-    with _torch.threaded_world(turns.join):
-        threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(world_size)]
-        for t in threads:
-            t.start()
-        turns.go[0].set()
-        for t in threads:
-            t.join()
-    cache.clear()
-    groups.forget()
-    torch.set_rng_state(before)
-    # init_process_group puts "[rank0]" before every later traceback of this process
-    sys.excepthook = hook
-    if turns.errors:
-        rank, error = min(turns.errors.items(), key=lambda e: isinstance(e[1], RankError))
+    def _raise(self) -> None:
+        """What the first rank raised that raised something of its own."""
+        errors = self.turns.errors
+        if not errors:
+            return
+        rank, error = min(errors.items(), key=lambda e: isinstance(e[1], RankError))
         kind = DivergenceError if isinstance(error, DivergenceError) else RankError
         # those of ranks name lines themselves
         text = f"{type(error).__name__}: {error}"
         text = text if isinstance(error, RankError) else described(error)
         raise kind(f"rank {rank}: {text}") from error
-    return results

@@ -1,0 +1,247 @@
+"""Memory and time of a model in parts on one device (`st.tiled`) beside the plain model.
+
+    OMP_NUM_THREADS=1 python benchmarks/tiled.py [--folder out] [--only unet] [--large]
+
+Each case runs in a process of its own on a sample in a file, and the plain model beside it where
+it fits into --most MiB. MiB: resident memory that the run needs beyond that of the program with
+its model, at most. Inference writes to a file, training makes the gradients of the mean square of
+the output. Difference: of outputs or gradients, over the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from models import UNet, ViT
+
+ROOT = Path(__file__).parent
+
+
+def unet3d(width: int) -> nn.Module:
+    """Two levels of 3 x 3 x 3 convolutions with group norm, and a skip."""
+
+    class UNet3d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = block(1, width), block(2 * width, 2 * width)
+            self.down = nn.Conv3d(width, 2 * width, 2, stride=2)
+            self.up = nn.ConvTranspose3d(2 * width, width, 2, stride=2)
+            self.last = nn.Sequential(block(2 * width, width), nn.Conv3d(width, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
+
+    def block(c_in: int, c_out: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv3d(c_in, c_out, 3, padding=1), nn.GroupNorm(2, c_out), nn.SiLU()
+        )
+
+    return UNet3d()
+
+
+def fno(size: int) -> nn.Module:
+    from bench_models import MODELS
+
+    return MODELS["FNO"][0](size)
+
+
+# model: (how it is made for an edge, dims beside batch and channel)
+MODELS = {
+    "unet": (lambda size: UNet(1, 1, width=4), 2),
+    "unet3d": (lambda size: unet3d(2), 3),
+    "vit": (lambda size: ViT((size, size), 16, 1, 1, width=64), 2),
+    "fno": (fno, 2),
+}
+# model, edge, training, parts (0: plain), MiB
+CASES = [
+    ("unet", 2048, False, 0, 0), ("unet", 2048, False, 16, 64),
+    ("unet", 2048, True, 0, 0), ("unet", 2048, True, 16, 128),
+    ("vit", 2048, True, 0, 0), ("vit", 2048, True, 8, 64),
+    ("fno", 1024, True, 0, 0), ("fno", 1024, True, 8, 64),
+    ("unet3d", 128, True, 0, 0), ("unet3d", 128, True, 16, 64),
+]  # fmt: skip
+LARGE = [
+    ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256), ("unet", 16384, False, 64, 512),
+    ("unet", 4096, True, 0, 0), ("unet", 4096, True, 32, 256),
+    ("unet3d", 256, True, 0, 0), ("unet3d", 256, True, 32, 512), ("unet3d", 512, False, 64, 512),
+    ("vit", 4096, True, 8, 128), ("fno", 2048, True, 16, 128),
+]  # fmt: skip
+
+
+def one(model: str, edge: int, train: bool, parts: int, mib: int, folder: Path) -> dict[str, Any]:
+    """Run one case in this process."""
+    make, ndim = MODELS[model]
+    torch.manual_seed(0)
+    net = make(edge).train(train)
+    channels = 2 if model == "fno" else 1
+    shape = (1, channels, *[edge] * ndim)
+    source = _source(folder / f"{model}_{edge}.npy", shape)
+    target = np.lib.format.open_memmap(
+        folder / f"{model}_{edge}_{parts}.npy", "w+", np.float32, (1, 1, *[edge] * ndim)
+    )
+    _warm(make(128), channels, ndim)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begin, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
+    paging = None
+    if parts == 0:
+        with torch.set_grad_enabled(train):
+            y = net(torch.from_numpy(np.array(source)))
+        if train:
+            y.square().mean().backward()
+        else:
+            target[:] = y.numpy()
+    else:
+        run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
+        with torch.set_grad_enabled(train):
+            run.run(lambda net, mesh: _step(net, mesh, source, target, train))
+        paging = run.paging
+    target.flush()
+    found = dict(
+        MiB=_status("VmHWM") - before,
+        seconds=time.perf_counter() - begin,
+        cpu=time.process_time() - cpu,
+    )
+    if train:
+        grads = [p.grad for p in net.parameters()]
+        torch.save(grads, folder / f"{model}_{edge}_{parts}.pt")
+    if paging:
+        found |= dict(spilled=paging.spilled / 2**20, most=paging.most / 2**20)
+    return found
+
+
+def _warm(net: nn.Module, channels: int, ndim: int) -> None:
+    """What any program with the model has in memory."""
+    x = torch.randn(1, channels, *[32 if ndim == 3 else 128] * ndim)
+    net(x).square().mean().backward()
+    st.simulate(2, lambda: None)
+
+
+def _step(
+    net: nn.Module, mesh: DeviceMesh, source: np.ndarray, target: np.ndarray, train: bool
+) -> None:
+    """On a rank: its rows of the source through the model, to gradients or rows of the target."""
+    spec = st.Spec.of(mesh, [Shard(2)], source.shape)
+    a, b = spec.spans[2]
+    local = torch.from_numpy(np.array(source[:, :, a:b]))
+    x = st.ShardTensor.from_local(local, mesh, [Shard(2)], sizes={2: spec.dims[2].sizes})
+    del local
+    y = net(x)
+    del x
+    if train:
+        loss = y.square().mean()
+        del y
+        loss.backward()
+    else:
+        a, b = y._spec.spans[2]
+        target[:, :, a:b] = y.to_local().numpy()
+
+
+def _source(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers in a file, made slab by slab."""
+    if not path.exists():
+        made = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        random = np.random.default_rng(1)
+        for a in range(0, shape[2], 64):
+            part = made[:, :, a : a + 64]
+            part[:] = random.standard_normal(part.shape, np.float32)
+        made.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def _status(what: str) -> float:
+    """MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(what)).split()[1]) / 1024
+
+
+def _difference(model: str, edge: int, train: bool, parts: int, folder: Path) -> float:
+    """Of a case from the plain one, over the largest value."""
+    if train:
+        pairs = zip(
+            *(torch.load(folder / f"{model}_{edge}_{n}.pt") for n in (0, parts)), strict=True
+        )
+        known = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs]
+        # that of a bias in front of a norm is nothing but rounding
+        return max(gap for gap, _ in known) / max(most for _, most in known)
+    a, b = (np.load(folder / f"{model}_{edge}_{n}.npy", mmap_mode="r") for n in (0, parts))
+    rows = range(0, edge, 64)
+    most = max(float(np.abs(a[:, :, r : r + 64]).max()) for r in rows)
+    return max(float(np.abs(a[:, :, r : r + 64] - b[:, :, r : r + 64]).max()) for r in rows) / most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("out/tiled"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--large", action="store_true", help="sizes that take minutes")
+    parser.add_argument("--most", type=int, default=12000, help="MiB that the plain model may take")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        print(json.dumps(one(*json.loads(options.one), options.folder)))
+        return
+    print("| model | | parts | budget MiB | MiB | s | CPU s | spilled MiB | difference |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    plain: set[tuple[Any, ...]] = set()
+    for case in LARGE if options.large else CASES:
+        if not case[0].startswith(options.only):
+            continue
+        model, edge, train, parts, mib = case
+        found = _alone(case, options)
+        kind = "training" if train else "inference"
+        name = f"| {model} {edge}^{MODELS[model][1]} | {kind} | {parts or 'plain'} | {mib or ''} |"
+        if isinstance(found, str):
+            print(f"{name} {found} | | | | |", flush=True)
+            continue
+        if parts == 0:
+            plain.add((model, edge, train))
+        known = parts and (model, edge, train) in plain
+        gap = f"{_difference(model, edge, train, parts, options.folder):.0e}" if known else ""
+        print(
+            f"{name} {found['MiB']:.0f} | {found['seconds']:.1f} | {found['cpu']:.1f} | "
+            f"{found['spilled']:.0f} |" if parts else
+            f"{name} {found['MiB']:.0f} | {found['seconds']:.1f} | {found['cpu']:.1f} | |",
+            f"{gap} |", flush=True,
+        )  # fmt: skip
+
+
+def _alone(case: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any] | str:
+    """A case in a process of its own; or what ended it."""
+    limit = options.most * 2**20
+
+    def limited() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    command = [sys.executable, "-W", "ignore", __file__, "--folder", str(options.folder)]
+    done = subprocess.run(
+        [*command, "--one", json.dumps(case)], capture_output=True, text=True,
+        preexec_fn=limited, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
+        return "out of memory" if "memory" in last else last
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

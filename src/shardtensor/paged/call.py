@@ -1,0 +1,206 @@
+"""One call of a model in parts, as one node of autograd."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.utils import _pytree as pytree
+
+from .. import _torch
+from ..errors import RankError, UnsupportedOpError
+from ..tensor import ShardTensor
+from ..tensor.construct import distribute_tensor
+from ..tensor.shard_tensor import wrap
+from .pager import Pager
+from .ranks import Ranks
+
+# sessions whose outputs went where ranks could not be ended
+_left: list[Session] = []
+
+
+class Session(Ranks):
+    """One call: after forward its ranks wait for what comes to the outputs in backward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: tuple[int, ...],
+        dims: tuple[int, ...],
+        pager: Pager,
+        given: Any,
+    ) -> None:
+        leaves, self.tree = pytree.tree_flatten(given)
+        self.leaves = leaves
+        self.tensors = [x for x in leaves if isinstance(x, Tensor)]
+        self.dims = _dims_of(self.tensors, dims)
+        super().__init__(model, parts, pager)
+        # of the outputs: whole tensors by number, else what rank 0 gave
+        self.found: list[Any] = []
+        # which are tensors
+        self.kinds: list[bool] = []
+        self.out_tree: Any = None
+        # by number of the output, and of the given tensor
+        self.cotangents: list[Tensor | None] = []
+        self.of_inputs: list[Tensor | None] = [None] * len(self.tensors)
+        self.of_parameters: list[Tensor | None] = [None] * len(self.parameters)
+
+    def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        given = [self._placed(x, mesh) for x in self.tensors]
+        tensors = iter(given)
+        leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
+        del args, kwargs, leaves
+        outputs = [_no_addends(y) for y in outputs]
+        first = mesh.get_rank() == 0
+        if first:
+            self.out_tree = tree
+            self.kinds = [isinstance(y, Tensor) for y in outputs]
+            self.ended_forward(model)
+        self._deliver(outputs, first)
+        if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
+            return
+        self.world.turns.leave()
+        pairs = [
+            (y, _like(y, g))
+            for y, g in zip(outputs, self.cotangents, strict=True)
+            if g is not None and y.requires_grad
+        ]
+        del outputs
+        # nodes hold what they need
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        for i, x in enumerate(given):
+            if x.grad is not None:
+                self._gather(self.of_inputs, i, x.grad, x, first)
+        if first:
+            self.of_parameters = self.gradients(model)
+
+    def _placed(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        """This rank's part of a given tensor, or all of it, with gradients of its own."""
+        lead = self.tensors[0]
+        if any(d >= x.ndim or x.shape[d] != lead.shape[d] for d in self.dims):
+            return x.detach().requires_grad_(x.requires_grad and self.grad)
+        made = distribute_tensor(x, mesh, [Shard(d) for d in self.dims], src_data_rank=None)
+        return made.requires_grad_(x.requires_grad and self.grad)
+
+    def _deliver(self, outputs: list[Any], first: bool) -> None:
+        """Put this rank's part of the outputs where the whole ones are made."""
+        self.found += [None] * (len(outputs) - len(self.found))
+        for i, y in enumerate(outputs):
+            if isinstance(y, Tensor):
+                self._gather(self.found, i, y, y, first)
+            elif first:
+                self.found[i] = y
+
+    @torch.no_grad()
+    def _gather(self, wholes: list[Any], i: int, y: Tensor, like: Tensor, first: bool) -> None:
+        """Write this rank's part of a tensor that is cut like another into the i-th whole one."""
+        if not isinstance(y, ShardTensor):
+            if first:
+                with _torch.outside_modes():
+                    wholes[i] = y.detach().clone()
+            return
+        if isinstance(like, ShardTensor) and y._spec != like._spec:
+            y = y.redistribute(like.device_mesh, like.placements)
+        if wholes[i] is None:
+            with _torch.outside_modes():
+                wholes[i] = torch.empty(y.shape, dtype=y.dtype)
+        wholes[i][_block(y)].copy_(y.to_local())
+
+    def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
+        """What the model gave, with these tensors."""
+        tensors = iter(outputs)
+        leaves = [
+            next(tensors) if kind else y for y, kind in zip(self.found, self.kinds, strict=True)
+        ]
+        self.found = []
+        return pytree.tree_unflatten(leaves, self.out_tree)
+
+    def end(self) -> None:
+        """End ranks that wait for a backward that will not come."""
+        if self.world.ended:
+            return
+        self.world.turns.stuck = RankError("the output of a tiled call is gone")
+        with suppress(RankError):
+            self.world.go_on()
+
+
+class _Waiting:
+    """What autograd keeps of a call: without it its ranks end."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __del__(self) -> None:
+        _left.append(self.session)
+        if threading.current_thread() is threading.main_thread():
+            end_left()
+
+
+class Call(torch.autograd.Function):
+    """A call as one node of autograd: (session, given tensors, parameters) to output tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, session: Session, *given: Tensor) -> tuple[Tensor, ...]:
+        session.go_on()
+        ctx.set_materialize_grads(False)
+        if not session.world.ended:
+            ctx.waiting = _Waiting(session)
+        outputs = tuple(y for y in session.found if isinstance(y, Tensor))
+        plain = [y for y in outputs if not (y.is_floating_point() or y.is_complex())]
+        ctx.mark_non_differentiable(*plain)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        session: Session = ctx.waiting.session
+        if session.world.ended:
+            raise RuntimeError(
+                "backward through a tiled call a second time: its ranks have ended; call it again"
+            )
+        arrived = iter(cotangents)
+        session.cotangents = [next(arrived) if kind else None for kind in session.kinds]
+        session.go_on()
+        return None, *session.of_inputs, *session.of_parameters
+
+
+def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims that are cut, from the front. Raises unless the tensors can be cut here."""
+    if not tensors or any(not -tensors[0].ndim <= d < tensors[0].ndim for d in dims):
+        raise ValueError(f"tiled along dim {dims}: the first tensor that is given needs them")
+    if any(isinstance(x, ShardTensor) for x in tensors):
+        raise ValueError("tiled takes plain tensors: it cuts them itself")
+    if any(x.device.type != "cpu" for x in tensors):
+        raise UnsupportedOpError("tiled runs on the CPU: its parts' memory is mapped to files")
+    return tuple(d % tensors[0].ndim for d in dims)
+
+
+def _no_addends(y: Any) -> Any:
+    if not isinstance(y, ShardTensor) or not y._spec.partial:
+        return y
+    return y.redistribute(
+        y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements]
+    )
+
+
+def _block(y: ShardTensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole."""
+    return tuple(slice(a, b) for a, b in y._spec.spans)
+
+
+def _like(y: Tensor, g: Tensor) -> Tensor:
+    """This rank's part of a whole cotangent."""
+    return wrap(g[_block(y)], y._spec) if isinstance(y, ShardTensor) else g
+
+
+def end_left() -> None:
+    while _left:
+        _left.pop().end()

@@ -1,0 +1,138 @@
+"""`tiled`: a model on a sample whose activations do not fit, exactly, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from .. import _torch
+from ..tensor import ShardTensor
+from .call import Call, Session, end_left
+from .pager import Pager, Paging
+from .ranks import Ranks
+
+T = TypeVar("T")
+
+
+def tiled(
+    model: nn.Module,
+    parts: int | Sequence[int],
+    dim: int | Sequence[int],
+    *,
+    memory: int,
+    spill: str | Path,
+) -> Tiled:
+    """The model, called as before, on inputs whose activations need more memory than there is.
+
+    Inputs are cut into `parts` along `dim` (or along several dims), the ranks of a simulated world
+    which run one after another up to where they meet, and exchange halos, keys or statistics there
+    as on as many devices. What they hold, and what is kept for backward, lies in files beyond
+    `memory` bytes: so values and gradients are those of the plain call, unlike those of tiles that
+    are blended, dropout, too.
+
+        predict = st.tiled(model, 16, dim=2, memory=2**30, spill="/scratch")
+        loss = F.mse_loss(predict(x), y)
+        loss.backward()        # gradients of model.parameters(), as after model(x)
+
+    parts: how many; each should fit several times into memory. dim: of the first tensor that is
+    given, as those that have it in the same size are cut; the others are given whole. memory:
+    bytes of the ranks' tensors of 64 KiB or more that stay in memory together; beside them are
+    weights, inputs and outputs, and what an op needs while it runs. spill: a folder on a disk, not
+    in memory (tmpfs); what is there has no name and goes with the process.
+
+    `run` gives a step the sharded model itself, for inputs and outputs in files. Python state that
+    forward changes, and new buffers, stay with the ranks' copies of the model; buffers come back.
+    Raises ValueError for arguments that do not fit, UnsupportedOpError for tensors that are not on
+    the CPU and on other systems than Linux, and what `simulate` raises for errors of the model. A
+    second derivative raises RuntimeError.
+    """
+    return Tiled(model, parts, dim, memory, spill)
+
+
+class Tiled:
+    """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: int | Sequence[int],
+        dim: int | Sequence[int],
+        memory: int,
+        spill: str | Path,
+    ) -> None:
+        self.model = model
+        self.parts = (parts,) if isinstance(parts, int) else tuple(parts)
+        self.dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        self.memory, self.spill = memory, Path(spill)
+        self.paging = Paging()
+        if len(self.parts) != len(self.dims) or not self.parts or min(self.parts) < 1:
+            raise ValueError(f"{parts} parts along dim {dim}: one number of parts for each dim")
+        if any(isinstance(p, ShardTensor | DTensor) for p in model.parameters()):
+            raise ValueError("tiled takes a model of plain parameters: it runs on one device")
+        if memory <= 0:
+            raise ValueError(f"memory is {memory}: bytes that parts may hold together")
+        if not self.spill.is_dir():
+            raise ValueError(f"spill: there is no folder {self.spill}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
+        end_left()
+        session = Session(self.model, self.parts, self.dims, self._pager(), (args, kwargs))
+        given = [*session.tensors, *(session.parameters if session.grad else [])]
+        outputs = Call.apply(session, *given)
+        return session.rebuilt(outputs)
+
+    def run(self, step: Callable[[nn.Module, DeviceMesh], T]) -> T:
+        """step(model, mesh) on every rank, the model and all it makes in files beyond the memory.
+
+        The step makes or reads its inputs as ShardTensors on the mesh, (with `shardtensor.io`, say,
+        so that a sample lies nowhere whole), calls the model, and may call backward on a loss: the
+        gradients are added to those of the model's parameters. Returns what rank 0 returned; that
+        is to be plain (a ShardTensor raises ValueError).
+        """
+        end_left()
+        work = _Step(self.model, self.parts, self._pager(), step)
+        work.go_on()
+        result: Any = work.result
+        return result
+
+    def _pager(self) -> Pager:
+        pager = Pager(self.memory, self.spill)
+        self.paging = pager.done
+        return pager
+
+
+class _Step(Ranks):
+    """A step of the user's."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: tuple[int, ...],
+        pager: Pager,
+        step: Callable[[nn.Module, DeviceMesh], Any],
+    ) -> None:
+        self.step, self.result = step, None
+        super().__init__(model, parts, pager)
+
+    def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        result = self.step(model, mesh)
+        if any(isinstance(x, ShardTensor) for x in pytree.tree_leaves(result)):
+            raise ValueError(
+                "the step returned a ShardTensor, whose ranks end here: return full_tensor(), or "
+                "write it to a file"
+            )
+        if mesh.get_rank() == 0:
+            self.result = result
+            self.ended_forward(model)
+            with torch.no_grad(), _torch.outside_modes():
+                for p, g in zip(self.parameters, self.gradients(model), strict=True):
+                    if g is not None:
+                        p.grad = g if p.grad is None else p.grad + g
