@@ -44,7 +44,7 @@ from shardtensor.plan.ledger import Ledger
 from shardtensor.ranks.testing import tensors
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
-from shardtensor.train import reducer
+from shardtensor.train import parts as of_gradients
 
 FIELDS = ["model", "shape", "ranks", "peak", "share", "ratio", "weights", "where", "seconds"]
 ROOT = Path(__file__).parent.parent
@@ -190,17 +190,17 @@ def run(
 @contextmanager
 def booked(ledger: Ledger) -> Iterator[None]:
     """Parts of weights' gradients that wait for their bucket are gradients, too."""
-    add = reducer.Pass.add
+    add = of_gradients.Pass.add
 
-    def marked(self: Any, index: int, part: Tensor) -> None:
+    def marked(self: Any, place: Any, part: Tensor) -> None:
         ledger.mark("gradients", [part])
-        add(self, index, part)
+        add(self, place, part)
 
-    reducer.Pass.add = marked  # type: ignore[method-assign]
+    of_gradients.Pass.add = marked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        reducer.Pass.add = add  # type: ignore[method-assign]
+        of_gradients.Pass.add = add  # type: ignore[method-assign]
 
 
 def loss(out: Any) -> Tensor:

@@ -106,8 +106,19 @@ def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    """This rank's shard of a replicated tensor."""
-    return x if len(sizes) == 1 else ops.split(x, dim, cut(sizes), group)
+    """This rank's shard of a replicated tensor.
+
+    The gradient of a parameter that is summed with others (see `vary`) is gathered with others.
+    """
+    if len(sizes) == 1:
+        return x
+    slot = getattr(x, deferred.SLOT, None)
+    if slot is not None and slot.group == group and x.requires_grad and torch.is_grad_enabled():
+        traced = _torch.is_tracing() and type(slot) is not deferred.Twin
+        own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes))
+        if own is not None:
+            return own
+    return ops.split(x, dim, cut(sizes), group)
 
 
 def planned(

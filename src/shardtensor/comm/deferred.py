@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..cache import cached
+from ..cuts import Cut
 from . import groups
 
 
@@ -23,6 +25,9 @@ class Slot(Protocol):
     def use(self, x: Tensor) -> Tensor | None:
         """The parameter's value, whose gradient this rank's part is; None: sum it now."""
 
+    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
+        """This rank's rows of the value, whose gradient is theirs; None: gather it now."""
+
 
 class Twin:
     """The slot of a parameter while it is traced: its value is another input of the graph."""
@@ -32,6 +37,16 @@ class Twin:
 
     def use(self, x: Tensor) -> Tensor:
         return self.value
+
+    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor:
+        return rows(self.value, dim, sizes, self.group)
+
+
+def rows(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
+    """This rank's rows of a tensor, in memory of their own; their gradient is zero elsewhere."""
+    me = groups.rank(group)
+    own = x.narrow(dim, sizes.offsets[me], sizes[me])
+    return own.clone(memory_format=torch.contiguous_format)
 
 
 # the attribute of a parameter, or of a DTensor parameter's local tensor, that is its slot

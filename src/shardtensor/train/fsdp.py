@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from .. import comm
 from .._torch.dtensor import is_broken_fsdp, mend_fsdp
+from ..comm.deferred import rows
 from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
+from ..cuts import Cut
 from ..tensor import ShardTensor
 from .options import Options
 from .replaced import replacing
@@ -35,6 +37,9 @@ class Part:
 
     def use(self, x: Tensor) -> Tensor:
         return Weighted.apply(x, self.group)
+
+    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor:
+        return rows(self.use(x), dim, sizes, self.group)
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -26,7 +26,8 @@ from . import fsdp
 from .fsdp import local
 from .offload import offloaded
 from .options import Options
-from .reducer import Ranks, Reducer
+from .parts import Ranks
+from .reducer import Reducer
 from .replaced import check_made, replacing
 
 M = TypeVar("M", bound=nn.Module)

@@ -9,7 +9,7 @@ is left of a backward that breaks off: its state belongs to the graph and to tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -21,62 +21,12 @@ from torch.distributed.tensor import DTensor
 from .. import _torch, comm
 from .._torch import modules
 from ..comm import wire
-from ..comm.sums import reduce
+from ..comm.deferred import rows
+from ..cuts import Cut
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
-from .checksum import LENGTH, Heads
-
-
-class Ranks:
-    """Whom gradients are summed and averaged over, and what is under way to them.
-
-    domain: ranks that share samples, whose parts are added up. data: those that have the same part
-    of other samples, over which gradients are averaged. everyone: both.
-    """
-
-    def __init__(self, domain: str, data: str, everyone: str) -> None:
-        self.domain, self.data, self.everyone = domain, data, everyone
-        self.copies = comm.size(data)
-        self.sent: list[Message] = []
-        self.heads, self.mean_heads = Heads(comm.size(everyone)), Heads(self.copies)
-        self.buckets = 0
-
-    def send(self, flat: Tensor, lengths: list[int], task: int) -> Message:
-        """Begin to sum a vector in place."""
-        for message in [m for m in self.sent if m.task != task]:
-            # of a backward that broke off, on all ranks at the same place
-            message.wait()
-        on_wire = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
-        work = None
-        if comm.size(self.everyone) > 1:
-            work = wire.start_all_reduce(on_wire, "sum", self.everyone, lengths)
-        message = Message(self, flat, work, task)
-        self.sent.append(message)
-        return message
-
-
-class Message:
-    """A vector of gradients that is being summed."""
-
-    def __init__(
-        self, ranks: Ranks, flat: Tensor, work: Callable[[], Any] | None, task: int
-    ) -> None:
-        self.ranks, self.flat, self.work, self.task = ranks, flat, work, task
-        # what its head says
-        self.key: Any = None
-        self.shapes: list[Any] = []
-
-    def wait(self) -> None:
-        """End the sum, and average."""
-        if self not in self.ranks.sent:
-            return
-        self.ranks.sent.remove(self)
-        if self.work is not None:
-            self.work()
-        if self.key is not None:
-            self.ranks.heads.read(self.key, self.flat[-LENGTH:], self.shapes)
-        if self.ranks.copies > 1:
-            self.flat.div_(self.ranks.copies)
+from .checksum import LENGTH
+from .parts import Pass, Place, Ranks
 
 
 @cache
@@ -127,7 +77,7 @@ class Bucket:
         self.slots: list[Slot] = []
         self.nbytes = 0
         self.batch: Batch | None = None
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[Place, Tensor] = {}
 
     def add(self, parameter: nn.Parameter) -> int:
         """Take a parameter; returns the bucket's bytes."""
@@ -140,13 +90,13 @@ class Bucket:
         self.nbytes += local.numel() * local.element_size()
         return self.nbytes
 
-    def use(self, index: int, x: Tensor) -> Tensor:
-        """A parameter's value, whose gradient is summed; its uses in one graph share the sum."""
-        value = self.values.get(index)
-        if value is None or not _torch.same_memory(value, x):
+    def use(self, place: Place, x: Tensor) -> Tensor:
+        """A parameter's value there, whose gradient is made whole; uses in one graph share that."""
+        value = self.values.get(place)
+        if value is None or not _torch.same_memory(value, place.of(x, self.ranks.domain)):
             if self.batch is None or value is not None:
                 self.batch, self.values = Batch(self), {}
-            value = self.values[index] = self.batch.use(index, x)
+            value = self.values[place] = self.batch.use(place, x)
         return value
 
     def close(self, batch: Batch) -> None:
@@ -178,7 +128,18 @@ class Slot:
     def use(self, x: Tensor) -> Tensor | None:
         """See `Bucket.use`; None if nobody sums any longer."""
         bucket = self._bucket()
-        return None if bucket is None else bucket.use(self.index, x)
+        return None if bucket is None else bucket.use(Place(self.index), x)
+
+    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
+        """This rank's rows of it, in memory of their own; likewise."""
+        bucket = self._bucket()
+        if bucket is None:
+            return None
+        if self.hook is not None or len(sizes) * max(sizes) > 2 * sizes.offsets[-1]:
+            # as addends: they are averaged with the others, or cheaper to send so
+            return rows(bucket.use(Place(self.index), x), dim, sizes, self.group)
+        own = bucket.use(Place(self.index, dim, sizes), x)
+        return own.clone(memory_format=torch.contiguous_format)
 
     def arrive(self, grad: Tensor) -> Tensor | None:
         """The parameter's gradient, whole and averaged; the hook that runs before all others."""
@@ -222,19 +183,19 @@ class Batch:
     def __init__(self, bucket: Bucket) -> None:
         self.ranks, self.slots, self.number = bucket.ranks, bucket.slots, bucket.number
         self._bucket = ref(bucket)
-        self.starts: dict[int, ref[Any]] = {}
+        self.starts: dict[Place, ref[Any]] = {}
         # by torch's number of the backward pass
         self.passes: dict[int, Pass] = {}
 
-    def use(self, index: int, x: Tensor) -> Tensor:
+    def use(self, place: Place, x: Tensor) -> Tensor:
         """x behind a `Wait` and a `Start`."""
-        held = _torch.apply(Wait, x, self, index)
+        held = _torch.apply(Wait, x, self, place)
         _torch.run_last(held.grad_fn)
-        value = _torch.apply(Start, held, self, index)
-        self.starts[index] = ref(value.grad_fn)
+        value = _torch.apply(Start, held, self, place)
+        self.starts[place] = ref(value.grad_fn)
         return value
 
-    def add(self, index: int, part: Tensor) -> None:
+    def add(self, place: Place, part: Tensor) -> None:
         """Take this rank's part of a gradient; send all parts if it is the last."""
         bucket = self._bucket()
         if bucket is not None:
@@ -245,103 +206,51 @@ class Batch:
             nodes = {i: node() for i, node in self.starts.items()}
             expected = {i for i, n in nodes.items() if n is not None and _torch.will_run(n)}
             found = self.passes[task] = Pass(self, expected, task)
-        found.add(index, part)
+        found.add(place, part)
 
-    def take(self, index: int) -> Tensor:
-        """The sum of all ranks' parts."""
+    def take(self, place: Place) -> Tensor:
+        """The whole gradient, made of all ranks' parts."""
         task = _torch.graph_task()
         found = self.passes[task]
-        whole = found.take(index)
+        whole = found.take(place)
         if not found.expected and not found.taken:
             del self.passes[task]
-        slot = self.slots[index]
+        slot = self.slots[place.index]
         if slot.hook is not None:
             slot.arrived = whole
         return whole
 
 
-class Pass:
-    """The parts of a bucket in one backward."""
-
-    def __init__(self, batch: Batch, expected: set[int], task: int) -> None:
-        self.ranks, self.number, self.expected, self.task = (
-            batch.ranks,
-            batch.number,
-            expected,
-            task,
-        )
-        self.parts: dict[int, Tensor] = {}
-        self.taken: dict[int, tuple[Message, Tensor]] = {}
-
-    def add(self, index: int, part: Tensor) -> None:
-        self.parts[index] = part
-        self.expected.discard(index)
-        if not self.expected:
-            self.send()
-
-    def send(self) -> None:
-        """Begin to sum what is there."""
-        parts = dict(sorted(self.parts.items()))
-        shapes = [p.shape for p in parts.values()]
-        vectors = [p.reshape(-1) for p in parts.values()]
-        key = None
-        if self.ranks.copies > 1:
-            # the others' samples may have taken another way
-            key = (self.number, *parts)
-            self.ranks.heads.begin()
-            vectors.append(self.ranks.heads.of(key, vectors[0]))
-        lengths = [v.numel() for v in vectors]
-        message = self.ranks.send(torch.cat(vectors), lengths, self.task)
-        message.key, message.shapes = key, shapes
-        for index, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
-            self.taken[index] = message, view.view(shape)
-        self.parts.clear()
-
-    def take(self, index: int) -> Tensor:
-        if index in self.parts:
-            # parts on other devices are still to come
-            self.send()
-        message, whole = self.taken.pop(index)
-        message.wait()
-        # where it came, but a tensor of its own: no view, whose versions are those of all
-        found = whole.new_empty(0)
-        return found.set_(
-            whole.untyped_storage(), whole.storage_offset(), whole.shape, whole.stride()
-        )
-
-
 class Wait(torch.autograd.Function):
-    """The identity; backward gives the sum of the parts that `Start` took."""
+    """The identity; backward gives what the parts that `Start` took are together."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch, index: int) -> Tensor:
-        ctx.batch, ctx.index = batch, index
+    def forward(ctx: Any, x: Tensor, batch: Batch, place: Place) -> Tensor:
+        ctx.batch, ctx.place = batch, place
         ctx.set_materialize_grads(False)
         return x.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
         # a gradient of this gradient is wanted: `Start` summed it
-        return (g if torch.is_grad_enabled() else ctx.batch.take(ctx.index)), None, None
+        return (g if torch.is_grad_enabled() else ctx.batch.take(ctx.place)), None, None
 
 
 class Start(torch.autograd.Function):
-    """The identity; backward hands in this rank's part of the gradient."""
+    """The value at its place; backward hands in this rank's part of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch, index: int) -> Tensor:
-        ctx.batch, ctx.index = batch, index
-        return x.detach()
+    def forward(ctx: Any, x: Tensor, batch: Batch, place: Place) -> Tensor:
+        ctx.batch, ctx.place = batch, place
+        return place.of(x.detach(), batch.ranks.domain)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
         if not torch.is_grad_enabled():
-            ctx.batch.add(ctx.index, g)
+            ctx.batch.add(ctx.place, g)
             # torch would keep it for `Wait` until all other nodes have run
             return None, None, None
-        if comm.size(ctx.batch.ranks.domain) > 1:
-            (g,) = reduce([g], "sum", ctx.batch.ranks.domain)
-        return g, None, None
+        return ctx.place.whole(g, ctx.batch.ranks.domain), None, None
 
 
 class Mean(torch.autograd.Function):

@@ -1,0 +1,158 @@
+"""Parts of gradients in one backward, and the messages that make them whole.
+
+Ranks have addends of the gradient of a parameter that meets shards whole: an all-reduce adds these
+up. Of one that is cut like shards each rank has the gradient of its own rows: an all-gather brings
+the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import comm
+from ..comm import wire
+from ..comm.gathers import gathered
+from ..cuts import Cut, cut
+from .checksum import LENGTH, Heads
+
+WHOLE = cut(())
+
+
+class Place(NamedTuple):
+    """A parameter of a bucket, and how its rows are cut where it is used; whole without sizes."""
+
+    index: int
+    dim: int = 0
+    sizes: Cut = WHOLE
+
+    def of(self, x: Tensor, group: str) -> Tensor:
+        """What is used of the parameter here."""
+        if not self.sizes:
+            return x
+        me = comm.rank(group)
+        return x.narrow(self.dim, self.sizes.offsets[me], self.sizes[me])
+
+    def whole(self, part: Tensor, group: str) -> Tensor:
+        """The whole gradient from every rank's part, at once and differentiably."""
+        if self.sizes:
+            return comm.gather(part, self.dim, self.sizes, group)
+        return comm.reduce(part, group)
+
+
+class Ranks:
+    """Whom gradients are summed and averaged over, and what is under way to them.
+
+    domain: ranks that share samples, whose parts are added up. data: those that have the same part
+    of other samples, over which gradients are averaged. everyone: both.
+    """
+
+    def __init__(self, domain: str, data: str, everyone: str) -> None:
+        self.domain, self.data, self.everyone = domain, data, everyone
+        self.copies = comm.size(data)
+        self.sent: list[Message] = []
+        self.heads, self.mean_heads = Heads(comm.size(everyone)), Heads(self.copies)
+        self.buckets = 0
+
+    def send(self, flat: Tensor, lengths: list[int], task: int) -> Message:
+        """Begin to sum a vector in place."""
+        for message in [m for m in self.sent if m.task != task]:
+            # of a backward that broke off, on all ranks at the same place
+            message.wait()
+        on_wire = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+        work = None
+        if comm.size(self.everyone) > 1:
+            work = wire.start_all_reduce(on_wire, "sum", self.everyone, lengths)
+        message = Message(self, flat, work, task)
+        self.sent.append(message)
+        return message
+
+
+class Message:
+    """A vector of gradients that is being summed."""
+
+    def __init__(
+        self, ranks: Ranks, flat: Tensor, work: Callable[[], Any] | None, task: int
+    ) -> None:
+        self.ranks, self.flat, self.work, self.task = ranks, flat, work, task
+        # what its head says
+        self.key: Any = None
+        self.shapes: list[Any] = []
+
+    def wait(self) -> None:
+        """End the sum, and average."""
+        if self not in self.ranks.sent:
+            return
+        self.ranks.sent.remove(self)
+        if self.work is not None:
+            self.work()
+        if self.key is not None:
+            self.ranks.heads.read(self.key, self.flat[-LENGTH:], self.shapes)
+        if self.ranks.copies > 1:
+            self.flat.div_(self.ranks.copies)
+
+
+class Pass:
+    """The parts of a bucket in one backward."""
+
+    def __init__(self, batch: Any, expected: set[Place], task: int) -> None:
+        self.ranks, self.number, self.expected, self.task = (
+            batch.ranks,
+            batch.number,
+            expected,
+            task,
+        )
+        self.parts: dict[Place, Tensor] = {}
+        # what brings it, if it is not there yet
+        self.taken: dict[Place, tuple[Message | None, Tensor]] = {}
+
+    def add(self, place: Place, part: Tensor) -> None:
+        self.parts[place] = part
+        self.expected.discard(place)
+        if not self.expected:
+            self.send()
+
+    def send(self) -> None:
+        """Begin to sum what is there, and gather it."""
+        parts = dict(sorted(self.parts.items()))
+        self.parts.clear()
+        addends = {p: g for p, g in parts.items() if not p.sizes}
+        rows = {p: g for p, g in parts.items() if p.sizes}
+        if addends:
+            self._sum(addends)
+        if rows:
+            dims, sizes = [p.dim for p in rows], [p.sizes for p in rows]
+            parts.clear()
+            wholes = gathered(list(rows.values()), dims, sizes, self.ranks.domain)
+            self.taken.update({p: (None, whole) for p, whole in zip(rows, wholes, strict=True)})
+
+    def _sum(self, parts: dict[Place, Tensor]) -> None:
+        shapes = [p.shape for p in parts.values()]
+        vectors = [p.reshape(-1) for p in parts.values()]
+        key = None
+        if self.ranks.copies > 1:
+            # the others' samples may have taken another way
+            key = (self.number, *(p.index for p in parts))
+            self.ranks.heads.begin()
+            vectors.append(self.ranks.heads.of(key, vectors[0]))
+        lengths = [v.numel() for v in vectors]
+        message = self.ranks.send(torch.cat(vectors), lengths, self.task)
+        message.key, message.shapes = key, shapes
+        for place, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
+            self.taken[place] = message, view.view(shape)
+
+    def take(self, place: Place) -> Tensor:
+        if place in self.parts:
+            # parts on other devices are still to come
+            self.send()
+        message, whole = self.taken.pop(place)
+        if message is not None:
+            message.wait()
+        # where it came, but a tensor of its own: no view, whose versions are those of all
+        found = whole.new_empty(0)
+        return found.set_(
+            whole.untyped_storage(), whole.storage_offset(), whole.shape, whole.stride()
+        )
