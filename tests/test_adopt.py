@@ -87,6 +87,40 @@ def kinds():
     assert not isinstance(grows, st.ShardTensor)
 
 
+def several():
+    """As an adaptive Fourier layer: each of a function's tensors, and rows of another dim."""
+    x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    value = x[0, 0]
+
+    def filtered():
+        real, imaginary = torch.zeros(9, 5, dtype=D), torch.zeros(9, 5, dtype=D)
+        both = torch.zeros(9, 5, 2, dtype=D)
+        real[2:7, :3] = value[2:7, :3]
+        imaginary[2:7, :3] = value[2:7, :3] * 2
+        for i, part in enumerate((real, imaginary)):
+            both[..., i] = part
+        return real, imaginary, both
+
+    with st.trace() as t:
+        found = filtered()
+    assert all(isinstance(y, st.ShardTensor) for y in found) and not t.gathered
+    want = torch.zeros(9, 5, dtype=D)
+    want[2:7, :3] = X[0, 0, 2:7, :3]
+    assert torch.equal(found[2].full_tensor(), torch.stack((want, want * 2), -1))
+
+    def listed():
+        out = torch.zeros(9, 5, dtype=D)
+        names = locals()
+        out[:] = value
+        return names
+
+    assert "out" in listed()
+
+
+def test_each_tensor_of_a_function():
+    st.simulate(2, several)
+
+
 @pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
 def test_what_stays_plain():
     st.simulate(2, kinds)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from inspect import CO_OPTIMIZED
 from typing import Any
 
 import torch
@@ -45,9 +46,11 @@ def adopt(
     cache.forget(x)
     mine = spec is not None and references == _USUAL and _is_variable(x) and _alone(x)
     group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
-    blank = mine and x.is_complex() and not torch.view_as_real(x).any()
+    # a plan takes what is filled with modes for zeros
+    fake = probe.is_fake(x)
+    blank = mine and x.is_complex() and (fake or not torch.view_as_real(x).any())
     agreed = wire.all_reduce([torch.tensor([mine, blank], device=x.device).int()], "min", group)
-    all_may, all_blank = agreed[0].tolist()
+    all_may, all_blank = (mine, blank) if fake else agreed[0].tolist()
     if not all_may or spec is None:
         return False
     if all_blank:
@@ -67,12 +70,25 @@ def adopt(
 def _is_variable(x: Tensor) -> bool:
     """Whether the calling code has x as a variable, not as an attribute or an element."""
     frame = caller()
-    return frame is not None and any(v is x for v in frame.f_locals.values())
+    if frame is None:
+        return False
+    names = frame.f_locals
+    found = any(v is x for v in names.values())
+    if frame.f_code.co_flags & CO_OPTIMIZED and _is_copy(names):
+        # the frame keeps it, and so would hold the function's other tensors a second time
+        names.clear()
+    return found
+
+
+def _is_copy(names: Any) -> bool:
+    """Whether the variables of a function are a copy (until Python 3.12) that only it has."""
+    # the frame's, the caller's, the argument's and getrefcount's own
+    return type(names) is dict and sys.getrefcount(names) == 4
 
 
 def _alone(x: Tensor) -> bool:
     """Whether a tensor's memory is its own, and no gradient flows through it."""
-    plain = type(x) is Tensor and x.is_leaf and not x.requires_grad
+    plain = (type(x) is Tensor or probe.is_fake(x)) and x.is_leaf and not x.requires_grad
     free = not weakref.getweakrefcount(x)
     return plain and free and x.layout is torch.strided and _torch.owns_memory(x)
 
