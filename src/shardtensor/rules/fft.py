@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
@@ -79,8 +80,14 @@ def fft(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def check(func: Any, x: ShardTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raise what torch raises for these arguments."""
-    kwargs = {k: v for k, v in kwargs.items() if k != "input"}
-    func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *args, **kwargs)
+    given = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+    named = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in kwargs.items())
+    _passes(func, x.shape, x.dtype, given, tuple(kv for kv in named if kv[0] != "input"))
+
+
+@cached
+def _passes(func: Any, shape: Any, dtype: torch.dtype, args: Any, kwargs: Any) -> None:
+    func(torch.empty(shape, dtype=dtype, device="meta"), *args, **dict(kwargs))
 
 
 # complex numbers as pairs ------------------------------------------------------------------------
