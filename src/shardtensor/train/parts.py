@@ -25,7 +25,7 @@ WHOLE = cut(())
 class Place(NamedTuple):
     """A parameter of a bucket, and how its rows are cut where it is used; whole without sizes."""
 
-    index: int
+    number: int
     dim: int = 0
     sizes: Cut = WHOLE
 
@@ -135,7 +135,7 @@ class Pass:
         key = None
         if self.ranks.copies > 1:
             # the others' samples may have taken another way
-            key = (self.number, *(p.index for p in parts))
+            key = (self.number, *(p.number for p in parts))
             self.ranks.heads.begin()
             vectors.append(self.ranks.heads.of(key, vectors[0]))
         lengths = [v.numel() for v in vectors]

@@ -215,7 +215,7 @@ class Batch:
         whole = found.take(place)
         if not found.expected and not found.taken:
             del self.passes[task]
-        slot = self.slots[place.index]
+        slot = self.slots[place.number]
         if slot.hook is not None:
             slot.arrived = whole
         return whole
