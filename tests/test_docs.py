@@ -171,9 +171,10 @@ def test_the_example_of_checkpoints(tmp_path, monkeypatch):
 
 
 def test_the_example_of_graphs():
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
-    names = {}
-    exec(block, names)
+    block, product = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
+    exec(product, names := {})
+    assert names["sizes"] == (25, 25, 25, 25)
+    exec(block, names := {})
     x, (source, target) = names["nodes"], names["edges"]
     messages = (x[source] - x[target]).relu()
     mean = torch.zeros_like(x).index_reduce(0, target, messages, "mean", include_self=False)

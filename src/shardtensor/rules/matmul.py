@@ -18,7 +18,7 @@ from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, refuse_not_dense
-from . import labels
+from . import labels, sparse
 from .labels import Labels
 from .reduce import wide
 from .trial import tried
@@ -39,13 +39,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 # as `fit` does, at half its cost
                 w = weight if group is None else comm.vary((weight,), group, spec.mesh)[0]
                 return wrap(F.linear(input._local, w), out)
-            x, w, b = fit(spec.mesh, spec.varying, (input, spec.dims), (weight, None), (bias, None))
-            return wrap(F.linear(x, w, b), out)
+            if not sparse.is_sparse(weight):
+                given = (input, spec.dims), (weight, None), (bias, None)
+                return wrap(F.linear(*fit(spec.mesh, spec.varying, *given)), out)
     if bias is not None and input.ndim == 2:
         _kernel_of_sums(weight)
     free = _labels("n", input.ndim - 1)
     lw: Labels = ("o", "k") if weight.ndim == 2 else ("k",)
-    product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
+    if sparse.is_sparse(weight) and input.ndim > 2 and not sparse.foldable(input):
+        sparse.refuse_batched("linear")
+    product = _of_sparse(weight, input, input.ndim - 1, False) if input.ndim else None
+    if product is None:
+        product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
     return product if bias is None else torch.add(product, _cast(bias, product))
 
 
@@ -75,7 +80,49 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         raise RuntimeError("matmul: both arguments need to be at least 1D")
     if input.dtype in _NO_KERNEL:
         tried(torch.matmul, input, other)
-    return labels.run(_products(input.ndim, other.ndim), torch.matmul, input, other)
+    return _product(torch.matmul, input, other, False)
+
+
+def _product(op: Any, input: Tensor, other: Tensor, sparse_grad: bool) -> Tensor:
+    """op, a product of matrices, of which one may be sparse."""
+    found = _of_sparse(input, other, max(other.ndim - 2, 0), False, sparse_grad)
+    if found is None:
+        found = _of_sparse(other, input, input.ndim - 1, True, sparse_grad)
+    if found is not None:
+        return found
+    return labels.run(_products(input.ndim, other.ndim), op, input, other)
+
+
+def _of_sparse(
+    s: Tensor, x: Tensor, d: int, turned: bool, sparse_grad: bool = False
+) -> Tensor | None:
+    """The product where s is sparse and shards have to be cared for."""
+    if not sparse.is_sparse(s):
+        return None
+    if x.ndim > 2 and not (d == x.ndim - 1 and sparse.foldable(x)):
+        sparse.refuse_batched("matmul")
+    return sparse.product(s, x, d, turned, sparse_grad)
+
+
+@rule("_sparse_mm")
+def sparse_mm(sparse: Tensor, dense: Tensor, reduce: str | None = None) -> Tensor:
+    """torch.sparse.mm: of matrices, whose sparse one gets a sparse gradient."""
+    if reduce is not None:
+        raise UnsupportedOpError(
+            f"torch.sparse.mm with reduce={reduce!r} of shards: write it as index_select and "
+            "scatter_reduce over the entries"
+        )
+    if sparse.ndim != 2 or dense.ndim != 2:
+        raise RuntimeError("sparse.mm: expected two matrices")
+    return _product(torch.sparse.mm, sparse, dense, True)
+
+
+@rule("_sparse_addmm")
+def sparse_addmm(
+    mat: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """torch.sparse.addmm."""
+    return _plus(sparse_mm(mat1, mat2), mat, beta, alpha)
 
 
 @cached
