@@ -34,6 +34,7 @@ from ..cuts import Cut, cut
 from . import groups, wire
 from .define import paired
 from .exchanges import FILL, Exchange, exchange, spread, windows_of
+from .formats import empty
 from .pack import numel_but, others, packed, unpacked
 
 Ints = Sequence[int]
@@ -45,16 +46,6 @@ def _resized(shape: Ints, dim: int, n: int) -> list[int]:
     found = list(shape)
     found[dim] = n
     return found
-
-
-def _empty(x: Tensor, shape: Ints) -> Tensor:
-    """An empty tensor in the memory format of x."""
-    if not x.is_contiguous():
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
-        if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return x.new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
-    return x.new_empty(shape)
 
 
 # adjoints call what is defined below them
@@ -75,13 +66,14 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     flat, most = x.contiguous().reshape(-1), rest * max(sizes)
     if wire.direct(flat, most, n):
         shapes = [_resized(shape, dim, k) for k in sizes]
-        return torch.cat(wire.all_gather(flat, shapes, group), dim)
+        parts = wire.all_gather(flat, shapes, group)
+        return torch.cat(parts, dim, out=empty(x, _resized(shape, dim, sizes.offsets[-1])))
     rows = wire.all_gather_rows(flat, spread(sizes, rest, -1), most, group)
     if numel_but(shape, *range(dim, len(shape))) == 1 and (_in_order(sizes) or n <= MOVED):
         # they came in order: no second whole tensor; results of a dispatcher op may not be views
         found = _closed_up(rows, sizes, rest)
         return found.view(_resized(shape, dim, sizes.offsets[-1])).data
-    return unpacked(rows, x.new_empty(_resized(shape, dim, sizes.offsets[-1])), dim, sizes)
+    return unpacked(rows, empty(x, _resized(shape, dim, sizes.offsets[-1])), dim, sizes)
 
 
 def _closed_up(rows: Tensor, sizes: Cut, rest: int) -> Tensor:
@@ -105,7 +97,7 @@ def _in_order(sizes: Cut) -> bool:
 def _split(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     me = groups.rank(group)
     own = x.narrow(dim, sizes.offsets[me], sizes[me])
-    return own.clone(memory_format=torch.contiguous_format)
+    return empty(x, own.shape).copy_(own)
 
 
 def _lift_cut(dim: int, sizes: Ints, group: str) -> tuple[Any, ...]:
@@ -119,7 +111,7 @@ def _lower_cut(dim: int, sizes: Cut, group: str) -> tuple[Any, ...]:
 gather, gather_op = paired(
     "gather(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _gather,
-    lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes.offsets[-1])),
+    lambda x, dim, sizes, group: empty(x, _resized(x.shape, dim, sizes.offsets[-1])),
     lambda g, *facts: split(g, *facts),
     _lift_cut,
     _lower_cut,
@@ -127,7 +119,7 @@ gather, gather_op = paired(
 split, split_op = paired(
     "split(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _split,
-    lambda x, dim, sizes, group: x.new_empty(_resized(x.shape, dim, sizes[groups.rank(group)])),
+    lambda x, dim, sizes, group: empty(x, _resized(x.shape, dim, sizes[groups.rank(group)])),
     gather,
     _lift_cut,
     _lower_cut,
@@ -156,7 +148,7 @@ def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Ten
             for n in of:
                 rows.append((*before, n, *after))
         received = wire.exchange(sends, shapes, x, group, "window", few=plan.few)
-    out = _empty(x, _resized(x.shape, dim, plan.rows))
+    out = empty(x, _resized(x.shape, dim, plan.rows))
     row = 0
     for source, start, length in plan.pieces:
         here = out.narrow(dim, row, length)
@@ -175,7 +167,7 @@ def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
     me = groups.rank(group)
     if plan.whole:
         return _reduce_scatter(g, dim, plan.sizes, group)
-    out = _empty(g, _resized(g.shape, dim, plan.sizes[me]))
+    out = empty(g, _resized(g.shape, dim, plan.sizes[me]))
     # most windows have all of this rank's own rows, once: the sum begins with them
     alone = [p.length for p in plan.pieces if p.source == me] == [plan.sizes[me]]
     if not alone:
@@ -218,7 +210,7 @@ def _reduce_scatter(g: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     )()
     parts = received.view(n - 1, *own.shape)
     total = (parts[0] if n == 2 else parts.sum(0, dtype=g.dtype)).add_(own)
-    return total if g.is_contiguous() else _empty(g, own.shape).copy_(total)
+    return total if g.is_contiguous() else empty(g, own.shape).copy_(total)
 
 
 def _lift_window(*args: Any) -> tuple[Any, ...]:
@@ -236,7 +228,7 @@ window, window_op = paired(
     "window(Tensor x, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, float fill, "
     "str group) -> Tensor",
     _window,
-    lambda x, dim, plan, fill, group: _empty(x, _resized(x.shape, dim, plan.rows)),
+    lambda x, dim, plan, fill, group: empty(x, _resized(x.shape, dim, plan.rows)),
     lambda g, dim, plan, fill, group: window_add(g, dim, plan, group),
     _lift_window,
     _lower_window,
@@ -245,7 +237,7 @@ window_add, window_add_op = paired(
     "window_add(Tensor g, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, str group)"
     " -> Tensor",
     _window_add,
-    lambda g, dim, plan, group: _empty(g, _resized(g.shape, dim, plan.sizes[groups.rank(group)])),
+    lambda g, dim, plan, group: empty(g, _resized(g.shape, dim, plan.sizes[groups.rank(group)])),
     lambda g, dim, plan, group: window(g, dim, plan, 0.0, group),
     _lift_window,
     _lower_window,
@@ -260,7 +252,7 @@ def _swap(
 ) -> Tensor:
     me, item = _place(among, group), x.element_size()
     rows, columns = old_sizes[me], new_sizes[me]
-    out = x.new_empty(_resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
+    out = empty(x, _resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns))
     own = x.narrow(new, new_sizes.offsets[me], columns)
     rest = numel_but(x.shape, old, new) * item
     # without this rank's own part, but where kernels count more than a copy of it
@@ -290,7 +282,7 @@ def _swap_fake(
     x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, among: Ints, group: str
 ) -> Tensor:
     whole = _resized(x.shape, old, old_sizes.offsets[-1])
-    return x.new_empty(_resized(whole, new, new_sizes[_place(among, group)]))
+    return empty(x, _resized(whole, new, new_sizes[_place(among, group)]))
 
 
 swap, swap_op = paired(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..cache import register
+from ..comm.formats import FORMATS, memory_format
 from ..spec import Spec
 from ..tensor import ShardTensor, layout
 from ..tensor.lazy import Lazy
@@ -162,10 +163,10 @@ def _found(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[int, ...] 
 
 def _of_images(args: Any, kwargs: Any, outs: Any) -> list[tuple[int, ...] | None]:
     given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim in (4, 5))
-    last = any(layout.memory_format(x) is not torch.contiguous_format for x in given)
+    last = any(memory_format(x) is not torch.contiguous_format for x in given)
     found: list[tuple[int, ...] | None] = []
     for o in outs:
-        form = layout.FORMATS.get(o.ndim) if last and isinstance(o, Tensor) else None
+        form = FORMATS.get(o.ndim) if last and isinstance(o, Tensor) else None
         found.append(layout.in_format(o.shape, form) if isinstance(o, Tensor) else None)
     return found
 

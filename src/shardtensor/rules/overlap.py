@@ -1,9 +1,10 @@
 """A stencil whose rows from other ranks travel while the rows that need none are computed.
 
-Forward: send rim rows, compute the outputs that read own rows only (a view: nothing is copied),
-receive, compute the few others. Backward runs in the reverse order by itself: the rim's gradient
-leaves before the interior's is computed and arrives after. Each of `_Begin` and `_End` is the
-adjoint of the other, so this can be differentiated any number of times.
+Forward: send rim rows, compute the outputs that read own rows only (of a view, which kernels that
+take dense images only, as cuDNN's and oneDNN's, copy: as many bytes as a wider buffer with all rows
+would take), receive, compute the few others. Backward runs in the reverse order by itself: the
+rim's gradient leaves before the interior's is computed and arrives after. Each of `_Begin` and
+`_End` is the adjoint of the other, so this can be differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import _torch, comm
 from ..comm import wire
 from ..comm.exchanges import FILL, Exchange, exchange
+from ..comm.formats import empty, memory_format
 from ..spec import Spec
 from .windows import Reach, Stencil, fetch
 
@@ -131,6 +133,7 @@ def _around(
     own = next((i for i, p in enumerate(plan.pieces) if p.source == me), len(plan.pieces))
     before: list[Tensor] = []
     after: list[Tensor] = []
+    form = memory_format(like)
     for i, p in enumerate(plan.pieces):
         if p.source == me:
             continue
@@ -140,6 +143,8 @@ def _around(
             row = like.new_full(shape, fill)
         else:
             row = got[i]
+        # torch.cat keeps a format that all have
+        row = row.contiguous(memory_format=form)
         (before if i < own else after).append(row)
     return before, after
 
@@ -151,7 +156,7 @@ class _Cut(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, d: int, ranges: tuple[tuple[int, int], ...]
     ) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.d, ctx.ranges = x.shape, d, ranges
+        ctx.shape, ctx.d, ctx.ranges, ctx.form = x.shape, d, ranges, memory_format(x)
         return tuple(x.narrow(d, a, b - a) for a, b in ranges)
 
     @staticmethod
@@ -162,7 +167,7 @@ class _Cut(torch.autograd.Function):
             for (a, b), g in zip(ctx.ranges, grads, strict=True):
                 total = total + F.pad(g, [0, 0] * (g.ndim - 1 - d) + [a, n - b])
             return total, None, None
-        out = grads[0].new_zeros(ctx.shape)
+        out = empty(grads[0], ctx.shape, ctx.form).zero_()
         for (a, b), g in zip(ctx.ranges, grads, strict=True):
             out.narrow(d, a, b - a).add_(g)
         return out, None, None

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from .. import comm
 from ..comm import counters, groups, together, wire
+from ..comm.formats import memory_format
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
@@ -59,7 +60,7 @@ def distribute_tensor(
     if counters.records and src_data_rank is None:
         counters.called("distribute_tensor", (source, device_mesh))
     if src_data_rank is None or comm.size(name) == 1:
-        form = layout.memory_format(source)
+        form = memory_format(source)
         local = _slice(source, spec, spec.coordinate).clone(memory_format=form)
     else:
         form = _same_everywhere(source, name)[src_data_rank]
@@ -116,7 +117,7 @@ def _facts(x: Tensor, name: str) -> Any:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
     facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
     facts += [0] * (_MOST_DIMS + 2 - len(facts))
-    return wire.all_gather_table([*facts, _FORMATS.index(layout.memory_format(x))], x.device, name)
+    return wire.all_gather_table([*facts, _FORMATS.index(memory_format(x))], x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:

@@ -19,19 +19,8 @@ from torch import Tensor
 
 from .._torch import outside_modes
 from ..cache import cached
+from ..comm.formats import FORMATS
 from ..spec import Spec
-
-# by the number of dims
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of a tensor: that of images with the channels last, or contiguous."""
-    last = FORMATS.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
 
 # tensors of another order of dims that live, and blocks inside which all are followed
 turned: dict[int, Any] = {}

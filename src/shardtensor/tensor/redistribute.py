@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import comm
 from ..cache import cached
+from ..comm.formats import FORMATS
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
 from ..registry import method
@@ -47,7 +48,21 @@ _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or 
 @method
 def replicate(x: ShardTensor) -> ShardTensor:
     """The tensor whole on every rank."""
-    return to_dims(x, x._spec.replicated().dims)
+    return _formatted(to_dims(x, x._spec.replicated().dims), x)
+
+
+def _formatted(y: ShardTensor, x: ShardTensor) -> ShardTensor:
+    """y, what was moved of x, in the memory format of x on every rank.
+
+    One without rows cannot tell by its own.
+    """
+    last = FORMATS.get(x.ndim)
+    if last is None or y is x or y._local.layout is not torch.strided:
+        return y
+    form = torch.contiguous_format if x.is_contiguous() else last
+    if not x.is_contiguous(memory_format=form) or y._local.is_contiguous(memory_format=form):
+        return y
+    return wrap(y._local.contiguous(memory_format=form), y._spec)
 
 
 def to_dims(x: ShardTensor, dims: Sequence[Dim]) -> ShardTensor:
@@ -156,7 +171,7 @@ def to_placements(
         o if o.axes == n.axes and i not in given else n
         for i, (o, n) in enumerate(zip(old.dims, new.dims, strict=True))
     ]
-    out = like(x, Spec(old.mesh, tuple(dims), new.partial))
+    out = _formatted(like(x, Spec(old.mesh, tuple(dims), new.partial)), x)
     if out is not x and not x.is_contiguous():
         # where it lies changes nothing of what it is on one device
         out._strides = layout.Strides.of(out._spec.shape, layout.stride(x))

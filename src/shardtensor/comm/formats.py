@@ -1,0 +1,27 @@
+"""Memory formats: images and volumes whose channels lie last stay so, whatever moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# by the number of dims
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a tensor: that of images with the channels last, or contiguous."""
+    last = FORMATS.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def empty(x: Tensor, shape: Sequence[int], form: torch.memory_format | None = None) -> Tensor:
+    """An empty tensor like x of another shape; form: default that of x."""
+    form = memory_format(x) if form is None else form
+    if form is torch.contiguous_format:
+        return x.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
