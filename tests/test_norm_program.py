@@ -187,6 +187,15 @@ def test_statistics_that_are_added_up(norm, wide, monkeypatch):
             T.hold(module.float(), [x.float()], [T.shard(2, cut)], (len(cut),))
 
 
+def test_an_empty_part_adds_nothing_to_statistics_of_huge_numbers(monkeypatch):
+    """The square of whose mean is no number: not even none times it, where parts are added up."""
+    monkeypatch.setattr(moments, "GATHERED", 1)
+    monkeypatch.setattr(normalise, "GATHERED", 1)
+    x = 1.6e154 * (1 + 0.03 * torch.randn(2, 6, 7, 5, dtype=D, generator=torch.manual_seed(0)))
+    for fn in (nn.GroupNorm(3, 6).to(D), lambda v: torch.var_mean(v, 2)):
+        T.hold(fn, [x], [T.shard(2, (4, 0, 3))], (3,), grad=False)
+
+
 @pytest.mark.parametrize("norm", EACH, ids=str)
 @pytest.mark.parametrize("most", [1, 16])
 def test_numbers_of_other_devices(norm, most, monkeypatch):

@@ -60,6 +60,12 @@ for points in (x[..., 0, 0].clone(), x[..., 0].clone()):
 cases("local response norm", named(RESPONSE), x)
 case("local response norm", x[..., 0].clone(), name="of points")(RESPONSE[2])
 
+# the square of their mean is too large for a number, that of their deviations is not
+huge = 1.6e154 * (1 + 0.03 * normal(2, 6, 7, 3))
+case("norm of huge numbers", huge, name="group", dims=[(2, 0)], grad=False)(
+    random(nn.GroupNorm(3, 6))
+)
+
 case("group_norm", x, *normal(2, 6), name="sharded weights")(
     lambda v, p, q: F.group_norm(v, 2, p, q)
 )

@@ -87,7 +87,9 @@ def _added(mean: Tensor, m2: Tensor, counts: Counts, group: str) -> tuple[Tensor
         # the difference of two sums would round at the square of the mean
         whole = comm.reduce(mean * (mine / n), group)
         (shared,) = comm.vary([whole], group)
-        return whole, comm.reduce(m2 + mine * (mean - shared).square(), group)
+        # none of an empty part, were its distance infinite
+        off = mean - shared if mine else 0.0 * shared
+        return whole, comm.reduce(m2 + mine * off.square(), group)
     wide = mean.double()
     sums = torch.stack((wide * (mine / n), m2 / n + wide.square() * (mine / n)))
     whole, square = comm.reduce(sums, group)

@@ -217,12 +217,16 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         means, vars = found[:, 0], found[:, 1]
         # relative to one of them: their weighted sum would round at the size of the mean
         anchor = means[way.counts.index(max(way.counts))]
+        if 0 in way.counts:
+            # zero times the square of a large number would be zero times infinity
+            means = means + (counts == 0) * anchor
         whole = anchor + ((means - anchor) * counts).sum(0)
         return whole, ((vars + (means - whole) ** 2) * counts).sum(0)
     share = n / way.n
     if accumulated(rows.dtype) is torch.float64:
         # the difference of two sums would round at the square of the mean
         whole = summed(rows, [share * mean], way.group)[0]
+        mean = mean if n else whole
         return whole, summed(rows, [share * (var + (mean - whole) ** 2)], way.group)[0]
     whole, square = summed(rows, [share * mean, share * (var + mean**2)], way.group, wide=True)
     return whole, (square - whole**2).clip(0.0)
