@@ -1,5 +1,6 @@
 """The examples are importable in tests; nothing that was measured on this machine is read."""
 
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -41,6 +42,12 @@ def backward(request):
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
     os.environ["SHARDTENSOR_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+def pytest_collection_finish():
+    """What imports made is not gone through again by whatever collects garbage, as parallelize does."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -1,6 +1,7 @@
 """Programs in processes of their own, forked from one that has imported the library, which takes seconds."""
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import runpy
@@ -22,6 +23,8 @@ def _main(argv, env, output):
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(env)
+    # that of the server need not be gone through
+    gc.freeze()
     from shardtensor.observe import guard
 
     # what the import would have done

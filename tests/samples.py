@@ -1,6 +1,6 @@
 """What tests of the loader share: samples that need no file, and their mesh."""
 
-from torch.distributed.device_mesh import init_device_mesh
+from shardtensor.ranks.testing import make_mesh
 
 
 class Numbers:
@@ -18,4 +18,4 @@ class Numbers:
 
 def mesh_of(shape):
     """A mesh of data and domain, or of domain alone."""
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "domain")[-len(shape) :])
+    return make_mesh(shape, names=("data", "domain")[-len(shape) :])

@@ -10,12 +10,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
-from shardtensor.ranks.testing import run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 STEPS = 4
@@ -38,7 +37,7 @@ def train(folder, data, first, last):
     n = dist.get_world_size()
     model, group = build(), 0
     if n > 1:
-        mesh = init_device_mesh("cpu", (data, n // data), mesh_dim_names=("data", "domain"))
+        mesh = make_mesh((data, n // data), names=("data", "domain"))
         st.parallelize(model, mesh, data="data", fsdp="all", blocks=["Sequential"])
         group = mesh.get_local_rank("data")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import shardtensor as st
-from shardtensor.ranks.testing import run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 PLAN = {
@@ -106,7 +105,7 @@ class Sharded(Serial):
     def __init__(self, dtype, axes, kept):
         self.net, batches = made(dtype)
         names, places = AXES[axes]
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        mesh = make_mesh((2, 2), names=names)
         data = "data" if "data" in names else None
         if "tp" in names:
             st.tensor_parallel(self.net, mesh["tp"], PLAN)

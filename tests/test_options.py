@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
-from shardtensor.ranks.testing import run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 
@@ -75,7 +74,7 @@ def on_rank(shape, names, placements, values, pieces=1):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1.0)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh(shape, names=names)
     keys = list(model.state_dict())
     st.parallelize(model, mesh, **values)
     assert list(model.state_dict()) == keys
@@ -138,7 +137,7 @@ def test_accumulation_over_all():
 
 def largest_message(kind):
     model, batches = made()
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    mesh = make_mesh((2,), names=("domain",))
     st.parallelize(model, mesh, fsdp=kind)
     x = st.distribute_tensor(batches[0], mesh, [Shard(2)], src_data_rank=None)
     loss = model(x).square().mean()
@@ -162,7 +161,7 @@ def test_ops_sum_no_weights_gradients_over_all():
 
 def bf16(values):
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    mesh = make_mesh((2,), names=("domain",))
     model, batches = made(torch.float32)
     st.parallelize(model, mesh, **values)
     x = st.distribute_tensor(batches[0], mesh, [Shard(2)], src_data_rank=None)
@@ -186,7 +185,7 @@ def test_precision(fsdp):
 
 
 def kept(values):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    mesh = make_mesh((2,), names=("domain",))
     torch.manual_seed(0)
     model = st.parallelize(Net(16), mesh, **values)
     x = torch.randn(2, 2, 64, 48)
@@ -262,7 +261,7 @@ class Config(Mapping):
 
 
 def from_mappings():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    mesh = make_mesh((2,), names=("domain",))
     for options in ({"bucket_mb": 2}, Config(bucket_mb=2, compile=Config())):
         st.parallelize(Net(), mesh, options, sync=False)
         st.parallelize(Net(), mesh, options=options)
@@ -281,7 +280,7 @@ def test_options_from_mappings():
 
 
 def wrong():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    mesh = make_mesh((2,), names=("domain",))
     for values, message in (
         ({"blocks": ["Layer"], "checkpoint": True}, "Layer"),
         ({"data": "time"}, "time"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
@@ -109,7 +108,7 @@ def test_worker_processes():
 def data_and_domain():
     """Each half of the ranks has samples of its own; the gradient is the mean over all."""
     model, batches = made()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "domain"))
+    mesh = make_mesh((2, 2), names=("data", "domain"))
     st.parallelize(model, mesh, data="data")
     mine = mesh.get_coordinate()[0]
     for x in (model.norm,):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import shardtensor as st
@@ -18,7 +17,7 @@ from shardtensor.observe.network import DGX_H100
 from shardtensor.plan.estimate import A100, H100, Layout, Task, attention_rates, estimate
 from shardtensor.plan.search import fewest, layouts, plan
 from shardtensor.ranks.measure import peak_bytes
-from shardtensor.ranks.testing import run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 from shardtensor.train.options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +42,7 @@ def measured(name, batch, cuts, options, data):
     torch.manual_seed(0)
     model, x = build(ROWS), torch.randn(batch, *shape(ROWS)[1:])
     if dist.get_world_size() > 1:
-        mesh = init_device_mesh("cpu", (data, *cuts), mesh_dim_names=("data", "a", "b"))
+        mesh = make_mesh((data, *cuts), names=("data", "a", "b"))
         st.parallelize(model, mesh, options, **({"data": "data"} if data > 1 else {}))
         n = batch // data
         x = x[mesh.get_local_rank("data") * n :][:n]

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import shardtensor as st
-from shardtensor.ranks.testing import run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers
 
 D = torch.float64
 COLUMN, ROW = ColwiseParallel(), RowwiseParallel()
@@ -138,7 +137,7 @@ def by_hand(model, mesh, plan):
 def step(name, shape, names, apply):
     model, batches, dim, plan = made(name)
     serial, x = copy.deepcopy(model), batches[0]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh(shape, names=names)
     apply(model, mesh["tp"], plan)
     a, b = given(x, mesh, dim), x.clone()
     if x.is_floating_point():
@@ -186,7 +185,7 @@ def train(model, batches, optimizer=torch.optim.AdamW):
 
 def trained(name, shape, names, values, apart=False):
     model, batches, dim, plan = made(name)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh(shape, names=names)
     if dist.get_rank():
         with torch.no_grad():
             for p in model.parameters():
@@ -239,7 +238,7 @@ def test_three_axes():
 
 def sent(name, shape, names, fsdp=None):
     model, batches, dim, plan = made(name)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh(shape, names=names)
     st.parallelize(st.tensor_parallel(model, mesh["tp"], plan), mesh, fsdp=fsdp)
     x = given(batches[0], mesh, dim).requires_grad_()
     with st.trace() as forward:
@@ -275,7 +274,7 @@ def test_messages_with_fsdp():
 
 
 def lookups(style):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("domain", "tp"))
+    mesh = make_mesh((2, 2), names=("domain", "tp"))
     table = st.tensor_parallel(nn.Sequential(nn.Embedding(8, 6)), mesh["tp"], {"0": style})
     with st.trace() as t:
         table(given(torch.arange(8)[None], mesh, 1))
@@ -289,7 +288,7 @@ def test_embedding_gathers_no_table():
 
 
 def saved(folder):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("domain", "tp"))
+    mesh = make_mesh((2, 2), names=("domain", "tp"))
     model, _, _, plan = made("mlp")
     st.tensor_parallel(model, mesh["tp"], plan)
     dcp.save(model.state_dict(), checkpoint_id=folder)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import vehicle_aero
 from panels import Body, Flow, generate
-from torch.distributed.device_mesh import init_device_mesh
 from transolver import Transolver
 from vehicle_aero import Setting, prepared, sign_flips, train
 
@@ -34,7 +33,7 @@ def setting(root, **more):
 
 
 def on_ranks(given, task, shares):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = T.make_mesh((dist.get_world_size(),))
     with st.fallback("error"):
         return train(given, task, 0, mesh, shares)
 
@@ -63,7 +62,7 @@ def test_models_on_shards(c_geometry):
 
 
 def read_rows(given):
-    data = vehicle_aero.Clouds(given, "surface", init_device_mesh("cpu", (2,)), [3, 1])
+    data = vehicle_aero.Clouds(given, "surface", T.make_mesh((2,)), [3, 1])
     before = data.surface.bytes_read
     _, _, field = data[0]
     return data.surface.bytes_read - before, field.spec.dims[1].sizes

@@ -28,7 +28,7 @@ __all__ = [
     "simulate",
 ]  # fmt: skip
 NAMES = ("a", "b", "c")
-_meshes: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
+_meshes: dict[tuple[str, tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,16 @@ def _serial(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], grad: bool) ->
     return [o.detach() for o in outs], [None if g is None else g.detach() for g in grads], state
 
 
-def make_mesh(mesh_shape: Sequence[int], device: str = "cpu") -> DeviceMesh:
-    """A mesh over all ranks, its axes named a, b, c; a process keeps its meshes."""
+def make_mesh(
+    mesh_shape: Sequence[int], device: str = "cpu", names: Sequence[str] = NAMES
+) -> DeviceMesh:
+    """A mesh over all ranks, its axes named a, b, c or as given; a process keeps its meshes."""
     shape = tuple(mesh_shape)
+    key = device, shape, tuple(names[: len(shape)])
     kept = _meshes if simulated_rank() is None else {}
-    if (device, shape) not in kept:
-        names = NAMES[: len(shape)]
-        kept[device, shape] = init_device_mesh(device, shape, mesh_dim_names=names)
-    return kept[device, shape]
+    if key not in kept:
+        kept[key] = init_device_mesh(device, shape, mesh_dim_names=key[2])
+    return kept[key]
 
 
 def _device(args: Sequence[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -108,7 +109,9 @@ def _work(
     import torch
     import torch.distributed as dist
 
-    # a fork has that of the first pool
+    # what was there before the fork need not be gone through for garbage
+    gc.freeze()
+    # a fork has the environment of the first pool
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
