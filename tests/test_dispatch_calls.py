@@ -14,6 +14,7 @@ import growth
 from shardtensor.tensor import aliases, layout
 
 KERNEL, SCALE = torch.randn(4, 4, 3, 3), torch.randn(8)
+NORM = torch.nn.BatchNorm2d(4)
 WEIGHTS = [torch.randn(s) for s in ((16, 8), (8, 16)) * 2]
 
 
@@ -23,6 +24,11 @@ def mlp(x):
     for first, second in zip(leaves[::2], leaves[1::2], strict=True):
         x = x + F.linear(F.gelu(F.linear(x, first)), second)
     x.sum().backward()
+
+
+def batch_norm(x):
+    """A batch norm that learns, forward and backward."""
+    NORM(x).sum().backward()
 
 
 # of an image (1, 4, rows, 8) that is cut along its rows: name -> (call, the most calls of Python)
@@ -58,6 +64,7 @@ CALLS = {
     "x[:, 1:3]": (lambda x: x[:, 1:3], VIEW + 2),
     "x[..., None]": (lambda x: x[..., None], VIEW + 1),
     "an MLP, both ways": (mlp, 330),
+    "batch norm, both ways": (batch_norm, 255),
 }
 
 

@@ -40,8 +40,8 @@ def normalise(
     running: Running | None = None,
 ) -> Tensor:
     """As `normalise.normalise`; where it moves running itself, nothing is added to kept."""
-    apart = way.scattered or not way.centred or way.group is None or probe.is_proxied()
-    if apart or not _has_kernels(x):
+    apart = way.scattered or not way.centred or way.group is None
+    if apart or not _has_kernels(x) or probe.is_proxied():
         return program.normalise(x, weight, bias, way, kept)
     weight, bias = way.parts(weight, bias)
     way = replace(way, blocks=())

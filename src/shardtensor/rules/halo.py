@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch.autograd import apply
 from ..spec import Dim, Spec
 from .overlap import Route, route, start
 from .windows import Reach, Stencil, fetch
@@ -59,7 +60,7 @@ def halo_conv(
 
     d: the dim whose rows travel; reach: what is read of it.
     """
-    return _HaloConv.apply(x, weight, bias, d, spec, reach, settings)
+    return apply(_HaloConv, x, weight, bias, d, spec, reach, settings)
 
 
 def _there(d: int, spec: Spec) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -109,6 +110,7 @@ def statistics(
     return merged(both[:, 0], both[:, 1], counts)
 
 
+@cache
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics: at least fp32."""
     return torch.promote_types(dtype, torch.float32)

@@ -72,6 +72,15 @@ def whole(spec: Spec, dims: Sequence[Dim], *values: Numbers) -> Tensor:
     return replicate(stacked)._local
 
 
+@cached
+def _batch(spec: Spec, eps: float) -> tuple[Dims, int, Way]:
+    """For each channel: the mesh axes that share its elements, how many they are, the statistic."""
+    dims = (0, *range(2, len(spec.dims)))
+    axes, counts = spread(spec, dims)
+    n = prod(spec.shape[d] for d in dims)
+    return axes, n, Way(counts, n, comm.group(spec.mesh, axes) if axes else None, eps)
+
+
 @rule("batch_norm")
 def batch_norm(
     input: Tensor,
@@ -92,9 +101,7 @@ def batch_norm(
     ))  # fmt: skip
     running = [buffer("batch_norm", r) for r in (running_mean, running_var)]
     channels = spec.dims[1]
-    dims = (0, *range(2, len(spec.dims)))
-    axes, counts = spread(spec, dims)
-    n = count(x, dims)
+    axes, n, way = _batch(spec, eps)
     mine = (channels,)
     if not n and training:
         # nothing to learn from: running statistics stay
@@ -112,7 +119,6 @@ def batch_norm(
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
-    way = Way(counts, n, comm.group(spec.mesh, axes), eps)
     tracked = any(r is not None for r in running)
     moved = None if channels.axes else Running(running[0], running[1], momentum)
     y = normalise(local, w, b, way, kept if tracked else None, moved)

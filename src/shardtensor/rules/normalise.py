@@ -20,11 +20,14 @@ from torch import Tensor
 
 from .. import comm
 from .._torch import probe
+from .._torch.autograd import apply
+from .affine import affine, alike, far
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
 from .numbers import (
     Blocks,
     Numbers,
     constant,
+    fresh,
     gathered,
     numbers_of,
     rounded,
@@ -37,9 +40,6 @@ from .numbers import (
 
 # gradients of weight and bias
 Weights = tuple[Tensor | None, ...]
-
-# standard deviations that a mean may lie from zero for the fast kernel, which rounds at its size
-FAR = 16.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def normalise(
         return _plainly(x, weight, bias, way, kept)
     if way.apart:
         x = x.contiguous()
-    return _Normalise.apply(x, weight, bias, way, kept)
+    return apply(_Normalise, x, weight, bias, way, kept)
 
 
 class _Normalise(torch.autograd.Function):
@@ -115,13 +115,18 @@ class _Normalise(torch.autograd.Function):
         kept += [mean, var]
         ctx.way, ctx.mean = way, per_row(mean, way)
         ctx.slope = per_row((var + way.eps) ** -0.5, way)
+        ctx.far = far(rows, ctx.mean, ctx.slope)
         ctx.save_for_backward(x, weight, bias)
         if way.last:
-            y = _affine(rows, ctx.slope, 0.0, ctx.mean, ctx.slope).view(x.shape)
+            y = affine(rows, ctx.slope, 0.0, ctx.mean, ctx.far).view(x.shape)
             y = scaled(y, way.own(weight), way.own(bias))
+        elif rows is x and not ctx.far and way.width == 1 and alike(x, weight, bias):
+            # the kernel's own slope, of variance, eps and weight
+            at, spread = tensors(x, x.shape[1], mean, var)
+            y = torch.native_batch_norm(x, weight, bias, at, spread, False, 0.0, way.eps)[0]
         else:
             times, plus = _of_rows(weight, x, way, 1.0), _of_rows(bias, x, way, 0.0)
-            y = _affine(rows, ctx.slope * times, plus, ctx.mean, ctx.slope).view(x.shape)
+            y = affine(rows, ctx.slope * times, plus, ctx.mean, ctx.far).view(x.shape)
         # no view, to which autograd would let nobody write
         return y.data
 
@@ -156,13 +161,12 @@ class _Normalise(torch.autograd.Function):
         # what varies along the statistic has no part in the sums and the slopes against x
         by_x = -per_row(_per_group(times * along, way), way) / way.n * slope**2
         by_one = -per_row(_per_group(times * total, way), way) / way.n * slope
-        dx = _affine(rows, by_x, by_one, mean, slope)
-        if x.dtype == accumulated(x.dtype):
-            (a,) = tensors(x, rows.shape[1], times * slope)
-            dx.addcmul_(g, a.view(-1, *[1] * (rows.ndim - 2)))
-        else:
+        if x.dtype != accumulated(x.dtype):
             # coefficients of half precision would round all gradients of a channel alike
-            dx += _affine(g, times * slope, 0.0, 0.0, slope)
+            dx = affine(rows, by_x, by_one, mean, ctx.far)
+            dx += affine(g, times * slope, 0.0, 0.0, False)
+        else:
+            dx = affine(rows, by_x, by_one, mean, ctx.far, (g, times * slope))
         return dx.view(x.shape), dw, db, None, None
 
 
@@ -171,29 +175,6 @@ def scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
         return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight, out=y)
     return y if bias is None else y.add_(bias)
-
-
-def _affine(rows: Tensor, a: Any, b: Any, center: Any, slope: Any) -> Tensor:
-    """a * (rows - center) + b for each row; slope: the inverse of the standard deviations."""
-    if not rows.numel():
-        return torch.empty_like(rows)
-    n = rows.shape[1]
-    if not _far(rows, center, slope):
-        # the kernel of batch norm with fixed statistics
-        scale, shift, at, one = tensors(rows, n, a, b, center, 1.0)
-        return torch.native_batch_norm(rows, scale, shift, at, one, False, 0.0, 0.0)[0]
-    middle = rounded(center, rows)
-    shape = (-1, *[1] * (rows.ndim - 2))
-    half, at, rest = tensors(rows, n, a / 2, middle, b - a * (center - middle))
-    y = torch.ops.aten.mse_loss_backward(half.view(shape), rows, at.view(shape), 0)
-    return y.add_(rest.view(shape))
-
-
-def _far(rows: Tensor, center: Any, slope: Any) -> bool:
-    """Whether a * rows + (b - a * center), which CPUs' kernels compute, would round too much."""
-    if not isinstance(center, np.ndarray) or rows.dtype != accumulated(rows.dtype):
-        return False
-    return bool((np.abs(center) * slope > FAR).any())
 
 
 def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
@@ -242,15 +223,15 @@ def _of_part(rows: Tensor) -> tuple[Numbers, Numbers]:
     half = rows.dtype.itemsize == 2 and rows.device.type == "cpu"
     unused = rows.new_empty(n, dtype=torch.float32) if half else None
     found = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
-    mean, var = (numbers_of(x) for x in found)
-    if _far(rows, mean, (var + 1e-30) ** -0.5):
+    mean, var = fresh(found[0]), fresh(found[1])
+    if far(rows, mean, (var + 1e-30) ** -0.5):
         # by its rounding alone means of parts would differ, which adds to the variance
         center, one = tensors(rows, n, mean, 1.0)
         _, rest, _ = torch.ops.aten.native_batch_norm_backward(
             one[:1].expand(rows.shape), rows, None, None, None, center, one, True, 0.0,
             [False, True, False],
         )  # fmt: skip
-        rest = numbers_of(rest) * (n / rows.numel())
+        rest = fresh(rest) * (n / rows.numel())
         mean, var = mean + rest, (var - rest**2).clip(0.0)
     return mean, var
 
@@ -268,9 +249,9 @@ def _sums(
         )
     else:
         along = total = rows.new_zeros(n, dtype=accumulated(rows.dtype))
-    parts = [numbers_of(along)]
+    parts = [fresh(along)]
     if way.centred:
-        parts.append(numbers_of(total))
+        parts.append(fresh(total))
         # the kernel took the rounded mean
         parts[0] = parts[0] - (mean - rounded(mean, rows)) * slope * parts[1]
     given = [w for w in own if w is not None]

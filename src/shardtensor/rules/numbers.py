@@ -51,6 +51,11 @@ def numbers_of(x: Tensor) -> Numbers:
     return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
 
 
+def fresh(x: Tensor) -> Numbers:
+    """`numbers_of` a tensor that a kernel has just made, which nobody else has."""
+    return x.numpy().astype(np.float64) if _on_host(x) and x.dtype in _DTYPES else numbers_of(x)
+
+
 def rounded(values: Numbers, like: Tensor) -> Numbers:
     """What is left of numbers in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
@@ -105,14 +110,14 @@ def gathered(like: Tensor, values: Sequence[Numbers], group: str) -> Numbers:
     """Every rank's vectors, (ranks, len(values), n), in one message."""
     flat = _message(like, values, torch.float64)
     found = wire.all_gather(flat, [flat.shape] * groups.size(group), group)
-    return _stacked(found).reshape(len(found), len(values), len(values[0]))
+    return _joined(found).reshape(len(found), len(values), len(values[0]))
 
 
 def summed(like: Tensor, values: Sequence[Numbers], group: str, *, wide: bool = False) -> Numbers:
     """The sums over ranks of vectors, (len(values), n), in one message; wide: in float64."""
     dtype = torch.float64 if wide else accumulated(like.dtype)
     flat = _message(like, values, dtype)
-    return _stacked(wire.addends(flat, group)).sum(0).reshape(len(values), len(values[0]))
+    return _added(wire.addends(flat, group)).reshape(len(values), len(values[0]))
 
 
 def summed_beside(
@@ -127,7 +132,7 @@ def summed_beside(
     flat = _message(like, [*values, *parts], dtype)
     if wire.direct(flat, first + len(own) * max(each), len(blocks)):
         found = wire.all_gather(flat, [[first + len(own) * n] for n in each], group)
-        sums = _stacked([f[:first] for f in found]).sum(0)
+        sums = _added([f[:first] for f in found])
         for f, n, block in zip(found, each, blocks, strict=True):
             for i, whole in enumerate(wholes):
                 _put(whole, block, f[first + i * n : first + (i + 1) * n])
@@ -140,7 +145,7 @@ def summed_beside(
             parts[i] = full.reshape(-1)
         flat = _message(like, [*values, *parts], dtype)
         (total,) = wire.all_reduce([flat], "sum", group)
-        sums, every = _stacked([total[:first]])[0], ((0, n) for n in shape)
+        sums, every = _added([total[:first]]), ((0, n) for n in shape)
         block = tuple(every)
         for i, whole in enumerate(wholes):
             n = whole.numel()
@@ -164,15 +169,25 @@ def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
 def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
     if not _on_host(like):
         return torch.cat(list(values)).to(dtype)
-    flat = torch.empty(sum(len(v) for v in values), dtype=dtype)
+    flat = torch.empty(sum(map(len, values)), dtype=dtype)
     np.concatenate(values, out=flat.numpy(), casting="same_kind")
     return flat
 
 
-def _stacked(found: Sequence[Tensor]) -> Numbers:
+def _joined(found: Sequence[Tensor]) -> Numbers:
     if _on_host(found[0]):
-        return np.stack([f.numpy() for f in found]).astype(np.float64)
-    return torch.stack(list(found)).double() if len(found) > 1 else found[0].double()[None]
+        return np.concatenate([f.numpy() for f in found], dtype=np.float64)
+    return torch.cat(list(found)).double()
+
+
+def _added(found: Sequence[Tensor]) -> Numbers:
+    """Their sum, in the order of the ranks, so that all get the same bits."""
+    if not _on_host(found[0]):
+        return torch.stack(list(found)).double().sum(0) if len(found) > 1 else found[0].double()
+    total = found[0].numpy().astype(np.float64)
+    for f in found[1:]:
+        total += f.numpy()
+    return total
 
 
 @cached

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _torch, comm
+from .._torch.autograd import apply
 from ..comm import wire
 from ..comm.exchanges import FILL, Exchange, exchange
 from ..comm.formats import empty, memory_format
@@ -71,20 +72,20 @@ def overlapped(
     first, last = _interior(spec, d, reach, stencil)
     ends = reach.dim.spans[me]
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
-    pieces = _Cut.apply(x, d, (*sent, *ranges))
+    pieces = apply(_Cut, x, d, (*sent, *ranges))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
-    coming = _Begin.apply(way, x, *parts)
+    coming = apply(_Begin, way, x, *parts)
     middle = op(inner) if first < last else None
-    came, *rows = _End.apply(way, coming)
+    came, *rows = apply(_End, way, coming)
     before, after = _around(plan, me, rows, x, d, fill)
     if middle is None:
-        return _Join.apply(d, came, op(torch.cat([*before, top, *after], d)))
+        return apply(_Join, d, came, op(torch.cat([*before, top, *after], d)))
     found = [middle]
     if first > ends[0]:
         found.insert(0, op(torch.cat([*before, top], d)))
     if last < ends[1]:
         found.append(op(torch.cat([bottom, *after], d)))
-    return _Join.apply(d, came, *found)
+    return apply(_Join, d, came, *found)
 
 
 def _ranges(
@@ -201,7 +202,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
-        return None, None, *_End.apply(ctx.route.back(), token)[1:]
+        return None, None, *apply(_End, ctx.route.back(), token)[1:]
 
 
 class _End(torch.autograd.Function):
@@ -214,7 +215,7 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> Any:
-        return None, _Begin.apply(ctx.route.back(), ctx.like, *grads)
+        return None, apply(_Begin, ctx.route.back(), ctx.like, *grads)
 
 
 class _Join(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -244,10 +244,13 @@ class Trained:
     def changed(self, model: nn.Module) -> bool:
         """Whether the model has a parameter that was not there before."""
         seen, waiting, ranks = {id(model)}, [model], self.reducer.ranks
+        lefts: Mapping[nn.Module, Collection[str]] = self.left if len(self.left) else {}
         while waiting:
             module = waiting.pop()
-            left = self.left.get(module, ()) if self.left else ()
+            left = lefts.get(module, ()) if lefts else ()
             for key, p in module._parameters.items():
+                if p is None:
+                    continue
                 slot = getattr(p, "_shardtensor_slot", None)
                 if getattr(slot, "ranks", None) is ranks or key in left:
                     continue
