@@ -5,7 +5,7 @@ import os
 import campaigns
 import pytest
 
-CASES = int(os.environ.get("CASES", "300"))
+CASES = int(os.environ.get("CASES", "200"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked import ranks
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -70,10 +71,34 @@ def test_a_parallelized_model_is_freed():
     assert st.simulate(2, models_one_after_the_other) == [[True] * 4] * 2
 
 
+class Forked:
+    """A program as the benchmark takes it, a subprocess.Popen."""
+
+    def __init__(self, program):
+        self.program, self.send_signal = program, program.signal
+
+    def poll(self):
+        return self.program.process.exitcode
+
+    def communicate(self, timeout):
+        self.returncode, text = self.program.ended(timeout)
+        return text, None
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """The benchmark's programs are forks, which need not import the library."""
+
+    def start(count, *args):
+        return [Forked(p) for p in ranks(endurance.__file__, count, "--rank-of", *args)]
+
+    monkeypatch.setattr(endurance, "start", start)
+
+
 @pytest.mark.gloo
 @pytest.mark.slow
-def test_random_kills(tmp_path):
-    """Killed twice, and every loss is that of a training that nobody disturbed."""
+def test_random_kills(tmp_path, forks):
+    """Killed once, and every loss is that of a training that nobody disturbed."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     whole.mkdir()
     torn.mkdir()
@@ -88,7 +113,7 @@ def test_random_kills(tmp_path):
 
 
 @pytest.mark.gloo
-def test_start_and_stop():
+def test_start_and_stop(forks):
     found = endurance.ended(endurance.start(2, "cycle", *endurance.free_ports(5)))
     for code, text in found:
         assert code == 0

@@ -1,30 +1,13 @@
 """The examples run as their first lines say, under torchrun, and give one device's numbers."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from forked import torchrun
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def restarted(ranks, script, *args, restarts):
-    """What it prints, under torchrun itself."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), EXAMPLES / script, *args,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def losses(folder):
@@ -41,7 +24,9 @@ def test_killed_and_resumed(tmp_path):
     """SIGKILL to rank 1 in step 7: the losses are those of a run that nobody killed, bit by bit."""
     code, text = torchrun(tmp_path, 2, EXAMPLES / "resume.py", "--folder", tmp_path / "whole")
     assert code == 0, text
-    out = restarted(2, "resume.py", "--folder", tmp_path / "killed", "--kill-at", "7", restarts=2)
+    killed = ["--folder", tmp_path / "killed", "--kill-at", "7"]
+    code, out = torchrun(tmp_path, 2, EXAMPLES / "resume.py", *killed, restarts=2)
+    assert code == 0, out
     assert re.search(r"resumed at step [36] from", out)
     assert (tmp_path / "killed" / "killed").exists()
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

@@ -25,7 +25,7 @@ import shardtensor as st
 
 D = torch.float64
 # a case compiles several programs: as many times fewer of them are tried
-COST = 10
+COST = 20
 WIDTH = 4
 ACTIVATIONS = (torch.tanh, torch.sigmoid, F.softplus, torch.cos)
 
