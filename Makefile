@@ -7,17 +7,17 @@
 #   make TORCH_INDEX=<url> demo
 #
 # PYTHON: the interpreter that makes .venv. ARGS: more arguments for unit, demo and bench.
-# JOBS: how many tests run at a time.
+# JOBS: how many tests run at a time; some wait, for processes that they started, so it is one more than two cores.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 CASES ?= 5000
-JOBS ?= 2
+JOBS ?= 3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart fuzz campaigns operators zoo bench tiled gpu endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators zoo bench tiled gpu endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,11 @@ types: .venv/.stamp ## mypy
 
 unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+whole: .venv/.stamp ## Every case of every rule on every layout of the hard list, more samples of operators
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --whole tests/test_cases.py tests/test_operators.py $(ARGS)
+
+nightly: whole strict apart fuzz ## What the gate has no time for; zoo, too, where its models are installed
 
 quick: .venv/.stamp ## The tests that take no processes and no time, of each case some layouts
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gloo" $(ARGS)

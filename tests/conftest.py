@@ -19,6 +19,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backward-apart", action="store_true", help="backward runs on a thread of its own"
     )
+    parser.addoption("--whole", action="store_true", help="every case on every layout")
     parser.addoption("--device", default="cpu", help="of the operands of the cases")
 
 
@@ -42,6 +43,11 @@ def backward(request):
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
     os.environ["SHARDTENSOR_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests come first, so that no worker is left with one in the end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "gloo"))))
 
 
 def pytest_collection_finish():

@@ -89,3 +89,39 @@ def two_dims(on: Layout) -> bool:
 def partial(on: Layout) -> bool:
     """Whether ranks hold addends of an operand."""
     return any(p.is_partial() for o in on[1] if o is not None for p in o.placements)
+
+
+def kind(on: Layout) -> tuple[object, ...]:
+    """The mesh, and of each operand whether it is cut along one dim, two or one twice, and how evenly."""
+    return on[0], *map(_kind, on[1])
+
+
+def _kind(on: T.On | None) -> tuple[object, ...]:
+    if on is None:
+        return ()
+    dims = [p.dim for p in on.placements if isinstance(p, Shard)]
+    sizes = [n for d in {*dims} for n in (on.sizes or {}).get(d, ())]
+    evenness = min(sizes) if sizes and min(sizes) < 2 else len({*sizes}) > 1
+    return len(dims), len({*dims}), evenness, any(p.is_partial() for p in on.placements)
+
+
+def cut(on: Layout) -> set[tuple[int, int]]:
+    """The dims that are cut, as (operand, dim)."""
+    every = [(i, p) for i, o in enumerate(on[1]) if o is not None for p in o.placements]
+    return {(i, p.dim) for i, p in every if isinstance(p, Shard)}
+
+
+def of_each_kind(every: Sequence[Layout], known: Sequence[Layout], turn: int) -> list[Layout]:
+    """Of each kind that `known` lacks one layout, another one for each turn, and what cuts each dim."""
+    kinds: dict[object, list[Layout]] = {}
+    for on in every:
+        kinds.setdefault(kind(on), []).append(on)
+    for on in known:
+        kinds.pop(kind(on), None)
+    found = [same[(turn + n) % len(same)] for n, same in enumerate(kinds.values())]
+    met = {at for on in [*known, *found] for at in cut(on)}
+    for on in every:
+        if not cut(on) <= met:
+            found.append(on)
+            met |= cut(on)
+    return [on for on in every if any(on is x for x in found)]

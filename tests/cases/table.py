@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from layouts import Layout, layouts
+from layouts import Layout, layouts, of_each_kind
 from torch import Tensor
 
 import shardtensor as st
@@ -32,16 +32,26 @@ class Case:
     stays: bool = False
     turn: tuple[int, int] = (0, 1)
     how: Mapping[str, Any] = field(default_factory=dict)
+    number: int = 0
 
     def layouts(self, share: str = "all") -> list[Layout]:
-        """The hard list without what the rule is known to refuse; "some": every sixth, or the "rest"."""
+        """The hard list without what the rule is known to refuse.
+
+        "some": every sixth of it; "kinds": one of each kind that these are not, in turn; "rest": all others.
+        """
         found = [
             on for on in layouts(self.operands, self.dims) if not (self.skip and self.skip(on))
         ]
         first, step = self.turn
         found = found[first::step]
-        keep = {"all": lambda i: True, "some": lambda i: i % 6 == 1, "rest": lambda i: i % 6 != 1}
-        return [on for i, on in enumerate(found) if keep[share](i)]
+        if share == "all":
+            return found
+        some = found[1::6]
+        if share == "some":
+            return some
+        kinds = of_each_kind(found, some, self.number)
+        met = {id(on) for on in (some if share == "kinds" else [*some, *kinds])}
+        return kinds if share == "kinds" else [on for on in found if id(on) not in met]
 
     def meet(self, share: str = "all") -> None:
         """Raise AssertionError that names op, case, cut and mesh of every layout that fails."""
@@ -113,7 +123,7 @@ def case(
         own = name or fn.__name__
         key = f"{op}: {own}"
         assert key not in CASES, f"two cases {key}"
-        CASES[key] = Case(op, own, fn, operands, cut, skip, stays, turn, how)
+        CASES[key] = Case(op, own, fn, operands, cut, skip, stays, turn, how, len(CASES))
         return fn
 
     return register
