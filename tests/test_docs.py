@@ -25,6 +25,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     "index.md",
     "errors.md",
+    "migrate.md",
     "plan.md",
     "trace.md",
     *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),

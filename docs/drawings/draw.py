@@ -126,6 +126,7 @@ def cotangents() -> None:
 # what a package is, in a few words
 PACKAGES = {
     "cli": "plan, check, doctor\nin a shell",
+    "compat": "names of\nother libraries",
     "io": "samples: each rank reads\nwhat it holds",
     "paged": "in parts on one device,\nmemory in files",
     "plan": "before a run: what it takes,\nwhether it is right",

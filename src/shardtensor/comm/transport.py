@@ -142,11 +142,11 @@ def all_reduce(flat: torch.Tensor, op: str, group: str) -> list[Any]:
     return _start(post, flat, flat, group, "all_reduce", facts)
 
 
-def broadcast(flat: torch.Tensor, group: str) -> None:
-    """A vector's values from the group's first rank to all."""
+def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:
+    """A vector's values from one rank of the group to all."""
 
     def post(into: torch.Tensor, out: torch.Tensor) -> list[Any]:
-        dist.broadcast(as_bytes(into), group=groups.resolve(group), group_src=0)
+        dist.broadcast(as_bytes(into), group=groups.resolve(group), group_src=source)
         return []
 
     _start(post, flat, flat, group, "broadcast", dict(lengths=[flat.numel()]), True)

@@ -383,13 +383,13 @@ def _start_to_all(
     return every
 
 
-def broadcast(flat: torch.Tensor, group: str) -> None:
-    """A vector's values from the group's first rank to all."""
+def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:
+    """A vector's values from one rank of the group to all."""
     n = groups.size(group)
-    first = groups.rank(group) == 0
+    first = groups.rank(group) == source
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
     with sending(
         "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
     ):
         if not groups.silent(group):
-            transport.broadcast(flat, group)
+            transport.broadcast(flat, group, source)

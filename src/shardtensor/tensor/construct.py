@@ -23,7 +23,7 @@ from .shard_tensor import ShardTensor, wrap
 
 _MOST_DIMS = 14
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-_DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
+DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
 
 
 def distribute_tensor(
@@ -100,24 +100,29 @@ def _same_everywhere(x: Tensor, name: str) -> list[torch.memory_format]:
 
     Raises ValueError on every rank unless all have the same shape and dtype.
     """
-    table = _facts(x, name)
+    table = facts(x, name)
     if (table[:, :-1] == table[0, :-1]).all():
         return [_FORMATS[k] for k in table[:, -1].tolist()]
     raise ValueError(
         "distribute_tensor: ranks have different tensors, "
-        + ", ".join(f"{list(k[2 : 2 + k[0]])} {_DTYPES[k[1]]}" for k in table.tolist())
+        + ", ".join(f"{list(k[2 : 2 + k[0]])} {DTYPES[k[1]]}" for k in table.tolist())
         + "; every rank gives the whole tensor's shape and dtype (torch.zeros where it has no "
         "values), or its own part to ShardTensor.from_local"
     )
 
 
-def _facts(x: Tensor, name: str) -> Any:
-    """Dims, number of dtype, shape, zeros and format of every rank's tensor, by one all-gather."""
+def facts(x: Tensor | None, name: str, device: torch.device | None = None) -> Any:
+    """Dims, number of dtype, shape, zeros and format of every rank's tensor, by one all-gather.
+
+    None, which needs a device, has -1 dims.
+    """
+    if x is None:
+        return wire.all_gather_table([-1] + [0] * (_MOST_DIMS + 2), device or "cpu", name)
     if x.ndim > _MOST_DIMS:
         raise ValueError(f"a tensor of {x.ndim} dims; at most {_MOST_DIMS}")
-    facts = [x.ndim, _DTYPES.index(x.dtype), *x.shape]
-    facts += [0] * (_MOST_DIMS + 2 - len(facts))
-    return wire.all_gather_table([*facts, _FORMATS.index(memory_format(x))], x.device, name)
+    own = [x.ndim, DTYPES.index(x.dtype), *x.shape]
+    own += [0] * (_MOST_DIMS + 2 - len(own))
+    return wire.all_gather_table([*own, _FORMATS.index(memory_format(x))], x.device, name)
 
 
 def _coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
@@ -180,11 +185,11 @@ def from_local(
 def _learn_sizes(local: Tensor, unknown: Spec) -> dict[int, Cut]:
     """All shard sizes, by one all-gather of every rank's shape."""
     mesh = unknown.mesh
-    known = _facts(local, comm.group(mesh, tuple(range(mesh.ndim))))
+    known = facts(local, comm.group(mesh, tuple(range(mesh.ndim))))
     if (known[:, :2] != known[0, :2]).any():
         raise ValueError(
             "from_local: ranks hold different dims or dtypes: "
-            + ", ".join(f"{k[0]}-d {_DTYPES[k[1]]}" for k in known.tolist())
+            + ", ".join(f"{k[0]}-d {DTYPES[k[1]]}" for k in known.tolist())
         )
     learned: dict[int, Cut] = {}
     for d, dim in enumerate(unknown.dims):
@@ -200,6 +205,21 @@ def _learn_sizes(local: Tensor, unknown: Spec) -> dict[int, Cut]:
         if dim.axes:
             learned[d] = cut(held[:, 0].tolist())
     return learned
+
+
+@method
+def graded(local: Tensor, spec: Spec, grad_placements: Sequence[Placement]) -> Tensor:
+    """The local tensor of spec for uses that make its gradient lie as grad_placements."""
+    own, given = spec.cotangent.placements, tuple(grad_placements)
+    sums = [a for a, (p, g) in enumerate(zip(own, given, strict=False)) if p != g]
+    if len(given) != len(own) or any(
+        not (own[a].is_replicate() and given[a] == Partial()) for a in sums
+    ):
+        raise ValueError(
+            f"grad_placements {given} for a tensor whose gradient lies as {own}: give these, or "
+            "Partial() in place of a Replicate()"
+        )
+    return comm.vary([local], comm.group(spec.mesh, tuple(sums)))[0] if sums else local
 
 
 @method

@@ -180,16 +180,25 @@ class ShardTensor(torch.Tensor):
         """
         return methods["from_local"](local, mesh, placements, sizes)
 
-    def to_local(self) -> Tensor:
-        """This rank's local tensor; differentiable."""
+    def to_local(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+        """This rank's local tensor; differentiable.
+
+        grad_placements: how its gradient lies, if not as the tensor: Partial() for each mesh axis
+        along which the tensor is whole and ranks have addends of its gradient, which are summed.
+        """
         if stale:
             refuse_stale(self._local)
-        return self._local
+        if grad_placements is None:
+            return self._local
+        return methods["graded"](self._local, self._spec, grad_placements)
 
-    def full_tensor(self) -> Tensor:
-        """The whole tensor as a plain one, on every rank; differentiable. All-gathers."""
+    def full_tensor(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+        """The whole tensor as a plain one, on every rank; differentiable. All-gathers.
+
+        grad_placements: as in `to_local`.
+        """
         self.to_local()
-        return methods["replicate"](self)._local
+        return methods["replicate"](self).to_local(grad_placements=grad_placements)
 
     def redistribute(
         self,
@@ -197,11 +206,13 @@ class ShardTensor(torch.Tensor):
         placements: Sequence[Placement] | None = None,
         *,
         sizes: dict[int, Sequence[int]] | None = None,
+        async_op: bool = False,
     ) -> ShardTensor:
         """The same tensor in other placements or cut to other `sizes`; differentiable.
 
         Raises ValueError for another mesh. Sizes default to the present ones where a dim stays
-        sharded by the same axes, else to torch.chunk's.
+        sharded by the same axes, else to torch.chunk's. async_op is DTensor's; the result is
+        there on return with either.
         """
         self.to_local()
         return methods["to_placements"](self, device_mesh, placements, sizes)

@@ -334,8 +334,8 @@ def _take_new(model: nn.Module, _: Any) -> None:
 
 
 @torch.no_grad()
-def synchronise(tensors: Iterable[Tensor], group: str) -> None:
-    """Copy tensors from the group's first rank to all, in one message per dtype and device."""
+def synchronise(tensors: Iterable[Tensor], group: str, source: int = 0) -> None:
+    """Copy tensors from one of the group's ranks to all, in one message per dtype and device."""
     if comm.size(group) == 1:
         return
     alike: dict[Any, list[Tensor]] = {}
@@ -343,6 +343,6 @@ def synchronise(tensors: Iterable[Tensor], group: str) -> None:
         alike.setdefault((t.dtype, t.device), []).append(t)
     for found in alike.values():
         flat = torch.cat([t.reshape(-1) for t in found])
-        wire.broadcast(flat, group)
+        wire.broadcast(flat, group, source)
         for t, value in zip(found, flat.split([t.numel() for t in found]), strict=True):
             t.copy_(value.view(t.shape))

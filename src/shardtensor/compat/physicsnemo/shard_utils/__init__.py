@@ -1,0 +1,1 @@
+"""Halos and rings of local tensors."""
