@@ -70,7 +70,7 @@ CONVS = {
 def test_convs(name, cut, taken):
     conv = torch.nn.Conv2d(3, 6, dtype=D, **CONVS[name])
     T.hold(conv, [torch.randn(2, 3, 12, 7, dtype=D)], [T.shard(2, cut)], (len(cut),))
-    if cut == (6, 6):
+    if cut == (6, 6) and name in ("3, no padding", "same"):
         assert taken
 
 

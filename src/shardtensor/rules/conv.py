@@ -22,7 +22,7 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, to_dims
 from .empty import some
-from .halo import Settings, halo_conv, width
+from .halo import Rims, Settings, halo_conv, rims
 from .norm import sharded
 from .overlap import pays
 from .sliding import Plan, fetched, plan, slide, whole
@@ -38,7 +38,7 @@ class Local(NamedTuple):
     plan: what it reads. dims: the spatial dims of the output.
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the rows to keep of what the op makes.
-    halo: the padding of `halo_conv`, where it serves the last sharded dim.
+    halo: padding and rims of `halo_conv`, where it serves the last sharded dim.
     """
 
     plan: Plan
@@ -46,7 +46,7 @@ class Local(NamedTuple):
     padding: tuple[int, ...]
     output_padding: tuple[int, ...] = ()
     crops: tuple[tuple[int, int, int], ...] = ()
-    halo: tuple[int, ...] | None = None
+    halo: tuple[tuple[int, ...], Rims] | None = None
 
 
 class Channels(NamedTuple):
@@ -202,12 +202,12 @@ def _forward(
     lies = plan(spec, tuple(stencils))
     halo = None
     if lies.reaches and lead == 2 and not lies.uneven:
-        d, stencil, _ = lies.reaches[-1]
+        d, stencil, reach = lies.reaches[-1]
         assert stencil is not None
-        rows = width(spec.dims[d], stencil)
-        halo = (
-            tuple(rows if lead + i == d else p for i, p in enumerate(lies.left)) if rows else None
-        )
+        own = rims(spec, d, stencil, reach)
+        if own is not None:
+            pads = tuple(own.above if lead + i == d else p for i, p in enumerate(lies.left))
+            halo = pads, own
     return Local(lies, tuple(dim for _, dim in lies.dims), lies.left, halo=halo)
 
 
@@ -365,9 +365,10 @@ def _convolved(
         return slide(local, spec, lies, op)
     *others, (d, _, reach) = lies.reaches
     rows = fetched(local, spec, others)
-    settings = Settings(each(stride, n), program.halo, each(dilation, n), groups)
+    pads, own = program.halo
+    settings = Settings(each(stride, n), pads, each(dilation, n), groups)
     w, b = _autocast(w), b if b is None else _autocast(b)
-    y = halo_conv(rows, w, b, d, spec, reach, settings)
+    y = halo_conv(rows, w, b, d, spec, reach, own, settings)
     for other, _, needed in others:
         y = trim(y, other, spec, needed)
     return y
