@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
@@ -14,10 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shardtensor as st
 from shardtensor import cache
 from shardtensor import testing as T
+from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, wire
 from shardtensor.comm.define import KERNELS
+from shardtensor.ranks.testing import make_mesh
 from shardtensor.rules import moments, normalise, numbers
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 D = torch.float64
 ROWS = 4
@@ -279,3 +284,17 @@ def test_what_others_resize_stays_so():
     """FSDP2 frees the memory of parameters between their uses."""
     for found in st.simulate(2, _resizable):
         assert all(found)
+
+
+def test_a_weight_along_the_cut_dim_on_fake_tensors():
+    """Torch's fake kernels take statistics of a row each in one shape only."""
+    with silent_world(1, 2):
+        mesh = make_mesh((2,))
+        # a mesh is asked for its ranks, which are numbers
+        groups.group(mesh, (0,))
+        with FakeTensorMode(allow_non_fake_inputs=True), not_tracing():
+            norm = nn.LayerNorm(6)
+            spec = Spec.of(mesh, [Shard(2)], (4, 5, 6))
+            x = wrap(torch.randn(spec.local_shape), spec)
+            norm(x).square().sum().backward()
+            assert norm.weight.grad.shape == norm.bias.grad.shape == (6,)
