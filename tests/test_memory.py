@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
+from shardtensor import comm
+from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
-from shardtensor.comm import route
+from shardtensor.comm import ops, route, wire
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh, run_workers
 from shardtensor.spec import Spec
@@ -50,6 +52,31 @@ def test_the_gradient_of_a_position_is_gathered_into_its_place():
         share = p.nbytes / RANKS
         # the gradient, whole as the parameter is, and few shares
         assert peak_bytes(step) <= p.nbytes + 3 * share
+
+
+def test_a_large_tensor_is_gathered_in_parts(monkeypatch):
+    monkeypatch.setattr(ops, "LARGE", 2**20)
+    with silent_world(RANKS // 2, RANKS):
+        group = comm.group(make_mesh((RANKS,)), (0,))
+        x = torch.randn(2, 4, 64, 256)
+        whole = RANKS * x.nbytes
+        # it was 2: what came, and where it belongs
+        for sizes in ([64] * RANKS, [64] * 5 + [63, 64, 65]):
+            found = peak_bytes(lambda sizes=sizes: comm.gather(x, 2, sizes, group))
+            assert found <= 1.2 * whole
+
+
+@pytest.mark.parametrize("cut", [(3, 4), (5, 0, 1, 1)])
+def test_parts_of_a_gather_are_in_their_places(cut, monkeypatch):
+    monkeypatch.setattr(ops, "LARGE", 0)
+    monkeypatch.setattr(wire, "DIRECT", -1)
+    x = torch.randn(3, 5, 7, 2, dtype=torch.float64)
+
+    def run(x):
+        return x.redistribute(placements=[Replicate()]) if isinstance(x, st.ShardTensor) else x * 1
+
+    T.hold(run, [x], [T.shard(2, cut)], (len(cut),))
+    T.hold(run, [x.movedim(0, 3).contiguous().movedim(3, 0)], [T.shard(2, cut)], (len(cut),))
 
 
 def placed(x, mesh):

@@ -40,6 +40,8 @@ from .pack import numel_but, others, packed, unpacked
 Ints = Sequence[int]
 # ranks whose shards a gather moves together one by one
 MOVED = 64
+# bytes of a whole tensor from which on it is gathered in parts, and in how many
+LARGE, PARTS = 2**28, 8
 
 
 def _resized(shape: Ints, dim: int, n: int) -> list[int]:
@@ -68,12 +70,29 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
         shapes = [_resized(shape, dim, k) for k in sizes]
         parts = wire.all_gather(flat, shapes, group)
         return torch.cat(parts, dim, out=empty(x, _resized(shape, dim, sizes.offsets[-1])))
+    lead = numel_but(shape, *range(dim, len(shape)))
+    if lead > 1 and rest * sizes.offsets[-1] * x.element_size() >= LARGE:
+        return _gather_in_parts(flat, _resized(shape, dim, sizes.offsets[-1]), lead, sizes, group)
     rows = wire.all_gather_rows(flat, spread(sizes, rest, -1), most, group)
-    if numel_but(shape, *range(dim, len(shape))) == 1 and (_in_order(sizes) or n <= MOVED):
+    if lead == 1 and (_in_order(sizes) or n <= MOVED):
         # they came in order: no second whole tensor; results of a dispatcher op may not be views
         found = _closed_up(rows, sizes, rest)
         return found.view(_resized(shape, dim, sizes.offsets[-1])).data
     return unpacked(rows, empty(x, _resized(shape, dim, sizes.offsets[-1])), dim, sizes)
+
+
+def _gather_in_parts(flat: Tensor, shape: Ints, lead: int, sizes: Cut, group: str) -> Tensor:
+    """A gather by a part of the dims before the cut one at a time: no second whole tensor."""
+    out = flat.new_empty(shape)
+    own, into = flat.view(lead, -1), out.view(lead, sizes.offsets[-1], -1)
+    step = -(-lead // PARTS)
+    for a in range(0, lead, step):
+        part = into[a : a + step]
+        rest = numel_but(part.shape, 1)
+        mine, most = own[a : a + step].reshape(-1), rest * max(sizes)
+        # no name that would hold the rows of one part while the next one's come
+        unpacked(wire.all_gather_rows(mine, spread(sizes, rest, -1), most, group), part, 1, sizes)
+    return out
 
 
 def _closed_up(rows: Tensor, sizes: Cut, rest: int) -> Tensor:
