@@ -179,9 +179,12 @@ def test_cost_and_mistakes():
         return [s.bytes for s in t.sent]
 
     # whether all faces are right; then 2 hops of 4 faces
-    assert st.simulate(3, sent, True) == [[16, 96, 96]] * 3
+    assert st.simulate(3, sent, True, transport="plain") == [[16, 96, 96]] * 3
     # 6 numbers for each of 9 queries to both others, in 4 all-reduces
-    assert st.simulate(3, sent, False) == [[16, *(2 * n * 8 for n in (9, 9, 27, 9))]] * 3
+    assert (
+        st.simulate(3, sent, False, transport="plain")
+        == [[16, *(2 * n * 8 for n in (9, 9, 27, 9))]] * 3
+    )
     for bad in ((q[:, :2], BOX[:, :2], FACES), (q, BOX, FACES[:0]), (q, BOX, FACES[:, :2])):
         with pytest.raises(ValueError):
             st.points.signed_distance(*bad)

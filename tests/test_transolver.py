@@ -146,4 +146,4 @@ def costs(attention):
 
 @pytest.mark.parametrize("attention", [PhysicsAttention, GeometryAttention])
 def test_only_slices_travel(attention):
-    st.simulate(3, costs, attention)
+    st.simulate(3, costs, attention, transport="plain")
