@@ -208,7 +208,7 @@ class Merge:
         if lone:
             return out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
         sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
-        sums[0] = -inf
+        sums[0].fill_(-inf)
         return out, sums
 
 

@@ -154,7 +154,7 @@ def _attention_backward(
         every = call.seen(q, call.held(call.me, step))
         # what queries find for all keys at once is not added up
         alone = len(every) == 1 and every[0].keys == (0, held[0].shape[2])
-        own = [] if alone else [x.new_zeros(x.shape, dtype=dtype) for x in held]
+        own = [] if alone else [_beside(x, dtype).zero_() for x in held]
         for seen in every:
             found = backward(
                 _cut(g, seen.rows), _cut(q, seen.rows), _cut(held[0], seen.keys),
@@ -172,7 +172,7 @@ def _attention_backward(
         if step:
             grads = [x.to(k.dtype) for x in own]
         else:
-            home = [x.to(dtype) for x in own]
+            home = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in own]
         if arriving:
             held, came = arriving()
             _add(home, came)
@@ -212,7 +212,13 @@ def _fake_backward(
     *rest: Any,
 ) -> Any:
     dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
+    return q.new_empty(q.shape), _beside(k, k.dtype), _beside(v, v.dtype), dmask
+
+
+def _beside(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of x's shape, heads beside each other in memory, as kernels give them."""
+    b, heads, rows, width = x.shape
+    return x.new_empty([b, rows, heads, width], dtype=dtype).transpose(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
