@@ -128,6 +128,15 @@ def test_weights_along_a_cut_dim_take_no_message_of_their_own(name):
             assert ahead[1] + behind[1] <= 1.3 * (plain_bytes + plain_back_bytes)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("ranks", [8, 16, 64])
+def test_weights_along_a_cut_dim_travel_once(norm, ranks):
+    """Among more than 8 ranks they did twice: as sums with zeros."""
+    module = norm((16, ROWS * ranks, 32))
+    _, behind = counted(lambda _: module, (2, 16, ROWS, 32), ranks)
+    assert behind[3] <= sum(p.nbytes for p in module.parameters()) and behind[2] == 1
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm((7, 5)), nn.RMSNorm((7, 5))], ids=str)
 @pytest.mark.parametrize("most", [0, 2**20])
 def test_weights_that_are_plain_replicated_or_cut(norm, most, monkeypatch):
@@ -143,7 +152,8 @@ def test_weights_that_are_plain_replicated_or_cut(norm, most, monkeypatch):
         return F.layer_norm(x, (7, 5), w, b)
 
     batch = T.On([Shard(0), Shard(1)])
-    for mesh, place in (((3,), T.shard(1, (4, 0, 3))), ((2, 2), batch), ((1,), T.shard(1, (7,)))):
+    ways = [((3,), T.shard(1, cut)) for cut in ((4, 0, 3), (3, 2, 2), (2, 2, 3))]
+    for mesh, place in (*ways, ((2, 2), batch), ((1,), T.shard(1, (7,)))):
         for weight in (None, T.shard(0, (4, 0, 3))) if mesh == (3,) else (None,):
             T.hold(run, [x, w, b], [place, weight, None], mesh)
 

@@ -7,6 +7,7 @@ and `reshape` runs on both. They have no gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.dlpack import to_dlpack
 
 from ..cache import cached
 from ..comm import groups, wire
+from ..comm.pack import unpacked
+from ..cuts import Cut, cut
 from .moments import accumulated
 
 Numbers = Any
@@ -130,12 +133,20 @@ def summed_beside(
     parts = [numbers_of(x.reshape(-1)) for x in own]
     first, each = sum(len(v) for v in values), [prod(b - a for a, b in of) for of in blocks]
     flat = _message(like, [*values, *parts], dtype)
-    if wire.direct(flat, first + len(own) * max(each), len(blocks)):
+    lies, most = _cut_of(blocks), max(each)
+    if wire.direct(flat, first + len(own) * most, len(blocks)):
         found = wire.all_gather(flat, [[first + len(own) * n] for n in each], group)
         sums = _added([f[:first] for f in found])
         for f, n, block in zip(found, each, blocks, strict=True):
             for i, whole in enumerate(wholes):
                 _put(whole, block, f[first + i * n : first + (i + 1) * n])
+    elif lies is not None and len(each) * (first + len(own) * most) < 2 * len(own) * prod(shape):
+        parts = [_lengthened(p, most) for p in parts]
+        flat = _message(like, [*values, *parts], dtype)
+        rows = wire.all_gather_rows(flat, [len(flat)] * len(each), len(flat), group)
+        sums = _added([rows[:, :first].sum(0)])
+        for whole, part in zip(wholes, rows[:, first:].split(most, 1), strict=True):
+            unpacked(part, whole, *lies)
     else:
         # between zeros, whose sum is all of it
         mine = slices(blocks[groups.rank(group)])
@@ -151,6 +162,26 @@ def summed_beside(
             n = whole.numel()
             _put(whole, block, total[first + i * n : first + (i + 1) * n])
     return list(sums.reshape(len(values), -1)), wholes
+
+
+@cached
+def _cut_of(blocks: Blocks) -> tuple[int, Cut] | None:
+    """The dim, and its sizes, whose rows the ranks have one after the other; None: another way."""
+    own = [d for d, spans in enumerate(zip(*blocks, strict=True)) if len(set(spans)) > 1]
+    if len(own) != 1:
+        return None
+    spans = [block[own[0]] for block in blocks]
+    in_order = all(a == b for (_, a), (b, _) in pairwise(spans))
+    return (own[0], cut([b - a for a, b in spans])) if in_order else None
+
+
+def _lengthened(values: Numbers, n: int) -> Numbers:
+    """n numbers, the last of which are zeros."""
+    if len(values) == n:
+        return values
+    if isinstance(values, Tensor):
+        return torch.cat([values, values.new_zeros(n - len(values))])
+    return np.concatenate([values, np.zeros(n - len(values))])
 
 
 def slices(block: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
