@@ -54,7 +54,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     Raises ValueError for a parameter whose gradient is summed over ranks outside of it.
     """
     found = list(xs)
-    learning = torch.is_grad_enabled()
+    learning, alone = torch.is_grad_enabled(), group == groups.ALONE
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
         if not x.requires_grad:
@@ -69,8 +69,9 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
                 if value is not None:
                     found[i] = value
                     continue
-        by_dtype.setdefault(x.dtype, []).append(i)
-    if not learning or group == groups.ALONE:
+        if not alone:
+            by_dtype.setdefault(x.dtype, []).append(i)
+    if not learning or alone:
         return found
     for picked in by_dtype.values():
         given = [found[i] for i in picked]

@@ -27,32 +27,27 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.construct import from_dtensor
 
-_NOWHERE = object()
+NOWHERE = object()
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether operands must be made to meet: one is a DTensor, or they lie on several meshes."""
-    mesh = _mesh(args, None)
-    if mesh is _NOWHERE:
-        return True
-    return bool(kwargs) and _mesh(kwargs.values(), mesh) is _NOWHERE
+def mesh_of(values: Iterable[Any], mesh: Any) -> Any:
+    """The one mesh of all ShardTensors and `mesh`, None without any, NOWHERE if they must meet.
 
-
-def _mesh(values: Iterable[Any], mesh: Any) -> Any:
-    """The one mesh of all ShardTensors, None without any, _NOWHERE if they must meet."""
+    They must where one is a DTensor, or they lie on several meshes.
+    """
     for x in values:
         kind = x.__class__
         if kind is ShardTensor:
             if mesh is None:
                 mesh = x._spec.mesh
             elif x._spec.mesh is not mesh and x._spec.mesh != mesh:
-                return _NOWHERE
+                return NOWHERE
         elif kind is DTensor:
-            return _NOWHERE
+            return NOWHERE
         elif kind is list or kind is tuple:
-            mesh = _mesh(x, mesh)
-            if mesh is _NOWHERE:
+            mesh = mesh_of(x, mesh)
+            if mesh is NOWHERE:
                 return mesh
     return mesh
 

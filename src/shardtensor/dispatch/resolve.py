@@ -19,7 +19,7 @@ from ..registry import OUT, POINTWISE, Handler, handlers, rules
 from ..spec import Spec
 from ..tensor import wrap
 from ..tensor.layout import turned
-from .axes import apart, met
+from .axes import NOWHERE, mesh_of, met
 from .fallback import fall_back, into_plain, is_shard
 from .follow import NOT, follow, hides, kind_of
 from .results import keep_result, saves_result
@@ -175,7 +175,10 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
         """The op: stale operands, other mesh axes, `out=`, then its handler."""
         if stale:
             check_readable(args, kwargs)
-        if apart(args, kwargs) and func not in _ENGINE:
+        mesh = mesh_of(args, None)
+        if kwargs and mesh is not NOWHERE:
+            mesh = mesh_of(kwargs.values(), mesh)
+        if mesh is NOWHERE and func not in _ENGINE:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)

@@ -40,8 +40,15 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _aligned(func, args, kwargs)
         else:
             inside.append(a)
-    if spec is None or spec.partial or kwargs or is_in_place(func):
+    if spec is None or spec.partial or kwargs:
         return _aligned(func, args, kwargs)
+    if is_in_place(func):
+        target = args[0]
+        if target.__class__ is not ShardTensor:
+            return _aligned(func, args, kwargs)
+        check_writable(target, func.__name__)
+        func(*inside)
+        return target
     out = func(*inside)
     return wrap(out, spec) if out.__class__ is Tensor else _wrap_all(out, spec)
 
