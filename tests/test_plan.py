@@ -203,3 +203,21 @@ def test_dropout_is_planned():
         Layout(1, (2,), (4,)),
     )
     assert not found.refused and found.memory["activations"] > 0
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x = (x.flatten(2).transpose(1, 2) * self.scale).unsqueeze(1)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_attention_of_one_device_is_counted():
+    """Two products of 2 * 256 * 256 * 8 FLOP forward, four backward and one that is computed anew."""
+    task = Task(Attends, [(1, 8, 16, 16)])
+    one, two = (estimate(task, Layout(1, (2,), (n,))).flop for n in (1, 2))
+    product = 2 * 256 * 256 * 8
+    assert 6 * product <= one <= 7 * product and 6 * product <= 2 * two <= 7 * product

@@ -20,10 +20,22 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import flop_registry as FLOPS  # noqa: F401
+from torch.utils.flop_counter import flop_registry
 
 from .dispatcher import not_tracing
 from .world import silent_world
+
+_aten = torch.ops.aten
+# the counts of products and convolutions; torch has none for attention's kernels on CPUs
+FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 @contextmanager
