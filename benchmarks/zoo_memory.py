@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from zoo_models import LARGE
@@ -108,15 +107,14 @@ class Origins(Ledger):
 
 
 @contextmanager
-def world(rank: int, ranks: int, ledger: Ledger) -> Iterator[FakeTensorMode]:
+def world(rank: int, ranks: int, ledger: Ledger) -> Iterator[Any]:
     """One rank of many on fake tensors; numbers that a library keeps aside may be real."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
-    with silent_world(rank, ranks), fake, ledger, not_tracing():
+    with silent_world(rank, ranks), ledger.fake, ledger, not_tracing():
         try:
-            yield fake
+            yield ledger.fake
         finally:
             cache.clear()
             groups.forget()
@@ -136,7 +134,7 @@ def unfilled() -> Iterator[None]:
             setattr(nn.init, n, f)
 
 
-def faked(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def faked(model: nn.Module, fake: Any) -> nn.Module:
     """The model with weights and buffers that have no memory."""
     made: dict[int, Tensor] = {}
     for module in model.modules():

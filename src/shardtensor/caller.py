@@ -64,6 +64,21 @@ def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:
     return "", ""
 
 
+def within_package(but: tuple[str, ...] = ()) -> bool:
+    """Whether this package's code runs, that of these folders and files passed over."""
+    frame: FrameType | None = sys._getframe(1)
+    passed = tuple(_OURS[0] + b for b in but)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS[0]):
+            if not file.startswith(passed):
+                return True
+        elif not is_library(file):
+            return False
+        frame = frame.f_back
+    return False
+
+
 def op_of(frame: FrameType | None) -> str:
     """The torch function on ShardTensors, or "backward", that the frame belongs to."""
     while frame is not None:

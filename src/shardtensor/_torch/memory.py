@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def storage_ref(x: torch.Tensor) -> Any:
@@ -24,7 +25,8 @@ def owns_memory(x: torch.Tensor) -> bool:
 
 @functools.cache
 def _uses_alone() -> int:
-    storage = torch.zeros(1).untyped_storage()
+    with _disable_current_modes():
+        storage = torch.zeros(1).untyped_storage()
     # the tensor is gone: one less than when it holds the storage
     return torch._C._storage_Use_Count(storage._cdata) + 1
 

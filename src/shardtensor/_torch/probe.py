@@ -41,10 +41,56 @@ FLOPS = {
 @contextmanager
 def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
     """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
-    with silent_world(rank, ranks), FakeTensorMode(), mode, not_tracing():
+    with silent_world(rank, ranks), mode.fake, mode, not_tracing():
         yield
 
 
+def fake_mode() -> Any:
+    """Inside, tensors that are made have no memory, and real ones may meet them."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Fakes:
+    """Makes fake tensors of a mode of which the form is known, without asking the mode."""
+
+    def __init__(self, mode: Any) -> None:
+        self.mode = mode
+        self.facts: dict[torch.device, dict[str, Any]] = {}
+
+    def make(
+        self,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        of: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A new one, or a view of another's memory."""
+        facts = self.facts.get(device)
+        with torch._C._DisableTorchDispatch():
+            if of is None:
+                x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            else:
+                x = torch.empty(0, dtype=dtype, device="meta")
+                x.set_(of.untyped_storage(), offset, shape, stride)
+            if facts is None:
+                found = FakeTensor(self.mode, x, device)
+                self.facts[device] = dict(vars(found))
+                return found
+            found = torch.Tensor._make_subclass(
+                FakeTensor, x, False, dispatch_device=True, device_for_backend_keys=device
+            )
+            torch._C._set_throw_on_mutable_data_ptr(found)
+        vars(found).update(facts)
+        return found
+
+
+# reads a fake tensor's device
+DEVICE = torch.ops.prim.device.default
+# what torch.tensor makes of numbers
+LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 outside_fake = unset_fake_temporarily
 # what reading a fake tensor's values raises
 DependsOnValues = (

@@ -18,8 +18,8 @@ from ..errors import UnsupportedOpError
 from . import deferred, groups, ops, sums, together, wire
 from .addends import addend_op, alike_op
 from .exchanges import Exchange, Kept, exchange, whole
-from .groups import along, group, knows_values, rank, size
-from .rows import exchange_rows, put_op, requests, take_op
+from .groups import along, group, knows_values, rank, size, spreads
+from .rows import exchange_rows, put_op, requests, spread, take_op
 
 __all__ = [
     "addend",
@@ -38,6 +38,8 @@ __all__ = [
     "ring",
     "size",
     "split",
+    "spread",
+    "spreads",
     "swap",
     "take",
     "vary",

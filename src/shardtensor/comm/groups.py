@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary, ref
@@ -139,9 +140,30 @@ def knows_values(name: str) -> bool:
     return not silent(name)
 
 
+class _Spread:
+    """Whether ranks whose values are not known are taken to have as many rows of each kind."""
+
+    taken = False
+
+
+@contextmanager
+def taken_spread() -> Iterator[None]:
+    """Inside, as in a plan, what depends on values is taken to be spread evenly over the ranks."""
+    _Spread.taken = True
+    try:
+        yield
+    finally:
+        _Spread.taken = False
+
+
+def spreads(name: str) -> bool:
+    """Whether numbers that depend on other ranks' values are taken as if spread evenly."""
+    return _Spread.taken and silent(name)
+
+
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
-    if not knows_values(name):
+    if not knows_values(name) and not _Spread.taken:
         raise UnsupportedOpError(
             "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
         )

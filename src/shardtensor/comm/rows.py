@@ -16,6 +16,21 @@ from .pack import numel_but
 Ints = Sequence[int]
 
 
+def spread(rows: Ints, sizes: Ints) -> list[list[int]]:
+    """Rows of each of some ranks by the shard they go to, evenly: sums over both are exact."""
+    mine, theirs = (cut(tuple(n)).offsets for n in (rows, sizes))
+    total = theirs[-1] or 1
+
+    def below(i: int, j: int) -> int:
+        return mine[i] * theirs[j] // total
+
+    return [
+        [below(i + 1, j + 1) - below(i, j + 1) - below(i + 1, j) + below(i, j)
+         for j in range(len(sizes))]
+        for i in range(len(rows))
+    ]  # fmt: skip
+
+
 def exchange_rows(x: Tensor, gives: Ints, gets: Ints, group: str, label: str) -> Tensor:
     """What each rank had for this one, gets[r] rows, in the order of the ranks.
 
@@ -46,6 +61,10 @@ def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int],
     asked = exchange_rows(counts, one, one, group, "take").tolist()
     wanted = (index - ends[owner])[order]
     per_owner = counts.tolist()
+    if groups.spreads(group):
+        if sum(per_owner) != index.numel():
+            per_owner = spread([index.numel()], sizes)[0]
+        asked = per_owner
     return order, per_owner, asked, exchange_rows(wanted, per_owner, asked, group, "take")
 
 

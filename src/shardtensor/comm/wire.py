@@ -287,6 +287,10 @@ def start_all_reduce(
         def combine() -> None:
             # in the order of the ranks, so that all get the same bits
             first, second, *others = arrived()
+            if op != "sum" and groups.silent(group):
+                # as if the others had the same
+                back(on_wire)
+                return
             total = _COMBINE[op](first, second)
             for other in others:
                 _COMBINE[op](total, other, out=total)

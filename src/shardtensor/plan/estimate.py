@@ -22,8 +22,10 @@ from torch.distributed.tensor import Shard
 from .. import cache
 from .._torch import probe
 from ..attention import Rates, assume
+from ..caller import error_line
 from ..comm import groups
 from ..comm.counters import Sent
+from ..compile.blocks import blocks_of
 from ..errors import UnsupportedOpError
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
@@ -32,7 +34,10 @@ from ..spec import Spec
 from ..tensor import wrap
 from ..train.options import Options
 from ..train.parallelize import adapt, parallelize
-from .ledger import Ledger
+from .build import build
+from .known import Known
+from .ledger import Ledger, local
+from .tree import GRADIENTS, Part, Places, Tree, parts
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,15 @@ class Device:
 
     def seconds(self, flop: float, moved: float, dtype: torch.dtype) -> float:
         """Of one op: bound by arithmetic, by memory or by its launch."""
+        return self.bound(flop, moved, dtype)[1]
+
+    def bound(self, flop: float, moved: float, dtype: torch.dtype) -> tuple[str, float]:
+        """What an op is bound by, and its seconds."""
         bits = min((b for b in self.flops if b >= 8 * dtype.itemsize), default=max(self.flops))
-        return max(flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth, self.launch)
+        compute, memory = flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth
+        longest = max(compute, memory, self.launch)
+        name = "launch" if longest == self.launch else "compute" if longest == compute else "memory"
+        return name, longest
 
 
 # datasheets, SXM: fp32 without tensor cores, 16 bit dense
@@ -68,26 +80,43 @@ class Task:
     """What is to run: a step of training or, with train=False, of inference.
 
     make: gives the model; it runs on fake tensors. shapes, dtypes: of the inputs of forward, for
-    the whole batch; dims: those of the first input that may be sharded. loss: of the model's
+    the whole batch; a tensor in place of a shape has values that the model may read (edges, masks,
+    lengths). dims: those of the first input that may be sharded; dim 0 is the batch if it is not
+    among them. loss: of the model's
     output (default: the mean square of all). optimizer: of the parameters.
     """
 
     make: Callable[[], nn.Module]
-    shapes: Sequence[tuple[int, ...]]
+    shapes: Sequence[Any]
     dtypes: Sequence[torch.dtype] = ()
     dims: Sequence[int] = ()
     train: bool = True
     loss: Callable[[Any], Tensor] | None = None
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW
+    values: Sequence[Tensor | None] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
+        values = tuple(s.detach() if isinstance(s, Tensor) else None for s in self.shapes)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(
+            self, "shapes", tuple(tuple(getattr(s, "shape", s)) for s in self.shapes)
+        )
         first = self.shapes[0]
         dims = tuple(self.dims) or tuple(range(2, len(first)))
-        if not dims or not all(0 < d < len(first) for d in dims):
-            raise ValueError(f"dims to shard are {dims} of an input {first}; dim 0 is the batch")
+        if not dims or not all(0 <= d < len(first) for d in dims) or len({*dims}) < len(dims):
+            raise ValueError(
+                f"dims to shard are {dims} of an input {first}: name them, as dims=(1,)"
+            )
         object.__setattr__(self, "dims", dims)
         object.__setattr__(
-            self, "dtypes", tuple(self.dtypes) or (torch.float32,) * len(self.shapes)
+            self,
+            "dtypes",
+            tuple(
+                d if x is None else x.dtype
+                for d, x in zip(
+                    tuple(self.dtypes) or (torch.float32,) * len(values), values, strict=True
+                )
+            ),
         )
 
 
@@ -126,7 +155,8 @@ class Estimate:
     """One configuration. Bytes and seconds are those of the rank that holds most.
 
     memory: bytes by kind when most are held. sent: its collectives. gathered: ops without a rule.
-    compute, communication: seconds of a step; refused: why it cannot run.
+    compute, communication: seconds of a step; refused: why it cannot run. assumed: what was taken
+    for values that only inputs decide, with the lines that read them.
     """
 
     layout: Layout
@@ -137,6 +167,12 @@ class Estimate:
     communication: float = 0.0
     flop: int = 0
     refused: str = ""
+    assumed: tuple[str, ...] = ()
+    modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
+
+    def tree(self) -> Tree:
+        """Memory and time by module; print it."""
+        return Tree(self.modules, self.layout.options.checkpoint)
 
     @property
     def peak(self) -> int:
@@ -176,9 +212,8 @@ def estimate(
     for rank in (middle,) if even else sorted({0, middle}):
         try:
             found.append(_of_rank(task, layout, rank, device, network))
-        except (UnsupportedOpError, *probe.DependsOnValues) as e:
-            text = str(e) if isinstance(e, UnsupportedOpError) else f"depends on values ({e})"
-            return Estimate(layout, {}, refused=text.splitlines()[0])
+        except Exception as e:
+            return Estimate(layout, {}, refused=_reason(e))
     return max(found, key=lambda e: e.peak)
 
 
@@ -191,13 +226,16 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
     chosen = assume(attention_rates(device, network, layout.ranks))
-    with probe.fake_world(rank, layout.ranks, ledger), chosen:
+    drawn = torch.random.fork_rng(devices=[])
+    with drawn, probe.fake_world(rank, layout.ranks, ledger), chosen, groups.taken_spread():
         try:
             step = _prepared(task, layout, ledger)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
             with trace() as t:
+                ledger.heard, ledger.senders = t.sent, []
                 step()
-            memory, work = ledger.peak(at), ledger.work[begun:]
+            ledger.heard = ()
+            (memory, owned), work = ledger.peak(at), ledger.work[begun:]
             messages = (*t.sent, *ledger.sent[sent:])
         finally:
             cache.clear()
@@ -210,7 +248,44 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         compute=sum(device.seconds(*w) for w in work),
         communication=sum(network.seconds(s) for s in messages),
         flop=sum(f for f, _, _ in work),
+        assumed=tuple(ledger.known.assumed),
+        modules=parts(
+            (
+                (name, *device.bound(*w), w[0])
+                for name, w in zip(ledger.workers[begun:], work, strict=True)
+            ),
+            owned.items(),
+            (
+                (name, s.bytes, network.seconds(s))
+                for name, s in zip(_senders(ledger, messages), messages, strict=True)
+            ),
+        ),
     )
+
+
+def _senders(ledger: Ledger, messages: tuple[Sent, ...]) -> list[str]:
+    """The module of each message; those at the end, of no module, are of gradients."""
+    return ledger.senders + [GRADIENTS] * (len(messages) - len(ledger.senders))
+
+
+def has_blocks(task: Task) -> bool:
+    """Whether the model has blocks that can be checkpointed."""
+    ledger = Ledger()
+    with probe.fake_world(0, 1, ledger):
+        return bool(blocks_of(build(task.make, ledger), ()))
+
+
+def _reason(e: Exception) -> str:
+    """Why a step cannot be planned, with the user's line and what to do."""
+    line = error_line(e)
+    at = f" ({line})" if line else ""
+    if isinstance(e, probe.DependsOnValues):
+        return (
+            f"depends on values{at}: give the input that they come from as a tensor, "
+            "or rehearse it on a device"
+        )
+    text = (str(e).strip().splitlines() or [""])[0]
+    return text if isinstance(e, UnsupportedOpError) else f"{type(e).__name__}: {text}{at}"
 
 
 def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:
@@ -232,7 +307,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
             mesh = init_device_mesh(
                 "cpu", tuple(layout.mesh.values()), mesh_dim_names=tuple(layout.mesh)
             )
-    model = task.make().train(task.train)
+    model = build(task.make, ledger).train(task.train)
     ledger.mark("buffers", model.buffers())
     if mesh is not None:
         data = {"data": "data"} if layout.data > 1 else {}
@@ -240,8 +315,9 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
     elif layout.options != Options():
         adapt(model, replace(layout.options, fsdp=None))
     ledger.mark("parameters", model.parameters())
+    ledger.places = Places(model)
     domain = None if mesh is None else mesh[tuple(layout.mesh)[1:]]
-    inputs = [_input(task, layout, domain, i) for i in range(len(task.shapes))]
+    inputs = [_input(task, layout, domain, i, ledger.known) for i in range(len(task.shapes))]
     ledger.mark("inputs", inputs)
     if not task.train:
         return lambda: _infer(model, inputs)
@@ -250,7 +326,9 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
     # a first step, so that it has its state
     for p in trained:
         p.grad = torch.zeros_like(p)
-    optimizer.step()
+        ledger.known.forget(local(p.grad))
+    with ledger.known.kept(map(local, trained)):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     states = (v for s in optimizer.state.values() for v in s.values())
     ledger.mark("optimizer", (v for v in states if isinstance(v, Tensor)))
@@ -281,17 +359,27 @@ def _loss(task: Task, out: Any) -> Tensor:
     return total
 
 
-def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int) -> Tensor:
+def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known: Known) -> Tensor:
     """This rank's part of input i: sharded where its dims are those of the first input."""
     first, shape = task.shapes[0], list(task.shapes[i])
-    if shape and first and shape[0] == first[0]:
+    given = task.values[i]
+    if shape and first and shape[0] == first[0] and layout.data > 1:
         shape[0] //= layout.data
-    dtype = task.dtypes[i]
-    alike = all(d < len(shape) and shape[d] == first[d] for d in layout.dims)
-    if domain is None or not alike:
-        return torch.empty(shape, dtype=dtype)
-    spec = Spec.of(domain, [Shard(d) for d in layout.dims], shape)
-    return wrap(torch.empty(spec.local_shape, dtype=dtype), spec)
+        given = None if given is None else given[: shape[0]]
+    alike = all(d < len(shape) and shape[d] == task.shapes[0][d] for d in layout.dims if d)
+    alike = alike and (0 not in layout.dims or (bool(shape) and shape[0] == first[0]))
+    spec = None
+    if domain is not None and alike:
+        spec = Spec.of(domain, [Shard(d) for d in layout.dims], shape)
+        shape = list(spec.local_shape)
+        for d in layout.dims if given is not None else ():
+            given = given.narrow(d, spec.dims[d].offsets[spec.index[d]], shape[d])  # type: ignore[union-attr]
+    if given is None:
+        x = torch.empty(shape, dtype=task.dtypes[i])
+        known.forget(x)
+    else:
+        x = known.fake(given)
+    return x if spec is None else wrap(x, spec)
 
 
 def _strides(sizes: Iterable[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
 from ..comm.define import KERNELS
+from .known import Known
+from .replay import Call
+from .tree import GRADIENTS, Places
 
 # kinds of memory, in the order of tables
 KINDS = (
@@ -37,12 +40,21 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.fake = probe.fake_mode()
+        self.known = Known(self.fake)
         self.moves: list[tuple[int, int]] = []
         self.work: list[tuple[int, int, torch.dtype]] = []
         self.kinds: dict[int, str] = {}
         self.sent: list[Sent] = []
+        # of every tensor, of every op and of every message the module that made it
+        self.places = Places()
+        self.owners: dict[int, str] = {}
+        self.workers: list[str] = []
+        self.senders: list[str] = []
+        self.heard: Sequence[Sent] = ()
         self._sending = 0
         self._numbers: dict[int, int] = {}
+        self._ends: dict[int, Any] = {}
         self._next = 0
 
     def __torch_dispatch__(
@@ -53,22 +65,31 @@ class Ledger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an op on fake tensors; book what it makes, costs and sends."""
-        kwargs = kwargs or {}
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if given and not any(probe.is_fake(x) for x in given):
+        if func is probe.DEVICE and probe.is_fake(args[0]):
+            return args[0].fake_device
+        call = Call(func, args, kwargs or {})
+        given = call.given
+        if given and func not in probe.LIFTED and not any(map(probe.is_fake, given)):
             # of a mesh's ranks, which are read
             with probe.outside_fake():
-                return func(*args, **kwargs)
+                return func(*args, **call.kwargs)
         if func in KERNELS:
+            self.senders += [GRADIENTS] * (len(self.heard) - len(self.senders))
             with self._inside_collective():
-                return KERNELS[func](*args, **kwargs)
+                out = KERNELS[func](*args, **call.kwargs)
+            self.senders += [self.places.here()] * (len(self.heard) - len(self.senders))
+            return out
         if not self._sending and func.namespace == "c10d":
             self._note(func, given)
-        out = func(*args, **kwargs)
-        made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        new = [x for x in made if self.book(x, "communication" if self._sending else "activations")]
+        out = self.known.run(call)
+        many = isinstance(out, list | tuple)
+        made = [x for x in (pytree.tree_leaves(out) if many else (out,)) if isinstance(x, Tensor)]
+        kind = "communication" if self._sending else "activations"
+        # each is booked
+        new = sum(self.book(x, kind) for x in made)
         if new or _torch.is_mutable(func):
-            self.work.append(self._cost(func, args, kwargs, out, given, made))
+            self.work.append(self._cost(call, out, made))
+            self.workers.append(self.places.here())
         return out
 
     def _note(self, func: Any, given: list[Tensor]) -> None:
@@ -88,19 +109,22 @@ class Ledger(TorchDispatchMode):
         finally:
             self._sending -= 1
 
-    def _cost(
-        self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Tensor], made: list[Tensor]
-    ) -> tuple[int, int, torch.dtype]:
-        count = probe.FLOPS.get(func.overloadpacket)
-        flop = count(*args, **kwargs, out_val=out) if count is not None else 0
-        moved = sum(x.numel() * x.element_size() for x in {id(x): x for x in given + made}.values())
-        return flop, moved, (given or made)[0].dtype
+    def _cost(self, call: Call, out: Any, made: list[Tensor]) -> tuple[int, int, torch.dtype]:
+        if call.entry is not None and call.entry.cost is not None:
+            return call.entry.cost
+        count = probe.FLOPS.get(call.func.overloadpacket)
+        flop = count(*call.args, **call.kwargs, out_val=out) if count is not None else 0
+        every = {id(x): x for x in call.given + made}.values()
+        cost = flop, sum(map(_bytes, every)), (call.given or made)[0].dtype
+        if call.entry is not None:
+            call.entry.cost = cost
+        return cost
 
     def book(self, x: Tensor, kind: str) -> bool:
         """Enter a tensor's memory; False where it is known already, or there is none."""
-        if x.device.type == "meta":
+        if not probe.is_fake(x) and x.device.type == "meta":
             return False
-        storage = local(x).untyped_storage()
+        storage = (x if probe.is_fake(x) else local(x)).untyped_storage()
         at = storage._cdata
         if at in self._numbers:
             return False
@@ -108,10 +132,13 @@ class Ledger(TorchDispatchMode):
         self._next += 1
         self._numbers[at], self.kinds[number] = number, kind
         self.moves.append((number, nbytes))
-        weakref.finalize(storage, self._released, at, number, nbytes)
+        self.owners[number] = self.places.here()
+        # it is called when the memory is released
+        self._ends[number] = weakref.ref(storage, lambda _: self._released(at, number, nbytes))
         return True
 
     def _released(self, at: int, number: int, nbytes: int) -> None:
+        del self._ends[number]
         if self._numbers.get(at) == number:
             del self._numbers[at]
             self.moves.append((number, -nbytes))
@@ -123,16 +150,28 @@ class Ledger(TorchDispatchMode):
                 self.book(x, kind)
                 self.kinds[self._numbers[local(x).untyped_storage()._cdata]] = kind
 
-    def peak(self, start: int = 0) -> dict[str, int]:
-        """Bytes by kind at the moment when most were held, after the first `start` moves."""
-        held = dict.fromkeys(KINDS, 0)
-        most, total, found = -1, 0, dict(held)
-        for i, (number, nbytes) in enumerate(self.moves):
-            held[self.kinds[number]] += nbytes
+    def peak(self, start: int = 0) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by kind at the moment when most were held, after the first `start` moves.
+
+        And bytes by the module that made them, of what is no weight, gradient or optimizer state.
+        """
+        total, most, at = 0, -1, 0
+        for i, (_, nbytes) in enumerate(self.moves):
             total += nbytes
             if i >= start and total > most:
-                most, found = total, dict(held)
-        return found
+                most, at = total, i
+        held, owned = dict.fromkeys(KINDS, 0), dict[str, int]()
+        for number, nbytes in self.moves[: at + 1]:
+            kind = self.kinds[number]
+            held[kind] += nbytes
+            if kind in ("activations", "communication"):
+                owner = self.owners[number]
+                owned[owner] = owned.get(owner, 0) + nbytes
+        return held, owned
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def local(x: Tensor) -> Tensor:

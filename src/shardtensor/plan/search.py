@@ -8,18 +8,16 @@ from itertools import product
 from math import prod
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..compile.blocks import blocks_of
 from ..observe.network import DGX_H100, Network
 from ..train.options import Options
-from .estimate import H100, Device, Estimate, Layout, Task, estimate
+from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 
 
 def plan(
     make: Callable[[], nn.Module],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...] | Tensor],
     devices: int,
     device: Device = H100,
     network: Network = DGX_H100,
@@ -41,7 +39,7 @@ def plan(
 
 def fewest(
     make: Callable[[], nn.Module],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...] | Tensor],
     device: Device = H100,
     network: Network = DGX_H100,
     *,
@@ -69,7 +67,7 @@ def ranked(
 ) -> list[Estimate]:
     """As `plan`."""
     found: list[Estimate] = []
-    blocks = _has_blocks(task)
+    blocks = has_blocks(task)
     for base, precision in product(layouts(task, devices), precisions):
         for options in _options(task, base.ranks, precision, blocks):
             one = estimate(task, replace(base, options=options), device, network)
@@ -81,7 +79,9 @@ def ranked(
 
 def layouts(task: Task, devices: int) -> Iterator[Layout]:
     """All meshes of the task on so many devices, but for those that cut a dim below one row."""
-    batch, dims = task.shapes[0][0], tuple(task.dims)
+    dims = tuple(task.dims)
+    # where dim 0 is cut there is no batch
+    batch = 1 if 0 in dims else task.shapes[0][0]
     sizes = [task.shapes[0][d] for d in dims]
     for data in (d for d in range(1, devices + 1) if devices % d == 0 and batch % d == 0):
         rest = devices // data
@@ -97,11 +97,6 @@ def _options(task: Task, ranks: int, precision: str | None, blocks: bool) -> Ite
     for fsdp, checkpoint in (("all", False), (None, True), ("all", True)):
         if task.train and (fsdp is None or ranks > 1) and (blocks or not checkpoint):
             yield Options(fsdp=fsdp, checkpoint=checkpoint, precision=precision)
-
-
-def _has_blocks(task: Task) -> bool:
-    with torch.device("meta"):
-        return bool(blocks_of(task.make(), ()))
 
 
 def _place(e: Estimate, device: Device) -> tuple[int, float]:

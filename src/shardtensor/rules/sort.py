@@ -137,6 +137,8 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     # (from, lane, to): how many rows each rank sends to each other
     moves = torch.cat([inside, ends], -1).diff(dim=-1, prepend=torch.zeros_like(ends))
     sent = moves.sum(1).tolist()
+    if comm.spreads(group):
+        sent = [[count * n for n in row] for row in comm.spread(dim.sizes, dim.sizes)]
     numbers = places.to(torch.int32 if dim.size <= torch.iinfo(torch.int32).max else torch.int64)
     numbers += dim.offsets[me]
     if count > 1:

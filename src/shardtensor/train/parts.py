@@ -54,7 +54,9 @@ class Ranks:
         self.domain, self.data, self.everyone = domain, data, everyone
         self.copies = comm.size(data)
         self.sent: list[Message] = []
-        self.heads, self.mean_heads = Heads(comm.size(everyone)), Heads(self.copies)
+        known = comm.knows_values(everyone)
+        self.heads = Heads(comm.size(everyone), known)
+        self.mean_heads = Heads(self.copies, known)
         self.buckets = 0
 
     def send(self, flat: Tensor, lengths: list[int], task: int) -> Message:

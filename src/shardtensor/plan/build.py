@@ -1,0 +1,65 @@
+"""A model whose weights and buffers have no memory, however its constructor is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .._torch.dispatcher import outside_modes
+from ..errors import UnsupportedOpError
+from .known import MOST_DRAWN
+from .ledger import Ledger
+
+# bytes of weights up to which a model is built for real, if it cannot be without memory
+REAL = 2**33
+# what gives weights values that may be read
+_CONSTANT = {"zeros_", "ones_", "constant_", "eye_", "dirac_"}
+
+
+def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
+    """What make gives, on fake tensors; constants, schedules and small buffers have their values.
+
+    The constructor runs on fake tensors. One that cannot runs for real, without filling weights,
+    which then lose their memory: UnsupportedOpError where they would take too much of it.
+    """
+    begun = len(ledger.moves)
+    try:
+        return make()
+    except Exception as e:
+        error = e.with_traceback(None)
+    made = sum(n for _, n in ledger.moves[begun:] if n > 0)
+    if made > REAL:
+        raise UnsupportedOpError(
+            f"the model's constructor needs values of weights ({type(error).__name__}: {error}), "
+            f"and its {made / 2**30:.0f} GiB are too many to make them: build fewer layers"
+        )
+    with outside_modes(), _unfilled():
+        model = make()
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, x in table.items():
+                if x is not None:
+                    most = MOST_DRAWN if table is module._parameters else None
+                    table[key] = ledger.known.fake(x, most)  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Inside, weights are made without their random numbers, which take time."""
+    names = [n for n in vars(nn.init) if n.endswith("_") and not n.startswith("_")]
+    kept = {n: getattr(nn.init, n) for n in names if n not in _CONSTANT}
+
+    def given(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    try:
+        for n in kept:
+            setattr(nn.init, n, given)
+        yield
+    finally:
+        for n, f in kept.items():
+            setattr(nn.init, n, f)

@@ -1,0 +1,274 @@
+"""Values that a plan knows: of fake tensors that depend neither on inputs nor on large weights.
+
+Constants, tables of positions, schedules, masks of windows: a small tensor whose operands are known
+is computed for real beside its fake, so that code may read it. What depends on an input has no
+value; where code asks for one that only bounds a size (masks, unique) or scales (a float), the
+bound or a stand-in is taken, and the line is told in `assumed`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import _torch
+from .._torch import probe
+from ..caller import call_of_user, within_package
+from .replay import Call
+
+aten = torch.ops.aten
+# elements of a tensor up to which its values are computed; of random ones and of empty memory,
+# which weights are made from
+MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
+_DEPENDS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# what reads values for the code that calls it
+_ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/numbers.py", "rules/rule.py")
+_EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+
+
+def _depends(func: Any) -> bool:
+    return any(t in func.tags for t in _DEPENDS)
+
+
+class Known:
+    """Runs ops on fake tensors and keeps the values that are known, by their memory.
+
+    assumed: what was taken for a value that nobody knows, with the line of the user's code.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        self.convert = mode.from_tensor
+        self.fakes = probe.Fakes(mode)
+        self.storages: dict[int, Any] = {}
+        self._ends: dict[int, Any] = {}
+        self.assumed: dict[str, None] = {}
+
+    def run(self, call: Call) -> Any:
+        """What the call gives, on fake tensors."""
+        func, args, kwargs = call.func, call.args, call.kwargs
+        if call.key is None and call.given and not all(map(probe.is_fake, call.given)):
+            if func in probe.LIFTED:
+                return self.fake(args[0])
+            call = Call(func, *pytree.tree_map_only(Tensor, self.fake, (args, kwargs)))
+            args, kwargs = call.args, call.kwargs
+        known = all(map(self.has, call.given))
+        if call.key is not None or not _depends(func):
+            out = call.run(self.fakes)
+        elif known:
+            return pytree.tree_map_only(Tensor, self.fake, self._real(func, args, kwargs))
+        else:
+            return self._bounded(func, args, kwargs)
+        if not known:
+            if _torch.is_mutable(func):
+                self._forget(func, args, kwargs)
+            elif func in _GUESSES and isinstance(out, Tensor) and not out.ndim:
+                self._note(f"{func.overloadpacket.__name__} is taken to be {_GUESSES[func]}")
+                self._keep(out, torch.full, (), _GUESSES[func])
+        elif not func.is_view:
+            self._follow(func, args, kwargs, out, bool(call.given))
+        return out
+
+    def has(self, x: Tensor) -> bool:
+        """Whether the values of a fake tensor are known."""
+        return x.untyped_storage()._cdata in self.storages
+
+    def forget(self, x: Tensor) -> None:
+        """Let nobody know the values of a fake tensor."""
+        self.storages.pop(x.untyped_storage()._cdata, None)
+
+    @contextmanager
+    def kept(self, xs: Iterable[Tensor]) -> Iterator[None]:
+        """Afterwards the values of these are known as before, whatever was written to them."""
+        found = {x.untyped_storage()._cdata for x in xs}
+        before = {at: s for at, s in self.storages.items() if at in found}
+        yield
+        self.storages |= before
+
+    def value(self, x: Tensor) -> Tensor:
+        """The values of a fake tensor, in memory that its other views share."""
+        storage = self.storages[x.untyped_storage()._cdata]
+        with probe.outside_fake():
+            found = torch.empty(0, dtype=x.dtype).set_(
+                storage, x.storage_offset(), x.shape, x.stride()
+            )
+            found = torch._conj(found) if x.is_conj() else found
+            return torch._neg_view(found) if x.is_neg() else found
+
+    def fake(self, x: Tensor, most: int | None = None) -> Tensor:
+        """A fake of a real tensor, whose values are known if it is small; a fake as it is."""
+        if probe.is_fake(x):
+            return x
+        # the same for the same tensor
+        found = self.convert(x)
+        small = x.numel() <= (most or MOST) and x.layout is torch.strided
+        if small and not hasattr(found, "_real"):
+            vars(found)["_real"] = True
+            with probe.outside_fake():
+                self._like(found, x.detach().clone(memory_format=torch.preserve_format))
+        return found
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, given: bool) -> None:
+        """Compute the values of what an op of known tensors made, unless that is much."""
+        made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        size = max((x.numel() for x in made), default=0)
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        most = MOST_DRAWN if drawn else MOST
+        if not given and func.overloadpacket.__name__ in _EMPTY:
+            most = MOST_EMPTY
+        if size > most or any(x.layout is not torch.strided for x in made):
+            self._forget(func, args, kwargs)
+            return
+        try:
+            real = self._real(func, args, kwargs)
+        except Exception:
+            # whatever it is, the fake tells it where it matters
+            self._forget(func, args, kwargs)
+            return
+        found = [x for x in pytree.tree_leaves(real) if isinstance(x, Tensor)]
+        for fake, x in zip(made, found, strict=True):
+            if not self.has(fake):
+                if func.overloadpacket.__name__ in _EMPTY:
+                    x.zero_()
+                self._like(fake, x)
+
+    def _like(self, fake: Tensor, x: Tensor) -> None:
+        """Enter the values of a new fake tensor."""
+        with probe.outside_fake():
+            if x.stride() != fake.stride() or fake.storage_offset() or x.storage_offset():
+                span = sum((n - 1) * s for n, s in zip(fake.shape, fake.stride(), strict=True))
+                memory = torch.empty(
+                    fake.storage_offset() + (span + 1 if fake.numel() else 0), dtype=x.dtype
+                )
+                at = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+                x = at.copy_(x)
+        self._enter(fake, x.untyped_storage())
+
+    def _keep(self, fake: Tensor, make: Callable[..., Tensor], *args: Any) -> None:
+        with probe.outside_fake():
+            self._like(fake, make(*args, dtype=fake.dtype))
+
+    def _enter(self, fake: Tensor, storage: Any) -> None:
+        memory = fake.untyped_storage()
+        at = memory._cdata
+        self.storages[at] = storage
+        # it is called when the memory is released
+        self._ends[at] = weakref.ref(memory, lambda _: self._released(at))
+
+    def _released(self, at: int) -> None:
+        self.storages.pop(at, None)
+        self._ends.pop(at, None)
+
+    def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+        with probe.outside_fake():
+            return func(*args, **kwargs)
+
+    def _forget(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What an op writes to has no known values any more."""
+        for i, a in enumerate(func._schema.arguments):
+            if a.alias_info is not None and a.alias_info.is_write:
+                found = args[i] if i < len(args) else kwargs.get(a.name)
+                for x in pytree.tree_leaves(found):
+                    if isinstance(x, Tensor):
+                        self.forget(x)
+
+    def _bounded(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an op can give at most, or a stand-in for a number that it reads."""
+        if func is aten._local_scalar_dense.default:
+            return self._number(args[0])
+        if func is aten.equal.default:
+            self._note("equal is taken to be True")
+            return True
+        if func is aten.index.Tensor:
+            return self._indexed(func, *args)
+        bound = _BOUNDS.get(func)
+        if bound is None:
+            return func(*args, **kwargs)
+        if func is not aten.bincount.default:
+            self._note(f"{func.overloadpacket.__name__} is taken to find all")
+        return bound(*args, **kwargs)
+
+    def _indexed(self, func: Any, x: Tensor, index: list[Tensor | None]) -> Any:
+        """Boolean masks pick every element."""
+        found: list[Tensor | None] = []
+        for i in index:
+            if i is None or i.dtype not in (torch.bool, torch.uint8):
+                found.append(i)
+                continue
+            self._note("a mask is taken to pick all")
+            n = prod(i.shape)
+            found += [torch.empty(n, dtype=torch.int64, device=i.device) for _ in i.shape]
+        return func(x, found)
+
+    def _number(self, x: Tensor) -> Any:
+        if x.dtype is torch.bool:
+            self._note("a condition is taken to be False")
+            return False
+        if x.dtype.is_floating_point:
+            self._note("a number that is read is taken to be 1")
+            return 1.0
+        if within_package(_ASKS):
+            return 0
+        return aten._local_scalar_dense.default(x)
+
+    def _note(self, what: str) -> None:
+        self.assumed[f"{what} ({call_of_user()[0] or 'in backward'})"] = None
+
+
+def _unique2(x: Tensor, _: bool = True, inverse: bool = False, counts: bool = False) -> Any:
+    return _distinct(x.new_empty(x.numel()), x.shape, x.numel(), inverse, counts)
+
+
+def _consecutive(
+    x: Tensor, inverse: bool = False, counts: bool = False, dim: int | None = None
+) -> Any:
+    if dim is None:
+        return _unique2(x, True, inverse, counts)
+    return _unique_dim(x, dim, True, inverse, counts)
+
+
+def _unique_dim(
+    x: Tensor, dim: int, _: bool = True, inverse: bool = False, counts: bool = False
+) -> Any:
+    return _distinct(torch.empty_like(x), [x.shape[dim]], x.shape[dim], inverse, counts)
+
+
+def _distinct(values: Tensor, shape: Any, n: int, inverse: bool, counts: bool) -> Any:
+    ints: dict[str, Any] = dict(dtype=torch.int64, device=values.device)
+    places = torch.empty(tuple(shape) if inverse else (0,), **ints)
+    return values, places, torch.empty(n if counts else 0, **ints)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.empty((x.numel(), x.ndim), dtype=torch.int64, device=x.device)
+
+
+def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_empty(prod(torch.broadcast_shapes(x.shape, mask.shape)))
+
+
+def _bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    if not minlength:
+        return aten.bincount.default(x, weights, minlength)
+    dtype = torch.int64 if weights is None else torch.float64
+    return torch.empty(minlength, dtype=dtype, device=x.device)
+
+
+# what an op of unknown values gives at most
+_BOUNDS: dict[Any, Callable[..., Any]] = {
+    aten.nonzero.default: _nonzero,
+    aten.masked_select.default: _masked_select,
+    aten._unique2.default: _unique2,
+    aten.unique_consecutive.default: _consecutive,
+    aten.unique_dim.default: _unique_dim,
+    aten.bincount.default: _bincount,
+}
+# conditions of unknown values, as checks of inputs expect them
+_GUESSES = {aten.all.default: True, aten.any.default: False}

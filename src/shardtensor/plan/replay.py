@@ -1,0 +1,156 @@
+"""Ops on fake tensors, each run once: of the same op on tensors alike it is known what comes out.
+
+Torch finds the sizes of each result anew, or in a cache whose key takes as long as a kernel. A step
+of a model has the same op in every block, every layout and every plan; here such an op costs a
+dictionary's look-up and the tensors it gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._torch import probe
+
+MOST = 2**17
+# a number equals another of another type; what is not listed cannot be part of a key
+_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None))
+_NUMBERS = (int, float, bool, complex)
+_UNLIKE = {torch.Tag.inplace_view, torch.Tag.out, torch.Tag.dynamic_output_shape,
+           torch.Tag.data_dependent_output}  # fmt: skip
+
+
+@dataclass
+class Entry:
+    """What an op gives: how to make each result, and whether they come as a list or a tuple.
+
+    results: (place of the argument that it is or is a view of, or -1; shape, stride, offset, dtype,
+    device, or None where it is the argument itself), or None for none. cost: as the ledger has it.
+    """
+
+    results: list[Any]
+    kind: type | None
+    cost: Any = None
+
+
+class Unknown(Exception):
+    """An argument that no key can have."""
+
+
+_entries: dict[Any, Entry | None] = {}
+
+
+class Call:
+    """One op's call: its tensors and its key, None where it is to be run as it is."""
+
+    __slots__ = ("args", "entry", "func", "given", "key", "kwargs")
+
+    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.given: list[Tensor] = []
+        self.entry: Entry | None = None
+        try:
+            parts = [self._part(a) for a in args]
+            if kwargs:
+                parts += [(k, self._part(v)) for k, v in kwargs.items()]
+            likes = (torch.get_default_dtype(), torch.is_inference_mode_enabled())
+            self.key: Any = (func, *likes, *parts) if _can_be_kept(func) else None
+        except Unknown:
+            self.key = None
+            self.given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+
+    def _part(self, a: Any) -> Any:
+        kind = type(a)
+        if isinstance(a, Tensor):
+            self.given.append(a)
+            if not probe.is_fake(a):
+                raise Unknown
+            if a.layout is not torch.strided or a.is_conj() or a.is_neg():
+                raise Unknown
+            return a.shape, a.stride(), a.storage_offset(), a.dtype, a.fake_device  # type: ignore[attr-defined]
+        if kind in _NUMBERS:
+            return kind, a
+        if kind in (list, tuple) or kind is torch.Size:
+            return tuple([self._part(x) for x in a])
+        if isinstance(a, _PLAIN):
+            return a
+        raise Unknown
+
+    def run(self, fakes: probe.Fakes) -> Any:
+        """The op's results, by what is known of it, or by running it."""
+        if self.key is None:
+            return self.func(*self.args, **self.kwargs)
+        self.entry = _entries.get(self.key)
+        if self.entry is not None:
+            return self._made(self.entry, fakes)
+        out = self.func(*self.args, **self.kwargs)
+        if self.key not in _entries:
+            if len(_entries) >= MOST:
+                _entries.clear()
+            _entries[self.key] = self.entry = self._entry(out)
+        return out
+
+    def _made(self, entry: Entry, fakes: probe.Fakes) -> Any:
+        out: list[Any] = []
+        for r in entry.results:
+            if r is None:
+                out.append(None)
+            elif r[1] is None:
+                out.append(self.given[r[0]])
+            else:
+                at, *form = r
+                out.append(fakes.make(*form, of=None if at < 0 else self.given[at]))
+        return out[0] if entry.kind is None else entry.kind(out)
+
+    def _entry(self, out: Any) -> Entry | None:
+        """How to make these results again; None where that is not known."""
+        kind = type(out) if type(out) in (list, tuple) else None
+        results: list[Any] = []
+        seen = {x.untyped_storage()._cdata: i for i, x in enumerate(self.given)}
+        own = set[int]()
+        for x in out if kind else [out]:
+            if x is None:
+                results.append(None)
+                continue
+            if type(x) is not probe.FakeTensor and not any(x is g for g in self.given):
+                return None
+            at = next((i for i, g in enumerate(self.given) if g is x), -1)
+            if at >= 0:
+                results.append((at, None))
+                continue
+            if x.layout is not torch.strided or x.is_conj() or x.is_neg() or x.requires_grad:
+                return None
+            memory = x.untyped_storage()
+            at = seen.get(memory._cdata, -1)
+            form = (tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.fake_device)
+            if at < 0 and (memory._cdata in own or memory.nbytes() != _span(x)):
+                return None
+            own.add(memory._cdata)
+            results.append((at, *form))
+        return Entry(results, kind)
+
+
+def _span(x: Tensor) -> int:
+    """Bytes that a new tensor of this form has."""
+    if x.storage_offset():
+        return -1
+    if not x.numel():
+        return 0
+    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    return span * x.element_size()
+
+
+_kept: dict[Any, bool] = {}
+
+
+def _can_be_kept(func: Any) -> bool:
+    found = _kept.get(func)
+    if found is None:
+        plain = func.namespace in ("aten", "prims") and not _UNLIKE & set(func.tags)
+        name = func.overloadpacket.__name__
+        found = _kept[func] = plain and not name.startswith(("resize", "set_", "lift", "_foreach"))
+    return found

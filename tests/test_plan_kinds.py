@@ -1,0 +1,214 @@
+"""Plans of models whose code reads values: schedules, constants, masks, indices, points."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shardtensor.plan.estimate import Layout, Task, estimate
+from shardtensor.ranks.measure import peak_bytes
+
+
+class Schedule(nn.Module):
+    """Rates by item() in the constructor; one of them read in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = [r.item() for r in torch.linspace(0, 0.3, 3)]
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in self.rates)
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        for conv, rate in zip(self.convs, self.rates, strict=True):
+            y = conv(x)
+            x = x + (F.dropout(y, rate) if rate > 0 else y)
+        return x * 2 if self.gain.item() > 1 else x
+
+
+class Constants(nn.Module):
+    """Numpy's, torch.tensor's and tables of positions."""
+
+    def __init__(self):
+        super().__init__()
+        kernel = np.outer([1, 2, 1], [1, 2, 1]).astype("float32")
+        self.kernel = torch.from_numpy(kernel / kernel.sum())[None, None]
+        self.conv = nn.Conv2d(5, 3, 1)
+        self.register_buffer("table", torch.arange(4) % 3)
+
+    def forward(self, x):
+        x = (x - torch.tensor([0.4, 0.5, 0.6]).view(-1, 1, 1)) / float(np.float32(0.2))
+        y = F.conv2d(x, self.kernel.repeat(3, 1, 1, 1), padding=1, groups=3)
+        at = torch.linspace(-1, 1, x.shape[3]), torch.linspace(-1, 1, x.shape[2])
+        grid = torch.stack(torch.meshgrid(at[1], at[0], indexing="ij"))
+        picked = y[:, self.table[: int(self.table.max()) + 1]]
+        return self.conv(torch.cat([picked, grid[None].expand(len(x), -1, -1, -1)], 1))
+
+
+class Fno(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 3, 8, 8, dtype=torch.cfloat))
+
+    def forward(self, x):
+        modes = torch.fft.rfft2(x)
+        out = torch.zeros(len(x), 3, x.shape[2], x.shape[3] // 2 + 1, dtype=torch.cfloat)
+        out[:, :, :8, :8] = torch.einsum("bixy,ioxy->boxy", modes[:, :, :8, :8], self.weight)
+        return torch.fft.irfft2(out, s=x.shape[2:]) + x
+
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        out = torch.zeros(len(x), 8, *x.shape[2:])
+        out[:, :4] = self.conv(x)
+        out[:, 4:] = x.mean(1, keepdim=True)
+        return out
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.message, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, edges):
+        source, target = edges
+        sent = self.message(torch.cat([x[source], x[target]], -1)).relu()
+        total = torch.zeros(len(x), 16).index_add_(0, target, sent)
+        return x + self.out(total)
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 16)
+
+    def forward(self, x, batch):
+        return torch.zeros(int(batch.max()) + 1, 16).index_add_(0, batch, self.layer(x))
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x[x > 0] * self.scale
+
+
+class Sorted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x).sort(1).values
+
+
+class Checked(nn.Module):
+    """Refuses bad inputs and scales by one of their values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if torch.isnan(x).any():
+            raise ValueError("not a number")
+        assert torch.isfinite(x).all()
+        return self.layer(x / x.abs().max().item())
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x[..., : int((x > 0).sum())] * self.scale
+
+
+class FromWeights(nn.Module):
+    """A constructor that fake tensors cannot run: it is run for real."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.width = int(self.conv.weight.detach().flatten().argmax() >= 0)
+        self.shape = np.asarray(self.conv.weight.detach()).shape
+
+    def forward(self, x):
+        return self.conv(x) * self.width
+
+
+IMAGE, POINTS = [(1, 3, 16, 16)], [(64, 3), (2, 128)]
+INTS = (torch.float32, torch.int64)
+KINDS = [
+    (Schedule, IMAGE, (2, 3), (), ()),
+    (Constants, IMAGE, (2, 3), (), ()),
+    (Fno, [(1, 3, 32, 32)], (2,), (), ()),
+    (Parts, IMAGE, (2, 3), (), ()),
+    (Graph, POINTS, (0,), INTS, ()),
+    (Pooled, [(64, 3), torch.arange(64) // 16], (0,), (), ()),
+    (Masked, [(1, 8, 64)], (2,), (), ("a mask",)),
+    (Sorted, [(1, 64, 8)], (1,), (), ()),
+    (Checked, [(1, 64, 8)], (1,), (), ("any is", "all is", "a number")),
+    (FromWeights, IMAGE, (2, 3), (), ()),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_default_device():
+    """A default device is a mode of torch's, between the code that fills a tensor and its call."""
+    before = torch.get_default_device()
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("make, shapes, dims, dtypes, told", KINDS)
+def test_what_a_plan_knows(make, shapes, dims, dtypes, told, ranks):
+    task = Task(make, shapes, dtypes, dims)
+    cuts = (ranks, *[1] * (len(dims) - 1))
+    found = estimate(task, Layout(1, dims, cuts))
+    assert not found.refused and not found.gathered
+    assert found.memory["activations"] > 0
+    for what in told:
+        assert any(a.startswith(what) and "test_plan_kinds.py" in a for a in found.assumed), what
+
+
+def test_a_size_that_inputs_decide_is_refused_with_its_line():
+    found = estimate(Task(Counts, [(1, 8, 64)]), Layout(1, (2,), (1,)))
+    assert "test_plan_kinds.py" in found.refused and "as a tensor" in found.refused
+    edges = Task(Pooled, [(64, 3), (64,)], INTS, (0,))
+    assert "as a tensor" in estimate(edges, Layout(1, (0,), (2,))).refused
+
+
+@pytest.mark.parametrize("make", [Parts, Fno])
+def test_memory_beside_a_real_step(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(1, 3, 256, 256)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    weights = sum(p.nbytes for p in model.parameters())
+    # with AdamW's two moments
+    real = sorted(peak_bytes(step) for _ in range(3))[1] + x.nbytes + 3 * weights
+    task = Task(make, [(1, 3, 256, 256)])
+    assert estimate(task, Layout(1, (2, 3), (1, 1))).peak == pytest.approx(real, rel=0.1)
+
+
+def test_an_input_s_values_change_nothing_outside():
+    batch = torch.arange(64) // 16
+    kept, state = batch.clone(), torch.get_rng_state()
+    estimate(Task(Pooled, [(64, 3), batch], (), (0,)), Layout(1, (0,), (2,)))
+    assert batch.equal(kept) and torch.get_rng_state().equal(state)
