@@ -127,10 +127,12 @@ class Sorts(nn.Module):
         return x[x > 0] * self.scale
 
 
-def test_what_depends_on_values_is_refused():
+def test_what_depends_on_values_is_taken_at_its_bound():
     found = plan(Sorts, [(1, 8, 64)], 2, dims=(2,))
-    assert found and all(e.refused for e in found)
-    assert not any(e.fits(H100) for e in found)
+    assert found and not any(e.refused for e in found)
+    # all elements are picked, and a mask's rows are found
+    assert all(e.memory["activations"] >= 4 * 8 * 32 for e in found)
+    assert all("a mask is taken to pick all" in told for e in found for told in e.assumed)
 
 
 def test_layouts():
@@ -177,8 +179,9 @@ def test_command(tmp_path, command, monkeypatch):
     assert all(e["fits"] and e["peak"] == sum(e["memory"].values()) for e in found)
     assert found[0]["collectives"]["window"]["bytes"] > 0
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    code, out, _ = command(*UNET, "--input", "1x1x64x64", "--shard", "2")
-    assert code == 0 and "1 x h100" in out and "one device" in out
+    code, out, _ = command(*UNET, "--input", "1x1x64x64", "--shard", "2", "--tree")
+    assert code == 0 and "1 x h100" in out and "one device: fits: needs" in out
+    assert "limit" in out and "of activations" in out
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_command(tmp_path, command, monkeypatch):
     [
         (["--input", "1x1x64xa"], "is no input"),
         (["--input", "1x1x64x64", "--device", "abacus"], "no device"),
-        (["--input", "1x1x64x64", "--shard", "7"], "name some"),
+        (["--input", "1x1x64x64", "--shard", "7"], "name them"),
         (["--input", "1x1x64x64", "--arg", "width"], "is no argument"),
     ],
 )

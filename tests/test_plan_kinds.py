@@ -212,3 +212,30 @@ def test_an_input_s_values_change_nothing_outside():
     kept, state = batch.clone(), torch.get_rng_state()
     estimate(Task(Pooled, [(64, 3), batch], (), (0,)), Layout(1, (0,), (2,)))
     assert batch.equal(kept) and torch.get_rng_state().equal(state)
+
+
+class Heavy(nn.Module):
+    """Almost all is held by one module, and sent by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(3, 64, 1), *(nn.GELU() for _ in range(5)))
+        self.narrow = nn.Conv2d(64, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.narrow(self.wide(x))
+
+
+def test_the_tree_says_who_holds_and_who_sends():
+    found = estimate(Task(Heavy, [(1, 3, 64, 64)]), Layout(1, (2,), (2,)))
+    tree = found.tree()
+    whole = tree[""]
+    held = found.memory["activations"] + found.memory["communication"]
+    assert whole.held == held and tree["wide"].held > 0.5 * held
+    assert whole.sent == sum(s.bytes for s in found.sent)
+    windows = found.collectives()["window"][2]
+    assert tree["narrow"].sent >= windows > 0 and not tree["wide.1"].sent
+    assert whole.total == pytest.approx(found.compute + found.communication)
+    assert tree.children("")[0].module == "wide"
+    assert any("checkpoint `wide`" in told for told in tree.advice(8))
+    assert "wide" in str(tree)

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..observe.network import DGX_H100, Network, parsed, saved
-from ..plan.estimate import DEVICES, Device, Estimate
+from ..plan.estimate import DEVICES, Device, Estimate, Layout, Task, estimate
 from ..plan.ledger import KINDS
-from ..plan.search import fewest
+from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
 from .subject import Input, factory, numbers
 
@@ -32,6 +32,7 @@ def plan(
     thorough: Annotated[bool, typer.Option(help="all options, also where not needed")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     links: Annotated[Path | None, typer.Option(help="a file that `doctor` saved")] = None,
+    tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
 ) -> None:
     """What a model needs on so many devices: memory, messages and time; no device is used."""
@@ -61,9 +62,28 @@ def plan(
     if as_json:
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
+        one = estimate(Task(**task), alone(task), hardware, network)  # type: ignore[arg-type]
+        print(f"one device: {_said(one, hardware)}")
+        for reason in missing(Task(**task), devices):  # type: ignore[arg-type]
+            print(f"not tried, {reason}")
         _print(found, hardware, devices, thorough)
+        if tree and not found[0].refused:
+            print(f"{found[0].layout}:", found[0].tree(), sep="\n")
     if picture is not None:
         draw(found, hardware, picture)
+
+
+def alone(task: dict[str, Any]) -> Layout:
+    """One device, whatever dims may be cut."""
+    dims = tuple(Task(**task).dims)
+    return Layout(1, dims, (1,) * len(dims))
+
+
+def _said(e: Estimate, device: Device) -> str:
+    if e.refused:
+        return f"refused: {e.refused}"
+    fits = "fits" if e.fits(device) else "does not fit"
+    return f"{fits}: needs {e.peak / GIB:.3g} GiB of {device.memory / GIB:.0f}"
 
 
 def facts(e: Estimate, device: Device) -> dict[str, Any]:
@@ -81,6 +101,7 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
         "communication": e.communication,
         "flop": e.flop,
         "gathered": list(e.gathered),
+        "assumed": list(e.assumed),
         "collectives": {
             k: dict(zip(("calls", "messages", "bytes"), v, strict=True))
             for k, v in e.collectives().items()
@@ -137,6 +158,8 @@ def _print(found: list[Estimate], device: Device, devices: int, thorough: bool) 
     gathered = sorted({op for e in found for op in e.gathered})
     if gathered:
         console.print(f"These ops have no rule and gather their operands: {', '.join(gathered)}")
+    for told in sorted({a for e in found for a in e.assumed}):
+        console.print(f"Depends on the input: {told}", style="dim", highlight=False)
     if not any(e.fits(device) for e in found):
         console.print("None fits: take more devices, or let more dims be cut (--shard).")
 

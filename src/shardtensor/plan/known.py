@@ -68,9 +68,11 @@ class Known:
         if not known:
             if _torch.is_mutable(func):
                 self._forget(func, args, kwargs)
-            elif func in _GUESSES and isinstance(out, Tensor) and not out.ndim:
-                self._note(f"{func.overloadpacket.__name__} is taken to be {_GUESSES[func]}")
-                self._keep(out, torch.full, (), _GUESSES[func])
+            elif func.overloadpacket in _GUESSES and out.numel() == 1:
+                guess = _GUESSES[func.overloadpacket]
+                self._note(f"{func.overloadpacket.__name__} is taken to be {guess}")
+                with probe.outside_fake():
+                    self._like(out, torch.full(out.shape, guess, dtype=out.dtype))
         elif not func.is_view:
             self._follow(func, args, kwargs, out, bool(call.given))
         return out
@@ -149,10 +151,6 @@ class Known:
                 at = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
                 x = at.copy_(x)
         self._enter(fake, x.untyped_storage())
-
-    def _keep(self, fake: Tensor, make: Callable[..., Tensor], *args: Any) -> None:
-        with probe.outside_fake():
-            self._like(fake, make(*args, dtype=fake.dtype))
 
     def _enter(self, fake: Tensor, storage: Any) -> None:
         memory = fake.untyped_storage()
@@ -271,4 +269,4 @@ _BOUNDS: dict[Any, Callable[..., Any]] = {
     aten.bincount.default: _bincount,
 }
 # conditions of unknown values, as checks of inputs expect them
-_GUESSES = {aten.all.default: True, aten.any.default: False}
+_GUESSES = {aten.all: True, aten.any: False}

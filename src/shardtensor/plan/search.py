@@ -91,6 +91,23 @@ def layouts(task: Task, devices: int) -> Iterator[Layout]:
                 yield Layout(data, dims, cuts)
 
 
+def missing(task: Task, devices: int) -> list[str]:
+    """The meshes on so many devices that are no `layouts`, and why, in a line for each reason."""
+    found = []
+    batch = task.shapes[0][0]
+    if 0 in task.dims:
+        found.append("a data axis: dim 0 is cut, so there is no batch")
+    else:
+        parts = [str(d) for d in range(2, devices + 1) if devices % d == 0 and batch % d]
+        if parts:
+            found.append(f"data {', '.join(parts)}: the batch of {batch} cannot be divided by it")
+    for d in task.dims:
+        rows = task.shapes[0][d]
+        if rows < devices:
+            found.append(f"dim{d} above {rows}: it has {rows} rows")
+    return found
+
+
 def _options(task: Task, ranks: int, precision: str | None, blocks: bool) -> Iterator[Options]:
     """From the fastest to the one that needs least."""
     yield Options(precision=precision)
