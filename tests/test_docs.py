@@ -26,6 +26,7 @@ PAGES = [
     "index.md",
     "errors.md",
     "migrate.md",
+    "notebooks.md",
     "plan.md",
     "trace.md",
     *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),

@@ -17,7 +17,7 @@ from forked import Program, free_port
 import shardtensor as st
 from shardtensor.comm.launcher import flag, seconds
 from shardtensor.train import rendezvous
-from shardtensor.train.launch import Place, _sizes, first_host, place
+from shardtensor.train.launch import Place, first_host, place, sizes_of
 
 TORCHRUN = {
     "RANK": "3",
@@ -249,11 +249,11 @@ def test_first_host(nodes, first):
 
 
 def test_sizes():
-    assert _sizes({"data": 2, "domain": -1}, 8) == (2, 4)
-    assert _sizes({"h": 2, "w": 3}, 6) == (2, 3)
+    assert sizes_of({"data": 2, "domain": -1}, 8) == (2, 4)
+    assert sizes_of({"h": 2, "w": 3}, 6) == (2, 3)
     for axes in ({"a": 3}, {"a": 3, "b": -1}, {"a": -1, "b": -1}, {"a": 0}, {"a": 2, "b": 2}):
         with pytest.raises(ValueError, match="mesh axes"):
-            _sizes(axes, 8)
+            sizes_of(axes, 8)
 
 
 SCRIPT = """

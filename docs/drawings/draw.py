@@ -149,6 +149,7 @@ PACKAGES = {
     "caller": "the user's\nline",
     "cache": "what pure functions gave",
     "cuts": "the sizes of shards",
+    "picture": "of a cut",
 }
 # the way of `F.conv2d(x, w)`, from package to package
 CALL = [

@@ -65,6 +65,7 @@ __all__ = [
     "trace",
 ]
 
+__getattr__ = _moved.later
 _install()
 _moved.install(__name__)
 start_from_environment()

@@ -36,6 +36,15 @@ BEFORE = {
     "timeline": "observe.timeline",
     "trace": "observe.trace",
 }
+# what is imported when it is first asked for
+LATER = ("compat",)
+
+
+def later(name: str) -> ModuleType:
+    """A package of `shardtensor` that its import leaves out."""
+    if name not in LATER:
+        raise AttributeError(f"module 'shardtensor' has no attribute {name!r}")
+    return importlib.import_module(f"shardtensor.{name}")
 
 
 class _Moved(ModuleType):

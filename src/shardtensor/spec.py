@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
+from . import picture
 from .cuts import Cut, Kept, clipped, cut, nested_chunk_sizes, scaled, windows
 
 
@@ -334,3 +336,26 @@ class Spec:
         cuts = "".join(f", dim {i}: {list(s)}" for i, s in self.sizes.items())
         places = ", ".join(str(p) for p in self.placements)
         return f"Spec({tuple(self.shape)} on {mesh} mesh, [{places}]{cuts})"
+
+    def _repr_html_(self, title: str = "Spec") -> str:
+        """A picture of the cut, which notebooks show: the first two sharded dims."""
+        cut = [d for d, dim in enumerate(self.dims) if dim.axes]
+        # beside one sharded dim, the last whole one
+        whole = [d for d in range(len(self.dims)) if d not in cut]
+        shown = [*cut, *reversed(whole)][:2]
+        ways = {place: self.index_at(place) for place in product(*map(range, self.mesh.shape))}
+        held: dict[tuple[int, int], list[int]] = {}
+        place = self.mesh.get_coordinate()
+        own = None
+        for at, index in ways.items():
+            block = (*(index[d] for d in shown), 0, 0)[:2]
+            held.setdefault((block[0], block[1]), []).append(int(self.mesh.mesh[at]))
+            if place is not None and at == tuple(place):
+                own = (block[0], block[1])
+        sizes = [self.dims[d].sizes or (self.dims[d].size,) for d in shown]
+        names = [f"dim {d}: {self.dims[d].size}" for d in shown]
+        sizes, names = [*sizes, (1,), (1,)][:2], [*names, "", ""][:2]
+        return (
+            f"<div><code>{escape(title)}: {escape(repr(self))}</code><br>"
+            f"{picture.cut(sizes[0], sizes[1], held, own, (names[0], names[1]))}</div>"
+        )

@@ -1,4 +1,4 @@
-"""The command line: `shardtensor plan`, `check` and `doctor` (extra `cli`)."""
+"""The command line: `shardtensor plan`, `check`, `doctor` and `run` (extra `cli`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from .. import __version__
 
 # one module each, whose function of the same name is the command; typer reads its signature
-COMMANDS = ("check", "doctor", "plan")
+COMMANDS = ("check", "doctor", "plan", "run")
 
 
 def main() -> None:
@@ -38,7 +38,8 @@ def main() -> None:
         """Domain parallelism: know before you run."""
 
     for name in COMMANDS:
-        app.command(name)(getattr(import_module(f".{name}", __package__), name))
+        module = import_module(f".{name}", __package__)
+        app.command(name, **getattr(module, "SETTINGS", {}))(getattr(module, name))
     try:
         app()
     except ValueError as e:

@@ -21,6 +21,7 @@ from ..comm import counters, groups, observers
 from ..comm import transport as wire
 from ..comm.mismatch import Record, difference, position
 from ..errors import DivergenceError, RankError
+from .seen import seen
 
 T = TypeVar("T")
 # of worlds, one after the other
@@ -152,12 +153,14 @@ def simulate(
     DivergenceError, which is one and names every rank, where ranks wait for each other for ever or
     come to a collective with another one, another dtype or other sizes.
     Ranks share what fn closes over and args: a model is to be made inside fn, or copied there; one
-    in which gradients of two ranks would add up raises ValueError.
+    in which gradients of two ranks would add up raises ValueError. ShardTensors that all ranks
+    return in the same place can be read afterwards (`full_tensor`, `item`, `numpy`).
     transport: "strict" treats buffers as NCCL does, and raises TransportError where they are used
     carelessly; default: SHARDTENSOR_TRANSPORT, else "plain".
     """
     world = World(world_size, fn, args, Turns(world_size), transport)
     world.go_on()
+    seen(world.results)
     return world.results
 
 

@@ -163,6 +163,9 @@ class ShardTensor(torch.Tensor):
             f"spec={spec}, local_shape={tuple(spec.local_shape)})"
         )
 
+    def _repr_html_(self) -> str:
+        return self._spec._repr_html_(f"ShardTensor, {self.dtype}, {self.device}")
+
     # from and to local tensors --------------------------------------------------------------------
 
     @staticmethod
@@ -211,8 +214,7 @@ class ShardTensor(torch.Tensor):
         """The same tensor in other placements or cut to other `sizes`; differentiable.
 
         Raises ValueError for another mesh. Sizes default to the present ones where a dim stays
-        sharded by the same axes, else to torch.chunk's. async_op is DTensor's; the result is
-        there on return with either.
+        sharded by the same axes, else to torch.chunk's. async_op: as without, waited for.
         """
         self.to_local()
         return methods["to_placements"](self, device_mesh, placements, sizes)

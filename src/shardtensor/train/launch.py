@@ -29,7 +29,8 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     """Initialise torch.distributed as the launcher says; returns a mesh and this rank's device.
 
     axes: names and sizes of the mesh's axes, in order; one may be -1, for all ranks that are left.
-    Default: domain=-1. GPUs and NCCL where there are GPUs, one for each rank of a host, else CPUs
+    Default: those of SHARDTENSOR_MESH ("data=2,domain=4", as `shardtensor run` sets it), else
+    domain=-1. GPUs and NCCL where there are GPUs, one for each rank of a host, else CPUs
     and gloo. Without a launcher this process is the only rank. A process group that exists already
     is used, and ranks may call this again, all of them. Raises ValueError where sizes do not make
     up the number of ranks, ranks ask for different ones, or the launcher's variables make no sense,
@@ -39,7 +40,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
 
         mesh, device = st.init(data=2, domain=-1)
     """
-    axes = axes or {"domain": -1}
+    axes = axes or _asked()
     odd = {k: v for k, v in axes.items() if not isinstance(v, Integral) or v is True}
     if odd:
         raise ValueError(f"mesh axes {odd}: sizes are whole numbers, and one may be -1")
@@ -47,7 +48,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
     alone = not dist.is_initialized()
     if alone:
         # before ranks wait for each other
-        _sizes(axes, here.ranks)
+        sizes_of(axes, here.ranks)
         chosen(None)
     gpus = torch.cuda.is_available()
     if alone:
@@ -72,7 +73,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
             _share_links(here.rank == 0, "nccl" if gpus else "gloo")
             failures.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))
     n = dist.get_world_size()
-    sizes = _sizes(axes, n)
+    sizes = sizes_of(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     if n > 1 and simulated_rank() is None and dist.get_backend() != "fake":
         mine = here._replace(rank=dist.get_rank(), ranks=n)
@@ -99,7 +100,17 @@ def _end() -> None:
         dist.destroy_process_group()
 
 
-def _sizes(axes: Mapping[str, int], n: int) -> tuple[int, ...]:
+def _asked() -> dict[str, int]:
+    """The mesh that the environment asks for."""
+    text = os.environ.get("SHARDTENSOR_MESH", "domain=-1")
+    try:
+        return {k.strip(): int(n) for k, n in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"SHARDTENSOR_MESH={text!r}: write data=2,domain=4") from None
+
+
+def sizes_of(axes: Mapping[str, int], n: int) -> tuple[int, ...]:
+    """The sizes of a mesh's axes on n ranks. Raises ValueError where they do not make them up."""
     known = prod(s for s in axes.values() if s != -1)
     open_axes = [name for name, s in axes.items() if s == -1]
     if len(open_axes) > 1 or any(s < 1 and s != -1 for s in axes.values()):

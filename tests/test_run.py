@@ -1,0 +1,78 @@
+"""`shardtensor run`: the mesh of the script, one log, the first error only."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from forked import Program
+
+import shardtensor as st
+from shardtensor.cli.run import _count
+from shardtensor.train.launch import _asked
+
+MAIN = "from shardtensor.cli import main; main()"
+SCRIPT = """
+import sys
+import torch.distributed as dist
+import shardtensor as st
+
+mesh, device = st.init()
+print("mesh", mesh.mesh_dim_names, tuple(mesh.shape), sys.argv[1:], flush=True)
+if sys.argv[1] == "fail" and dist.get_rank() == 1:
+    raise KeyError("of rank one")
+"""
+
+
+def started(tmp_path, *args):
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "job.py").write_text(SCRIPT)
+    return Program(tmp_path / "main.py", "run", *args).ended()
+
+
+@pytest.mark.gloo
+def test_ranks_of_a_script(tmp_path):
+    log = tmp_path / "log"
+    code, text = started(
+        tmp_path, "--domain", 2, "--log", log, tmp_path / "job.py", "go", "--lr", "3"
+    )
+    assert code == 0, text
+    line = "mesh ('data', 'domain') (1, 2) ['go', '--lr', '3']\n"
+    assert text.count(line) == 1
+    assert f"[0] {line}" in log.read_text() and f"[1] {line}" in log.read_text()
+
+
+@pytest.mark.gloo
+def test_the_first_error_alone(tmp_path):
+    code, text = started(tmp_path, "--data", 2, "--domain", 1, tmp_path / "job.py", "fail")
+    assert code == 1
+    assert text.count("rank 1 of 2 failed") == text.count("KeyError: 'of rank one'") == 1
+    assert "rank 0 of 2" not in text
+
+
+def test_sizes_that_do_not_fit(monkeypatch):
+    assert _count(2, 4, 0) == 8 and _count(2, -1, 6) == 6
+    for sizes in ((2, 4, 6), (3, -1, 4), (0, 1, 0), (1, 0, 0)):
+        with pytest.raises(ValueError, match="--data"):
+            _count(*sizes)
+    monkeypatch.setenv("SHARDTENSOR_MESH", "data=2, domain=4")
+    assert _asked() == {"data": 2, "domain": 4}
+    monkeypatch.setenv("SHARDTENSOR_MESH", "2x4")
+    with pytest.raises(ValueError, match="data=2,domain=4"):
+        st.init()
+
+
+def test_scripts_of_the_docs_parse():
+    folder = Path(__file__).parent.parent / "docs" / "launch"
+    page = (folder.parent / "launch.md").read_text()
+    for name in ("slurm.sh", "pytorchjob.yaml"):
+        assert (folder / name).read_text() in page
+    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 3
+    (node,) = yaml.safe_load((folder / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    pods = node["template"]["spec"]
+    (container,) = pods["template"]["spec"]["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    mesh = dict(part.split("=") for part in env["SHARDTENSOR_MESH"].split(","))
+    assert int(mesh["data"]) * int(mesh["domain"]) == 8 * pods["completions"]
+    subprocess.run(["bash", "-n", folder / "slurm.sh"], check=True)
