@@ -47,9 +47,20 @@ from shardtensor.train import parts as of_gradients
 
 FIELDS = ["model", "shape", "ranks", "peak", "share", "ratio", "weights", "where", "seconds"]
 ROOT = Path(__file__).parent.parent
-# what cannot be told on fake tensors: whether a plain tensor that is assigned to may become
-# sharded, as these do with spectra; benchmarks/memory.py measures such a model
-LEFT_OUT = ("neuralop.",)
+# what is above 1.10, as far as it is known
+KINDS = """
+What is above 1.10, as far as it was traced:
+
+- What a model makes of weights or sizes alone is plain, and whole on every rank; that is the floor.
+  A bias of each pair of tokens and its gradient (coatnet, efficientformer), a network of a window's
+  coordinates (swinv2_cr), the mask of shifted windows (`masked_fill`: Swin2SR, SwinUNETR),
+  `torch.zeros` of a spectrum's size until modes are written to it (neuralop's FNOs; pn.FNO adds to
+  it).
+- A ring has blocks of keys, values and their gradients in flight, which weigh in ViTs of two narrow
+  layers (of 12 layers 1.03).
+- A reshape that merges channels with the rows that are cut moves the cut to the channels, and a
+  product with a weight makes addends of its whole result (mobilevit).
+"""
 WEIGHTS = {"parameters", "gradients", "buffers"}
 # bytes from which on the line that made a tensor is told
 TOLD = 2**18
@@ -259,15 +270,14 @@ def page(file: Path) -> str:
     """The rows of a CSV file as a page: the last of each model, as the tables of models order."""
     with file.open() as f:
         rows = {r["model"]: r for r in csv.DictReader(f)}
-    names = [n for n in LARGE if n in rows and not n.startswith(LEFT_OUT)]
-    found = [rows[n] for n in names if rows[n]["share"]]
+    found = [rows[n] for n in LARGE if n in rows]
     ratios = [float(r["ratio"]) for r in found if r["ratio"]]
-    good = sum(r <= 1.1 for r in ratios)
+    good, ranks = sum(r <= 1.1 for r in ratios), next(r["ranks"] for r in found if r["ranks"])
     lines = [
         "# Memory of models",
         "",
         "Third-party models, unmodified, at sizes that users have: a step of training, forward and",
-        f"backward, on a rank in the middle of {found[0]['ranks']}, one spatial dim of the input",
+        f"backward, on a rank in the middle of {ranks}, one spatial dim of the input",
         "sharded evenly. Peak: what the rank holds beyond weights, buffers and weights' gradients",
         "when it holds most, over its share of the same on one device; 1.00 is a perfect split.",
         f"At most 1.10: {good} of {len(ratios)}. Counted on fake tensors, which have sizes and no",
@@ -275,21 +285,19 @@ def page(file: Path) -> str:
         "",
         "Beyond: modules that hold more than their share at that moment, in shares of the whole,",
         "and their largest op; or why the step cannot be planned: it reads values, or torch has no",
-        "kernel of such shapes for fake tensors. In backward torch tells no line.",
+        "kernel of such shapes for fake tensors; or why one device cannot run the model at this",
+        "size. In backward torch tells no line.",
         "",
-        "What it is: in ViTs of two narrow layers the blocks of keys, values and their gradients",
-        "that a ring has in flight (of 12 layers 1.03); in swinv2_cr a network of a window's",
-        "coordinates, which is made of weights alone and lies whole on every rank; in AFNO spectra",
-        "in plain tensors. The others have not been traced further.",
+        *KINDS.strip().splitlines(),
         "",
         "| model | input | share MiB | peak | beyond |",
         "|---|---|---|---|---|",
     ]
     for r in found:
-        share = float(r["share"]) / 2**20
+        share = f"{float(r['share']) / 2**20:,.0f}" if r["share"] else "-"
         beyond = r["where"].replace("|", "/").replace(f"{ROOT}/", "")
         lines.append(
-            f"| {r['model']} | {r['shape']} | {share:,.0f} | {r['ratio'] or '-'} | {beyond} |"
+            f"| {r['model']} | {r['shape'] or '-'} | {share} | {r['ratio'] or '-'} | {beyond} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -308,8 +316,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in LARGE:
         if options.names and not any(name.startswith(p) for p in options.names):
-            continue
-        if name.startswith(LEFT_OUT) and not options.names:
             continue
         try:
             row = measure(name, options.ranks)
