@@ -1,5 +1,7 @@
 """What is one memory in torch: reads after writes, versions, and what C++ takes for plain memory."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch.distributed.tensor import Partial, Shard
 from torch.utils.dlpack import to_dlpack
 
 import shardtensor as st
+from shardtensor import _torch
 from shardtensor import testing as T
+from shardtensor.tensor import aliases
 
 D = torch.float64
 X = torch.arange(21, dtype=D).reshape(7, 3).sin()
@@ -134,6 +138,34 @@ def test_refused_alike(fn, cut):
         return (x * 1).sum().item() if fn is not stale_base else 0
 
     assert len(set(st.simulate(len(cut), run))) == 1
+
+
+GATHERED = {
+    "unbind": lambda x: x.unbind(0), "iteration": list, "select": lambda x: [x[-1]],
+    "unfold": lambda x: [x.unfold(0, 2, 1)], "flatten": lambda x: [x.t().reshape(-1)],
+    "as_strided": lambda x: [x.as_strided((3,), (1,))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATHERED)
+@pytest.mark.parametrize("written", [False, True])
+def test_memory_that_was_gathered_for_a_view_is_freed(name, written):
+    """With what is known of it: nothing is stale once stale tensors are gone."""
+
+    def run():
+        x = st.distribute_tensor(
+            X, T.make_mesh((3,)), [Shard(0)], src_data_rank=None, sizes={0: (0, 5, 2)}
+        )
+        memory = [_torch.storage_ref(y.to_local()) for y in GATHERED[name](x)]
+        if written:
+            x.add_(1)
+        gc.collect()
+        assert all(m.expired() for m in memory)
+
+    st.simulate(3, run)
+    gc.collect()
+    aliases.forget_dead()
+    assert not aliases.stale
 
 
 def saved_input(x):

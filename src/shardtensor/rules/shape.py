@@ -38,10 +38,12 @@ def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
     if x._spec.partial:
         return moved(x, whole, op)
     y, spec = to_dims(x, whole), x._spec
+    gathered = y._spec
 
     def write(base: Tensor, rows: Tensor) -> None:
-        # whole on every rank: nothing is sent. x may have other dims by then (squeeze_, t_)
-        base.copy_(convert(rows, y._spec, spec))
+        # whole on every rank: nothing is sent. x may have other dims by then (squeeze_, t_).
+        # The memory of y keeps this function, which must not keep y
+        base.copy_(convert(rows, gathered, spec))
 
     stands_for_rows(y._local, x, op, write)
     return y
