@@ -89,6 +89,7 @@ def _unwatch() -> None:
         for name in _HOOKS:
             if name in own:
                 setattr(cls, name, own[name])
-            else:
+            elif name in vars(cls):
+                # a trace that noted the class itself has restored it already
                 delattr(cls, name)
     _watched.clear()

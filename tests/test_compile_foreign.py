@@ -1,0 +1,37 @@
+"""Compiled programs of models that call other libraries' Python code."""
+
+import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.testing import make_mesh, same
+
+
+class Patches(nn.Module):
+    """Whose recipes einops keeps, and makes in the call that is traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = Rearrange("b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2)
+
+    def forward(self, x):
+        y = self.cut(x)
+        return rearrange(y, "b (h w) (p q c) -> b c (h p) (w q)", h=4, p=2, q=2).tanh()
+
+
+def test_einops():
+    x = torch.randn(1, 3, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        sharded = st.distribute_tensor(x, make_mesh((2,)), [Shard(2)]).requires_grad_()
+        compiled = st.compile(Patches(), backend="eager")
+        for _ in range(2):
+            y = compiled(sharded)
+        y.sum().backward()
+        same(y.detach(), x.tanh(), "y")
+        same(sharded.grad, 1 - x.tanh() ** 2, "gradient")
+
+    st.simulate(2, run)
