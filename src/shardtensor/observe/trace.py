@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .._torch import probe
 from ..comm import counters, groups, wire
 from ..comm.clock import DeviceClock
 from .timeline import Part, Timeline
+from .whole import Watch, Whole, whole
 
 
 class Trace:
@@ -30,6 +32,8 @@ class Trace:
         # (seconds of perf_counter, bytes held beyond those at the start)
         self.memory: list[tuple[float, int]] = []
         self.begin = self.end = time.perf_counter()
+        # `trace(model=...)`: the results of all torch functions, plain ones, too
+        self.watch: Watch | None = None
 
     def _stop(self) -> None:
         """Read the marks that the GPU came to: the times of ops and collectives are of it."""
@@ -101,6 +105,16 @@ class Trace:
             lines.append(line)
         return "\n".join(lines)
 
+    def whole(self) -> Whole:
+        """Which activations every rank computes alike, since where, and what to do.
+
+        Printed, a line for each buffer, parameter or op where that began: the share of activations
+        and of time. Raises ValueError unless the trace was given the model.
+        """
+        if self.watch is None:
+            raise ValueError("what ran whole is recorded by st.trace(model=model)")
+        return whole(self.watch.activations)
+
     def part(self, offset: float = 0.0) -> Part:
         """This rank's part of a timeline; offset: of its clock (s)."""
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -126,18 +140,20 @@ class Trace:
 
 
 @contextmanager
-def trace(*, memory: bool = False) -> Iterator[Trace]:
+def trace(*, memory: bool = False, model: nn.Module | None = None) -> Iterator[Trace]:
     """Record the ops and collectives of this rank. Outside of it nothing is recorded.
 
     memory: also what is allocated over time (CPU: by torch's profiler, which slows the program
     down; CUDA: after each op). Raises ValueError for that in a simulated rank, whose process is all
     ranks'. Times of simulated ranks mean little: one runs at a time. What a GPU runs is timed by
     CUDA events, so that nothing waits inside the block; its end waits for the GPU.
+    model: also which activations are whole, for `Trace.whole`, by names of its buffers.
     """
     t = Trace()
+    t.watch = None if model is None else Watch(model)
     counters.records.append(t.record)
     try:
-        with _memory(t) if memory else nullcontext():
+        with _memory(t) if memory else nullcontext(), t.watch or nullcontext():
             t.begin = time.perf_counter()
             try:
                 yield t
