@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from shardtensor.testing import make_mesh, same, simulate
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
 import shardtensor as st
+from shardtensor.testing import make_mesh, same, simulate
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6)
 EYE = 3 * torch.eye(4, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
-from . import _moved, attention, checkpoint
+from . import _moved, attention, checkpoint, testing
 
 # imported for what they register
 from . import rules as _rules  # noqa: F401
@@ -18,12 +18,12 @@ from .ops import tracers as _tracers  # noqa: F401
 from .paged.tiled import tiled
 from .plan.check import check
 from .plan.search import plan
-from .ranks import testing
 from .ranks.rehearse import rehearse
 from .ranks.simulate import simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor, random
 from .tensor.construct import distribute_tensor
+from .train.buffers import shard_buffers
 from .train.launch import init
 from .train.options import Options
 from .train.parallelize import parallelize
@@ -55,6 +55,7 @@ __all__ = [
     "random",
     "rehearse",
     "rule",
+    "shard_buffers",
     "simulate",
     "sparse",
     "spectral",

@@ -16,7 +16,6 @@ DOORS = {
     "sparse": "ops.sparse",
     "spectral": "ops.spectral",
     "sphere": "ops.sphere",
-    "testing": "ranks.testing",
 }
 BEFORE = {
     "construct": "tensor.construct",

@@ -22,6 +22,7 @@ def check(
     mesh: Annotated[list[str], typer.Option(help="ranks along the axes: 3 or 2x2")] = [],  # noqa: B006
     train: Annotated[bool, typer.Option(help="train() or eval()")] = True,
     single: Annotated[bool, typer.Option(help="compare in float32")] = False,
+    at: Annotated[str, typer.Option(help="the input's shape in your runs: 1x3x4096x4096")] = "",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Hold a model, sharded, against itself on one device. Status 1: it is not right."""
@@ -30,7 +31,8 @@ def check(
     inputs = [Input.parse(text).make() for text in input]
     shapes = [numbers(text, "x", "--mesh 2x2") for text in mesh] or None
     placements = [Shard(d) for d in numbers(shard, ",", "--shard 2,3")]
-    report = checked(made, inputs, placements, shapes, double=not single)
+    size = numbers(at, "x", "--at 1x3x4096x4096") if at else None
+    report = checked(made, inputs, placements, shapes, double=not single, at=size)
     if as_json:
         found = {"ok": report.ok, "findings": list(map(asdict, report.findings))}
         print(json.dumps({**found, "notes": report.notes}, indent=1))

@@ -6,12 +6,14 @@ deterministic, each has its own random state, and ranks that can never meet rais
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, TypeVar
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -83,13 +85,16 @@ class Turns:
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
         """Let other ranks run until ready()."""
-        state = torch.get_rng_state()
+        state, python = torch.get_rng_state(), random.getstate()
+        other = numpy.random.get_state()
         self.waiting[rank] = (ready, what)
         self.next_after(rank)
         self.go[rank].wait()
         self.go[rank].clear()
         del self.waiting[rank]
         torch.set_rng_state(state)
+        random.setstate(python)
+        numpy.random.set_state(other)
         if not ready():
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
