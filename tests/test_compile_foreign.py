@@ -1,5 +1,6 @@
 """Compiled programs of models that call other libraries' Python code."""
 
+import numpy as np
 import torch
 from einops import rearrange
 from einops.layers.torch import Rearrange
@@ -33,5 +34,27 @@ def test_einops():
         y.sum().backward()
         same(y.detach(), x.tanh(), "y")
         same(sharded.grad, 1 - x.tanh() ** 2, "gradient")
+
+    st.simulate(2, run)
+
+
+ARRAY = np.ndarray
+
+
+class Asks(nn.Module):
+    """Whose code names a class of arrays."""
+
+    kind = np.ndarray
+
+    def forward(self, x):
+        return x if isinstance(x, ARRAY) or self.kind is not ARRAY else x * 2
+
+
+def test_a_class_of_arrays_is_no_array():
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        compiled = st.compile(Asks(), backend="eager")
+        same(compiled(st.distribute_tensor(x, make_mesh((2,)), [Shard(0)])), x * 2, "y")
 
     st.simulate(2, run)

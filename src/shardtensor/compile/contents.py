@@ -48,6 +48,11 @@ class Bits(One):
         self.state = state
 
 
+def _is_array(x: Any) -> bool:
+    """Whether x has elements as numpy's arrays do; the class of arrays has none."""
+    return hasattr(x, "__array_interface__") and not isinstance(x, type)
+
+
 def is_described(x: Any) -> bool:
     """Whether `describe` knows the contents; UnsupportedOpError for what a trace would spend."""
     if isinstance(x, Iterator) and not isinstance(x, Tensor):
@@ -56,7 +61,7 @@ def is_described(x: Any) -> bool:
             "read it before the call, or leave this part out of st.compile"
         )
     kinds = (Tensor, set, ContextVar, threading.local, random.Random, *_BYTES)
-    return isinstance(x, kinds) or hasattr(x, "__array_interface__") or _generator(x) is not None
+    return isinstance(x, kinds) or _is_array(x) or _generator(x) is not None
 
 
 def describe(x: Any) -> Any:
@@ -73,7 +78,7 @@ def describe(x: Any) -> Any:
         return x.getstate()
     if isinstance(x, _BYTES):
         return x.tobytes() if isinstance(x, array | memoryview) else bytes(x)
-    if hasattr(x, "__array_interface__"):
+    if _is_array(x):
         return (x.shape, str(x.dtype), x.tobytes())
     state = _generator(x).state
     return Bits(repr(state), state)
@@ -105,7 +110,7 @@ def put_back(x: Any, had: Any) -> None:
         x[:] = had
     elif isinstance(x, memoryview):
         x.cast("B")[:] = had
-    elif hasattr(x, "__array_interface__") and x.shape == had[0] and x.flags.writeable:
+    elif _is_array(x) and x.shape == had[0] and x.flags.writeable:
         x[...] = sys.modules["numpy"].frombuffer(had[2], x.dtype).reshape(x.shape)
     elif _generator(x) is not None:
         _generator(x).state = had.state
