@@ -25,8 +25,8 @@ DOCS = ROOT / "docs"
 PAGES = [
     "index.md",
     "errors.md",
+    "loops.md",
     "migrate.md",
-    "notebooks.md",
     "plan.md",
     "trace.md",
     *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),

@@ -127,6 +127,7 @@ def cotangents() -> None:
 PACKAGES = {
     "cli": "plan, check, doctor\nin a shell",
     "compat": "names of\nother libraries",
+    "lightning": "a strategy for\nits Trainer",
     "io": "samples: each rank reads\nwhat it holds",
     "paged": "in parts on one device,\nmemory in files",
     "plan": "before a run: what it takes,\nwhether it is right",

@@ -1,0 +1,219 @@
+"""A Lightning strategy under which ranks share samples: sampler, weights, logs, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
+from torch.utils import _pytree as pytree
+
+from ..tensor import ShardTensor
+from ..tensor.construct import distribute_tensor
+from ..train.launch import sizes_of
+from ..train.options import Options
+from ..train.parallelize import parallelize
+
+try:
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.trainer.states import TrainerFn
+except ImportError as e:
+    raise ImportError(
+        "shardtensor.lightning needs Lightning: pip install shardtensor[lightning]"
+    ) from e
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class DomainParallel(DDPStrategy):
+    """Trainer(strategy=DomainParallel(domain=4, shard=-2, fsdp="all")): 4 ranks share each sample.
+
+    domain: ranks that share a sample, -1 for all; the others have samples of their own, and their
+    gradients are averaged. shard: the dim along which plain tensors of a batch are cut, where they
+    have it, or a function of the batch and the mesh of the domain; None where the dataset gives
+    ShardTensors. options: those of `parallelize`, `fsdp` among them. Data parallelism, sampling,
+    seeds and precision are then Lightning's own, as under DDP.
+
+    Ranks of a domain get the same samples, so random transforms of a dataset must draw the same on
+    them. `self.log` takes sharded losses; a reduction over ranks is one over samples. Checkpoints
+    are those of one device, with FSDP2 too: weights and moments are gathered on the first rank.
+    Raises ValueError where the ranks do not make up whole domains.
+    """
+
+    def __init__(
+        self,
+        domain: int = -1,
+        *,
+        shard: int | Callable[[Any, DeviceMesh], Any] | None = None,
+        process_group_backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+        # what is wrong in them shows now
+        self.options = Options.of({"data": "data"}, options)
+        self.domain, self.shard = domain, shard
+        self.mesh: DeviceMesh | None = None
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        n = self.num_nodes * self.num_processes
+        sizes = {"data": 1 if self.domain == -1 else -1, "domain": self.domain}
+        self.mesh = init_device_mesh(
+            self.root_device.type, sizes_of(sizes, n), mesh_dim_names=tuple(sizes)
+        )
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        assert self.mesh is not None
+        return self.mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of a domain draw the same samples."""
+        place = self._mesh.get_local_rank("data")
+        return {"num_replicas": self._mesh["data"].size(), "rank": place}
+
+    def setup(self, trainer: Any) -> None:
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        module = self._module
+        if not self._sharded:
+            parallelize(module, self._mesh, self.options)
+        module.__dict__["log"] = partial(_log, module.log)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            self.lightning_module.__dict__.pop("log", None)
+        super().teardown()
+
+    @property
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _sharded(self) -> bool:
+        return isinstance(self.lightning_module, FSDPModule)
+
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        if self.shard is None:
+            return batch
+        mesh = self._mesh["domain"]
+        if not isinstance(self.shard, int):
+            return self.shard(batch, mesh)
+        return pytree.tree_map(partial(_cut, dim=self.shard, mesh=mesh), batch)
+
+    # steps run inside of the module's call, whose hooks gather weights of FSDP2
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return _called(self._module, "training_step", args, kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return _called(self._module, "validation_step", args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return _called(self._module, "test_step", args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return _called(self._module, "predict_step", args, kwargs)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Over the ranks that have samples of their own, unless a group is given."""
+        if isinstance(tensor, ShardTensor):
+            tensor = tensor.full_tensor()
+        return super().reduce(tensor, group or self._mesh.get_group("data"), reduce_op)
+
+    # checkpoints: as of one device
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if not self._sharded:
+            return super().lightning_module_state_dict()
+        return get_model_state_dict(self._module, options=_WHOLE)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._sharded:
+            return super().load_model_state_dict(checkpoint, strict)
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self._module, checkpoint["state_dict"], options=options)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        if not self._sharded:
+            return super().optimizer_state(optimizer)
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        state: Any = get_optimizer_state_dict(self._module, optimizer, options=_WHOLE)
+        numbers = {name: i for i, name in enumerate(self._names(optimizer))}
+        return _renamed(state, numbers) if state else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if not self._sharded:
+            return super().load_optimizer_state_dict(checkpoint)
+        options = StateDictOptions(full_state_dict=True)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            set_optimizer_state_dict(self._module, optimizer, named, options=options)
+
+    def _names(self, optimizer: Any) -> list[str]:
+        """The names of an optimizer's parameters, in the order by which it numbers them."""
+        names = {p: name for name, p in self._module.named_parameters()}
+        return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other names of parameters."""
+    return {
+        "state": {names[k]: v for k, v in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[k] for k in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def _cut(x: Any, dim: int, mesh: DeviceMesh) -> Any:
+    """A plain tensor cut along a dim that it has."""
+    if not isinstance(x, Tensor) or isinstance(x, ShardTensor) or not -x.ndim <= dim < x.ndim:
+        return x
+    return distribute_tensor(x, mesh, [Shard(dim % x.ndim)], src_data_rank=None)
+
+
+def _called(module: Any, method: str, args: Any, kwargs: Any) -> Any:
+    """What a method of a module gives inside of the module's hooks, which a call of it runs."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # the method itself may call the module
+        del module.__dict__["forward"]
+        return getattr(module, method)(*args, **kwargs)
+
+    module.__dict__["forward"] = forward
+    return module(*args, **kwargs)
+
+
+def _log(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    """`LightningModule.log`; what the first rank alone reads later must not communicate."""
+    if isinstance(value, ShardTensor):
+        value = value.detach().full_tensor()
+    log(name, value, *args, **kwargs)
