@@ -162,6 +162,10 @@ def test_ranking_and_the_fewest():
     times = [e.seconds for e in found if e.fits(small)]
     assert times == sorted(times)
     assert fewest(t.make, t.shapes, replace(A100, memory=1), dims=(2,), most=2) is None
+    assert not any(e.layout.options.checkpoint for e in found)
+    named = plan(t.make, t.shapes, 1, small, dims=(2,), precisions=(None,), blocks=("Conv2d",))
+    assert [e.layout.options.blocks for e in named if e.layout.options.checkpoint] == [("Conv2d",)]
+    assert not any(e.refused for e in named)
 
 
 UNET = ["plan", "examples/models.py:UNet", "--arg", "c_in=1", "--arg", "c_out=1"]

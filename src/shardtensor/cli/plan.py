@@ -32,6 +32,7 @@ def plan(
     thorough: Annotated[bool, typer.Option(help="all options, also where not needed")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     links: Annotated[Path | None, typer.Option(help="a file that `doctor` saved")] = None,
+    blocks: Annotated[str, typer.Option(help="classes of fsdp's units: Block,Layer")] = "",
     tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
 ) -> None:
@@ -57,6 +58,7 @@ def plan(
         device=hardware,
         network=network,
         thorough=thorough,
+        blocks=[name for name in blocks.split(",") if name],
         **task,  # type: ignore[arg-type]
     )
     if as_json:

@@ -24,6 +24,7 @@ def plan(
     *,
     precisions: Sequence[str | None] = (None, "bf16"),
     thorough: bool = False,
+    blocks: Sequence[str] = (),
     **task: Any,
 ) -> list[Estimate]:
     """Every sensible configuration of a model on so many devices, the fastest that fit first.
@@ -31,10 +32,13 @@ def plan(
     make, shapes and further arguments: see `estimate.Task`. Meshes: the batch over the data axis as
     far as it divides, the rest over the dims of the task in every way. Each as it is; where it does
     not fit the device, then with FSDP2 over all ranks, with checkpointing of blocks, and with both
-    (thorough: all of these anyway). Those that do not fit follow by what they need, then those that
+    (thorough: all of these anyway). blocks: class names of the units of FSDP2 and of checkpointing
+    (default: see `Options`). Those that do not fit follow by what they need, then those that
     are refused. Raises RuntimeError where torch.distributed is initialised.
     """
-    return ranked(Task(make, shapes, **task), devices, device, network, precisions, thorough)
+    return ranked(
+        Task(make, shapes, **task), devices, device, network, precisions, thorough, blocks
+    )
 
 
 def fewest(
@@ -64,12 +68,15 @@ def ranked(
     network: Network,
     precisions: Sequence[str | None],
     thorough: bool,
+    names: Sequence[str] = (),
 ) -> list[Estimate]:
     """As `plan`."""
     found: list[Estimate] = []
-    blocks = has_blocks(task)
+    blocks = bool(names) or has_blocks(task)
     for base, precision in product(layouts(task, devices), precisions):
         for options in _options(task, base.ranks, precision, blocks):
+            if options.fsdp or options.checkpoint:
+                options = replace(options, blocks=tuple(names))
             one = estimate(task, replace(base, options=options), device, network)
             found.append(one)
             if one.refused or (one.fits(device) and not thorough):
