@@ -183,6 +183,13 @@ def test_the_example_of_graphs():
     assert names["sharded"] == [pytest.approx(mean.square().sum().item(), rel=1e-5)] * 4
 
 
+def test_the_example_of_forward_mode():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "forward.md").read_text(), re.S)
+    exec(block, names := {})
+    net, x, v = (names[k] for k in ("net", "state", "direction"))
+    torch.testing.assert_close(names["sharded"], torch.func.jvp(net, (x,), (v,))[1])
+
+
 def test_the_example_of_point_clouds():
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "points.md").read_text(), re.S)
     names: dict = {}

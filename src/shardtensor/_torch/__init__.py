@@ -26,8 +26,6 @@ from .autograd import (
 from .checkpoint import checkpointed
 from .dispatcher import (
     composite_call,
-    functorch_level,
-    guard_transforms,
     hide_from_dynamo,
     is_tracing,
     leaf_call,
@@ -39,7 +37,15 @@ from .dispatcher import (
     tell_dynamo,
     under_modes,
 )
-from .memory import owns_memory, same_memory, storage_of, storage_ref, swap_memory
+from .memory import (
+    owns_memory,
+    same_memory,
+    storage,
+    storage_of,
+    storage_ref,
+    swap_memory,
+    unwrapped,
+)
 from .ops import (
     OpOverload,
     OpOverloadPacket,
@@ -54,6 +60,14 @@ from .ops import (
     is_view,
     ops_of,
     overloads,
+)
+from .transforms import (
+    differentiated,
+    followed,
+    functorch_level,
+    lift_transforms,
+    shared_dual_level,
+    transforming,
 )
 from .world import all_gather_flat, at_uncaught, default_store, threaded_world
 
@@ -71,10 +85,11 @@ __all__ = [
     "checkpointed",
     "composite_call",
     "default_store",
+    "differentiated",
     "first_hook",
+    "followed",
     "functorch_level",
     "graph_task",
-    "guard_transforms",
     "handle_torch_function_names",
     "has_composable_modules",
     "hide_from_dynamo",
@@ -91,6 +106,7 @@ __all__ = [
     "is_tracing",
     "is_view",
     "leaf_call",
+    "lift_transforms",
     "make_wrapper",
     "no_torch_function",
     "no_torch_function_at_all",
@@ -104,12 +120,16 @@ __all__ = [
     "run_last",
     "same_memory",
     "saving_elsewhere",
+    "shared_dual_level",
     "skip_numbers",
+    "storage",
     "storage_of",
     "storage_ref",
     "swap_memory",
     "tell_dynamo",
     "threaded_world",
+    "transforming",
     "under_modes",
+    "unwrapped",
     "will_run",
 ]

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._functorch import eager_transforms, vmap
-from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
@@ -26,6 +23,9 @@ _outer = threading.local()
 _KEYS = (
     torch._C._dispatch_tls_local_include_set(),
     torch._C._dispatch_tls_local_exclude_set(),
+)
+_LEVELS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode).add(
+    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
 )
 
 
@@ -46,6 +46,8 @@ def composite_call() -> Iterator[None]:
         )
         _outer.state = (keys, modes)
         stack.enter_context(no_torch_function())
+        # levels of torch.func are inside of local tensors: the leaf ops go through them
+        stack.enter_context(torch._C._ExcludeDispatchKeyGuard(_LEVELS))
         try:
             yield
         finally:
@@ -104,23 +106,3 @@ def not_tracing() -> Iterator[None]:
         yield
     finally:
         _outer.counting = False
-
-
-# which torch.func transform surrounds the call, or None
-functorch_level = torch._C._functorch.maybe_current_level
-
-
-def guard_transforms(check: Callable[[Any], None]) -> None:
-    """Let check(tensor) see what enters torch.func.grad, jvp and dual tensors past overrides."""
-
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            check(tensor)
-            return function(tensor, *args, **kwargs)
-
-        return run
-
-    eager_transforms._wrap_for_grad = checked(eager_transforms._wrap_for_grad)
-    vmap._add_batch_dim = checked(vmap._add_batch_dim)
-    forward_ad.make_dual = checked(forward_ad.make_dual)

@@ -7,34 +7,58 @@ import functools
 from typing import Any
 
 import torch
+from torch._C import _functorch
 from torch.utils._python_dispatch import _disable_current_modes
+
+
+def unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor that torch.func follows: no derivative goes there.
+
+    Raises RuntimeError for one whose numbers are a batch's.
+    """
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            raise RuntimeError("vmap over values that say what is sent, such as an index")
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def _below(x: torch.Tensor) -> torch.Tensor:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def storage(x: torch.Tensor) -> torch.UntypedStorage:
+    """The memory of a tensor, also of one that torch.func follows."""
+    return _below(x).untyped_storage()
 
 
 def storage_ref(x: torch.Tensor) -> Any:
     """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    return StorageWeakRef(x.untyped_storage())
+    return StorageWeakRef(storage(x))
 
 
 def owns_memory(x: torch.Tensor) -> bool:
     """Whether no view, numpy array or other library shares the memory of a tensor."""
-    storage = x.untyped_storage()
-    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= _uses_alone()
+    own = storage(x)
+    return own.resizable() and torch._C._storage_Use_Count(own._cdata) <= _uses_alone()
 
 
 @functools.cache
 def _uses_alone() -> int:
     with _disable_current_modes():
-        storage = torch.zeros(1).untyped_storage()
+        own = torch.zeros(1).untyped_storage()
     # the tensor is gone: one less than when it holds the storage
-    return torch._C._storage_Use_Count(storage._cdata) + 1
+    return torch._C._storage_Use_Count(own._cdata) + 1
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same numbers in memory."""
     return (
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        storage(a)._cdata == storage(b)._cdata
         and a.dtype is b.dtype
         and a.shape == b.shape
         and a.stride() == b.stride()

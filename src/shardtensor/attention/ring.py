@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..comm import groups, wire
-from ..comm.define import define
+from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .blocks import Merge, backward, dead_rows, forward, relative, settled, wide
 from .call import INTEGERS, Call, Seen, Span
@@ -261,6 +261,25 @@ def _no_second(ctx: Any, *grads: Any) -> Any:
     )
 
 
+def _under(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """As the op, in products that torch.func and forward mode see through."""
+    *integers, merged = rest
+    call = Call.of(*integers)
+    if call.drop:
+        raise UnsupportedOpError(
+            "torch.func or forward mode through attention over sharded keys with dropout: take "
+            "dropout_p=0"
+        )
+    sizes, wanted = call.gathered()
+    out = attend_plainly(
+        q, k, v, call.whole_mask(mask), sizes=sizes, wanted=wanted, pieces=call.whole_pieces(),
+        scale=call.scale, group=call.group, merged=merged,
+    )  # fmt: skip
+    return out, None
+
+
 attention_op = define(
     f"attention(Tensor q, Tensor k, Tensor v, Tensor? mask, {INTEGERS}, str merged)"
     " -> (Tensor, Tensor)",
@@ -268,6 +287,7 @@ attention_op = define(
     _fake,
     _setup,
     _adjoint,
+    _under,
 )
 backward_op: Any = define(
     "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
@@ -275,6 +295,7 @@ backward_op: Any = define(
     _attention_backward,
     _fake_backward,
     lambda ctx, inputs, output: None,
+    _no_second,
     _no_second,
 )
 
@@ -310,7 +331,7 @@ def attend(
     """
     q_starts, q_sizes = zip(*q_spans, strict=True)
     k_starts, k_sizes = zip(*k_spans, strict=True)
-    return attention_op(
-        q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal, exact, scale, drop,
-        seed, order, team, group, merged,
+    return run(
+        attention_op, q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal,
+        exact, scale, drop, seed, order, team, group, merged,
     )[0]  # fmt: skip

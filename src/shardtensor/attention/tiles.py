@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
-from ..comm.define import define
+from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, log_of, settled, wide
 
@@ -270,6 +270,7 @@ _op: Callable[..., tuple[Tensor, Tensor]] = define(
     _fake,
     _setup,
     _adjoint,
+    lambda q, k, v, *integers: (_by_autograd(q, k, v, Call(*integers)), None),
 )
 _backward_op: Any = define(
     "neighborhood_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -277,6 +278,7 @@ _backward_op: Any = define(
     _attend_backward,
     lambda g, q, k, v, *rest: tuple(torch.empty_like(x) for x in (q, k, v)),
     lambda ctx, inputs, output: None,
+    _no_second,
     _no_second,
 )
 
@@ -295,4 +297,4 @@ def attend(
     needs must be there.
     """
     windows = [int(i) for line in lines for i in line]
-    return _op(q, k, v, windows, [i for pair in starts for i in pair], scale)[0]
+    return run(_op, q, k, v, windows, [i for pair in starts for i in pair], scale)[0]

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..comm import groups, window
 from ..comm.exchanges import Windows
 from ..comm.sums import reduce
-from ..comm.wire import all_reduce
 from .blocks import wide
 
 # first local row, number of rows, first key among those of all ranks, number of keys, and whether
@@ -62,7 +61,7 @@ def attend_plainly(
     )
     several = groups.size(merged) > 1
     if several:
-        (top,) = all_reduce([top], "max", merged)
+        (top,) = reduce([top], "max", merged)
     weights = (scores - top.masked_fill(top == -inf, 0.0)).exp()
     sums = [weights @ v, weights.sum(-1, keepdim=True)]
     if several:

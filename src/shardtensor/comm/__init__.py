@@ -17,6 +17,7 @@ from ..cuts import cut
 from ..errors import UnsupportedOpError
 from . import deferred, groups, ops, sums, together, wire
 from .addends import addend_op, alike_op
+from .define import run
 from .exchanges import Exchange, Kept, exchange, whole
 from .groups import along, group, knows_values, rank, size, spreads
 from .rows import exchange_rows, put_op, requests, spread, take_op
@@ -59,7 +60,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     learning, alone = torch.is_grad_enabled(), group == groups.ALONE
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
-        if not x.requires_grad:
+        if not _torch.differentiated(x):
             continue
         slot = getattr(x, deferred.SLOT, None)
         if slot is not None:
@@ -95,12 +96,12 @@ def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
 
 def addend(x: Tensor, group: str) -> Tensor:
     """This rank's addend of a replicated value: all of it on the first rank, zeros on others."""
-    return x if size(group) == 1 else addend_op(x, group)
+    return x if size(group) == 1 else run(addend_op, x, group)
 
 
 def alike(x: Tensor, group: str) -> Tensor:
     """The cotangent of addends, which every rank has, as one replicated value."""
-    return alike_op(x, group) if size(group) > 1 and x.requires_grad else x
+    return run(alike_op, x, group) if size(group) > 1 and _torch.differentiated(x) else x
 
 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
@@ -226,14 +227,14 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
 
 def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """Rows of a tensor sharded along dim 0, by global index (int64, 1-D, each rank its own)."""
-    return x[index] if len(sizes) == 1 else take_op(x, index, sizes, group)
+    return x[index] if len(sizes) == 1 else run(take_op, x, index, sizes, group)
 
 
 def put(rows: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """Rows added at global indices of a tensor of zeros sharded along dim 0."""
     if len(sizes) == 1:
         return rows.new_zeros([sizes[0], *rows.shape[1:]]).index_add(0, index, rows)
-    return put_op(rows, index, sizes, group)
+    return run(put_op, rows, index, sizes, group)
 
 
 def asked(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .define import define
+from .define import define, run
 from .groups import rank
 
 
@@ -28,12 +28,12 @@ addend_op: Any = define(
     _addend,
     lambda x, group: torch.empty_like(x),
     _keep_group,
-    lambda ctx, g: (alike_op(g, ctx.group), None),
+    lambda ctx, g: (run(alike_op, g, ctx.group), None),
 )
 alike_op: Any = define(
     "alike(Tensor x, str group) -> Tensor",
     lambda x, group: x.clone(),
     lambda x, group: torch.empty_like(x),
     _keep_group,
-    lambda ctx, g: (addend_op(g, ctx.group), None),
+    lambda ctx, g: (run(addend_op, g, ctx.group), None),
 )

@@ -8,19 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library
+from torch.utils import _pytree as pytree
 
 from .. import _torch
 from .._torch import probe
+from ..errors import UnsupportedOpError
 
 _library = Library("shardtensor", "DEF")
 # what each op runs; a plan runs it on fake tensors, where the dispatcher would take the fake kernel
 KERNELS: dict[Any, Callable] = {}
+# what stands for an op under torch.func and in forward mode, which see nothing of the op
+_UNDER: dict[Any, Callable] = {}
 
 
 def define(
-    schema: str, kernel: Callable, fake: Callable, setup: Callable, adjoint: Callable
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    setup: Callable,
+    adjoint: Callable,
+    under: Callable | None = None,
 ) -> Any:
-    """A dispatcher op with a fake kernel and an adjoint (setup(ctx, inputs, output), adjoint)."""
+    """A dispatcher op with a fake kernel and an adjoint (setup(ctx, inputs, output), adjoint).
+
+    under: what does the same under torch.func and in forward mode; None: the op is linear in its
+    first argument, and the tangent of its result is it of the tangent. Rules call it by `run`.
+    """
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -30,7 +43,63 @@ def define(
     )
     op = getattr(torch.ops.shardtensor, name).default
     KERNELS[op] = kernel
+    if under is None:
+        under = linear(
+            lambda *args: op(*args) if probe.dispatch_modes() else kernel(*args),
+            setup,
+            adjoint,
+            lambda *args: run(op, *args),
+        ).apply
+    _UNDER[op] = under
     return op
+
+
+def run(op: Any, *args: Any) -> Any:
+    """The op; under torch.func and in forward mode what stands for it there."""
+    return _UNDER[op](*args) if _torch.transforming() else op(*args)
+
+
+def linear(
+    kernel: Callable, setup: Callable, adjoint: Callable, again: Callable
+) -> type[torch.autograd.Function]:
+    """A Function of one tensor, in which it is linear, and others: all its derivatives are known.
+
+    again: what gives the tangent, and the result for a batch, whose dim comes last meanwhile.
+    """
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, *rest: Any) -> Tensor:
+            return kernel(x, *rest)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+            ctx.beside = inputs[1:]
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            return adjoint(ctx, g)
+
+        @staticmethod
+        def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+            return again(t, *ctx.beside)
+
+        @staticmethod
+        def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, *rest: Any) -> Any:
+            if any(d is not None for d in pytree.tree_leaves(dims[1:])):
+                raise UnsupportedOpError("vmap over indices of what several ranks hold")
+            out = again(x.movedim(dims[0], -1), *rest)
+            return out, out.ndim - 1
+
+    return Linear
+
+
+class _Facts:
+    """What a Function is to take as it is."""
+
+    def __init__(self, facts: tuple[Any, ...]) -> None:
+        self.facts = facts
 
 
 def paired(
@@ -70,7 +139,21 @@ def paired(
         def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
             return adjoint(g, *ctx.facts), *[None] * len(ctx.facts)
 
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.facts = inputs[1].facts
+
+    under = linear(
+        lambda x, held: (
+            op(x, *lower(*held.facts)) if probe.dispatch_modes() else kernel(x, *held.facts)
+        ),
+        keep,
+        lambda ctx, g: (adjoint(g, *ctx.facts), None),
+        lambda x, held: call(x, *held.facts),
+    )
+
     def call(x: Tensor, *facts: Any) -> Tensor:
+        if _torch.transforming():
+            return under.apply(x, _Facts(facts))
         if probe.dispatch_modes():
             return op(x, *lower(*facts))
         if x.requires_grad and torch.is_grad_enabled():

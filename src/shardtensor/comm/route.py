@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
 from . import groups
-from .define import define
+from .define import define, run
 from .pack import numel_but
 from .rows import Ints, exchange_rows, requests
 
@@ -41,7 +42,7 @@ class Route(NamedTuple):
 
 def find(index: Tensor, sizes: Sequence[int], group: str) -> Route:
     """The route of a vector of global indices (int64, each rank its own) into shards of `sizes`."""
-    distinct, place = torch.unique(index, return_inverse=True)
+    distinct, place = torch.unique(_torch.unwrapped(index), return_inverse=True)
     if groups.size(group) == 1:
         return Route(distinct, (len(distinct),), (len(distinct),), place, max(sizes), group)
     # in order, hence by owner
@@ -56,12 +57,12 @@ def arrivals(x: Tensor, route: Route) -> Tensor:
 
 def fetch(x: Tensor, route: Route) -> Tensor:
     """The rows (E, ...) that the index names, of a tensor sharded along dim 0."""
-    return _fetch_op(x, *route[:5], len(x), route.group)
+    return run(_fetch_op, x, *route[:5], len(x), route.group)
 
 
 def deliver(values: Tensor, route: Route, rows: int) -> Tensor:
     """Zeros of this rank's number of rows, plus every rank's values (E, ...) where they belong."""
-    return _deliver_op(values, *route[:5], rows, route.group)
+    return run(_deliver_op, values, *route[:5], rows, route.group)
 
 
 def _columns(x: Tensor, most: int) -> Iterator[slice]:
@@ -132,7 +133,7 @@ _fetch_op: Any = define(
         [sum(gets) if place is None else len(place), *x.shape[1:]]
     ),
     _setup,
-    lambda ctx, g: (_deliver_op(g, *_arguments(ctx)), *[None] * 7),
+    lambda ctx, g: (run(_deliver_op, g, *_arguments(ctx)), *[None] * 7),
 )
 _deliver_op: Any = define(
     f"deliver(Tensor values, {_SCHEMA}) -> Tensor",
@@ -141,5 +142,5 @@ _deliver_op: Any = define(
         [size, *values.shape[1:]]
     ),
     _setup,
-    lambda ctx, g: (_fetch_op(g, *_arguments(ctx)), *[None] * 7),
+    lambda ctx, g: (run(_fetch_op, g, *_arguments(ctx)), *[None] * 7),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cuts import cut
 from . import groups, wire
-from .define import define
+from .define import define, run
 from .pack import numel_but
 
 Ints = Sequence[int]
@@ -91,12 +91,12 @@ take_op = define(
     _take,
     lambda x, index, sizes, group: x.new_empty([index.numel(), *x.shape[1:]]),
     _index_setup,
-    lambda ctx, g: (put_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
+    lambda ctx, g: (run(put_op, g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
 )
 put_op: Any = define(
     "put(Tensor rows, Tensor index, int[] sizes, str group) -> Tensor",
     _put,
     lambda rows, index, sizes, group: rows.new_empty([sizes[groups.rank(group)], *rows.shape[1:]]),
     _index_setup,
-    lambda ctx, g: (take_op(g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
+    lambda ctx, g: (run(take_op, g, ctx.saved_tensors[0], *ctx.rest), None, None, None),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
+from ..errors import UnsupportedOpError
 from . import wire
 from .define import define
 
@@ -46,6 +47,61 @@ class Reduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, None, *_reduce_adjoint(ctx, grads)
+
+
+class _VaryUnder(torch.autograd.Function):
+    """`vary` under torch.func and in forward mode."""
+
+    @staticmethod
+    def forward(group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple([x.clone() for x in xs])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.group = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *reduce(grads, "sum", ctx.group)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return tuple([t.clone() for t in tangents])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], group: str, *xs: Tensor) -> Any:
+        return tuple(vary(xs, group)), dims[1:]
+
+
+class _ReduceUnder(torch.autograd.Function):
+    """`reduce` under torch.func and in forward mode."""
+
+    @staticmethod
+    def forward(op: str, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        if probe.dispatch_modes():
+            return tuple(reduce_op(list(xs), op, group))
+        return tuple(_reduce(xs, op, group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op, ctx.group = inputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *_reduce_adjoint(ctx, grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        if ctx.op != "sum":
+            raise UnsupportedOpError(
+                f"forward mode through a {ctx.op} over the shards of a dim: redistribute that dim "
+                "to Replicate() before it, or take torch.autograd.grad"
+            )
+        return tuple(reduce(tangents, "sum", ctx.group))
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], op: str, group: str, *xs: Tensor) -> Any:
+        return tuple(reduce(xs, op, group)), dims[2:]
 
 
 def _vary(xs: Sequence[Tensor], group: str) -> list[Tensor]:
@@ -88,6 +144,8 @@ reduce_op: Any = define(
 
 def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
     """`vary_op` where a graph is being traced, else its cheaper equal."""
+    if _torch.transforming():
+        return _VaryUnder.apply(group, *xs)
     if _torch.is_tracing():
         return vary_op(list(xs), group)
     return _torch.apply(Vary, group, *xs)
@@ -95,6 +153,8 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
 
 def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
     """`reduce_op` where a mode looks on, else its cheaper equal."""
+    if _torch.transforming():
+        return _ReduceUnder.apply(op, group, *xs)
     if probe.dispatch_modes():
         return reduce_op(list(xs), op, group)
     if torch.is_grad_enabled():

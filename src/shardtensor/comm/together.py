@@ -73,7 +73,7 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
     small = size <= SMALL and len(FSDPModule.__subclasses__()) == _here.fsdp
     if (leaves and not (small and _here.leaves)) or (not small and len(xs) > 1):
         return None
-    if _torch.is_tracing() or _torch.functorch_level() is not None:
+    if _torch.is_tracing() or _torch.transforming():
         return None
     call = Call(group, None if small else _torch.number_of(xs[0].grad_fn))
     held = _torch.apply(Wait, call, *xs)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from .. import _torch
 from .._torch import all_gather_flat
 from ..caller import call_of_user, op_of
-from ..errors import DivergenceError, TransportError
+from ..errors import DivergenceError, TransportError, UnsupportedOpError
 from . import groups
 from .mismatch import difference, position
 from .observers import simulated_rank, thread
@@ -208,6 +208,14 @@ def _start(
     wait: bool = False,
 ) -> list[Any]:
     """Post a collective; what to wait for."""
+    if _torch.transforming():
+        if _torch.followed(send) and (send.is_floating_point() or send.is_complex()):
+            raise UnsupportedOpError(
+                f"torch.func or forward mode of an op that sends ({label}) in a way of its own: "
+                "its derivative would be lost. Take torch.autograd.grad, or gather its operands "
+                "(full_tensor())"
+            )
+        received, send = _torch.unwrapped(received), _torch.unwrapped(send)
     if not is_strict():
         return post(received, send)
     record = _record(label, send, facts)

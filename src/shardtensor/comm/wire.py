@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .. import _torch
 from . import groups, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
@@ -249,7 +250,7 @@ def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str
         rows = torch.stack(all_gather(local, [local.shape] * n, group))
     else:
         rows = all_gather_rows(local, [len(mine)] * n, len(mine), group)
-    return rows.cpu().numpy()
+    return np.array(rows.tolist()) if _torch.transforming() else rows.cpu().numpy()
 
 
 def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:

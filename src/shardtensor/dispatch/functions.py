@@ -21,10 +21,10 @@ from .._torch import probe
 from ..comm import observers
 from ..errors import UnsupportedOpError
 from ..registry import rules
-from ..spec import Spec
-from ..tensor import ShardTensor, refuse_transforms, wrap
+from ..spec import Dim, Spec
+from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import refuse_copy
-from ..tensor.redistribute import cotangent, gradient, local_of
+from ..tensor.redistribute import cotangent, gradient, like, local_of
 
 
 class _Attach(torch.autograd.Function):
@@ -140,7 +140,7 @@ def _watch_saved(out: Any, passed: list[Any]) -> None:
         return
     shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
     node._versions_of_shards = {
-        x.untyped_storage()._cdata: x._version for x in shards if not x.is_inference()
+        _torch.storage(x)._cdata: x._version for x in shards if not x.is_inference()
     }
 
 
@@ -176,7 +176,7 @@ def _refuse_second(_: Any) -> None:
 
 
 def _storage(x: ShardTensor) -> int:
-    return x._local.untyped_storage()._cdata
+    return _torch.storage(x._local)._cdata
 
 
 def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
@@ -235,9 +235,35 @@ def leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
                 waiting.append(other)
 
 
-def check_transform(x: Any) -> None:
-    if isinstance(x, ShardTensor):
-        refuse_transforms()
+def inside(x: ShardTensor, f: Callable[[Tensor], Tensor]) -> ShardTensor:
+    """The tensor with f of its local tensor, which lies alike."""
+    return wrap(f(x._local), x._spec, x._strides)
+
+
+def batch(x: ShardTensor, d: int, f: Callable[[Tensor], Tensor]) -> ShardTensor:
+    """One of a batch, whose dim f hides."""
+    if x._spec.dims[d].axes:
+        raise UnsupportedOpError(
+            f"torch.func.vmap over dim {d} of {x._spec}, which is sharded: redistribute it so that "
+            "this dim is whole, or write the batch as a dim of the tensor"
+        )
+    return wrap(f(x._local), x._spec.drop([d]))
+
+
+def unbatch(x: ShardTensor, d: int, size: int, f: Callable[[Tensor], Tensor]) -> ShardTensor:
+    """The batch again, of which x is one."""
+    return wrap(f(x._local), x._spec.insert(d % (x.ndim + 1), Dim(size)))
+
+
+def refuse_tangent() -> None:
+    raise UnsupportedOpError(
+        "a dual number of a plain tensor with a ShardTensor as its tangent: distribute both alike"
+    )
+
+
+def tangent_of(x: ShardTensor, t: Tensor) -> Tensor:
+    """This rank's part of a tangent, cut as the tensor is."""
+    return like(t, x._spec)._local
 
 
 def recomputed_from(x: Any) -> Any:

@@ -26,7 +26,14 @@ def install() -> None:
     _torch.install_engine_hook(functions.engine_roots, engine_input)
     _torch.install_ddp_hook(local_of)
     _torch.install_gradcheck_hook(lambda x: isinstance(x, ShardTensor))
-    _torch.guard_transforms(functions.check_transform)
+    _torch.lift_transforms(
+        lambda x: isinstance(x, ShardTensor),
+        functions.inside,
+        functions.tangent_of,
+        functions.batch,
+        functions.unbatch,
+        functions.refuse_tangent,
+    )
     script.install_script_hook(handler_of_shards)
     checkpoint.install(settings.bringing)
     checkpoint.install_inputs(

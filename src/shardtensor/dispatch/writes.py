@@ -111,7 +111,7 @@ class _Back:
     def run(self, local: Tensor, base: Tensor) -> None:
         """Write the rows of which local is a view to base; differentiably where autograd saw it."""
         root = local._base if local._base is not None else local
-        same = root.untyped_storage()._cdata == local.untyped_storage()._cdata
+        same = _torch.storage(root)._cdata == _torch.storage(local)._cdata
         if same and root.requires_grad:
             rows = root if _geometry(root) == self.geometry else root.as_strided(*self.geometry)
             self.write(base, rows)
@@ -195,7 +195,7 @@ def stands_for_rows(
     piece.part = None if ranges is None else part_of(base, ranges)
     if not (_torch.is_tracing() or base._local.is_inference()):
         back = _Back(rows, base, write)
-        rows.untyped_storage()._shardtensor_back = back  # type: ignore[attr-defined]
+        _torch.storage(rows)._shardtensor_back = back  # type: ignore[attr-defined]
     return piece
 
 
@@ -212,7 +212,7 @@ def writing(handler: Handler, name: str) -> Handler:
         if x._spec.partial:
             _settle(x, name)
         family = family_of(x._local)
-        cdata = x._local.untyped_storage()._cdata
+        cdata = _torch.storage(x._local)._cdata
         inside = family is None or getattr(_current, "storage", None) == cdata
         piece = None if inside or family is None else family.pieces.get(cdata)
         if family is not None and not inside:
@@ -265,13 +265,13 @@ def reshaped_in_place(x: ShardTensor, op: str) -> None:
     if family is None:
         return
     tracked = torch.is_grad_enabled() and x.requires_grad
-    current = _written_back(x._local) if tracked else {x._local.untyped_storage()._cdata}
+    current = _written_back(x._local) if tracked else {_torch.storage(x._local)._cdata}
     family.reshaped(current, op, tracked)
 
 
 def _overlaps(x: ShardTensor) -> bool:
     """Whether elements of x, or of what it is written back to, share memory."""
-    back: _Back | None = getattr(x._local.untyped_storage(), "_shardtensor_back", None)
+    back: _Back | None = getattr(_torch.storage(x._local), "_shardtensor_back", None)
     return layout.overlaps(x) or (back is not None and back.overlaps)
 
 
@@ -302,7 +302,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
         if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
             continue
         a, b = x._local, other._local
-        if a is b or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        if a is b or _torch.storage(a)._cdata != _torch.storage(b)._cdata:
             continue
         known = _apart(x, other)
         # what moves between ranks is a copy, whose version does not tell autograd of the write
@@ -330,15 +330,15 @@ def _wants_gradient(values: Any) -> bool:
 
 def _written_back(local: Tensor) -> set[int]:
     """Write a gathered copy back to its base, and that to its own; what is current then."""
-    current = {local.untyped_storage()._cdata}
+    current = {_torch.storage(local)._cdata}
     while True:
-        back: _Back | None = getattr(local.untyped_storage(), "_shardtensor_back", None)
+        back: _Back | None = getattr(_torch.storage(local), "_shardtensor_back", None)
         base = None if back is None else back.base()
         if back is None or base is None:
             return current
         back.run(local, base)
         local = base
-        current.add(local.untyped_storage()._cdata)
+        current.add(_torch.storage(local)._cdata)
 
 
 def _touched(piece: Piece | None, x: ShardTensor, name: str, args: tuple[Any, ...]) -> Part | None:

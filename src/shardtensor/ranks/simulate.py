@@ -205,7 +205,7 @@ class World:
         cache.clear()
         turns.outside.clear()
         turns.back.clear()
-        with _torch.threaded_world(turns.join):
+        with _torch.threaded_world(turns.join), _torch.shared_dual_level():
             if not self.begun:
                 self.begun = True
                 for t in self.threads:

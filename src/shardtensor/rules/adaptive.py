@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import comm
 from .._torch import kernels
 from ..cache import cached
+from ..comm.define import run
 from ..comm.ops import window_add_op
 from ..errors import UnsupportedOpError
 from ..registry import rule
@@ -165,7 +166,7 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
         if plan.out.axes:
             starts, stops = [a for a, _ in plan.spans], [b for _, b in plan.spans]
             name = _name(x, d)
-            local = window_add_op(local, d, plan.out.sizes, starts, stops, False, name)
+            local = run(window_add_op, local, d, plan.out.sizes, starts, stops, False, name)
         else:
             a, b = plan.spans[i]
             local = F.pad(local, [0, 0] * (local.ndim - 1 - d) + [a, m - b])

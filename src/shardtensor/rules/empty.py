@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
+
 
 def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
     """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
@@ -60,7 +62,7 @@ def through(out: Tensor, x: Tensor, d: int) -> Tensor:
     Torch's shortcut for one row leaves the factor out of the gradient, and with it the messages of
     second derivatives that ranks with more rows send.
     """
-    if x.shape[d] != 1 or not out.requires_grad:
+    if x.shape[d] != 1 or not _torch.differentiated(out):
         return out
     # all of it is masked, so that neither its values nor its gradients count
     every = torch.ones_like(x, dtype=torch.bool)

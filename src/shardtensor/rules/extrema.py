@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
@@ -56,7 +56,7 @@ def _extreme(
         return wrap(one(x._local) if nan_ties else fn(x._local, dims, keepdim), spec)
     filled = _filled(x._local, dims, largest)
     best = one(filled).reshape([1] * x.ndim) if nan_ties else fn(filled, dims, True)
-    if best.requires_grad:
+    if _torch.differentiated(best):
         same = x._local.detach() == best.detach()
         if nan_ties:
             same |= x._local.detach().isnan() & best.detach().isnan()

@@ -277,7 +277,7 @@ def _local(g: Tensor, rows: Rows, start: int, length: int, size: int, way: Way) 
     target = (2 * at + (0 if way.align else 1)) / part - 1
     if way.padding == ZEROS:
         target = target.masked_fill(rows.bad, float("nan"))
-    if not g.requires_grad:
+    if not _torch.differentiated(g):
         return target
     slope = rows.slope if isinstance(rows.slope, Tensor) else torch.ones_like(target)
     slope = slope.masked_fill(rows.outside, 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from ..cache import cached
 from ..cuts import Kept
 from ..registry import rule
@@ -59,7 +59,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
     """Legacy empty parts, of shape (0,) among others, add nothing; but they have a gradient."""
     for x in skipped:
-        if x.requires_grad and (local.is_floating_point() or local.is_complex()):
+        if _torch.differentiated(x) and (local.is_floating_point() or local.is_complex()):
             local = local + local_of(x).sum()
     return local
 

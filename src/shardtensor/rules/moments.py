@@ -60,7 +60,8 @@ def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     center = mean.detach()
     m2 = squares(x, center, dims)
     # zero, and so is its slope; but the second derivative needs it
-    return mean, m2 - n * (mean - center).square() if mean.requires_grad else m2
+    again = _torch.differentiated(mean)
+    return mean, m2 - n * (mean - center).square() if again else m2
 
 
 def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,8 @@ def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if x.is_contiguous() and x.numel():
             flat = x.view(1, a.numel(), *x.shape[2:])
             return scaled(flat, center.flatten(), a.flatten(), b.flatten()).view(x.shape)
-    if a.ndim == 1 and x.numel():
+    # whose fixed statistics may not even have a derivative of zero
+    if a.ndim == 1 and x.numel() and not _torch.transforming():
         one = torch.ones_like(center)
         y = torch.batch_norm(x, a, b, center, one, False, 0.0, 0.0, False)
         if y.requires_grad and x.device.type == "cpu" and not _torch.is_tracing():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from .._torch import probe
 from .._torch.autograd import apply
 from .affine import affine, alike, far
@@ -97,7 +97,7 @@ def normalise(
     kept = [] if kept is None else kept
     if way.last:
         x = x.contiguous()
-    if way.scattered or probe.is_proxied():
+    if way.scattered or probe.is_proxied() or _torch.transforming():
         return _plainly(x, weight, bias, way, kept)
     if way.apart:
         x = x.contiguous()

@@ -110,7 +110,7 @@ def _of_all(fn: Any, input: ShardTensor) -> Any:
     local = x._local.reshape(1, -1)
     order = _middle(fn, x.numel(), _nans(local, group))
     best = _picked(local.detach(), order, 0, group)[0].view(())
-    if x._local.requires_grad:
+    if _torch.differentiated(x._local):
         equal = torch.where(best.isnan(), x._local.detach().isnan(), x._local.detach() == best)
         mean = torch.where(equal, x._local, 0).sum() / comm.reduce(equal.sum(), group)
         mean = comm.reduce(mean, group)

@@ -51,7 +51,7 @@ def route(spec: Spec, d: int, reach: Reach) -> tuple[Exchange, Route, list[tuple
 
 def pays(spec: Spec) -> bool:
     """Whether shards are large enough; alike on all ranks."""
-    return spec.shard_numel >= WORTH and not _torch.is_tracing()
+    return spec.shard_numel >= WORTH and not (_torch.is_tracing() or _torch.transforming())
 
 
 def overlapped(

@@ -169,7 +169,7 @@ def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTenso
         if view and out._base is not None:
             # a view of this shard, hence in its memory
             return wrap(out, spec)
-        if not view and out.untyped_storage()._cdata == x._local.untyped_storage()._cdata:
+        if not view and _torch.storage(out)._cdata == _torch.storage(x._local)._cdata:
             # a view of this shard, of one row perhaps, where the whole is copied
             out = out.clone(memory_format=torch.contiguous_format)
         return wrap(stands_for_view(out, x._local, op) if view else out, spec)

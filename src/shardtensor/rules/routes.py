@@ -56,7 +56,9 @@ def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[],
 
     key: what else the route depends on. group: all ranks that make it together.
     """
-    ref, full = _named(local_of(index), key)
+    # a route outlives the transforms of torch.func, which integers have no part in
+    at = _torch.unwrapped(at)
+    ref, full = _named(_torch.unwrapped(local_of(index)), key)
     route: Route | None = _kept.get(full, at)
     if comm.size(group) > 1:
         seen = torch.tensor(int(route is not None), device=at.device)

@@ -7,7 +7,8 @@ and what was found is kept with the matrix. X S is the same with S transposed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ _USUAL = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 _AT_ONCE = 2**22
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """This rank's rows of a matrix, entry by entry in their order, and the way of X's rows to them.
 
     picked: which entries of the whole. places: that of each, (row, column) as torch's COO has
@@ -87,7 +89,7 @@ def product(s: Tensor, x: Tensor, d: int, turned: bool, sparse_grad: bool) -> Te
     if part.route is not None:
         own = arrivals(own, part.route)
     twice = not learned or _of_values(s)
-    out = _torch.apply(_Product, v[part.picked], own, part, False, twice)
+    out = _Product.apply(v[part.picked], own, part, False, twice)
     out = out.view(part.shape[0], *rest).movedim(0, d).contiguous()
     return wrap(out, spec.replace({d: to}))
 
@@ -243,12 +245,13 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, x: Tensor, part: _Part, turned: bool, twice: bool
-    ) -> Tensor:
-        ctx.save_for_backward(values, x)
-        ctx.rest = part, turned, twice
+    def forward(values: Tensor, x: Tensor, part: _Part, turned: bool, twice: bool) -> Tensor:
         return _multiplied(values, x, part, turned)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.rest = inputs[2:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -264,7 +267,7 @@ class _Product(torch.autograd.Function):
             gv = _dots(x, g, part) if turned else _dots(g, x, part)
             gv = gv.conj() if turned else gv
         if ctx.needs_input_grad[1]:
-            gx = _torch.apply(_Product, values.conj(), g, part, not turned, twice)
+            gx = _Product.apply(values.conj(), g, part, not turned, twice)
         return gv, gx, None, None, None
 
 

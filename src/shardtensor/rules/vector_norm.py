@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
@@ -42,7 +43,7 @@ def vector_norm(
         )
     elif abs(ord) == inf:
         out = _extreme(x, ord, dims, keepdim)
-    elif ord and x.requires_grad:
+    elif ord and _torch.differentiated(x):
         out = _root_of_sum(x, ord, dims, keepdim)
     else:
         out = _norm_of_norms(x, ord, dims, keepdim)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..registry import rule
@@ -80,7 +81,7 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     dtype = torch.float32 if halves else None
     norm = torch.linalg.vector_norm(input.detach(), p, others, True, dtype=dtype)
     larger = norm > maxnorm
-    if input.requires_grad:
+    if _torch.differentiated(input):
         # of the others no slope counts, not even one that is NaN
         norm = torch.linalg.vector_norm(torch.where(larger, input, 0), p, others, True, dtype=dtype)
     # torch's own guard against a division by zero

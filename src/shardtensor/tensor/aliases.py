@@ -164,7 +164,7 @@ def refuse_stale(local: Tensor) -> None:
     """Raise UnsupportedOpError if the memory of a local tensor is stale."""
     # sparse tensors have no storage of their own, and no views here
     strided = local.layout is torch.strided
-    entry = stale.get(local.untyped_storage()._cdata) if strided else None
+    entry = stale.get(_torch.storage(local)._cdata) if strided else None
     if entry is not None:
         raise UnsupportedOpError(str(entry))
 
@@ -172,7 +172,7 @@ def refuse_stale(local: Tensor) -> None:
 def refuse_copy(local: Tensor) -> None:
     """Raise UnsupportedOpError for what a Function changed in place, if its base would miss the
     gradient."""
-    if hasattr(local.untyped_storage(), "_shardtensor_back"):
+    if hasattr(_torch.storage(local), "_shardtensor_back"):
         raise UnsupportedOpError(
             "an autograd.Function changes a view in place that was gathered from another tensor: "
             "give it a .clone(), and assign the result"
@@ -181,7 +181,7 @@ def refuse_copy(local: Tensor) -> None:
 
 def family_of(local: Tensor) -> Family | None:
     """The family of a local tensor's storage."""
-    return getattr(local.untyped_storage(), "_shardtensor_family", None)
+    return getattr(_torch.storage(local), "_shardtensor_family", None)
 
 
 def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
@@ -192,7 +192,7 @@ def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
     if base.requires_grad and not (copy.requires_grad or torch.is_inference_mode_enabled()):
         # as of a view that was made without gradients
         copy.requires_grad_()
-    own, other = copy.untyped_storage(), base.untyped_storage()
+    own, other = _torch.storage(copy), _torch.storage(base)
     # not by address, which traced tensors have not
     if own._cdata == other._cdata:
         return None
@@ -211,7 +211,7 @@ def as_array(whole: Tensor, array: Any, base: Tensor) -> Any:
 
     So it is read-only, and while it is there the base is not written to.
     """
-    if whole.untyped_storage()._cdata != base.untyped_storage()._cdata:
+    if _torch.storage(whole)._cdata != _torch.storage(base)._cdata:
         array.flags.writeable = False
         if array.base is not None:
             relate(whole.detach(), base.detach(), _ARRAY)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _torch
 from ..comm import counters
@@ -23,7 +22,7 @@ from ..registry import handlers, method
 from ..spec import Spec
 from . import layout
 from .aliases import refuse_stale
-from .shard_tensor import ShardTensor, refuse_transforms
+from .shard_tensor import ShardTensor
 
 # torch function -> what may handle it where an operand is lazy; NotImplemented: not this one
 unevaluated: dict[Any, list[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]]] = {}
@@ -107,9 +106,10 @@ class Lazy(ShardTensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _torch.functorch_level() is not None or forward_ad._current_level >= 0:
-            refuse_transforms()
         kwargs = kwargs or {}
+        if _torch.transforming():
+            settle(func, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         known = unevaluated.get(func)
         if known is not None:
             name = str(func.__name__).strip("_")

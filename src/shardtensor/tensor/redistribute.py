@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.utils import _pytree as pytree
 
-from .. import comm
+from .. import _torch, comm
 from ..cache import cached
 from ..comm.formats import FORMATS
 from ..cuts import Cut, cut
@@ -42,6 +42,8 @@ _NOT_DENSE = (
     "(to_dense()), gather the ShardTensor (full_tensor()), or write a sparse product as "
     "index_select and index_add over its entries"
 )
+# of a Function that torch.func cannot follow, and of values that it hides
+_BY_HAND = ("setup_context", "getSingleLevelAutogradFunctionAllowed", "vmap", "TensorWrapper")
 _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
 
@@ -189,6 +191,12 @@ def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
     """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
     if isinstance(error, UnsupportedOpError):
         return
+    if _torch.transforming() and any(text in str(error) for text in _BY_HAND):
+        raise UnsupportedOpError(
+            f"torch.func or forward mode through {getattr(func, '__name__', func)}, whose way with "
+            "shards has a backward of its own: take torch.autograd.grad, or gather its operands "
+            "(full_tensor())"
+        ) from error
     for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
         kind = _not_dense(local_of(x))
         if kind:
@@ -399,7 +407,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         else:
             local = x
         found.append(local)
-        if not local.requires_grad or own == varying:
+        if own == varying or not _torch.differentiated(local):
             continue
         same = tuple([a for a in varying if a not in own]) if own else tuple(varying)
         if same:

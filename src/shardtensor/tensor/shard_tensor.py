@@ -12,28 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
 from .. import _torch
-from ..errors import UnsupportedOpError
 from ..registry import handlers, methods
 from ..spec import Spec
 from . import layout
 from .aliases import as_array, refuse_stale, stale
-
-_level = _torch.functorch_level
-
-
-def refuse_transforms() -> None:
-    """Raise under torch.func transforms, whose tensors hide a ShardTensor from the rules."""
-    raise UnsupportedOpError(
-        "torch.func.vmap, grad, jvp, ... and forward-mode differentiation of a ShardTensor: write "
-        "the batch as a dim of the tensor instead of vmap, take torch.autograd.grad for gradients "
-        "and torch.autograd.functional.jvp, which differentiates twice, for jvp"
-    )
-
 
 _COMPILE = (
     "torch.compile does not see through ShardTensors: this model runs eagerly. Use "
@@ -73,8 +59,6 @@ class ShardTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _level() is not None or forward_ad._current_level >= 0:
-            refuse_transforms()
         if torch.compiler.is_dynamo_compiling():
             _torch.tell_dynamo(_warn, _COMPILE)
         try:

@@ -22,6 +22,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ... import _torch
 from .nearest import NONE, Found, nearest
 from .pairs import Met, check, meet, once, wide
 
@@ -80,7 +81,7 @@ def _within(
 def _distances(met: Met, found: Found) -> Tensor:
     """Distances of what was found, with their gradients where they are wanted."""
     queries, points = met.asking, met.rows
-    if not torch.is_grad_enabled() or not (queries.requires_grad or points.requires_grad):
+    if not torch.is_grad_enabled() or not any(map(_torch.differentiated, (queries, points))):
         return found.d2.sqrt().to(queries.dtype)
     row, column = (found.index != NONE).nonzero(as_tuple=True)
     rows = once(wide(points), found.index[row, column], met.sizes, met.group)
