@@ -49,8 +49,8 @@ class Bits(One):
 
 
 def _is_array(x: Any) -> bool:
-    """Whether x has elements as numpy's arrays do; the class of arrays has none."""
-    return hasattr(x, "__array_interface__") and not isinstance(x, type)
+    """Whether x has elements as numpy's arrays do; their class and its aliases have none."""
+    return hasattr(type(x), "__array_interface__")
 
 
 def is_described(x: Any) -> bool:
