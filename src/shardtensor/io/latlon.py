@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
-from ..spec import Spec
+from .. import comm
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor
 from .block import placed
 from .source import Source, open_array
@@ -25,16 +26,32 @@ from .source import Source, open_array
 Number = float | Sequence[float]
 
 
+# names of dims in stores of others
+NAMES = {
+    "time": ("time", "valid_time"),
+    "level": ("level", "pressure_level", "isobaricInhPa", "plev", "lev"),
+    "latitude": ("latitude", "lat"),
+    "longitude": ("longitude", "lon"),
+}
+
+
 class LatLon:
     """Samples {"x": state at time i, "y": state at time i + lead}, each (C, latitude, longitude).
 
-    where: what `open_array` takes, in the schema above. variables: names; a variable with levels
-    gives a channel for each of `levels` (hPa; default all). mean, std: for normalisation, for each
-    variable a number or one for each of its levels; or a file with arrays so named. placements: of
-    a sample; sizes: of its shards. lead: in time steps; 0: samples have no "y".
+    where: what `open_array` takes, in the schema above, under any of `NAMES`. variables: names; a
+    variable with levels gives a channel for each of `levels` (hPa; default all). mean, std: for
+    normalisation, for each variable a number or one for each of its levels; or a file with arrays
+    so named; `statistics` finds them. placements: of a sample; sizes: of its shards.
 
-    channels: names, as "geopotential@500". times: datetime64. latitude, longitude: degrees, as
-    stored. bytes_read: by this rank so far. A sample is read without communication.
+    lead: in time steps; 0: samples have no "y"; several: "y" is a list. history: how many states,
+    the last at time i, make up "x", oldest first. forcings: variables that "x" has at its end, at
+    time i, and "y" has not; those without time are the same in all. times: which time steps are
+    there, a slice or indices; lead and history count these. fill: what is put for NaN, after
+    normalisation.
+
+    channels: names, as "geopotential@500"; of one state, forcings not among them. times:
+    datetime64. latitude, longitude: degrees, as stored. bytes_read: by this rank so far. A sample
+    is read without communication.
     """
 
     def __init__(
@@ -48,73 +65,111 @@ class LatLon:
         mean: Mapping[str, Number] | str | None = None,
         std: Mapping[str, Number] | str | None = None,
         sizes: Mapping[int, Sequence[int]] | None = None,
-        lead: int = 1,
+        lead: int | Sequence[int] = 1,
+        history: int = 1,
+        forcings: Sequence[str] = (),
+        times: slice | Sequence[int] | None = None,
+        fill: float | None = None,
     ) -> None:
-        self.sources = {name: open_array(where, name) for name in variables}
-        self.latitude, self.longitude = (_axis(where, d) for d in ("latitude", "longitude"))
-        self.times = decoded_times(open_array(where, "time"))
-        self.lead = lead
+        self.variables, self.forcings = tuple(variables), tuple(forcings)
+        names = dict.fromkeys((*variables, *forcings))
+        self.sources = {name: open_array(where, name) for name in names}
+        known = [d for s in self.sources.values() for d in s.dims or ()]
+        # the store's name of each dim
+        self._named = {d: next((n for n in also if n in known), d) for d, also in NAMES.items()}
+        self.latitude, self.longitude = (
+            _axis(where, self._named[d]) for d in ("latitude", "longitude")
+        )
+        every = decoded_times(open_array(where, self._named["time"]))
+        self._steps = np.arange(len(every))[slice(None) if times is None else times]
+        self.times = every[self._steps]
+        self.lead, self.history, self.fill = lead, history, fill
+        self._leads = [lead] if isinstance(lead, int) else list(lead)
+        if history < 1 or not self._leads or min(self._leads) < 0:
+            raise ValueError(f"history {history}, lead {lead}: at least 1, and none before 0")
         self.channels: list[str] = []
         self._levels: dict[str, list[int]] = {}
         for name, source in self.sources.items():
-            self._add(where, name, source, levels)
+            found = self._add(where, name, source, levels)
+            self.channels += found if name in self.variables else []
         shape = (len(self.channels), len(self.latitude), len(self.longitude))
         self.spec = Spec.of(mesh, placements, shape, sizes)
         if self.spec.dims[0].axes or self.spec.partial:
             raise ValueError(f"LatLon shards latitude and longitude, not {self.spec.placements}")
-        self.mean = self._statistics(mean, 0.0)
-        self.std = self._statistics(std, 1.0)
+        self.mean = self._statistics(mean, 0.0, self.variables)
+        self.std = self._statistics(std, 1.0, self.variables)
+        self._forced = [self._statistics(g, d, self.forcings) for g, d in ((mean, 0.0), (std, 1.0))]
 
-    def _add(self, where: Any, name: str, source: Source, levels: Sequence[float] | None) -> None:
+    def _add(
+        self, where: Any, name: str, source: Source, levels: Sequence[float] | None
+    ) -> list[str]:
+        """The channels of a variable."""
         dims = source.dims or ()
-        missing = {"time", "latitude", "longitude"} - set(dims)
-        if missing or set(dims) - {"time", "level", "latitude", "longitude"}:
+        needed = {self._named[d] for d in ("latitude", "longitude")}
+        if name in self.variables:
+            needed.add(self._named["time"])
+        if needed - set(dims) or set(dims) - set(self._named.values()):
             raise ValueError(
-                f"{source.name}: dims {dims}; expected time, [level,] latitude, longitude"
+                f"{source.name}: dims {dims}; expected time, [level,] latitude, longitude; "
+                "without time only among forcings"
             )
-        if "level" not in dims:
+        if self._named["level"] not in dims:
             self._levels[name] = []
-            self.channels.append(name)
-            return
-        stored = [float(v) for v in _axis(where, "level")]
+            return [name]
+        stored = [float(v) for v in _axis(where, self._named["level"])]
         wanted = stored if levels is None else [float(v) for v in levels]
         unknown = sorted(set(wanted) - set(stored))
         if unknown:
             raise ValueError(f"{name}: no levels {unknown}; there are {stored}")
         self._levels[name] = [stored.index(v) for v in wanted]
-        self.channels += [f"{name}@{v:g}" for v in wanted]
+        return [f"{name}@{v:g}" for v in wanted]
 
     def __len__(self) -> int:
-        return max(0, len(self.times) - self.lead)
+        return max(0, len(self.times) - max(self._leads) - self.history + 1)
 
-    def __getitem__(self, i: int) -> dict[str, ShardTensor]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        sample = {"x": self.state(i)}
-        if self.lead:
-            sample["y"] = self.state(i + self.lead)
+        now = i + self.history - 1
+        states = [self._state(t) for t in range(i, now + 1)]
+        if self.forcings:
+            states.append(self._read(self.forcings, now, *self._forced))
+        local = torch.cat(states)
+        channels = Dim(local.shape[0])
+        sample: dict[str, Any] = {"x": placed(local, self.spec.replace({0: channels}))}
+        targets = [self.state(now + lead) for lead in self._leads if lead or len(self._leads) > 1]
+        if targets:
+            sample["y"] = targets[0] if isinstance(self.lead, int) else targets
         return sample
 
     def state(self, time: int) -> ShardTensor:
         """The normalised channels at one time, float32 (C, latitude, longitude)."""
-        blocks = [self._block(name, time) for name in self.sources]
-        local = torch.cat(blocks).sub_(self.mean).div_(self.std)
-        return placed(local, self.spec)
+        return placed(self._state(time), self.spec)
+
+    def _state(self, time: int) -> Tensor:
+        return self._read(self.variables, time, self.mean, self.std)
+
+    def _read(self, names: Sequence[str], time: int, mean: Tensor, std: Tensor) -> Tensor:
+        """This rank's part of some variables, normalised."""
+        local = torch.cat([self._block(name, time) for name in names]).sub_(mean).div_(std)
+        return local if self.fill is None else local.nan_to_num_(self.fill, torch.inf, -torch.inf)
 
     def _block(self, name: str, time: int) -> Tensor:
         """(channels, latitude, longitude) of this rank, of one variable."""
         source, levels = self.sources[name], self._levels[name]
-        rows = dict(time=(time, time + 1))
+        step = int(self._steps[time])
+        rows = {self._named["time"]: (step, step + 1)}
         for d, dim in enumerate(("latitude", "longitude"), 1):
             a = self.spec.offset[d]
-            rows[dim] = (a, a + self.spec.local_shape[d])
+            rows[self._named[dim]] = (a, a + self.spec.local_shape[d])
         if levels:
             # one read, from the lowest wanted level to the highest
-            rows["level"] = (min(levels), max(levels) + 1)
+            rows[self._named["level"]] = (min(levels), max(levels) + 1)
         dims = source.dims or ()
         block = torch.from_numpy(source.read([rows[d] for d in dims])).float()
-        order = [dims.index(d) for d in ("time", "level", "latitude", "longitude") if d in dims]
-        block = block.permute(order)[0]
+        order = [dims.index(d) for d in self._named.values() if d in dims]
+        block = block.permute(order)
+        block = block[0] if self._named["time"] in dims else block
         return block[[v - min(levels) for v in levels]] if levels else block[None]
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
@@ -145,11 +200,46 @@ class LatLon:
     def bytes_read(self) -> int:
         return sum(s.bytes_wanted for s in self.sources.values())
 
-    def _statistics(self, given: Mapping[str, Number] | str | None, default: float) -> Tensor:
+    def statistics(
+        self, names: Sequence[str] | None = None, times: Sequence[int] | None = None
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """(mean, std) of each variable's channels over area and time, as `mean` and `std` take.
+
+        names: variables and forcings, default the variables. Each rank reads its own part, of
+        `times` (default all); NaN does not count. Collective: one
+        all-reduce over the ranks that share a sample. In the units of the file.
+        """
+        names = self.variables if names is None else tuple(names)
+        if set(names) - set(self.sources):
+            raise ValueError(f"statistics of {names}: there are {tuple(self.sources)}")
+        weights = self.area_weights()[slice(*self.spec.spans[1])].double()[None, :, None]
+        sums = torch.zeros(3, sum(max(1, len(self._levels[n])) for n in names), dtype=torch.float64)
+        for time in range(len(self.times)) if times is None else times:
+            block = torch.cat([self._block(name, time) for name in names]).double()
+            good = block.isfinite()
+            w, block = weights * good, block.where(good, 0.0)
+            sums += torch.stack([w, w * block, w * block * block]).sum((-2, -1))
+        axes = axes_in(self.spec.dims)
+        device = self.spec.mesh.device_type
+        total = comm.reduce(sums.to(device), comm.group(self.spec.mesh, axes)).cpu()
+        mean = total[1] / total[0]
+        std = (total[2] / total[0] - mean * mean).clamp(min=0).sqrt()
+        sizes = [max(1, len(self._levels[n])) for n in names]
+        found = [
+            {n: v.tolist() for n, v in zip(names, x.split(sizes), strict=True)} for x in (mean, std)
+        ]
+        return found[0], found[1]
+
+    def _statistics(
+        self, given: Mapping[str, Number] | str | None, default: float, names: Sequence[str]
+    ) -> Tensor:
         """(C, 1, 1)."""
         found: list[float] = []
-        for name, levels in self._levels.items():
-            if given is None:
+        for name in names:
+            levels = self._levels[name]
+            if given is None or (
+                name not in self.variables and isinstance(given, Mapping) and name not in given
+            ):
                 values = np.full(max(1, len(levels)), default)
             elif isinstance(given, Mapping):
                 values = np.atleast_1d(np.asarray(given[name], dtype=np.float64))
