@@ -74,7 +74,8 @@ def test_what_autograd_cannot_follow_here_is_refused(sizes):
     simulate(2, run)
 
 
-def test_an_array_of_a_sharded_tensor_is_a_copy_that_misses_no_write():
+@pytest.mark.parametrize("transport", ["plain", "strict"])
+def test_an_array_of_a_sharded_tensor_is_a_copy_that_misses_no_write(transport):
     def run():
         mesh = make_mesh((2,))
         x = st.distribute_tensor(X, mesh, [Shard(0)])
@@ -94,7 +95,7 @@ def test_an_array_of_a_sharded_tensor_is_a_copy_that_misses_no_write():
         shared += 1
         same(whole, X + 1, "memory that is one")
 
-    simulate(2, run)
+    simulate(2, run, transport=transport)
 
 
 def test_storage_offset_is_refused():

@@ -132,6 +132,8 @@ class Turns:
             self.stuck = DivergenceError(parted)
             raise DivergenceError(parted)
         self.work(collective, [data for data, _, _ in met])
+        # those that wait in this call still have the table, and the buffers in it
+        here.clear()
         del self.arrived[key]
         self.done.add(key)
 
