@@ -1,17 +1,21 @@
 """Memory and time of a model in parts on one device (`st.tiled`) beside the plain model.
 
-    OMP_NUM_THREADS=1 python benchmarks/tiled.py [--folder out] [--only unet] [--large]
+    OMP_NUM_THREADS=1 python benchmarks/tiled.py [--folder out] [--only unet] [--large] > table.md
+    python benchmarks/tiled.py --draw table.md tiled.png
 
 Each case runs in a process of its own on a sample in a file, and the plain model beside it where
 it fits into --most MiB. MiB: resident memory that the run needs beyond that of the program with
 its model, at most. Inference writes to a file, training makes the gradients of the mean square of
-the output. Difference: of outputs or gradients, over the largest.
+the output. Difference: of outputs or gradients, over the largest; in float32, where plain torch
+rounds as well: the last line tells both from gradients in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +32,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from bench_models import fno
 from models import UNet, ViT
 
 ROOT = Path(__file__).parent
@@ -56,32 +61,29 @@ def unet3d(width: int) -> nn.Module:
     return UNet3d()
 
 
-def fno(size: int) -> nn.Module:
-    from bench_models import MODELS
-
-    return MODELS["FNO"][0](size)
-
-
 # model: (how it is made for an edge, dims beside batch and channel)
 MODELS = {
     "unet": (lambda size: UNet(1, 1, width=4), 2),
     "unet3d": (lambda size: unet3d(2), 3),
     "vit": (lambda size: ViT((size, size), 16, 1, 1, width=64), 2),
-    "fno": (fno, 2),
+    "fno": (lambda size: fno(), 2),
 }
 # model, edge, training, parts (0: plain), MiB
 CASES = [
     ("unet", 2048, False, 0, 0), ("unet", 2048, False, 16, 64),
     ("unet", 2048, True, 0, 0), ("unet", 2048, True, 16, 128),
-    ("vit", 2048, True, 0, 0), ("vit", 2048, True, 8, 64),
+    ("vit", 1024, True, 0, 0), ("vit", 1024, True, 4, 64),
     ("fno", 1024, True, 0, 0), ("fno", 1024, True, 8, 64),
     ("unet3d", 128, True, 0, 0), ("unet3d", 128, True, 16, 64),
 ]  # fmt: skip
 LARGE = [
-    ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256), ("unet", 16384, False, 64, 512),
+    ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256),
+    ("unet", 16384, False, 0, 0), ("unet", 16384, False, 64, 512),
     ("unet", 4096, True, 0, 0), ("unet", 4096, True, 32, 256),
-    ("unet3d", 256, True, 0, 0), ("unet3d", 256, True, 32, 512), ("unet3d", 512, False, 64, 512),
-    ("vit", 4096, True, 8, 128), ("fno", 2048, True, 16, 128),
+    ("unet3d", 256, True, 0, 0), ("unet3d", 256, True, 32, 512),
+    ("unet3d", 512, False, 0, 0), ("unet3d", 512, False, 64, 512),
+    ("vit", 2048, True, 0, 0), ("vit", 2048, True, 8, 64),
+    ("fno", 2048, True, 0, 0), ("fno", 2048, True, 16, 128),
 ]  # fmt: skip
 
 
@@ -90,29 +92,28 @@ def one(model: str, edge: int, train: bool, parts: int, mib: int, folder: Path) 
     make, ndim = MODELS[model]
     torch.manual_seed(0)
     net = make(edge).train(train)
-    channels = 2 if model == "fno" else 1
+    channels = 4 if model == "fno" else 1
     shape = (1, channels, *[edge] * ndim)
-    source = _source(folder / f"{model}_{edge}.npy", shape)
-    target = np.lib.format.open_memmap(
-        folder / f"{model}_{edge}_{parts}.npy", "w+", np.float32, (1, 1, *[edge] * ndim)
-    )
+    source, target = folder / f"{model}_{edge}.raw", folder / f"{model}_{edge}_{parts}.raw"
+    _made(source, shape)
+    target.write_bytes(b"")
+    os.truncate(target, 4 * edge**ndim)
     _warm(make(128), channels, ndim)
     Path("/proc/self/clear_refs").write_text("5")
     before, begin, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
     paging = None
     if parts == 0:
         with torch.set_grad_enabled(train):
-            y = net(torch.from_numpy(np.array(source)))
+            y = net(_rows(source, shape, 0, edge))
         if train:
             y.square().mean().backward()
         else:
-            target[:] = y.numpy()
+            _write(y, target, 0)
     else:
         run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
         with torch.set_grad_enabled(train):
-            run.run(lambda net, mesh: _step(net, mesh, source, target, train))
+            run.run(lambda net, mesh: _step(net, mesh, source, shape, target, train))
         paging = run.paging
-    target.flush()
     found = dict(
         MiB=_status("VmHWM") - before,
         seconds=time.perf_counter() - begin,
@@ -134,12 +135,16 @@ def _warm(net: nn.Module, channels: int, ndim: int) -> None:
 
 
 def _step(
-    net: nn.Module, mesh: DeviceMesh, source: np.ndarray, target: np.ndarray, train: bool
+    net: nn.Module,
+    mesh: DeviceMesh,
+    source: Path,
+    shape: tuple[int, ...],
+    target: Path,
+    train: bool,
 ) -> None:
     """On a rank: its rows of the source through the model, to gradients or rows of the target."""
-    spec = st.Spec.of(mesh, [Shard(2)], source.shape)
-    a, b = spec.spans[2]
-    local = torch.from_numpy(np.array(source[:, :, a:b]))
+    spec = st.Spec.of(mesh, [Shard(2)], shape)
+    local = _rows(source, shape, *spec.spans[2])
     x = st.ShardTensor.from_local(local, mesh, [Shard(2)], sizes={2: spec.dims[2].sizes})
     del local
     y = net(x)
@@ -149,20 +154,36 @@ def _step(
         del y
         loss.backward()
     else:
-        a, b = y._spec.spans[2]
-        target[:, :, a:b] = y.to_local().numpy()
+        _write(y.to_local(), target, y._spec.spans[2][0])
 
 
-def _source(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _made(path: Path, shape: tuple[int, ...]) -> None:
     """Random numbers in a file, made slab by slab."""
-    if not path.exists():
-        made = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        random = np.random.default_rng(1)
-        for a in range(0, shape[2], 64):
-            part = made[:, :, a : a + 64]
-            part[:] = random.standard_normal(part.shape, np.float32)
-        made.flush()
-    return np.load(path, mmap_mode="r")
+    if path.exists():
+        return
+    random = np.random.default_rng(1)
+    with path.open("wb") as f:
+        for _ in range(shape[1] * shape[2]):
+            random.standard_normal(shape[3:], np.float32).tofile(f)
+
+
+def _rows(path: Path, shape: tuple[int, ...], a: int, b: int) -> Tensor:
+    """Rows a to b of a sample in a file; a mapped file would count as this process's memory."""
+    row = math.prod(shape[3:])
+    made = torch.empty(1, shape[1], b - a, *shape[3:])
+    for c in range(shape[1]):
+        at = 4 * (c * shape[2] + a) * row
+        made[0, c] = torch.from_numpy(
+            np.fromfile(path, np.float32, (b - a) * row, offset=at).reshape(made[0, c].shape)
+        )
+    return made
+
+
+def _write(y: Tensor, path: Path, row: int) -> None:
+    """Write rows of an output of one channel, from the given one on."""
+    with path.open("r+b") as f:
+        f.seek(4 * row * math.prod(y.shape[3:]))
+        y.numpy().tofile(f)
 
 
 def _status(what: str) -> float:
@@ -180,10 +201,66 @@ def _difference(model: str, edge: int, train: bool, parts: int, folder: Path) ->
         known = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs]
         # that of a bias in front of a norm is nothing but rounding
         return max(gap for gap, _ in known) / max(most for _, most in known)
-    a, b = (np.load(folder / f"{model}_{edge}_{n}.npy", mmap_mode="r") for n in (0, parts))
-    rows = range(0, edge, 64)
-    most = max(float(np.abs(a[:, :, r : r + 64]).max()) for r in rows)
-    return max(float(np.abs(a[:, :, r : r + 64] - b[:, :, r : r + 64]).max()) for r in rows) / most
+    a, b = (np.memmap(folder / f"{model}_{edge}_{n}.raw", np.float32, "r") for n in (0, parts))
+    slabs = [slice(i, i + 2**22) for i in range(0, len(a), 2**22)]
+    most = max(float(np.abs(a[s]).max()) for s in slabs)
+    return max(float(np.abs(a[s] - b[s]).max()) for s in slabs) / most
+
+
+def exactness(folder: Path, edge: int = 1024) -> str:
+    """How far gradients of a U-Net in float32 are from those in float64, plain and in parts."""
+    torch.manual_seed(0)
+    net, x = UNet(1, 1, width=4), torch.randn(1, 1, edge, edge)
+    exact = copy.deepcopy(net).double()
+    exact(x.double()).square().mean().backward()
+    want = [p.grad for p in exact.parameters()]
+    most = max(float(w.abs().max()) for w in want)
+    found = []
+    for call in (net, st.tiled(net, 8, dim=2, memory=2**26, spill=folder)):
+        net.zero_grad()
+        call(x).square().mean().backward()
+        gaps = (
+            float((p.grad - w).abs().max()) for p, w in zip(net.parameters(), want, strict=True)
+        )
+        found.append(max(gaps) / most)
+    return (
+        f"Gradients of unet {edge}^2 against float64: plain {found[0]:.0e}, 8 parts {found[1]:.0e}."
+    )
+
+
+def draw(table: Path, picture: Path) -> None:
+    """Memory of the cases of a printed table, plain and in parts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [[c.strip() for c in r.strip("| ").split("|")] for r in table.read_text().splitlines()]
+    pairs: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if len(row) > 4 and row[0].split()[0] in MODELS:
+            pairs.setdefault(f"{row[0]}\n{row[1]}", {})[
+                "plain" if row[2] == "plain" else "parts"
+            ] = row
+    figure, axes = plt.subplots(figsize=(7.5, 0.7 * len(pairs) + 1))
+    for i, both in enumerate(pairs.values()):
+        for shift, kind, color in ((-0.2, "plain", "#b9c4d0"), (0.2, "parts", "#3b6ea8")):
+            row = both.get(kind)
+            if row is None:
+                continue
+            known = row[4].replace(".", "").isdigit()
+            mib = float(row[4]) if known else 0.0
+            axes.barh(i + shift, mib, 0.38, color=color)
+            text = f" {mib:,.0f} MiB, {row[6]} CPU s" if known else f" {row[4]}"
+            text += f", {row[2]} parts" if kind == "parts" else ""
+            axes.text(mib, i + shift, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(pairs)), pairs, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * axes.get_xlim()[1])
+    axes.set_xlabel("memory of the run, MiB: plain (grey), in parts on one device (blue)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
 
 
 def main() -> None:
@@ -193,7 +270,11 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="sizes that take minutes")
     parser.add_argument("--most", type=int, default=12000, help="MiB that the plain model may take")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("TABLE", "PICTURE"))
     options = parser.parse_args()
+    if options.draw:
+        draw(*options.draw)
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.one:
         print(json.dumps(one(*json.loads(options.one), options.folder)))
@@ -221,6 +302,7 @@ def main() -> None:
             f"{name} {found['MiB']:.0f} | {found['seconds']:.1f} | {found['cpu']:.1f} | |",
             f"{gap} |", flush=True,
         )  # fmt: skip
+    print(f"\n{exactness(options.folder)}")
 
 
 def _alone(case: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any] | str:
