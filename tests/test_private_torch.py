@@ -95,12 +95,30 @@ USED = {
     torch.utils._python_dispatch._pop_mode
     torch.utils._python_dispatch._push_mode
     """,
+    ("2.13", "2.14"): """
+    torch.Tensor._make_subclass
+    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
+    torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    torch._C.DispatchKeySet
+    torch._C._DisableTorchDispatch
+    torch._C._ExcludeDispatchKeyGuard
+    torch._C._functorch
+    torch._C._functorch.get_unwrapped
+    torch._C._functorch.is_batchedtensor
+    torch._C._functorch.is_functorch_wrapped_tensor
+    torch._C._is_fwd_grad_enabled
+    torch._C._set_throw_on_mutable_data_ptr
+    torch._functorch.eager_transforms._unwrap_for_grad
+    torch._functorch.eager_transforms.jvp_increment_nesting
+    torch._functorch.vmap._remove_batch_dim
+    torch._neg_view
+    torch.autograd.forward_ad._current_level
+    """,
 }
 # used beside the package for private APIs: ops of the dispatcher, and what is read in every call
 ELSEWHERE = [
     "torch.Tensor._typed_storage",
     "torch._assert_async",
-    "torch.autograd.forward_ad._current_level",
     "torch.nn.utils.stateless._reparametrize_module",
     "torch.ops.aten._adaptive_avg_pool2d",
     "torch.ops.aten._adaptive_avg_pool3d",

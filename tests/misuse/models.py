@@ -85,9 +85,10 @@ def vmap_over_shards(r):
     torch.func.vmap(lambda t: t * 2)(r.shard(whole()))
 
 
-@refused(st.UnsupportedOpError, "vmap|autograd")
+@right
 def func_grad_of_shards(r):
-    torch.func.grad(lambda t: t.sum())(r.shard(whole()))
+    square = lambda t: t.square().sum()  # noqa: E731
+    return [(torch.func.grad(square)(r.shard(whole())), 2 * whole())]
 
 
 @refused(ValueError, "replicate")
@@ -101,6 +102,12 @@ def a_gather_past_the_budget(r):
         torch.linalg.det(r.shard(torch.eye(4)))
 
 
-@refused(st.UnsupportedOpError, "(?i)sparse")
+@right
 def sparse_beside_shards(r):
-    torch.sparse.mm(whole().T.to_sparse(), r.shard(whole()))
+    sparse = whole().T.to_sparse()
+    return [(torch.sparse.mm(sparse, r.shard(whole())), whole().T @ whole())]
+
+
+@refused(st.UnsupportedOpError, "(?i)sparse")
+def a_sparse_batch_beside_shards(r):
+    torch.bmm(torch.stack([whole().T] * 2).to_sparse(), r.shard(torch.stack([whole()] * 2), 1))

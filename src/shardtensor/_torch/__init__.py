@@ -58,6 +58,7 @@ from .ops import (
     is_python_function,
     is_random,
     is_view,
+    neg_view,
     ops_of,
     overloads,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "leaf_call",
     "lift_transforms",
     "make_wrapper",
+    "neg_view",
     "no_torch_function",
     "no_torch_function_at_all",
     "not_tracing",

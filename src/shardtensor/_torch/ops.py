@@ -11,6 +11,8 @@ from torch._library.custom_ops import CustomOpDef
 
 OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
+# -x as a view
+neg_view = torch._neg_view
 handle_torch_function_names = (
     "has_torch_function",
     "has_torch_function_unary",

@@ -100,8 +100,8 @@ class Known:
             found = torch.empty(0, dtype=x.dtype).set_(
                 storage, x.storage_offset(), x.shape, x.stride()
             )
-            found = torch._conj(found) if x.is_conj() else found
-            return torch._neg_view(found) if x.is_neg() else found
+            found = found.conj() if x.is_conj() else found
+            return _torch.neg_view(found) if x.is_neg() else found
 
     def fake(self, x: Tensor, most: int | None = None) -> Tensor:
         """A fake of a real tensor, whose values are known if it is small; a fake as it is."""
