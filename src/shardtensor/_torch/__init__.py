@@ -64,6 +64,7 @@ from .ops import (
 )
 from .transforms import (
     differentiated,
+    dual_level,
     followed,
     functorch_level,
     lift_transforms,
@@ -87,6 +88,7 @@ __all__ = [
     "composite_call",
     "default_store",
     "differentiated",
+    "dual_level",
     "first_hook",
     "followed",
     "functorch_level",

@@ -23,15 +23,11 @@ def unwrapped(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _below(x: torch.Tensor) -> torch.Tensor:
-    while _functorch.is_functorch_wrapped_tensor(x):
-        x = _functorch.get_unwrapped(x)
-    return x
-
-
 def storage(x: torch.Tensor) -> torch.UntypedStorage:
     """The memory of a tensor, also of one that torch.func follows."""
-    return _below(x).untyped_storage()
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.untyped_storage()
 
 
 def storage_ref(x: torch.Tensor) -> Any:

@@ -15,11 +15,14 @@ from torch.autograd import forward_ad
 
 # which torch.func transform surrounds the call, or None
 functorch_level = _functorch.maybe_current_level
+# how deep forward mode is, -1 outside of it. Both are no functions of Python: where each op passes,
+# they are asked without `transforming`
+dual_level = functools.partial(getattr, forward_ad, "_current_level")
 
 
 def transforming() -> bool:
     """Whether torch.func or forward mode follows the ops of this thread."""
-    return functorch_level() is not None or forward_ad._current_level >= 0
+    return functorch_level() is not None or dual_level() >= 0
 
 
 def differentiated(x: torch.Tensor) -> bool:

@@ -58,9 +58,10 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     """
     found = list(xs)
     learning, alone = torch.is_grad_enabled(), group == groups.ALONE
+    under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(found):
-        if not _torch.differentiated(x):
+        if not (x.requires_grad or (under and _torch.differentiated(x))):
             continue
         slot = getattr(x, deferred.SLOT, None)
         if slot is not None:

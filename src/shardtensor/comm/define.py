@@ -152,7 +152,7 @@ def paired(
     )
 
     def call(x: Tensor, *facts: Any) -> Tensor:
-        if _torch.transforming():
+        if _torch.functorch_level() is not None or _torch.dual_level() >= 0:
             return under.apply(x, _Facts(facts))
         if probe.dispatch_modes():
             return op(x, *lower(*facts))

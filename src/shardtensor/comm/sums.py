@@ -144,7 +144,7 @@ reduce_op: Any = define(
 
 def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
     """`vary_op` where a graph is being traced, else its cheaper equal."""
-    if _torch.transforming():
+    if _torch.functorch_level() is not None or _torch.dual_level() >= 0:
         return _VaryUnder.apply(group, *xs)
     if _torch.is_tracing():
         return vary_op(list(xs), group)
@@ -153,7 +153,7 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
 
 def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
     """`reduce_op` where a mode looks on, else its cheaper equal."""
-    if _torch.transforming():
+    if _torch.functorch_level() is not None or _torch.dual_level() >= 0:
         return _ReduceUnder.apply(op, group, *xs)
     if probe.dispatch_modes():
         return reduce_op(list(xs), op, group)

@@ -211,8 +211,10 @@ def writing(handler: Handler, name: str) -> Handler:
         x = args[0]
         if x._spec.partial:
             _settle(x, name)
-        family = family_of(x._local)
-        cdata = _torch.storage(x._local)._cdata
+        memory = _torch.storage(x._local)
+        family, cdata = getattr(memory, "_shardtensor_family", None), memory._cdata
+        # who may take over the memory counts references to it
+        del memory
         inside = family is None or getattr(_current, "storage", None) == cdata
         piece = None if inside or family is None else family.pieces.get(cdata)
         if family is not None and not inside:

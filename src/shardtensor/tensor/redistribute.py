@@ -388,6 +388,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
             raise UnsupportedOpError(
                 f"tensors on different meshes: {x._spec.mesh} and {mesh}; distribute both on one"
             )
+    under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     found: list[Tensor | None] = []
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, (x, dims) in enumerate(operands):
@@ -407,7 +408,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         else:
             local = x
         found.append(local)
-        if own == varying or not _torch.differentiated(local):
+        if own == varying or not (local.requires_grad or (under and _torch.differentiated(local))):
             continue
         same = tuple([a for a in varying if a not in own]) if own else tuple(varying)
         if same:
