@@ -13,7 +13,6 @@ from shardtensor import testing as T
 from shardtensor.rules import halo, overlap
 from shardtensor.rules.conv import _transposed as transposed
 from shardtensor.rules.sliding import Stencil, plan, sliding
-from shardtensor.spec import Dim
 
 D = torch.float64
 
@@ -47,7 +46,8 @@ def test_a_shard_narrower_than_the_halo(cut, kernel, dilation, by_strips):
 
 
 STRIPS = {
-    "stride": dict(kernel_size=3, stride=2, padding=1),
+    "stride, less padding": dict(kernel_size=3, stride=2),
+    "stride, more padding": dict(kernel_size=3, stride=2, padding=2),
     "less padding": dict(kernel_size=5, padding=1),
     "more padding": dict(kernel_size=3, padding=2),
     "even kernel": dict(kernel_size=(4, 3), padding="same"),
@@ -61,11 +61,47 @@ def test_what_strips_do_not_serve(name, by_strips):
     assert not by_strips
 
 
-def test_strips_are_as_wide_ahead_as_back():
-    dim = Dim(9, (0,), (4, 5))
-    assert halo.width(dim, Stencil(5, 1, 2)) == halo.width(dim, Stencil(5, 1, 2, 1, 2)) == 2
-    assert halo.width(dim, Stencil(3, 1, 1, 1, 0)) == halo.width(dim, Stencil(3, 1, 1, 1, 2)) == 0
-    assert halo.width(Dim(9, (0,), (1, 8)), Stencil(5, 1, 2)) == 0
+def rims(stencil, *cut):
+    """Above, below, up and down of every rank; None where strips do not serve."""
+
+    def run():
+        x = st.distribute_tensor(
+            torch.zeros(1, 1, sum(cut)), T.make_mesh((len(cut),)), [Shard(2)], sizes={2: cut}
+        )
+        ((d, _, reach),) = plan(x.spec, ((2, stencil),)).reaches
+        found = halo.rims(x.spec, d, stencil, reach)
+        return found and tuple(found[:4])
+
+    found = st.simulate(len(cut), run)
+    return None if None in found and len(set(found)) == 1 else found
+
+
+def test_strips_are_as_wide_as_what_is_read():
+    both = [(2, 2, 0, 2), (2, 2, 2, 0)]
+    assert rims(Stencil(5, 1, 2), 4, 5) == rims(Stencil(5, 1, 2, 1, 2), 4, 5) == both
+    assert rims(Stencil(3, 2, 1), 4, 4) == [(1, 0, 0, 1), (1, 0, 0, 0)]
+    assert rims(Stencil(3, 2, 1), 5, 7) == [(1, 1, 0, 0), (0, 0, 1, 0)]
+
+
+UNSERVED = {
+    "less behind": (Stencil(3, 1, 1, 1, 0), 4, 5),
+    "more behind": (Stencil(3, 1, 1, 1, 2), 4, 5),
+    "more ahead than the one before has": (Stencil(5, 1, 2), 1, 8),
+    "more behind than the next has": (Stencil(5, 1, 2), 8, 1),
+    "fewer outputs than read beyond": (Stencil(7, 2, 2), 5, 2),
+    "a shard that begins between kernels": (Stencil(3, 4, 1), 4, 5, 7),
+    "a shard without outputs": (Stencil(3, 4, 1), 5, 2, 9),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_stencils_that_strips_do_not_serve(name, by_strips):
+    stencil, *cut = UNSERVED[name]
+    assert rims(stencil, *cut) is None
+    if stencil.after is None:
+        module = conv(1, 2, stencil.size, stencil.stride, stencil.before, dims="l")
+        T.hold(module, [numbers(1, 1, sum(cut))], [T.shard(2, cut)], (len(cut),))
+        assert not by_strips
 
 
 def test_strips_of_one_sample_without_a_batch_and_of_addends(by_strips):
@@ -238,16 +274,29 @@ def test_whether_it_pays_is_asked_of_a_shard(monkeypatch):
     assert st.simulate(2, run) == [[False, False, True]] * 2
 
 
-def test_nothing_is_by_strips_where_nobody_reads_others(by_strips):
+OWN = {
+    "as wide as the stride": (lambda x: F.conv2d(x, numbers(3, 2, 2, 2), stride=2), (4, 8)),
+    "narrower than the stride": (lambda x: F.conv2d(x, numbers(3, 2, 1, 1), stride=2), (4, 8)),
+    "zeros only": (lambda x: F.conv2d(x, numbers(3, 2, 3, 3), None, 3, 1), (5, 7)),
+    "pool": (lambda x: F.max_pool2d(x, 2), (4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_nothing_is_by_strips_where_nobody_reads_others(name, by_strips):
+    fn, cut = OWN[name]
+    T.hold(fn, [numbers(2, 2, 12, 5)], [T.shard(2, cut)], (2,))
+
     def run():
-        x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
+        mesh = T.make_mesh((2,))
+        x = st.distribute_tensor(numbers(1, 2, 12, 4), mesh, [Shard(2)], sizes={2: cut})
         x.requires_grad_()
         with st.trace() as t:
-            y = F.conv2d(F.max_pool2d(x, 2), numbers(3, 2, 2, 2), stride=2)
-            y.sum().backward()
+            fn(x).sum().backward()
         return [n.collective for n in t.sent if n.collective in ("halo", "window", "window_add")]
 
     assert st.simulate(2, run) == [[]] * 2
+    assert not by_strips
 
 
 def test_nothing_is_by_strips_in_a_graph(by_strips):

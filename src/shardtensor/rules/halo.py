@@ -42,13 +42,14 @@ class Rims(NamedTuple):
     """Rows of a stencil beyond this rank's shard, and own ones beyond those of its neighbours.
 
     above, below: how many outputs read of the rank before and the one after, or of zeros; below may
-    be negative. up, down: how many they read of this one.
+    be negative. up, down: how many they read of this one. travel: whether any rank reads another's.
     """
 
     above: int
     below: int
     up: int
     down: int
+    travel: bool
 
 
 @cached
@@ -59,25 +60,22 @@ def rims(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Rims | None:
     read above: outputs of all ranks, that read rows of direct neighbours only.
     """
     dim, me, stride = spec.dims[d], spec.index[d], stencil.stride
-    windows, sizes = table(reach.windows), np.diff(dim.edges)
+    windows, outputs = table(reach.windows), np.diff(reach.dim.edges)
     above, below = dim.edges[:-1] - windows[:, 0], windows[:, 1] - dim.edges[1:]
-    outputs = np.diff(reach.dim.edges)
-    touched = -(-np.maximum(above, below) // stride)
+    # the last: above[i + 1] = sizes[i] + above[i] - outputs[i] * stride is at most sizes[i], and
+    # below[i - 1] likewise; a rank without outputs has a window that starts before all rows
     served = (
-        (outputs >= np.maximum(touched, 1)).all()
-        and (above >= 0).all()
-        and ((above - below >= 0) & (above - below < stride)).all()
-        and (above[1:] <= sizes[:-1]).all()
-        and (below[:-1] <= sizes[1:]).all()
+        (above >= 0) & (below <= above) & (above < below + stride) & (above <= outputs * stride)
     )
-    if not served:
+    if not served.all():
         return None
-    last = me + 1 == len(sizes)
+    last = me + 1 == len(dim.sizes)
     return Rims(
         int(above[me]),
         int(below[me]),
         0 if me == 0 else max(0, int(below[me - 1])),
         0 if last else int(above[me + 1]),
+        bool((above[1:] > 0).any() or (below[:-1] > 0).any()),
     )
 
 
@@ -95,6 +93,8 @@ def halo_conv(
 
     d: the dim whose rows travel; reach: what is read of it.
     """
+    if not rims.travel:
+        return _conv(x, weight, bias, settings)
     return apply(_HaloConv, x, weight, bias, d, spec, reach, rims, settings)
 
 
