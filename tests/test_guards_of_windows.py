@@ -90,6 +90,7 @@ UNSERVED = {
     "more behind than the next has": (Stencil(5, 1, 2), 8, 1),
     "fewer outputs than read beyond": (Stencil(7, 2, 2), 5, 2),
     "a shard that begins between kernels": (Stencil(3, 4, 1), 4, 5, 7),
+    "an empty shard with an output": (Stencil(3, 2, 2), 0, 5, 4, 9),
     "a shard without outputs": (Stencil(3, 4, 1), 5, 2, 9),
 }
 

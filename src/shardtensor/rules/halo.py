@@ -64,10 +64,10 @@ def rims(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Rims | None:
     above, below = dim.edges[:-1] - windows[:, 0], windows[:, 1] - dim.edges[1:]
     # the last: above[i + 1] = sizes[i] + above[i] - outputs[i] * stride is at most sizes[i], and
     # below[i - 1] likewise; a rank without outputs has a window that starts before all rows
-    served = (
-        (above >= 0) & (below <= above) & (above < below + stride) & (above <= outputs * stride)
-    )
-    if not served.all():
+    served = (above >= 0) & (below <= above) & (above < below + stride)
+    served &= above <= outputs * stride
+    # of zeros alone, which an empty shard's first outputs may read, kernels make nothing
+    if not served.all() or 0 in dim.sizes:
         return None
     last = me + 1 == len(dim.sizes)
     return Rims(
