@@ -32,14 +32,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardtensor as st
 from shardtensor import cache
 from shardtensor._torch.world import silent_world
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups
-from shardtensor.comm.define import KERNELS
+from shardtensor.comm.define import Looking
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -82,19 +81,16 @@ def profiled(run: Step) -> Counts:
     return Counts(sum(n.startswith(launched) for n in names), copies, waits)
 
 
-class ByOp(TorchDispatchMode):
+class ByOp(Looking):
     """Kernels of each op of torch below autograd, and where Python called those of forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in KERNELS:
-            with self:
-                return KERNELS[func](*args, **(kwargs or {}))
+    def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = pretended().kernels
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         frames = traceback.extract_stack(limit=8)
         place = next((f for f in reversed(frames) if "/shardtensor/" in f.filename), None)
         line = f"{Path(place.filename).name}:{place.lineno}" if place else ""

@@ -18,19 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardtensor import cache
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups
-from shardtensor.comm.define import KERNELS
+from shardtensor.comm.define import Looking
 from shardtensor.ranks.testing import tensors
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
 
-class Moved(TorchDispatchMode):
+class Moved(Looking):
     """While active, adds up by op the bytes that kernels read and write."""
 
     def __init__(self) -> None:
@@ -41,11 +40,7 @@ class Moved(TorchDispatchMode):
     def total(self) -> int:
         return self.by_op.total()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in KERNELS:
-            with self:
-                return KERNELS[func](*args, **kwargs)
+    def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if not (func.is_view or name in NOTHING):

@@ -5,27 +5,22 @@ import torch
 from models import UNet, ViT
 from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardtensor as st
-from shardtensor.comm.define import KERNELS
+from shardtensor.comm.define import Looking
 from shardtensor.ranks.testing import make_mesh
 
 MODELS = {"U-Net": lambda: UNet(4, 4, width=16), "ViT": lambda: ViT((256, 128), 8, 4, 4)}
 
 
-class OnHost(TorchDispatchMode):
+class OnHost(Looking):
     """The ops that read or make tensors of the host."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in KERNELS:
-            with self:
-                return KERNELS[func](*args, **kwargs)
+    def op(self, func, args, kwargs):
         out = func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs, out))
         if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in leaves):

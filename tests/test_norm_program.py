@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardtensor as st
 from shardtensor import cache
@@ -18,7 +17,7 @@ from shardtensor import testing as T
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, wire
-from shardtensor.comm.define import KERNELS
+from shardtensor.comm.define import Looking
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.rules import moments, normalise, numbers
 from shardtensor.spec import Spec
@@ -28,18 +27,14 @@ D = torch.float64
 ROWS = 4
 
 
-class Counted(TorchDispatchMode):
+class Counted(Looking):
     """Kernels of torch, inside collectives too, and the bytes of memory that they give."""
 
     def __init__(self):
         super().__init__()
         self.kernels = self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in KERNELS:
-            with self:
-                return KERNELS[func](*args, **kwargs)
+    def op(self, func, args, kwargs):
         out = func(*args, **kwargs)
         had = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
         made = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in had]

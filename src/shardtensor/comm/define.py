@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _torch
 from .._torch import probe
@@ -52,6 +53,22 @@ def define(
         ).apply
     _UNDER[op] = under
     return op
+
+
+class Looking(TorchDispatchMode):
+    """A dispatch mode that sees what a collective does, not the collective; `op` runs an op."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in KERNELS:
+            with self:
+                return KERNELS[func](*args, **(kwargs or {}))
+        return self.op(func, args, kwargs or {})
+
+    def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What func of these gives."""
+        raise NotImplementedError
 
 
 def run(op: Any, *args: Any) -> Any:

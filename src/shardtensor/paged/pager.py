@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _torch
-from ..comm.define import KERNELS
+from ..comm.define import Looking
 from ..errors import UnsupportedOpError
 
 aten = torch.ops.aten
@@ -160,21 +159,14 @@ class Pager:
         return made.copy_(storage)
 
 
-class Paged(TorchDispatchMode):
+class Paged(Looking):
     """Inside, the pager follows what this thread's ops read and make."""
 
     def __init__(self, pager: Pager) -> None:
         super().__init__()
         self.pager = pager
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in KERNELS:
-            # a collective: what it does locally are ops of their own
-            with self:
-                return KERNELS[func](*args, **kwargs)
+    def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _VIEWS:
             return func(*args, **kwargs)
         given = _strided((args, kwargs))
