@@ -17,8 +17,9 @@ from ..errors import UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.dense import refuse_not_dense
 from ..tensor.random import matching, memory_order
-from ..tensor.redistribute import refuse_not_dense, replicate, to_dims
+from ..tensor.redistribute import replicate, to_dims
 from .writes import stands_for_view
 
 DEFAULT_MAX_BYTES = 1 << 26

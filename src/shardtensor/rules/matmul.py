@@ -17,7 +17,8 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, refuse_not_dense
+from ..tensor.dense import refuse_not_dense
+from ..tensor.redistribute import fit
 from . import labels, sparse
 from .labels import Labels
 from .reduce import wide

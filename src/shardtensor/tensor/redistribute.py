@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
-from torch.utils import _pytree as pytree
 
 from .. import _torch, comm
 from ..cache import cached
@@ -26,6 +25,7 @@ from ..registry import method
 from ..spec import Dim, Spec, whole_dims
 from . import layout
 from .aliases import relate
+from .dense import refuse_not_dense
 from .shard_tensor import ShardTensor, wrap
 
 Wanted = Sequence[Dim] | None
@@ -37,13 +37,6 @@ D = TypeVar("D", Tensor, Tensor | None)
 # an operand and the dims it is wanted in; None: whole
 Given = tuple[A, Wanted]
 
-_NOT_DENSE = (
-    "a {0} operand beside shards, which would have to be cut like them: make it dense "
-    "(to_dense()), gather the ShardTensor (full_tensor()), or write a sparse product as "
-    "index_select and index_add over its entries"
-)
-# of a Function that torch.func cannot follow, and of values that it hides
-_BY_HAND = ("setup_context", "getSingleLevelAutogradFunctionAllowed", "vmap", "TensorWrapper")
 _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
 
@@ -178,45 +171,6 @@ def to_placements(
         # where it lies changes nothing of what it is on one device
         out._strides = layout.Strides.of(out._spec.shape, layout.stride(x))
     return out
-
-
-def refuse_not_dense(form: torch.layout) -> NoReturn:
-    """Raise for an operand whose rows no collective can move."""
-    kind = str(form).removeprefix("torch.").strip("_")
-    raise UnsupportedOpError(_NOT_DENSE.format(kind))
-
-
-@method
-def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
-    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
-    if isinstance(error, UnsupportedOpError):
-        return
-    if _torch.transforming() and any(text in str(error) for text in _BY_HAND):
-        raise UnsupportedOpError(
-            f"torch.func or forward mode through {getattr(func, '__name__', func)}, whose way with "
-            "shards has a backward of its own: take torch.autograd.grad, or gather its operands "
-            "(full_tensor())"
-        ) from error
-    for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
-        kind = _not_dense(local_of(x))
-        if kind:
-            name, what = getattr(func, "__name__", func), str(error).split("\n")[0]
-            raise UnsupportedOpError(
-                f"{name} of a {kind} tensor beside a ShardTensor ({what}): make it dense "
-                "(to_dense(), dequantize(), to_padded_tensor()), or gather the ShardTensor "
-                "(full_tensor())"
-            ) from error
-
-
-def _not_dense(x: Any) -> str:
-    """What a tensor is instead of rows of numbers in memory."""
-    if not isinstance(x, Tensor):
-        return ""
-    if x.is_nested:
-        return "nested"
-    if x.is_quantized:
-        return "quantized"
-    return "" if x.layout is torch.strided else str(x.layout).removeprefix("torch.").strip("_")
 
 
 def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
