@@ -245,6 +245,11 @@ class Spec:
         """The rows [start, stop) of this rank's shard in each dim."""
         return self.spans_at(self.coordinate)
 
+    @property
+    def block(self) -> tuple[slice, ...]:
+        """This rank's shard as an index of the whole tensor."""
+        return tuple([slice(a, b) for a, b in self.spans])
+
     def spans_at(self, coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """The rows [start, stop) in each dim of the rank at a mesh coordinate."""
         index = self.index_at(coordinate)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
 
 from .. import comm
 from ..comm import wire
 from ..tensor import ShardTensor
+from ..tensor.redistribute import reduced
 from . import staged
 from .block import chunked
 from .source import need
@@ -56,9 +56,7 @@ def write_zarr(
             "part), and steps count from 0"
         )
     url = fspath(url)
-    x = x.detach()
-    if x.spec.partial:
-        x = x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
+    x = reduced(x.detach())
     if chunks is not None and (len(chunks) != x.ndim or min(chunks, default=1) < 1):
         raise ValueError(
             f"chunks {tuple(chunks)} of a tensor of {x.ndim} dims: one size of 1 or more for each"

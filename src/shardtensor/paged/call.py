@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
 
 from .. import _torch
 from ..errors import RankError, UnsupportedOpError
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
+from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
 from .ranks import Ranks
@@ -58,7 +59,7 @@ class Session(Ranks):
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
         del args, kwargs, leaves
-        outputs = [_no_addends(y) for y in outputs]
+        outputs = [reduced(y) for y in outputs]
         first = mesh.get_rank() == 0
         if first:
             self.out_tree = tree
@@ -112,7 +113,7 @@ class Session(Ranks):
         if wholes[i] is None:
             with _torch.outside_modes():
                 wholes[i] = torch.empty(y.shape, dtype=y.dtype)
-        wholes[i][_block(y)].copy_(y.to_local())
+        wholes[i][y._spec.block].copy_(y.to_local())
 
     def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
         """What the model gave, with these tensors."""
@@ -183,22 +184,9 @@ def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d % tensors[0].ndim for d in dims)
 
 
-def _no_addends(y: Any) -> Any:
-    if not isinstance(y, ShardTensor) or not y._spec.partial:
-        return y
-    return y.redistribute(
-        y.device_mesh, [Replicate() if p.is_partial() else p for p in y.placements]
-    )
-
-
-def _block(y: ShardTensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the whole."""
-    return tuple(slice(a, b) for a, b in y._spec.spans)
-
-
 def _like(y: Tensor, g: Tensor) -> Tensor:
     """This rank's part of a whole cotangent."""
-    return wrap(g[_block(y)], y._spec) if isinstance(y, ShardTensor) else g
+    return wrap(g[y._spec.block], y._spec) if isinstance(y, ShardTensor) else g
 
 
 def end_left() -> None:

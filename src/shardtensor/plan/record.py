@@ -57,7 +57,7 @@ class Held:
         """What of the whole tensor this rank should have."""
         if self.spec is None or whole.shape != self.shape:
             return whole
-        return whole[tuple(slice(a, b) for a, b in self.spec.spans)]
+        return whole[self.spec.block]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ..dispatch.fallback import fallback
 from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
+from ..tensor.redistribute import reduced
 from .simulate import simulate
 from .tolerance import ROUNDING, differentiable, gap, shaken
 from .workers import run_workers
@@ -208,10 +209,8 @@ def _root(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     """The local tensor of an output, and this rank's part of the cotangent of the whole."""
     if not isinstance(out, ShardTensor):
         return out, cotangent
-    if out._spec.partial:
-        kept = [Replicate() if p.is_partial() else p for p in out.placements]
-        out = out.redistribute(out.device_mesh, kept)
-    return out._local, cotangent[tuple(slice(a, b) for a, b in out._spec.spans)]
+    out = reduced(out)
+    return out._local, cotangent[out._spec.block]
 
 
 def _on_rank(
@@ -307,7 +306,7 @@ def _on_this_rank(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
     """What this rank has of got, and what that should be; only addends are added up."""
     if not isinstance(got, ShardTensor) or got._spec.partial or got.shape != want.shape:
         return full(got), want
-    return got.to_local().detach(), want[tuple(slice(a, b) for a, b in got._spec.spans)]
+    return got.to_local().detach(), want[got._spec.block]
 
 
 def same(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -63,10 +63,7 @@ def _placed(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
         if not isinstance(x, ShardTensor) or new is None or isinstance(new, ShardTensor):
             continue
         if new.shape == x.shape:
-            sizes: dict[int, Sequence[int]] = {
-                d: dim.sizes for d, dim in enumerate(x.spec.dims) if dim.axes
-            }
             new = new.to(x.device)
             state[prefix + key] = distribute_tensor(
-                new, x.device_mesh, x.placements, src_data_rank=None, sizes=sizes
+                new, x.device_mesh, x.placements, src_data_rank=None, sizes=dict(x.spec.sizes)
             )

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor import Placement
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
 from ..spec import Spec
 from ..tensor import ShardTensor
+from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 
 
@@ -110,7 +111,7 @@ class Passing(nn.Module):
         if self.wraps:
             pairs = zip(given, self.takes, strict=True)
             given = tuple(x if spec is None else wrap(x, spec) for x, spec in pairs)
-        out = pytree.tree_map(_no_addends, self.module(*given, **kwargs))
+        out = pytree.tree_map(reduced, self.module(*given, **kwargs))
         if self.last:
             return out
         passed = _tensors(out)
@@ -127,7 +128,7 @@ def _tried(passing: Passing, given: list[Tensor]) -> list[Tensor]:
     module = passing.module
     kept = [(b, b.clone()) for b in module.buffers()]
     with torch.random.fork_rng(), torch.enable_grad():
-        out = pytree.tree_map(_no_addends, module(*given))
+        out = pytree.tree_map(reduced, module(*given))
     with torch.no_grad():
         for b, before in kept:
             b.copy_(before)
@@ -142,13 +143,6 @@ def _tensors(out: Any) -> list[Tensor]:
         kinds = [type(y).__name__ for y in found]
         raise UnsupportedOpError(f"a stage passes on tensors, one or a tuple of them, not {kinds}")
     return found
-
-
-def _no_addends(y: Any) -> Any:
-    if not isinstance(y, ShardTensor) or not y._spec.partial:
-        return y
-    whole = [Replicate() if p.is_partial() else p for p in y.placements]
-    return y.redistribute(y.device_mesh, whole)
 
 
 def _spec(x: Tensor) -> Spec | None:
@@ -168,8 +162,8 @@ def _passed(x: Tensor) -> Tensor:
 def _told(x: Tensor) -> Told:
     if not isinstance(x, ShardTensor):
         return Told(tuple(x.shape), x.dtype, x.requires_grad, None, {})
-    sizes = {d: tuple(dim.sizes) for d, dim in enumerate(x._spec.dims) if dim.axes}
-    return Told(tuple(x.shape), x.dtype, x.requires_grad, tuple(x.placements), sizes)
+    places = tuple(x.placements), x._spec.sizes
+    return Told(tuple(x.shape), x.dtype, x.requires_grad, *places)
 
 
 def _random(told: Told, domain: DeviceMesh) -> Tensor:
