@@ -35,36 +35,30 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bench_models import fno
 from models import UNet, ViT
 
-ROOT = Path(__file__).parent
+
+def block(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(c_in, c_out, 3, padding=1), nn.GroupNorm(2, c_out), nn.SiLU())
 
 
-def unet3d(width: int) -> nn.Module:
+class UNet3d(nn.Module):
     """Two levels of 3 x 3 x 3 convolutions with group norm, and a skip."""
 
-    class UNet3d(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.inner = block(1, width), block(2 * width, 2 * width)
-            self.down = nn.Conv3d(width, 2 * width, 2, stride=2)
-            self.up = nn.ConvTranspose3d(2 * width, width, 2, stride=2)
-            self.last = nn.Sequential(block(2 * width, width), nn.Conv3d(width, 1, 1))
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.inner = block(1, width), block(2 * width, 2 * width)
+        self.down = nn.Conv3d(width, 2 * width, 2, stride=2)
+        self.up = nn.ConvTranspose3d(2 * width, width, 2, stride=2)
+        self.last = nn.Sequential(block(2 * width, width), nn.Conv3d(width, 1, 1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
-
-    def block(c_in: int, c_out: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv3d(c_in, c_out, 3, padding=1), nn.GroupNorm(2, c_out), nn.SiLU()
-        )
-
-    return UNet3d()
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 
 # model: (how it is made for an edge, dims beside batch and channel)
 MODELS = {
     "unet": (lambda size: UNet(1, 1, width=4), 2),
-    "unet3d": (lambda size: unet3d(2), 3),
+    "unet3d": (lambda size: UNet3d(2), 3),
     "vit": (lambda size: ViT((size, size), 16, 1, 1, width=64), 2),
     "fno": (lambda size: fno(), 2),
 }

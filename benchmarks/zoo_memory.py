@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from tables import append
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
@@ -329,12 +330,7 @@ def main() -> None:
             flush=True,
         )
         if options.csv:
-            begun = options.csv.exists()
-            with options.csv.open("a", newline="") as f:
-                writer = csv.DictWriter(f, FIELDS)
-                if not begun:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(options.csv, FIELDS, row)
 
 
 if __name__ == "__main__":

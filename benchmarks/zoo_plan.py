@@ -9,7 +9,6 @@ one dim sharded. Planned: a layout on several devices is not refused. Seconds: o
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from tables import append
 
 FIELDS = ["model", "result", "rows", "seconds", "why"]
 
@@ -80,12 +81,7 @@ def main() -> None:
         r = rows[-1]
         print(f"{name:36} {r['result']:8} {r.get('seconds', 0):6.1f} s  {r['why']}", flush=True)
         if options.csv:
-            begun = options.csv.exists()
-            with options.csv.open("a", newline="") as f:
-                writer = csv.DictWriter(f, FIELDS)
-                if not begun:
-                    writer.writeheader()
-                writer.writerow(r)
+            append(options.csv, FIELDS, r)
     good = sum(r["result"] == "planned" for r in rows)
     print(f"{good} of {len(rows)} planned on {options.devices} devices")
 

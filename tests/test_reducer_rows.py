@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_reducer import D, same
+from test_reducer import D, same, twice
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
@@ -59,14 +59,6 @@ class Run:
         return {
             k: None if p.grad is None else p.grad.clone() for k, p in self.net.named_parameters()
         }
-
-
-def twice(run):
-    loss = run.loss()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    (run.loss(1) + run.loss(2) * 2).backward()
-    return run.grads()
 
 
 def broken(run):
