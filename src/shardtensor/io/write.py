@@ -18,6 +18,7 @@ from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
 from . import staged
 from .block import chunked
+from .coords import Coordinate, consolidate
 from .source import need
 
 
@@ -30,19 +31,22 @@ def write_zarr(
     chunks: Sequence[int] | None = None,
     dims: Sequence[str] | None = None,
     attrs: Mapping[str, Any] | None = None,
+    coords: Mapping[str, Any] | None = None,
     zarr_format: int = 3,
 ) -> None:
     """Write a tensor as the array `name` of a Zarr group; every rank calls this.
 
     step: write row `step` of an array (steps, *x.shape), which grows as needed. chunks: of x's
     dims; default those of the array that is there, else the largest shard. dims: names of all dims
-    of the array, that of the steps first. The first rank makes the group (of `zarr_format`), the
-    array and its metadata; what is there is written into. Rows move to ranks only so that no chunk,
-    and no shard of Zarr 3, is written by two. On a file system the array changes when all ranks
-    have written, see `staged`; object stores are written in place. All ranks return when
-    everything is written. Raises ValueError on every rank for an array that is there with another
-    shape, dtype or other chunks, RuntimeError where another rank could not write, and TypeError for
-    a plain tensor.
+    of the array, that of the steps first. coords: for some dims their values, numbers or
+    datetime64, or (values, attributes); for the dim of the steps the value of this step. The first
+    rank makes the group (of `zarr_format`), the array, coordinates and metadata, which are
+    consolidated; what is there is written into. Rows move to ranks only so that no chunk, and no
+    shard of Zarr 3, is written by two. On a file system the array changes when all ranks have
+    written, see `staged`; object stores are written in place. All ranks return when everything is
+    written. Raises ValueError on every rank for an array or a coordinate that is there with another
+    shape, dtype, other chunks or values, RuntimeError where another rank could not write, and
+    TypeError for a plain tensor.
     """
     zarr = need("zarr")
     if not isinstance(x, ShardTensor):
@@ -61,12 +65,16 @@ def write_zarr(
         raise ValueError(
             f"chunks {tuple(chunks)} of a tensor of {x.ndim} dims: one size of 1 or more for each"
         )
+    shape = (*(() if step is None else (step + 1,)), *x.shape)
+    if dims is not None and len(dims) != len(shape):
+        raise ValueError(f"dims {list(dims)} for an array of shape {shape}")
+    axes = [Coordinate(k, v, dims or (), shape, step) for k, v in (coords or {}).items()]
     mesh, first = x.device_mesh, _first(x.device_mesh)
     part = staged.place(url, name)
     error, unit = None, [1] * (x.ndim + 1)
     if first:
         try:
-            unit = _prepare(zarr, url, name, part, x, step, chunks, dims, attrs, zarr_format)
+            unit = _prepare(zarr, url, name, part, x, step, chunks, dims, attrs, axes, zarr_format)
         except Exception as e:
             error = e
     unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
@@ -90,8 +98,10 @@ def write_zarr(
             if part is not None:
                 row = None if step is None else step // unit[0]
                 staged.commit(part, name, _array_folder(url, name), row)
-            if zarr.open_group(url, mode="r").metadata.consolidated_metadata is not None:
-                zarr.consolidate_metadata(url)
+            group = zarr.open_group(url, mode="r+", use_consolidated=False)
+            for axis in axes:
+                axis.write(_beside(group, name))
+            consolidate(zarr, url)
         except Exception as e:
             error = e
     _agree(mesh, error, f"{name} could not be completed by the first rank")
@@ -111,6 +121,7 @@ def _prepare(
     chunks: Sequence[int] | None,
     dims: Sequence[str] | None,
     attrs: Mapping[str, Any] | None,
+    axes: Sequence[Coordinate],
     zarr_format: int,
 ) -> list[int]:
     """The group, and where it is written the array with room for this step.
@@ -123,6 +134,8 @@ def _prepare(
         group = zarr.open_group(url, mode="r+", use_consolidated=False)
     except FileNotFoundError:
         group = zarr.open_group(url, mode="a", zarr_format=zarr_format)
+    for axis in axes:
+        axis.check(_beside(group, name))
     lead: tuple[int, ...] = () if step is None else (step + 1,)
     shape = (*lead, *x.shape)
     dtype = _numbers(x.to_local()[..., :0] if x.ndim else x.to_local()).dtype
@@ -132,8 +145,7 @@ def _prepare(
         _check(name, array, shape, dtype, chunks, len(lead))
     if part is not None:
         version = group.metadata.zarr_format
-        if "/" in name:
-            group.require_group(name.rpartition("/")[0])
+        _beside(group, name)
         group = zarr.open_group(part, mode="w", zarr_format=version)
         if there:
             unit = (array.shards or array.chunks)[0] if lead else 1
@@ -148,6 +160,12 @@ def _prepare(
         array = _made(group, name, shape, dtype, chunks or _largest(x), dims, attrs)
     found = [int(n) for n in array.shards or array.chunks]
     return found if lead else [1, *found]
+
+
+def _beside(group: Any, name: str) -> Any:
+    """The group of which the array is."""
+    path = name.rpartition("/")[0]
+    return group.require_group(path) if path else group
 
 
 def _check(
@@ -180,8 +198,6 @@ def _made(
 ) -> Any:
     """A new array of a Zarr group, with names of dims where its format keeps them."""
     names = list(dims) if dims else None
-    if names is not None and len(names) != len(shape):
-        raise ValueError(f"dims {names} for an array of shape {shape}")
     more = dict(attrs or {})
     extra: dict[str, Any] = {}
     if group.metadata.zarr_format == 2:

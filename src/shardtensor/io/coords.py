@@ -1,0 +1,98 @@
+"""Coordinates in Zarr groups, as xarray reads them: 1-dim arrays named as their dims."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# CF's attributes of coordinates that are given none
+_KNOWN = {
+    "latitude": {"standard_name": "latitude", "units": "degrees_north"},
+    "longitude": {"standard_name": "longitude", "units": "degrees_east"},
+    "time": {"standard_name": "time"},
+}
+_NAMES = {"lat": "latitude", "lon": "longitude", "valid_time": "time"}
+_EPOCH = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"}
+
+
+class Coordinate:
+    """One coordinate. row: where its only value goes, along the dim of the steps; None: all of it.
+
+    given: values, or (values, attributes). Raises ValueError for what is no coordinate of the dims.
+    """
+
+    def __init__(
+        self, name: str, given: Any, dims: Sequence[str], shape: Sequence[int], step: int | None
+    ) -> None:
+        values, attrs = given if isinstance(given, tuple) else (given, {})
+        if name not in dims:
+            raise ValueError(f"coords {name}: the dims are {list(dims)}; name it as one of them")
+        array = np.asarray(values)
+        self.name, self.row = name, None
+        if step is not None and name == dims[0]:
+            self.row = step
+            array = array.reshape(-1)
+        size = 1 if self.row is not None else shape[list(dims).index(name)]
+        if array.shape != (size,):
+            raise ValueError(f"coords {name}: {array.shape} values for a dim of {size} rows")
+        time: Mapping[str, str] = {}
+        if array.dtype.kind == "M":
+            if (array.astype("datetime64[s]") != array).any():
+                raise ValueError(f"coords {name}: times of parts of a second; give numbers, units")
+            array, time = array.astype("datetime64[s]").astype(np.int64), _EPOCH
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"coords {name}: {array.dtype}; give numbers or datetime64")
+        self.values = array
+        self.attrs = {**_KNOWN.get(_NAMES.get(name, name), {}), **time, **attrs}
+
+    def check(self, group: Any) -> None:
+        """Raise ValueError where the group has another coordinate of this name."""
+        if self.name not in group:
+            return
+        there = group[self.name]
+        units = there.attrs.get("units", self.attrs.get("units"))
+        if there.ndim != 1 or units != self.attrs.get("units", units):
+            raise ValueError(
+                f"coords {self.name}: {there.shape} in {units!r} is there, to be written is "
+                f"{self.values.shape} in {self.attrs.get('units')!r}"
+            )
+        if self.row is None and not np.array_equal(there[:], self.values):
+            raise ValueError(f"coords {self.name}: other values are there")
+
+    def write(self, group: Any) -> None:
+        if self.name not in group:
+            self._make(group)
+        array = group[self.name]
+        if self.row is not None:
+            if array.shape[0] <= self.row:
+                array.resize((self.row + 1,))
+            array[self.row : self.row + 1] = self.values
+
+    def _make(self, group: Any) -> None:
+        extra: dict[str, Any] = {}
+        attrs = dict(self.attrs)
+        if group.metadata.zarr_format == 2:
+            extra["fill_value"] = None
+            attrs["_ARRAY_DIMENSIONS"] = [self.name]
+        else:
+            extra["dimension_names"] = [self.name]
+        grows = self.row is not None
+        n = (self.row or 0) + 1 if grows else len(self.values)
+        chunks = (512,) if grows else (max(1, n),)
+        array = group.create_array(
+            self.name, shape=(n,), chunks=chunks, dtype=self.values.dtype, **extra
+        )
+        if not grows:
+            array[:] = self.values
+        array.attrs.update(attrs)
+
+
+def consolidate(zarr: Any, url: str) -> None:
+    """Gather the metadata of a group in one place, where xarray looks for them."""
+    with warnings.catch_warnings():
+        # Zarr 3 has it as a convention
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(url)
