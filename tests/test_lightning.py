@@ -44,7 +44,7 @@ class Task(L.LightningModule):
         self.first = nn.Conv2d(1, 4, 3, padding=1)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.last = nn.Conv2d(4, 1, 1)
-        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+        self.scale = nn.Parameter(torch.tensor(1.0))
         self.seen = []
 
     def forward(self, x):

@@ -7,21 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import Shard
-from torch.utils import _pytree as pytree
 
 from ..tensor import ShardTensor
-from ..tensor.construct import distribute_tensor
+from ..train import whole
+from ..train.batch import Shard, cut_batch
 from ..train.launch import sizes_of
 from ..train.options import Options
 from ..train.parallelize import parallelize
@@ -33,8 +23,6 @@ except ImportError as e:
     raise ImportError(
         "shardtensor.lightning needs Lightning: pip install shardtensor[lightning]"
     ) from e
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class DomainParallel(DDPStrategy):
@@ -56,7 +44,7 @@ class DomainParallel(DDPStrategy):
         self,
         domain: int = -1,
         *,
-        shard: int | Callable[[Any, DeviceMesh], Any] | None = None,
+        shard: Shard = None,
         process_group_backend: str | None = None,
         **options: Any,
     ) -> None:
@@ -110,18 +98,13 @@ class DomainParallel(DDPStrategy):
 
     @property
     def _sharded(self) -> bool:
-        return isinstance(self.lightning_module, FSDPModule)
+        return whole.is_sharded(self._module)
 
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        if self.shard is None:
-            return batch
-        mesh = self._mesh["domain"]
-        if not isinstance(self.shard, int):
-            return self.shard(batch, mesh)
-        return pytree.tree_map(partial(_cut, dim=self.shard, mesh=mesh), batch)
+        return cut_batch(batch, self.shard, self._mesh["domain"])
 
     # steps run inside of the module's call, whose hooks gather weights of FSDP2
 
@@ -152,52 +135,23 @@ class DomainParallel(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if not self._sharded:
             return super().lightning_module_state_dict()
-        return get_model_state_dict(self._module, options=_WHOLE)
+        return whole.model_state(self._module)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not self._sharded:
             return super().load_model_state_dict(checkpoint, strict)
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self._module, checkpoint["state_dict"], options=options)
+        whole.load_model(self._module, checkpoint["state_dict"], strict)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         if not self._sharded:
             return super().optimizer_state(optimizer)
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        state: Any = get_optimizer_state_dict(self._module, optimizer, options=_WHOLE)
-        numbers = {name: i for i, name in enumerate(self._names(optimizer))}
-        return _renamed(state, numbers) if state else {}
+        return whole.optimizer_state(self._module, getattr(optimizer, "optimizer", optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if not self._sharded:
             return super().load_optimizer_state_dict(checkpoint)
-        options = StateDictOptions(full_state_dict=True)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            named = _renamed(state, dict(enumerate(self._names(optimizer))))
-            set_optimizer_state_dict(self._module, optimizer, named, options=options)
-
-    def _names(self, optimizer: Any) -> list[str]:
-        """The names of an optimizer's parameters, in the order by which it numbers them."""
-        names = {p: name for name, p in self._module.named_parameters()}
-        return [names[p] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other names of parameters."""
-    return {
-        "state": {names[k]: v for k, v in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [names[k] for k in group["params"]]}
-            for group in state["param_groups"]
-        ],
-    }
-
-
-def _cut(x: Any, dim: int, mesh: DeviceMesh) -> Any:
-    """A plain tensor cut along a dim that it has."""
-    if not isinstance(x, Tensor) or isinstance(x, ShardTensor) or not -x.ndim <= dim < x.ndim:
-        return x
-    return distribute_tensor(x, mesh, [Shard(dim % x.ndim)], src_data_rank=None)
+            whole.load_optimizer(self._module, optimizer, state)
 
 
 def _called(module: Any, method: str, args: Any, kwargs: Any) -> Any:

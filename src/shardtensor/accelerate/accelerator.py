@@ -1,0 +1,299 @@
+"""An Accelerator under which ranks share samples: loaders, weights, metrics, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from ..later import dt
+from ..tensor import ShardTensor
+from ..train import whole
+from ..train.batch import Shard, cut_batch
+from ..train.launch import sizes_of
+from ..train.options import Options
+from ..train.parallelize import parallelize
+
+try:
+    import accelerate
+    from accelerate.data_loader import prepare_data_loader
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+    from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME, DistributedType
+    from safetensors.torch import load_file
+except ImportError as e:
+    raise ImportError(
+        "shardtensor.accelerate needs Accelerate: pip install shardtensor[accelerate]"
+    ) from e
+
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Accelerator(accelerate.Accelerator):
+    """Accelerate's own, with `domain` ranks for each sample: Accelerator(domain=4, shard=-2).
+
+    domain: ranks that share a sample, -1 for all; the others have samples of their own, and their
+    gradients are averaged. shard: the dim along which plain tensors of a batch are cut, where they
+    have it, or a function of the batch and the mesh of the domain; None where the dataset gives
+    ShardTensors. options: those of `parallelize`, `fsdp` among them. The rest is Accelerate's.
+
+    `prepare` cuts batches and applies `parallelize` in place of DDP; model and optimizer go in
+    together under fsdp. Ranks of a domain draw the same samples; `gather`, `gather_for_metrics`
+    and `reduce` count each sample once and give plain tensors; `num_processes` is how many samples
+    are worked on at a time. `save_state` writes what one device would. Raises ValueError where
+    the ranks do not make up whole domains, and for DeepSpeed, Megatron and Accelerate's own FSDP.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        domain: int = -1,
+        shard: Shard = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # what is wrong in them shows now
+        self.options = Options.of({"data": "data"}, dict(options or {}))
+        self.mesh: DeviceMesh | None = None
+        super().__init__(*args, **kwargs)
+        if self.distributed_type not in _PLAIN or self.parallelism_config is not None:
+            raise ValueError(
+                "shardtensor.accelerate under DeepSpeed, Megatron, FSDP or a ParallelismConfig of "
+                "Accelerate: leave them out, and give options={'fsdp': 'all'} for sharded weights"
+            )
+        if not dist.is_initialized():
+            raise ValueError("shardtensor.accelerate: start with torchrun or accelerate launch")
+        sizes = {"data": 1 if domain == -1 else -1, "domain": domain}
+        shape = sizes_of(sizes, dist.get_world_size())
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=tuple(sizes))
+        self.shard = shard
+        self.register_load_state_pre_hook(self._load_sharded)
+
+    @property
+    def _data(self) -> DeviceMesh:
+        assert self.mesh is not None
+        return self.mesh["data"]
+
+    @property
+    def num_processes(self) -> int:
+        """How many samples are worked on at a time: of each domain one."""
+        return super().num_processes if self.mesh is None else self._data.size()
+
+    # loaders
+
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: Any = None, slice_fn_for_dispatch: Any = None
+    ) -> Any:
+        if isinstance(data_loader, Cut):
+            return data_loader
+        if self.dispatch_batches:
+            raise ValueError("dispatch_batches: each rank reads its samples; leave it unset")
+        mine = hasattr(data_loader.sampler, "num_replicas")
+        prepared = prepare_data_loader(
+            data_loader,
+            self.device,
+            # a sampler that deals samples out has done it
+            num_processes=1 if mine else self._data.size(),
+            process_index=0 if mine else self._data.get_local_rank(),
+            split_batches=self.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=self.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self.dataloader_config.data_seed,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(prepared)
+        return Cut(prepared, self)
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        inner = dataloader.loader if isinstance(dataloader, Cut) else dataloader
+        return Cut(super().skip_first_batches(inner, num_batches), self)
+
+    # models and optimizers
+
+    def prepare(self, *args: Any, device_placement: Any = None) -> Any:
+        before = {
+            p: (model, name)
+            for model in args
+            if isinstance(model, nn.Module)
+            for name, p in model.named_parameters()
+        }
+        prepared = super().prepare(*args, device_placement=device_placement)
+        made = {p: model.get_parameter(name) for p, (model, name) in before.items()}
+        for x in args:
+            optimizer = getattr(x, "optimizer", x)
+            if isinstance(optimizer, Optimizer):
+                for group in optimizer.param_groups:
+                    group["params"] = [made.get(p, p) for p in group["params"]]
+        return prepared
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        again = getattr(model, "_is_accelerate_prepared", False)
+        # without DDP
+        model = super().prepare_model(model, device_placement, evaluation_mode=True)
+        if evaluation_mode or again:
+            return model
+        assert self.mesh is not None
+        return parallelize(model, self.mesh, self.options)
+
+    def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
+        if getattr(optimizer, "_is_accelerate_prepared", False) or self.options.fsdp is None:
+            return super().prepare_optimizer(optimizer, device_placement)
+        prepared = Whole(optimizer, device_placement=False, scaler=self.scaler)
+        prepared.models = self._models
+        self._optimizers.append(prepared)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        if getattr(scheduler, "_is_accelerate_prepared", False):
+            return super().prepare_scheduler(scheduler)
+        of = [o for o in self._optimizers if o.optimizer is getattr(scheduler, "optimizer", None)]
+        prepared = Scheduler(
+            scheduler, of or self._optimizers, self.step_scheduler_with_optimizer, True
+        )
+        prepared.times = 1 if self.split_batches else self._data.size()
+        self._schedulers.append(prepared)
+        return prepared
+
+    # metrics: each sample once, whole
+
+    def gather(self, tensor: Any) -> Any:
+        return pytree.tree_map(self._gathered, full(tensor))
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        data = full(input_data)
+        leaves = pytree.tree_leaves(data)
+        if use_gather_object or not all(isinstance(x, Tensor) for x in leaves):
+            found: list[Any] = [None] * self._data.size()
+            dist.all_gather_object(found, data, group=self._data.get_group())
+            data = [x for part in found for x in part]
+        else:
+            data = self.gather(data)
+        rest = self.gradient_state.remainder
+        if not self.gradient_state.end_of_dataloader or rest <= 0:
+            return data
+        if isinstance(data, list):
+            return data[:rest]
+        return pytree.tree_map(lambda x: x[:rest], data)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        def reduced(x: Any) -> Any:
+            if not isinstance(x, Tensor) or reduction == "none":
+                return x
+            x = x.clone()
+            op = dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(x, op, group=self._data.get_group())
+            return x / self._data.size() if reduction == "mean" else x
+
+        return pytree.tree_map(reduced, full(tensor))
+
+    def pad_across_processes(
+        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
+    ) -> Any:
+        return super().pad_across_processes(full(tensor), dim, pad_index, pad_first)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        return full(super().clip_grad_norm_(parameters, max_norm, norm_type))
+
+    def _gathered(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.contiguous() if x.ndim else x.clone()[None]
+        out = x.new_empty((self._data.size(), *x.shape))
+        dist.all_gather(list(out.unbind(0)), x, group=self._data.get_group())
+        return out.flatten(0, 1)
+
+    # checkpoints: as of one device
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
+        model = self.unwrap_model(model) if unwrap else model
+        return whole.model_state(model) if whole.is_sharded(model) else model.state_dict()
+
+    def _load_sharded(self, models: Any, folder: str) -> None:
+        for i in reversed([i for i, m in enumerate(models) if whole.is_sharded(m)]):
+            whole.load_model(models.pop(i), _weights(Path(folder), f"_{i}" if i else ""))
+
+
+class Cut:
+    """A prepared DataLoader whose batches are cut for the ranks of a domain."""
+
+    _is_accelerate_prepared = True
+
+    def __init__(self, loader: DataLoader[Any], accelerator: Accelerator) -> None:
+        self.loader, self._accelerator = loader, accelerator
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._accelerator.mesh is not None
+        domain = self._accelerator.mesh["domain"]
+        for batch in self.loader:
+            yield cut_batch(batch, self._accelerator.shard, domain)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class Whole(AcceleratedOptimizer):
+    """An optimizer of FSDP2's parameters whose state_dict is that of one device."""
+
+    models: list[nn.Module]
+
+    def _model(self) -> nn.Module:
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return next(m for m in self.models if own <= {id(p) for p in m.parameters()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return whole.optimizer_state(self._model(), self.optimizer)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        whole.load_optimizer(self._model(), self.optimizer, state_dict)
+
+
+class Scheduler(AcceleratedScheduler):
+    """As Accelerate's: steps once for each sample's worth of a batch, which ranks share."""
+
+    times: int
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        steps = self.step_with_optimizer and self.gradient_state.sync_gradients
+        for _ in range(self.times if steps else 1):
+            # OneCycle raises beyond its end
+            most = getattr(self.scheduler, "total_steps", None)
+            if most is None or self.scheduler._step_count <= most:
+                super().step(*args, **kwargs)
+
+
+def full(tree: Any) -> Any:
+    """ShardTensors and DTensors of a tree whole on every rank."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, ShardTensor | dt.DTensor):
+            with torch.no_grad():
+                return x.full_tensor()
+        return x
+
+    return pytree.tree_map(plain, tree)
+
+
+def _weights(folder: Path, ending: str) -> dict[str, Any]:
+    """The weights that `save_state` wrote, in either format."""
+    safe = folder / f"{SAFE_MODEL_NAME}{ending}.safetensors"
+    if safe.exists():
+        return load_file(safe)
+    file = folder / f"{MODEL_NAME}{ending}.bin"
+    return torch.load(file, map_location="cpu", weights_only=True)

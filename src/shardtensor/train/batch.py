@@ -1,0 +1,33 @@
+"""Batches of trainers: plain tensors that every rank of a domain has, cut for its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from ..later import dt
+from ..tensor import ShardTensor
+from ..tensor.construct import distribute_tensor
+
+# a dim along which tensors that have it are cut, a function of batch and mesh, or nothing to do
+Shard = int | Callable[[Any, DeviceMesh], Any] | None
+
+
+def cut_batch(batch: Any, shard: Shard, domain: DeviceMesh) -> Any:
+    """The batch on the mesh of a domain; without communication, for its ranks have all of it."""
+    if shard is None:
+        return batch
+    if not isinstance(shard, int):
+        return shard(batch, domain)
+    return pytree.tree_map(partial(_cut, dim=shard, mesh=domain), batch)
+
+
+def _cut(x: Any, dim: int, mesh: DeviceMesh) -> Any:
+    if not isinstance(x, Tensor) or isinstance(x, ShardTensor) or not -x.ndim <= dim < x.ndim:
+        return x
+    return distribute_tensor(x, mesh, [dt.Shard(dim % x.ndim)], src_data_rank=None)

@@ -1,0 +1,71 @@
+"""The whole state of a model under FSDP2 and of its optimizer, as one device has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..later import dt, fsdp2, states
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 keeps the parameters of the model in shards."""
+    return any(isinstance(m, fsdp2.FSDPModule) for m in model.modules())
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The model's state_dict, whole on the CPU of the first rank, empty on the others."""
+    return states.get_model_state_dict(model, options=_options(cpu_offload=True))
+
+
+def load_model(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Put a whole state, which every rank has, into the shards."""
+    states.set_model_state_dict(model, dict(state), options=_options(strict=strict))
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state_dict as torch numbers it, whole on the first rank, empty on others."""
+    state: Any = states.get_optimizer_state_dict(
+        model, optimizer, options=_options(cpu_offload=True)
+    )
+    numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
+    return _renamed(state, numbers) if state else {}
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Put a whole state, as torch numbers it, which every rank has, into the shards."""
+    named = _renamed(state, dict(enumerate(_names(model, optimizer))))
+    states.set_optimizer_state_dict(model, optimizer, named, options=_options())
+    for p, mine in optimizer.state.items():
+        # torch (2.13) leaves 0-dim tensors as they are, whatever parameter they belong to
+        if isinstance(p, dt.DTensor) and not p.ndim:
+            for key, x in mine.items():
+                if key != "step" and isinstance(x, Tensor) and not isinstance(x, dt.DTensor):
+                    here = x.to(p.device)
+                    mine[key] = dt.DTensor.from_local(
+                        here, p.device_mesh, p.placements, run_check=False
+                    )
+
+
+def _options(**more: Any) -> Any:
+    return states.StateDictOptions(full_state_dict=True, **more)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in the order by which it numbers them."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other names of parameters."""
+    return {
+        "state": {names[k]: v for k, v in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[k] for k in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }

@@ -1,0 +1,166 @@
+"""Accelerate with ranks that share samples: one device's weights, metrics and checkpoints."""
+
+from importlib.util import find_spec
+
+import pytest
+from forked import torchrun
+
+SCRIPT = """
+import os, sys, warnings, torch, shardtensor as st
+from torch import nn
+from torch.utils.data import DataLoader
+from shardtensor.accelerate import Accelerator
+warnings.filterwarnings("ignore")
+D, ranks, folder = torch.float64, int(os.environ["WORLD_SIZE"]), sys.argv[1]
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        x = torch.randn(1, 7, 4, dtype=D, generator=torch.Generator().manual_seed(i))
+        return {"x": x, "y": x.roll(1, 1), "label": i}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(4, 1, 1)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.last(x) * self.scale
+
+
+def made():
+    torch.manual_seed(0)
+    net = Net().double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    return net, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
+
+
+def alone():
+    # one batch of 4 is two steps of accumulation of 2 samples, over as many ranks as there are
+    net, optimizer, scheduler = made()
+    losses, data = [], Data(80)
+    for i in range(20):
+        optimizer.zero_grad()
+        batch = torch.utils.data.default_collate([data[j] for j in range(4 * i, 4 * i + 4)])
+        loss = (net(batch["x"]) - batch["y"]).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        for _ in range(groups):
+            scheduler.step()
+        losses.append(loss.item())
+    return net, losses
+
+
+def fit(accelerator, loader, net, optimizer, scheduler, stop=20, skip=0):
+    losses, seen, part = [], [], 0.0
+    batches = accelerator.skip_first_batches(loader, skip) if skip else loader
+    for batch in batches:
+        seen += [int(i) for i in accelerator.gather_for_metrics(batch["label"])]
+        with accelerator.accumulate(net):
+            loss = (net(batch["x"]) - batch["y"]).square().mean()
+            accelerator.backward(loss)
+            part += float(accelerator.reduce(loss, "mean")) / 2
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(net.parameters(), 0.5)
+                assert norm.ndim == 0 and type(norm) is torch.Tensor
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            losses.append(part)
+            part = 0.0
+        if len(losses) == stop:
+            break
+    return losses, seen
+
+
+def new(way):
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=2, domain=domain, shard=-2, options=ways[way]
+    )
+    net, optimizer, scheduler = made()
+    loader = DataLoader(Data(80), batch_size=2 // groups)
+    return accelerator, *accelerator.prepare(loader, net, optimizer, scheduler)
+
+
+ways = {"plain": {}, "all": {"fsdp": "all"}, "data": {"fsdp": "data"}}
+domain = int(sys.argv[2])
+groups = ranks // domain
+want, losses = alone()
+for way in sys.argv[3:]:
+    accelerator, loader, net, optimizer, scheduler = new(way)
+    first, seen = fit(accelerator, loader, net, optimizer, scheduler, stop=12)
+    accelerator.save_state(f"{folder}/{way}")
+    accelerator.wait_for_everyone()
+    accelerator, loader, net, optimizer, scheduler = new(way)
+    accelerator.load_state(f"{folder}/{way}")
+    rest, more = fit(accelerator, loader, net, optimizer, scheduler, skip=24)
+    off = max(abs(a - b) for a, b in zip(first + rest, losses, strict=True))
+    assert seen + more == list(range(80)), (seen, more)
+    assert accelerator.num_processes == groups
+    whole = accelerator.get_state_dict(net)
+    if accelerator.is_main_process:
+        off = max(off, *(float((whole[k] - v).abs().max()) for k, v in want.state_dict().items()))
+        one, optim, _ = made()
+        from safetensors.torch import load_file
+        one.load_state_dict(load_file(f"{folder}/{way}/model.safetensors"))
+        optim.load_state_dict(torch.load(f"{folder}/{way}/optimizer.bin", weights_only=True))
+        assert optim.state[one.scale]["step"] == 12
+    os.write(1, f"{way} {off < 1e-9}\\n".encode())
+
+# metrics: a last batch that is not full counts each sample once, whole
+accelerator = Accelerator(cpu=True, domain=domain, shard=-2)
+loader = accelerator.prepare(DataLoader(Data(7), batch_size=2))
+found = [accelerator.gather_for_metrics((b["x"] * 2, b["label"])) for b in loader]
+wanted = torch.stack([Data(7)[i]["x"] * 2 for i in range(7)])
+assert torch.equal(torch.cat([x for x, _ in found]), wanted)
+names = [n for b in loader for n in accelerator.gather_for_metrics([str(int(i)) for i in b["label"]])]
+assert names == [str(i) for i in range(7)], names
+from accelerate.state import AcceleratorState
+AcceleratorState._reset_state()
+accelerator = Accelerator(cpu=True, domain=domain, shard=-2, mixed_precision="bf16")
+net = accelerator.prepare(made()[0].float())
+x = st.distribute_tensor(torch.ones(1, 1, 7, 4), accelerator.mesh["domain"], [torch.distributed.tensor.Shard(2)])
+out = net(x)
+assert out.dtype == torch.float32
+with torch.autocast("cpu", torch.bfloat16):
+    error = (made()[0].float()(torch.ones(1, 1, 7, 4)).float() - out.full_tensor()).abs().max()
+assert float(error) < 0.02
+try:
+    Accelerator(cpu=True, domain=3)
+except ValueError as e:
+    assert "do not make up" in str(e)
+os.write(1, b"metrics\\n")
+"""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "ranks, domain, ways", [(2, 2, ["plain", "all"]), (4, 2, ["plain", "all", "data"])]
+)
+def test_twenty_steps_are_those_of_one_device(tmp_path, ranks, domain, ways):
+    if not find_spec("accelerate"):
+        pytest.skip("accelerate is not installed")
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    code, text = torchrun(
+        tmp_path, ranks, script, tmp_path, str(domain), *ways, loads="import accelerate"
+    )
+    assert code == 0, text[-9000:]
+    for way in ways:
+        assert text.count(f"{way} True") == ranks, text[-2000:]
+    assert text.count("metrics") == ranks
