@@ -59,7 +59,9 @@ def pytest_collection_finish():
 def pytest_runtest_setup(item):
     """Worker processes are forks of one that has imported what any seed or optimizer imports, too."""
     if item.get_closest_marker("gloo"):
-        forkserver.set_forkserver_preload(["shardtensor", "torch._dynamo"])
+        forkserver.set_forkserver_preload(
+            ["shardtensor", "shardtensor.checkpoint", "torch._dynamo"]
+        )
         # the first time
         forkserver.ensure_running()
 

@@ -56,7 +56,7 @@ class Program:
 
     def __init__(self, script, *args, env=os.environ):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["shardtensor"])
+        context.set_forkserver_preload(["shardtensor", "shardtensor.checkpoint"])
         descriptor, self.output = tempfile.mkstemp(prefix="program-")
         os.close(descriptor)
         argv = [str(script), *map(str, args)]

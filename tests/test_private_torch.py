@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardtensor import later
+
 SOURCE = Path(__file__).parent.parent / "src/shardtensor"
 # (first, last version of torch that has been tried): what is used of them
 USED = {
@@ -157,6 +159,10 @@ def imports(tree):
             for a in node.names:
                 path = a.name if a.asname else a.name.split(".")[0]
                 found.setdefault(a.asname or path, []).append(path)
+        elif isinstance(node, ast.ImportFrom) and node.module == "later":
+            for a in node.names:
+                at = getattr(getattr(later, a.name), "_module", None)
+                found.setdefault(a.asname or a.name, []).append(at or "shardtensor")
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for a in node.names:
                 found.setdefault(a.asname or a.name, []).append(f"{node.module}.{a.name}")

@@ -125,6 +125,7 @@ def cotangents() -> None:
 
 # what a package is, in a few words
 PACKAGES = {
+    "accelerate": "an Accelerator\nfor shared samples",
     "cli": "plan, check, doctor\nin a shell",
     "compat": "names of\nother libraries",
     "lightning": "a strategy for\nits Trainer",
@@ -150,6 +151,7 @@ PACKAGES = {
     "caller": "the user's\nline",
     "cache": "what pure functions gave",
     "cuts": "the sizes of shards",
+    "later": "modules imported\nwhen used",
     "picture": "of a cut",
 }
 # the way of `F.conv2d(x, w)`, from package to package

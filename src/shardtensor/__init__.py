@@ -1,6 +1,8 @@
 """Domain parallelism: unmodified models on samples sharded over a device mesh."""
 
-from . import _moved, attention, checkpoint, testing
+from typing import TYPE_CHECKING
+
+from . import _moved, attention, testing
 
 # imported for what they register
 from . import rules as _rules  # noqa: F401
@@ -66,7 +68,10 @@ __all__ = [
     "trace",
 ]
 
-__getattr__ = _moved.later
+if TYPE_CHECKING:
+    from . import accelerate, checkpoint, compat, lightning  # noqa: F401
+else:
+    __getattr__ = _moved.later
 _install()
 _moved.install(__name__)
 start_from_environment()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -11,8 +12,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 rules: dict[Any, Callable[..., Any]] = {}
 # keys of two rules that are no function's: of all pointwise ops, and of results for `out=`
 POINTWISE, OUT = object(), object()
-# what methods of ShardTensor call, by name: modules that are built on the class
-methods: dict[str, Callable[..., Any]] = {}
+
+
+class Methods(dict[str, Callable[..., Any]]):
+    """What methods of ShardTensor call, by name, of modules that are built on the class."""
+
+    # those that the package does not import by itself
+    homes: ClassVar = {
+        "write_items": "shardtensor.checkpoint",
+        "chunks": "shardtensor.checkpoint",
+    }
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        importlib.import_module(self.homes[name])
+        return self[name]
+
+
+methods = Methods()
+# what is waited for before a process leaves the others
+before_end: list[Callable[[], None]] = []
 
 
 class Handlers(dict[Any, Handler]):

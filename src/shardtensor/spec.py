@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from . import picture
 from .cuts import Cut, Kept, clipped, cut, nested_chunk_sizes, scaled, windows
+from .later import dt
 
 
 class _Dim(NamedTuple):
@@ -126,7 +126,7 @@ class Spec:
     def of(
         cls,
         mesh: DeviceMesh,
-        placements: Sequence[Placement],
+        placements: Sequence[dt.Placement],
         shape: Sequence[int],
         sizes: Mapping[int, Sequence[int]] | None = None,
     ) -> Spec:
@@ -142,13 +142,13 @@ class Spec:
         axes: list[list[int]] = [[] for _ in shape]
         partial = []
         for axis, placement in enumerate(placements):
-            if type(placement) is Shard:
+            if type(placement) is dt.Shard:
                 if not -ndim <= placement.dim < ndim:
                     raise ValueError(f"{placement} for a tensor of {ndim} dims")
                 axes[placement.dim % ndim].append(axis)
-            elif isinstance(placement, Partial):
+            elif isinstance(placement, dt.Partial):
                 partial.append((axis, str(placement.reduce_op)))
-            elif not isinstance(placement, Replicate):
+            elif not isinstance(placement, dt.Replicate):
                 raise ValueError(f"placement {placement!r}: use Shard, Replicate or Partial")
         for d in sizes or ():
             if not -ndim <= d < ndim:
@@ -185,14 +185,14 @@ class Spec:
         return torch.Size([d.size for d in self.dims])
 
     @cached_property
-    def placements(self) -> tuple[Placement, ...]:
+    def placements(self) -> tuple[dt.Placement, ...]:
         """Torch's placements, one for each mesh axis."""
-        found: list[Placement] = [Replicate()] * self.mesh.ndim
+        found: list[dt.Placement] = [dt.Replicate()] * self.mesh.ndim
         for i, d in enumerate(self.dims):
             for axis in d.axes:
-                found[axis] = Shard(i)
+                found[axis] = dt.Shard(i)
         for axis, op in self.partial:
-            found[axis] = Partial(op)
+            found[axis] = dt.Partial(op)
         return tuple(found)
 
     @cached_property

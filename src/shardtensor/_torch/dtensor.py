@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._api import _FromTorchTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from_torch_tensor = _FromTorchTensor
+from ..later import dt, styles, when_loaded
+
+
+def when_made_from_local(then: Callable[[Any], object]) -> None:
+    """Call then(the Function that DTensor.from_local applies), once there are DTensors."""
+    when_loaded("torch.distributed.tensor", lambda _: then(dt._api._FromTorchTensor))
 
 
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -22,7 +24,7 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._get_root_mesh()
 
 
-def is_kept_by_fsdp(x: DTensor) -> bool:
+def is_kept_by_fsdp(x: dt.DTensor) -> bool:
     """Whether x is a parameter in the shards that FSDP2 keeps of it outside of forward."""
     for module in list(_module_state_mapping):
         state = _get_module_state(module)
@@ -78,9 +80,12 @@ def let_styles_pass(ours: type[torch.Tensor]) -> None:
 
         return hook
 
-    for style in (ColwiseParallel, RowwiseParallel):
-        style._prepare_input_fn = staticmethod(through(style._prepare_input_fn))
-        style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
+    def let_pass(_: Any) -> None:
+        for style in (styles.ColwiseParallel, styles.RowwiseParallel):
+            style._prepare_input_fn = staticmethod(through(style._prepare_input_fn))
+            style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
+
+    when_loaded("torch.distributed.tensor.parallel", let_pass)
 
 
 def agree_on_overflow() -> None:
@@ -89,7 +94,11 @@ def agree_on_overflow() -> None:
     torch (2.11 to 2.13) reduces what ranks found along the axes that shard the first gradient of
     the list only (found_inf_reduce_handler). So each placement is a list of its own.
     """
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    when_loaded("torch.distributed.tensor", _check_alike)
+
+
+def _check_alike(_: Any) -> None:
+    handlers = dt.DTensor._op_dispatcher._custom_op_handlers
     op = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
     check = handlers[op]
 
@@ -97,7 +106,7 @@ def agree_on_overflow() -> None:
         grads, *rest = args
         alike: dict[Any, list[Any]] = {}
         for g in grads:
-            if not isinstance(g, DTensor):
+            if not isinstance(g, dt.DTensor):
                 # torch complains of the mixture
                 return check(op_call, args, kwargs)
             alike.setdefault(g.placements, []).append(g)

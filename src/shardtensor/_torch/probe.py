@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
+from ..later import symbolic
 from .dispatcher import not_tracing
 from .world import silent_world
 
@@ -92,12 +92,15 @@ DEVICE = torch.ops.prim.device.default
 # what torch.tensor makes of numbers
 LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 outside_fake = unset_fake_temporarily
-# what reading a fake tensor's values raises
-DependsOnValues = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-)
+
+
+def depends_on_values() -> tuple[type[Exception], ...]:
+    """What reading a fake tensor's values raises."""
+    return (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        symbolic.GuardOnDataDependentSymNode,
+    )
 
 
 def global_hooks() -> list[Any]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ..comm import counters, groups
 from ..comm.observers import simulated_rank
 from ..errors import UnsupportedOpError
-from ..registry import method
+from ..registry import before_end, method
 from ..tensor import ShardTensor
 from .planner import Planner, SavePlanner
 from .states import Randomness as Randomness
@@ -136,6 +136,9 @@ def finish() -> None:
     if _pending is not None and simulated_rank() is None:
         saving, _pending = _pending, None
         saving.wait()
+
+
+before_end.append(finish)
 
 
 def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from ..comm.observers import simulated_rank
+from ..later import dt
 from ..tensor import ShardTensor, wrap
 from .storage import loaded
 
@@ -29,8 +29,8 @@ def snapshot(state: Any) -> Any:
         return type(state)(snapshot(v) for v in state)
     if isinstance(state, ShardTensor):
         return wrap(_copied(state.to_local()), state.spec)
-    if isinstance(state, DTensor):
-        return DTensor.from_local(
+    if isinstance(state, dt.DTensor):
+        return dt.DTensor.from_local(
             _copied(state.to_local()), state.device_mesh, state.placements, run_check=False,
             shape=state.shape, stride=state.stride(),
         )  # fmt: skip

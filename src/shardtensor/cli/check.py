@@ -8,8 +8,8 @@ from typing import Annotated
 
 import torch
 import typer
-from torch.distributed.tensor import Shard
 
+from ..later import dt
 from ..plan.check import check as checked
 from .subject import Input, factory, numbers
 
@@ -30,7 +30,7 @@ def check(
     made = factory(model, arg)().train(train)
     inputs = [Input.parse(text).make() for text in input]
     shapes = [numbers(text, "x", "--mesh 2x2") for text in mesh] or None
-    placements = [Shard(d) for d in numbers(shard, ",", "--shard 2,3")]
+    placements = [dt.Shard(d) for d in numbers(shard, ",", "--shard 2,3")]
     size = numbers(at, "x", "--at 1x3x4096x4096") if at else None
     report = checked(made, inputs, placements, shapes, double=not single, at=size)
     if as_json:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from ..comm.deferred import Twin, slot_of
 from ..comm.sums import vary
 from ..dispatch.axes import as_shards
+from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 
@@ -86,8 +86,8 @@ def parted(x: Any) -> tuple[Any, Any]:
 def parts_of(state: dict[str, Tensor], leaves: list[Any]) -> list[tuple[Any, Tensor]]:
     """(spec and strides, local tensor) of parameters and buffers beside activations."""
     meshes = (x._spec.mesh for x in leaves if isinstance(x, ShardTensor))
-    mesh = next(meshes, None) if any(isinstance(x, DTensor) for x in state.values()) else None
-    return [parted(as_shards(x, mesh) if isinstance(x, DTensor) else x) for x in state.values()]
+    mesh = next(meshes, None) if any(isinstance(x, dt.DTensor) for x in state.values()) else None
+    return [parted(as_shards(x, mesh) if isinstance(x, dt.DTensor) else x) for x in state.values()]
 
 
 def key_of(leaves: Any) -> tuple[Any, ...]:

@@ -291,7 +291,7 @@ class Compiled:
             graph = make_fx(
                 local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
             )(*tensors)
-        except probe.DependsOnValues as e:
+        except probe.depends_on_values() as e:
             raise UnsupportedOpError(
                 f"Python in {_name(self.fn)} needs the value of a tensor (int, item, if), which a "
                 "compiled program cannot hold: keep it as a Python number, use torch.where, or "

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
 from torch.utils import _pytree as pytree
 
 from .. import _torch
 from .._torch import dtensor
 from ..cache import cached
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
@@ -43,7 +43,7 @@ def mesh_of(values: Iterable[Any], mesh: Any) -> Any:
                 mesh = x._spec.mesh
             elif x._spec.mesh is not mesh and x._spec.mesh != mesh:
                 return NOWHERE
-        elif kind is DTensor:
+        elif kind is dt.DTensor:
             return NOWHERE
         elif kind is list or kind is tuple:
             mesh = mesh_of(x, mesh)
@@ -60,7 +60,7 @@ def met(call: Call, writes: bool, func: Any, args: tuple[Any, ...], kwargs: dict
     """
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=_is_operand)
     found = [x for x in leaves if _is_operand(x)]
-    if (writes and isinstance(args[0], DTensor)) or isinstance(kwargs.get("out"), DTensor):
+    if (writes and isinstance(args[0], dt.DTensor)) or isinstance(kwargs.get("out"), dt.DTensor):
         raise UnsupportedOpError(
             f"{getattr(func, '__name__', func)}: writes a ShardTensor into a DTensor; use the op "
             "that returns a new tensor"
@@ -82,13 +82,13 @@ def met(call: Call, writes: bool, func: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _is_operand(x: Any) -> bool:
-    return isinstance(x, ShardTensor | DTensor)
+    return isinstance(x, ShardTensor | dt.DTensor)
 
 
 def _common(operands: list[Any]) -> DeviceMesh:
     """The mesh of all axes of the operands."""
     shards = [x for x in operands if isinstance(x, ShardTensor)]
-    weights = [x for x in operands if isinstance(x, DTensor) and not _is_whole(x)]
+    weights = [x for x in operands if isinstance(x, dt.DTensor) and not _is_whole(x)]
     mesh = shards[0]._spec.mesh
     for x in shards[1:]:
         mesh = _join(mesh, x._spec.mesh)
@@ -113,7 +113,7 @@ def _common(operands: list[Any]) -> DeviceMesh:
 
 
 @cached
-def _sharding(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DeviceMesh:
+def _sharding(mesh: DeviceMesh, placements: tuple[dt.Placement, ...]) -> DeviceMesh:
     """The axes of a mesh along which a tensor is not the same."""
     if mesh.mesh_dim_names is None:
         return mesh
@@ -137,7 +137,7 @@ def declare(mesh: DeviceMesh) -> None:
     tensor_axes(dtensor.root_mesh(mesh)).update(_axes(mesh))
 
 
-def as_shards(x: DTensor, beside: DeviceMesh | None) -> Tensor:
+def as_shards(x: dt.DTensor, beside: DeviceMesh | None) -> Tensor:
     """A DTensor parameter as it meets activations on a mesh; its gradient is a DTensor.
 
     What is the same on all ranks is a plain tensor.
@@ -203,7 +203,7 @@ def _lift(x: Any, mesh: DeviceMesh) -> Tensor:
     return made._local if _is_whole(x) else wrap(made._local, _lifted(made._spec, mesh))
 
 
-def _is_whole(x: DTensor) -> bool:
+def _is_whole(x: dt.DTensor) -> bool:
     return all(p.is_replicate() for p in x.placements)
 
 
@@ -221,9 +221,11 @@ def _lifted(spec: Spec, mesh: DeviceMesh) -> Spec:
     return Spec(mesh, dims, tuple((at[a], op) for a, op in spec.partial))
 
 
-@rule(dtensor.from_torch_tensor)
 def _refuse_from_local(*_: Any) -> None:
     raise UnsupportedOpError(
         "DTensor.from_local of a ShardTensor, as in the hooks of a parallel style: apply the plan "
         "with shardtensor.tensor_parallel(model, mesh, plan), which adds no hooks"
     )
+
+
+dtensor.when_made_from_local(lambda function: rule(function)(_refuse_from_local))

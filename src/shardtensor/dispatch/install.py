@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from .. import _torch, settings
 from .._torch import checkpoint, dtensor, script
 from ..tensor import ShardTensor, wrap
@@ -11,7 +9,6 @@ from ..tensor.lazy import Lazy, engine_input
 from ..tensor.redistribute import local_of
 from . import functions
 from .resolve import handler_of_shards
-from .rule import finder
 
 
 def install() -> None:
@@ -43,5 +40,3 @@ def install() -> None:
     checkpoint.install_recomputed(functions.recomputed_from)
     dtensor.let_styles_pass(ShardTensor)
     dtensor.agree_on_overflow()
-    # modules whose functions have rules
-    sys.meta_path.insert(0, finder)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from .. import _torch, registry
+from ..later import when_loaded
 from ..registry import F, handlers
 from ..tensor import ShardTensor
 
@@ -46,11 +45,15 @@ def rule(*keys: Any) -> Callable[[F], F]:
 
     def register(fn: F) -> F:
         run = _checked(fn)
+        names: dict[str, list[str]] = {}
         for key in keys:
             if isinstance(key, str) and "." in key:
-                _when_loaded(*key.rpartition(".")[::2], run)
+                module, _, name = key.rpartition(".")
+                names.setdefault(module, []).append(name)
             else:
                 registry.rule(*_targets(key))(run)
+        for module, waiting in names.items():
+            when_loaded(module, partial(_take, waiting, run))
         return fn
 
     return register
@@ -85,46 +88,13 @@ def _targets(key: Any) -> list[Any]:
     if overloads:
         return overloads
     if _torch.is_python_function(key) and not _torch.asks_for_overrides(key):
-        return [_named(key)]
+        return _named([key])
     return [key]
 
 
-class _Finder(MetaPathFinder):
-    """Gives a module that is waited for the rules for its functions when it is imported."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self.waiting:
-            return None
-        others = (f for f in sys.meta_path if f is not self)
-        found = (f.find_spec(fullname, path, target) for f in others)
-        spec = next((s for s in found if s is not None), None)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_with_rules(module: ModuleType) -> None:
-                load(module)
-                for name, fn in self.waiting[fullname]:
-                    if hasattr(module, name):
-                        registry.rule(_named(getattr(module, name)))(fn)
-
-            spec.loader.exec_module = load_with_rules  # type: ignore[method-assign]
-        return spec
-
-
-finder = _Finder()
-
-
-def _when_loaded(module: str, name: str, fn: Callable[..., Any]) -> None:
-    # kept for a module that is imported anew
-    finder.waiting.setdefault(module, []).append((name, fn))
-    function = getattr(sys.modules.get(module), name, None)
-    if function is not None:
-        registry.rule(_named(function))(fn)
+def _take(names: list[str], run: Callable[..., Any], module: ModuleType) -> None:
+    functions = [getattr(module, n) for n in names if hasattr(module, n)]
+    registry.rule(*_named(functions))(run)
 
 
 def _forward(module: type[nn.Module]) -> Callable[..., Any]:
@@ -136,22 +106,22 @@ def _forward(module: type[nn.Module]) -> Callable[..., Any]:
     return module.forward
 
 
-def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-    if getattr(function, "_asks_shardtensor", False):
-        return function
-    asking = _asking(function)
-    found = False
-    for module in list(sys.modules.values()):
+def _named(functions: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """What asks for ShardTensors in the place of each function; all modules are looked through."""
+    asking = {id(f): _asking(f) for f in functions if not getattr(f, "_asks_shardtensor", False)}
+    found = set()
+    for module in list(sys.modules.values()) if asking else ():
         for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is function:
-                setattr(module, name, asking)
-                found = True
-    if not found:
-        raise ValueError(
-            f"rule for {function.__qualname__}: no loaded module has it under a name that could be "
-            "replaced; decorate it with torch.overrides.wrap_torch_function where it is defined"
-        )
-    return asking
+            if id(value) in asking:
+                setattr(module, name, asking[id(value)])
+                found.add(id(value))
+    for f in functions:
+        if id(f) in asking and id(f) not in found:
+            raise ValueError(
+                f"rule for {f.__qualname__}: no loaded module has it under a name that could be "
+                "replaced; decorate it with torch.overrides.wrap_torch_function where it is defined"
+            )
+    return [asking.get(id(f), f) for f in functions]
 
 
 def _asking(function: Callable[..., Any]) -> Callable[..., Any]:

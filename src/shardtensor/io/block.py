@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement
 from torch.utils.data import get_worker_info
 
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from .source import Range, Source, numbers, open_array
@@ -30,7 +30,7 @@ AMPLIFIED = 1.5
 def read(
     source: Source | Any,
     mesh: DeviceMesh,
-    placements: Sequence[Placement],
+    placements: Sequence[dt.Placement],
     *,
     index: Index | None = None,
     sizes: Mapping[int, Sequence[int]] | None = None,
@@ -92,7 +92,7 @@ def read_block(
 def spec_of(
     source: Source,
     mesh: DeviceMesh,
-    placements: Sequence[Placement],
+    placements: Sequence[dt.Placement],
     index: Index | None = None,
     sizes: Mapping[int, Sequence[int]] | None = None,
 ) -> Spec:
@@ -107,7 +107,7 @@ def spec_of(
 def aligned_sizes(
     source: Source,
     mesh: DeviceMesh,
-    placements: Sequence[Placement],
+    placements: Sequence[dt.Placement],
     *,
     index: Index | None = None,
 ) -> dict[int, tuple[int, ...]]:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement
 
 from .. import comm
+from ..later import dt
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor
 from .block import placed
@@ -59,7 +59,7 @@ class LatLon:
         where: Any,
         variables: Sequence[str],
         mesh: DeviceMesh,
-        placements: Sequence[Placement],
+        placements: Sequence[dt.Placement],
         *,
         levels: Sequence[float] | None = None,
         mean: Mapping[str, Number] | str | None = None,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
 
+from ..later import dt
 from ..ops.points import hilbert_order
 from ..spec import Spec
 from ..tensor import ShardTensor
@@ -287,7 +287,7 @@ class Points:
         chosen = range(mesh.ndim) if axes is None else axes
         on = {known.index(a) if isinstance(a, str) else a for a in chosen}
         # the other axes repeat the points
-        self.placements = [Shard(0) if a in on else Replicate() for a in range(mesh.ndim)]
+        self.placements = [dt.Shard(0) if a in on else dt.Replicate() for a in range(mesh.ndim)]
         info = self._info(0)
         self.names = list(info["arrays"] if names is None else names)
         missing = sorted(set(map(str, self.names)) - set(info["arrays"]))

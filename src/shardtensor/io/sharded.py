@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement
 
+from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor
 from .block import placed
@@ -19,7 +19,7 @@ def read_sharded(
     fields: Sequence[str],
     places: Sequence[tuple[int, int]],
     mesh: DeviceMesh,
-    placements: Sequence[Placement],
+    placements: Sequence[dt.Placement],
     *,
     sizes: dict[int, Sequence[int]] | None = None,
 ) -> ShardTensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .. import cache
+from ..later import dt
 from ..tensor import ShardTensor
 
 _SHOWN = (Tensor, int, float, complex, str, slice)
@@ -26,7 +26,7 @@ def operands(tree: Any, unread: Tensor | None = None) -> dict[str, Any]:
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     meshes = [x._spec.mesh for x in tensors if isinstance(x, ShardTensor)]
     mesh = next((x for x in (*meshes, *leaves) if isinstance(x, DeviceMesh)), None)
-    whole = [x for x in tensors if is_whole(x) and not isinstance(x, DTensor)]
+    whole = [x for x in tensors if is_whole(x) and not isinstance(x, dt.DTensor)]
     return {
         "what": ", ".join(map(_name, (x for x in leaves if isinstance(x, _SHOWN)))) or "nothing",
         "ranks": [] if mesh is None else mesh.mesh.flatten().tolist(),

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 from torch.utils import _pytree as pytree
 
 from .. import _torch
 from ..errors import RankError, UnsupportedOpError
+from ..later import dt
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
@@ -88,7 +88,7 @@ class Session(Ranks):
         lead = self.tensors[0]
         if any(d >= x.ndim or x.shape[d] != lead.shape[d] for d in self.dims):
             return x.detach().requires_grad_(x.requires_grad and self.grad)
-        made = distribute_tensor(x, mesh, [Shard(d) for d in self.dims], src_data_rank=None)
+        made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
         return made.requires_grad_(x.requires_grad and self.grad)
 
     def _deliver(self, outputs: list[Any], first: bool) -> None:

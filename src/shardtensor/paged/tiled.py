@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .. import _torch
+from ..later import dt
 from ..tensor import ShardTensor
 from .call import Call, Session, end_left
 from .pager import Pager, Paging
@@ -74,7 +74,7 @@ class Tiled:
         self.paging = Paging()
         if len(self.parts) != len(self.dims) or not self.parts or min(self.parts) < 1:
             raise ValueError(f"{parts} parts along dim {dim}: one number of parts for each dim")
-        if any(isinstance(p, ShardTensor | DTensor) for p in model.parameters()):
+        if any(isinstance(p, ShardTensor | dt.DTensor) for p in model.parameters()):
             raise ValueError("tiled takes a model of plain parameters: it runs on one device")
         if memory <= 0:
             raise ValueError(f"memory is {memory}: bytes that parts may hold together")

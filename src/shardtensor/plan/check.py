@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Shard
 
+from ..later import dt
 from .judge import Case
 from .layouts import Layout
 from .report import Finding, Report
@@ -20,7 +20,7 @@ __all__ = ["Finding", "Report", "assert_parallel", "check"]
 def check(
     model: nn.Module,
     inputs: Any,
-    placements: Sequence[Placement] | None = None,
+    placements: Sequence[dt.Placement] | None = None,
     mesh_shapes: Sequence[Sequence[int]] | None = None,
     *,
     loss: Callable[[Any], Tensor] | None = None,
@@ -48,9 +48,9 @@ def check(
     if not found:
         raise ValueError("check: inputs has no tensor")
     first = found[0]
-    placements = tuple([Shard(_usual(first))] if placements is None else placements)
+    placements = tuple([dt.Shard(_usual(first))] if placements is None else placements)
     if not placements or not all(
-        isinstance(p, Shard) and -first.ndim <= p.dim < first.ndim for p in placements
+        isinstance(p, dt.Shard) and -first.ndim <= p.dim < first.ndim for p in placements
     ):
         raise ValueError(
             f"placements {list(placements)}: one Shard(dim of the first tensor) an axis"
@@ -77,7 +77,7 @@ def check(
 def assert_parallel(
     model: nn.Module,
     inputs: Any,
-    placements: Sequence[Placement] | None = None,
+    placements: Sequence[dt.Placement] | None = None,
     mesh_shapes: Sequence[Sequence[int]] | None = None,
     *,
     gathers: bool = True,

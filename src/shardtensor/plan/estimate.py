@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard
 
 from .. import cache
 from .._torch import probe
@@ -27,6 +26,7 @@ from ..comm import groups
 from ..comm.counters import Sent
 from ..compile.blocks import blocks_of
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
 from ..ranks.testing import tensors
@@ -279,7 +279,7 @@ def _reason(e: Exception) -> str:
     """Why a step cannot be planned, with the user's line and what to do."""
     line = error_line(e)
     at = f" ({line})" if line else ""
-    if isinstance(e, probe.DependsOnValues):
+    if isinstance(e, probe.depends_on_values()):
         return (
             f"depends on values{at}: give the input that they come from as a tensor, "
             "or rehearse it on a device"
@@ -370,7 +370,7 @@ def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known:
     alike = alike and (0 not in layout.dims or (bool(shape) and shape[0] == first[0]))
     spec = None
     if domain is not None and alike:
-        spec = Spec.of(domain, [Shard(d) for d in layout.dims], shape)
+        spec = Spec.of(domain, [dt.Shard(d) for d in layout.dims], shape)
         shape = list(spec.local_shape)
         for d in layout.dims if given is not None else ():
             given = given.narrow(d, spec.dims[d].offsets[spec.index[d]], shape[d])  # type: ignore[union-attr]

@@ -15,11 +15,11 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
 
 from ..caller import error_line
 from ..dispatch.fallback import FallbackWarning
 from ..errors import DivergenceError, RankError, UnsupportedOpError
+from ..later import dt
 from ..observe.trace import trace
 from ..observe.whole import Watch, Whole, whole
 from ..ranks.simulate import simulate
@@ -221,7 +221,7 @@ class Case:
             )
             if not alike:
                 return x
-            on = [Shard(d) for d in layout.dims]
+            on = [dt.Shard(d) for d in layout.dims]
             put = distribute_tensor(x.detach(), mesh, on, src_data_rank=None, sizes=layout.sizes)
             return put.requires_grad_(x.requires_grad)
 

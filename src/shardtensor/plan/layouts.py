@@ -8,9 +8,9 @@ from math import prod
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Placement
 
 from ..comm.observers import simulated_rank
+from ..later import dt
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Layout:
 
     @classmethod
     def of(
-        cls, x: Tensor, placements: Sequence[Placement], shape: Sequence[int], uneven: bool
+        cls, x: Tensor, placements: Sequence[dt.Placement], shape: Sequence[int], uneven: bool
     ) -> Layout | None:
         """Uneven along the first dim that is cut; None where there is nothing to cut unevenly."""
         dims = tuple(p.dim % x.ndim for p in placements)  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
 from ..comm.define import KERNELS
+from ..later import dt
 from .known import Known
 from .replay import Call
 from .tree import GRADIENTS, Places
@@ -176,6 +176,6 @@ def _bytes(x: Tensor) -> int:
 
 def local(x: Tensor) -> Tensor:
     """The plain tensor that a ShardTensor or DTensor holds here."""
-    if isinstance(x, DTensor):
+    if isinstance(x, dt.DTensor):
         return x.to_local().detach()
     return getattr(x, "_local", x)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Placement
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..tensor import ShardTensor
 
 _SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -33,7 +33,7 @@ class Seen(ShardTensor):
     # by rank of the world: what that one returned in this place
     _others: list[Any]
 
-    def full_tensor(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+    def full_tensor(self, *, grad_placements: Sequence[dt.Placement] | None = None) -> Tensor:
         """The whole tensor as a plain one; nothing is communicated."""
         return _whole(self, [getattr(x, "_local", None) for x in self._others])
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from ..comm.observers import simulated_rank
 from ..dispatch.fallback import fallback
+from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
@@ -36,7 +36,7 @@ _meshes: dict[tuple[str, tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
 class On:
     """How an argument lies on the mesh: placements, and sizes of uneven shards by dim."""
 
-    placements: Sequence[Placement]
+    placements: Sequence[dt.Placement]
     sizes: dict[int, Sequence[int]] | None = None
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class On:
 
 def shard(dim: int, sizes: Sequence[int] | None = None) -> On:
     """Sharded along one dim of a one-axis mesh."""
-    return On([Shard(dim)], None if sizes is None else {dim: sizes})
+    return On([dt.Shard(dim)], None if sizes is None else {dim: sizes})
 
 
 def cuts(size: int) -> list[tuple[int, ...]]:
@@ -250,7 +250,7 @@ def _placed(
     given = []
     for i, (a, place) in enumerate(zip(leaves, places, strict=True)):
         if place is not None:
-            kept = [Replicate() if p.is_partial() else p for p in place.placements]
+            kept = [dt.Replicate() if p.is_partial() else p for p in place.placements]
             a = distribute_tensor(a, mesh, kept, src_data_rank=None, sizes=place.sizes)
             leaves[i] = a
             a = a.redistribute(mesh, place.placements) if kept != list(place.placements) else a
@@ -350,4 +350,4 @@ def rtol_of(dtype: torch.dtype) -> float:
 
 def replicated(ndim: int = 1) -> On:
     """Whole on every rank of a mesh with `ndim` axes."""
-    return On([Replicate()] * ndim)
+    return On([dt.Replicate()] * ndim)

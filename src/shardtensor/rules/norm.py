@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .. import comm
 from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
@@ -296,7 +296,7 @@ def _elementwise(
     """
     if (
         any(
-            isinstance(w, DTensor) or (isinstance(w, ShardTensor) and w._spec.varying)
+            isinstance(w, dt.DTensor) or (isinstance(w, ShardTensor) and w._spec.varying)
             for w in weights
         )
         or mine is None

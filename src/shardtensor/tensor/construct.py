@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .. import comm
 from ..comm import counters, groups, together, wire
 from ..comm.formats import memory_format
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..registry import method
 from ..spec import Spec
 from . import layout
@@ -29,7 +29,7 @@ DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)),
 def distribute_tensor(
     tensor: Tensor,
     device_mesh: DeviceMesh,
-    placements: Sequence[Placement] | None = None,
+    placements: Sequence[dt.Placement] | None = None,
     *,
     src_data_rank: int | None = 0,
     sizes: dict[int, Sequence[int]] | None = None,
@@ -51,7 +51,7 @@ def distribute_tensor(
             "None where every rank has the values"
         )
     if placements is None:
-        placements = [Replicate()] * device_mesh.ndim
+        placements = [dt.Replicate()] * device_mesh.ndim
     spec = Spec.of(device_mesh, placements, tensor.shape, sizes)
     if spec.partial:
         raise ValueError("distribute_tensor to Partial: use ShardTensor.from_local")
@@ -84,7 +84,7 @@ def _check(tensor: Any, mesh: Any, what: str) -> None:
         raise TypeError(
             f"{what} on a {type(mesh).__name__}: give a DeviceMesh, as shardtensor.init returns"
         )
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, dt.DTensor):
         raise ValueError(f"{what} of a DTensor: use ShardTensor.from_dtensor")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{what} of a sparse tensor: use tensor.to_dense()")
@@ -152,7 +152,7 @@ def _scatter(x: Tensor, spec: Spec, source: int, name: str) -> Tensor:
 def from_local(
     local: Tensor,
     mesh: DeviceMesh,
-    placements: Sequence[Placement],
+    placements: Sequence[dt.Placement],
     sizes: dict[int, Sequence[int]] | None = None,
 ) -> ShardTensor:
     """`ShardTensor.from_local`."""
@@ -208,12 +208,12 @@ def _learn_sizes(local: Tensor, unknown: Spec) -> dict[int, Cut]:
 
 
 @method
-def graded(local: Tensor, spec: Spec, grad_placements: Sequence[Placement]) -> Tensor:
+def graded(local: Tensor, spec: Spec, grad_placements: Sequence[dt.Placement]) -> Tensor:
     """The local tensor of spec for uses that make its gradient lie as grad_placements."""
     own, given = spec.cotangent.placements, tuple(grad_placements)
     sums = [a for a, (p, g) in enumerate(zip(own, given, strict=False)) if p != g]
     if len(given) != len(own) or any(
-        not (own[a].is_replicate() and given[a] == Partial()) for a in sums
+        not (own[a].is_replicate() and given[a] == dt.Partial()) for a in sums
     ):
         raise ValueError(
             f"grad_placements {given} for a tensor whose gradient lies as {own}: give these, or "
@@ -223,7 +223,7 @@ def graded(local: Tensor, spec: Spec, grad_placements: Sequence[Placement]) -> T
 
 
 @method
-def to_dtensor(x: ShardTensor) -> DTensor:
+def to_dtensor(x: ShardTensor) -> dt.DTensor:
     """`ShardTensor.to_dtensor`."""
     spec = x._spec
     chunk = Spec.of(spec.mesh, spec.placements, spec.shape)
@@ -233,22 +233,22 @@ def to_dtensor(x: ShardTensor) -> DTensor:
             "x.redistribute(placements=x.placements, sizes=...) to those first"
         )
     stride = torch.empty(spec.shape, device="meta").stride()
-    return DTensor.from_local(
+    return dt.DTensor.from_local(
         x._local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=stride
     )
 
 
 @method
-def from_dtensor(d: DTensor) -> ShardTensor:
+def from_dtensor(d: dt.DTensor) -> ShardTensor:
     """`ShardTensor.from_dtensor`."""
     for p in d.placements:
         # subclasses of these mean something else: rows that are to be masked, interleaved shards
-        if type(p) not in (Shard, Replicate, Partial):
+        if type(p) not in (dt.Shard, dt.Replicate, dt.Partial):
             raise UnsupportedOpError(
                 f"a DTensor placed as {p!r}: redistribute it to Shard, Replicate or Partial first; "
                 "parameters of FSDP2 are gathered by the module that fully_shard was applied to"
             )
     groups.renew()
     spec = Spec.of(d.device_mesh, d.placements, d.shape)
-    grads = [Replicate() if p.is_partial() else p for p in spec.placements]
+    grads = [dt.Replicate() if p.is_partial() else p for p in spec.placements]
     return wrap(d.to_local(grad_placements=grads), spec)

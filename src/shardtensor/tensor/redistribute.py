@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
 
 from .. import _torch, comm
 from ..cache import cached
 from ..comm.formats import FORMATS
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..registry import method
 from ..spec import Dim, Spec, whole_dims
 from . import layout
@@ -115,7 +115,7 @@ def on_dim(x: ShardTensor, d: int) -> ShardTensor:
 def like(x: Tensor, spec: Spec) -> ShardTensor:
     """A plain (replicated) tensor or a ShardTensor as one with this spec."""
     if not isinstance(x, ShardTensor):
-        if type(x) is DTensor:
+        if type(x) is dt.DTensor:
             raise UnsupportedOpError(_DTENSOR)
         if x.shape != spec.shape:
             raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
@@ -153,7 +153,7 @@ def _addends(spec: Spec) -> tuple[str, int]:
 def to_placements(
     x: ShardTensor,
     mesh: DeviceMesh | None,
-    placements: Sequence[Placement] | None,
+    placements: Sequence[dt.Placement] | None,
     sizes: dict[int, Sequence[int]] | None,
 ) -> ShardTensor:
     """`ShardTensor.redistribute`."""
@@ -357,7 +357,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
         elif own or isinstance(x, ShardTensor):
             wanted = whole_dims(x.shape) if dims is None else tuple(dims)
             local = like(x, Spec(mesh, wanted))._local
-        elif type(x) is DTensor:
+        elif type(x) is dt.DTensor:
             raise UnsupportedOpError(_DTENSOR)
         else:
             local = x

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement
 
 from .. import _torch
+from ..later import dt
 from ..registry import handlers, methods
 from ..spec import Spec
 from . import layout
@@ -87,7 +87,7 @@ class ShardTensor(torch.Tensor):
         return self._spec.mesh
 
     @property
-    def placements(self) -> tuple[Placement, ...]:
+    def placements(self) -> tuple[dt.Placement, ...]:
         """Torch's placements, one for each mesh axis."""
         return self._spec.placements
 
@@ -156,7 +156,7 @@ class ShardTensor(torch.Tensor):
     def from_local(
         local: Tensor,
         mesh: DeviceMesh,
-        placements: Sequence[Placement],
+        placements: Sequence[dt.Placement],
         sizes: dict[int, Sequence[int]] | None = None,
     ) -> ShardTensor:
         """A ShardTensor of every rank's local tensor; differentiable.
@@ -167,7 +167,7 @@ class ShardTensor(torch.Tensor):
         """
         return methods["from_local"](local, mesh, placements, sizes)
 
-    def to_local(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+    def to_local(self, *, grad_placements: Sequence[dt.Placement] | None = None) -> Tensor:
         """This rank's local tensor; differentiable.
 
         grad_placements: how its gradient lies, if not as the tensor: Partial() for each mesh axis
@@ -179,7 +179,7 @@ class ShardTensor(torch.Tensor):
             return self._local
         return methods["graded"](self._local, self._spec, grad_placements)
 
-    def full_tensor(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+    def full_tensor(self, *, grad_placements: Sequence[dt.Placement] | None = None) -> Tensor:
         """The whole tensor as a plain one, on every rank; differentiable. All-gathers.
 
         grad_placements: as in `to_local`.
@@ -190,7 +190,7 @@ class ShardTensor(torch.Tensor):
     def redistribute(
         self,
         device_mesh: DeviceMesh | None = None,
-        placements: Sequence[Placement] | None = None,
+        placements: Sequence[dt.Placement] | None = None,
         *,
         sizes: dict[int, Sequence[int]] | None = None,
         async_op: bool = False,

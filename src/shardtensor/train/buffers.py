@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 
+from ..later import dt
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
 
@@ -38,7 +38,7 @@ def shard_buffers(model: M, dims: Mapping[str, int], mesh: DeviceMesh) -> M:
     for name, dim in dims.items():
         whole = buffers[name]
         if id(whole) not in made:
-            on = [Shard(dim % whole.ndim)] * mesh.ndim
+            on = [dt.Shard(dim % whole.ndim)] * mesh.ndim
             made[id(whole)] = distribute_tensor(whole, mesh, on, src_data_rank=None)
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)

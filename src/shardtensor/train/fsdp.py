@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from .. import comm
 from .._torch.dtensor import is_broken_fsdp, mend_fsdp
@@ -22,6 +20,7 @@ from ..comm.deferred import rows
 from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
 from ..cuts import Cut
+from ..later import dt, fsdp2
 from ..tensor import ShardTensor
 from .options import Options
 from .replaced import replacing
@@ -71,15 +70,15 @@ def shard(
     gradients are still to be summed.
     """
     over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
-    policy = MixedPrecisionPolicy()
+    policy = fsdp2.MixedPrecisionPolicy()
     if options.precision is not None:
-        policy = MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
+        policy = fsdp2.MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
     scalars = {p for p in model.parameters() if p.ndim == 0 and not isinstance(p, ShardTensor)}
     inside = [b for b in blocks_of(model, options.blocks) if b is not model]
     sharded = {p for p in model.parameters() if isinstance(p, ShardTensor)}
     # blocks in blocks first
     for block in (*reversed(inside), model):
-        fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
+        fsdp2.fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
     # before FSDP2's own
     model.register_forward_pre_hook(_mend, prepend=True)
     kept = _replicate(model, scalars, over)
@@ -87,7 +86,7 @@ def shard(
         slot = Part(domain)
         tensor = {n for a, n in enumerate(mesh.mesh_dim_names or ()) if a not in axes}
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, fsdp2.FSDPModule):
                 # after FSDP2's own hook, which puts whole parameters in place
                 module.register_forward_pre_hook(lambda m, _: _mark(m, tensor, slot))
     return kept
@@ -108,10 +107,10 @@ def _replicate(
     clip_grad_norm_ and fused optimizers take no mixture of the two.
     """
     others = (p for p in model.parameters() if p not in scalars)
-    mesh = next((p.device_mesh for p in others if isinstance(p, DTensor)), over)
+    mesh = next((p.device_mesh for p in others if isinstance(p, dt.DTensor)), over)
     made = {}
     for p in scalars:
-        whole = DTensor.from_local(local(p.detach()), mesh, [Replicate()] * mesh.ndim)
+        whole = dt.DTensor.from_local(local(p.detach()), mesh, [dt.Replicate()] * mesh.ndim)
         made[p] = nn.Parameter(whole, p.requires_grad)
     for module in model.modules():
         for key, own in module._parameters.items():
@@ -122,7 +121,7 @@ def _replicate(
 
 def local(x: Tensor) -> Tensor:
     """This rank's part of a tensor, in its own memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if isinstance(x, dt.DTensor) else x
 
 
 def _mark(module: nn.Module, tensor: set[str], slot: Part) -> None:
@@ -131,7 +130,9 @@ def _mark(module: nn.Module, tensor: set[str], slot: Part) -> None:
         if getattr(p, "_shardtensor_slot", None) is not None:
             # marked, or none of FSDP2's: another head, which `parallelize` has taken in
             continue
-        if not isinstance(p, DTensor) or tensor.issuperset(p.device_mesh.mesh_dim_names or ("",)):
+        if not isinstance(p, dt.DTensor) or tensor.issuperset(
+            p.device_mesh.mesh_dim_names or ("",)
+        ):
             p._shardtensor_slot = slot  # type: ignore[attr-defined]
 
 

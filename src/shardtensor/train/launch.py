@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .. import _torch, checkpoint
+from .. import _torch, registry
 from ..attention.strategy import assume_link
 from ..comm.launcher import Place as Place
 from ..comm.launcher import first_host as first_host
@@ -94,7 +94,8 @@ def _share_links(first: bool, backend: str) -> None:
 
 
 def _end() -> None:
-    checkpoint.finish()
+    for finish in registry.before_end:
+        finish()
     failures.leave()
     if dist.is_initialized():
         dist.destroy_process_group()

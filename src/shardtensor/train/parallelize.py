@@ -12,8 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
 from ..comm import groups, observers, together, wire
@@ -21,6 +19,7 @@ from ..compile.blocks import blocks_of
 from ..compile.program import Compiled, compile_forward
 from ..compile.program import compile as compile_blocks
 from ..dispatch.axes import is_slice
+from ..later import dt, fsdp2
 from ..tensor import ShardTensor
 from . import fsdp
 from .fsdp import local
@@ -71,7 +70,7 @@ def parallelize(
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
-    if any(isinstance(m, FSDPModule) for m in model.modules()):
+    if any(isinstance(m, fsdp2.FSDPModule) for m in model.modules()):
         raise ValueError("fully_shard was applied already; parallelize does it with fsdp=...")
     tensor = _tensor_axes(model, mesh)
     axes = tuple(a for a in range(mesh.ndim) if a not in tensor)
@@ -151,11 +150,11 @@ def _compile(model: nn.Module, *, blocks: Iterable[str] | None = None, **options
 
     Under FSDP2 those of its units without other units in them, inside of FSDP2's hooks.
     """
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    units = [m for m in model.modules() if isinstance(m, fsdp2.FSDPModule)]
     if units:
         if blocks is not None:
             raise ValueError("compile of blocks under fsdp: its units are compiled, leave them out")
-        inner = [m for m in units if sum(isinstance(x, FSDPModule) for x in m.modules()) == 1]
+        inner = [m for m in units if sum(isinstance(x, fsdp2.FSDPModule) for x in m.modules()) == 1]
         compile_forward(inner, options)
     elif blocks is not None:
         compile_blocks(model, blocks=blocks, **options)
@@ -168,7 +167,7 @@ def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
     names = mesh.mesh_dim_names or ()
     found: set[int] = set()
     for p in model.parameters():
-        if isinstance(p, DTensor):
+        if isinstance(p, dt.DTensor):
             if not is_slice(p.device_mesh, mesh):
                 raise ValueError(
                     f"a parameter lies on {p.device_mesh}, which is no slice of {mesh}: give "
@@ -268,10 +267,10 @@ class Trained:
         if self.everybody is None:
             return
         state = [t.detach() for t in self.new((*self.parameters(model), *model.buffers()))]
-        plain = [t for t in state if not isinstance(t, DTensor)]
+        plain = [t for t in state if not isinstance(t, dt.DTensor)]
         synchronise(plain, self.everybody)
         synchronise(
-            (local(t) for t in state if isinstance(t, DTensor)), self.reducer.ranks.everyone
+            (local(t) for t in state if isinstance(t, dt.DTensor)), self.reducer.ranks.everyone
         )
 
     def take(self, model: nn.Module) -> None:

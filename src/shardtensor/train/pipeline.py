@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import Placement
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
@@ -26,7 +26,7 @@ class Told(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     grad: bool
-    placements: tuple[Placement, ...] | None
+    placements: tuple[dt.Placement, ...] | None
     sizes: dict[int, tuple[int, ...]]
 
 

@@ -16,7 +16,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .. import _torch, comm
 from .._torch import modules
@@ -24,6 +23,7 @@ from ..comm import wire
 from ..comm.deferred import rows
 from ..cuts import Cut
 from ..errors import UnsupportedOpError
+from ..later import dt
 from ..tensor import ShardTensor
 from .checksum import LENGTH
 from .parts import Pass, Place, Ranks
@@ -85,7 +85,7 @@ class Bucket:
         self.slots.append(slot)
         parameter._shardtensor_slot = slot  # type: ignore[attr-defined]
         local = parameter.detach()
-        if isinstance(local, DTensor):
+        if isinstance(local, dt.DTensor):
             local = local.to_local()
         self.nbytes += local.numel() * local.element_size()
         return self.nbytes
@@ -111,7 +111,7 @@ class Slot:
     def __init__(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         self.group, self.ranks, self.index = bucket.ranks.domain, bucket.ranks, index
         self.key = (bucket.number, index)
-        self.placements = parameter.placements if isinstance(parameter, DTensor) else None
+        self.placements = parameter.placements if isinstance(parameter, dt.DTensor) else None
         # weak: the values of a bucket hold the parameters in C++, where Python finds no cycle
         self._bucket = ref(bucket)
         # what `Wait` has just passed on, which is averaged already
@@ -148,7 +148,7 @@ class Slot:
 
     def whole(self, grad: Tensor, arrived: Tensor | None = None) -> Tensor | None:
         """The gradient whole and averaged, None if it is already, as what has arrived is."""
-        if not isinstance(grad, DTensor):
+        if not isinstance(grad, dt.DTensor):
             return None if grad is arrived else self._averaged(grad)
         whole = grad
         if grad.placements != self.placements:
@@ -156,7 +156,7 @@ class Slot:
             whole = grad.redistribute(placements=self.placements)
         local = whole.to_local()
         if local is not arrived and self.ranks.copies > 1:
-            whole = DTensor.from_local(
+            whole = dt.DTensor.from_local(
                 self._averaged(local), whole.device_mesh, whole.placements, run_check=False,
                 shape=whole.shape, stride=whole.stride(),
             )  # fmt: skip

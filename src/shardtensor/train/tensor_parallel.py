@@ -8,21 +8,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..dispatch.axes import declare
+from ..later import dt, styles
 from ..tensor import ShardTensor
 from .replaced import check_made, replacing
 
 M = TypeVar("M", bound=nn.Module)
-# how a style places the parameters of a module: weight, bias
-_STYLES: dict[type, list[tuple[tuple[type, ...], int, int | None]]] = {
-    ColwiseParallel: [
+# how a style, by its name, places the parameters of a module: weight, bias
+_STYLES: dict[str, list[tuple[tuple[type, ...], int, int | None]]] = {
+    "ColwiseParallel": [
         ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0, 0),
         ((nn.Embedding,), 1, None),
     ],
-    RowwiseParallel: [
+    "RowwiseParallel": [
         ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 1, None),
         ((nn.Embedding,), 0, None),
     ],
@@ -57,20 +56,20 @@ def tensor_parallel(model: M, mesh: DeviceMesh, plan: Mapping[str, Any]) -> M:
                 if p is None or places[p] is None or isinstance(p, ShardTensor):
                     continue
                 if p not in made:
-                    d = distribute_tensor(p.detach(), mesh, [places[p] or Replicate()])
+                    d = dt.distribute_tensor(p.detach(), mesh, [places[p] or dt.Replicate()])
                     made[p] = nn.Parameter(d, p.requires_grad)
                 module._parameters[key] = made[p]
     declare(mesh)
     return model
 
 
-def _places(model: nn.Module, plan: Mapping[str, Any]) -> dict[nn.Parameter, Placement | None]:
+def _places(model: nn.Module, plan: Mapping[str, Any]) -> dict[nn.Parameter, dt.Placement | None]:
     """How each parameter is to lie."""
-    named: dict[str, Placement | None] = {}
+    named: dict[str, dt.Placement | None] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern, style in plan.items():
-        own = parameters if style is None or isinstance(style, Placement) else modules
+        own = parameters if style is None or isinstance(style, dt.Placement) else modules
         found = [n for n in own if fnmatchcase(n, pattern)]
         if not found:
             kind = "parameter" if own is parameters else "module"
@@ -80,7 +79,7 @@ def _places(model: nn.Module, plan: Mapping[str, Any]) -> dict[nn.Parameter, Pla
                 named[name] = style
             else:
                 named.update(_styled(name, modules[name], style))
-    places: dict[nn.Parameter, Placement | None] = {}
+    places: dict[nn.Parameter, dt.Placement | None] = {}
     for name, p in parameters.items():
         if name in named and places.setdefault(p, named[name]) != named[name]:
             raise ValueError(
@@ -88,14 +87,18 @@ def _places(model: nn.Module, plan: Mapping[str, Any]) -> dict[nn.Parameter, Pla
                 f"itself to lie as {named[name]}; name one placement for it"
             )
     for p in parameters.values():
-        places.setdefault(p, Replicate())
+        places.setdefault(p, dt.Replicate())
     return places
 
 
-def _styled(name: str, module: nn.Module, style: Any) -> dict[str, Placement | None]:
-    for kinds, weight, bias in _STYLES.get(type(style), []):
+def _styled(name: str, module: nn.Module, style: Any) -> dict[str, dt.Placement | None]:
+    known = next((t for name, t in _STYLES.items() if type(style) is getattr(styles, name)), [])
+    for kinds, weight, bias in known:
         if isinstance(module, kinds):
-            own = {"weight": Shard(weight), "bias": Replicate() if bias is None else Shard(bias)}
+            own = {
+                "weight": dt.Shard(weight),
+                "bias": dt.Replicate() if bias is None else dt.Shard(bias),
+            }
             return {
                 f"{name}.{k}": p for k, p in own.items() if getattr(module, k, None) is not None
             }

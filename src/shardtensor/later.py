@@ -1,0 +1,81 @@
+"""Modules that are imported when something of them is first asked for, or told when they are."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class Later:
+    """A module's names; the first of them imports it. Half of a second that no import waits for."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(importlib.import_module(self._module), name)
+        setattr(self, name, found)
+        return found
+
+
+if TYPE_CHECKING:
+    from torch.distributed import fsdp as fsdp2
+    from torch.distributed import tensor as dt
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.tensor import parallel as styles
+    from torch.fx.experimental import symbolic_shapes as symbolic
+else:
+    dt = Later("torch.distributed.tensor")
+    fsdp2 = Later("torch.distributed.fsdp")
+    states = Later("torch.distributed.checkpoint.state_dict")
+    styles = Later("torch.distributed.tensor.parallel")
+    symbolic = Later("torch.fx.experimental.symbolic_shapes")
+
+
+def fsdp_classes() -> list[type]:
+    """The classes that FSDP2 made of modules' own, dead ones too if no collection ran since."""
+    return fsdp2.FSDPModule.__subclasses__() if "torch.distributed.fsdp" in sys.modules else []
+
+
+class _Finder(MetaPathFinder):
+    """Tells those who wait for a module that it has been imported."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Callable[[ModuleType], object]]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        others = (f for f in sys.meta_path if f is not self)
+        found = (f.find_spec(fullname, path, target) for f in others)
+        spec = next((s for s in found if s is not None), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_tell(module: ModuleType) -> None:
+                load(module)
+                for then in self.waiting[fullname]:
+                    then(module)
+
+            spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+_finder = _Finder()
+
+
+def when_loaded(module: str, then: Callable[[ModuleType], object]) -> None:
+    """Call then(module) now if it is imported, and whenever it is imported from now on."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    # kept for a module that is imported anew
+    _finder.waiting.setdefault(module, []).append(then)
+    if module in sys.modules:
+        then(sys.modules[module])
