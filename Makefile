@@ -14,6 +14,8 @@ TORCH_INDEX ?=
 ARGS ?=
 CASES ?= 5000
 JOBS ?= 3
+# tests start a hundred processes: none compiles the library again
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -55,8 +57,8 @@ types: .venv/.stamp ## mypy
 unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-whole: .venv/.stamp ## Every case of every rule on every layout of the hard list, more samples of operators
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --whole tests/test_cases.py tests/test_operators.py $(ARGS)
+whole: .venv/.stamp ## Every case of every rule on every layout of the hard list, more samples of operators and plans
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --whole tests/test_cases.py tests/test_operators.py tests/test_plan.py $(ARGS)
 
 nightly: whole strict apart fuzz ## What the gate has no time for; zoo, too, where its models are installed
 
