@@ -223,3 +223,22 @@ def test_latitudes_meet_as_coefficients():
 
     names, sent = st.simulate(2, run)[0]
     assert names == ["all_reduce"] * 2 and sent <= 2 * 2 * 3 * 16 * 4
+
+
+def halves_of_transforms(name):
+    """Autocast on CPUs makes them wider first."""
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    call = getattr(torch.fft, name)
+    s = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(1)], src_data_rank=None)
+    s, x = s.requires_grad_(), x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = call(s), call(x)
+    T.same(got.detach(), want.detach(), name)
+    for y in (got, want):
+        (y.abs() ** 2).sum().backward()
+    T.same(s.grad, x.grad, f"gradient of {name}", 1e-2)
+
+
+@pytest.mark.parametrize("name", ["fft2", "rfft2", "rfftn", "ifft2"])
+def test_transforms_of_halves_under_autocast(name):
+    st.simulate(2, halves_of_transforms, name)

@@ -74,6 +74,41 @@ def test_autocast_of_a_cut_product():
     st.simulate(2, products)
 
 
+def kinds_of_products():
+    """Results have one device's dtype, on a rank with one row or none, too."""
+    mesh = T.make_mesh((3,))
+    torch.manual_seed(0)
+    a, b, c = torch.randn(6, 4), torch.randn(6, 5), torch.randn(6)
+    calls = {
+        "einsum": lambda x, y, z: torch.einsum("ki,kj->ij", x, y),
+        "einsum of three": lambda x, y, z: torch.einsum("ki,kj,k->ij", x, y, z),
+        "einsum to batches": lambda x, y, z: torch.einsum("ki,kj->kij", x, y),
+        "bilinear": lambda x, y, z: F.bilinear(x, y, torch.ones(2, 4, 5)),
+        "mv": lambda x, y, z: torch.mv(x.T, z),
+        "dot": lambda x, y, z: torch.dot(z, x[:, 0]),
+        "vdot": lambda x, y, z: torch.vdot(z, x[:, 0]),
+        "vecdot": lambda x, y, z: torch.linalg.vecdot(x, y[:, :4], dim=0),
+        "addmv": lambda x, y, z: torch.addmv(torch.ones(4), x.T, z),
+        "outer": lambda x, y, z: torch.outer(z, z),
+        "tensordot": lambda x, y, z: torch.tensordot(x, y, dims=([0], [0])),
+    }
+    for sizes in ((5, 0, 1), (2, 3, 1), (2, 2, 2)):
+        given = [
+            st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None, sizes={0: sizes})
+            for t in (a, b, c)
+        ]
+        for name, call in calls.items():
+            with torch.autocast("cpu", torch.bfloat16):
+                got, want = call(*given), call(a, b, c)
+            assert got.dtype is want.dtype, (name, sizes, got.dtype, want.dtype)
+            near = 8 * torch.finfo(torch.bfloat16).eps * want.float().abs().max()
+            assert (got.full_tensor() - want).abs().max() <= near, (name, sizes)
+
+
+def test_autocast_of_products_of_few_rows():
+    st.simulate(3, kinds_of_products)
+
+
 def beyond(index):
     table = st.distribute_tensor(torch.randn(9, 4), T.make_mesh((2,)), [Shard(0)])
     for i in (index, -1):

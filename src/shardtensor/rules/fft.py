@@ -72,10 +72,19 @@ def fft(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(all(n == 1 for i, n in enumerate(x.shape) if i != d) for d in dims):
         # nothing else could be sharded
         return fall_back(func, args, kwargs)
+    x = _autocast(x)
     check(func, x, args[1:], kwargs)
     job = job_of(name, dims, given, norm)
     spectrum = begun(x, job)
     return transformed(x, job) if spectrum is None else spectrum
+
+
+def _autocast(x: ShardTensor) -> ShardTensor:
+    """x as autocast casts it for all transforms, which a check without memory does not show."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    made = torch.fft.fft(x._local.detach().new_zeros(2)).dtype
+    return x.to(made if x.is_complex() else made.to_real())  # type: ignore[return-value]
 
 
 def check(func: Any, x: ShardTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -74,14 +74,29 @@ _PLAIN = (Tensor, nn.Parameter)
 _NO_KERNEL = {torch.bool, torch.uint16, torch.uint32, torch.uint64}
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
+@rule("matmul", "mm", "bmm", "linalg_matmul")
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Batched matrix product with torch.matmul's broadcasting."""
+    return _dense(torch.matmul, input, other)
+
+
+@rule("mv")
+def mv(input: Tensor, vec: Tensor) -> Tensor:
+    """By its own kernel, as `dot`: autocast on CPUs leaves them alone, but not matmul."""
+    return _dense(torch.mv, input, vec)
+
+
+@rule("dot")
+def dot(input: Tensor, tensor: Tensor) -> Tensor:
+    return _dense(torch.dot, input, tensor)
+
+
+def _dense(op: Any, input: Tensor, other: Tensor) -> Tensor:
     if not input.ndim or not other.ndim:
-        raise RuntimeError("matmul: both arguments need to be at least 1D")
+        raise RuntimeError(f"{op.__name__}: both arguments need to be at least 1D")
     if input.dtype in _NO_KERNEL:
-        tried(torch.matmul, input, other)
-    return _product(torch.matmul, input, other, False)
+        tried(op, input, other)
+    return _product(op, input, other, False)
 
 
 def _product(op: Any, input: Tensor, other: Tensor, sparse_grad: bool) -> Tensor:
@@ -180,7 +195,8 @@ def addmm(
     if mat2.ndim not in _ADDED:
         raise RuntimeError(f"addmm: a matrix of {mat2.ndim} dims")
     _try_factors(_ADDED[mat2.ndim], input, mat1, mat2, beta=beta, alpha=alpha)
-    return _plus(torch.matmul(mat1, mat2), input, beta, alpha)
+    product = torch.mv if mat2.ndim == 1 else torch.matmul
+    return _plus(product(mat1, mat2), input, beta, alpha)
 
 
 @rule("addbmm")
@@ -240,7 +256,9 @@ def tensordot(
 
 @rule("bilinear")
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = einsum("...i,oij,...j->...o", input1, weight, input2)
+    # autocast leaves it as a whole alone
+    with torch.autocast(input1.device.type, enabled=False):
+        out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
     return out if bias is None else out + bias
 
 
@@ -267,13 +285,34 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
             lo = out
         local = f"{''.join(lx)},{''.join(ly)}->{''.join(lo)}"
         dotted = tuple([tuple([f".{name}" for name in term]) for term in (lx, ly, lo)])
-        x = labels.run(dotted, partial(torch.einsum, local), x, y)
+        product: Any = partial(torch.einsum, local)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            few = tuple([tuple([min(n, 2) for n in z.shape]) for z in (x, y)])
+            cast = torch.get_autocast_dtype(device)
+            product = partial(
+                _einsum_as, _cast_dtype(local, few, (x.dtype, y.dtype), device, cast), local
+            )
+        x = labels.run(dotted, product, x, y)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]
     if gone:
         x = x.sum(gone)
         lx = tuple(n for n in lx if n in out)
     return x.permute([lx.index(n) for n in out]) if lx != out else x
+
+
+@cached
+def _cast_dtype(
+    equation: str, sizes: Any, dtypes: Any, device: str, cast: torch.dtype
+) -> torch.dtype:
+    """What autocast to `cast` makes of the whole operands: one row goes a way that it leaves."""
+    few = [torch.ones(s, dtype=d, device=device) for s, d in zip(sizes, dtypes, strict=True)]
+    return torch.einsum(equation, *few).dtype
+
+
+def _einsum_as(dtype: torch.dtype, equation: str, *operands: Tensor) -> Tensor:
+    return torch.einsum(equation, *operands).to(dtype)
 
 
 @cached

@@ -55,7 +55,12 @@ def vdot(input: Tensor, other: Tensor) -> Tensor:
 @rule("linalg_vecdot")
 def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
     product = x.conj() * y
-    return product.sum(dim, dtype=product.dtype)
+    total = product.sum(dim, dtype=product.dtype)
+    kind = total.device.type
+    if torch.is_autocast_enabled(kind) and total.dtype is torch.float32:
+        # it is a product of matrices for torch
+        total = total.to(torch.get_autocast_dtype(kind))
+    return total
 
 
 @rule("linalg_vander")
