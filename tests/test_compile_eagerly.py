@@ -59,6 +59,56 @@ def test_what_a_graph_would_lose_is_refused(name):
     assert isinstance(e.value.__cause__, st.UnsupportedOpError)
 
 
+def by_branch(x):
+    n = x.sum().item()
+    if n > 100:
+        return x
+    return x * n
+
+
+def by_mask(x):
+    return x[x > 0]
+
+
+def by_function(x):
+    return Doubled.apply(x)
+
+
+def inside_another(x):
+    return torch.relu(by_branch(x))
+
+
+# by name: a program, and how many lines below its first the graph breaks
+BREAKS = {
+    "branch": (by_branch, by_branch, 2), "mask": (by_mask, by_mask, 1), "hook": (hooked, hooked, 2),
+    "Function": (by_function, by_function, 1), "inner": (inside_another, by_branch, 2),
+}  # fmt: skip
+
+
+def warned(name, fullgraph):
+    x = torch.linspace(-1, 2, 16, dtype=F64).view(4, 4)
+    s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None).requires_grad_()
+    fn = st.compile(BREAKS[name][0], backend="eager", fullgraph=fullgraph)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fn(s)
+        return [str(w.message) for w in caught]
+    except st.UnsupportedOpError as e:
+        return [str(e)]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_line_that_breaks_a_graph_is_named(name, fullgraph):
+    _, where, below = BREAKS[name]
+    code = where.__code__
+    line = f"({code.co_filename}:{code.co_firstlineno + below})"
+    # of the process, so that one simulated rank may have those of another
+    texts = [text for rank in st.simulate(2, warned, name, fullgraph) for text in rank]
+    assert any(line in text for text in texts), texts
+
+
 def gone_through(fn, x):
     """The result of two calls, and their gradients."""
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .. import attention
 from .._torch import probe
+from ..caller import error_line
 from ..dispatch.fallback import is_shard, limit
 from ..errors import UnsupportedOpError
 from ..settings import setting
@@ -71,7 +72,8 @@ def compile(
     of the eager call: they are drawn before the program runs, and are inputs of it. A call that
     changes Python state (a counter in forward) runs eagerly, with a warning; so does one that no
     graph can hold: Python or random ops that need the values of tensors, seeds, hooks on tensors,
-    gradients through an autograd.Function. With fullgraph=True that raises UnsupportedOpError.
+    gradients through an autograd.Function; the warning names the line. With fullgraph=True that
+    raises UnsupportedOpError.
 
     blocks: class names of modules of fn; without names, (), the elements of every outermost
     nn.ModuleList. Then only these are compiled, each by itself and in place, and fn is returned:
@@ -197,10 +199,12 @@ class Compiled:
         try:
             graph, changed = self._trace(leaves, tree, own)
         except UnsupportedOpError as e:
+            line = error_line(e.__cause__ or e)
+            text = f"{e} ({line})" if line and line not in str(e) else str(e)
             if self.options.get("fullgraph"):
-                raise
+                raise UnsupportedOpError(text) from e
             self.changing[key] = _TRIES
-            self._warn(f"runs eagerly where no graph holds it: {e}")
+            self._warn(f"runs eagerly where no graph holds it: {text}")
             return None
         if changed:
             self.changing[key] += 1
