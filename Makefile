@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators zoo bench tiled gpu endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators matrix bench tiled gpu endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -60,7 +60,7 @@ unit: .venv/.stamp ## The tests; ARGS="-k conv" picks some
 whole: .venv/.stamp ## Every case of every rule on every layout of the hard list, more samples of operators and plans
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --whole tests/test_cases.py tests/test_operators.py tests/test_plan.py $(ARGS)
 
-nightly: whole strict apart fuzz ## What the gate has no time for; zoo, too, where its models are installed
+nightly: whole strict apart fuzz ## What the gate has no time for; matrix, too, where its models are installed
 
 quick: .venv/.stamp ## The tests that take no processes and no time, of each case some layouts
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gloo" $(ARGS)
@@ -87,8 +87,9 @@ campaigns: .venv/.stamp ## docs/campaigns.md, from CASES cases of each campaign
 operators: .venv/.stamp ## docs/operators.md, from PyTorch's operator database
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/test_operators.py --docs > docs/operators.md
 
-zoo: .venv/.zoo ## Third-party models, unmodified, against one device
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/zoo.py $(ARGS)
+matrix: .venv/.zoo ## Third-party models, unmodified, with every tool: docs/zoo.md; ARGS="--tools runs tv."
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/matrix.py $(ARGS)
+	$(BIN)/python -W ignore benchmarks/matrix.py --docs docs/zoo.md
 
 bench: .venv/.stamp ## What a call costs over the plain one
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)

@@ -1,0 +1,104 @@
+"""The matrix as a page: a line for each model, a column for each tool, then what is not right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+COLUMNS = (
+    "2",
+    "uneven",
+    "3",
+    "trains",
+    "bf16",
+    "plan",
+    "check",
+    "compile",
+    "rehearse",
+    "peak",
+    "gathers",
+)
+GOOD = ("right", "planned", "rounding", "whole", "blocks")
+TOOLS = {"2": "runs", "uneven": "runs", "3": "runs", "compile": "compiled", "peak": "memory"}
+HEAD = """# Models that run unmodified
+
+Third-party models, as their packages have them, with random weights and one spatial dim of the
+input sharded, held against the same model on one device. Each cell is a process of its own; ranks
+are simulated. Made by `make matrix`.
+
+- **2**, **uneven**, **3**: value within 1e-9 and every gradient within 1e-7 of one device's, in
+  float64, on 2 ranks, on 2 with shards of odd and different sizes, on 3. Casts inside a model are
+  made wider; *fp32*: it cannot run in float64, and is held within 1e-4 and 1e-2.
+- **trains**: losses and weights of three steps of AdamW in training mode, on 2 ranks (dropout by
+  `match_single_device`). *rounding*: as far off as a change in the last digit of the input leads
+  on one device.
+- **bf16**: under autocast no further from float64 than three times what one device under autocast
+  is.
+- **plan**: `st.plan` has a layout on 4 devices. **check**: what `st.check` says. **compile**:
+  whole, or by blocks, with the numbers of one device (backend `aot_eager`: the graphs; what
+  Inductor makes of them is torch's). **rehearse**: a rank alone sends what it does among others.
+- **peak**: at a size that users have (2048 x 2048, 256^3, 10^6 points), on 8 ranks: see
+  [Memory](memory.md). 1.00 is a perfect split. **gathers**: ops without a rule, which gather
+  their operands.
+
+Not among the models: xcit, levit and tiny_vit, whose gradient on one CPU is wrong in torch 2.13
+(batch norm misreads a transposed one).
+"""
+
+
+def page(rows: Sequence[Row], models: Sequence[str], tools: Sequence[str]) -> str:
+    """rows: the last of each cell."""
+    found = {(r["model"], r["tool"]): r for r in rows}
+    table, bad = [], []
+    good, tried = dict.fromkeys(COLUMNS, 0), dict.fromkeys(COLUMNS, 0)
+    for name in models:
+        cells = []
+        for column in COLUMNS:
+            row = found.get((name, TOOLS.get(column, column)), {})
+            text, right, why = _cell(column, row, found.get((name, "runs"), {}))
+            cells.append(text)
+            tried[column] += bool(text)
+            good[column] += right
+            if why:
+                bad.append(f"- {name}, {column}: {why}")
+        if any(cells):
+            table.append("| " + " | ".join([name, *cells]) + " |")
+    counted = [c for c in COLUMNS if c not in ("peak", "gathers")]
+    counts = ", ".join(f"{c}: {good[c]} of {tried[c]}" for c in counted if tried[c])
+    last = max(rows, key=lambda r: r.get("when", 0))
+    lines = [
+        HEAD,
+        f"Right, planned or compiled, of those tried: {counts};",
+        f"peak at most 1.10: {good['peak']} of {tried['peak']}.",
+        "",
+        f"{last['with']}; CPU.",
+        "",
+        "| model | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+        *table,
+        "",
+        *(["## What is not", "", *bad, ""] if bad else []),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(column: str, row: Row, runs: Row) -> tuple[str, bool, str]:
+    """(text, whether it counts as good, why not)."""
+    if column == "gathers":
+        return " ".join(runs.get("gathers", ())), False, ""
+    if not row:
+        return "", False, ""
+    if column in ("2", "uneven", "3"):
+        row = {**row, **row.get(column, {"result": row["result"]})}
+    result = row["result"]
+    if column == "peak":
+        ratio = row.get("ratio")
+        return f"{ratio:.2f}" if ratio else "-", bool(ratio) and ratio <= 1.1, ""
+    if result in GOOD:
+        how = [h for h in ("fp32", "rounding") if h in row.get("how", "")]
+        text = {"right": "yes", "planned": "yes"}.get(result, result)
+        return " ".join([text, *how]), True, ""
+    said = " ".join(result.split()).replace("|", "/")
+    where = said.rpartition("site-packages/")
+    return "no", False, (where[0].rpartition("(")[0] + "(" + where[2] if where[1] else said)[:300]
