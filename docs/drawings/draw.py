@@ -152,6 +152,7 @@ PACKAGES = {
     "cache": "what pure functions gave",
     "cuts": "the sizes of shards",
     "later": "modules imported\nwhen used",
+    "page": "of a result",
     "picture": "of a cut",
 }
 # the way of `F.conv2d(x, w)`, from package to package

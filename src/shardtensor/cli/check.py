@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -24,6 +25,7 @@ def check(
     single: Annotated[bool, typer.Option(help="compare in float32")] = False,
     at: Annotated[str, typer.Option(help="the input's shape in your runs: 1x3x4096x4096")] = "",
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    html: Annotated[Path | None, typer.Option(help="write a page here")] = None,
 ) -> None:
     """Hold a model, sharded, against itself on one device. Status 1: it is not right."""
     torch.manual_seed(0)
@@ -38,5 +40,7 @@ def check(
         print(json.dumps({**found, "notes": report.notes}, indent=1))
     else:
         print(report)
+    if html is not None:
+        report.html(html)
     if not report.ok:
         raise typer.Exit(1)

@@ -35,6 +35,7 @@ def plan(
     blocks: Annotated[str, typer.Option(help="classes of fsdp's units: Block,Layer")] = "",
     tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page here")] = None,
 ) -> None:
     """What a model needs on so many devices: memory, messages and time; no device is used."""
     inputs = [Input.parse(text) for text in input]
@@ -73,6 +74,8 @@ def plan(
             print(f"{found[0].layout}:", found[0].tree(), sep="\n")
     if picture is not None:
         draw(found, hardware, picture)
+    if html is not None:
+        found.html(html)
 
 
 def alone(task: dict[str, Any]) -> Layout:

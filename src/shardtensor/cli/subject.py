@@ -70,6 +70,7 @@ def factory(path: str, arguments: Sequence[str] = ()) -> Callable[[], nn.Module]
             raise ValueError(f"{path} made {type(model).__name__}, not an nn.Module")
         return model
 
+    made.__name__ = name
     return made
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..comm.counters import Call, Sent
+from ..page import charts, still
+from ..page.blocks import Block, Cell, Row, chart, choice, heading, table, text, variants
+from ..page.document import Page, Shown
 
 MIB = 2**20
+COLOURS = {"ops": "#56b4e9", "collectives": "#009e73", "waiting": "#d55e00"}
+# blocks that a page draws: the longest
+MOST = 6000
 
 
 @dataclass
 class Part:
-    """One rank's. offset: by how much its clock is ahead (s); memory: (s, bytes) over time."""
+    """One rank's. offset: by how much its clock is ahead (s); memory: (s, bytes) over time.
+
+    simulated: ranks run one at a time, so that times mean little.
+    """
 
     rank: int
     offset: float
@@ -24,10 +33,11 @@ class Part:
     calls: list[Call]
     sent: list[Sent]
     memory: list[tuple[float, int]]
+    simulated: bool = False
 
 
-class Timeline:
-    """The parts of some ranks."""
+class Timeline(Shown):
+    """The parts of some ranks. A notebook shows it; `.html(path)` writes a page."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = sorted(parts, key=lambda p: p.rank)
@@ -38,18 +48,36 @@ class Timeline:
         The n-th collective of a group is the same one on all its ranks. Of collectives that run
         while the rank computes it is a bound: it need not have waited.
         """
+        return {
+            rank: [max(came.values()) - came[rank] for came in met]
+            for rank, met in self._met().items()
+        }
+
+    def _met(self) -> dict[int, list[dict[int, float]]]:
+        """For each rank and collective: when each of the ranks came to it."""
         came: dict[tuple[Any, int], dict[int, float]] = {}
-        keys: dict[int, list[tuple[Any, int]]] = {}
+        found: dict[int, list[dict[int, float]]] = {}
         for p in self.parts:
             seen: dict[Any, int] = {}
+            mine = found.setdefault(p.rank, [])
             for s in p.sent:
                 seen[s.peers] = number = seen.get(s.peers, -1) + 1
-                came.setdefault((s.peers, number), {})[p.rank] = s.begin - p.offset
-                keys.setdefault(p.rank, []).append((s.peers, number))
-        return {
-            p.rank: [max(came[k].values()) - came[k][p.rank] for k in keys.get(p.rank, [])]
-            for p in self.parts
-        }
+                met = came.setdefault((s.peers, number), {})
+                met[p.rank] = s.begin - p.offset
+                mine.append(met)
+        return found
+
+    def waited_for(self) -> dict[tuple[int, int], float]:
+        """(rank, the rank that came last): seconds that the first waited for the second."""
+        found: dict[tuple[int, int], float] = {}
+        met = self._met()
+        for p in self.parts:
+            for s, came in zip(p.sent, met[p.rank], strict=True):
+                last = max(came, key=came.__getitem__)
+                if last != p.rank:
+                    wait = min(came[last] - came[p.rank], s.seconds)
+                    found[p.rank, last] = found.get((p.rank, last), 0.0) + wait
+        return found
 
     def waits(self, by: str = "rank") -> dict[Any, float]:
         """Seconds spent waiting for later ranks, by "rank", or by "op" or "line" over all ranks."""
@@ -132,6 +160,146 @@ class Timeline:
         """Write Chrome trace events: open the file in ui.perfetto.dev or chrome://tracing."""
         text = json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"})
         Path(path).write_text(text)
+
+    def page(self) -> Page:
+        """What each rank did and when, who waited for whom, messages, memory."""
+        waits = self.waits()
+        spent = sum(s.seconds for p in self.parts for s in p.sent)
+        whole = sum(p.end - p.begin for p in self.parts) or 1.0
+        n = len(self.parts)
+        verdict = f"{1e3 * max(p.end - p.begin for p in self.parts):.3g} ms"
+        verdict += f" on {n} ranks" if n > 1 else f" on rank {self.parts[0].rank}"
+        verdict += f": {spent / whole:.0%} of the time in collectives"
+        if n > 1:
+            verdict += f", {sum(waits.values()) / whole:.0%} waiting for later ranks"
+            by_line = self.waits("line")
+            if any(by_line.values()):
+                verdict += f", most at {max(by_line, key=by_line.__getitem__)}"
+        about = "Times of simulated ranks mean little: one runs at a time; messages are right."
+        simulated = any(p.simulated for p in self.parts)
+        page = Page("Trace", f"{verdict}.", None, about if simulated else "")
+        page.add(*self._ranks(waits), *self._lanes(), *self._pairs(), *self._messages())
+        page.add(*self._memory())
+        return page
+
+    def _ranks(self, waits: dict[Any, float]) -> Iterator[Block]:
+        longest = max(p.end - p.begin for p in self.parts) or 1.0
+        rows = []
+        for p in self.parts:
+            inside = sum(s.seconds for s in p.sent)
+            peak = max((b for _, b in p.memory), default=0)
+            numbers = [
+                Cell(f"{1e3 * t:.3f}", t, t / longest)
+                for t in (p.end - p.begin, inside, waits[p.rank])
+            ]
+            numbers += [Cell(f"{b / 1e6:.3f}", b) for b in (sum(s.bytes for s in p.sent),)]
+            numbers += [Cell(str(m), m) for m in (sum(s.messages for s in p.sent),)]
+            numbers += [Cell(f"{peak / MIB:.1f}", peak) if p.memory else Cell("-")]
+            rows.append(Row([Cell(str(p.rank), p.rank), *numbers]))
+        yield heading("Ranks")
+        yield table(
+            ["rank", "ms", "ms in collectives", "ms waiting", "MB sent", "messages", "peak MiB"],
+            rows,
+        )
+
+    def _lanes(self) -> Iterator[Block]:
+        """When each rank computed, sent and waited."""
+        start, late = min(p.begin - p.offset for p in self.parts), self.late()
+        found: dict[str, list[tuple[int, float, float, str]]] = {k: [] for k in COLOURS}
+        for i, p in enumerate(self.parts):
+            ahead = p.offset + start
+            for c in p.calls:
+                told = f"{c.op}, {1e3 * (c.end - c.begin):.3g} ms<br>{c.line}"
+                found["ops"].append((2 * i, 1e3 * (c.begin - ahead), 1e3 * (c.end - c.begin), told))
+            for s, wait in zip(p.sent, late[p.rank], strict=True):
+                at, way = 1e3 * (s.begin - ahead), ", backward" if s.backward else ""
+                told = f"{s.collective} of {s.op or 'gradients'}{way}, {1e3 * s.seconds:.3g} ms, "
+                told += f"{s.bytes} bytes<br>{s.line}"
+                found["collectives"].append((2 * i + 1, at, 1e3 * (s.end - s.begin), told))
+                waited = 1e3 * min(wait, s.end - s.begin)
+                found["waiting"].append(
+                    (2 * i + 1, at, waited, f"{waited:.3g} ms for a later rank")
+                )
+        least = sorted((b[2] for blocks in found.values() for b in blocks), reverse=True)[:MOST]
+        drawn = {k: [b for b in v if b[2] > 0 and b[2] >= least[-1]] for k, v in found.items()}
+        names = [f"rank {p.rank}, {what}" for p in self.parts for what in ("ops", "collectives")]
+        if any(drawn.values()):
+            plain = {k: [b[:3] for b in v] for k, v in drawn.items()}
+            yield heading("Timeline")
+            yield chart(
+                "lanes",
+                {"lanes": charts.lanes(names, drawn, "ms", COLOURS)},
+                "when each rank computed, sent and waited",
+                still.bars(names, plain, COLOURS, "ms"),
+            )
+
+    def _pairs(self) -> Iterator[Block]:
+        """Who waited for whom."""
+        pairs, ranks = self.waited_for(), [p.rank for p in self.parts]
+        if not pairs:
+            return
+        names = [f"rank {r}" for r in ranks]
+        values = [[1e3 * pairs.get((a, b), 0.0) for b in ranks] for a in ranks]
+        yield heading("Who waits for whom")
+        yield text(
+            "The rank that came last to a collective is the one that was waited for.", "note"
+        )
+        titles = ("waits", "for")
+        yield chart(
+            "pairs",
+            {"pairs": charts.matrix(values, names, names, "ms", titles)},
+            "waiting by pairs",
+        )
+
+    def _messages(self) -> Iterator[Block]:
+        """Messages by op and by line, of all ranks."""
+        sent = [s for p in self.parts for s in p.sent]
+        if not sent:
+            return
+        tables, figures = {}, {}
+        for by in ("op", "line"):
+            rows: dict[tuple[str, str, str], list[float]] = {}
+            for s in sent:
+                of = (s.line or "?") if by == "line" else s.op or "gradients of weights"
+                row = rows.setdefault(
+                    (of, "backward" if s.backward else "forward", s.collective), [0] * 4
+                )
+                for i, v in enumerate((1, s.messages, s.bytes, 1e3 * s.seconds)):
+                    row[i] += v
+            ordered = sorted(rows.items(), key=lambda r: -r[1][3])
+            tables[by] = table(
+                [by, "way", "collective", "calls", "messages", "bytes", "ms"],
+                [Row([*k, *(Cell(f"{v:.0f}", v) for v in row[:3]), Cell(f"{row[3]:.3f}", row[3])])
+                 for k, row in ordered],
+                find=True,
+            )  # fmt: skip
+            names = list(dict.fromkeys(of for (of, *_), _ in ordered))[:20]
+            ways = sorted({way for _, _, way in rows})
+            parts = {
+                w: [sum(r[2] for (of, _, way), r in rows.items() if (of, way) == (name, w)) / 1e6
+                    for name in names] for w in ways
+            }  # fmt: skip
+            short = ["/".join(n.split("/")[-2:]) for n in names]
+            figures[f"sent/{by}"] = charts.stacked(short, parts, "MB sent by all ranks")
+        yield heading("Messages")
+        yield choice("by", {"op": "op", "line": "line of your code"}, "by")
+        yield chart("sent/{by}", figures, "bytes sent")
+        yield variants("{by}", tables)
+
+    def _memory(self) -> Iterator[Block]:
+        start = min(p.begin - p.offset for p in self.parts)
+        figures = {
+            str(p.rank): charts.course(
+                [1e3 * (t - p.offset - start) for t, _ in p.memory],
+                {"allocated": [b / MIB for _, b in p.memory]}, "ms", "MiB",
+            )
+            for p in self.parts if p.memory
+        }  # fmt: skip
+        if figures:
+            yield heading("Memory")
+            yield choice("rank", {r: f"rank {r}" for r in figures}, "of")
+            keyed = {f"memory/{r}": f for r, f in figures.items()}
+            yield chart("memory/{rank}", keyed, "memory over time")
 
     def picture(self, path: str | Path) -> None:
         """Draw each rank's memory over time, and below when it computed, sent and waited."""

@@ -17,12 +17,17 @@ from torch import nn
 from .._torch import probe
 from ..comm import counters, groups, wire
 from ..comm.clock import DeviceClock
+from ..page.blocks import heading, text
+from ..page.document import Page, Shown
 from .timeline import Part, Timeline
 from .whole import Watch, Whole, whole
 
 
-class Trace:
-    """The ops and collectives of this rank inside a `trace()` block."""
+class Trace(Shown):
+    """The ops and collectives of this rank inside a `trace()` block.
+
+    A notebook shows it; `.html(path)` writes a page. `gather()` gives that of all ranks.
+    """
 
     def __init__(self) -> None:
         me = counters.simulated_rank()
@@ -120,11 +125,25 @@ class Trace:
         rank = dist.get_rank() if dist.is_initialized() else 0
         calls = [replace(c, marks=None) for c in self.calls]
         sent = [replace(s, marks=None) for s in self.sent]
-        return Part(rank, offset, self.begin, self.end, calls, sent, self.memory)
+        simulated = self.record.rank is not None
+        return Part(rank, offset, self.begin, self.end, calls, sent, self.memory, simulated)
 
     def timeline(self) -> Timeline:
         """Of this rank alone."""
         return Timeline([self.part()])
+
+    def page(self) -> Page:
+        """That of its timeline, and what ran whole, where the trace was given the model."""
+        page = self.timeline().page()
+        if self.gathered:
+            nbytes: dict[str, int] = {}
+            for op, n in self.gathered:
+                nbytes[op] = nbytes.get(op, 0) + n
+            told = [f"{op} has no rule: it gathered {n} bytes" for op, n in nbytes.items()]
+            page.add(heading("Gathers"), text("\n".join(told)))
+        if self.watch is not None:
+            page.add(heading("What ran whole"), text(str(self.whole())))
+        return page
 
     def gather(self) -> Timeline:
         """Of all ranks, on every rank: who waited for whom. Communicates: call it on all ranks."""

@@ -71,7 +71,7 @@ def check(
     ]
     case = Case(model, args, kwargs, loss or combination, rtol, double)
     findings = case.findings(layouts)
-    return Report(findings, case.notes, tuple(at or ()), scale)
+    return Report(findings, case.notes, tuple(at or ()), scale, case.rtol or 0.0)
 
 
 def assert_parallel(

@@ -35,6 +35,7 @@ from ..tensor import wrap
 from ..train.options import Options
 from ..train.parallelize import adapt, parallelize
 from .build import build
+from .course import Course, course
 from .known import Known
 from .ledger import Ledger, local
 from .tree import GRADIENTS, Part, Places, Tree, parts
@@ -169,6 +170,8 @@ class Estimate:
     refused: str = ""
     assumed: tuple[str, ...] = ()
     modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
+    # what is held by kind as the step goes on
+    course: Course | None = field(default=None, repr=False, compare=False)
 
     def tree(self) -> Tree:
         """Memory and time by module; print it."""
@@ -260,6 +263,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
                 for name, s in zip(_senders(ledger, messages), messages, strict=True)
             ),
         ),
+        course=course(ledger, at, begun, [device.seconds(*w) for w in work]),
     )
 
 
@@ -334,8 +338,13 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
     ledger.mark("optimizer", (v for v in states if isinstance(v, Tensor)))
 
     def step() -> None:
-        _loss(task, model(*inputs)).backward()
+        ledger.phase("forward")
+        loss = _loss(task, model(*inputs))
+        ledger.phase("backward")
+        loss.backward()
+        del loss
         ledger.mark("gradients", (p.grad for p in model.parameters()))
+        ledger.phase("optimizer")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

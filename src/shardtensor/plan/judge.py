@@ -46,6 +46,7 @@ class Told:
     most: float = 0.0
     rounding: bool = False
     wrong: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     gathered: dict[str, int] = field(default_factory=dict)
     lines: dict[str, str] = field(default_factory=dict)
 
@@ -186,8 +187,7 @@ class Case:
             how = "rounding" if any(t.rounding for t in told) else "right"
             found = Finding(name, how, max(t.most for t in told))
         for t in told:
-            found.gathered.update(t.gathered)
-            found.lines.update(t.lines)
+            found.add(t.gathered, t.lines, t.errors)
         return found
 
     def _everywhere(self, layout: Layout, fn: Callable[[Layout], Any]) -> list[Any]:
@@ -264,12 +264,14 @@ class Case:
             scales[kind] = max(scales[kind], 0.0 if x is None else gap(x.local, x.local)[1])
         for k in {**self.want.results, **got.results}:
             if (k in self.want.results) != (k in got.results):
+                told.errors[k] = float("inf")
                 told.wrong[k] = "is there on one device only" if k in self.want.results else (
                     "is there on shards only")  # fmt: skip
                 continue
             off, scale, text = self._far(got.results[k], self.want.results[k],
                                          self.shaken.results.get(k))  # fmt: skip
             kind = next(s for s in scales if k.startswith(s))
+            told.errors[k] = off / scale if scale else off
             # of the model's largest gradient that can be rounding alone
             if text and not off <= 1e-3 * (self.rtol or 0.0) * scales[kind]:
                 told.wrong[k] = text

@@ -43,6 +43,9 @@ class Ledger(TorchDispatchMode):
         self.fake = probe.fake_mode()
         self.known = Known(self.fake)
         self.moves: list[tuple[int, int]] = []
+        # of every move the ops before it; names of what begins after so many ops
+        self.when: list[int] = []
+        self.phases: list[tuple[str, int]] = []
         self.work: list[tuple[int, int, torch.dtype]] = []
         self.kinds: dict[int, str] = {}
         self.sent: list[Sent] = []
@@ -131,7 +134,7 @@ class Ledger(TorchDispatchMode):
         number, nbytes = self._next, storage.nbytes()
         self._next += 1
         self._numbers[at], self.kinds[number] = number, kind
-        self.moves.append((number, nbytes))
+        self._move(number, nbytes)
         self.owners[number] = self.places.here()
         # it is called when the memory is released
         self._ends[number] = weakref.ref(storage, lambda _: self._released(at, number, nbytes))
@@ -141,7 +144,15 @@ class Ledger(TorchDispatchMode):
         del self._ends[number]
         if self._numbers.get(at) == number:
             del self._numbers[at]
-            self.moves.append((number, -nbytes))
+            self._move(number, -nbytes)
+
+    def _move(self, number: int, nbytes: int) -> None:
+        self.moves.append((number, nbytes))
+        self.when.append(len(self.work))
+
+    def phase(self, name: str) -> None:
+        """A part of the step begins."""
+        self.phases.append((name, len(self.work)))
 
     def mark(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Tell what the memory of these tensors is for."""

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
+
+from ..page import charts
+from ..page.blocks import Block, Cell, Row, chart, heading, items, table, text
+from ..page.document import Page, Shown
+
+# errors are drawn from here on
+LEAST = 1e-17
 
 
 @dataclass
@@ -12,7 +21,8 @@ class Finding:
     verdict: "right", "rounding" (right to the model's own rounding), "wrong", "refused" (by an
     UnsupportedOpError), "raises" (anything else) or "parted" (ranks ran different ops).
     module, op, line, what, advice: where it is not right; gathered: ops without a rule, and their
-    bytes; lines: where those are.
+    bytes; lines: where those are; errors: of each output, gradient and buffer, relative to its
+    largest value.
     """
 
     layout: str
@@ -25,10 +35,20 @@ class Finding:
     line: str = ""
     gathered: dict[str, int] = field(default_factory=dict)
     lines: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict, repr=False)
     ok: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.ok = self.verdict in ("right", "rounding")
+
+    def add(
+        self, gathered: dict[str, int], lines: dict[str, str], errors: dict[str, float]
+    ) -> None:
+        """What a rank found, too."""
+        self.gathered.update(gathered)
+        self.lines.update(lines)
+        for k, error in errors.items():
+            self.errors[k] = max(error, self.errors.get(k, 0.0))
 
     @property
     def where(self) -> str:
@@ -46,16 +66,18 @@ class Finding:
 
 
 @dataclass(repr=False)
-class Report:
+class Report(Shown):
     """The findings of all layouts. notes: what was done to make runs comparable.
 
-    at: the shape that was given as the user's own, and by what factor it is larger.
+    at: the shape that was given as the user's own, and by what factor it is larger. rtol: the
+    largest relative error that is right. A notebook shows it; `.html(path)` writes a page.
     """
 
     findings: list[Finding]
     notes: list[str]
     at: tuple[int, ...] = ()
     scale: float = 1.0
+    rtol: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -75,6 +97,73 @@ class Report:
             for op, nbytes in f.gathered.items():
                 most[op] = max(nbytes, most.get(op, 0))
         return most
+
+    def page(self) -> Page:
+        """The answer, each layout, errors by module, what is wrong, what gathers."""
+        page = Page(
+            "Check: sharded against one device",
+            self._answer(),
+            self.ok,
+            "Outputs, gradients and buffers of each layout, held against the same model on one "
+            "device; the largest difference relative to the largest value"
+            + (f"; up to {self.rtol:.0e} is right." if self.rtol else "."),
+        )
+        page.add(*self._wrong(), *self._layouts(), *self._modules())
+        lines = [line.strip() for line in self._gathers()]
+        if lines or self.notes:
+            page.add(heading("Notes"), items("Gathers:", lines), items("Done:", self.notes))
+        return page
+
+    def _wrong(self) -> Iterator[Block]:
+        """The first that is wrong, and what to do."""
+        bad = {f.where: f for f in reversed(self.findings) if not f.ok}
+        for f in reversed(bad.values()):
+            yield heading(f"{'Refused' if f.verdict == 'refused' else 'Not right'}: {f.where}")
+            yield text(f"On {f.layout}: {f.what}")
+            if f.advice:
+                yield text(f"What to do: {f.advice}", "verdict")
+
+    def _layouts(self) -> Iterator[Block]:
+        rows = [
+            Row([
+                f.layout,
+                Cell(_WORDS.get(f.verdict, "not right"), mark="good" if f.ok else "bad"),
+                Cell(f"{f.error:.1e}" if isfinite(f.error) else "-", f.error),
+                f.module, f.op, f.line,
+            ])
+            for f in self.findings
+        ]  # fmt: skip
+        yield heading("Layouts")
+        yield table(["layout", "answer", "largest error", "module", "op", "line"], rows)
+
+    def _modules(self) -> Iterator[Block]:
+        """The largest error of what each module's weights and buffers got, over all layouts."""
+        every: dict[str, float] = {}
+        for f in self.findings:
+            for k, error in f.errors.items():
+                every[k] = max(error, every.get(k, 0.0))
+        if not every:
+            return
+        modules: dict[str, float] = {}
+        for k, error in every.items():
+            modules[_module(k)] = max(error, modules.get(_module(k), 0.0))
+        finite = {m: max(e, LEAST) for m, e in modules.items() if isfinite(e)}
+        worst = sorted(finite, key=finite.__getitem__, reverse=True)[:40]
+        names = [m for m in finite if m in worst]
+        limit = ("right up to here", self.rtol) if self.rtol else None
+        yield heading("Errors by module")
+        yield text("Of gradients of its weights, and of its buffers, over all layouts.", "note")
+        yield chart(
+            "errors",
+            {"errors": charts.points(names, [finite[m] for m in names], "relative error", limit)},
+            "the largest error of each module",
+        )
+        rows = [
+            Row([k, Cell(f"{e:.1e}" if isfinite(e) else "other shape", e if isfinite(e) else 1e99,
+                         mark="bad" if self.rtol and e > self.rtol else "")])
+            for k, e in sorted(every.items(), key=lambda i: -i[1])
+        ]  # fmt: skip
+        yield table(["result", "largest error"], rows, find=True, most=8)
 
     def __str__(self) -> str:
         return "\n".join([self._answer(), *map(str, self.findings), *self._gathers(), *self.notes])
@@ -110,3 +199,16 @@ class Report:
             )
             found.append(text)
         return found
+
+
+_WORDS = {"right": "right", "rounding": "right to rounding", "refused": "refused"}
+
+
+def _module(result: str) -> str:
+    """Whose result it is: "gradient a.weight" is of a."""
+    _, _, name = result.partition(" ")
+    if result.startswith("output"):
+        return "outputs"
+    if name.startswith("of input"):
+        return "inputs"
+    return name.rpartition(".")[0] or "the model"

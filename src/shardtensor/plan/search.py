@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..observe.network import DGX_H100, Network
 from ..train.options import Options
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
+from .plans import Plans
 
 
 def plan(
@@ -26,7 +27,7 @@ def plan(
     thorough: bool = False,
     blocks: Sequence[str] = (),
     **task: Any,
-) -> list[Estimate]:
+) -> Plans:
     """Every sensible configuration of a model on so many devices, the fastest that fit first.
 
     make, shapes and further arguments: see `estimate.Task`. Meshes: the batch over the data axis as
@@ -34,11 +35,12 @@ def plan(
     not fit the device, then with FSDP2 over all ranks, with checkpointing of blocks, and with both
     (thorough: all of these anyway). blocks: class names of the units of FSDP2 and of checkpointing
     (default: see `Options`). Those that do not fit follow by what they need, then those that
-    are refused. Raises RuntimeError where torch.distributed is initialised.
+    are refused. A notebook shows them as a table; `.html(path)` writes a page. Raises RuntimeError
+    where torch.distributed is initialised.
     """
-    return ranked(
-        Task(make, shapes, **task), devices, device, network, precisions, thorough, blocks
-    )
+    asked = Task(make, shapes, **task)
+    found = ranked(asked, devices, device, network, precisions, thorough, blocks)
+    return Plans(found, asked, devices, device, network, missing(asked, devices))
 
 
 def fewest(
