@@ -165,3 +165,37 @@ def test_states_of_something_else():
         return len(list(loader))
 
     assert st.simulate(1, run) == [6]
+
+
+def test_weights_draw_as_often_and_the_same_for_any_number_of_groups():
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0])
+    weights = weights.repeat(100)
+
+    def drawn(groups):
+        def run():
+            sampler = DomainSampler(500, mesh_of((groups, 1)), weights=weights, seed=3)
+            sampler.set_epoch(2)
+            return list(sampler)
+
+        ranks = st.simulate(groups, run)
+        return [i for turn in zip(*ranks, strict=True) for i in turn]
+
+    one = drawn(1)
+    assert one == drawn(2) == drawn(4) and len(one) == 500
+    often = torch.bincount(torch.tensor(one) % 5, minlength=5) / 500
+    assert torch.allclose(often, torch.tensor([0, 1, 3, 0, 4]) / 8, atol=0.08)
+    assert often[0] == often[3] == 0
+
+
+def test_weights_that_are_none():
+    def run():
+        for weights in ([1.0] * 4, [1.0, -1.0, 1.0], [0.0] * 3, [float("nan"), 1.0, 1.0]):
+            with pytest.raises(ValueError, match="of 3 samples: one number of 0 or more"):
+                DomainSampler(3, mesh_of((1, 1)), weights=weights)
+        loader = Loader(Numbers(4), mesh_of((1, 1)))
+        state = loader.state_dict()
+        other = DomainSampler(4, mesh_of((1, 1)), weights=[1, 2, 3, 4])
+        with pytest.raises(ValueError, match="resume: weighted was 0"):
+            Loader(Numbers(4), mesh_of((1, 1)), sampler=other).load_state_dict(state)
+
+    st.simulate(1, run)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -20,11 +18,10 @@ from ..errors import UnsupportedOpError
 from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from .chunks import Cut, chunked, heed
 from .source import Range, Source, numbers, open_array
 
 Index = Mapping[str | int, int | slice]
-# bytes touched over bytes wanted from which on a warning is due
-AMPLIFIED = 1.5
 
 
 def read(
@@ -47,7 +44,10 @@ def read(
     source = source if isinstance(source, Source) else open_array(source)
     spec = spec_of(source, mesh, placements, index, sizes)
     local = read_block(source, spec, index=index, dtype=dtype)
-    _warn(source, spec, index)
+    _, kept = _kept(source, index)
+    ranges = _ranges(source, spec, index, None)
+    cuts = {i: Cut(*kept[i], sizes) for i, sizes in spec.sizes.items()}
+    heed(source.name, source.shape, source.chunks, source.item, ranges, cuts)
     return placed(local, spec)
 
 
@@ -123,14 +123,6 @@ def aligned_sizes(
         chunk = source.chunks[at] if source.chunks else 1
         found[d] = chunked(start, stop, chunk, len(cuts))
     return found
-
-
-def chunked(start: int, stop: int, chunk: int, parts: int) -> tuple[int, ...]:
-    """Sizes of `parts` shards of the rows [start, stop) that end at multiples of `chunk`."""
-    first, last = start // chunk, -(-stop // chunk)
-    ends = [first + (last - first) * i // parts for i in range(parts + 1)]
-    rows = [min(max(e * chunk, start), stop) for e in ends]
-    return tuple(b - a for a, b in pairwise(rows))
 
 
 @dataclass(frozen=True)
@@ -223,32 +215,3 @@ def _whole(at: Any) -> int:
     if isinstance(at, bool | np.bool_) or np.ndim(at):
         raise TypeError
     return operator.index(at)
-
-
-_warned: set[str] = set()
-
-
-def _warn(source: Source, spec: Spec, index: Index | None) -> None:
-    if source.name in _warned or not source.chunks:
-        return
-    found = report(source, spec, index=index)
-    if found.amplification > AMPLIFIED:
-        _warned.add(source.name)
-        warnings.warn(
-            f"{source.name}: this rank wants {found.wanted / 1e6:.3g} MB of chunks "
-            f"{source.chunks} that have {found.touched / 1e6:.3g} MB "
-            f"({found.amplification:.1f} times as many). Cut where chunks end "
-            f"(sizes={found.aligned}, see io.aligned_sizes), or store chunks of at most "
-            f"{_better(source, spec, index)}",
-            stacklevel=3,
-        )
-
-
-def _better(source: Source, spec: Spec, index: Index | None) -> tuple[int, ...]:
-    """Chunks of which one rank's block is made of whole ones."""
-    _, kept = _kept(source, index)
-    found = [1] * len(source.shape)
-    for i, (d, _) in enumerate(kept):
-        sizes = [n for n in spec.dims[i].sizes if n] or [spec.shape[i]]
-        found[d] = int(np.gcd.reduce(sizes)) or 1
-    return tuple(found)

@@ -21,6 +21,7 @@ from ..later import dt
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor
 from .block import placed
+from .chunks import Cut, heed
 from .source import Source, open_array
 
 Number = float | Sequence[float]
@@ -166,7 +167,14 @@ class LatLon:
             # one read, from the lowest wanted level to the highest
             rows[self._named["level"]] = (min(levels), max(levels) + 1)
         dims = source.dims or ()
-        block = torch.from_numpy(source.read([rows[d] for d in dims])).float()
+        ranges = [rows[d] for d in dims]
+        block = torch.from_numpy(source.read(ranges)).float()
+        cuts = {
+            d: Cut(dims.index(self._named[dim]), (0, self.spec.shape[d]), self.spec.dims[d].sizes)
+            for d, dim in enumerate(("latitude", "longitude"), 1)
+            if self.spec.dims[d].axes
+        }
+        heed(source.name, source.shape, source.chunks, source.item, ranges, cuts)
         order = [dims.index(d) for d in self._named.values() if d in dims]
         block = block.permute(order)
         block = block[0] if self._named["time"] in dims else block

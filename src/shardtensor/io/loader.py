@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from zlib import crc32
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DistributedSampler
 
@@ -32,9 +33,10 @@ class DomainSampler(DistributedSampler[int]):
     Ranks that differ along other axes only get the same samples. data: the name of the data axis;
     a mesh without it has one domain group. Every group gets equally many: with drop_last the rest
     of an epoch is left out, else its first samples fill up the last round. Epochs are shuffled by
-    seed + epoch, the same way for any number of groups. Works with torch's DataLoader, too; being
-    torch's own kind of sampler, it is not replaced by one that deals samples to single ranks, as
-    Lightning does with others.
+    seed + epoch, the same way for any number of groups. weights: of all samples; an epoch is then
+    `length` draws by them, with replacement, drawn anew each epoch. Works with torch's DataLoader,
+    too; being torch's own kind of sampler, it is not replaced by one that deals samples to single
+    ranks, as Lightning does with others.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DomainSampler(DistributedSampler[int]):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = True,
+        weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         names = mesh.mesh_dim_names or ()
         place = mesh.get_coordinate()
@@ -57,10 +60,29 @@ class DomainSampler(DistributedSampler[int]):
         self.group = 0 if axis is None else place[axis]
         if length < 1 or (drop_last and length < self.groups):
             raise ValueError(f"{length} samples for {self.groups} groups of ranks")
+        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.double)
+        # what a resume holds the order to
+        self.weighted = 0
+        if self.weights is not None:
+            self.weighted = crc32(self.weights.numpy().tobytes())
+            good = self.weights.shape == (length,) and bool((self.weights >= 0).all())
+            if not good or not 0 < float(self.weights.sum()) < torch.inf:
+                raise ValueError(
+                    f"weights {tuple(self.weights.shape)} of {length} samples: one number of 0 or "
+                    "more for each, not all of them 0"
+                )
         samples: Any = range(length)
         super().__init__(
             samples, self.groups, self.group, shuffle=shuffle, seed=seed, drop_last=drop_last
         )
+
+    def __iter__(self) -> Iterator[int]:
+        order = super().__iter__()
+        if self.weights is None:
+            return order
+        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.multinomial(self.weights, self.length, True, generator=draw).tolist()
+        return iter([drawn[i] for i in order])
 
 
 class Loader:
@@ -133,7 +155,9 @@ class Loader:
 
     def _order(self) -> dict[str, int]:
         """What the order of samples follows from, as far as the sampler tells."""
-        known = {k: getattr(self.sampler, k, None) for k in ("length", "seed", "shuffle")}
+        known = {
+            k: getattr(self.sampler, k, None) for k in ("length", "seed", "shuffle", "weighted")
+        }
         return {k: int(v) for k, v in known.items() if v is not None}
 
     def state_dict(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .cf import PACKING, Packing, packing
+from .chunks import covered
 from .foreign import member, named, refuse_pickles, zarr_store
 
 Range = tuple[int, int]
@@ -96,11 +97,7 @@ class Source:
     def touched(self, ranges: Sequence[Range]) -> int:
         """Bytes (uncompressed) of the chunks that a block meets."""
         chunks = self.chunks or (1,) * len(self.shape)
-        rows = [
-            min(n, -(-b // c) * c) - a // c * c if a < b else 0
-            for (a, b), n, c in zip(ranges, self.shape, chunks, strict=True)
-        ]
-        return prod(rows) * self.item
+        return prod(covered(self.shape, chunks, ranges)) * self.item
 
     def dim(self, name: str | int) -> int:
         """The number of a dim. Raises ValueError for a name or number that it does not have."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .chunks import heed
 from .foreign import closed, named
 
 Window = Sequence[tuple[int, int] | slice | None]
@@ -163,6 +164,13 @@ class WellFile:
         dims = zip(ranges, field.by_dim, field.stored, strict=True)
         index += [r if varies else slice(None) for r, varies, stored in dims if stored]
         block = np.asarray(data[tuple(index)], dtype=np.float32)
+        rows = [
+            (i, i + 1) if isinstance(i, int) else i.indices(n)[:2]
+            for i, n in zip(index, data.shape, strict=False)
+        ]
+        rows += [(0, n) for n in data.shape[len(rows) :]]
+        told = f"{self._file.filename}{data.name}"
+        heed(told, data.shape, data.chunks, data.dtype.itemsize, rows, {})
         self.bytes_read += block.size * data.dtype.itemsize
         shape = [r.stop - r.start for r in ranges]
         sizes = [n if varies else 1 for n, varies in zip(shape, field.by_dim, strict=True)]

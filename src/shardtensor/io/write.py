@@ -17,7 +17,7 @@ from ..comm import wire
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
 from . import staged
-from .block import chunked
+from .chunks import chunked
 from .coords import Coordinate, consolidate
 from .source import need
 
