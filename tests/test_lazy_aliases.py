@@ -39,6 +39,15 @@ def base_written(y, w):
 
 
 @case
+def slice_written_by_operators(y, w):
+    a, b = kept(y), kept(y)
+    a *= 2
+    b += w
+    b /= 3
+    return size(y) + size(a)
+
+
+@case
 def slice_written(y, w):
     y[..., :2, :3] *= 2
     y[..., -2:, :3].mul_(w)

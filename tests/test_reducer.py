@@ -201,10 +201,19 @@ def asked(run):
     return run.grads() | dict(zip(("a", "b", "c"), grads, strict=True))
 
 
+def other_memory(run):
+    """Parameters are given other values in other memory between two uses in a graph."""
+    loss = run.loss()
+    for p in run.net.parameters():
+        p.data = p.data * 1.5
+    (loss + run.loss(1)).backward()
+    return run.grads()
+
+
 @pytest.mark.parametrize("world, data", WAYS)
 @pytest.mark.parametrize(
     "program",
-    [broken, twice, hooks, inside, inside_optimizer, accumulated, asked],
+    [other_memory, broken, twice, hooks, inside, inside_optimizer, accumulated, asked],
     ids=lambda f: f.__name__,
 )
 def test_as_one_device(program, world, data):

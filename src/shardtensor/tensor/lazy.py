@@ -217,14 +217,9 @@ def _find(values: Any, found: list[Lazy]) -> None:
 
 
 def _writes(func: Any) -> bool:
-    """Whether func writes to its first operand."""
+    """Whether func writes to its first operand; `*=` comes as mul_."""
     name = str(getattr(func, "__name__", "")).split(".")[0]
-    if name.startswith("__") and name.endswith("__"):
-        return name == "__setitem__" or (name[2] == "i" and name[2:-2] not in _NOT_IN_PLACE)
-    return name.endswith("_")
-
-
-_NOT_IN_PLACE = ("invert", "index", "int", "iter")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 @method
