@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shardtensor.plan import replay
 from shardtensor.plan.estimate import Layout, Task, estimate
+from shardtensor.plan.search import plan
 from shardtensor.ranks.measure import peak_bytes
+from shardtensor.train.options import Options
 
 
 class Schedule(nn.Module):
@@ -239,3 +242,56 @@ def test_the_tree_says_who_holds_and_who_sends():
     assert tree.children("")[0].module == "wide"
     assert any("checkpoint `wide`" in told for told in tree.advice(8))
     assert "wide" in str(tree)
+
+
+def test_what_repeats_is_run_once():
+    """The optimizer's step, of weights alike, in all layouts; alone it would be booked the same."""
+    made = []
+
+    def optimizer(weights):
+        made.append(len(weights))
+        return torch.optim.SGD(weights, momentum=0.9)
+
+    kinds = dict(dims=(2,), optimizer=optimizer, precisions=(None, "bf16"))
+    found = plan(Heavy, [(2, 3, 64, 64)], 2, **kinds)
+    assert len(found) == 4 and made == [4]
+    for e in found:
+        task = Task(Heavy, [(2, 3, 64, 64)], dims=(2,), optimizer=optimizer)
+        one = estimate(task, e.layout)
+        assert (one.memory, one.compute) == (e.memory, pytest.approx(e.compute))
+        assert one.collectives() == e.collectives()
+
+
+class Several(nn.Module):
+    """Ops whose kernels for "meta" stand in for a fake mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.Sequential(nn.BatchNorm2d(6), nn.GroupNorm(2, 6), nn.LayerNorm(16))
+        self.linear = nn.Linear(16, 16)
+        self.still = nn.BatchNorm2d(6).eval()
+
+    def forward(self, x):
+        y = self.linear(self.norms(x)).permute(0, 2, 3, 1)
+        y = self.still(F.silu(y).movedim(-1, 1)) + F.gelu(x) + F.relu(x) * torch.sigmoid(x)
+        a, b = y.reshape(len(y), 6, -1).chunk(2, 1)
+        z = torch.cat([a @ b.transpose(1, 2), a.new_zeros(len(y), 3, 1)], -1)
+        return F.pad(z.unflatten(1, (3, 1)).tanh().expand(-1, -1, 4, -1)[:, 1:], (1, 1)).double()
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_kernels_for_meta_give_what_a_fake_mode_gives(ranks, precision, monkeypatch):
+    task = Task(Several, [(2, 6, 16, 16)], dims=(2,))
+    layout = Layout(1, (2,), (ranks,), Options(precision=precision))
+    kept = []
+    for direct in (replay.Call._direct, lambda *_: None):
+        monkeypatch.setattr(replay, "_entries", {})
+        monkeypatch.setattr(replay.Call, "_direct", direct)
+        assert not estimate(task, layout).refused
+        kept.append({k: e and (e.results, e.kind, e.cost) for k, e in replay._entries.items()})
+        task.booked.clear()
+    quick, slow = kept
+    # a fake mode's results of some ops cannot be kept
+    assert {k: e for k, e in quick.items() if slow.get(k)} == {k: e for k, e in slow.items() if e}
+    assert len(quick) > 100

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..later import symbolic
@@ -48,6 +49,14 @@ def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
 def fake_mode() -> Any:
     """Inside, tensors that are made have no memory, and real ones may meet them."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Watching(TorchDispatchMode):
+    """A mode that torch.compile may look into: keeping it out takes as long as an op's look-up."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class Fakes:
@@ -85,6 +94,19 @@ class Fakes:
             torch._C._set_throw_on_mutable_data_ptr(found)
         vars(found).update(facts)
         return found
+
+    @staticmethod
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        """The same form and memory on the device "meta", which kernels know without a mode."""
+        with torch._C._DisableTorchDispatch():
+            found = torch.empty(0, dtype=x.dtype, device="meta")
+            return found.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    @staticmethod
+    def asked(func: Any, args: Any, kwargs: Any) -> Any:
+        """What an op gives of tensors on "meta", nobody looking on."""
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **kwargs)
 
 
 # reads a fake tensor's device

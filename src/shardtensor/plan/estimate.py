@@ -37,8 +37,9 @@ from ..train.parallelize import adapt, parallelize
 from .build import build
 from .course import Course, course
 from .known import Known
-from .ledger import Ledger, local
+from .ledger import Ledger
 from .tree import GRADIENTS, Part, Places, Tree, parts
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Task:
     loss: Callable[[Any], Tensor] | None = None
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW
     values: Sequence[Tensor | None] = field(default=(), init=False)
+    # of the optimizer on weights alike: what its step books
+    booked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         values = tuple(s.detach() if isinstance(s, Tensor) else None for s in self.shapes)
@@ -326,16 +329,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
     if not task.train:
         return lambda: _infer(model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = task.optimizer(trained)
-    # a first step, so that it has its state
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-        ledger.known.forget(local(p.grad))
-    with ledger.known.kept(map(local, trained)):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    states = (v for s in optimizer.state.values() for v in s.values())
-    ledger.mark("optimizer", (v for v in states if isinstance(v, Tensor)))
+    update = Update(task.optimizer, trained, ledger, task.booked)
 
     def step() -> None:
         ledger.phase("forward")
@@ -345,8 +339,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
         del loss
         ledger.mark("gradients", (p.grad for p in model.parameters()))
         ledger.phase("optimizer")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
 
     return step
 

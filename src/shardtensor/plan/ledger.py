@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _torch
 from .._torch import probe
@@ -30,7 +29,7 @@ KINDS = (
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(probe.Watching):
     """Books every tensor that is made and released, and the work of every op.
 
     Fake tensors only; collectives run as on a rank of a silent world, so that they are counted and
@@ -58,7 +57,7 @@ class Ledger(TorchDispatchMode):
         self._sending = 0
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
-        self._next = 0
+        self.next = 0
 
     def __torch_dispatch__(
         self,
@@ -131,14 +130,32 @@ class Ledger(TorchDispatchMode):
         at = storage._cdata
         if at in self._numbers:
             return False
-        number, nbytes = self._next, storage.nbytes()
-        self._next += 1
-        self._numbers[at], self.kinds[number] = number, kind
-        self._move(number, nbytes)
-        self.owners[number] = self.places.here()
+        nbytes = storage.nbytes()
+        number = self._numbers[at] = self.enter(nbytes, kind)
         # it is called when the memory is released
         self._ends[number] = weakref.ref(storage, lambda _: self._released(at, number, nbytes))
         return True
+
+    def enter(self, nbytes: int, kind: str) -> int:
+        """Book memory that no tensor has; returns its number."""
+        number, self.next = self.next, self.next + 1
+        self.kinds[number], self.owners[number] = kind, self.places.here()
+        self._move(number, nbytes)
+        return number
+
+    def repeat(self, moves: Sequence[tuple[int, int, int]], work: Sequence[Any]) -> None:
+        """Book what was found elsewhere: ops, and (number from 0 on, signed bytes, ops before)."""
+        numbers: dict[int, int] = {}
+        done = 0
+        for number, nbytes, ops in moves:
+            self.work += work[done:ops]
+            done = max(done, ops)
+            if number in numbers:
+                self._move(numbers[number], nbytes)
+            else:
+                numbers[number] = self.enter(nbytes, "activations")
+        self.work += work[done:]
+        self.workers += [self.places.here()] * len(work)
 
     def _released(self, at: int, number: int, nbytes: int) -> None:
         del self._ends[number]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -73,6 +75,33 @@ def ranked(
     names: Sequence[str] = (),
 ) -> list[Estimate]:
     """As `plan`."""
+    with _quick_collector():
+        found = _tried(task, devices, device, network, precisions, thorough, names)
+    return sorted(found, key=lambda e: _place(e, device))
+
+
+@contextmanager
+def _quick_collector() -> Iterator[None]:
+    """Inside, the garbage collector looks at what is made there only."""
+    frozen = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
+
+
+def _tried(
+    task: Task,
+    devices: int,
+    device: Device,
+    network: Network,
+    precisions: Sequence[str | None],
+    thorough: bool,
+    names: Sequence[str],
+) -> list[Estimate]:
     found: list[Estimate] = []
     blocks = bool(names) or has_blocks(task)
     for base, precision in product(layouts(task, devices), precisions):
@@ -83,7 +112,7 @@ def ranked(
             found.append(one)
             if one.refused or (one.fits(device) and not thorough):
                 break
-    return sorted(found, key=lambda e: _place(e, device))
+    return found
 
 
 def layouts(task: Task, devices: int) -> Iterator[Layout]:
