@@ -202,11 +202,11 @@ def asked(run):
 
 
 def other_memory(run):
-    """Parameters are given other values in other memory between two uses in a graph."""
-    loss = run.loss()
+    """Parameters are given other values in other memory after a graph that is dropped."""
+    run.loss()
     for p in run.net.parameters():
         p.data = p.data * 1.5
-    (loss + run.loss(1)).backward()
+    run.loss(1).backward()
     return run.grads()
 
 
