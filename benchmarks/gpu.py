@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_models import MODELS
-from launches import PRETENDED, inferred, part, rank_of, trained, vit127, without_cudnn
+from launches import PRETENDED, as_pretended, inferred, part, rank_of, trained, vit127
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--part", choices=list(OWN), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if PRETENDED:
-        without_cudnn()
+        as_pretended()
     if options.part:
         warnings.simplefilter("ignore")
         rows = OWN[options.part]()

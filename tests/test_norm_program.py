@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import Counted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
-from torch.utils import _pytree as pytree
 
 import shardtensor as st
 from shardtensor import cache
@@ -17,7 +17,6 @@ from shardtensor import testing as T
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, wire
-from shardtensor.comm.define import Looking
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.rules import moments, normalise, numbers
 from shardtensor.spec import Spec
@@ -25,28 +24,6 @@ from shardtensor.tensor import wrap
 
 D = torch.float64
 ROWS = 4
-
-
-class Counted(Looking):
-    """Kernels of torch, inside collectives too, and the bytes of memory that they give."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernels = self.bytes = 0
-
-    def op(self, func, args, kwargs):
-        out = func(*args, **kwargs)
-        had = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-        made = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in had]
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and "empty" not in name and (made or func._schema.is_mutable):
-            self.kernels += 1
-            self.bytes += sum(x.numel() * x.element_size() for x in made)
-        return out
-
-
-def tensors(tree):
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def counted(make, shape, ranks):

@@ -14,7 +14,7 @@ dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, nan
 
 import torch
 from torch import Tensor
@@ -114,8 +114,9 @@ def backward(
 
 def settled(sums: Tensor) -> Tensor:
     """sums for `backward`, with their log (3, B, H, L): a row without keys has weights of zero."""
-    top, total = sums
-    top, total = top.masked_fill(top == -inf, inf), total.masked_fill(total == 0, 1.0)
+    top = torch.nan_to_num(sums[0], nan=nan, posinf=inf, neginf=inf)
+    # of what was seen it is 1 at least
+    total = sums[1].clamp_min(1.0)
     return torch.stack((top, total, top + total.log()))
 
 
@@ -170,8 +171,8 @@ class Merge:
         self.dtype = wide(q.dtype)
         self.found: tuple[Tensor, Tensor] | None = None
 
-    def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor) -> None:
-        """Take in what the queries `rows` see in one more block."""
+    def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor, *, last: bool = False) -> None:
+        """Take in what the queries `rows` see in one more block; last: no other is to come."""
         if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
             self.found = out.to(self.dtype), sums.to(self.dtype)
             return
@@ -180,8 +181,16 @@ class Merge:
         all_out, every = self.found
         have_out, have = all_out[:, :, rows[0] : rows[1]], every[..., rows[0] : rows[1]]
         if have.ndim == sums.ndim == 3:
+            # few kernels that each read what they get in its own dtype
+            weight = torch.sub(sums, have).sigmoid_().unsqueeze(-1)
+            if last and have.shape == every.shape:
+                self.found = self._ended(all_out, every, out, sums, weight)
+                return
             torch.logaddexp(have, sums, out=have)
-            have_out.lerp_(out.to(self.dtype), (sums - have).exp_().unsqueeze(-1))
+            if out.dtype == self.dtype:
+                have_out.lerp_(out, weight)
+            else:
+                have_out.addcmul_(weight, out - have_out)
             return
         if every.ndim == 3:
             self.found = all_out, _paired(every)
@@ -196,8 +205,18 @@ class Merge:
         have[0].copy_(top)
         have[1].copy_(total)
 
+    def _ended(
+        self, have_out: Tensor, have: Tensor, out: Tensor, sums: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The last merge: out in the dtype of the queries, sums as two numbers."""
+        both = have.new_ones((2, *have.shape))
+        torch.logaddexp(have, sums, out=both[0])
+        if out.dtype == self.dtype:
+            return have_out.lerp_(out, weight), both
+        return torch.addcmul(have_out, weight, out - have_out, out=torch.empty_like(out)), both
+
     def result(self) -> tuple[Tensor, Tensor]:
-        """(out, sums); zeros and -inf where no key was seen."""
+        """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""
         out, sums = self._nothing(lone=False) if self.found is None else self.found
         return out, _paired(sums)
 
@@ -219,7 +238,11 @@ def log_of(sums: Tensor) -> Tensor:
 
 def _paired(sums: Tensor) -> Tensor:
     """sums as two numbers."""
-    return sums if sums.ndim == 4 else torch.stack((sums, (sums > -inf).to(sums.dtype)))
+    if sums.ndim == 4:
+        return sums
+    both = sums.new_ones((2, *sums.shape))
+    both[0].copy_(sums)
+    return both
 
 
 def relative(sums: Tensor, top: Tensor) -> Tensor:

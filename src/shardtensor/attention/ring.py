@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import _torch
 from ..comm import groups, wire
 from ..comm.define import define, run
+from ..comm.pack import joined
 from ..errors import UnsupportedOpError
 from .blocks import Merge, backward, dead_rows, forward, relative, settled, wide
 from .call import INTEGERS, Call, Seen, Span
@@ -98,17 +99,18 @@ def _attention(
     """(out, sums) of this rank's queries over all keys, which come around."""
     call, merged = Call.of(*rest[:-1]), rest[-1]
     steps = call.laid.steps
-    total = Merge(q, v)
+    total, alone = Merge(q, v), groups.size(merged) == 1
     dead = dead_rows(mask, q.dtype)
     held = [k, v]
     for step in range(steps + 1):
         arriving = _pass(call, step, held) if step < steps else None
-        for seen in call.seen(q, call.held(call.me, step)):
+        every = call.seen(q, call.held(call.me, step))
+        for i, seen in enumerate(every):
             found = forward(
                 _cut(q, seen.rows), _cut(held[0], seen.keys), _cut(held[1], seen.keys),
                 _part(mask, seen), seen.rule, _hidden(dead, seen.rows),
             )  # fmt: skip
-            total.add(seen.rows, *found)
+            total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
         held = arriving()[0] if arriving else held
     out, sums = _over_ranks(*total.result(), merged)
     return out.to(q.dtype), sums
@@ -172,18 +174,37 @@ def _attention_backward(
         if step:
             grads = [x.to(k.dtype) for x in own]
         else:
-            home = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in own]
+            home = _home(own, dtype)
         if arriving:
             held, came = arriving()
-            _add(home, came)
+            _add(home, _both(came))
     if steps:
-        _add(home, _pass(call, steps + 1, held, grads)()[1])
+        _add(home, _both(_pass(call, steps + 1, held, grads)()[1]))
+    dk, dv = home[0] if len(home) == 1 else home
     return (
         dq.to(q.dtype),
-        home[0].to(k.dtype),
-        home[1].to(v.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
         q.new_empty([0]) if dmask is None or mask is None else dmask.to(mask.dtype),
     )
+
+
+def _home(own: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Sums for keys and values, heads beside each other; one tensor of both if they are alike."""
+    if own[0].shape != own[1].shape:
+        return [_beside(x, dtype).copy_(x) for x in own]
+    b, heads, rows, width = own[0].shape
+    both = own[0].new_empty((2, b, rows, heads, width), dtype=dtype).transpose(2, 3)
+    for to, x in zip(both, own, strict=True):
+        to.copy_(x)
+    return [both]
+
+
+def _both(came: list[Tensor]) -> list[Tensor]:
+    """What came for keys and values as one tensor if they are alike, as `_home` has it."""
+    if not came or came[0].shape != came[1].shape:
+        return came
+    return [joined(came, came[0]).view(2, *came[0].shape)]
 
 
 def _add(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:

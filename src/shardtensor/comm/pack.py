@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from .. import _torch
 from ..cache import cached
 from ..cuts import Cut
 
@@ -21,6 +23,11 @@ def numel_but(shape: Sequence[int], *dims: int) -> int:
         if d not in dims:
             n *= size
     return n
+
+
+def leads(shape: Sequence[int], dim: int) -> bool:
+    """Whether the dims before this one have one element: its rows lie one after the other."""
+    return all(n == 1 for n in shape[:dim])
 
 
 @cached
@@ -48,9 +55,9 @@ def _each(x: Tensor, dim: int, sizes: Cut, but: int) -> Iterator[tuple[Tensor, i
 def packed(x: Tensor, dim: int, sizes: Cut, but: int) -> Tensor:
     """The shards along dim one after the other, without shard `but` (-1: all): one vector."""
     rest, left = numel_but(x.shape, dim), sizes[but] if but >= 0 else 0
-    if dim == 0 and but in (-1, 0, len(sizes) - 1):
+    if leads(x.shape, dim) and but in (-1, 0, len(sizes) - 1):
         # they lie so
-        return x.narrow(0, left if but == 0 else 0, x.shape[0] - left).reshape(-1)
+        return x.narrow(dim, left if but == 0 else 0, x.shape[dim] - left).reshape(-1)
     out = x.new_empty(rest * (x.shape[dim] - left))
     for rows, _, count, size, before in _each(x, dim, sizes, but):
         into = out[rest * before : rest * (before + count * size)]
@@ -71,6 +78,34 @@ def unpacked(flat: Tensor, out: Tensor, dim: int, sizes: Cut, but: int = -1) -> 
             part = flat[rest * before : rest * (before + count * size)]
         rows.copy_(part.view(rows.shape))
     return out
+
+
+def joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    """The elements of tensors one after the other: as they lie, else copied at once."""
+    if len(parts) < 2:
+        return parts[0].reshape(-1) if parts else like.new_empty(0)
+    first = parts[0]
+    if not (_torch.is_tracing() or _torch.transforming()) and _adjacent(parts):
+        return first.as_strided((sum([x.numel() for x in parts]),), (1,))
+    if all(x.ndim and x.shape[1:] == first.shape[1:] for x in parts):
+        # one kernel, whatever their strides
+        return torch.cat(parts).reshape(-1)
+    return torch.cat([x.reshape(-1) for x in parts])
+
+
+def _adjacent(parts: list[Tensor]) -> bool:
+    """Whether each tensor begins where the one before it ends, as what came in one message does."""
+    if any(type(x) is not Tensor for x in parts):
+        # fake ones lie nowhere
+        return False
+    memory, at = parts[0].untyped_storage().data_ptr(), parts[0].data_ptr()
+    for x in parts:
+        if x.data_ptr() != at or not x.is_contiguous() or x.is_conj() or x.is_neg():
+            return False
+        at += x.numel() * x.element_size()
+        if x.untyped_storage().data_ptr() != memory:
+            return False
+    return True
 
 
 @cached

@@ -19,6 +19,7 @@ from .. import _torch
 from . import groups, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
+from .pack import joined
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
@@ -87,8 +88,7 @@ def start_exchange(
         gives[r] = item * sum(map(torch.Tensor.numel, sends[r]))
     for r in sorted(shapes):
         gets[r] = item * sum(map(prod, shapes[r]))
-    flat = [c.reshape(-1) for r in gives for c in sends[r]]
-    send = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
+    send = joined([c for r in gives for c in sends[r]], like)
     received = like.new_empty(sum(gets.values()) // item)
     given = list(gives.values())
     if not facts and looked_at():
@@ -145,7 +145,7 @@ def start_all_to_all(
         if not whole:
             works = _post(received, send, to_some, of_some, group, label, True, False)
         elif groups.silent(group):
-            received.zero_()
+            transport.nothing_arrives(received)
         else:
             works = transport.all_to_all(received, send, gets, gives, group, label)
     return lambda: _end(works, entry, group, label)
@@ -169,8 +169,7 @@ def _post(
 ) -> list[Any]:
     """Start what brings bytes from and to these ranks; on every rank of the group."""
     if groups.silent(group):
-        # nothing arrives, and what lies in memory may be slow to compute with
-        received.zero_()
+        transport.nothing_arrives(received)
         return []
     n, to = groups.size(group), groups.resolve(group)
     together = not few or n <= FEW or simulated_rank() is not None

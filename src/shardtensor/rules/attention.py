@@ -31,8 +31,8 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import generator_for, matching
-from ..tensor.redistribute import fit, like, reduced, to_dims
-from .attention_plan import NAME, Dims, Plan, cut_alike, dims_of, plan, spans
+from ..tensor.redistribute import convert, fit, like, reduced, to_dims
+from .attention_plan import NAME, Plan, dealt, dims_of, heads_last, plan, spans
 from .attention_way import RING, dealt_along, way
 from .empty import stock
 from .labels import Known, known
@@ -132,34 +132,42 @@ def _by_heads(
     p: Plan, operands: tuple[Tensor, ...], axis: int, options: dict[str, Any]
 ) -> ShardTensor:
     """Tokens of all ranks along the axis and heads of this one, then back."""
-    mesh, n = p.spec.mesh, p.spec.mesh.size(axis)
-
-    def dims(x: Tensor, tokens: Dim) -> Dims:
-        own = dims_of(known(x))
-        outer = Dim(tokens.size, tokens.axes[:-1], _merged_sizes(tokens, n))
-        heads = Dim.chunked(own[-3].size, (axis,), mesh)
-        lead = cut_alike(own[:-3], p.spec.dims[:-3])
-        return (*lead, heads, outer if outer.axes else tokens.whole, Dim(own[-1].size))
-
-    tokens = (p.spec.dims[-2], p.keys, p.keys)
-    wanted = [dims(x, t) for x, t in zip(operands, tokens, strict=True)]
-    if len({x.shape for x in operands}) == 1 and len(set(tokens)) == 1:
+    given = [like(x, Spec(p.spec.mesh, w)) for x, w in zip(operands, p.wanted[:3], strict=True)]
+    deals = [dealt(x._spec, axis) for x in given]
+    # tokens first: what comes from the ranks is then in order
+    first = [_autocast(x._local).movedim(-2, 0) for x in given]
+    if len({x._spec for x in given}) == 1:
         # one message instead of three
-        given = [like(x, Spec(mesh, w)) for x, w in zip(operands, p.wanted[:3], strict=True)]
-        together = torch.stack([_autocast(x) for x in given])
-        assert isinstance(together, ShardTensor)
-        moved = to_dims(together, [Dim(3), *wanted[0]]).unbind(0)
+        moved = convert(_stacked(first), *deals[0].together).unbind(-3)
     else:
-        moved = tuple(like(x, Spec(mesh, w)) for x, w in zip(operands, wanted, strict=True))
+        moved = tuple(convert(x, *deal.alone) for x, deal in zip(first, deals, strict=True))
+    shares = [wrap(x.movedim(0, -2), deal.spec) for x, deal in zip(moved, deals, strict=True)]
     # heads now have the axis; tokens may have others still
     with strategy("auto"):
-        out = scaled_dot_product_attention(*moved, **options)  # type: ignore[arg-type]
-    return to_dims(out, p.spec.dims)
+        out = scaled_dot_product_attention(*shares, **options)  # type: ignore[arg-type]
+    # heads beside each other in memory, as kernels give them
+    old, new = heads_last(out._spec), heads_last(p.spec)
+    return wrap(convert(out._local.transpose(-3, -2), old, new).transpose(-3, -2), p.spec)
 
 
-def _merged_sizes(tokens: Dim, n: int) -> tuple[int, ...]:
-    """Sizes of a nested dim without its innermost axis."""
-    return tuple(sum(tokens.sizes[i : i + n]) for i in range(0, len(tokens.sizes), n))
+def _stacked(xs: list[Tensor]) -> Tensor:
+    """The tensors along a new dim before the last two: a view if they are parts of one that has it.
+
+    So lie queries, keys and values that one linear layer gives; autograd does not follow the view.
+    """
+    x = xs[0]
+    first, step = x.storage_offset(), xs[1].storage_offset() - x.storage_offset()
+    followed = torch.is_grad_enabled() and any(y.requires_grad for y in xs)
+    nowhere = any(type(y) is not Tensor for y in xs)
+    if step < 0 or followed or nowhere or _torch.transforming() or _torch.is_tracing():
+        return torch.stack(xs, -3)
+    memory, strides = x.untyped_storage().data_ptr(), x.stride()
+    for i, y in enumerate(xs):
+        lies = y.stride(), y.storage_offset()
+        if lies != (strides, first + i * step) or y.untyped_storage().data_ptr() != memory:
+            return torch.stack(xs, -3)
+    shape = (*x.shape[:-2], len(xs), *x.shape[-2:])
+    return x.as_strided(shape, (*strides[:-2], step, *strides[-2:]))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -140,3 +140,40 @@ def spans(p: Plan) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], 
         edges = dim.edges if dim.axes else np.array([0, dim.size])
         found.append(Kept(zip(edges[i].tolist(), (edges[i + 1] - edges[i]).tolist(), strict=True)))
     return found[0], found[1]
+
+
+class Deal(NamedTuple):
+    """Heads for tokens, shared out among the ranks of the tokens' last mesh axis.
+
+    spec: of the operand then. alone, together: from where and to where it goes with its tokens as
+    the first dim, by itself or as one of three along a new dim before the last two.
+    """
+
+    spec: Spec
+    alone: tuple[Spec, Spec]
+    together: tuple[Spec, Spec]
+
+
+@cached
+def dealt(x: Spec, axis: int) -> Deal:
+    """How an operand (..., heads, tokens, width) goes whose tokens have this axis last."""
+    *lead, heads, tokens, width = x.dims
+    n = x.mesh.size(axis)
+    sizes = tuple([sum(tokens.sizes[i : i + n]) for i in range(0, len(tokens.sizes), n)])
+    outer = Dim(tokens.size, tokens.axes[:-1], sizes) if tokens.axes[:-1] else tokens.whole
+    share = Dim.chunked(heads.size, (axis,), x.mesh)
+    spec = x.with_dims((*lead, share, outer, width))
+    alone, together = [
+        tuple(
+            [Spec(x.mesh, (t, *lead, *new, h, width)) for t, h in ((tokens, heads), (outer, share))]
+        )
+        for new in ((), (Dim(3),))
+    ]
+    return Deal(spec, alone, together)  # type: ignore[arg-type]
+
+
+@cached
+def heads_last(x: Spec) -> Spec:
+    """The spec of (..., tokens, heads, width)."""
+    *lead, heads, tokens, width = x.dims
+    return x.with_dims((*lead, tokens, heads, width))
