@@ -65,7 +65,7 @@ def test_a_summed_label_costs_one_all_reduce():
             _weighted(a, w, b)
         return t.messages, t.bytes
 
-    assert st.simulate(2, run)[0] == (1, 2 * 5 * 8)
+    assert st.simulate(2, run, transport="plain")[0] == (1, 2 * 5 * 8)
 
 
 @pytest.mark.parametrize(
