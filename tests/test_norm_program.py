@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, wire
 from shardtensor.ranks.testing import make_mesh
-from shardtensor.rules import moments, normalise, numbers
+from shardtensor.rules import moments, normalise, numbers, part_moments
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -189,7 +190,7 @@ def test_numbers_of_other_devices(norm, most, monkeypatch):
     """Which stay in tensors there."""
     torch.manual_seed(0)
     x = torch.randn(2, 6, 7, 5, dtype=D) + 3
-    monkeypatch.setattr(numbers, "_on_host", lambda x: False)
+    monkeypatch.setattr(numbers, "on_host", lambda x: False)
     monkeypatch.setattr(normalise, "GATHERED", most)
     for cut in ((4, 0, 3), (5, 2)):
         T.hold(Affine(norm), [x], [T.shard(2, cut)], (len(cut),))
@@ -280,3 +281,43 @@ def test_a_weight_along_the_cut_dim_on_fake_tensors():
             x = wrap(torch.randn(spec.local_shape), spec)
             norm(x).square().sum().backward()
             assert norm.weight.grad.shape == norm.bias.grad.shape == (6,)
+
+
+PER_CHANNEL = [norm for norm in EACH if not hasattr(norm, "normalized_shape")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 130, 129), (1, 2, 64, 512), (3, 4, 7, 50, 9)])
+@pytest.mark.parametrize("mean, quick", [(0.0, True), (2.0, True), (30.0, False), (1e4, False)])
+def test_statistics_of_a_part_have_the_digits_of_its_elements(shape, mean, quick, dtype):
+    """As sums of squares where these have them, else as torch's kernel gives them."""
+    x = (torch.randn(shape, dtype=D, generator=torch.manual_seed(0)) + mean).to(dtype)
+    assert (part_moments._of_pieces(x) is not None) == quick
+    found = part_moments.moments_of(x)
+    dims = (0, *range(2, x.ndim))
+    wide = x.numpy().astype(np.longdouble)
+    eps = torch.finfo(dtype).eps
+    assert abs(found[0] - wide.mean(dims)).max() <= 4 * eps * max(1.0, mean)
+    # torch's own rounds its means
+    most = 8 * (1 + mean**2) if quick else 8 if dtype is torch.float32 else 1e5
+    assert abs(found[1] / wide.var(dims) - 1).max() <= most * eps
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e18, float("nan")])
+def test_statistics_of_a_part_of_one_value(value):
+    """The variance is none, or as torch's kernel has it; never below zero."""
+    x = torch.full((2, 3, 64, 256), value)
+    mean, var = part_moments.moments_of(x)
+    want = torch.batch_norm_update_stats(x, None, None, 0.0)
+    torch.testing.assert_close(torch.from_numpy(mean).float(), want[0], equal_nan=True)
+    torch.testing.assert_close(torch.from_numpy(var).float(), want[1], equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", PER_CHANNEL, ids=str)
+def test_norms_of_pieces(norm, monkeypatch):
+    """Parts that are added up in pieces, beside one that is too small for it and an empty one."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(part_moments, "WORTH", 2 * 6 * 3 * 32)
+    x = torch.randn(2, 6, 9, 32, dtype=D) + 0.5
+    for cut in ((4, 0, 5), (8, 1)):
+        T.hold(Affine(norm), [x], [T.shard(2, cut)], (len(cut),))

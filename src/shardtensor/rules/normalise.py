@@ -37,6 +37,7 @@ from .numbers import (
     tensor_of,
     tensors,
 )
+from .part_moments import moments_of
 
 # gradients of weight and bias
 Weights = tuple[Tensor | None, ...]
@@ -179,7 +180,7 @@ def scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
     """Mean and variance over all ranks, of each statistic, in float64."""
-    mean, var = _of_part(rows)
+    mean, var = moments_of(rows)
     n = rows.numel() // max(1, rows.shape[1])
     if not way.centred:
         part = n * (var + mean * mean)
@@ -211,29 +212,6 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         return whole, summed(rows, [share * (var + (mean - whole) ** 2)], way.group)[0]
     whole, square = summed(rows, [share * mean, share * (var + mean**2)], way.group, wide=True)
     return whole, (square - whole**2).clip(0.0)
-
-
-def _of_part(rows: Tensor) -> tuple[Numbers, Numbers]:
-    """Mean and variance of this rank's part of each row; zeros where it is empty."""
-    n = rows.shape[1]
-    if not rows.numel():
-        nothing = numbers_of(rows.new_zeros(2, n, dtype=accumulated(rows.dtype)))
-        return nothing[0], nothing[1]
-    # given in the dtype of running statistics, which are not used
-    half = rows.dtype.itemsize == 2 and rows.device.type == "cpu"
-    unused = rows.new_empty(n, dtype=torch.float32) if half else None
-    found = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
-    mean, var = fresh(found[0]), fresh(found[1])
-    if far(rows, mean, (var + 1e-30) ** -0.5):
-        # by its rounding alone means of parts would differ, which adds to the variance
-        center, one = tensors(rows, n, mean, 1.0)
-        _, rest, _ = torch.ops.aten.native_batch_norm_backward(
-            one[:1].expand(rows.shape), rows, None, None, None, center, one, True, 0.0,
-            [False, True, False],
-        )  # fmt: skip
-        rest = fresh(rest) * (n / rows.numel())
-        mean, var = mean + rest, (var - rest**2).clip(0.0)
-    return mean, var
 
 
 def _sums(

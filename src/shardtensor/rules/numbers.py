@@ -28,7 +28,8 @@ Blocks = tuple[tuple[tuple[int, int], ...], ...]
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def _on_host(x: Tensor) -> bool:
+def on_host(x: Tensor) -> bool:
+    """Whether numpy can read its memory."""
     # fake tensors have no numbers
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
@@ -49,14 +50,14 @@ class _Lent:
 def numbers_of(x: Tensor) -> Numbers:
     """The values of a tensor."""
     x = x.detach()
-    if not _on_host(x):
+    if not on_host(x):
         return x.double()
     return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
 
 
 def fresh(x: Tensor) -> Numbers:
     """`numbers_of` a tensor that a kernel has just made, which nobody else has."""
-    return x.numpy().astype(np.float64) if _on_host(x) and x.dtype in _DTYPES else numbers_of(x)
+    return x.numpy().astype(np.float64) if on_host(x) and x.dtype in _DTYPES else numbers_of(x)
 
 
 def rounded(values: Numbers, like: Tensor) -> Numbers:
@@ -77,7 +78,7 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
 
 def move(x: Tensor, values: Numbers, by: float) -> None:
     """Bring x, which has no gradient, a part of the way to values."""
-    if isinstance(values, Tensor) or x.dtype not in _DTYPES or not _on_host(x):
+    if isinstance(values, Tensor) or x.dtype not in _DTYPES or not on_host(x):
         x.lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
     into: Any = np.from_dlpack(x.detach())
@@ -99,7 +100,7 @@ def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: fl
 def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
-    if _on_host(like):
+    if on_host(like):
         out = torch.empty((len(values), n), dtype=dtype)
         rows = out.numpy()
         for i, value in enumerate(values):
@@ -151,7 +152,7 @@ def summed_beside(
         # between zeros, whose sum is all of it
         mine = slices(blocks[groups.rank(group)])
         for i, whole in enumerate(wholes):
-            full = np.zeros(shape) if _on_host(whole) else torch.zeros_like(whole)
+            full = np.zeros(shape) if on_host(whole) else torch.zeros_like(whole)
             full[mine] = parts[i].reshape(own[i].shape)
             parts[i] = full.reshape(-1)
         flat = _message(like, [*values, *parts], dtype)
@@ -191,14 +192,14 @@ def slices(block: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
 
 def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
     shape = [b - a for a, b in block]
-    if _on_host(whole):
+    if on_host(whole):
         whole.numpy()[slices(block)] = flat.numpy().reshape(shape)
     else:
         whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
 
 def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
-    if not _on_host(like):
+    if not on_host(like):
         return torch.cat(list(values)).to(dtype)
     flat = torch.empty(sum(map(len, values)), dtype=dtype)
     np.concatenate(values, out=flat.numpy(), casting="same_kind")
@@ -206,14 +207,14 @@ def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Ten
 
 
 def _joined(found: Sequence[Tensor]) -> Numbers:
-    if _on_host(found[0]):
+    if on_host(found[0]):
         return np.concatenate([f.numpy() for f in found], dtype=np.float64)
     return torch.cat(list(found)).double()
 
 
 def _added(found: Sequence[Tensor]) -> Numbers:
     """Their sum, in the order of the ranks, so that all get the same bits."""
-    if not _on_host(found[0]):
+    if not on_host(found[0]):
         return torch.stack(list(found)).double().sum(0) if len(found) > 1 else found[0].double()
     total = found[0].numpy().astype(np.float64)
     for f in found[1:]:
@@ -228,7 +229,7 @@ def _constant(values: tuple[int, ...], device: str) -> Tensor:
 
 def constant(values: tuple[int, ...], like: Tensor) -> Numbers:
     """Numbers that all ranks know."""
-    if _on_host(like):
+    if on_host(like):
         return np.array(values, dtype=np.float64)
     if type(like) is not Tensor:
         # fake: it has a shape only
