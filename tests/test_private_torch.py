@@ -115,6 +115,11 @@ USED = {
     torch._functorch.vmap._remove_batch_dim
     torch._neg_view
     torch.autograd.forward_ad._current_level
+    torch.nn.attention.flex_attention._LARGE_SPARSE_BLOCK_SIZE
+    torch.nn.attention.flex_attention._ModificationType.SCORE_MOD
+    torch.nn.attention.flex_attention._apply_kernel_options
+    torch.nn.attention.flex_attention._get_mod_type
+    torch.nn.attention.flex_attention._identity
     """,
 }
 # used beside the package for private APIs: ops of the dispatcher, and what is read in every call

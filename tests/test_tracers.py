@@ -10,10 +10,6 @@ import shardtensor as st
 from shardtensor.ranks.testing import make_mesh
 
 CALLS = {
-    "flex_attention": lambda x: flex_attention(*[x.reshape(1, 1, 8, 4)] * 3),
-    "flex_attention with score_mod": lambda x: flex_attention(
-        *[x.reshape(1, 1, 8, 4)] * 3, score_mod=lambda s, b, h, q, k: s + q - k
-    ),
     "cond": lambda x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,)),
     "cond, plain predicate": lambda x: torch.cond(True, lambda y: y + 1, lambda y: y - 1, (x,)),
     "nested_tensor": lambda x: torch.nested.nested_tensor([x, x]),

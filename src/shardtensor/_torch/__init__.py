@@ -4,6 +4,7 @@ Here is what many modules use; `probe`, `dtensor`, `script`, `modules` and `kern
 name.
 """
 
+from . import flex
 from .attention import AttentionKernel, attention_kernel
 from .autograd import (
     apply,
@@ -67,6 +68,7 @@ from .transforms import (
     dual_level,
     followed,
     functorch_level,
+    is_batched,
     lift_transforms,
     shared_dual_level,
     transforming,
@@ -90,6 +92,7 @@ __all__ = [
     "differentiated",
     "dual_level",
     "first_hook",
+    "flex",
     "followed",
     "functorch_level",
     "graph_task",
@@ -101,6 +104,7 @@ __all__ = [
     "install_engine_hook",
     "install_function_hook",
     "install_gradcheck_hook",
+    "is_batched",
     "is_composite",
     "is_mutable",
     "is_pointwise",

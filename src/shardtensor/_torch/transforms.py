@@ -44,6 +44,11 @@ def followed(x: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of a torch.func transform's."""
+    return bool(_functorch.is_functorch_wrapped_tensor(x))
+
+
 def lift_transforms(
     is_ours: Callable[[Any], bool],
     inside: Callable[[Any, Callable[[Any], Any]], Any],

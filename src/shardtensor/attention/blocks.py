@@ -13,6 +13,7 @@ dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, nan
 
@@ -279,7 +280,7 @@ def _chunks(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
     return [(a, min(a + rows, q.shape[2])) for a in range(0, q.shape[2], rows)]
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
+def grouped(x: Tensor, groups: int) -> Tensor:
     """(B, H, L, E) as (B, G, H/G * L, E): query heads that share a key head in one product."""
     return x.reshape(x.shape[0], groups, -1, x.shape[-1])
 
@@ -288,10 +289,10 @@ def _cut(mask: Tensor | None, a: int, b: int) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., a:b, :]
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule, first: int) -> Tensor:
+def scores(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule, first: int) -> Tensor:
     """The scores (B, H, L, S) of a chunk of queries that starts at row `first` of its block."""
     groups, keys = k.shape[1:3]
-    s = (_grouped(q * rule.scale, groups) @ k.mT).view(*q.shape[:3], keys)
+    s = (grouped(q * rule.scale, groups) @ k.mT).view(*q.shape[:3], keys)
     if mask is not None:
         s = s.masked_fill_(~mask, -inf) if mask.dtype is torch.bool else s.add_(mask)
     if rule.triangle:
@@ -326,16 +327,24 @@ def _plain_forward(
     with torch.autocast(q.device.type, enabled=False):
         k, v = k.to(dtype), v.to(dtype)
         for a, b in _chunks(q, k):
-            s = _scores(q[:, :, a:b].to(dtype), k, _cut(mask, a, b), rule, a)
-            top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -inf)
-            p = _powers(s, top.masked_fill(top == -inf, inf))
-            total = p.sum(-1)
-            keep = _kept(p, rule, generator)
-            p = p if keep is None else p.mul_(keep)
-            found = (_grouped(p, k.shape[1]) @ v).view(*p.shape[:3], v.shape[-1])
-            outs.append(found.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1)))
-            sums.append(torch.stack((top, total)))
+            s = scores(q[:, :, a:b].to(dtype), k, _cut(mask, a, b), rule, a)
+            found = weighed(s, v, lambda p: _kept(p, rule, generator))
+            outs.append(found[0])
+            sums.append(found[1])
     return torch.cat(outs, 2), torch.cat(sums, 3)
+
+
+def weighed(
+    s: Tensor, v: Tensor, factors: Callable[[Tensor], Tensor | None] = lambda p: None
+) -> tuple[Tensor, Tensor]:
+    """(out, sums) of scores, which are written over; factors: of the weights, as of dropout."""
+    top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -inf)
+    p = _powers(s, top.masked_fill(top == -inf, inf))
+    total = p.sum(-1)
+    keep = factors(p)
+    p = p if keep is None else p.mul_(keep)
+    found = (grouped(p, v.shape[1]) @ v).view(*p.shape[:3], v.shape[-1])
+    return found.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1)), torch.stack((top, total))
 
 
 def _plain_backward(
@@ -361,19 +370,19 @@ def _plain_backward(
             rows = q[:, :, a:b].to(dtype)
             gr = g[:, :, a:b].to(dtype)
             top, total = sums[:2, ..., a:b]
-            p = _powers(_scores(rows, k, _cut(mask, a, b), rule, a), top).div_(total.unsqueeze(-1))
+            p = _powers(scores(rows, k, _cut(mask, a, b), rule, a), top).div_(total.unsqueeze(-1))
             keep = _kept(p, rule, generator)
-            dp = (_grouped(gr, groups) @ v.mT).view(p.shape)
+            dp = (grouped(gr, groups) @ v.mT).view(p.shape)
             dp = dp if keep is None else dp.mul_(keep)
             dp.sub_((gr * out[:, :, a:b].to(dtype)).sum(-1, keepdim=True))
             used = p if keep is None else p * keep
-            dv += _grouped(used, groups).mT @ _grouped(gr, groups)
+            dv += grouped(used, groups).mT @ grouped(gr, groups)
             ds = p.mul_(dp)
             if dmask is not None:
                 part = _cut(dmask, a, b)
                 assert part is not None
                 part += ds.sum_to_size(part.shape)
-            ds = _grouped(ds, groups)
+            ds = grouped(ds, groups)
             dq[:, :, a:b] = (ds @ k).view(rows.shape) * rule.scale
-            dk += (ds.mT @ _grouped(rows, groups)) * rule.scale
+            dk += (ds.mT @ grouped(rows, groups)) * rule.scale
     return dq, dk, dv, dmask

@@ -112,11 +112,11 @@ def _attention(
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
         held = arriving()[0] if arriving else held
-    out, sums = _over_ranks(*total.result(), merged)
+    out, sums = over_ranks(*total.result(), merged)
     return out.to(q.dtype), sums
 
 
-def _over_ranks(out: Tensor, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def over_ranks(out: Tensor, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Merge what ranks found for the same queries and different keys."""
     if groups.size(group) == 1:
         return out, sums

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..registry import F, handlers
 from ..tensor import ShardTensor
 
 
-def rule(*keys: Any) -> Callable[[F], F]:
+def rule(*keys: Any, captured: bool = False) -> Callable[[F], F]:
     """Register the decorated function as what happens to calls with ShardTensors.
 
     keys, each of them one of
@@ -39,7 +39,8 @@ def rule(*keys: Any) -> Callable[[F], F]:
     The decorated function has the signature of what it stands for. At least one argument is a
     ShardTensor; a plain tensor is the same on all ranks. It must decide from specs alone, raise
     UnsupportedOpError before it communicates, and return ShardTensors. A later rule for a key
-    replaces the earlier. Raises ValueError for a Python function that no loaded module names:
+    replaces the earlier. captured: calls with functions that capture a ShardTensor, too, of a
+    Python function. Raises ValueError for a Python function that no loaded module names:
     wrap that one with `torch.overrides.wrap_torch_function` where it is defined.
     """
 
@@ -51,9 +52,9 @@ def rule(*keys: Any) -> Callable[[F], F]:
                 module, _, name = key.rpartition(".")
                 names.setdefault(module, []).append(name)
             else:
-                registry.rule(*_targets(key))(run)
+                registry.rule(*_targets(key, captured))(run)
         for module, waiting in names.items():
-            when_loaded(module, partial(_take, waiting, run))
+            when_loaded(module, partial(_take, waiting, run, captured))
         return fn
 
     return register
@@ -79,7 +80,7 @@ def _checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _targets(key: Any) -> list[Any]:
+def _targets(key: Any, captured: bool) -> list[Any]:
     if isinstance(key, str):
         return [key]
     if isinstance(key, type) and issubclass(key, nn.Module):
@@ -88,13 +89,13 @@ def _targets(key: Any) -> list[Any]:
     if overloads:
         return overloads
     if _torch.is_python_function(key) and not _torch.asks_for_overrides(key):
-        return _named([key])
+        return _named([key], captured)
     return [key]
 
 
-def _take(names: list[str], run: Callable[..., Any], module: ModuleType) -> None:
+def _take(names: list[str], run: Callable[..., Any], captured: bool, module: ModuleType) -> None:
     functions = [getattr(module, n) for n in names if hasattr(module, n)]
-    registry.rule(*_named(functions))(run)
+    registry.rule(*_named(functions, captured))(run)
 
 
 def _forward(module: type[nn.Module]) -> Callable[..., Any]:
@@ -106,9 +107,12 @@ def _forward(module: type[nn.Module]) -> Callable[..., Any]:
     return module.forward
 
 
-def _named(functions: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+def _named(functions: Sequence[Callable[..., Any]], captured: bool) -> list[Callable[..., Any]]:
     """What asks for ShardTensors in the place of each function; all modules are looked through."""
-    asking = {id(f): _asking(f) for f in functions if not getattr(f, "_asks_shardtensor", False)}
+    holds = captures_shards if captured else _holds_shards
+    asking = {
+        id(f): _asking(f, holds) for f in functions if not getattr(f, "_asks_shardtensor", False)
+    }
     found = set()
     for module in list(sys.modules.values()) if asking else ():
         for name, value in list(getattr(module, "__dict__", {}).items()):
@@ -124,11 +128,15 @@ def _named(functions: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
     return [asking.get(id(f), f) for f in functions]
 
 
-def _asking(function: Callable[..., Any]) -> Callable[..., Any]:
+def _asking(
+    function: Callable[..., Any], holds: Callable[[Any], bool] | None = None
+) -> Callable[..., Any]:
+    holds = holds or _holds_shards
+
     @wraps(function)
     def ask(*args: Any, **kwargs: Any) -> Any:
-        if any(map(_holds_shards, args)) or any(map(_holds_shards, kwargs.values())):
-            return handlers[ask](ask, args, kwargs)
+        if any(map(holds, args)) or any(map(holds, kwargs.values())):
+            return _handled(ask, args, kwargs)
         return function(*args, **kwargs)
 
     ask._asks_shardtensor = True  # type: ignore[attr-defined]
@@ -141,3 +149,42 @@ def _holds_shards(x: Any) -> bool:
     if isinstance(x, list | tuple):
         return any(map(_holds_shards, x))
     return isinstance(x, dict) and any(map(_holds_shards, x.values()))
+
+
+def _handled(ask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return handlers[ask](ask, args, kwargs)
+
+
+_torch.hide_from_dynamo(_handled)
+
+
+def captures_shards(x: Any, depth: int = 4) -> bool:
+    """Whether x holds ShardTensors, or a function that captures some, or an object with some."""
+    if not depth or torch.compiler.is_compiling():
+        return _holds_shards(x)
+    if isinstance(x, torch.Tensor | int | float | str | type | ModuleType) or x is None:
+        return isinstance(x, ShardTensor)
+    if isinstance(x, FunctionType):
+        inside: Any = [*_contents(x), *(x.__defaults__ or ())]
+    elif isinstance(x, list | tuple):
+        inside = x
+    elif isinstance(x, dict):
+        inside = x.values()
+    elif isinstance(x, partial):
+        inside = (x.func, *x.args, *x.keywords.values())
+    elif isinstance(x, MethodType):
+        inside = (x.__self__, x.__func__)
+    else:
+        inside = getattr(x, "__dict__", {}).values()
+    return any(captures_shards(y, depth - 1) for y in inside)
+
+
+def _contents(function: FunctionType) -> list[Any]:
+    """What a function's closure holds, of cells that are filled."""
+    found = list[Any]()
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            continue
+    return found

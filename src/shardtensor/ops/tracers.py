@@ -9,8 +9,6 @@ from ..errors import UnsupportedOpError
 
 _HIGHER = "call the branch or the body that is meant in Python, on ShardTensors"
 ADVICE = {
-    "torch.nn.attention.flex_attention.flex_attention": "use F.scaled_dot_product_attention with a "
-    "mask, or shardtensor.neighborhood_attention for windows",
     "torch.cond": _HIGHER,
     "torch._higher_order_ops.while_loop.while_loop": _HIGHER,
     "torch._higher_order_ops.scan.scan": _HIGHER,

@@ -61,8 +61,8 @@ def scaled_dot_product_attention(
             raise RuntimeError(_refusal())
         if exact and query.device.type == "cpu":
             raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
-    if enable_gqa and not _heads_fit(known(query), known(key), known(value)):
-        key, value = (_repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
+    if enable_gqa and not heads_fit(known(query), known(key), known(value)):
+        key, value = (repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
     facts = known(query), known(key), known(value)
     masked = None if attn_mask is None else known(attn_mask)
     p = plan(*facts, masked, enable_gqa)
@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
         out = local(q, k, v, mask) if shape.numel() else stock(local, shape, q, k, v, mask)
         return wrap(out, p.spec)
     lead = p.spec.local_shape[:-2]
-    q, k, v = _heads_apart(_autocast(q), _autocast(k), _autocast(v), lead)
+    q, k, v = heads_apart(autocast(q), autocast(k), autocast(v), lead)
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
     if goes.kind == "zigzag":
@@ -112,7 +112,7 @@ def scaled_dot_product_attention(
         )
         return wrap(out.reshape(p.spec.local_shape), p.spec)
     q_spans, k_spans = spans(p)
-    apart = None if mask is None else _mask_apart(_autocast(mask), lead)
+    apart = None if mask is None else _mask_apart(autocast(mask), lead)
     common: dict[str, Any] = dict(
         q_spans=q_spans, k_spans=k_spans, causal=is_causal, scale=scale, exact=exact,
         drop=dropout_p, seed=_seed(p, q.device) if dropout_p else 0, group=ring, merged=merged,
@@ -135,7 +135,7 @@ def _by_heads(
     given = [like(x, Spec(p.spec.mesh, w)) for x, w in zip(operands, p.wanted[:3], strict=True)]
     deals = [dealt(x._spec, axis) for x in given]
     # tokens first: what comes from the ranks is then in order
-    first = [_autocast(x._local).movedim(-2, 0) for x in given]
+    first = [autocast(x._local).movedim(-2, 0) for x in given]
     if len({x._spec for x in given}) == 1:
         # one message instead of three
         moved = convert(_stacked(first), *deals[0].together).unbind(-3)
@@ -238,7 +238,7 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     return x.to(_dtype(x))
 
 
@@ -246,7 +246,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 @cached
-def _heads_fit(q: Known, k: Known, v: Known) -> bool:
+def heads_fit(q: Known, k: Known, v: Known) -> bool:
     """Whether every shard of the heads holds whole groups of query heads that share a key head."""
     heads = [dims_of(x)[-3] for x in (q, k, v)]
     if heads[1].size != heads[2].size or heads[0].size % max(1, heads[1].size):
@@ -255,14 +255,14 @@ def _heads_fit(q: Known, k: Known, v: Known) -> bool:
     return heads[1].size == 1 or all(s % times == 0 for s in heads[0].sizes)
 
 
-def _repeated(x: Tensor, times: int) -> Tensor:
+def repeated(x: Tensor, times: int) -> Tensor:
     """x with each head `times` times."""
     if times == 1:
         return x
     return x.unsqueeze(-3).expand(*x.shape[:-2], times, *x.shape[-2:]).flatten(-4, -3)
 
 
-def _heads_apart(q: Tensor, k: Tensor, v: Tensor, lead: torch.Size) -> list[Tensor]:
+def heads_apart(q: Tensor, k: Tensor, v: Tensor, lead: torch.Size) -> list[Tensor]:
     """Local q, k, v of any leading dims as (B, H, L, E), (B, G, S, E), (B, G, S, F)."""
     outer, heads = lead[:-1], prod(lead[-1:])
     shared = {x.shape[-3] if x.ndim > 2 else 1 for x in (k, v)}
