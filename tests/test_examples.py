@@ -34,6 +34,25 @@ def test_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.gloo
+def test_killed_and_resumed_on_fewer_ranks_and_on_more(tmp_path):
+    """Killed on 4 ranks, on with 3, killed again, on with 4: one device's losses but for rounding."""
+    script, whole, some = EXAMPLES / "resume.py", tmp_path / "whole", tmp_path / "some"
+    code, text = torchrun(tmp_path, 1, script, "--double", "--folder", whole)
+    assert code == 0, text
+    for ranks, kill in ((4, 4), (3, 8), (4, None)):
+        (some / "killed").unlink(missing_ok=True)
+        killing = [] if kill is None else ["--kill-at", kill]
+        code, text = torchrun(tmp_path, ranks, script, "--double", "--folder", some, *killing)
+        assert (code == 0) == (kill is None), text
+        if ranks == 3 or kill is None:
+            assert re.search(r"resumed at step [36] from", text)
+    want = losses(whole)
+    entries = [json.loads(line) for line in (some / "losses.jsonl").read_text().splitlines()]
+    assert {e["step"] for e in entries} == set(range(12)) and len(entries) > 12
+    assert all(e["loss"] == pytest.approx(want[e["step"]], rel=1e-11) for e in entries)
+
+
+@pytest.mark.gloo
 @pytest.mark.parametrize("package", ["fabric", "accelerate"])
 def test_with_a_trainer(package, tmp_path):
     name = "lightning" if package == "fabric" else package

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 import re
 import zipfile
@@ -32,6 +33,7 @@ from torch.futures import Future
 from .metadata import Place, parsed
 
 METADATA, CHECKSUMS = ".metadata", "checksums.json"
+FORMAT = (1, 0)  # (major, minor): a reader of one major reads any minor of it
 # a checkpoint whose metadata have this mark is not complete without checksums
 _MARK = "shardtensor.checksums"
 _BLOCK = 1 << 20
@@ -127,7 +129,7 @@ class Writer(FileSystemWriter):
             for name, s in sums.items()
         }
         with open(Path(self.path) / CHECKSUMS, "w") as f:
-            json.dump({"block": _BLOCK, "files": files}, f, indent=1)
+            json.dump(_told({"format": FORMAT, "block": _BLOCK, "files": files}), f, indent=1)
             f.flush()
             os.fsync(f.fileno())
 
@@ -204,10 +206,20 @@ def _sized(path: Path, name: str, least: int, most: int | None = None) -> None:
         raise ValueError(f"{name} has {have} bytes of {least}")
 
 
+def _told(found: dict[str, Any]) -> dict[str, Any]:
+    rest = {k: v for k, v in found.items() if k != "crc32"}
+    return rest | {"crc32": f"{zlib.crc32(json.dumps(rest).encode()):08x}"}
+
+
 def _sums(data: bytes) -> dict[str, Sum]:
     """The checksums in the bytes of their file, by name; ValueError if it is damaged."""
     try:
         found = json.loads(data)
+        major, minor = map(operator.index, found.get("format", (0, 0)))
+        if major and _told(found) != found:
+            raise ValueError("its own checksum differs")
+        if major > FORMAT[0]:
+            raise NotImplementedError(f"format {major}.{minor}")
         block = found["block"]
         sums = {
             name: Sum(
@@ -222,6 +234,10 @@ def _sums(data: bytes) -> dict[str, Sum]:
         for name, s in sums.items():
             if type(s.size) is not int or len(s.blocks) != -(-s.size // block):
                 raise ValueError(f"{name} has {s.size} bytes and {len(s.blocks)} blocks")
+    except NotImplementedError as e:
+        raise ValueError(
+            f"it is of {e}, and this version reads {FORMAT[0]}: a newer one does"
+        ) from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{CHECKSUMS} is damaged ({type(e).__name__}: {e})") from e
     return sums
