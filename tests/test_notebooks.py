@@ -1,10 +1,13 @@
 """What a notebook shows: pictures of cuts, results of ranks that have ended, under its event loop."""
 
 import asyncio
+from pathlib import Path
 from xml.etree import ElementTree
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -12,6 +15,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 import shardtensor as st
 
 D = torch.float64
+NOTEBOOKS = Path(__file__).parent.parent / "docs" / "notebooks"
 
 
 @pytest.mark.parametrize(
@@ -98,3 +102,26 @@ def test_under_a_running_event_loop():
         return report.ok, st.simulate(2, lambda: torch.distributed.get_rank())
 
     assert asyncio.run(cell()) == (True, [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_notebooks_of_the_docs(path, tmp_path):
+    """They run, and show what they say they do; nothing of a run is kept in them."""
+    book = nbformat.read(path, 4)
+    assert all(not c.outputs and c.execution_count is None for c in book.cells if "outputs" in c)
+    NotebookClient(book, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [o for c in book.cells for o in c.get("outputs", [])]
+    made = [o.data["text/html"] for o in shown if "text/html" in o.get("data", {})]
+    texts = "".join(o.get("text", "") for o in shown)
+    if path.stem == "first_model":
+        assert len(made) == 4 and all("<svg" in m for m in made)
+        assert "rank 2" in made[1] and "conv2d" in made[3]
+    elif path.stem == "is_my_model_right":
+        right, wrong, fixed = made
+        assert "RIGHT on 4 layouts" in right and "RIGHT on 4 layouts" in fixed
+        assert "NOT RIGHT" in wrong and "What to do" in wrong and "has no rule" in texts
+    else:
+        plan, frame = made
+        assert "<svg" in plan and "fits: False" in texts and "fits: True" in texts
+        assert "report.html" in frame and (tmp_path / "report.html").stat().st_size > 4e6

@@ -206,6 +206,7 @@ def test_the_page_of_a_check():
     x = torch.randn(1, 2, 12, 4)
     right = st.check(net(), x, [Shard(2)], [(2,)])
     assert right.rtol == 1e-8 and all(0 <= f.errors["output"] < 1e-12 for f in right.findings)
+    assert all(max(f.errors.values()) == f.error for f in right.findings)
     names = {k for k, _ in net().named_parameters()}
     assert {f"gradient {k}" for k in names} <= set(right.findings[0].errors)
     page = right.to_html()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ class Page:
             start |= block.start
         kind = "" if self.good is None else " good" if self.good else " bad"
         data = json.dumps({"figures": figures, "texts": texts, "start": start}, allow_nan=False)
-        return "\n".join(
+        return _of_cells(
             [
                 '<!doctype html><html lang="en"><head><meta charset="utf-8">',
                 f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -67,7 +69,7 @@ class Page:
             if not b.title or (after is not None and not after.title)
         ]
         head = f"<p><b>{escape(self.title)}</b></p><p>{escape(self.verdict)}</p>"
-        return f'<div style="overflow-x: auto">{head}{"".join(kept)}</div>'
+        return _of_cells(['<div style="overflow-x: auto">', head, *kept, "</div>"])
 
 
 class Shown:
@@ -87,6 +89,11 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return self.page().still()
+
+
+def _of_cells(parts: Iterable[str]) -> str:
+    """Joined; a line of a notebook is told by its cell, which is no file that one can open."""
+    return re.sub(r"[\w./-]*ipykernel_\d+/\d+\.py:(\d+)", r"line \1 of a cell", "".join(parts))
 
 
 def _plotly() -> str:

@@ -271,15 +271,16 @@ class Case:
             off, scale, text = self._far(got.results[k], self.want.results[k],
                                          self.shaken.results.get(k))  # fmt: skip
             kind = next(s for s in scales if k.startswith(s))
-            told.errors[k] = off / scale if scale else off
+            share = off / scale if scale else off
             # of the model's largest gradient that can be rounding alone
             if text and not off <= 1e-3 * (self.rtol or 0.0) * scales[kind]:
                 told.wrong[k] = text
-            elif off > (self.rtol or 0.0) * scale:
-                told.rounding |= off > (self.rtol or 0.0) * scales[kind]
-                told.most = max(told.most, off / scales[kind] if scales[kind] else 0.0)
-            elif scale:
-                told.most = max(told.most, off / scale)
+            else:
+                if off > (self.rtol or 0.0) * scale:
+                    told.rounding |= off > (self.rtol or 0.0) * scales[kind]
+                    share = off / scales[kind] if scales[kind] else 0.0
+                told.most = max(told.most, share)
+            told.errors[k] = share
 
     def _far(
         self, got: Held | None, want: Held | None, shaken: Held | None
