@@ -8,6 +8,7 @@ from torch import nn
 
 from shardtensor.plan import replay
 from shardtensor.plan.estimate import Layout, Task, estimate
+from shardtensor.plan.ledger import Ledger
 from shardtensor.plan.search import plan
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.train.options import Options
@@ -295,3 +296,28 @@ def test_kernels_for_meta_give_what_a_fake_mode_gives(ranks, precision, monkeypa
     # a fake mode's results of some ops cannot be kept
     assert {k: e for k, e in quick.items() if slow.get(k)} == {k: e for k, e in slow.items() if e}
     assert len(quick) > 100
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)])
+def test_a_norm_s_statistics_need_no_memory(norm):
+    """32 TiB of it: what is run on real zeros would end here."""
+    shape = (1, 4, 2**21, 2**20)
+    task = Task(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm()), [shape], dims=(2,))
+    for precision in (None, "bf16"):
+        found = estimate(task, Layout(1, (2,), (4,), Options(precision=precision)))
+        assert not found.refused and found.peak > 2**43
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wide", [None, False, True])
+def test_the_statistics_have_the_real_ones_form(dtype, wide):
+    x = torch.zeros(2, 3, 4, dtype=dtype)
+    kept = None if wide is None else torch.zeros(3, dtype=torch.float32 if wide else dtype)
+    if wide and dtype == torch.float64:
+        return
+    real = torch.batch_norm_update_stats(x, kept, kept, 0.1)
+    with Ledger() as ledger, ledger.fake:
+        fakes = [None if t is None else ledger.fake.from_tensor(t) for t in (x, kept)]
+        found = torch.batch_norm_update_stats(fakes[0], fakes[1], fakes[1], 0.1)
+    for a, b in zip(real, found, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())

@@ -120,6 +120,8 @@ class Call:
         """What a kernel for "meta" gives; None where a fake mode might give something else."""
         if self.func is torch.ops.aten.native_batch_norm.default:
             return self._batch_norm()
+        if self.func is torch.ops.aten.batch_norm_update_stats.default:
+            return self._statistics()
         name = self.func.overloadpacket.__name__
         if name not in _DIRECT or not self.given or self.kwargs.get("device") is not None:
             return None
@@ -145,6 +147,14 @@ class Call:
         of = 0, x.dtype, x.fake_device
         kept = -1, (x.shape[1] if training else 0,), (1,), *of
         return Entry([(-1, tuple(x.shape), x.stride(), *of), kept, kept], tuple)
+
+    def _statistics(self) -> Entry:
+        """Of the statistics of a batch norm. There is no kernel for "meta": a fake mode would run
+        it on real zeros, of the size that the input has."""
+        x, kept, *_ = self.args
+        dtype = x.dtype if kept is None else torch.promote_types(x.dtype, kept.dtype)
+        each = -1, (x.shape[1],), (1,), 0, dtype, x.fake_device
+        return Entry([each, each], tuple)
 
     def _made(self, entry: Entry, fakes: probe.Fakes) -> Any:
         out: list[Any] = []
