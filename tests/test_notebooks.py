@@ -116,7 +116,7 @@ def test_the_notebooks_of_the_docs(path, tmp_path):
     texts = "".join(o.get("text", "") for o in shown)
     if path.stem == "first_model":
         assert len(made) == 4 and all("<svg" in m for m in made)
-        assert "rank 2" in made[1] and "conv2d" in made[3]
+        assert "[30, 20, 4, 10]" in made[1] and "conv2d" in made[3]
     elif path.stem == "is_my_model_right":
         right, wrong, fixed = made
         assert "RIGHT on 4 layouts" in right and "RIGHT on 4 layouts" in fixed
