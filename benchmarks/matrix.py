@@ -129,21 +129,22 @@ def main() -> None:
         n: [r["seconds"] for (m, _), r in done.items() if m == n and "seconds" in r] for n in picked
     }
     picked.sort(key=lambda n: min(took[n], default=1e9))
-    for tool in options.tools:
-        for name in picked:
-            old = done.get((name, tool))
-            if old and not options.again and (options.any or old["version"] == at):
-                continue
-            begin = time.perf_counter()
-            row = {"model": name, "tool": tool, "version": at, "with": versions()}
-            how = None if tool == "runs" else done.get((name, "runs"), {}).get("how")
-            row |= apart(tool, name, how, options.limit)
-            done[name, tool] = row
-            row |= {"wall": round(time.perf_counter() - begin, 1), "when": round(time.time())}
-            options.rows.parent.mkdir(parents=True, exist_ok=True)
-            with options.rows.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-            print(f"{tool:9} {name:36} {row['wall']:6.1f} s  {row['result'][:150]}", flush=True)
+    # `runs` says how a model is judged
+    first = [("runs", n) for n in picked if "runs" in options.tools]
+    for tool, name in [*first, *((t, n) for n in picked for t in options.tools if t != "runs")]:
+        old = done.get((name, tool))
+        if old and not options.again and (options.any or old["version"] == at):
+            continue
+        begin = time.perf_counter()
+        row = {"model": name, "tool": tool, "version": at, "with": versions()}
+        how = None if tool == "runs" else done.get((name, "runs"), {}).get("how")
+        row |= apart(tool, name, how, options.limit)
+        done[name, tool] = row
+        row |= {"wall": round(time.perf_counter() - begin, 1), "when": round(time.time())}
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        with options.rows.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        print(f"{tool:9} {name:36} {row['wall']:6.1f} s  {row['result'][:150]}", flush=True)
 
 
 if __name__ == "__main__":
