@@ -73,10 +73,12 @@ def apart(tool: str, name: str, how: str | None, limit: float) -> Row:
         resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
         used = int(sum(os.times()[:2]) + limit)
         resource.setrlimit(resource.RLIMIT_CPU, (used, used))
-        row = timed(tool, name, how)
-        with os.fdopen(write, "w") as f:
-            json.dump(row, f, default=str)
-        os._exit(0)
+        try:
+            row = timed(tool, name, how)
+            with os.fdopen(write, "w") as f:
+                json.dump(row, f, default=str)
+        finally:
+            os._exit(0)
     os.close(write)
     text, end = b"", time.monotonic() + 6 * limit
     while True:
