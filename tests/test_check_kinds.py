@@ -128,6 +128,67 @@ def _narrow_cumsum(x):
     return x.to(torch.float32).cumsum(2).to(x.dtype)
 
 
+class Block(nn.Module):
+    """Of what a script may hold."""
+
+    def __init__(self, cast: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.cast = cast
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.cast:
+            y = (y.float() - y.float().mean()).to(y.dtype)
+        return y / 3
+
+
+@torch.jit.script
+def scripted_softmax(x: torch.Tensor):
+    return x.float().softmax(-1).to(x.dtype) + x.mean()
+
+
+class Holding(nn.Module):
+    """Calls a scripted function, and keeps what it made of the last call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fns, self.conv, self.last = [scripted_softmax], conv(), None
+        self(image())
+
+    def forward(self, x):
+        self.last = {"x": [self.conv(x)]}
+        return self.fns[0](self.last["x"][0])
+
+
+@pytest.mark.parametrize("kind", ["scripted", "cast", "traced", "function"])
+def test_scripted_modules_inside(kind):
+    torch.manual_seed(0)
+    if kind == "function":
+        inner = Holding()
+    elif kind == "traced":
+        inner = torch.jit.trace(Block(False), image())
+    else:
+        inner = torch.jit.script(Block(kind == "cast"))
+    model = nn.Sequential(conv(), inner, conv())
+    report = st.check(model, image(), mesh_shapes=[(2,), (3,)])
+    assert report.verdict == "right", report
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_fault_beside_a_script_is_found():
+    class Local(nn.Module):
+        def forward(self, x):
+            if isinstance(x, st.ShardTensor):
+                return x - x.to_local().mean()
+            return x - x.mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.jit.script(Block(True)), Local(), conv())
+    report = st.check(model, image(), mesh_shapes=[(2,)])
+    assert report.verdict == "wrong" and report.findings[0].module == "1", report
+
+
 def test_a_zero_gradient_is_not_wrong_by_its_rounding():
     """The bias of keys has no gradient but rounding."""
     model = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)

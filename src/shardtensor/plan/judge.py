@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,11 +21,12 @@ from ..observe.trace import trace
 from ..observe.whole import Watch, Whole, whole
 from ..ranks.simulate import simulate
 from ..ranks.testing import make_mesh
-from ..ranks.tolerance import ROUNDING, differentiable, gap
+from ..ranks.tolerance import ROUNDING, differentiable, gap, shaken
 from ..tensor.construct import distribute_tensor
 from ..tensor.random import match_single_device
 from . import causes
 from .blame import Blame, Traced
+from .copies import casts, copied, left_alone, seed, states
 from .layouts import Layout, in_job
 from .record import Held, Run, Widened, doubled, run
 from .report import Finding
@@ -65,12 +63,13 @@ class Case:
     want: Run = field(default_factory=Run)
     # the same with inputs that differ in the last digits: what rounding alone does
     shaken: Run = field(default_factory=Run)
+    eps: float = 0.0
     allowed: float = ROUNDING
     raised: dict[int, Finding] = field(default_factory=dict)
 
     def findings(self, layouts: Sequence[Layout]) -> list[Finding]:
         """On each layout, after the runs on one device."""
-        with _left_alone(self.model, tensors((self.args, self.kwargs))):
+        with left_alone(self.model, tensors((self.args, self.kwargs))):
             self._alone()
             found = [self._on(layout) for layout in layouts]
             if all(f.ok for f in found):
@@ -94,31 +93,43 @@ class Case:
     def _alone(self) -> None:
         if self.double:
             try:
-                self.want = self._serial()
+                self.want = self._serial(record=True)
             except (RuntimeError, TypeError, ValueError) as e:
                 self.double = False
                 self.notes.append(f"compared in the model's own dtype; in float64 it raises: {e}")
-        eps = torch.finfo(torch.float64).eps
-        self.rtol = self.rtol or (1e-8 if self.double else None)
+        self.eps, given = torch.finfo(torch.float64).eps, self.rtol
+        self.rtol = given or (1e-8 if self.double else None)
         if not self.double:
-            self.want = self._serial()
+            self.want = self._serial(record=True)
             narrow = [x.dtype for x in tensors((self.args, self.kwargs)) if differentiable(x)]
-            eps = max((torch.finfo(d).eps for d in narrow), default=eps)
-            self.rtol = self.rtol or max(1e-3, 8 * eps)
+            self.eps = max((torch.finfo(d).eps for d in narrow), default=self.eps)
+            self.rtol = self.rtol or max(1e-3, 8 * self.eps)
         elif self.want.coarse is not None:
             dtype, line = self.want.coarse
             narrow_run, self.widened = self.want, True
             at = f" ({line})" if line else ""
             try:
-                self.want = self._serial()
+                self.want = self._serial(record=True)
                 self.notes.append(f"casts to {dtype} inside the model{at} were made to float64")
             except (RuntimeError, TypeError, ValueError):
                 self.want, self.widened = narrow_run, False
             if self.want.coarse is not None:
-                eps, self.allowed = torch.finfo(self.want.coarse[0]).eps, 1e2
+                self._narrow(self.want.coarse[0], given)
                 self.notes.append(f"the model computes in {self.want.coarse[0]} inside{at}")
-        self.shaken = self._serial(shake=eps)
-        other = self._serial(seed=1)
+        elif casts(self.model):
+            self._narrow(torch.float32, given)
+            self.notes.append("TorchScript inside casts: held to the rounding of float32")
+        self.shaken = self._serial(shake=self.eps)
+        if self.want.drawn:
+            self._drew(self._serial(number=1))
+
+    def _narrow(self, dtype: torch.dtype, given: float | None) -> None:
+        """Allow for a cast to dtype inside."""
+        self.eps, self.allowed = torch.finfo(dtype).eps, 1e2
+        self.rtol = given or 8 * self.eps
+
+    def _drew(self, other: Run) -> None:
+        """Whether results depend on random numbers. other: with another seed."""
         self.random = any(
             not torch.equal(x.local, y.local)
             for k, x in self.want.results.items()
@@ -130,14 +141,18 @@ class Case:
                 "(st.random.match_single_device); in training, shards draw their own"
             )
 
-    def _serial(self, seed: int = 0, shake: float = 0.0) -> Run:
+    def _serial(self, number: int = 0, shake: float = 0.0, record: bool = False) -> Run:
         found = Run()
         with self._as_asked():
             model, args, kwargs = self._fresh()
             if shake:
-                args, kwargs = mapped(lambda x: _shaken(x, shake), (args, kwargs))
-            _seed(seed)
-            run(model, args, kwargs, self.loss, found, record=True)
+                args, kwargs = mapped(
+                    lambda x: shaken(x, shake) if isinstance(x, Tensor) else x, (args, kwargs)
+                )
+            seed(number)
+            before = states(self.model)
+            run(model, args, kwargs, self.loss, found, record)
+            found.drawn = states(self.model) != before
         return found
 
     @contextmanager
@@ -151,8 +166,7 @@ class Case:
             yield
 
     def _fresh(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        model = copy.deepcopy(self.model)
-        model.zero_grad(set_to_none=True)
+        model = copied(self.model)
         if self.double:
             model._apply(lambda x: x.to(_WIDE.get(x.dtype, x.dtype)))
         args, kwargs = mapped(self._argument, (self.args, self.kwargs))
@@ -225,7 +239,7 @@ class Case:
             put = distribute_tensor(x.detach(), mesh, on, src_data_rank=None, sizes=layout.sizes)
             return put.requires_grad_(x.requires_grad)
 
-        _seed(0)
+        seed(0)
         with ExitStack() as stack:
             if self.widened:
                 stack.enter_context(Widened())
@@ -261,7 +275,7 @@ class Case:
         scales = {"output": 0.0, "gradient": 0.0, "buffer": 0.0}
         for k, x in self.want.results.items():
             kind = next(s for s in scales if k.startswith(s))
-            scales[kind] = max(scales[kind], 0.0 if x is None else gap(x.local, x.local)[1])
+            scales[kind] = max(scales[kind], 0.0 if x is None else x.most)
         for k in {**self.want.results, **got.results}:
             if (k in self.want.results) != (k in got.results):
                 told.wrong[k] = "is there on one device only" if k in self.want.results else (
@@ -288,8 +302,8 @@ class Case:
         whole = None if want is None else want.local
         if got is None or whole is None:
             off, scale = gap(None if got is None else got.added().local, whole)
-            if got is None and whole is not None:
-                scale = gap(whole, whole)[1]
+            if got is None and want is not None:
+                scale = want.most
         else:
             if got.shape != whole.shape:
                 return (
@@ -299,7 +313,7 @@ class Case:
                 )
             got = got.added()
             off, _ = gap(got.local, got.part(whole))
-            scale = gap(whole, whole)[1]
+            scale = 0.0 if want is None else want.most
         third = None if shaken is None else shaken.local
         if off <= (self.rtol or 0.0) * scale or off <= self.allowed * gap(third, whole)[0]:
             return off, scale, ""
@@ -336,6 +350,8 @@ class Case:
 
     def _blamed(self, layout: Layout, wrong: dict[str, str]) -> Finding:
         """The first module and op that is wrong."""
+        if not self.shaken.events:
+            self.shaken = self._serial(shake=self.eps, record=True)
         try:
             seen = self._everywhere(layout, self._events)
         except (RankError, _Raised):
@@ -369,32 +385,3 @@ def _refused(layout: str, model: nn.Module, error: Exception) -> Finding:
 def _part(got: Held, want: Held) -> causes.Part:
     dims = () if got.spec is None else tuple(d for d, x in enumerate(got.spec.dims) if x.axes)
     return causes.Part(got.local, got.part(want.local), dims)
-
-
-def _shaken(x: Any, eps: float) -> Any:
-    """x with other last digits; x itself where it has none."""
-    if not isinstance(x, Tensor) or not differentiable(x):
-        return x
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    moved = x.detach() * (1 + 4 * eps * noise.to(x.device)).to(x.dtype)
-    return moved.requires_grad_(x.requires_grad)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy.random.seed(seed)
-
-
-@contextmanager
-def _left_alone(model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Random states after are those before."""
-    on = {x.device for x in (*model.parameters(), *model.buffers(), *inputs)}
-    state, other = random.getstate(), numpy.random.get_state()
-    gpus = sorted(d.index for d in on if d.type == "cuda" and d.index is not None)
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        random.setstate(state)
-        numpy.random.set_state(other)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..caller import is_library
 from ..comm import counters
+from ..ranks.tolerance import gap
 from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.shard_tensor import wrap
@@ -52,6 +54,11 @@ class Held:
         if self.spec is None or not self.spec.partial:
             return self
         return Held(wrap(self.local, self.spec).full_tensor(), self.shape)
+
+    @cached_property
+    def most(self) -> float:
+        """The largest value."""
+        return gap(self.local, self.local)[1]
 
     def part(self, whole: Tensor) -> Tensor:
         """What of the whole tensor this rank should have."""
@@ -95,6 +102,8 @@ class Run:
     weights: dict[str, Key] = field(default_factory=dict)
     # the first result that is narrower than float64
     coarse: tuple[torch.dtype, str] | None = None
+    # whether random numbers were drawn
+    drawn: bool = False
 
 
 def run(
@@ -150,7 +159,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "") or type(func).__name__
         # ops inside a rule are on local tensors
         on = self.on and not getattr(counters.current_op, "name", "")
         if on and name not in ("__get__", "__set__", "register_hook", "requires_grad_"):

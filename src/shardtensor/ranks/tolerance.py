@@ -25,15 +25,21 @@ def gap(a: Tensor | None, b: Tensor | None) -> tuple[float, float]:
         return (0.0 if torch.equal(a, b) else float("inf")), 1.0
     if not a.numel():
         return 0.0, 0.0
-    same = (a == b) | (a.isnan() & b.isnan())
-    most = torch.where(same, 0, (a - b).abs()).nan_to_num(float("inf")).max().item()
-    return most, b.abs().nan_to_num(0, 0, 0).max().item()
+    most, scale = (a - b).abs().max().item(), b.abs().max().item()
+    if most != most or most == float("inf"):
+        # equal infinities and NaNs are no difference
+        same = (a == b) | (a.isnan() & b.isnan())
+        most = torch.where(same, 0, (a - b).abs()).nan_to_num(float("inf")).max().item()
+    if scale != scale or scale == float("inf"):
+        scale = b.abs().nan_to_num(0, 0, 0).max().item()
+    return most, scale
 
 
-def shaken(x: Tensor) -> Tensor:
-    """x with other last digits; x itself where it has none."""
+def shaken(x: Tensor, eps: float | None = None) -> Tensor:
+    """x with other last digits, eps of its values; x itself where it has none."""
     if not differentiable(x):
         return x
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * noise).to(x.dtype)
+    last = 4 * (torch.finfo(x.dtype).eps if eps is None else eps)
+    moved = x.detach() * (1 + last * noise.to(x.device)).to(x.dtype)
     return moved.requires_grad_(x.requires_grad)
