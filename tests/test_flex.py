@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
     or_masks,
 )
+from torch.nn.attention.varlen import varlen_attn
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -268,3 +269,58 @@ def test_autocast_and_half():
 
     T.hold(call, [x.float() for x in operands()], [T.shard(2)] * 3, (2,), grad=False, rtol=0.02)
     assert set(kinds) == {torch.float32}
+
+
+# varlen_attn --------------------------------------------------------------------------------------
+
+
+def packed(q, k, v, cu_q, cu_k, window=(-1, -1), gqa=False):
+    """Each sequence alone, by the formula: torch has no kernel for it on CPUs."""
+    if isinstance(q, st.ShardTensor):
+        most = [int(cu.diff().max()) for cu in (cu_q, cu_k)]
+        return varlen_attn(
+            q, k, v, cu_q, cu_k, *most, window_size=window, enable_gqa=gqa, scale=0.4
+        )
+    found = []
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        part = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
+        shift = (d - c) - (b - a)
+        seen = torch.ones(b - a, d - c, dtype=torch.bool)
+        seen = seen.tril(shift + window[1]) if window[1] >= 0 else seen
+        seen = seen.triu(shift - window[0]) if window[0] >= 0 else seen
+        mask = seen.log().to(q.dtype)
+        out = formula(*part, lambda s, b, h, i, j, m=mask: s + m[i, j], None, 0.4, gqa)
+        found.append(out[0].transpose(0, 1))
+    return torch.cat([*found, q.new_zeros(len(q) - cu_q[-1], q.shape[1], v.shape[2])])
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (1, 1), (-1, 2)])
+def test_sequences_of_several_lengths(window):
+    """Packed, cut anywhere: within a sequence, at its end, nothing on a rank, tokens in none."""
+    g = torch.Generator().manual_seed(0)
+    cu_q = torch.tensor([0, 3, 4, 9, 13], dtype=torch.int32)
+    cu_k = torch.tensor([0, 5, 7, 8, 15], dtype=torch.int32)
+    args = [torch.randn(n, h, 4, dtype=D, generator=g) for n, h in ((14, 4), (15, 2), (15, 2))]
+
+    def call(q, k, v):
+        return packed(q, k, v, cu_q, cu_k, window, gqa=True)
+
+    T.hold(call, args, [T.shard(0, (6, 0, 8)), *[T.shard(0, (9, 1, 5))] * 2], (3,))
+    T.hold(call, args, [T.shard(0), *[T.shard(1)] * 2], (2,))
+    T.hold(call, args, [T.On([Shard(0), Shard(1)])] * 3, (2, 2))
+
+
+def test_sequences_send_only_what_they_share():
+    """Four of 256 tokens, each on a rank of its own: nothing travels."""
+
+    def sent(cu):
+        x = torch.randn(1024, 2, 8, generator=torch.Generator().manual_seed(0))
+        x = st.distribute_tensor(x, make_mesh((4,)), [Shard(0)], src_data_rank=None)
+        cu = torch.tensor(cu, dtype=torch.int32)
+        with st.trace() as t:
+            varlen_attn(x, x, x, cu, cu, 1024, 1024, window_size=(-1, 0))
+        return t.bytes / (2 * x.to_local().nbytes)
+
+    assert st.simulate(4, sent, [0, 256, 512, 768, 1024]) == [0] * 4
+    # of 512 causal tokens the first rank sends its keys to the second
+    assert st.simulate(4, sent, [0, 512, 1024]) == [1, 0, 1, 0]

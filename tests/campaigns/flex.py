@@ -96,7 +96,7 @@ def draw(rng: random.Random) -> Placed:
     keys = rows if rng.random() < 0.7 else rng.choice((0, 1, rng.randint(2, 12)))
     shared = rng.choice([n for n in (1, 2, 4) if heads % n == 0])
     grouped = shared != heads or rng.random() < 0.2
-    few = 1 if batch > 1 and mask != "none" and rng.random() < 0.1 else batch
+    few = 1 if batch > 1 and rows and mask != "none" and rng.random() < 0.1 else batch
     q = torch.randn(batch, heads, rows, 4).to(dtype)
     k = torch.randn(few, shared, keys, 4).to(dtype)
     v = torch.randn(few, shared, keys, rng.choice((4, 4, 3))).to(dtype)
@@ -116,11 +116,15 @@ def draw(rng: random.Random) -> Placed:
     }  # fmt: skip
     if rng.random() < 0.2:
         options["scale"] = rng.choice((0.5, 1.0, 0.0))
+    # the formula that stands for torch where it has no gradients does not check these
+    plain = not any(x.requires_grad for x in (q, k, v))
     stats = rng.random()
     if stats < 0.2:
         options["return_lse"] = True
     elif stats < 0.4:
-        options["return_aux"] = AuxRequest(lse=rng.random() < 0.8, max_scores=rng.random() < 0.05)
-    if rng.random() < 0.1 and not any(x.requires_grad for x in (q, k, v)):
+        options["return_aux"] = AuxRequest(
+            lse=rng.random() < 0.8, max_scores=plain and rng.random() < 0.1
+        )
+    if rng.random() < 0.1 and plain:
         options["kernel_options"] = rng.choice(({"BLOCK_M": 16}, {"BACKEND": "none"}))
     return placed(rng, "flex", _call, [q, k, v, d, t, c], **options)

@@ -54,6 +54,7 @@ class Recording:
         self._made: dict[int, Ref] = {}
         self._alive: list[Tensor] = []
         self.result: Any = None
+        self.dtype: torch.dtype | None = None
 
         def once(*scalars: Tensor) -> Any:
             for i, x in enumerate(scalars):
@@ -61,7 +62,10 @@ class Recording:
             self._next = len(scalars)
             with _Recorder(self):
                 out = fn(*scalars)
+            if isinstance(out, Tensor) and out.ndim:
+                raise RuntimeError(f"{name} gave a tensor of shape {tuple(out.shape)}, no scalar")
             self.result = self._known(out)
+            self.dtype = getattr(out, "dtype", None)
             captured = type(self.result) is Ref and self.result.captured
             return self._stand_in(out) if captured else out
 

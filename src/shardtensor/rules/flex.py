@@ -85,6 +85,8 @@ def flex_attention(
     out, lse, top = flex.attend(job, q, k, v, rest)
     _agree(job, p, query)
     rows = p.spec.with_dims(p.spec.dims[:-1])
+    if score is not None and score.dtype is not None and score.dtype.is_floating_point:
+        lse, top = lse.to(score.dtype), top.to(score.dtype)
     stats = [wrap(x, rows) if rows.shape.numel() else None for x in (lse, top)]
     return asked(wrap(out, p.spec), *stats)
 
@@ -205,8 +207,8 @@ def _stand_in(x: Tensor) -> Tensor:
     return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
 
 
-class _At:
-    """A captured tensor as it is now: equal until it is written to."""
+class Now:
+    """A tensor as it is now: equal until it is written to."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x._local if isinstance(x, ShardTensor) else x
@@ -216,7 +218,7 @@ class _At:
         return hash((id(self.x), self.version))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _At) and self.x is other.x and self.version == other.version
+        return isinstance(other, Now) and self.x is other.x and self.version == other.version
 
 
 def _needs(
@@ -240,7 +242,7 @@ def _needs(
     own = captured[len(captured) - _count(mask) :]
     if any(x.is_inference() for x in own):
         return find()
-    key = mask.key, shape, tile, tuple(map(_At, own))
+    key = mask.key, shape, tile, tuple(map(Now, own))
     return of_tensor(block_mask.kv_indices, key, find)
 
 
