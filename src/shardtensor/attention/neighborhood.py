@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .tiles import Line, attend
 
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
 NAME = "neighborhood_attention"
@@ -40,7 +41,14 @@ class Place(NamedTuple):
     keys: int
 
 
-@torch.overrides.wrap_torch_function(lambda query, key, value, *_, **__: (query, key, value))
+# typed as what keeps the signature
+_dispatched: Callable[[Fn], Fn] = cast(
+    Any,
+    torch.overrides.wrap_torch_function(lambda query, key, value, *_, **__: (query, key, value)),
+)
+
+
+@_dispatched
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +21,7 @@ def read_sharded(
     mesh: DeviceMesh,
     placements: Sequence[dt.Placement],
     *,
-    sizes: dict[int, Sequence[int]] | None = None,
+    sizes: Mapping[int, Sequence[int]] | None = None,
 ) -> ShardTensor:
     """Fields at some (trajectory, step), float32 (len(places), C, *spatial), on the mesh's device.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -37,7 +37,7 @@ class On:
     """How an argument lies on the mesh: placements, and sizes of uneven shards by dim."""
 
     placements: Sequence[dt.Placement]
-    sizes: dict[int, Sequence[int]] | None = None
+    sizes: Mapping[int, Sequence[int]] | None = None
 
     def __str__(self) -> str:
         placements = ", ".join(map(str, self.placements))

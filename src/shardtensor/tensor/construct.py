@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -32,7 +32,7 @@ def distribute_tensor(
     placements: Sequence[dt.Placement] | None = None,
     *,
     src_data_rank: int | None = 0,
-    sizes: dict[int, Sequence[int]] | None = None,
+    sizes: Mapping[int, Sequence[int]] | None = None,
 ) -> ShardTensor:
     """A leaf ShardTensor of a plain tensor that has the same shape and dtype on every rank.
 
@@ -153,7 +153,7 @@ def from_local(
     local: Tensor,
     mesh: DeviceMesh,
     placements: Sequence[dt.Placement],
-    sizes: dict[int, Sequence[int]] | None = None,
+    sizes: Mapping[int, Sequence[int]] | None = None,
 ) -> ShardTensor:
     """`ShardTensor.from_local`."""
     _check(local, mesh, "from_local")

@@ -6,7 +6,7 @@ sharding that a rule asks for, each with the right cotangent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, TypeVar, overload
 
@@ -154,7 +154,7 @@ def to_placements(
     x: ShardTensor,
     mesh: DeviceMesh | None,
     placements: Sequence[dt.Placement] | None,
-    sizes: dict[int, Sequence[int]] | None,
+    sizes: Mapping[int, Sequence[int]] | None,
 ) -> ShardTensor:
     """`ShardTensor.redistribute`."""
     old = x._spec

@@ -7,7 +7,7 @@ A wrapper holds this rank's local tensor and a `Spec`. Torch functions on it are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ class ShardTensor(torch.Tensor):
         local: Tensor,
         mesh: DeviceMesh,
         placements: Sequence[dt.Placement],
-        sizes: dict[int, Sequence[int]] | None = None,
+        sizes: Mapping[int, Sequence[int]] | None = None,
     ) -> ShardTensor:
         """A ShardTensor of every rank's local tensor; differentiable.
 
@@ -192,7 +192,7 @@ class ShardTensor(torch.Tensor):
         device_mesh: DeviceMesh | None = None,
         placements: Sequence[dt.Placement] | None = None,
         *,
-        sizes: dict[int, Sequence[int]] | None = None,
+        sizes: Mapping[int, Sequence[int]] | None = None,
         async_op: bool = False,
     ) -> ShardTensor:
         """The same tensor in other placements or cut to other `sizes`; differentiable.

@@ -85,8 +85,10 @@ class Options:
     @classmethod
     def from_yaml(cls, file: str | Path) -> Options:
         """From a YAML mapping of names to values (extra `yaml`). It is data: no code is run."""
-        import yaml
-
+        try:
+            import yaml
+        except ImportError as e:
+            raise ImportError(f"{e}: pip install shardtensor[yaml]") from e
         try:
             found = yaml.safe_load(Path(file).read_text())
             if not isinstance(found, dict):

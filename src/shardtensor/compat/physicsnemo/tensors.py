@@ -70,7 +70,7 @@ class ShardTensor(metaclass=_Names):
         if device_mesh is None:
             raise ValueError("from_local without device_mesh: give the mesh")
         given = [Replicate()] * device_mesh.ndim if placements is None else list(placements)
-        sizes: dict[int, Sequence[int]] | None = None
+        sizes: Mapping[int, Sequence[int]] | None = None
         if sharding_shapes == "infer":
             pass
         elif sharding_shapes == "chunk":

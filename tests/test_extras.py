@@ -1,0 +1,162 @@
+"""Each extra alone brings what its part of the library needs, and without it a message names it."""
+
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from forked import Program
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+# tools of the repository, and of other libraries
+NOT_OURS = {"dev", "zoo"}
+
+START = """
+import sys
+from importlib.machinery import PathFinder
+
+class Installed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] not in {blocked!r}:
+            return PathFinder.find_spec(name, path, target)
+
+    @staticmethod
+    def find_distributions(*context):
+        for found in PathFinder.find_distributions(*context):
+            if found.metadata["Name"].lower().replace("_", "-") not in {hidden!r}:
+                yield found
+
+for name in [n for n in sys.modules if n.split(".")[0] in {blocked!r}]:
+    del sys.modules[name]
+sys.meta_path[:] = [Installed if f is PathFinder else f for f in sys.meta_path]
+import numpy as np, torch, shardtensor as st
+from shardtensor import io
+from torch.distributed.tensor import Shard
+sys.path.insert(0, {examples!r})
+mesh, _ = st.init(domain=-1)
+x = st.distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)])
+"""
+PROGRAMS = {
+    "io": """
+io.write_zarr(x, "a.zarr", "t")
+assert io.read(io.open_array("a.zarr", "t"), mesh, [Shard(0)]).full_tensor().equal(x.full_tensor())
+import h5py, netCDF4
+with h5py.File("a.h5", "w") as f:
+    f["t"] = x.full_tensor().numpy()
+assert io.open_array("a.h5", "t").shape == (4, 3)
+with netCDF4.Dataset("a.nc", "w") as f:
+    f.createDimension("y", 4)
+    f.createVariable("v", "f4", ("y",))[:] = [1, 2, 3, 4]
+assert io.open_array("a.nc", "v").shape == (4,)
+""",
+    "mesh": """
+open("a.ply", "w").write("ply\\nformat ascii 1.0\\nelement vertex 3\\nproperty float x\\n"
+    "property float y\\nproperty float z\\nelement face 1\\nproperty list uchar int vertex_index\\n"
+    "end_header\\n0 0 0\\n1 0 0\\n0 1 0\\n3 0 1 2\\n")
+assert io.read_mesh("a.ply").points.shape == (3, 3)
+""",
+    "demo": """
+import models, vit, panels, navier_stokes, shallow_water
+""",
+    "graphs": """
+from torch_geometric.utils import degree
+assert degree(torch.tensor([0, 0, 1])).tolist() == [2, 1]
+""",
+    "yaml": """
+open("a.yaml", "w").write("checkpoint: true\\n")
+assert st.Options.from_yaml("a.yaml").checkpoint
+""",
+    "html": """
+import plotly.graph_objects
+""",
+    "cli": """
+from shardtensor import cli
+sys.argv = ["shardtensor", "plan", "--help"]
+try:
+    cli.main()
+except SystemExit as e:
+    assert not e.code
+""",
+    "lightning": """
+assert st.lightning.DomainParallel(domain=1).domain == 1
+""",
+    "accelerate": """
+assert st.accelerate.Accelerator(cpu=True).num_processes == 1
+""",
+}
+WITHOUT = {
+    "io": ('io.write_zarr(x, "a.zarr", "t")', r"shardtensor\[io\]"),
+    "mesh": ('io.read_mesh("a.ply")', r"shardtensor\[mesh\]"),
+    "cli": (
+        "from shardtensor import cli\ntry:\n    cli.main()\nexcept SystemExit as e:\n    raise RuntimeError(e.code)",
+        r"shardtensor\[cli\]",
+    ),
+    "lightning": ("st.lightning", r"shardtensor\[lightning\]"),
+    "accelerate": ("st.accelerate", r"shardtensor\[accelerate\]"),
+    "yaml": ('st.Options.from_yaml("a.yaml")', r"shardtensor\[yaml\]"),
+}
+
+
+def closure(names):
+    """Distributions that are installed with these, by what each requires."""
+    found, left = set(), [*names]
+    while left:
+        name = re.split(r"[^\w.-]", left.pop(), maxsplit=1)[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        left += [n for n in needs if "extra ==" not in n]
+    return found
+
+
+def modules():
+    """Distribution: its top-level modules."""
+    found = {}
+    for module, names in metadata.packages_distributions().items():
+        for name in names:
+            found.setdefault(name.lower().replace("_", "-"), set()).add(module)
+    return found
+
+
+def run(tmp_path, extra, program):
+    """(exit code, output) where only this extra is installed beside what the package needs."""
+    optional = closure(n for k, names in EXTRAS.items() if k not in {"zoo"} for n in names)
+    mine = closure([*EXTRAS.get(extra, ()), "torch", "numpy"])
+    ours = modules()
+    kept = set().union(*(ours.get(n, set()) for n in mine))
+    blocked = set().union(*(ours.get(n, set()) for n in optional - mine)) - kept
+    blocked -= sys.stdlib_module_names | {"shardtensor", "pkg_resources", "setuptools"}
+    script = tmp_path / "job.py"
+    hidden = sorted(optional - mine)
+    head = START.format(blocked=sorted(blocked), hidden=hidden, examples=str(ROOT / "examples"))
+    script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{head}{program}\nprint('done')\n")
+    return Program(script).ended()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("extra", [e for e in EXTRAS if e not in NOT_OURS])
+def test_alone(tmp_path, extra):
+    needed = [re.split(r"[^\w.-]", n, maxsplit=1)[0] for n in EXTRAS[extra]]
+    for name in needed:
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+    code, text = run(tmp_path, extra, PROGRAMS[extra])
+    assert code == 0 and "done" in text, text[-3000:]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("extra", WITHOUT)
+def test_without_it_the_message_names_it(tmp_path, extra):
+    program, said = WITHOUT[extra]
+    code, text = run(tmp_path, "", program)
+    assert code != 0 and re.search(said, text), text[-3000:]
