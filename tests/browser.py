@@ -116,17 +116,16 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def picture(self, path: Path, whole: bool = True) -> None:
-        """Write a PNG of the page."""
-        found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole,
-                          **({"clip": {**self._page(), "scale": 1}} if whole else {}))  # fmt: skip
+    def picture(self, path: Path, rows: tuple[float, float] | None = None) -> None:
+        """Write a PNG of the page, or of so many rows of pixels of it."""
+        w, h = (self.js(f"document.documentElement.scroll{x}") for x in ("Width", "Height"))
+        top, end = rows or (0, h)
+        clip = {"x": 0, "y": top, "width": w, "height": end - top, "scale": 1}
+        found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True,
+                          clip=clip)  # fmt: skip
         path.write_bytes(base64.b64decode(found["data"]))
 
     def paper(self, path: Path) -> None:
         """Write a PDF of the page."""
         found = self.send("Page.printToPDF", printBackground=True, preferCSSPageSize=False)
         path.write_bytes(base64.b64decode(found["data"]))
-
-    def _page(self) -> dict:
-        w, h = (self.js(f"document.documentElement.scroll{x}") for x in ("Width", "Height"))
-        return {"x": 0, "y": 0, "width": w, "height": h}

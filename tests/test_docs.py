@@ -27,6 +27,7 @@ PAGES = [
     "errors.md",
     "loops.md",
     "migrate.md",
+    "pages.md",
     "plan.md",
     "trace.md",
     *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),

@@ -153,6 +153,8 @@ def test_where_it_stops_fitting(plans):
     assert found.last(1, SMALL) < found.last(2, SMALL) < found.last(4, SMALL)
     assert found.least((64, 32), SMALL) == 1 and found.least((256, 128), SMALL) is None
     assert found.last(4, H100) == (256, 128)
+    # where there are some between, those that are computed
+    assert found.least((180, 90), SMALL) == 3 and found.least((180, 90), SMALL, (1, 2, 4)) == 4
 
 
 def test_what_is_refused_is_not_interpolated(plans):

@@ -10,7 +10,19 @@ from typing import Any
 
 from ..comm.counters import Call, Sent
 from ..page import charts, still
-from ..page.blocks import Block, Cell, Row, chart, choice, heading, table, text, variants
+from ..page.blocks import (
+    Block,
+    Cell,
+    Row,
+    chart,
+    choice,
+    heading,
+    number,
+    place,
+    table,
+    text,
+    variants,
+)
 from ..page.document import Page, Shown
 
 MIB = 2**20
@@ -167,14 +179,14 @@ class Timeline(Shown):
         spent = sum(s.seconds for p in self.parts for s in p.sent)
         whole = sum(p.end - p.begin for p in self.parts) or 1.0
         n = len(self.parts)
-        verdict = f"{1e3 * max(p.end - p.begin for p in self.parts):.3g} ms"
+        verdict = f"{number(1e3 * max(p.end - p.begin for p in self.parts))} ms"
         verdict += f" on {n} ranks" if n > 1 else f" on rank {self.parts[0].rank}"
         verdict += f": {spent / whole:.0%} of the time in collectives"
         if n > 1:
             verdict += f", {sum(waits.values()) / whole:.0%} waiting for later ranks"
             by_line = self.waits("line")
             if any(by_line.values()):
-                verdict += f", most at {max(by_line, key=by_line.__getitem__)}"
+                verdict += f", most at {place(max(by_line, key=by_line.__getitem__))}"
         about = "Times of simulated ranks mean little: one runs at a time; messages are right."
         simulated = any(p.simulated for p in self.parts)
         page = Page("Trace", f"{verdict}.", None, about if simulated else "")
@@ -279,8 +291,9 @@ class Timeline(Shown):
                 w: [sum(r[2] for (of, _, way), r in rows.items() if (of, way) == (name, w)) / 1e6
                     for name in names] for w in ways
             }  # fmt: skip
-            short = ["/".join(n.split("/")[-2:]) for n in names]
-            figures[f"sent/{by}"] = charts.stacked(short, parts, "MB sent by all ranks")
+            figures[f"sent/{by}"] = charts.stacked(
+                list(map(place, names)), parts, "MB sent by all ranks"
+            )
         yield heading("Messages")
         yield choice("by", {"op": "op", "line": "line of your code"}, "by")
         yield chart("sent/{by}", figures, "bytes sent")

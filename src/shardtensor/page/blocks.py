@@ -43,6 +43,16 @@ class Row:
     tags: Sequence[str] = ()
 
 
+def number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:.3g}" if abs(x) < 999.5 else f"{x:,.0f}"
+
+
+def place(line: str) -> str:
+    """The last two names of "path:line"."""
+    return "/".join(line.split("/")[-2:]) or "?"
+
+
 def heading(text: str, level: int = 2) -> Block:
     """A title."""
     made = f"<h{level}>{escape(text)}</h{level}>"

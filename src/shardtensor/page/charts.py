@@ -147,9 +147,9 @@ def matrix(
         + "<extra></extra>",
     }  # fmt: skip
     layout = _layout(titles[1], height=150 + 44 * len(rows))
-    layout["xaxis"] |= {"type": "category"}
+    layout["xaxis"] |= {"type": "category", "showgrid": False}
     layout["yaxis"] = {"autorange": "reversed", "automargin": True, "type": "category",
-                       "title": {"text": titles[0]}}  # fmt: skip
+                       "showgrid": False, "title": {"text": titles[0]}}  # fmt: skip
     return {"data": [data], "layout": layout}
 
 
@@ -176,7 +176,7 @@ def curve(
     layout = _layout(x, height=340)
     layout["xaxis"] |= {"type": "log", "tickmode": "array", "tickvals": list(ticks),
                         "ticktext": list(ticks.values())}  # fmt: skip
-    layout["yaxis"] = {"title": {"text": y}, "type": "log", "automargin": True}
+    layout["yaxis"] = {"title": {"text": y}, "type": "log", "dtick": "D2", "automargin": True}
     _line(layout, limit, upright=False)
     if places:
         layout["shapes"].insert(0, _shape("x", places[0], "solid"))

@@ -13,6 +13,8 @@ from ..page.blocks import (
     chart,
     choice,
     heading,
+    number,
+    place,
     table,
     variants,
 )
@@ -87,7 +89,7 @@ def messages(shown: dict[str, Estimate]) -> Iterator[Block]:
             {w: [by_op.get((op, w), [0, 0, 0])[2] / 1e6 for op in ops] for w in ways},
             "MB that a rank sends",
         )
-        by_line = _grouped(e, lambda s: (_whose(s), s.collective, _short(s.line)))
+        by_line = _grouped(e, lambda s: (_whose(s), s.collective, place(s.line)))
         tables[row] = table(
             ["op", "collective", "line", "calls", "messages", "MB"],
             [
@@ -119,7 +121,7 @@ def _drawn(tree: Tree, measure: str, kind: str) -> dict[str, object] | None:
     for name in names:
         p = tree[name]
         notes.append(
-            f"{size(p.held)} at the peak<br>{1e3 * p.total:.3g} ms, most of it {p.limit}<br>"
+            f"{size(p.held)} at the peak<br>{number(1e3 * p.total)} ms, most of it {p.limit}<br>"
             f"{p.kernels} kernels, {p.sent / 1e6:.3g} MB sent"
         )
     return charts.icicle(
@@ -154,11 +156,6 @@ def _grouped(e: Estimate, key: Callable[..., tuple[str, ...]]) -> dict[tuple[str
 def _whose(s: object) -> str:
     op = getattr(s, "op", "") or "gradients of weights"
     return f"{op}, backward" if getattr(s, "backward", False) else op
-
-
-def _short(line: str) -> str:
-    """The last two names of a path."""
-    return "/".join(line.split("/")[-2:]) or "?"
 
 
 def _order(kind: str) -> int:

@@ -16,6 +16,7 @@ from ..page.blocks import (
     chart,
     heading,
     items,
+    number,
     slider,
     table,
     text,
@@ -107,7 +108,7 @@ class Plans(list[Estimate], Shown):
         return page
 
     def _needs(self, e: Estimate) -> str:
-        return f"{size(e.peak)} of {size(self.device.memory)}, {1e3 * e.seconds:.3g} ms a step."
+        return f"{size(e.peak)} of {size(self.device.memory)}, {number(1e3 * e.seconds)} ms a step."
 
     def _said(self, e: Estimate) -> str:
         if e.refused:
@@ -131,9 +132,9 @@ class Plans(list[Estimate], Shown):
                 Cell("yes" if fits else "no", mark="good" if fits else "bad"),
                 Cell(f"{e.peak / unit:.2f}", e.peak, e.peak / self.device.memory),
                 *(Cell(f"{e.memory[k] / unit:.2f}", e.memory[k]) for k in kinds),
-                Cell(f"{1e3 * e.seconds:.3g}", e.seconds, e.seconds / slowest),
-                Cell(f"{1e3 * e.compute:.3g}", e.compute),
-                Cell(f"{1e3 * e.communication:.3g}", e.communication),
+                Cell(number(1e3 * e.seconds), e.seconds, e.seconds / slowest),
+                Cell(number(1e3 * e.compute), e.compute),
+                Cell(number(1e3 * e.communication), e.communication),
                 Cell(f"{_sent(e) / 1e6:.2f}", _sent(e)),
                 Cell(str(sum(s.messages for s in e.sent)), sum(s.messages for s in e.sent)),
                 Cell(", ".join(e.gathered) or "none"),
@@ -249,7 +250,7 @@ class Plans(list[Estimate], Shown):
         fits = "fits" if p.peak <= device.memory else "does not fit"
         told = [
             f"{ranks} at {_times(z)}: {fits}, {size(p.peak)} of {size(device.memory)}, "
-            f"{1e3 * p.seconds:.3g} ms a step ({p.how})."
+            f"{number(1e3 * p.seconds)} ms a step ({p.how})."
         ]
         last, shapes = s.last(n, device), s.shapes
         if last is None:
@@ -267,6 +268,9 @@ class Plans(list[Estimate], Shown):
             told.append(f"{_times(z)} fits no number of devices up to {s.devices[-1]}.")
         else:
             how = s.at(least, z).how
+            sure = s.least(z, device, s.devices)
+            if how == "interpolated" and sure != least:
+                how += f"; of those computed, {sure}"
             more = " or fewer" if least == s.devices[0] > 1 else ""
             told.append(
                 f"{_times(z)} needs {least} device{'s' if least > 1 else ''}{more} ({how})."

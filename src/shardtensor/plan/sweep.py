@@ -73,9 +73,11 @@ class Sweep:
         ]
         return found[-1] if found else None
 
-    def least(self, size: tuple[int, ...], device: Device) -> int | None:
-        """The fewest devices that hold this size; None where none shown does."""
-        points = ((n, self.at(n, size)) for n in self.counts())
+    def least(
+        self, size: tuple[int, ...], device: Device, counts: Sequence[int] = ()
+    ) -> int | None:
+        """The fewest devices of those (default: all shown) that hold this size; None where none."""
+        points = ((n, self.at(n, size)) for n in counts or self.counts())
         return next((n for n, p in points if p.known and p.peak <= device.memory), None)
 
     def bracket(self, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
