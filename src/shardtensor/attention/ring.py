@@ -12,13 +12,15 @@ of another goes straight home, beside the keys of the next step and in their dty
 kernels give it in that. Home adds it up in fp32 or fp64. Measured on 2 to 16 ranks in bf16, against
 float64: 3.4 to 4.9 thousandths of the gradient's root mean square, one device's kernel 3.8 to 4.4,
 the sum in fp32 around the ring the same bits as this; a sum in bf16 around the ring 3.5 to 6.1.
-Memory is that of some blocks (at most 28 of one rank's queries were measured), whatever the number
-of ranks. A backward that is itself recorded (create_graph=True) holds all keys instead.
+Memory is that of some blocks, whatever the number of ranks: in backward, beside the gradients,
+eleven of one rank's queries, or of those of a turn where heads take turns. These are keys and
+values held and arriving, gradients leaving and arriving, and the kernel's three. A backward that is
+itself recorded (create_graph=True) holds all keys instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from torch import Tensor
 from .. import _torch
 from ..comm import groups, wire
 from ..comm.define import define, run
-from ..comm.pack import joined
 from ..errors import UnsupportedOpError
+from .around import Held, Shapes, in_turns, start
 from .blocks import Merge, backward, dead_rows, forward, relative, settled, wide
 from .call import INTEGERS, Call, Seen, Span
 from .twice import attend_plainly
@@ -55,42 +57,13 @@ def _cut_rows(mask: Tensor, rows: Span) -> Tensor:
     return mask[..., rows[0] : rows[1], :]
 
 
-def _pass(
-    call: Call, step: int, held: list[Tensor], found: Sequence[Tensor] = ()
-) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
-    """Start what travels while a step computes: keys for the next, and what the last one `found`.
-
-    What it returns gives (the block of the next step, what another rank found for this one's keys).
-    """
-    n, me, lay = call.n, call.me, call.laid
-    sends, arrivals = dict[int, list[Tensor]](), dict[int, list[list[int]]]()
-    coming, before = call.held(me, step + 1), call.rank(me - 1)
-    if step < lay.hops[call.held(me, step)]:
-        sends[call.rank(me + 1)] = held
-    comes = step < lay.hops[coming]
-    if comes:
-        arrivals[before] = [_like(x, lay.held[coming]) for x in held]
-    home, finder = call.held(me, step - 1), (me + step - 1) % n
-    returns = bool(found) and step > 1
-    if returns and lay.sees(me, home):
-        sends[call.rank(home)] = [*sends.get(call.rank(home), ()), *found]
-    returned = returns and lay.sees(finder, me)
-    if returned:
-        own = [_like(x, lay.held[me]) for x in found]
-        arrivals[call.rank(finder)] = [*arrivals.get(call.rank(finder), ()), *own]
-    wait = wire.start_exchange(sends, arrivals, held[0], call.group, "ring")
-
-    def arrived() -> tuple[list[Tensor], list[Tensor]]:
-        came = wait()
-        keys = came[before][:2] if comes else [x.new_empty(_like(x, 0)) for x in held]
-        return keys, came[call.rank(finder)][-2:] if returned else []
-
-    return arrived
+def _heads(x: Tensor, part: Span) -> Tensor:
+    return x if part == (0, x.shape[1]) else x[:, part[0] : part[1]]
 
 
-def _like(x: Tensor, tokens: int) -> list[int]:
-    """The shape of a block of keys or values with that many tokens."""
-    return [*x.shape[:2], tokens, x.shape[3]]
+def _heads_of_mask(mask: Tensor | None, part: Span) -> Tensor | None:
+    several = mask is not None and mask.ndim > 2 and mask.shape[-3] > 1
+    return mask[..., part[0] : part[1], :, :] if several and mask is not None else mask
 
 
 def _attention(
@@ -98,22 +71,46 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of this rank's queries over all keys, which come around."""
     call, merged = Call.of(*rest[:-1]), rest[-1]
+    turns, alone = in_turns(call, q, k, False), groups.size(merged) == 1
+    if len(turns) == 1:
+        out, sums = _turn(call, q, k, v, mask, alone)
+    else:
+        out, sums = _fake(q, k, v, mask)
+        out = out if alone else out.to(wide(q.dtype))
+        for heads, keys in turns:
+            found = _turn(
+                call, _heads(q, heads), _heads(k, keys), _heads(v, keys),
+                _heads_of_mask(mask, heads), alone,
+            )  # fmt: skip
+            _heads(out, heads).copy_(found[0])
+            sums[:, :, heads[0] : heads[1]].copy_(found[1])
+            del found
+    out, sums = over_ranks(out, sums, merged)
+    return out.to(q.dtype), sums
+
+
+def _turn(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alone: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
     steps = call.laid.steps
-    total, alone = Merge(q, v), groups.size(merged) == 1
+    total = Merge(q, v)
     dead = dead_rows(mask, q.dtype)
-    held = [k, v]
+    like, held = Shapes.of(k, v), Held.of(k, v, steps)
     for step in range(steps + 1):
-        arriving = _pass(call, step, held) if step < steps else None
+        arriving, _ = start(call, step, held, [], like)
         every = call.seen(q, call.held(call.me, step))
         for i, seen in enumerate(every):
             found = forward(
-                _cut(q, seen.rows), _cut(held[0], seen.keys), _cut(held[1], seen.keys),
+                _cut(q, seen.rows), _cut(held.keys, seen.keys), _cut(held.values, seen.keys),
                 _part(mask, seen), seen.rule, _hidden(dead, seen.rows),
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
-        held = arriving()[0] if arriving else held
-    out, sums = over_ranks(*total.result(), merged)
-    return out.to(q.dtype), sums
+            del found
+        held = arriving()
+        # what was sent goes
+        del arriving
+    return total.result()
 
 
 def over_ranks(out: Tensor, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -142,25 +139,54 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmask): keys go around once more, what is found for them goes home."""
     call = Call.of(*rest)
-    steps = call.laid.steps
-    dtype = wide(q.dtype)
     sums = settled(sums)
     if q.device.type != "cpu":
         # once, as kernels ask for it
         g = g.contiguous()
-    dq = q.new_zeros(q.shape, dtype=dtype)
+    turns = in_turns(call, q, k, mask_grad)
+    if len(turns) == 1:
+        return _turn_back(call, g, q, k, v, mask, out, sums, mask_grad)
+    dq, home = q.new_empty(q.shape), _home([k, v], k.dtype)
+    for heads, keys in turns:
+        _turn_back(
+            call, _heads(g, heads), _heads(q, heads), _heads(k, keys), _heads(v, keys),
+            _heads_of_mask(mask, heads), _heads(out, heads), sums[:, :, heads[0] : heads[1]],
+            False, _heads(dq, heads), [x.narrow(-3, keys[0], keys[1] - keys[0]) for x in home],
+        )  # fmt: skip
+    dk, dv = home[0] if len(home) == 1 else home
+    return dq, dk, dv, q.new_empty([0])
+
+
+def _turn_back(
+    call: Call,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    mask_grad: bool,
+    into_q: Tensor | None = None,
+    into: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of some heads, added up where they are wanted, if that has the dtype of sums."""
+    steps, dtype = call.laid.steps, wide(q.dtype)
+    inside = into_q is not None and into_q.dtype is dtype
+    dq = into_q.zero_() if into_q is not None and inside else q.new_zeros(q.shape, dtype=dtype)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
-    held, home, grads = [k, v], list[Tensor](), list[Tensor]()
+    like, held = Shapes.of(k, v), Held.of(k, v, steps)
+    home, grads = list[Tensor](), list[Tensor]()
     for step in range(steps + 1):
-        arriving = _pass(call, step, held, grads) if step < steps or step > 1 else None
+        arriving, returning = start(call, step, held, grads, like)
         every = call.seen(q, call.held(call.me, step))
         # what queries find for all keys at once is not added up
-        alone = len(every) == 1 and every[0].keys == (0, held[0].shape[2])
-        own = [] if alone else [_beside(x, dtype).zero_() for x in held]
+        alone = len(every) == 1 and every[0].keys == (0, held.keys.shape[2])
+        own = [] if alone else [_beside(x, dtype).zero_() for x in (held.keys, held.values)]
         for seen in every:
             found = backward(
-                _cut(g, seen.rows), _cut(q, seen.rows), _cut(held[0], seen.keys),
-                _cut(held[1], seen.keys), _part(mask, seen), _cut(out, seen.rows),
+                _cut(g, seen.rows), _cut(q, seen.rows), _cut(held.keys, seen.keys),
+                _cut(held.values, seen.keys), _part(mask, seen), _cut(out, seen.rows),
                 sums[..., seen.rows[0] : seen.rows[1]], seen.rule, mask_grad,
             )  # fmt: skip
             _cut(dq, seen.rows).add_(found[0])
@@ -168,18 +194,23 @@ def _attention_backward(
                 own = [found[1], found[2]]
             else:
                 _add([_cut(x, seen.keys) for x in own], found[1:3])
-            into = _part(dmask, seen)
-            if into is not None and found[3] is not None:
-                into.add_(found[3])
+            part = _part(dmask, seen)
+            if part is not None and found[3] is not None:
+                part.add_(found[3])
+            del found
         if step:
+            _add(home, returning())
             grads = [x.to(k.dtype) for x in own]
         else:
-            home = _home(own, dtype)
-        if arriving:
-            held, came = arriving()
-            _add(home, _both(came))
+            home = _home(own, dtype, into if inside else ())
+        del own
+        held = arriving()
+        # what was sent goes
+        del arriving, returning
     if steps:
-        _add(home, _both(_pass(call, steps + 1, held, grads)()[1]))
+        _add(home, start(call, steps + 1, held, grads, like)[1]())
+    if into_q is not None and not inside:
+        _add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
     dk, dv = home[0] if len(home) == 1 else home
     return (
         dq.to(q.dtype),
@@ -189,22 +220,22 @@ def _attention_backward(
     )
 
 
-def _home(own: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Sums for keys and values, heads beside each other; one tensor of both if they are alike."""
-    if own[0].shape != own[1].shape:
-        return [_beside(x, dtype).copy_(x) for x in own]
-    b, heads, rows, width = own[0].shape
-    both = own[0].new_empty((2, b, rows, heads, width), dtype=dtype).transpose(2, 3)
-    for to, x in zip(both, own, strict=True):
+def _home(own: list[Tensor], dtype: torch.dtype, into: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Sums for keys and values, heads beside each other; one tensor of both if they are alike.
+
+    into: where they are, of the same form.
+    """
+    alike = own[0].shape == own[1].shape
+    if into:
+        home = list(into)
+    elif alike:
+        b, heads, rows, width = own[0].shape
+        home = [own[0].new_empty((2, b, rows, heads, width), dtype=dtype).transpose(2, 3)]
+    else:
+        home = [_beside(x, dtype) for x in own]
+    for to, x in zip(home[0] if alike else home, own, strict=True):
         to.copy_(x)
-    return [both]
-
-
-def _both(came: list[Tensor]) -> list[Tensor]:
-    """What came for keys and values as one tensor if they are alike, as `_home` has it."""
-    if not came or came[0].shape != came[1].shape:
-        return came
-    return [joined(came, came[0]).view(2, *came[0].shape)]
+    return home
 
 
 def _add(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:

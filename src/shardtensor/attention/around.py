@@ -1,0 +1,153 @@
+"""What travels around a ring: keys with their values, and what was found for them.
+
+Large ones go in two exchanges: keys and values are one vector, which is sent on as it came, and its
+memory goes with it. Small ones go in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..comm import wire
+from ..comm.pack import joined
+from .call import Call, Span
+
+# rows of queries, of all their heads, from which on heads take turns
+ROWS = 2**14
+# elements of keys and values from which on they are not copied to be sent
+LARGE = 2**18
+
+
+class Held(NamedTuple):
+    """The keys and values that a rank has at a step, and the vector that they are."""
+
+    keys: Tensor
+    values: Tensor
+    flat: Tensor
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, steps: int) -> Held:
+        """Before the first step; nothing is copied where they do not travel."""
+        return cls(k, v, joined([k, v], k) if steps else k)
+
+
+class Shapes(NamedTuple):
+    """Of a block of keys and its values, but for the number of tokens."""
+
+    batch: int
+    heads: int
+    widths: tuple[int, int]
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> Shapes:
+        return cls(k.shape[0], k.shape[1], (k.shape[3], v.shape[3]))
+
+    def numel(self, tokens: int) -> int:
+        """The elements of both."""
+        return self.batch * self.heads * tokens * sum(self.widths)
+
+    def both(self, tokens: int) -> list[list[int]]:
+        """Those of both, as one tensor where they are alike."""
+        shapes = [[self.batch, self.heads, tokens, width] for width in self.widths]
+        return shapes if shapes[0] != shapes[1] else [[2, *shapes[0]]]
+
+    def held(self, flat: Tensor) -> Held:
+        """Keys and values that came as a vector."""
+        tokens = flat.numel() // max(1, self.numel(1))
+        first, second = ([self.batch, self.heads, tokens, width] for width in self.widths)
+        n = prod(first)
+        return Held(flat[:n].view(first), flat[n:].view(second), flat)
+
+
+class _Way(NamedTuple):
+    """What goes to whom, and the shapes of what comes from whom."""
+
+    sends: dict[int, list[Tensor]]
+    shapes: dict[int, list[list[int]]]
+
+
+def start(
+    call: Call, step: int, held: Held, found: list[Tensor], like: Shapes
+) -> tuple[Callable[[], Held], Callable[[], list[Tensor]]]:
+    """Start what travels while a step computes: its keys, and what the last one `found`.
+
+    The first of what it returns gives the keys and values of the next step, the second what another
+    rank found for this one's. `found` is empty afterwards.
+    """
+    lay, me = call.laid, call.me
+    travels, returns = step < lay.steps, bool(found)
+    keys, home = _Way({}, {}), _Way({}, {})
+    if travels:
+        coming = call.held(me, step + 1)
+        if step < lay.hops[call.held(me, step)]:
+            keys.sends[call.rank(me + 1)] = [held.flat]
+        if step < lay.hops[coming]:
+            keys.shapes[call.rank(me - 1)] = [[like.numel(lay.held[coming])]]
+    if returns:
+        of, finder = call.held(me, step - 1), (me + step - 1) % call.n
+        if lay.sees(me, of):
+            home.sends[call.rank(of)] = list(found)
+        if lay.sees(finder, me):
+            home.shapes[call.rank(finder)] = like.both(lay.held[me])
+        found.clear()
+    empty = held.flat.new_empty(0)
+    # alike on all ranks: those of a team may have different numbers of heads
+    large = call.team == 1 and like.numel(max(lay.held)) >= LARGE
+    if travels and returns and not large:
+        # to and from other ranks; of one form, so that one copy joins them
+        for r in keys.sends:
+            keys.sends[r] = [held.keys, held.values]
+        first = second = _exchange(call, empty, keys, home)
+    else:
+        first = _exchange(call, empty, keys) if travels else dict
+        second = _exchange(call, empty, home) if returns else dict
+    of_keys, of_home = list(keys.shapes), list(home.shapes)
+
+    def arrived() -> Held:
+        came = first()
+        return like.held(came[of_keys[0]][0] if of_keys else empty)
+
+    def returned() -> list[Tensor]:
+        came = second()
+        return came[of_home[0]] if of_home else []
+
+    return arrived, returned
+
+
+def _exchange(call: Call, like: Tensor, *ways: _Way) -> Callable[[], dict[int, list[Tensor]]]:
+    sends = {r: parts for way in ways for r, parts in way.sends.items()}
+    shapes = {r: parts for way in ways for r, parts in way.shapes.items()}
+    wait = wire.start_exchange(sends, shapes, like, call.group, "ring")
+    for way in ways:
+        # what was copied to be sent goes
+        way.sends.clear()
+    came: list[dict[int, list[Tensor]]] = []
+
+    def arrived() -> dict[int, list[Tensor]]:
+        if not came:
+            came.append(wait())
+        return came[0]
+
+    return arrived
+
+
+def in_turns(call: Call, q: Tensor, k: Tensor, mask_grad: bool) -> list[tuple[Span, Span]]:
+    """(heads of queries, heads of keys) that go around the ring in turns, alike on all ranks.
+
+    What is in flight is a block of some heads, not of all. Each turn has ROWS rows of queries at
+    least, so that kernels and messages have enough to do; dropout draws for all heads at once.
+    """
+    heads, groups = q.shape[1], k.shape[1]
+    if call.team > 1 or call.drop or mask_grad or not (heads and groups and q.shape[0]):
+        return [((0, heads), (0, groups))]
+    times = heads // groups
+    rows = max(sum(n for _, n in spans) for spans in call.laid.queries)
+    each = min(groups, max(1, -(-ROWS // max(1, q.shape[0] * times * rows))))
+    # as even as can be
+    each = -(-groups // -(-groups // each))
+    ends = [(a, min(a + each, groups)) for a in range(0, groups, each)]
+    return [((a * times, b * times), (a, b)) for a, b in ends]
