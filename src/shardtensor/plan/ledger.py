@@ -124,7 +124,7 @@ class Ledger(probe.Watching):
 
     def book(self, x: Tensor, kind: str) -> bool:
         """Enter a tensor's memory; False where it is known already, or there is none."""
-        if not probe.is_fake(x) and x.device.type == "meta":
+        if x.device.type == "meta":
             return False
         storage = (x if probe.is_fake(x) else local(x)).untyped_storage()
         at = storage._cdata
