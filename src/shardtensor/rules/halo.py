@@ -187,23 +187,33 @@ class _HaloConv(torch.autograd.Function):
             y = _conv(fetch(x, d, spec, reach), weight, bias, inner)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             return *(next(found) if need else None for need in needs), *[None] * 5
-        outward: list[Tensor | None] = [None, None]
-        weights, outputs = [], _outputs(own, settings, d)
-        for i, (strip, rim) in enumerate(zip(strips, _ends(g, d, *outputs), strict=True)):
-            if strip is not None:
-                whole = _padded(strip, d, i == 0, _rows(outputs[i], weight, settings, d))
-                gx, gw, _ = _gradients(rim, whole, weight, None, inner, (needs[0], needs[1], False))
-                outward[i] = None if gx is None else _ends(gx, d, own.above, own.below)[i]
-                weights.append(gw)
+        outputs = _outputs(own, settings, d)
+        rims = _ends(g, d, *outputs)
+
+        def of_strip(i: int, of: int) -> Tensor | None:
+            """What a strip finds: its own gradient, or that of the weight."""
+            strip = strips[i]
+            if strip is None or not needs[of]:
+                return None
+            whole = _padded(strip, d, i == 0, _rows(outputs[i], weight, settings, d))
+            asked = of == 0, of == 1, False
+            return _gradients(rims[i], whole, weight, None, inner, asked)[of]
+
         if needs[0]:
+            outward = [of_strip(i, 0) for i in (0, 1)]
+            for i, gx in enumerate(outward):
+                outward[i] = None if gx is None else _ends(gx, d, own.above, own.below)[i]
             arrive = _swap(outward, x, way.back(), gets, gives)
         gx, gw, gb = _gradients(g, x, weight, bias, settings, needs)
         if needs[0]:
             for back, rim in zip(arrive(), _ends(gx, d, own.up, own.down), strict=True):
                 if back is not None:
                     rim.add_(back)
-        for more in weights if needs[1] else ():
-            gw = gw + more
+        for i in (0, 1):
+            # one at a time
+            more = of_strip(i, 1)
+            gw = gw if more is None else gw.add_(more)
+            del more
         return gx, gw, gb, *[None] * 5
 
 

@@ -254,7 +254,12 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         weight = weight.reshape(-1, *[1] * (input.ndim - 2))
     elif weight.ndim:
         weight = weight.reshape(())
-    return torch.where(input > 0, input, weight * input)
+    return pointwise(_prelu, (input, weight), {})
+
+
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """Torch's own kernel, whose backward holds fewer tensors of x's size than products would."""
+    return torch.prelu(x, weight.reshape(-1))
 
 
 @rule("glu")
