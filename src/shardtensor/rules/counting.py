@@ -19,7 +19,8 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, local_of, on_dim, reduced, replicate, to_dims
+from ..tensor.recut import aside, on_dim
+from ..tensor.redistribute import fit, local_of, reduced, replicate, to_dims
 from . import labels
 from .pointwise import align, function_rule
 from .reduce import axes_of, finish, over

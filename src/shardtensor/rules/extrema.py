@@ -11,6 +11,7 @@ from .. import _torch, comm
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from . import flat
 from .empty import with_one
@@ -49,6 +50,7 @@ def _extreme(
     dims = over(dim, x.ndim)
     name = "amax" if largest else "amin"
     _check(x, dims, name)
+    x = apart(x, dims)
     fn = torch.amax if largest else torch.amin
     spec = without(x._spec, dims, keepdim)
     one = torch.max if largest else torch.min
@@ -108,6 +110,7 @@ def _along(
         return wrap(x._local.clone(), x._spec), wrap(torch.zeros_like(x._local).long(), x._spec)
     (d,) = over(dim, x.ndim)
     _check(x, (d,), "max" if largest else "min")
+    x = apart(x, (d,))
     fn = torch.max if largest else torch.min
     spec = without(x._spec, (d,), keepdim)
     if not axes_of(x._spec, (d,)):

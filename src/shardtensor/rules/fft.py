@@ -114,5 +114,5 @@ def view_as_real(input: ShardTensor) -> ShardTensor:
 def view_as_complex(input: ShardTensor) -> ShardTensor:
     if not input.ndim or input.shape[-1] != 2:
         raise RuntimeError("Tensor must have a last dimension of size 2")
-    x = whole_in(input, [input.ndim - 1], "view_as_complex")
+    x = whole_in(input, [input.ndim - 1], "view_as_complex", True)
     return wrap(torch.view_as_complex(x._local), x._spec.drop([-1]))

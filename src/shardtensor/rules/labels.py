@@ -6,7 +6,10 @@
   their sizes, or in a given one; a mesh axis serves one label.
 - A label in upper case is whole on every rank. What cut it cuts the largest other label of its
   operand that can be cut, by an all-to-all; where there is none, it is gathered.
-- A label that no result has leaves addends, which one all-reduce adds up.
+- A label that no result has leaves addends, which one all-reduce adds up. Where they would be
+  large, and one operand alone is cut along it, it is whole as one in upper case, if it can move.
+- A large operand that would be gathered, as another one is cut along another label, moves with it
+  to a label that all have, if there is one that can be cut as evenly.
 - The dims of `...` broadcast, as torch's do; every other label has one size.
 - A label of a result that no operand has is whole, and as large as fn makes it.
 - A small operand whose partner is large, whole and learned (features before a classifier) is
@@ -17,6 +20,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +31,7 @@ from .. import comm
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..spec import Dim, Spec, axes_in
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, recut, wrap
 from ..tensor.redistribute import fit
 
 Labels = tuple[str, ...]
@@ -159,11 +163,11 @@ def plan_of(
     if order is None:
         turns.sort(key=lambda i: -shapes[i].numel())
     dims = {name: Dim(n) for name, n in sizes.items()}
-    gathered = [
-        name
-        for i in turns
-        for name in _choose(list(zip(inputs[i], known[i].dims, strict=True)), dims, free, mesh)  # type: ignore[union-attr]
-    ]
+    own = {i: list(zip(inputs[i], known[i].dims, strict=True)) for i in cut}  # type: ignore[union-attr]
+    whole = {name for name in sizes if name[0].isupper()} | _large_sums(own, sizes, results, free)
+    free -= whole
+    gathered = [name for i in turns for name in _choose(own[i], dims, free, whole, mesh)]
+    _meet(own, dims, [t for t in results if t], free, mesh)
     wanted = tuple(
         tuple(dims[name] if n == sizes[name] else Dim(n) for name, n in zip(t, s, strict=True))
         for t, s in zip(inputs, shapes, strict=True)
@@ -178,8 +182,69 @@ def plan_of(
     )
 
 
+Own = list[tuple[str, Dim]]
+
+
+def _large_sums(
+    own: dict[int, Own], sizes: dict[str, int], results: Sequence[Labels], free: set[str]
+) -> set[str]:
+    """Labels that no result has, of which the addends are large beside the operand cut along it."""
+    kept = {name for term in results for name in term}
+    if not kept <= sizes.keys():
+        return set()
+    numel = max((prod(sizes[n] for n in term) for term in results), default=0)
+    if numel < recut.WHOLE:
+        return set()
+    cuts = [(name, i) for i, term in own.items() for name, dim in term if dim.is_cut]
+    found = set()
+    for name, i in cuts:
+        if name not in free or name in kept or sum(name == other for other, _ in cuts) > 1:
+            continue
+        term = dict(own[i])
+        parts = len(term[name].sizes)
+        room = any(
+            n in free and n in kept and not d.axes and d.size == sizes[n] >= parts
+            for n, d in own[i]
+        )
+        if room and 2 * numel >= prod(d.size for d in term.values()) // parts:
+            found.add(name)
+    return found
+
+
+def _meet(
+    own: dict[int, Own],
+    dims: dict[str, Dim],
+    results: Sequence[Labels],
+    free: set[str],
+    mesh: DeviceMesh,
+) -> None:
+    """Cut a label of all operands and results where a large operand would be gathered else."""
+    for term in own.values():
+        for name, dim in term:
+            if not dim.is_cut or name in (n for n, _ in term if dims[n].axes == dim.axes):
+                continue
+            if prod(d.size for _, d in term) < recut.WHOLE:
+                continue
+            held = next((n for n, d in dims.items() if d.axes == dim.axes), None)
+            if held is None or held in dict(term):
+                continue
+            terms = [dict(t) for t in own.values()]
+            parts = len(dim.sizes)
+            common = [
+                n
+                for n in free.intersection(*terms, *results)
+                if not dims[n].axes
+                and all(t[n].size == dims[n].size for t in terms)
+                and (dims[n].size % parts == 0 or dims[n].size >= 8 * parts)
+            ]
+            if common:
+                to = max(common, key=lambda n: (dims[n].size, n))
+                dims[held] = dims[held].whole
+                dims[to] = Dim.chunked(dims[to].size, dim.axes, mesh)
+
+
 def _choose(
-    own: list[tuple[str, Dim]], dims: dict[str, Dim], free: set[str], mesh: DeviceMesh
+    own: Own, dims: dict[str, Dim], free: set[str], whole: set[str], mesh: DeviceMesh
 ) -> list[str]:
     """Cut labels as an operand is, by axes that cut none yet; gives those that must be gathered."""
     used = {a for d in dims.values() for a in d.axes}
@@ -190,7 +255,7 @@ def _choose(
             used.update(dim.axes)
     gathered = []
     for name, dim in own:
-        if not name[0].isupper() or not dim.is_cut or not used.isdisjoint(dim.axes):
+        if name not in whole or not dim.is_cut or not used.isdisjoint(dim.axes):
             continue
         aside = [n for n, d in own if n in free and not dims[n].axes and d.size == dims[n].size > 1]
         if aside:

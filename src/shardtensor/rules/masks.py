@@ -16,7 +16,8 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, on_dim, reduced, to_dims
+from ..tensor.recut import on_dim
+from ..tensor.redistribute import fit, reduced, to_dims
 from . import labels
 from .in_place import assigned
 from .pointwise import function_rule, pointwise

@@ -17,7 +17,8 @@ from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, reduced, replicate
+from ..tensor.recut import aside
+from ..tensor.redistribute import fit, reduced, replicate
 from .empty import with_one
 from .reduce import axes_of, over, without
 from .sort import FEW, beside, cut_at, cuts, has_keys, keys, lanes

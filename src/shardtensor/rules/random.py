@@ -16,7 +16,8 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import draw, generator_for, matching, memory_order, refill
-from ..tensor.redistribute import aside, fit, reduced, replicate
+from ..tensor.recut import aside
+from ..tensor.redistribute import fit, reduced, replicate
 from ..tensor.tape import tape
 from .agreed import agreed
 from .pointwise import align, function_rule

@@ -17,6 +17,7 @@ from ..cache import cached
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
+from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .empty import through, with_one
 from .shape import many
@@ -118,6 +119,9 @@ def sum(
 ) -> ShardTensor:
     x = reduced(input) if input._spec.partial else input
     dims, spec, group, _ = _over(x._spec, _given(dim), keepdim)
+    if group is not None:
+        x = apart(x, dims)
+        dims, spec, group, _ = _over(x._spec, dims, keepdim)
     local = x._local
     if group is None:
         return wrap(torch.sum(local, dims, keepdim, dtype=dtype), spec)
@@ -148,6 +152,9 @@ def mean(
 ) -> ShardTensor:
     x = reduced(input) if input._spec.partial else input
     dims, spec, group, n = _over(x._spec, _given(dim), keepdim)
+    if group is not None:
+        x = apart(x, dims)
+        dims, spec, group, n = _over(x._spec, dims, keepdim)
     local = x._local
     if group is None:
         return wrap(local.mean(dims or None, keepdim, dtype=dtype), spec)
@@ -172,8 +179,8 @@ def nansum(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: Any
 def prod(
     input: ShardTensor, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> ShardTensor:
-    x = reduced(input)
-    dims = over(dim, x.ndim)
+    dims = over(dim, input.ndim)
+    x = apart(reduced(input), dims)
     where = () if dim is None else (dim, keepdim)
     local = x._local.prod(*where, dtype=dtype)
     if axes_of(x._spec, dims):
@@ -198,9 +205,9 @@ def any(input: ShardTensor, dim: Dims = None, keepdim: bool = False) -> ShardTen
 
 
 def _logical(fn: Any, input: ShardTensor, dim: Dims, keepdim: bool, op: str) -> ShardTensor:
-    x = reduced(input)
     # an empty list of dims reduces nothing here, unlike in sums
-    dims = () if dim is not None and dim == () else over(dim, x.ndim)
+    dims = () if dim is not None and dim == () else over(dim, input.ndim)
+    x = apart(reduced(input), dims)
     local = fn(x._local, dims, keepdim)
     return wrap(finish(local, x._spec, dims, op), without(x._spec, dims, keepdim))
 
@@ -222,7 +229,7 @@ def logsumexp(input: ShardTensor, dim: Dims, keepdim: bool = False) -> Tensor:
     """From each rank's largest score and sum of powers beside it, in one message."""
     dims = over(dim, input.ndim)
     real = input.is_floating_point() or input.is_complex()
-    x: ShardTensor = reduced(input if real else input.float())  # type: ignore[assignment]
+    x = apart(reduced(input if real else input.float()), dims)  # type: ignore[arg-type]
     if axes_of(x._spec, dims) and not x.dtype.is_complex:
         # halves are rounded once, as on one device
         part = x._local.to(wide(x.dtype))

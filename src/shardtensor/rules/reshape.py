@@ -21,7 +21,7 @@ from ..cuts import chunk_sizes
 from ..dispatch.writes import stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in, whole_dims
-from ..tensor import ShardTensor, layout, wrap
+from ..tensor import ShardTensor, layout, recut, wrap
 from ..tensor.redistribute import convert, like, reduced, replicate
 from .agreed import agreed
 from .pointwise import function_rule
@@ -123,7 +123,8 @@ class Reshaped(NamedTuple):
     """How a tensor takes another shape.
 
     stays: whether shards stay. before: the dims that they need. spec: of the result, local_shape
-    there. view: whether torch gives a view.
+    there. view: whether torch gives a view. even: where what torch copies goes then, None if it
+    stays there.
     """
 
     stays: bool
@@ -131,6 +132,7 @@ class Reshaped(NamedTuple):
     spec: Spec
     local_shape: torch.Size
     view: bool
+    even: Spec | None = None
 
 
 @cached
@@ -142,7 +144,29 @@ def _reshaped(spec: Spec, stride: Stride, shape: tuple[int, ...]) -> Reshaped:
         return Reshaped(False, before, out, out.local_shape, True)
     before, out = _plan(spec, target)
     view = layout.is_view(spec.shape, stride or layout.dense(spec.shape), target)
-    return Reshaped(before == spec.dims, before, out, out.local_shape, view)
+    even = None if view or numel < recut.WHOLE else _evened(spec, out)
+    return Reshaped(before == spec.dims, before, out, out.local_shape, view, even)
+
+
+def _evened(spec: Spec, out: Spec) -> Spec | None:
+    """A large result cut evenly, where rows that all are one dim's own left it lopsided.
+
+    As of 4 windows that shared 8 ranks, and lie in 512 rows now. What is cut by sizes of its own
+    stays so.
+    """
+    if not all(_nearly_even(d, spec) for d in spec.cuts):
+        return None
+    even = [Dim.chunked(d.size, d.axes, out.mesh) for d in out.dims]
+    pairs = [(max(d.sizes), max(e.sizes)) for d, e in zip(out.dims, even, strict=True) if d.axes]
+    lopsided = any(4 * most > 5 * least for most, least in pairs)
+    return Spec(out.mesh, tuple(even), out.partial) if lopsided else None
+
+
+def _nearly_even(dim: Dim, spec: Spec) -> bool:
+    """Whether rows alone keep a dim from a better cut."""
+    parts = len(dim.sizes)
+    off = max(abs(o * parts - i * dim.size) for i, o in enumerate(dim.offsets))
+    return off <= parts or dim == Dim.chunked(dim.size, dim.axes, spec.mesh)
 
 
 def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
@@ -158,7 +182,7 @@ def _laid(x: ShardTensor) -> Stride:
 
 
 def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTensor:
-    stays, before, spec, local_shape, view = plan
+    stays, before, spec, local_shape, view, even = plan
     if strict and not view:
         raise RuntimeError(
             "view size is not compatible with input tensor's size and stride (at least one "
@@ -169,13 +193,16 @@ def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTenso
         if view and out._base is not None:
             # a view of this shard, hence in its memory
             return wrap(out, spec)
+        if even is not None:
+            return like(wrap(out, spec), even)
         if not view and _torch.storage(out)._cdata == _torch.storage(x._local)._cdata:
             # a view of this shard, of one row perhaps, where the whole is copied
             out = out.clone(memory_format=torch.contiguous_format)
         return wrap(stands_for_view(out, x._local, op) if view else out, spec)
     if not view:
         y = like(x, Spec(spec.mesh, before, spec.partial))
-        return wrap(y._local.reshape(local_shape), spec)
+        copy = wrap(y._local.reshape(local_shape), spec)
+        return copy if even is None else like(copy, even)
     if not x._spec.shape.numel():
         return wrap(replicate(x)._local.reshape(local_shape), spec)
     out = moved(x, before, op)._local.reshape(local_shape)

@@ -20,7 +20,8 @@ from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, reduced, to_dims
+from ..tensor.recut import aside
+from ..tensor.redistribute import reduced, to_dims
 from .empty import joined, stock, through, with_one
 from .in_place import assigned
 from .reduce import over, wide

@@ -13,7 +13,8 @@ from ..cache import cached
 from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, recut, wrap
+from ..tensor.recut import lasting
 from ..tensor.redistribute import convert, like, to_dims
 
 
@@ -30,18 +31,20 @@ def moved(x: ShardTensor, dims: Sequence[Dim], op: str) -> ShardTensor:
     return y
 
 
-def whole_in(x: ShardTensor, dims: Sequence[int], op: str) -> ShardTensor:
-    """x with some dims gathered."""
+def whole_in(x: ShardTensor, dims: Sequence[int], op: str, lost: bool = False) -> ShardTensor:
+    """x with some dims gathered; where they are `lost` and it is large, others are cut instead."""
     if not any(x._spec.dims[d].axes for d in dims):
         return x
-    whole = x._spec.whole_in(dims).dims
-    if x._spec.partial:
+    spec = x._spec
+    there = lasting(spec, tuple(dims)) if lost and spec.shape.numel() >= recut.WHOLE else spec
+    whole = there.whole_in(dims).dims
+    if spec.partial:
         return moved(x, whole, op)
-    y, spec = to_dims(x, whole), x._spec
+    y = to_dims(x, whole)
     gathered = y._spec
 
     def write(base: Tensor, rows: Tensor) -> None:
-        # whole on every rank: nothing is sent. x may have other dims by then (squeeze_, t_).
+        # x may have other dims by then (squeeze_, t_).
         # The memory of y keeps this function, which must not keep y
         base.copy_(convert(rows, gathered, spec))
 
@@ -148,8 +151,10 @@ def _moved(spec: Spec, source: tuple[int, ...], destination: tuple[int, ...]) ->
 def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
     spec = input._spec
     gone, out, cut = _squeezed(spec, None if dim is None else many(dim))
-    local = whole_in(input, gone, "squeeze")._local if cut else input._local
-    return wrap(local.squeeze(gone), out)
+    if cut:
+        input = whole_in(input, gone, "squeeze", True)
+        out = input._spec.drop(gone)
+    return wrap(input._local.squeeze(gone), out)
 
 
 @cached

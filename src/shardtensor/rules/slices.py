@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import comm
 from ..cache import cached
 from ..dispatch.writes import slice_of, stands_for_rows
 from ..registry import rule
 from ..spec import Dim, Spec
-from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, reduced
+from ..tensor import ShardTensor, recut, wrap
+from ..tensor.recut import lasting
+from ..tensor.redistribute import convert, fit, reduced
 from .rows import dims_of, mesh_of
 from .shape import _index, many, whole_in
 
@@ -75,21 +75,23 @@ def selected(x: ShardTensor, dim: int, index: int) -> ShardTensor:
     d, index, out = _of_row(spec, dim, index)
     if not spec.dims[d].axes:
         return wrap(x._local.select(d, index), out)
-    row = sliced(x, d, index, index + 1)
-    sizes, group = row._spec.dims[d].sizes, comm.along(spec, d)
-    rows = comm.gather(row._local, d, sizes, group)
+    row = _rows(spec, d, index, index + 1)
+    # a large one is cut along what is left of it
+    there = lasting(row.spec, (d,)) if out.shape.numel() >= recut.WHOLE else row.spec
+    there = there.whole_in([d])
+    rows = convert(x._local[row.local], row.spec, there)
     picked = rows.select(d, 0)
-    if len(sizes) > 1:
-        own = picks(spec.dims[d], spec.index[d], index, index + 1)[1]
+    if spec.dims[d].is_cut:
+        own = row.local[d]
 
         def write(base: Tensor, rows: Tensor) -> None:
             part = base.narrow(d, own.start, own.stop - own.start)
-            part.copy_(comm.split(rows, d, sizes, group))
+            part.copy_(convert(rows, there, row.spec))
 
         piece = stands_for_rows(rows, x, "select", write, {d: (index, index + 1)})
         if piece is not None:
             piece.follow(picked)
-    return wrap(picked, out)
+    return wrap(picked, there.drop([d]))
 
 
 def span(start: Any, stop: Any, step: int, n: int) -> tuple[int, int]:
@@ -143,8 +145,10 @@ def _narrowed(spec: Spec, dim: int, first: int, length: int) -> Rows:
 @rule("unbind")
 def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
     d, spec, cut = _unbound(input._spec, operator.index(dim))
-    local = whole_in(input, [d], "unbind")._local if cut else input._local
-    return tuple([wrap(row, spec) for row in local.unbind(d)])
+    if cut:
+        input = whole_in(input, [d], "unbind", True)
+        spec = input._spec.drop([d])
+    return tuple([wrap(row, spec) for row in input._local.unbind(d)])
 
 
 @cached

@@ -21,7 +21,8 @@ from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, reduced, to_dims
+from ..tensor.recut import aside
+from ..tensor.redistribute import reduced, to_dims
 from .reduce import over
 from .slices import sliced
 

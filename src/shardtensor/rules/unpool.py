@@ -19,7 +19,8 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import aside, fit, reduced
+from ..tensor.recut import aside
+from ..tensor.redistribute import fit, reduced
 from .flat import coordinates, positions
 from .pointwise import align
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import comm
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
+from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .moments import accumulated, spread, statistics
 from .reduce import Dims, over, without
@@ -30,8 +31,8 @@ def _moments(
     input: ShardTensor, dim: Dims, correction: float, keepdim: bool
 ) -> tuple[ShardTensor, ShardTensor]:
     """(variance, mean)."""
-    x = reduced(input)
-    dims = over(dim, x.ndim)
+    dims = over(dim, input.ndim)
+    x = apart(reduced(input), dims)
     axes, counts = spread(x._spec, dims)
     spec = without(x._spec, dims, keepdim)
     if not axes:

@@ -12,6 +12,7 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
+from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .empty import with_one
 from .extrema import best_of
@@ -32,8 +33,8 @@ def vector_norm(
     if 60000 < abs(ord) < inf and all(input.shape[d] == 1 for d in over(dim, input.ndim)):
         # the size of one number, which its power would overflow
         ord = 1
-    x: ShardTensor = reduced(input)  # type: ignore[assignment]
-    dims = over(dim, x.ndim)
+    dims = over(dim, input.ndim)
+    x = apart(reduced(input), dims)  # type: ignore[arg-type]
     spec = without(x._spec, dims, keepdim)
     if not axes_of(x._spec, dims):
         out = torch.linalg.vector_norm(x._local, ord, dim, keepdim)

@@ -82,35 +82,6 @@ def local_of(x: X) -> X:
     return x._local if isinstance(x, ShardTensor) else x  # type: ignore[return-value]
 
 
-def aside(x: ShardTensor, dims: Sequence[int]) -> ShardTensor | None:
-    """x with `dims` whole: what sharded them shards its largest other whole dims instead.
-
-    One all-to-all for each sharded one of `dims`; each rank then has 1/N of the data still. None
-    where x has too few other dims.
-    """
-    new = list(x._spec.dims)
-    free = [i for i, f in enumerate(new) if i not in dims and not f.axes and f.size > 1]
-    free.sort(key=lambda i: new[i].size)
-    for d in dims:
-        dim = new[d]
-        if dim.is_cut:
-            if not free:
-                return None
-            to = free.pop()
-            new[to] = Dim.chunked(new[to].size, dim.axes, x._spec.mesh)
-            new[d] = dim.whole
-    return to_dims(x, new)
-
-
-def on_dim(x: ShardTensor, d: int) -> ShardTensor:
-    """x with all its shards along dim d."""
-    axes = x._spec.varying
-    if axes == x._spec.dims[d].axes:
-        return x
-    cut = Dim.chunked(x.shape[d], axes, x._spec.mesh)
-    return to_dims(x, x._spec.replicated().replace({d: cut}).dims)
-
-
 @method
 def like(x: Tensor, spec: Spec) -> ShardTensor:
     """A plain (replicated) tensor or a ShardTensor as one with this spec."""

@@ -1,0 +1,164 @@
+"""Large results that would be whole on every rank are cut along what is left, and right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import cache
+from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.spec import Spec
+from shardtensor.tensor import recut, wrap
+
+D = torch.float64
+CUTS = [(2, 1, 1, 1), (0, 3, 0, 2), (5,), (1, 4)]
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Every result is large."""
+    cache.clear()
+    monkeypatch.setattr(recut, "WHOLE", 1)
+    yield
+    cache.clear()
+
+
+def made(*shape):
+    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(0))
+
+
+REDUCED = {
+    "sum": lambda x: x.sum(0),
+    "mean kept": lambda x: x.mean(0, keepdim=True),
+    "amax": lambda x: x.amax(0),
+    "amin of two": lambda x: x.amin((0, 2)),
+    "max": lambda x: x.max(0),
+    "argmin": lambda x: x.argmin(0),
+    "prod": lambda x: x.prod(0),
+    "logsumexp": lambda x: x.logsumexp(0),
+    "var_mean": lambda x: torch.var_mean(x, 0),
+    "norm": lambda x: x.norm(dim=0),
+    "largest": lambda x: torch.linalg.vector_norm(x, float("inf"), 0),
+    "any": lambda x: (x > 1).any(0),
+    "select": lambda x: x[3] * x.select(0, -1),
+    "unbind": lambda x: x.unbind(0)[2:4],
+    "squeeze": lambda x: x[1:2].squeeze(0),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", REDUCED)
+def test_what_is_left_is_cut(name, cut):
+    T.hold(REDUCED[name], [made(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("name", sorted(REDUCED.keys() - {"amin of two"}))
+def test_no_rank_has_it_whole(name):
+    with silent_world(1, 4):
+        x = wrap(made(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
+        for y in T.tensors(REDUCED[name](x)):
+            assert y._spec.varying and y._local.numel() == y.numel() // 4
+
+
+def test_two_axes():
+    def run(x):
+        return x.amax((0, 1)), x.select(0, 3).sum(0), x.max(1)[0]
+
+    T.hold(run, [made(4, 4, 6, 8)], [T.On([Shard(0), Shard(1)])], (2, 2))
+    T.hold(run, [made(4, 4, 6, 8)], [T.On([Shard(0), Shard(0)])], (2, 2))
+
+
+def test_a_row_is_written_through():
+    def run(x):
+        y = x * 1
+        y[3].mul_(2)
+        y.select(0, 1).copy_(y.select(0, 4))
+        y[2] += y[0]
+        row = y[4]
+        row.add_(1)
+        return y, row, y.sum()
+
+    for cut in CUTS:
+        T.hold(run, [made(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
+
+
+PRODUCTS = {
+    # features are cut, and their addends would be large
+    "linear": (F.linear, [made(3, 9, 8), made(7, 8), made(7)], [T.shard(2), None, None]),
+    "matmul": (torch.matmul, [made(3, 9, 8), made(8, 5)], [T.shard(2), None]),
+    "of a view": (lambda x, w: x.mT @ w, [made(3, 8, 9), made(8, 5)], [T.shard(1), None]),
+    "both": (torch.matmul, [made(3, 9, 8), made(3, 8, 9)], [T.shard(2), T.shard(1)]),
+    # queries are cut along one label, and keys along another
+    "scores": (
+        lambda q, k: torch.einsum("b h i d, b h j d -> b h i j".replace(" ", ""), q, k),
+        [made(8, 2, 5, 3), made(8, 2, 6, 3)],
+        [T.shard(2), T.shard(2)],
+    ),
+    "bmm": (torch.bmm, [made(8, 5, 4), made(8, 4, 6)], [T.shard(1), T.shard(2)]),
+    "few heads": (torch.matmul, [made(3, 5, 4), made(3, 4, 6)], [T.shard(1), T.shard(2)]),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name, ranks):
+    fn, operands, places = PRODUCTS[name]
+    T.hold(fn, operands, places, (ranks,))
+
+
+def test_products_over_two_axes():
+    fn, operands, _ = PRODUCTS["linear"]
+    T.hold(fn, operands, [T.On([Shard(2), Shard(1)]), None, None], (2, 2))
+    T.hold(fn, operands, [T.On([Shard(2), Shard(2)]), None, None], (2, 2))
+    fn, operands, _ = PRODUCTS["scores"]
+    T.hold(fn, operands, [T.On([Shard(2), Shard(0)]), T.On([Shard(0), Shard(2)])], (2, 2))
+    T.hold(fn, operands, [T.On([Shard(1), Shard(2)])] * 2, (2, 2))
+
+
+def windows(x):
+    """Attention's grid: 2 windows on 4 ranks."""
+    y = (x.view(3, 2, 6, 5).transpose(1, 2) * 2).contiguous()
+    return y.transpose(1, 2).reshape(3, 12, 5)
+
+
+def test_what_windows_left_lopsided():
+    for cut in ([3, 3, 3, 3], [1, 5, 6, 0]):
+        T.hold(windows, [made(3, 12, 5)], [T.shard(1, cut)], (4,))
+    with silent_world(3, 4):
+        x = wrap(made(3, 3, 5), Spec.of(make_mesh((4,)), [Shard(1)], (3, 12, 5)))
+        y = x.view(3, 2, 6, 5).transpose(1, 2) * 2
+        assert list(windows(x)._spec.dims[1].sizes) == [3, 3, 3, 3]
+        # a view stays where it is
+        assert 0 in y.transpose(1, 2).view(3, 12, 5)._spec.dims[1].sizes
+
+
+PEAKS = {
+    # of 8 ranks, in shares of what the op reads; the second: of the result whole, at least
+    "amax": (lambda x: x.view(8, 256, 512).amax(0), 3.5),
+    "select": (lambda x: x.view(8, 256, 512)[5], 1.5),
+    "linear": (lambda x: F.linear(x.view(8, 256, 512).transpose(0, 2), torch.ones(8, 8)), 3.5),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peaks(name):
+    fn, most = PEAKS[name]
+    with silent_world(4, 8), torch.no_grad():
+        spec = Spec.of(make_mesh((8,)), [Shard(0)], (8 * 256, 512))
+        x = wrap(torch.ones(spec.local_shape), spec)
+        fn(x)
+        assert peak_bytes(lambda: fn(x)) <= most * x._local.nbytes
+
+
+def test_results_of_their_usual_size_stay(monkeypatch):
+    monkeypatch.setattr(recut, "WHOLE", 2**18)
+    cache.clear()
+    with silent_world(0, 4), st.trace() as t:
+        x = wrap(made(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
+        for y in (x.sum(0), x.amax(0), x[5]):
+            assert not y._spec.varying
+    assert "swap" not in {s.collective for s in t.sent}
