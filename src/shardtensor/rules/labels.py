@@ -164,10 +164,13 @@ def plan_of(
         turns.sort(key=lambda i: -shapes[i].numel())
     dims = {name: Dim(n) for name, n in sizes.items()}
     own = {i: list(zip(inputs[i], known[i].dims, strict=True)) for i in cut}  # type: ignore[union-attr]
-    whole = {name for name in sizes if name[0].isupper()} | _large_sums(own, sizes, results, free)
+    whole = {name for name in sizes if name[0].isupper()}
+    if order is None:
+        whole |= _large_sums(own, sizes, results, free)
     free -= whole
     gathered = [name for i in turns for name in _choose(own[i], dims, free, whole, mesh)]
-    _meet(own, dims, [t for t in results if t], free, mesh)
+    if order is None:
+        _meet(own, dims, [t for t in results if t], free, mesh)
     wanted = tuple(
         tuple(dims[name] if n == sizes[name] else Dim(n) for name, n in zip(t, s, strict=True))
         for t, s in zip(inputs, shapes, strict=True)
