@@ -98,7 +98,7 @@ class Origins(Ledger):
                 frame = frame.f_back
             line = call_of_user(frame)[0]
             line = "" if line.startswith(__file__) else line.rpartition("site-packages/")[2]
-            self.lines[self._next - 1] = place, f"{self.op} {line}".strip()
+            self.lines[self.next - 1] = place, f"{self.op} {line}".strip()
         return new
 
     def held(self, start: int) -> dict[int, int]:

@@ -170,7 +170,7 @@ def _turn_back(
     into_q: Tensor | None = None,
     into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those of some heads, added up where they are wanted, if that has the dtype of sums."""
+    """Those of some heads, also in `into_q` and `into`, whose dtype may be that of the sums."""
     steps, dtype = call.laid.steps, wide(q.dtype)
     inside = into_q is not None and into_q.dtype is dtype
     dq = into_q.zero_() if into_q is not None and inside else q.new_zeros(q.shape, dtype=dtype)
