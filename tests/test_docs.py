@@ -58,11 +58,23 @@ def test_error_messages_are_those_of_the_code():
     assert len(pieces) > 20 and not missing
 
 
-def test_the_page_of_layers_is_that_of_the_contract():
+@pytest.mark.parametrize("name, to", [("layers", "md"), ("costs", "md"), ("llms", "txt")])
+def test_pages_are_what_their_scripts_make(name, to):
+    """`python docs/NAME.py > docs/NAME.TO` makes them."""
     made = subprocess.run(
-        [sys.executable, DOCS / "layers.py"], capture_output=True, text=True, check=True
-    )
-    assert made.stdout == (DOCS / "layers.md").read_text()
+        [sys.executable, "-W", "ignore", DOCS / f"{name}.py"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert made.stdout == (DOCS / f"{name}.{to}").read_text()
+
+
+def test_tests_that_pages_name_are_there():
+    named = [
+        (page.name, path)
+        for page in DOCS.rglob("*.md")
+        for path in re.findall(r"`((?:tests|examples|benchmarks)/[\w/.]+)`", page.read_text())
+    ]
+    assert len(named) > 60 and not [n for n in named if not (ROOT / n[1]).exists()]
 
 
 def test_the_rules_of_the_page_on_rules():
