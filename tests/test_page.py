@@ -265,6 +265,52 @@ def test_who_waited_for_whom():
     assert drawn["memory/0"]["data"][0]["y"] == [1.0, 2.0]
 
 
+def test_of_many_ranks_those_that_waited_most():
+    def part(rank):
+        # the later a rank comes, the less it waits
+        came = 1.0 + 0.01 * rank
+        sent = Sent("swap", 8, 1, 40, "op", 2 - came, begin=came, end=2.0, peers=tuple(range(40)))
+        return Part(rank, 0.0, 0.0, 2.0, [], [sent], [(i / 5000, i) for i in range(5001)])
+
+    found = Timeline([part(r) for r in range(40)])
+    page = found.to_html()
+    drawn = figures(page)
+    assert "Of 40 ranks the 32 that waited most." in page
+    assert drawn["pairs"]["data"][0]["y"] == [f"rank {r}" for r in range(32)]
+    memory = drawn["memory/3"]["data"][0]["y"]
+    assert len(memory) <= 1000 and max(memory) * 2**20 == 5000
+
+
+@pytest.mark.parametrize("kind", ["refused", "no mesh", "inference", "nothing sent"])
+def test_pages_of_plans_that_have_little_to_show(kind):
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise st.UnsupportedOpError("not <this>")
+
+    more = dict(precisions=[None], dims=(2,))
+    if kind == "refused":
+        plans = st.plan(Broken, [(1, 2, 8, 8)], 2, train=False, **more)
+    elif kind == "no mesh":
+        plans = st.plan(net, [(1, 2, 2, 8)], 3, **more)
+    elif kind == "inference":
+        plans = st.plan(net, [(1, 2, 8, 8)], 2, train=False, **more)
+    else:
+        plans = st.plan(lambda: nn.GELU(), [(1, 2, 8, 8)], 1, train=False, **more)
+    page = plans.to_html((1,), (1, 2))
+    says = {"refused": "not &lt;this&gt;", "no mesh": "There is no mesh of so many devices."}
+    assert says.get(kind, "It fits") in page
+    drawn = figures(page)
+    assert bool(drawn) == bool([e for e in plans if not e.refused])
+    ElementTree.fromstring(plans._repr_html_().replace("<br>", "<br/>"))
+
+
+def test_a_trace_of_nothing_has_a_page():
+    with st.trace() as t:
+        pass
+    figures(t.to_html())
+    assert "Ranks" in t._repr_html_()
+
+
 def test_names_are_no_markup():
     evil = '</script><script>alert("x")</script><img src=http://x/y>'
     page = Page(evil, evil, True, evil)

@@ -27,8 +27,8 @@ from ..page.document import Page, Shown
 
 MIB = 2**20
 COLOURS = {"ops": "#56b4e9", "collectives": "#009e73", "waiting": "#d55e00"}
-# blocks that a page draws: the longest
-MOST = 6000
+# blocks that a page draws, the longest; ranks, those that waited most; moments of memory, the peaks
+MOST, RANKS, MOMENTS = 6000, 32, 1000
 
 
 @dataclass
@@ -190,7 +190,9 @@ class Timeline(Shown):
         about = "Times of simulated ranks mean little: one runs at a time; messages are right."
         simulated = any(p.simulated for p in self.parts)
         page = Page("Trace", f"{verdict}.", None, about if simulated else "")
-        page.add(*self._ranks(waits), *self._lanes(), *self._pairs(), *self._messages())
+        most = set(sorted(waits, key=waits.__getitem__, reverse=True)[:RANKS])
+        shown = [p for p in self.parts if p.rank in most]
+        page.add(*self._ranks(waits), *self._lanes(shown), *self._pairs(shown), *self._messages())
         page.add(*self._memory())
         return page
 
@@ -214,11 +216,11 @@ class Timeline(Shown):
             rows,
         )
 
-    def _lanes(self) -> Iterator[Block]:
+    def _lanes(self, shown: Sequence[Part]) -> Iterator[Block]:
         """When each rank computed, sent and waited."""
         start, late = min(p.begin - p.offset for p in self.parts), self.late()
         found: dict[str, list[tuple[int, float, float, str]]] = {k: [] for k in COLOURS}
-        for i, p in enumerate(self.parts):
+        for i, p in enumerate(shown):
             ahead = p.offset + start
             for c in p.calls:
                 told = f"{c.op}, {1e3 * (c.end - c.begin):.3g} ms<br>{c.line}"
@@ -234,10 +236,12 @@ class Timeline(Shown):
                 )
         least = sorted((b[2] for blocks in found.values() for b in blocks), reverse=True)[:MOST]
         drawn = {k: [b for b in v if b[2] > 0 and b[2] >= least[-1]] for k, v in found.items()}
-        names = [f"rank {p.rank}, {what}" for p in self.parts for what in ("ops", "collectives")]
+        names = [f"rank {p.rank}, {what}" for p in shown for what in ("ops", "collectives")]
         if any(drawn.values()):
             plain = {k: [b[:3] for b in v] for k, v in drawn.items()}
             yield heading("Timeline")
+            if len(shown) < len(self.parts):
+                yield text(f"Of {len(self.parts)} ranks the {len(shown)} that waited most.", "note")
             yield chart(
                 "lanes",
                 {"lanes": charts.lanes(names, drawn, "ms", COLOURS)},
@@ -245,9 +249,9 @@ class Timeline(Shown):
                 still.bars(names, plain, COLOURS, "ms"),
             )
 
-    def _pairs(self) -> Iterator[Block]:
+    def _pairs(self, shown: Sequence[Part]) -> Iterator[Block]:
         """Who waited for whom."""
-        pairs, ranks = self.waited_for(), [p.rank for p in self.parts]
+        pairs, ranks = self.waited_for(), [p.rank for p in shown]
         if not pairs:
             return
         names = [f"rank {r}" for r in ranks]
@@ -303,8 +307,8 @@ class Timeline(Shown):
         start = min(p.begin - p.offset for p in self.parts)
         figures = {
             str(p.rank): charts.course(
-                [1e3 * (t - p.offset - start) for t, _ in p.memory],
-                {"allocated": [b / MIB for _, b in p.memory]}, "ms", "MiB",
+                [1e3 * (t - p.offset - start) for t, _ in _peaks(p.memory)],
+                {"allocated": [b / MIB for _, b in _peaks(p.memory)]}, "ms", "MiB",
             )
             for p in self.parts if p.memory
         }  # fmt: skip
@@ -355,3 +359,9 @@ class Timeline(Shown):
         bars.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
         fig.savefig(path, dpi=110)
         plt.close(fig)
+
+
+def _peaks(memory: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Of many moments those at which most was held."""
+    step = -(-len(memory) // MOMENTS) or 1
+    return [max(memory[i : i + step], key=lambda m: m[1]) for i in range(0, len(memory), step)]

@@ -20,7 +20,7 @@ from ..page.blocks import (
 )
 from .estimate import Device, Estimate
 from .ledger import KINDS
-from .tree import Tree
+from .tree import Part, Tree
 
 _LARGEST_FIRST = (
     "activations", "parameters", "gradients", "optimizer", "communication", "inputs", "buffers",
@@ -108,15 +108,17 @@ def messages(shown: dict[str, Estimate]) -> Iterator[Block]:
 def _drawn(tree: Tree, measure: str, kind: str) -> dict[str, object] | None:
     """The modules as a chart; None where nothing of the kind is taken."""
 
-    def of(module: str) -> float:
-        p = tree[module]
-        return {"held": p.held, "time": 1e3 * p.total, "sent": p.sent}[measure]
-
-    whole = of("")
-    if not whole:
+    # a part must not be larger than its whole by rounding
+    of: dict[str, Callable[[Part], int]] = {
+        "held": lambda p: p.held,
+        "time": lambda p: round(1e9 * p.total),
+        "sent": lambda p: p.sent,
+    }
+    totals = tree.totals(of[measure])
+    if not totals[""]:
         return None
     # what is too small to be seen has a parent that is larger
-    names = [p for p in tree.parts if of(p) >= whole / 1000]
+    names = [p for p in tree.parts if totals[p] >= totals[""] / 1000]
     notes = []
     for name in names:
         p = tree[name]
@@ -128,7 +130,7 @@ def _drawn(tree: Tree, measure: str, kind: str) -> dict[str, object] | None:
         [n or "the model" for n in names],
         [n.rpartition(".")[2] or "the model" for n in names],
         ["" if not n else n.rpartition(".")[0] or "the model" for n in names],
-        [of(n) for n in names],
+        [totals[n] for n in names],
         notes,
         kind,
     )

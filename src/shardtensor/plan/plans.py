@@ -91,7 +91,8 @@ class Plans(list[Estimate], Shown):
         elif runs:
             verdict = f"It does not fit. What needs least: {runs[0].layout}, {self._needs(runs[0])}"
         else:
-            verdict = "Refused: no configuration can be planned."
+            verdict = "Refused: no configuration can be planned." if self else (
+                "There is no mesh of so many devices.")  # fmt: skip
         shapes = ", ".join("x".join(map(str, s)) for s in task.shapes)
         page = Page(
             f"Plan: {_name(task.make)} on {self.devices} x {device.name}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +105,14 @@ class Tree:
     def _share(self, part: Part) -> float:
         whole = self.parts[""]
         return part.held / (whole.held or 1) + part.total / (whole.total or 1)
+
+    def totals(self, of: Callable[[Part], int]) -> dict[str, int]:
+        """A whole number of each module with all inside: exactly the sum of its parts' own."""
+        found: dict[str, int] = dict.fromkeys(self.parts, 0)
+        for name, part in self.own.items():
+            for path in _paths(name):
+                found[path] += of(part)
+        return found
 
     def dearest(self, n: int = 3) -> list[Part]:
         """The modules that themselves take most, of memory and time."""
