@@ -122,7 +122,7 @@ def test_command(tmp_path):
     env = os.environ | {"SHARDTENSOR_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", "from shardtensor.cli import main; main()",
-         "doctor", "--ranks", "2", "--quick", "--json"],
+         "doctor", "--ranks", "2", "--quick", "--json", "--keep"],
         capture_output=True, text=True, env=env, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

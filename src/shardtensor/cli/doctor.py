@@ -11,8 +11,10 @@ import torch.distributed as dist
 import typer
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..observe.network import Measured, save
+from ..observe.network import DGX_H100, Measured, save
 from ..plan import doctor as doctors
+from ..plan.calibrate import calibrated, is_busy
+from ..plan.device import Rates
 from ..ranks.testing import make_mesh
 from ..ranks.workers import Pool
 from ..train.launch import init, place
@@ -23,13 +25,17 @@ QUICK = (1 << 10, 1 << 18)
 def doctor(
     ranks: Annotated[int, typer.Option(help="start so many here; under torchrun: its own")] = 2,
     quick: Annotated[bool, typer.Option(help="two sizes of messages only")] = False,
-    keep: Annotated[bool, typer.Option(help="save what was measured")] = True,
+    keep: Annotated[
+        bool | None,
+        typer.Option(help="save what was measured; default: of a quiet machine"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Versions, devices, likely mistakes; latency and bandwidth of each collective.
 
     What is measured is saved for `shardtensor plan` and for the choice of an attention strategy
-    by programs of as many ranks that start with `init`.
+    by programs of as many ranks that start with `init`. Without GPUs what ops take is measured,
+    too, by class, of one rank and of all at work. The figures of a busy machine are not kept.
     """
     sizes = QUICK if quick else doctors.SIZES
     if place().ranks > 1:
@@ -40,15 +46,55 @@ def doctor(
             return
     else:
         measured = _here(ranks, sizes) if ranks > 1 else None
-    path = save(measured) if measured is not None and keep else None
+    rates: list[Rates] = []
+    why = [is_busy()]
+    if not torch.cuda.device_count() and not quick and place().ranks == 1:
+        for n in sorted({1, ranks}):
+            network = measured.network() if measured is not None and n > 1 else DGX_H100
+            one = calibrated(n, network)
+            rates += [] if one.rates is None else [one.rates]
+            why += one.why
+    why = list(dict.fromkeys(filter(None, why)))
+    path = None
+    if keep or (keep is None and not why):
+        path = None if measured is None else save(measured)
+        for r in rates:
+            r.save()
     known, found = doctors.facts(), doctors.suspects(ranks)
     if as_json:
         links = None if measured is None else asdict(measured)
-        print(json.dumps({**known, "suspects": found, "measured": links}, indent=1))
+        facts = {"measured": links, "rates": [asdict(r) for r in rates], "busy": why}
+        print(json.dumps({**known, "suspects": found, **facts}, indent=1))
     else:
         _print(known, found, measured)
+        for r in rates:
+            _print_rates(r)
+        for reason in why:
+            print(f"this machine is busy: {reason}")
         if path is not None:
             print(f"saved: {path}")
+        elif why and keep is None:
+            print("nothing is saved: run it again when the machine is quiet, or with --keep")
+
+
+def _print_rates(rates: Rates) -> None:
+    """What ops take by class: of few bytes, of many, and of arithmetic."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{rates.ranks} ranks of {rates.threads} threads: an op's time; Python adds "
+        f"{1e6 * rates.launch:.0f} us",
+        title_justify="left",
+    )
+    for text in ("class", "least us", "GB/s", "GFLOP/s"):
+        table.add_column(text, justify="left" if text == "class" else "right")
+    for kind, rate in rates.classes.items():
+        (a, s), (b, t) = rate.points[0], rate.points[-1]
+        across = f"{(b - a) / (t - s) / 1e9:.1f}" if t > s else "-"
+        arithmetic = f"{1e-9 / rate.flop:.1f}" if rate.flop else "-"
+        table.add_row(kind, f"{1e6 * s:.1f}", across, arithmetic)
+    Console(highlight=False).print(table)
 
 
 def _here(ranks: int, sizes: tuple[int, ...]) -> Measured:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..observe.network import DGX_H100, Network, parsed, saved
+from ..plan.device import measured_here
 from ..plan.estimate import DEVICES, Device, Estimate, Layout, Task, estimate
 from ..plan.ledger import KINDS
 from ..plan.search import fewest, missing
@@ -25,7 +26,7 @@ def plan(
     input: Annotated[list[str], typer.Option(help="1x3x512x512 or 1x3x512x512:bfloat16")],
     arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
     devices: Annotated[int, typer.Option(help="0: the fewest on which it fits")] = 0,
-    device: Annotated[str, typer.Option(help=" | ".join(DEVICES))] = "h100",
+    device: Annotated[str, typer.Option(help=" | ".join([*DEVICES, "cpu"]))] = "h100",
     memory: Annotated[float, typer.Option(help="GiB of the device, instead of its own")] = 0,
     shard: Annotated[str, typer.Option(help="dims of the first input: 2,3; default: from 2")] = "",
     inference: Annotated[bool, typer.Option(help="a forward pass only")] = False,
@@ -39,7 +40,7 @@ def plan(
 ) -> None:
     """What a model needs on so many devices: memory, messages and time; no device is used."""
     inputs = [Input.parse(text) for text in input]
-    hardware = _device(device, memory)
+    hardware = _device(device, memory, devices)
     task = dict(
         make=factory(model, arg),
         shapes=[i.shape for i in inputs],
@@ -48,12 +49,12 @@ def plan(
         train=not inference,
     )
     if not devices:
-        network = _network(links, 0)
+        network = _network(links, 0, device)
         least = fewest(device=hardware, network=network, **task)  # type: ignore[arg-type]
         if least is None:
             raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
         devices = least[0]
-    network = _network(links, devices)
+    network = _network(links, devices, device)
     found = planned(
         devices=devices,
         device=hardware,
@@ -114,18 +115,18 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
     }
 
 
-def _network(links: Path | None, devices: int) -> Network:
-    """Of the file, else what was measured on this host between so many GPUs, else NVLink."""
+def _network(links: Path | None, devices: int, device: str) -> Network:
+    """Of the file, else what was measured on this host between so many, else NVLink."""
     if links is not None:
         return parsed(links.read_text()).network()
-    known = saved("nccl", devices)
+    known = saved("gloo" if device == "cpu" else "nccl", devices)
     return DGX_H100 if known is None else known.network()
 
 
-def _device(name: str, memory: float) -> Device:
-    if name not in DEVICES:
-        raise ValueError(f"no device {name!r}; there are {', '.join(DEVICES)}")
-    found = DEVICES[name]
+def _device(name: str, memory: float, devices: int) -> Device:
+    if name not in (*DEVICES, "cpu"):
+        raise ValueError(f"no device {name!r}; there are {', '.join(DEVICES)}, cpu")
+    found = measured_here(devices or 1) if name == "cpu" else DEVICES[name]
     return replace(found, memory=memory * GIB) if memory else found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, log2
 from pathlib import Path
@@ -32,18 +33,27 @@ class Network:
     inner: Link
     outer: Link
     node: int = NODE
+    # by collective, where each was measured; seconds that a rank waits at each for the slowest
+    links: Mapping[str, Link] | None = None
+    wait: float = 0.0
 
     def seconds(self, sent: Sent) -> float:
         """One collective: its rounds' latencies, and its bytes through this rank's link.
 
         Reductions and gathers go up and down a tree, other messages leave together.
         """
+        if self.links is not None:
+            kind = sent.collective if sent.collective in self.links else _LIKE.get(sent.collective)
+            link = self.links[kind or "exchange"]
+            return self.wait + link.latency + sent.bytes / link.bandwidth
         link = self.inner if sent.ranks <= self.node else self.outer
         rounds = _TRIPS.get(sent.collective, 0) * ceil(log2(max(1, sent.ranks)))
         rounds = min(rounds or 1, sent.messages)
         return rounds * link.latency + sent.bytes / link.bandwidth
 
 
+# measured as
+_LIKE = {"gather": "all_gather", "reduce_scatter": "all_to_all", "swap": "all_to_all"}
 # along a tree, up and down or only down
 _TRIPS = {"all_reduce": 2, "all_gather": 1, "broadcast": 1}
 # datasheets: NVLink 4 (H100, H200) 450 GB/s each way; NDR InfiniBand 400 Gb/s for each GPU.
@@ -66,11 +76,13 @@ class Measured:
     ranks: int
     seconds: dict[str, dict[int, float]]
     links: dict[str, Link]
+    # seconds that a rank which computes in between waits at each for the slowest
+    wait: float = 0.0
 
     def network(self) -> Network:
         """Of neighbours' exchanges, for `rehearse` and `plan`."""
         link = self.links["exchange"]
-        return Network(link, link, max(NODE, self.ranks))
+        return Network(link, link, max(NODE, self.ranks), self.links, self.wait)
 
 
 def folder() -> Path:

@@ -117,7 +117,32 @@ def measure(mesh: DeviceMesh, sizes: tuple[int, ...] = SIZES, repeats: int = 15)
             seconds[kind][nbytes], sent[kind][nbytes] = most
     links = {k: _fitted(seconds[k], sent[k]) for k in seconds}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    return Measured(socket.gethostname(), backend, n, seconds, links)
+    wait = 0.0 if device.type == "cuda" else _wait(links["all_reduce"].latency, name)
+    return Measured(socket.gethostname(), backend, n, seconds, links, wait)
+
+
+def _wait(latency: float, name: str, turns: int = 60) -> float:
+    """Seconds beyond its latency of a collective before which every rank computes."""
+    a, small = torch.ones(256, 256), torch.zeros(1)
+
+    def work() -> None:
+        for _ in range(3):
+            a @ a
+
+    def alone() -> float:
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+
+    computing = median(alone() for _ in range(turns))
+    wire.all_reduce([small], "sum", name)
+    begin = time.perf_counter()
+    for _ in range(turns):
+        work()
+        wire.all_reduce([small], "sum", name)
+    took = (time.perf_counter() - begin) / turns
+    mine = torch.tensor([took - computing - latency], dtype=torch.float64)
+    return max(0.0, float(wire.all_reduce([mine], "max", name)[0]))
 
 
 def _collectives(n: int, me: int, name: str) -> dict[str, Callable[[torch.Tensor], Any]]:

@@ -36,45 +36,13 @@ from ..train.options import Options
 from ..train.parallelize import adapt, parallelize
 from .build import build
 from .course import Course, course
+from .device import A100, DEVICES, H100, H200, Device
 from .known import Known
 from .ledger import Ledger
 from .tree import GRADIENTS, Part, Places, Tree, parts
 from .update import Update
 
-
-@dataclass(frozen=True)
-class Device:
-    """Memory (bytes), memory bandwidth (bytes/s) and dense FLOP/s by bits of the dtype.
-
-    efficiency: the share of the peak that products reach; launch: the least time of an op (s). Both
-    are assumptions; measure yours.
-    """
-
-    name: str
-    memory: float
-    bandwidth: float
-    flops: dict[int, float]
-    efficiency: float = 0.5
-    launch: float = 5e-6
-
-    def seconds(self, flop: float, moved: float, dtype: torch.dtype) -> float:
-        """Of one op: bound by arithmetic, by memory or by its launch."""
-        return self.bound(flop, moved, dtype)[1]
-
-    def bound(self, flop: float, moved: float, dtype: torch.dtype) -> tuple[str, float]:
-        """What an op is bound by, and its seconds."""
-        bits = min((b for b in self.flops if b >= 8 * dtype.itemsize), default=max(self.flops))
-        compute, memory = flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth
-        longest = max(compute, memory, self.launch)
-        name = "launch" if longest == self.launch else "compute" if longest == compute else "memory"
-        return name, longest
-
-
-# datasheets, SXM: fp32 without tensor cores, 16 bit dense
-A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, 16: 312e12})
-H100 = Device("h100", 80e9, 3.35e12, {64: 67e12, 32: 67e12, 16: 989e12})
-H200 = Device("h200", 141e9, 4.8e12, {64: 67e12, 32: 67e12, 16: 989e12})
-DEVICES = {d.name: d for d in (A100, H100, H200)}
+__all__ = ["A100", "DEVICES", "H100", "H200", "Device", "Estimate", "Layout", "Task", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -170,6 +138,7 @@ class Estimate:
     compute: float = 0.0
     communication: float = 0.0
     flop: int = 0
+    hides: float = 0.5
     refused: str = ""
     assumed: tuple[str, ...] = ()
     modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
@@ -186,8 +155,9 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Between all communication hidden and none: the middle."""
-        return max(self.compute, self.communication) / 2 + (self.compute + self.communication) / 2
+        """With `hides` of what is sent while ops run; by default half of it."""
+        both = min(self.compute, self.communication)
+        return self.compute + self.communication - self.hides * both
 
     def fits(self, device: Device) -> bool:
         return not self.refused and self.peak <= device.memory
@@ -253,7 +223,8 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         tuple(dict.fromkeys(op for op, _ in t.gathered)),
         compute=sum(device.seconds(*w) for w in work),
         communication=sum(network.seconds(s) for s in messages),
-        flop=sum(f for f, _, _ in work),
+        flop=sum(w[0] for w in work),
+        hides=device.hides,
         assumed=tuple(ledger.known.assumed),
         modules=parts(
             (

@@ -16,6 +16,7 @@ from .._torch import probe
 from ..comm.counters import Sent
 from ..comm.define import KERNELS
 from ..later import dt
+from .device import class_of, groups_of
 from .known import Known
 from .replay import Call
 from .tree import GRADIENTS, Places
@@ -26,6 +27,7 @@ KINDS = (
 )  # fmt: skip
 
 
+Work = tuple[int, int, torch.dtype, str]
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -33,8 +35,8 @@ class Ledger(probe.Watching):
     """Books every tensor that is made and released, and the work of every op.
 
     Fake tensors only; collectives run as on a rank of a silent world, so that they are counted and
-    what they allocate is booked. `work`: (FLOP, bytes read and written, dtype) of each op. `sent`:
-    what FSDP2 sends; the rest is in a `trace`.
+    what they allocate is booked. `work`: (FLOP, bytes read and written, dtype, class) of each op.
+    `sent`: what FSDP2 sends; the rest is in a `trace`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class Ledger(probe.Watching):
         # of every move the ops before it; names of what begins after so many ops
         self.when: list[int] = []
         self.phases: list[tuple[str, int]] = []
-        self.work: list[tuple[int, int, torch.dtype]] = []
+        self.work: list[Work] = []
         self.kinds: dict[int, str] = {}
         self.sent: list[Sent] = []
         # of every tensor, of every op and of every message the module that made it
@@ -111,13 +113,18 @@ class Ledger(probe.Watching):
         finally:
             self._sending -= 1
 
-    def _cost(self, call: Call, out: Any, made: list[Tensor]) -> tuple[int, int, torch.dtype]:
+    def _cost(self, call: Call, out: Any, made: list[Tensor]) -> Work:
         if call.entry is not None and call.entry.cost is not None:
             return call.entry.cost
         count = probe.FLOPS.get(call.func.overloadpacket)
         flop = count(*call.args, **call.kwargs, out_val=out) if count is not None else 0
+        groups = groups_of(call.func, call.args)
+        if groups > 1 and call.func is torch.ops.aten.convolution_backward.default:
+            # torch counts the product for weights as if there were no groups
+            flop = 2 * flop // (1 + groups)
         every = {id(x): x for x in call.given + made}.values()
-        cost = flop, sum(map(_bytes, every)), (call.given or made)[0].dtype
+        dtype = (call.given or made)[0].dtype
+        cost = flop, sum(map(_bytes, every)), dtype, class_of(call.func, call.args)
         if call.entry is not None:
             call.entry.cost = cost
         return cost

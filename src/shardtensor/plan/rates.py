@@ -1,0 +1,273 @@
+"""What ops take on this CPU, by class, measured until it is stable; and whether it is busy."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import combinations, cycle
+from math import prod
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .device import Rate, Rates
+
+# bytes beyond those that a core's cache holds
+CACHE = 16e6
+# a measurement is stable when its three shortest batches are as close as this
+CLOSE = 0.05
+# seconds of a batch, and of a measurement at most
+BATCH, MOST = 4e-3, 0.6
+# how much longer than the shortest the usual time of a quiet machine is, and than its CPU time
+SLOWER, WAITED = 1.25, 1.1
+
+# of a process's own time one rank can be judged on a busy machine
+clock = time.perf_counter
+# makes what is run; FLOP; bytes that it reads and writes
+Work = tuple[Callable[[], Callable[[], Any]], float, float]
+
+
+def steady(run: Callable[[], Any], meet: Callable[[], None] = lambda: None) -> tuple[float, bool]:
+    """Seconds of a call, and whether that is stable; meet: before each batch."""
+    run()
+    begin = clock()
+    run()
+    count = max(1, int(BATCH / max(clock() - begin, 1e-7)))
+    batches: list[float] = []
+    until = time.perf_counter() + MOST
+    while True:
+        meet()
+        begin = clock()
+        for _ in range(count):
+            run()
+        batches.append((clock() - begin) / count)
+        best = sorted(batches)[:3]
+        stable = len(batches) >= 5 and best[-1] <= best[0] * (1 + CLOSE)
+        # all ranks take as many batches as the slowest
+        if _all(stable or time.perf_counter() > until):
+            return best[0], stable
+
+
+def _all(mine: bool) -> bool:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    found = torch.tensor([int(mine)])
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)
+
+
+def _most(values: list[float]) -> list[float]:
+    """Of the slowest rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    found = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [float(v) for v in found]
+
+
+def load(seconds: float = 0.6) -> tuple[list[float], float, float]:
+    """A loop of equal work: the time of each turn, of all on the clock, of all on the processor."""
+    a = torch.ones(192, 192)
+    times = list[float]()
+    begin, cpu = time.perf_counter(), time.process_time()
+    while (now := time.perf_counter()) < begin + seconds:
+        for _ in range(8):
+            a @ a
+        times.append(time.perf_counter() - now)
+    return times, time.perf_counter() - begin, time.process_time() - cpu
+
+
+def busy(times: Sequence[float], wall: float, cpu: float) -> str:
+    """Why a machine is busy, by what `load` found; "" if it is quiet."""
+    usual, best = median(times), min(times)
+    if usual > SLOWER * best:
+        return f"the same work takes {1e3 * best:.2f} ms, but usually {1e3 * usual:.2f} ms"
+    if wall > WAITED * cpu:
+        return f"a process that only computes waits {1 - cpu / wall:.0%} of the time for a core"
+    return ""
+
+
+def measure() -> tuple[dict[str, Rate], list[str]]:
+    """Rates by class, of all ranks at work at once, and why they are not to be kept.
+
+    Called on every rank; the same on all.
+    """
+    meet = dist.barrier if dist.is_initialized() and dist.get_world_size() > 1 else lambda: None
+    reasons = [busy(*load())]
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    unstable, count = 0, 0
+    for kind, (make, flop, moved) in _samples():
+        # as in a model, each on memory that the processor's own cache does not hold
+        copies = cycle([make() for _ in range(min(32, max(2, int(CACHE // moved))))])
+        seconds, stable = steady(_turn(copies), meet)
+        found.setdefault(kind, []).append((flop, moved, seconds))
+        unstable, count = unstable + (not stable), count + 1
+    reasons.append(busy(*load()))
+    if unstable > count / 5:
+        reasons.append(f"{unstable} of {count} measurements did not become stable")
+    worst = _most([s for rows in found.values() for _, _, s in rows])
+    told = _most([float(bool(r)) for r in reasons])
+    times = iter(worst)
+    rates = {}
+    for kind, rows in found.items():
+        rows = [(flop, moved, next(times)) for flop, moved, _ in rows]
+        rates[kind] = fitted(rows) if any(flop for flop, _, _ in rows) else between(rows)
+    why = [r or "another rank's core is busy" for r, t in zip(reasons, told, strict=False) if t]
+    return rates, list(dict.fromkeys(why))
+
+
+def _turn(copies: Iterator[Callable[[], Any]]) -> Callable[[], Any]:
+    return lambda: next(copies)()
+
+
+def between(rows: Sequence[tuple[float, float, float]]) -> Rate:
+    """Of ops that are bound by memory: through the points that were measured."""
+    at: dict[float, list[float]] = {}
+    for _, moved, seconds in rows:
+        at.setdefault(moved, []).append(seconds)
+    points = sorted((moved, sum(took) / len(took)) for moved, took in at.items())
+    # more bytes take no less time
+    for i in range(1, len(points)):
+        points[i] = points[i][0], max(points[i][1], points[i - 1][1])
+    return Rate(tuple(points))
+
+
+def fitted(rows: Sequence[tuple[float, float, float]]) -> Rate:
+    """Of ops that compute: least + FLOP x f + bytes x b, by relative errors, none below 0."""
+    table = torch.tensor(rows, dtype=torch.float64)
+    flop, moved, seconds = table.unbind(1)
+    columns = torch.stack([torch.ones_like(flop), flop, moved], 1) / seconds[:, None]
+    best, error = torch.zeros(3, dtype=torch.float64), float("inf")
+    for used in (c for n in (1, 2, 3) for c in combinations(range(3), n)):
+        part = columns[:, used]
+        solved = torch.linalg.lstsq(part, torch.ones(len(rows), 1, dtype=torch.float64)).solution
+        now = float((part @ solved - 1).square().sum())
+        if (solved >= 0).all() and now < error:
+            best, error = torch.zeros(3, dtype=torch.float64), now
+            best[list(used)] = solved[:, 0]
+    least, by_flop, by_byte = best.tolist()
+    return Rate(((0.0, least), (1e9, least + 1e9 * by_byte)), by_flop)
+
+
+def _bytes(*tensors: Tensor) -> float:
+    return float(sum(x.nbytes for x in tensors))
+
+
+def _samples() -> Iterator[tuple[str, Work]]:
+    """(class, (what makes it, FLOP, bytes)), as the ledger of a plan counts them."""
+    for m, k, n in _PRODUCTS:
+        moved = 4.0 * (m * k + k * n + m * n)
+        yield "gemm", (_on(torch.mm, (m, k), (k, n)), 2.0 * m * k * n, moved)
+    shapes = (24, 256, 32), (24, 32, 256)
+    yield (
+        "gemm",
+        (_on(torch.bmm, *shapes), 2.0 * 24 * 256 * 32 * 256, 4.0 * 24 * (2 * 256 * 32 + 256**2)),
+    )
+    for batch, rows, width in ((144, 2, 16), (256, 8, 32)):
+        moved = 8.0 * batch * (2 * rows * width + width**2)
+        work = 2.0 * batch * rows * width**2
+        yield "gemm, complex", (_modes(batch, rows, width), work, moved)
+    for shape, out, size, stride, groups in _CONVS:
+        yield from _conv(shape, out, size, stride, groups)
+    for shape in ((1, 4, 256, 32), (1, 4, 1024, 32), (4, 8, 196, 64)):
+        yield from _attention(shape)
+    for rows in (64, 1024, 16384):
+        norm, held = partial(F.layer_norm, normalized_shape=(256,)), 4.0 * rows * 256
+        yield "norm", (_on(norm, (rows, 256)), 0.0, 2 * held)
+        yield "norm backward", (_backward(norm, (rows, 256)), 0.0, 3 * held)
+    for side in (8, 48, 192):
+        shape, held = (1, 32, side, side), 4.0 * 32 * side**2
+        yield "norm", (_on(_batch_norm, shape), 0.0, 2 * held)
+        yield "norm backward", (_backward(_batch_norm, shape), 0.0, 3 * held)
+    for n in (1 << 8, 1 << 13, 1 << 17, 1 << 20, 1 << 23):
+        grid, image = (n // 64, 64), (n // min(n, 1 << 8), min(n, 1 << 8) // 16, 16)
+        yield "pointwise", (_on(torch.mul, (n,), (n,)), 0.0, 12.0 * n)
+        yield "function", (_on(F.gelu, (n,)), 0.0, 8.0 * n)
+        yield "reduce", (_on(partial(torch.sum, dim=0), grid), 0.0, 4.0 * n)
+        yield "copy", (_on(lambda x: x.t().contiguous(), grid), 0.0, 8.0 * n)
+        yield "copy", (_on(lambda x, y: x.copy_(y), (n,), (n,)), 0.0, 8.0 * n)
+        if n < 1 << 23:
+            at = torch.randint(grid[0], (grid[0],))
+            yield "index", (_on(lambda x, at=at: x[at], grid), 0.0, 8.0 * n)
+            yield "fft", (_on(torch.fft.rfft2, image), 0.0, 9.0 * n)
+
+
+_PRODUCTS = (64, 64, 64), (256, 256, 256), (4096, 96, 96), (1024, 768, 768), (512, 2048, 512)
+# shape, channels out, size, stride, groups
+_CONVS = (
+    ((1, 16, 128, 128), 16, 3, 1, 1),
+    ((2, 4, 96, 256), 16, 3, 1, 1),
+    ((1, 64, 64, 64), 64, 3, 1, 1),
+    ((1, 256, 16, 16), 256, 3, 1, 1),
+    ((1, 64, 64, 64), 256, 1, 1, 1),
+    ((1, 3, 128, 128), 96, 4, 4, 1),
+    ((1, 16, 32, 32, 32), 16, 3, 1, 1),
+    ((1, 2, 32, 32, 32), 16, 3, 1, 1),
+    ((1, 32, 16, 16, 16), 32, 3, 1, 1),
+    ((1, 64, 64, 64), 64, 3, 1, 64),
+    ((1, 64, 64, 64), 64, 7, 1, 64),
+    ((1, 192, 32, 32), 192, 7, 1, 192),
+)
+
+
+def _on(op: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], Callable[[], Any]]:
+    return lambda: partial(op, *map(torch.rand, shapes))
+
+
+def _backward(op: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Callable[[], Any]:
+    """Makes what runs an op's gradients of all its arguments."""
+
+    def make() -> Callable[[], Any]:
+        given = [torch.rand(shape, requires_grad=True) for shape in shapes]
+        y = op(*given)
+        return partial(torch.autograd.grad, y, given, torch.ones_like(y), retain_graph=True)
+
+    return make
+
+
+def _batch_norm(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
+def _modes(batch: int, rows: int, width: int) -> Callable[[], Callable[[], Any]]:
+    """A product of Fourier modes, as an einsum over channels lays them out."""
+
+    def make() -> Callable[[], Any]:
+        a, b = (torch.rand(n, width, batch, dtype=torch.cfloat) for n in (rows, width))
+        return partial(torch.bmm, a.permute(2, 0, 1), b.permute(2, 0, 1))
+
+    return make
+
+
+def _conv(
+    shape: tuple[int, ...], out: int, size: int, stride: int, groups: int
+) -> Iterator[tuple[str, Work]]:
+    dims = len(shape) - 2
+    weight = (out, shape[1] // groups, *[size] * dims)
+    conv: Any = {2: F.conv2d, 3: F.conv3d}[dims]
+    op = partial(conv, stride=stride, padding=size // 2 if stride == 1 else 0, groups=groups)
+    y = op(torch.rand(shape), torch.rand(weight))
+    flop = 2.0 * y.numel() * prod(weight[1:])
+    moved = 4.0 * (prod(shape) + prod(weight) + y.numel())
+    name = ", groups" if groups > 1 else ", 3-D" if dims == 3 else ""
+    yield f"conv{name}", (_on(op, shape, weight), flop, moved)
+    back = 4.0 * (2 * prod(shape) + 2 * prod(weight) + y.numel())
+    yield f"conv backward{name}", (_backward(op, shape, weight), 2 * flop, back)
+
+
+def _attention(shape: tuple[int, ...]) -> Iterator[tuple[str, Work]]:
+    b, h, n, d = shape
+    op, product, size = F.scaled_dot_product_attention, 2.0 * b * h * n * n * d, 4.0 * b * h * n * d
+    yield "attention", (_on(op, shape, shape, shape), 2 * product, 4 * size)
+    yield "attention backward", (_backward(op, shape, shape, shape), 5 * product, 8 * size)
+
+
+def rates(classes: dict[str, Rate], ranks: int, launch: float, sharded: float) -> Rates:
+    """These, of this host and as many threads as this process has."""
+    return Rates(socket.gethostname(), ranks, torch.get_num_threads(), classes, launch, sharded)
