@@ -15,12 +15,10 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.comm.counters import Sent
-from shardtensor.observe.network import DGX_H100
 from shardtensor.observe.timeline import Part, Timeline
 from shardtensor.page.blocks import Row, answer, heading, slider, table, text
 from shardtensor.page.document import Page
-from shardtensor.plan.estimate import H100, Device, Layout, Task, estimate
-from shardtensor.plan.sweep import scaled, sweep
+from shardtensor.plan.estimate import Device
 from shardtensor.ranks.testing import make_mesh
 
 SMALL = Device("small", 0.8 * 2**20, 1e12, {64: 1e13, 32: 1e13, 16: 1e14})
@@ -118,83 +116,6 @@ def test_plans_are_a_list_with_a_page(plans, page_of_plans):
         assert inside <= values[parent]
 
 
-def test_a_sweep_says_what_is_computed_and_what_is_between(plans):
-    task = plans.task
-    found = sweep(task, plans[0], SMALL, DGX_H100, (0.3, 1, 2, 4), (1, 2, 4))
-    # 0.3 of 64 rows is no size
-    assert found.shapes == ((64, 32), (128, 64), (256, 128)) and found.devices == (1, 2, 4)
-    for n in found.devices:
-        for shape in found.shapes:
-            point = found.at(n, shape)
-            assert point.how == "computed"
-            if n == 4:
-                want = estimate(
-                    Task(net, [(1, 2, *shape)]), scaled(plans[0].layout, n), SMALL, DGX_H100
-                )
-                assert point.peak == want.peak
-    # half of the way in elements; and a number of devices of which no estimate was made
-    between = found.at(2, (96, 107))
-    low, high = found.at(2, (64, 32)).peak, found.at(2, (128, 64)).peak
-    assert between.how == "interpolated" and high < between.peak < found.at(2, (256, 128)).peak
-    middle = found.at(2, (80, 64)).peak
-    assert middle == pytest.approx(low + (high - low) * (80 * 64 - 64 * 32) / (128 * 64 - 64 * 32))
-    three = found.at(3, (128, 64))
-    assert three.how == "interpolated"
-    assert found.at(4, (128, 64)).peak < three.peak < found.at(2, (128, 64)).peak
-
-
-def test_where_it_stops_fitting(plans):
-    found = sweep(plans.task, plans[0], SMALL, DGX_H100, (1, 2, 4), (1, 2, 4))
-    for n in (1, 2, 4):
-        last = found.last(n, SMALL)
-        sizes = found.sizes(240)
-        after = sizes[sizes.index(last) + 1]
-        assert found.at(n, last).peak <= SMALL.memory < found.at(n, after).peak
-    assert found.last(1, SMALL) < found.last(2, SMALL) < found.last(4, SMALL)
-    assert found.least((64, 32), SMALL) == 1 and found.least((256, 128), SMALL) is None
-    assert found.last(4, H100) == (256, 128)
-    # where there are some between, those that are computed
-    assert found.least((180, 90), SMALL) == 3 and found.least((180, 90), SMALL, (1, 2, 4)) == 4
-
-
-def test_what_is_refused_is_not_interpolated(plans):
-    class Fixed(nn.Module):
-        def forward(self, x):
-            return x * self.weight
-
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(64, 32))
-
-    task = Task(Fixed, [(1, 2, 64, 32)])
-    best = estimate(task, Layout(1, (2, 3), (2, 1)))
-    found = sweep(task, best, H100, DGX_H100, (1, 2), (2,))
-    assert found.at(2, (64, 32)).how == "computed"
-    for size in ((70, 40), (128, 64)):
-        assert not found.at(2, size).known and "refused" in found.at(2, size).how
-    assert found.last(2, H100) == (64, 32)
-
-
-@pytest.mark.parametrize(
-    "data, cuts, devices, want",
-    [
-        (1, (4,), 8, (1, (8,))),
-        (1, (2, 2), 2, None),
-        (1, (1, 4), 8, (1, (1, 8))),
-        (4, (2,), 4, (4, (1,))),
-        (4, (2,), 6, (2, (3,))),
-        (2, (3,), 12, (2, (6,))),
-        (2, (2, 2), 1, (1, (1, 1))),
-        (1, (1,), 6, (1, (6,))),
-    ],
-)
-def test_the_same_way_to_cut_on_other_numbers(data, cuts, devices, want):
-    dims = tuple(range(2, 2 + len(cuts)))
-    found = scaled(Layout(data, dims, cuts), devices)
-    assert found.ranks == devices and data % found.data == 0
-    assert want is None or (found.data, found.cuts) == want
-
-
 def test_the_page_of_a_check():
     class Centred(nn.Module):
         def forward(self, x):
@@ -217,7 +138,11 @@ def test_the_page_of_a_check():
     assert max(drawn["x"]) == max(e for f in right.findings for e in f.errors.values())
     wrong = st.check(nn.Sequential(*net(), Centred()), x, [Shard(2)], [(2,)])
     page = wrong.to_html()
-    figures(page)
+    (spread,) = figures(page)["activations"]["data"]
+    errors = dict(zip(spread["y"], spread["x"], strict=True))
+    # what comes before the fault is right
+    before = [e for name, e in errors.items() if name.endswith((" 0", " 1", " 2"))]
+    assert len(before) == 3 and max(before) < 1e-12 and errors["4. 3"] > 1e-3
     assert 'class="verdict bad"' in page and "What to do" in page and "Not right: 3" in page
     assert max(wrong.findings[0].errors.values()) > 1e-3
     assert "NOT RIGHT" in wrong._repr_html_() and "<script" not in wrong._repr_html_()

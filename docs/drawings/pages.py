@@ -38,12 +38,33 @@ def step(path: str) -> None:
         timeline.html(path)
 
 
+class Centred(nn.Module):
+    """Subtracts the mean, but of the rows of its own rank."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, st.ShardTensor):
+            local = x.to_local() - x.to_local().mean(2, keepdim=True)
+            return st.ShardTensor.from_local(local, x.device_mesh, x.placements, sizes=x.spec.sizes)
+        return x - x.mean(2, keepdim=True)
+
+
+def check(path: Path) -> None:
+    """A U-Net, one block of which is wrong."""
+    from models import UNet
+
+    torch.manual_seed(0)
+    model = UNet(1, 1, width=4, depth=2)
+    model.encode[0] = nn.Sequential(model.encode[0], Centred())
+    st.check(model, torch.randn(1, 1, 32, 16), [Shard(2)], at=(1, 1, 4096, 4096)).html(path)
+
+
 def draw(folder: Path) -> None:
     """Each page's file, then its picture."""
     from browser import Browser
 
     unet.__name__ = "UNet"
     st.plan(unet, [(1, 4, 8192, 8192)], 4).html(folder / "plan.html")
+    check(folder / "check.html")
     run_workers(3, step, str(folder / "trace.html"))
     heads = "[...document.querySelectorAll('h2')]"
     with Browser(1100) as b:
@@ -51,8 +72,12 @@ def draw(folder: Path) -> None:
             ("plan", None, "Messages by op"),
             ("plan", "More devices, larger inputs", None),
             ("trace", None, "Messages"),
+            ("check", None, "Errors by module"),
         ):
-            b.open(folder / f"{name}.html")
+            file = folder / f"{name}.html"
+            # paths as in the repository
+            file.write_text(file.read_text().replace(f"{DOCS.parent}/", ""))
+            b.open(file)
             b.js("new Promise(done => setTimeout(done, 500))")
             top = 0 if first is None else b.js(_top(heads, first))
             end = b.js(

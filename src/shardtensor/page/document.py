@@ -68,7 +68,8 @@ class Page:
             for b, after in zip(shown, [*shown[1:], None], strict=True)
             if not b.title or (after is not None and not after.title)
         ]
-        head = f"<p><b>{escape(self.title)}</b></p><p>{escape(self.verdict)}</p>"
+        lines = (f"<p>{escape(line)}</p>" for line in (self.verdict, self.about) if line)
+        head = f"<p><b>{escape(self.title)}</b></p>{''.join(lines)}"
         return _of_cells(['<div style="overflow-x: auto">', head, *kept, "</div>"])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from torch import nn
 
 from . import causes
 from .record import Key, Run
-from .report import Finding
+from .report import ACTIVATIONS, Finding
 
 
 @dataclass
@@ -17,7 +18,7 @@ class Traced:
     """What a rank found op by op. wrong, gradients: events that differ.
 
     parts: of those up to the first. other: (op, line) of ops that run on shards only, by module.
-    calls: the ops in each line.
+    calls: the ops in each line. errors: the largest relative one of each module's activations.
     """
 
     wrong: dict[Key, str] = field(default_factory=dict)
@@ -25,6 +26,14 @@ class Traced:
     parts: dict[Key, causes.Part] = field(default_factory=dict)
     other: dict[str, tuple[str, str]] = field(default_factory=dict)
     calls: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def noted(self, key: Key, off: float, scale: float, text: str) -> str:
+        """The text; of a result its error is kept."""
+        share, name = off / scale if scale else off, f"{ACTIVATIONS}{key[0]}"
+        if key[4] >= 0 and isfinite(share):
+            self.errors[name] = max(share, self.errors.get(name, 0.0))
+        return text
 
 
 @dataclass
@@ -37,7 +46,13 @@ class Blame:
     seen: Sequence[Traced]
 
     def of(self, wrong: dict[str, str]) -> Finding:
-        """The first module and op that is wrong."""
+        """The first module and op that is wrong, and the errors of all activations."""
+        found = self._first(wrong)
+        for s in self.seen:
+            found.add({}, {}, s.errors)
+        return found
+
+    def _first(self, wrong: dict[str, str]) -> Finding:
         seen = self.seen
         order = list(self.want.events)
         first = next((k for k in order if any(k in s.wrong for s in seen)), None)

@@ -337,14 +337,15 @@ class Case:
             mine, third = got.events.get(key), self.shaken.events.get(key)
             if mine is None:
                 continue
-            text = self._far(mine.held, want.held, third.held if third else None)[2]
+            far = self._far(mine.held, want.held, third.held if third else None)
+            text = seen.noted(key, *far)
             if not seen.wrong:
                 seen.parts[key] = _part(mine.held, want.held)
             if text:
                 seen.wrong[key] = text
             if want.gradient is not None and mine.gradient is not None:
-                text = self._far(mine.gradient, want.gradient, third.gradient if third else None)[2]
-                if text:
+                shaken = third.gradient if third else None
+                if text := self._far(mine.gradient, want.gradient, shaken)[2]:
                     seen.gradients[key] = text
         return seen
 

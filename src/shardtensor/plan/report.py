@@ -12,6 +12,8 @@ from ..page.document import Page, Shown
 
 # errors are drawn from here on
 LEAST = 1e-17
+# what errors of a module's activations are called
+ACTIVATIONS = "activations of "
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Finding:
     UnsupportedOpError), "raises" (anything else) or "parted" (ranks ran different ops).
     module, op, line, what, advice: where it is not right; gathered: ops without a rule, and their
     bytes; lines: where those are; errors: of each output, gradient and buffer, relative to its
-    largest value.
+    largest value, and where it is wrong of each module's activations.
     """
 
     layout: str
@@ -133,37 +135,49 @@ class Report(Shown):
             ])
             for f in self.findings
         ]  # fmt: skip
+        columns = ["layout", "answer", "largest error", "module", "op", "line"]
+        if self.ok:
+            columns, rows = columns[:3], [Row(r.cells[:3]) for r in rows]
         yield heading("Layouts")
-        yield table(["layout", "answer", "largest error", "module", "op", "line"], rows)
+        yield table(columns, rows)
 
     def _modules(self) -> Iterator[Block]:
-        """The largest error of what each module's weights and buffers got, over all layouts."""
+        """The largest errors of each module, over all layouts."""
         every: dict[str, float] = {}
         for f in self.findings:
             for k, error in f.errors.items():
                 every[k] = max(error, every.get(k, 0.0))
-        if not every:
+        passed = {k: e for k, e in every.items() if k.startswith(ACTIVATIONS)}
+        results = {k: e for k, e in every.items() if k not in passed}
+        if passed:
+            yield heading("Errors of activations")
+            yield text("In the order of forward, on the layouts that are not right.", "note")
+            yield self._drawn(
+                "activations", {k.removeprefix(ACTIVATIONS): e for k, e in passed.items()}
+            )
+        if not results:
             return
         modules: dict[str, float] = {}
-        for k, error in every.items():
+        for k, error in results.items():
             modules[_module(k)] = max(error, modules.get(_module(k), 0.0))
-        finite = {m: max(e, LEAST) for m, e in modules.items() if isfinite(e)}
-        worst = sorted(finite, key=finite.__getitem__, reverse=True)[:40]
-        names = [m for m in finite if m in worst]
-        limit = ("right up to here", self.rtol) if self.rtol else None
         yield heading("Errors by module")
         yield text("Of gradients of its weights, and of its buffers, over all layouts.", "note")
-        yield chart(
-            "errors",
-            {"errors": charts.points(names, [finite[m] for m in names], "relative error", limit)},
-            "the largest error of each module",
-        )
+        yield self._drawn("errors", modules)
         rows = [
             Row([k, Cell(f"{e:.1e}" if isfinite(e) else "other shape", e if isfinite(e) else 1e99,
                          mark="bad" if self.rtol and e > self.rtol else "")])
-            for k, e in sorted(every.items(), key=lambda i: -i[1])
+            for k, e in sorted(results.items(), key=lambda i: -i[1])
         ]  # fmt: skip
         yield table(["result", "largest error"], rows, find=True, most=8)
+
+    def _drawn(self, key: str, errors: dict[str, float]) -> Block:
+        """The largest errors, in the order given."""
+        finite = {m or "the model": max(e, LEAST) for m, e in errors.items() if isfinite(e)}
+        worst = set(sorted(finite, key=finite.__getitem__, reverse=True)[:40])
+        shown = {m: e for m, e in finite.items() if m in worst}
+        limit = ("right up to here", self.rtol) if self.rtol else None
+        figure = charts.points(list(shown), list(shown.values()), "relative error", limit)
+        return chart(key, {key: figure}, "the largest error of each module")
 
     def __str__(self) -> str:
         return "\n".join([self._answer(), *map(str, self.findings), *self._gathers(), *self.notes])
