@@ -27,6 +27,9 @@ from .dispatcher import not_tracing
 from .world import silent_world
 
 _aten = torch.ops.aten
+# set while modes look on above autograd
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 # the counts of products and convolutions; torch has none for attention's kernels on CPUs
 FLOPS = {
     **flop_registry,
@@ -140,6 +143,8 @@ def is_recording() -> bool:
 
 def is_proxied() -> bool:
     """Whether make_fx makes a graph of what this thread calls, above autograd or below."""
+    if not (torch._C._len_torch_dispatch_stack() or _key_included(_PRE_DISPATCH)):
+        return False
     return get_proxy_mode() is not None
 
 

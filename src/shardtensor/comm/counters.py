@@ -103,7 +103,7 @@ class sending:
         self.named: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Sent | None:
-        if not dist.is_initialized():
+        if dist.group.WORLD is None:
             raise RuntimeError(
                 "the process group was destroyed: make the mesh and its ShardTensors anew"
             )

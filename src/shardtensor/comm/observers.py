@@ -36,7 +36,7 @@ def simulated_rank() -> int | None:
 
 def looked_at() -> bool:
     """Whether somebody compares what ranks bring to a collective."""
-    return Hooks.meeting is not None or simulated_rank() is not None
+    return Hooks.meeting is not None or getattr(thread, "rank", None) is not None
 
 
 def claim(leaves: Iterable[Tensor]) -> None:

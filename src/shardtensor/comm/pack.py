@@ -87,19 +87,23 @@ def joined(parts: list[Tensor], like: Tensor) -> Tensor:
     first = parts[0]
     if not (_torch.is_tracing() or _torch.transforming()) and _adjacent(parts):
         return first.as_strided((sum([x.numel() for x in parts]),), (1,))
-    if all(x.ndim and x.shape[1:] == first.shape[1:] for x in parts):
-        # one kernel, whatever their strides
-        return torch.cat(parts).reshape(-1)
-    return torch.cat([x.reshape(-1) for x in parts])
+    rest = first.shape[1:]
+    for x in parts:
+        if not x.ndim or x.shape[1:] != rest:
+            return torch.cat([x.reshape(-1) for x in parts])
+    # one kernel, whatever their strides
+    return torch.cat(parts).reshape(-1)
 
 
 def _adjacent(parts: list[Tensor]) -> bool:
     """Whether each tensor begins where the one before it ends, as what came in one message does."""
-    if any(type(x) is not Tensor for x in parts):
-        # fake ones lie nowhere
-        return False
-    memory, at = parts[0].untyped_storage().data_ptr(), parts[0].data_ptr()
+    at = memory = 0
     for x in parts:
+        if type(x) is not Tensor:
+            # fake ones lie nowhere
+            return False
+        if x is parts[0]:
+            memory, at = x.untyped_storage().data_ptr(), x.data_ptr()
         if x.data_ptr() != at or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return False
         at += x.numel() * x.element_size()

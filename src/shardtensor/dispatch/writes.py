@@ -298,8 +298,6 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
             "single memory location. Please clone() the tensor before performing the operation."
         )
     refuse_overlap(x, name)
-    # other rows of a dim that one rank has, of which the others know nothing
-    lonely = any(d.is_cut and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
     for other in others:
         if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
             continue
@@ -310,6 +308,8 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
         # what moves between ranks is a copy, whose version does not tell autograd of the write
         if known is False or (known and (name in _LINEAR or not _wants_gradient((x, other)))):
             continue
+        # other rows of a dim that one rank has, of which the others know nothing
+        lonely = any(d.is_cut and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
         alike = x._spec == other._spec and own == b.stride() and not lonely
         apart = int(b.storage_offset() - a.storage_offset())
         if alike and (apart == 0 or not _reached(x, own, abs(apart))):

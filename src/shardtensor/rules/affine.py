@@ -37,12 +37,14 @@ def affine(
     return y if more is None else y.addcmul_(more[0], times[0].view(shape))
 
 
-def alike(x: Tensor, *weights: Tensor | None) -> bool:
+def alike(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether kernels take these weights beside x as they are."""
+    dtype = x.dtype
     return (
         x.numel() > 0
-        and x.dtype == accumulated(x.dtype)
-        and all(w is None or w.dtype == x.dtype for w in weights)
+        and dtype == accumulated(dtype)
+        and (weight is None or weight.dtype == dtype)
+        and (bias is None or bias.dtype == dtype)
     )
 
 

@@ -20,9 +20,9 @@ from ..cache import cached
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, to_dims
+from ..tensor.redistribute import PLAIN, fit, to_dims
 from .empty import some
-from .halo import Rims, Settings, halo_conv, rims
+from .halo import Halo, Settings, halo_conv, laid, rims
 from .norm import sharded
 from .overlap import pays
 from .sliding import Plan, fetched, plan, slide, whole
@@ -38,7 +38,7 @@ class Local(NamedTuple):
     plan: what it reads. dims: the spatial dims of the output.
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the rows to keep of what the op makes.
-    halo: padding and rims of `halo_conv`, where it serves the last sharded dim.
+    halo: of `halo_conv`, where it serves the last sharded dim.
     """
 
     plan: Plan
@@ -46,7 +46,7 @@ class Local(NamedTuple):
     padding: tuple[int, ...]
     output_padding: tuple[int, ...] = ()
     crops: tuple[tuple[int, int, int], ...] = ()
-    halo: tuple[tuple[int, ...], Rims] | None = None
+    halo: Halo | None = None
 
 
 class Channels(NamedTuple):
@@ -68,7 +68,8 @@ class Program(NamedTuple):
     """A convolution of a tensor that lies so, by a weight that lies so.
 
     at: the dim of the channels. spec: in which the input is wanted. weight, bias: the dims in which
-    they are, None: whole. varying: the mesh axes along which ranks differ. out: of the result.
+    they are, None: whole. varying: the mesh axes along which ranks differ, group: the ranks along
+    them, None without any. out: of the result.
     """
 
     local: Local
@@ -79,6 +80,7 @@ class Program(NamedTuple):
     bias: tuple[Dim, ...] | None
     varying: tuple[int, ...]
     out: Spec
+    group: str | None
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -93,14 +95,12 @@ def conv(
 ) -> ShardTensor:
     x = sharded(input, weight, bias)
     known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
-    across = padding if isinstance(padding, str) else _given(padding)
-    program = _conv(x._spec, known, _given(stride), across, _given(dilation), groups)
+    given: Any = stride, padding, dilation
+    stride_, padding_, dilation_ = [
+        v if type(v) in (int, tuple, str) else each(v, 1) for v in given
+    ]
+    program = _conv(x._spec, known, stride_, padding_, dilation_, groups)
     return _run(x, weight, bias, program, stride, dilation, False)
-
-
-def _given(v: Ints) -> Ints:
-    """A setting in a form to be found by."""
-    return v if type(v) is int or type(v) is tuple else each(v, 1)
 
 
 @cached
@@ -114,7 +114,10 @@ def _conv(
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(spec, tuple(shape[2:]), each(stride, n), across, each(dilation, n))
     channels = _columns(weight, spec, n, groups) or _channels(spec, n, shape[0], groups, False)
-    return _program(spec, shape, local, channels)
+    if local.halo is None:
+        return _program(spec, shape, local, channels)
+    program = _program(spec, shape, local._replace(halo=None), channels)
+    return program._replace(local=local._replace(halo=local.halo.grouped(channels.groups)))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -207,7 +210,8 @@ def _forward(
         own = rims(spec, d, stencil, reach)
         if own is not None:
             pads = tuple(own.above if lead + i == d else p for i, p in enumerate(lies.left))
-            halo = pads, own
+            settings = Settings(stride, pads, dilation, 1)
+            halo = laid(spec, d, reach, own, kernel[d - lead], settings)
     return Local(lies, tuple(dim for _, dim in lies.dims), lies.left, halo=halo)
 
 
@@ -287,7 +291,8 @@ def _program(spec: Spec, weight: torch.Size, local: Local, channels: Channels) -
         cut, bias = (*channels.weight, *whole_dims(weight[2:])), (channels.output,)
     varying = tuple(sorted({*moved.varying, *channels.output.axes}))
     out = moved.with_dims([*moved.dims[:at], channels.output, *local.dims])
-    return Program(local, channels, at, moved, cut, bias, varying, out)
+    group = comm.group(spec.mesh, varying) if varying else None
+    return Program(local, channels, at, moved, cut, bias, varying, out, group)
 
 
 def _columns(weight: Spec | torch.Size, spec: Spec, n: int, groups: int) -> Channels | None:
@@ -312,10 +317,17 @@ def _run(
     transposed: bool,
 ) -> ShardTensor:
     """The convolution on this rank's rows, while its halo travels where that pays."""
-    here, channels, at, spec, cut, bias_cut, varying, out = program
+    here, channels, at, spec, cut, bias_cut, varying, out, group = program
     if spec is not x._spec:
         x = to_dims(x, spec.dims)
-    local, w, b = fit(spec.mesh, varying, (x, spec.dims), (weight, cut), (bias, bias_cut))
+    if cut is None and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN):
+        # as `fit` does, at half its cost
+        local, w, b = x._local, weight, bias
+        if group is not None:
+            w, *more = comm.vary((w,) if bias is None else (w, bias), group, spec.mesh)
+            b = more[0] if more else None
+    else:
+        local, w, b = fit(spec.mesh, varying, (x, spec.dims), (weight, cut), (bias, bias_cut))
     inner = None if channels.partial else b
     y = _convolved(local, spec, w, inner, here, channels, stride, dilation, transposed)
     if channels.partial:
@@ -363,12 +375,9 @@ def _convolved(
     local = _autocast(local)
     if program.halo is None or channels.partial or not pays(spec):
         return slide(local, spec, lies, op)
-    *others, (d, _, reach) = lies.reaches
+    *others, _ = lies.reaches
     rows = fetched(local, spec, others)
-    pads, own = program.halo
-    settings = Settings(each(stride, n), pads, each(dilation, n), groups)
-    w, b = _autocast(w), b if b is None else _autocast(b)
-    y = halo_conv(rows, w, b, d, spec, reach, own, settings)
+    y = halo_conv(rows, _autocast(w), b if b is None else _autocast(b), program.halo)
     for other, _, needed in others:
         y = trim(y, other, spec, needed)
     return y

@@ -2,9 +2,10 @@
 
 A convolution is linear: that of the shard between zeros, which needs no neighbour, plus those of
 the two halo strips between zeros, which touch the rim rows only. So the strips travel while the
-shard is convolved, their part is added to the rim, and what is kept for backward is the input
-itself and two strips. Backward likewise: the strips' gradients travel while those of input and
-weight are computed. One exchange each way, as with a window.
+shard is convolved, their part, by those rows of the kernel that meet them, is added to the rim, and
+what is kept for backward is the input itself and two strips. Backward likewise: the strips'
+gradients travel while those of input and weight are computed. One exchange each way, as with a
+window.
 
 It serves what `rims` says. There it takes less time than `overlapped`, which serves every stencil
 but copies the interior for the kernel and adds up its gradient in a buffer: 1 to 17 % less forward
@@ -13,7 +14,6 @@ and backward, for kernels of 3 and 7 rows and 2**18 to 2**23 elements on two pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,22 @@ class Settings(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+class Strip(NamedTuple):
+    """A strip beside the shard, and what of the convolution meets it.
+
+    below: behind the shard, not before it. rows: of the strip. outputs: how many of this end read
+    it. first, taps: the rows of the kernel that do. read: what these outputs read by them, of the
+    strip and of zeros.
+    """
+
+    below: bool
+    rows: int
+    outputs: int
+    first: int
+    taps: int
+    read: int
 
 
 class Rims(NamedTuple):
@@ -79,63 +95,83 @@ def rims(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Rims | None:
     )
 
 
-def halo_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    d: int,
-    spec: Spec,
-    reach: Reach,
-    rims: Rims,
-    settings: Settings,
-) -> Tensor:
-    """The rows of the whole convolution that belong to this rank's shard x, (B, C, *spatial).
+class Halo(NamedTuple):
+    """A convolution with strips, along dim d of a spec, of which `reach` is read.
 
-    d: the dim whose rows travel; reach: what is read of it.
+    way, back: the strips' exchange, and their gradients'. up, down: how many rows of either end the
+    neighbours before and behind are given. settings: of the shard. inner: of strips. strips: those
+    that come here. travel: as of the rims.
     """
-    if not rims.travel:
-        return _conv(x, weight, bias, settings)
-    return apply(_HaloConv, x, weight, bias, d, spec, reach, rims, settings)
+
+    d: int
+    spec: Spec
+    reach: Reach
+    way: Route
+    back: Route
+    up: int
+    down: int
+    settings: Settings
+    inner: Settings
+    strips: tuple[Strip, ...]
+    travel: bool
+
+    def grouped(self, groups: int) -> Halo:
+        """That of a convolution of channels in groups."""
+        settings, inner = (s._replace(groups=groups) for s in (self.settings, self.inner))
+        return self._replace(settings=settings, inner=inner)
 
 
-def _there(d: int, spec: Spec, above: int, below: int) -> tuple[bool, bool]:
-    """Whether so many rows have a neighbour above, and one below."""
-    me, n = spec.index[d], len(spec.dims[d].sizes)
-    return above > 0 and me > 0, below > 0 and me + 1 < n
-
-
-def _swap(
-    ends: Sequence[Tensor | None],
-    x: Tensor,
-    way: Route,
-    gives: tuple[bool, bool],
-    gets: tuple[bool, bool],
-) -> Callable[[], list[Tensor | None]]:
-    """Send one strip to each neighbour; calling what it returns gives [from above, from below]."""
-    arrive = start(way, x, [e for e, t in zip(ends, gives, strict=True) if t and e is not None])
-
-    def strips() -> list[Tensor | None]:
-        came = iter(arrive())
-        return [next(came) if t else None for t in gets]
-
-    return strips
-
-
-def _ends(x: Tensor, d: int, above: int, below: int) -> tuple[Tensor, Tensor]:
-    return x.narrow(d, 0, max(0, above)), x.narrow(d, x.shape[d] - max(0, below), max(0, below))
-
-
-def _padded(strip: Tensor, d: int, above: bool, rows: int) -> Tensor:
-    """A strip beside the zeros that stand for the shard: so many rows."""
-    pads = [0] * (2 * (strip.ndim - d))
-    pads[-1 if above else -2] = rows - strip.shape[d]
-    return F.pad(strip, pads)
-
-
-def _strip_settings(settings: Settings, d: int) -> Settings:
+def laid(spec: Spec, d: int, reach: Reach, own: Rims, kernel: int, settings: Settings) -> Halo:
+    """How a convolution with these rims, of so many rows of a kernel along d, runs on this rank."""
+    me, last = spec.index[d], len(spec.dims[d].sizes) - 1
     padding = list(settings.padding)
     padding[d - 2] = 0
-    return settings._replace(padding=tuple(padding))
+    _, way, _ = route(spec, d, reach)
+    # whether there is a neighbour, and what it has is read
+    comes = own.above > 0 and me > 0, own.below > 0 and me < last
+    strips = [
+        _strip(bool(i), rows, kernel, settings.stride[d - 2], settings.dilation[d - 2])
+        for i, rows in enumerate((own.above, own.below))
+        if comes[i]
+    ]
+    return Halo(
+        d, spec, reach, way, way.back(), own.up, own.down, settings,
+        settings._replace(padding=tuple(padding)), tuple(strips), own.travel,
+    )  # fmt: skip
+
+
+def _strip(below: bool, rows: int, kernel: int, stride: int, dilation: int) -> Strip:
+    outputs, taps = -(-rows // stride), min(kernel, -(-rows // dilation))
+    read = (outputs - 1) * stride + (taps - 1) * dilation + 1
+    return Strip(below, rows, outputs, kernel - taps if below else 0, taps, read)
+
+
+def halo_conv(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
+    """The rows of the whole convolution that belong to this rank's shard x, (B, C, *spatial)."""
+    if not halo.travel:
+        return _conv(x, weight, bias, halo.settings)
+    return apply(_HaloConv, x, weight, bias, halo)
+
+
+def _end(x: Tensor, d: int, rows: int, below: bool) -> Tensor:
+    """The first or last rows along a dim."""
+    return x.narrow(d, x.shape[d] - rows if below else 0, rows)
+
+
+def _fitted(x: Tensor, d: int, rows: int, below: bool) -> Tensor:
+    """So many rows of x, or x and zeros, at that end which the shard is not at."""
+    more = rows - x.shape[d]
+    if more <= 0:
+        return _end(x, d, rows, below) if more else x
+    pads = [0] * (2 * (x.ndim - d))
+    pads[-2 if below else -1] = more
+    return F.pad(x, pads)
+
+
+def _given(x: Tensor, halo: Halo) -> list[Tensor]:
+    """The rows for the neighbour before, and for that behind, where they get any."""
+    ends = (halo.up, False), (halo.down, True)
+    return [_end(x, halo.d, rows, below) for rows, below in ends if rows]
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
@@ -145,88 +181,56 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) ->
 
 class _HaloConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        d: int,
-        spec: Spec,
-        reach: Reach,
-        own: Rims,
-        settings: Settings,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
         """The shard between zeros while the strips travel; their part is added to the rim."""
-        _, way, _ = route(spec, d, reach)
-        gives = _there(d, spec, own.up, own.down)
-        gets = _there(d, spec, own.above, own.below)
-        arrive = _swap(_ends(x, d, own.up, own.down), x, way, gives, gets)
-        y = _conv(x, weight, bias, settings)
+        d = halo.d
+        arrive = start(halo.way, x, _given(x, halo))
+        y = _conv(x, weight, bias, halo.settings)
         strips = arrive()
-        inner, outputs = _strip_settings(settings, d), _outputs(own, settings, d)
-        for i, (strip, rim) in enumerate(zip(strips, _ends(y, d, *outputs), strict=True)):
-            if strip is not None:
-                rows = _rows(outputs[i], weight, settings, d)
-                rim.add_(_conv(_padded(strip, d, i == 0, rows), weight, None, inner))
+        for s, strip in zip(halo.strips, strips, strict=True):
+            taps = weight.narrow(d, s.first, s.taps)
+            part = _conv(_fitted(strip, d, s.read, s.below), taps, None, halo.inner)
+            _end(y, d, s.outputs, s.below).add_(part)
         ctx.save_for_backward(x, weight, bias, *strips)
-        ctx.plan, ctx.settings = (d, spec, reach, way, own, gives, gets), settings
+        ctx.halo = halo
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         """The strips' gradients travel while those of input and weight are computed."""
         x, weight, bias, *strips = ctx.saved_tensors
-        (d, spec, reach, way, own, gives, gets), settings = ctx.plan, ctx.settings
-        needs, inner = ctx.needs_input_grad[:3], _strip_settings(settings, d)
+        halo: Halo = ctx.halo
+        d, needs = halo.d, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # other names: one of them may have been computed from another
             x, weight = x.view_as(x), weight.view_as(weight)
             bias = None if bias is None else bias.view_as(bias)
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
             # from one haloed copy: differentiable any number of times
-            y = _conv(fetch(x, d, spec, reach), weight, bias, inner)
+            y = _conv(fetch(x, d, halo.spec, halo.reach), weight, bias, halo.inner)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return *(next(found) if need else None for need in needs), *[None] * 5
-        outputs = _outputs(own, settings, d)
-        rims = _ends(g, d, *outputs)
+            return *(next(found) if need else None for need in needs), None
 
-        def of_strip(i: int, of: int) -> Tensor | None:
-            """What a strip finds: its own gradient, or that of the weight."""
-            strip = strips[i]
-            if strip is None or not needs[of]:
-                return None
-            whole = _padded(strip, d, i == 0, _rows(outputs[i], weight, settings, d))
+        def of_strip(s: Strip, strip: Tensor, of: int) -> Tensor:
+            """What a strip finds: its own gradient, or that of the kernel's rows that meet it."""
+            read, rim = _fitted(strip, d, s.read, s.below), _end(g, d, s.outputs, s.below)
+            taps = weight.narrow(d, s.first, s.taps)
             asked = of == 0, of == 1, False
-            return _gradients(rims[i], whole, weight, None, inner, asked)[of]
+            found: Tensor = _gradients(rim, read, taps, None, halo.inner, asked)[of]
+            return found
 
+        each, arrive = list(zip(halo.strips, strips, strict=True)), None
         if needs[0]:
-            outward = [of_strip(i, 0) for i in (0, 1)]
-            for i, gx in enumerate(outward):
-                outward[i] = None if gx is None else _ends(gx, d, own.above, own.below)[i]
-            arrive = _swap(outward, x, way.back(), gets, gives)
-        gx, gw, gb = _gradients(g, x, weight, bias, settings, needs)
-        if needs[0]:
-            for back, rim in zip(arrive(), _ends(gx, d, own.up, own.down), strict=True):
-                if back is not None:
-                    rim.add_(back)
-        for i in (0, 1):
+            outward = [_fitted(of_strip(s, strip, 0), d, s.rows, s.below) for s, strip in each]
+            arrive = start(halo.back, x, outward)
+        gx, gw, gb = _gradients(g, x, weight, bias, halo.settings, needs)
+        if arrive is not None:
+            for back, rim in zip(arrive(), _given(gx, halo), strict=True):
+                rim.add_(back)
+        for s, strip in each if needs[1] else ():
             # one at a time
-            more = of_strip(i, 1)
-            gw = gw if more is None else gw.add_(more)
-            del more
-        return gx, gw, gb, *[None] * 5
-
-
-def _outputs(own: Rims, settings: Settings, d: int) -> tuple[int, int]:
-    """How many outputs read rows above the shard, and below it."""
-    stride = settings.stride[d - 2]
-    return -(-own.above // stride), -(-own.below // stride)
-
-
-def _rows(outputs: int, weight: Tensor, settings: Settings, d: int) -> int:
-    """What so many outputs read along dim d."""
-    span = settings.dilation[d - 2] * (weight.shape[d] - 1)
-    return (outputs - 1) * settings.stride[d - 2] + span + 1
+            gw.narrow(d, s.first, s.taps).add_(of_strip(s, strip, 1))
+        return gx, gw, gb, None
 
 
 def _gradients(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import comm
 from ..cache import cached
@@ -18,7 +18,7 @@ from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.dense import refuse_not_dense
-from ..tensor.redistribute import fit
+from ..tensor.redistribute import PLAIN, fit
 from . import labels, sparse
 from .labels import Labels
 from .reduce import wide
@@ -36,7 +36,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         spec = input._spec
         if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
             out, group = _linear(spec, weight.shape)
-            if bias is None and type(weight) in _PLAIN and weight.layout is torch.strided:
+            if bias is None and type(weight) in PLAIN and weight.layout is torch.strided:
                 # as `fit` does, at half its cost
                 w = weight if group is None else comm.vary((weight,), group, spec.mesh)[0]
                 return wrap(F.linear(input._local, w), out)
@@ -65,9 +65,6 @@ def _linear(spec: Spec, weight: torch.Size) -> tuple[Spec, str | None]:
     """(the spec of the result, the group of ranks that have other rows, None without any)."""
     out = spec.with_dims([*spec.dims[:-1], *whole_dims(weight[:-1])])
     return out, comm.group(spec.mesh, spec.varying) if spec.varying else None
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 # shards without elements find no kernel missing

@@ -96,10 +96,11 @@ def batch_norm(
     """Per channel, over all other dims; sharded channels stay where they are."""
     x = sharded(input, weight, bias, running_mean, running_var)
     spec, local = x._spec, x._local
-    local = autocast(local, lambda z: torch.batch_norm(
-        z, None, None, None, None, True, 0.0, 1.0, False
-    ))  # fmt: skip
-    running = [buffer("batch_norm", r) for r in (running_mean, running_var)]
+    if torch.is_autocast_enabled(local.device.type):
+        local = autocast(local, lambda z: torch.batch_norm(
+            z, None, None, None, None, True, 0.0, 1.0, False
+        ))  # fmt: skip
+    running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
     channels = spec.dims[1]
     axes, n, way = _batch(spec, eps)
     mine = (channels,)
@@ -119,7 +120,7 @@ def batch_norm(
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
-    tracked = any(r is not None for r in running)
+    tracked = running[0] is not None or running[1] is not None
     moved = None if channels.axes else Running(running[0], running[1], momentum)
     y = normalise(local, w, b, way, kept if tracked else None, moved)
     if kept:

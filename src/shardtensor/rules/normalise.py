@@ -114,16 +114,19 @@ class _Normalise(torch.autograd.Function):
         rows = way.rows(x)
         mean, var = whole_statistics(rows, way)
         kept += [mean, var]
-        ctx.way, ctx.mean = way, per_row(mean, way)
-        ctx.slope = per_row((var + way.eps) ** -0.5, way)
-        ctx.far = far(rows, ctx.mean, ctx.slope)
+        slope = (var + way.eps) ** -0.5
+        if way.width > 1:
+            mean, slope = per_row(mean, way), per_row(slope, way)
+        ctx.way, ctx.mean, ctx.slope = way, mean, slope
+        ctx.far, ctx.kernel = far(rows, mean, slope), None
         ctx.save_for_backward(x, weight, bias)
         if way.last:
             y = affine(rows, ctx.slope, 0.0, ctx.mean, ctx.far).view(x.shape)
             y = scaled(y, way.own(weight), way.own(bias))
         elif rows is x and not ctx.far and way.width == 1 and alike(x, weight, bias):
             # the kernel's own slope, of variance, eps and weight
-            at, spread = tensors(x, x.shape[1], mean, var)
+            at, spread, *rest = tensors(x, x.shape[1], mean, var, slope, 1.0)
+            ctx.kernel = (at, *rest)
             y = torch.native_batch_norm(x, weight, bias, at, spread, False, 0.0, way.eps)[0]
         else:
             times, plus = _of_rows(weight, x, way, 1.0), _of_rows(bias, x, way, 0.0)
@@ -153,15 +156,17 @@ class _Normalise(torch.autograd.Function):
         else:
             times = _of_rows(weight, x, way, 1.0)
         rows, g = way.rows(x), way.rows(g)
-        along, total, (dw, db) = _sums(rows, g, mean, slope, way, (dw, db))
+        along, total, (dw, db) = _sums(rows, g, mean, slope, ctx.kernel, way, (dw, db))
         if not way.last:
             dw = of_channels(along, weight, x, way) if needs[1] else None
             db = of_channels(total, bias, x, way) if needs[2] else None
         if not needs[0]:
             return None, dw, db, None, None
         # what varies along the statistic has no part in the sums and the slopes against x
-        by_x = -per_row(_per_group(times * along, way), way) / way.n * slope**2
-        by_one = -per_row(_per_group(times * total, way), way) / way.n * slope
+        by_x, by_one = times * along, times * total
+        if way.width > 1:
+            by_x, by_one = (per_row(_per_group(v, way), way) for v in (by_x, by_one))
+        by_x, by_one = -by_x / way.n * slope**2, -by_one / way.n * slope
         if x.dtype != accumulated(x.dtype):
             # coefficients of half precision would round all gradients of a channel alike
             dx = affine(rows, by_x, by_one, mean, ctx.far)
@@ -194,7 +199,7 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
     if way.group is None:
         return mean, var
     if len(way.counts) <= GATHERED:
-        found = gathered(rows, [mean, var], way.group)
+        found = gathered([mean, var], way.group)
         counts = constant(way.counts, rows).reshape(-1, 1) * (way.width / way.n)
         means, vars = found[:, 0], found[:, 1]
         # relative to one of them: their weighted sum would round at the size of the mean
@@ -215,18 +220,21 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
 
 
 def _sums(
-    rows: Tensor, g: Tensor, mean: Numbers, slope: Numbers, way: Way, own: Weights
-) -> tuple[Numbers, Numbers, Weights]:
-    """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g; `own` whole."""
-    n = rows.shape[1]
+    rows: Tensor, g: Tensor, mean: Numbers, slope: Numbers, kernel: Sequence[Tensor] | None,
+    way: Way, own: Weights,
+) -> tuple[Numbers, Numbers, Weights]:  # fmt: skip
+    """Over all ranks, for each row, the sums of g * (x - mean) * slope and of g; `own` whole.
+
+    kernel: mean, slope and ones in the dtype in which rows accumulate, where there are any.
+    """
     if rows.numel():
-        center, scale, one = tensors(rows, n, mean, slope, 1.0)
+        center, scale, one = kernel or tensors(rows, rows.shape[1], mean, slope, 1.0)
         # CUDA's kernel gives these gradients in the form of the weight, which it must have
         _, along, total = torch.ops.aten.native_batch_norm_backward(
             g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
         )
     else:
-        along = total = rows.new_zeros(n, dtype=accumulated(rows.dtype))
+        along = total = rows.new_zeros(rows.shape[1], dtype=accumulated(rows.dtype))
     parts = [fresh(along)]
     if way.centred:
         parts.append(fresh(total))

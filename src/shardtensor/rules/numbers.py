@@ -79,16 +79,15 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
 def move(x: Tensor, values: Numbers, by: float) -> None:
     """Bring x, which has no gradient, a part of the way to values."""
     if isinstance(values, Tensor) or x.dtype not in _DTYPES or not on_host(x):
-        x.lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
+        x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
     into: Any = np.from_dlpack(x.detach())
     if not into.flags.writeable:
-        x.lerp_(torch.as_tensor(values, dtype=x.dtype), by)
+        x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype), by)
         return
     into += by * (values - into)
 
 
-@torch.no_grad()
 def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: float) -> None:
     """Move running statistics towards the mean and variance of n elements."""
     mean, var = stats
@@ -110,9 +109,9 @@ def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     return [v.to(dtype) for v in given]
 
 
-def gathered(like: Tensor, values: Sequence[Numbers], group: str) -> Numbers:
+def gathered(values: Sequence[Numbers], group: str) -> Numbers:
     """Every rank's vectors, (ranks, len(values), n), in one message."""
-    flat = _message(like, values, torch.float64)
+    flat = _message(values, torch.float64)
     found = wire.all_gather(flat, [flat.shape] * groups.size(group), group)
     return _joined(found).reshape(len(found), len(values), len(values[0]))
 
@@ -120,7 +119,7 @@ def gathered(like: Tensor, values: Sequence[Numbers], group: str) -> Numbers:
 def summed(like: Tensor, values: Sequence[Numbers], group: str, *, wide: bool = False) -> Numbers:
     """The sums over ranks of vectors, (len(values), n), in one message; wide: in float64."""
     dtype = torch.float64 if wide else accumulated(like.dtype)
-    flat = _message(like, values, dtype)
+    flat = _message(values, dtype)
     return _added(wire.addends(flat, group)).reshape(len(values), len(values[0]))
 
 
@@ -133,7 +132,7 @@ def summed_beside(
     wholes = [x.new_empty(shape, dtype=dtype) for x in own]
     parts = [numbers_of(x.reshape(-1)) for x in own]
     first, each = sum(len(v) for v in values), [prod(b - a for a, b in of) for of in blocks]
-    flat = _message(like, [*values, *parts], dtype)
+    flat = _message([*values, *parts], dtype)
     lies, most = _cut_of(blocks), max(each)
     if wire.direct(flat, first + len(own) * most, len(blocks)):
         found = wire.all_gather(flat, [[first + len(own) * n] for n in each], group)
@@ -143,7 +142,7 @@ def summed_beside(
                 _put(whole, block, f[first + i * n : first + (i + 1) * n])
     elif lies is not None and len(each) * (first + len(own) * most) < 2 * len(own) * prod(shape):
         parts = [_lengthened(p, most) for p in parts]
-        flat = _message(like, [*values, *parts], dtype)
+        flat = _message([*values, *parts], dtype)
         rows = wire.all_gather_rows(flat, [len(flat)] * len(each), len(flat), group)
         sums = _added([rows[:, :first].sum(0)])
         for whole, part in zip(wholes, rows[:, first:].split(most, 1), strict=True):
@@ -155,7 +154,7 @@ def summed_beside(
             full = np.zeros(shape) if on_host(whole) else torch.zeros_like(whole)
             full[mine] = parts[i].reshape(own[i].shape)
             parts[i] = full.reshape(-1)
-        flat = _message(like, [*values, *parts], dtype)
+        flat = _message([*values, *parts], dtype)
         (total,) = wire.all_reduce([flat], "sum", group)
         sums, every = _added([total[:first]]), ((0, n) for n in shape)
         block = tuple(every)
@@ -198,8 +197,8 @@ def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
         whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
 
-def _message(like: Tensor, values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
-    if not on_host(like):
+def _message(values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
+    if isinstance(values[0], Tensor):
         return torch.cat(list(values)).to(dtype)
     flat = torch.empty(sum(map(len, values)), dtype=dtype)
     np.concatenate(values, out=flat.numpy(), casting="same_kind")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +64,9 @@ def _of_pieces(rows: Tensor) -> tuple[Numbers, Numbers] | None:
         flat, flat, None, None, None, zero, one, True, 0.0, [False, True, True]
     )
     shape, n = (rows.shape[0], rows.shape[1], -1), rows.shape[1] / rows.numel()
-    mean = fresh(total).reshape(shape).sum((0, 2)) * n
-    square, of_mean = fresh(squares).reshape(shape).sum((0, 2)) * n, mean * mean
+    both = (np.add.reduce(v.numpy().reshape(shape), (0, 2), np.float64) for v in (total, squares))
+    mean, square = (v * n for v in both)
+    of_mean = mean * mean
     var = square - of_mean
     near = (of_mean <= NEAR * var) & (var < inf)
     return (mean, var) if near.all() else None

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch, comm
@@ -37,6 +37,8 @@ D = TypeVar("D", Tensor, Tensor | None)
 # an operand and the dims it is wanted in; None: whole
 Given = tuple[A, Wanted]
 
+# what is whole on every rank as it is
+PLAIN = (Tensor, nn.Parameter)
 _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or d.full_tensor()"
 
 
