@@ -9,6 +9,8 @@ SCRIPT = """
 import os, sys, warnings, torch, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader
+from accelerate.state import AcceleratorState
+from shardtensor import io
 from shardtensor.accelerate import Accelerator
 warnings.filterwarnings("ignore")
 D, ranks, folder = torch.float64, int(os.environ["WORLD_SIZE"]), sys.argv[1]
@@ -130,7 +132,49 @@ wanted = torch.stack([Data(7)[i]["x"] * 2 for i in range(7)])
 assert torch.equal(torch.cat([x for x, _ in found]), wanted)
 names = [n for b in loader for n in accelerator.gather_for_metrics([str(int(i)) for i in b["label"]])]
 assert names == [str(i) for i in range(7)], names
-from accelerate.state import AcceleratorState
+
+# loaders: each sample once, whoever deals them out and however ranks are seeded
+def numbers(loader, **options):
+    accelerator = Accelerator(cpu=True, domain=domain, **options)
+    torch.manual_seed(accelerator.process_index)
+    loader = accelerator.prepare(loader)
+    return [int(i) for b in loader for i in accelerator.gather_for_metrics(b["label"])]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return map(Data(12).__getitem__, range(12))
+
+
+every = list(range(12))
+mesh = accelerator.mesh
+assert sorted(numbers(DataLoader(Data(12), 2, shuffle=True))) == every
+assert numbers(DataLoader(Stream(), 2)) == every
+assert numbers(DataLoader(Data(12), 5)) == every
+assert numbers(DataLoader(Data(12), 4), split_batches=True) == every
+sampler = io.DomainSampler(12, mesh, shuffle=False)
+assert numbers(DataLoader(Data(12), 1, sampler=sampler)) == every
+for options in ({}, {"fsdp": "all"}):
+    accelerator = Accelerator(cpu=True, domain=domain, options=options)
+    net, optimizer, _ = made()
+    net = accelerator.prepare(net)
+    accelerator.save_model(net, f"{folder}/model{len(options)}")
+    accelerator.wait_for_everyone()
+    assert os.listdir(f"{folder}/model{len(options)}") == ["model.safetensors"]
+# made before the parameters were replaced, and not prepared with them
+optimizer = accelerator.prepare(optimizer)
+try:
+    optimizer.step()
+    raise AssertionError
+except ValueError as e:
+    assert "has replaced" in str(e)
+for wrong, why in (({"dynamo_backend": "eager"}, "local program"), ({"domain": 3}, "do not make up")):
+    AcceleratorState._reset_state()
+    try:
+        Accelerator(cpu=True, **wrong)
+        raise AssertionError
+    except ValueError as e:
+        assert why in str(e)
 AcceleratorState._reset_state()
 accelerator = Accelerator(cpu=True, domain=domain, shard=-2, mixed_precision="bf16")
 net = accelerator.prepare(made()[0].float())
@@ -140,10 +184,6 @@ assert out.dtype == torch.float32
 with torch.autocast("cpu", torch.bfloat16):
     error = (made()[0].float()(torch.ones(1, 1, 7, 4)).float() - out.full_tensor()).abs().max()
 assert float(error) < 0.02
-try:
-    Accelerator(cpu=True, domain=3)
-except ValueError as e:
-    assert "do not make up" in str(e)
 os.write(1, b"metrics\\n")
 """
 

@@ -27,7 +27,7 @@ try:
     from accelerate.data_loader import prepare_data_loader
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
-    from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME, DistributedType
+    from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME, DistributedType, DynamoBackend
     from safetensors.torch import load_file
 except ImportError as e:
     raise ImportError(
@@ -68,6 +68,11 @@ class Accelerator(accelerate.Accelerator):
             raise ValueError(
                 "shardtensor.accelerate under DeepSpeed, Megatron, FSDP or a ParallelismConfig of "
                 "Accelerate: leave them out, and give options={'fsdp': 'all'} for sharded weights"
+            )
+        if self.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError(
+                "shardtensor.accelerate: torch.compile cannot see through shards; give "
+                "options={'compile': {}}, which compiles the local program"
             )
         if not dist.is_initialized():
             raise ValueError("shardtensor.accelerate: start with torchrun or accelerate launch")
