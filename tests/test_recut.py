@@ -103,6 +103,15 @@ PRODUCTS = {
 }
 
 
+def test_what_is_less_to_gather_is_gathered():
+    with silent_world(1, 4), st.trace() as t:
+        mesh = make_mesh((4,))
+        x = wrap(made(4, 8, 6), Spec.of(mesh, [Shard(0)], (16, 8, 6)))
+        y = wrap(made(2, 6), Spec.of(mesh, [Shard(0)], (8, 6)))
+        assert (x + y)._spec == x._spec
+    assert {s.collective for s in t.sent} == {"all_gather"}
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name, ranks):

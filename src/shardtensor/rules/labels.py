@@ -233,6 +233,10 @@ def _meet(
                 continue
             terms = [dict(t) for t in own.values()]
             parts = len(dim.sizes)
+            # what moves is a shard of each, what would be gathered nearly all of this one
+            moves = sum(prod(d.size for d in t.values()) for t in terms)
+            if moves > parts * prod(d.size for _, d in term):
+                continue
             common = [
                 n
                 for n in free.intersection(*terms, *results)

@@ -119,12 +119,12 @@ def sum(
 ) -> ShardTensor:
     x = reduced(input) if input._spec.partial else input
     dims, spec, group, _ = _over(x._spec, _given(dim), keepdim)
-    if group is not None:
-        x = apart(x, dims)
-        dims, spec, group, _ = _over(x._spec, dims, keepdim)
     local = x._local
     if group is None:
         return wrap(torch.sum(local, dims, keepdim, dtype=dtype), spec)
+    y = apart(x, dims)
+    if y is not x:
+        return sum(y, dims, keepdim, dtype=dtype)
     if (dtype or local.dtype) not in _HALVES:
         return wrap(comm.reduce(torch.sum(local, dims, keepdim, dtype=dtype), group), spec)
     # single precision under autocast
@@ -152,15 +152,15 @@ def mean(
 ) -> ShardTensor:
     x = reduced(input) if input._spec.partial else input
     dims, spec, group, n = _over(x._spec, _given(dim), keepdim)
-    if group is not None:
-        x = apart(x, dims)
-        dims, spec, group, n = _over(x._spec, dims, keepdim)
-    local = x._local
     if group is None:
-        return wrap(local.mean(dims or None, keepdim, dtype=dtype), spec)
-    out = dtype or local.dtype
+        return wrap(x._local.mean(dims or None, keepdim, dtype=dtype), spec)
+    out = dtype or x.dtype
     if not (out.is_floating_point or out.is_complex):
-        raise RuntimeError(f"mean(): could not infer output dtype from {local.dtype}")
+        raise RuntimeError(f"mean(): could not infer output dtype from {x.dtype}")
+    y = apart(x, dims)
+    if y is not x:
+        return mean(y, dims, keepdim, dtype=dtype)
+    local = x._local
     added = torch.float32 if out in _HALVES else out
     total = comm.reduce(torch.sum(local, dims, keepdim, dtype=added), group)
     return wrap((total / n).to(out), spec)
