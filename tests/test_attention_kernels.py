@@ -15,7 +15,7 @@ from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import blocks
 from shardtensor.attention.strategy import strategy
-from shardtensor.comm import groups, ops, transport
+from shardtensor.comm import groups, ops, pack, transport
 from shardtensor.comm.pack import joined
 from shardtensor.rules import attention
 
@@ -26,6 +26,7 @@ RANKS, TOKENS = 8, 64
 def as_on_a_gpu(monkeypatch):
     """What is sent to oneself is, no digits are looked at, what does not arrive writes nothing."""
     monkeypatch.setattr(ops, "_sends_own", lambda x: True)
+    monkeypatch.setattr(pack, "COUNTED", {"cpu"})
     monkeypatch.setattr(blocks, "_looked_at", lambda lse: False)
     monkeypatch.setattr(transport, "nothing_arrives", lambda received: None)
 

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 
 from .. import _torch
-from . import groups, transport
+from . import groups, pack, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
-from .pack import joined
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
@@ -88,7 +87,11 @@ def start_exchange(
         gives[r] = item * sum(map(torch.Tensor.numel, sends[r]))
     for r in sorted(shapes):
         gets[r] = item * sum(map(prod, shapes[r]))
-    send = joined([c for r in gives for c in sends[r]], like)
+    if like.device.type in pack.COUNTED:
+        send = pack.joined([c for r in gives for c in sends[r]], like)
+    else:
+        flat = [c.reshape(-1) for r in gives for c in sends[r]]
+        send = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
     received = like.new_empty(sum(gets.values()) // item)
     given = list(gives.values())
     if not facts and looked_at():
@@ -231,10 +234,7 @@ def all_gather_rows(
 def all_gather_numbers(
     mine: Sequence[int], device: torch.device | str, group: str
 ) -> list[list[int]]:
-    """Every rank's numbers, of which all have as many, on every rank.
-
-    In a world that is silent or of fake tensors every rank has those of this one.
-    """
+    """Every rank's numbers, as many of each, on every rank; those of this one where all are alone."""
     found: list[list[int]] = all_gather_table(mine, device, group).tolist()
     return found
 
