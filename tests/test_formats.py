@@ -30,11 +30,18 @@ SLIDING = {
         "resized": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
         "padded": lambda x: F.pad(x, (1, 1, 2, 2)),
         "rolled": lambda x: x.roll(3, 2),
+        "joined": lambda x: torch.cat([x, 2 * x], 2),
+        "joined with others": lambda x: torch.cat([x, (2 * x).contiguous()], 2),
+        "joined channels": lambda x: torch.cat([x, 2 * x], 1),
+        "shuffled": lambda x: F.pixel_shuffle(x, 2),
+        "shuffled back": lambda x: F.pixel_unshuffle(x, 2),
+        "channels shuffled": lambda x: F.channel_shuffle(x, 2),
     },
     5: {
         "conv": lambda x: F.conv3d(x, kernel(3, 4, 3, 3, 3), padding=1),
         "max": lambda x: F.max_pool3d(x, 3, 1, 1),
         "mean": lambda x: F.avg_pool3d(x, 3, 1, 1),
+        "joined": lambda x: torch.cat([x, 2 * x], 2),
     },
 }
 

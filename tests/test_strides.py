@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -160,3 +161,38 @@ def test_rows_are_written_back_to_what_was_turned_in_place(fn, sizes):
             assert fn is squeezed_in_place and "read after" in str(e), e
 
     simulate(2, run)
+
+
+# what is a part of more on some rank, or was made with another dim first
+PARTS = {
+    "resized": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "resized by half": lambda x: F.interpolate(x, scale_factor=0.5, mode="bicubic"),
+    "summed": lambda x: x.cumsum(2),
+    "in logs": lambda x: x.logcumsumexp(2),
+    "largest": lambda x: x.cummax(2)[0],
+    "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "selected": lambda x: x.index_select(2, torch.arange(0, 24, 3)),
+    "indexed": lambda x: x[:, :, torch.arange(0, 24, 3)],
+    "gathered": lambda x: x.gather(2, torch.zeros(x.shape, dtype=torch.long)),
+    "added": lambda x: x.index_add(2, torch.tensor([0, 1]), torch.ones(2, 4, 2, 8)),
+    "scattered": lambda x: x.scatter(2, torch.zeros(2, 4, 1, 8, dtype=torch.long), 1.0),
+    "by rows": lambda x: x.scatter_add(2, torch.zeros(2, 4, 1, 8).long(), torch.ones(2, 4, 1, 8)),
+    "filled": lambda x: x.index_fill(2, torch.tensor([0, 5]), 1.0),
+}
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (4, 0, 20), (10, 14), (1, 12, 11)], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_results_lie_alike_on_all_ranks_and_are_viewed_as_plain_ones(name, sizes):
+    whole = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
+    want = PARTS[name](whole)
+
+    def run():
+        mesh = make_mesh((len(sizes),))
+        x = st.distribute_tensor(whole, mesh, [Shard(2)], src_data_rank=None, sizes={2: sizes})
+        y = PARTS[name](x)
+        same(y.view(-1), want.view(-1), name)
+        same(y.view(2, 4, -1), want.view(2, 4, -1), name)
+        return y.stride()
+
+    assert set(st.simulate(len(sizes), run)) == {want.stride()}

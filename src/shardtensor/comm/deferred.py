@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..cache import cached
 from ..cuts import Cut
 from . import groups
+from .formats import memory_format
 
 
 class Slot(Protocol):
@@ -46,7 +46,7 @@ def rows(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     """This rank's rows of a tensor, in memory of their own; their gradient is zero elsewhere."""
     me = groups.rank(group)
     own = x.narrow(dim, sizes.offsets[me], sizes[me])
-    return own.clone(memory_format=torch.contiguous_format)
+    return own.clone(memory_format=memory_format(x))
 
 
 # the attribute of a parameter, or of a DTensor parameter's local tensor, that is its slot

@@ -19,6 +19,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last
 
 
+def compact(part: Tensor, x: Tensor) -> Tensor:
+    """A part of a result in memory of its own without gaps, as torch gives results, as x lies.
+
+    Gaps would be others on other ranks, and views that torch takes would be refused.
+    """
+    return part if part is x else part.contiguous(memory_format=memory_format(x))
+
+
 def empty(x: Tensor, shape: Sequence[int], form: torch.memory_format | None = None) -> Tensor:
     """An empty tensor like x of another shape; form: default that of x."""
     form = memory_format(x) if form is None else form

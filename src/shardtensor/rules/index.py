@@ -21,7 +21,7 @@ from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .modes import written, zeros
 from .pointwise import _wanted, align, function_rule
-from .rows import covering, cut_axes, dims_of, lifted, normal, read, write
+from .rows import covering, cut_axes, dims_of, in_order, lifted, normal, read, write
 from .shape import _index, _permuted
 from .slices import selected, sliced, span
 
@@ -178,7 +178,7 @@ def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
     out = read(y, flat, negative=None)
     n = flat.ndim
     order = [*range(n, n + front), *range(n), *range(n + front, out.ndim)]
-    return _permuted(out, order) if front else out
+    return in_order(_permuted(out, order)) if front else out
 
 
 def _indices(

@@ -12,7 +12,7 @@ from ..spec import Spec
 from ..tensor import wrap
 from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
-from .rows import Kernel, dims_of, integers, lifted, mesh_of, read, summed, write
+from .rows import Kernel, dims_of, in_order, integers, lifted, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
 from .trial import few
@@ -31,7 +31,8 @@ def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     d, index = _row_index(input, dim, index, "index_select")
     x = lifted(summed(input), index)
-    out = read(x.movedim(d, 0), index, negative=False, op="index_select").movedim(0, d)
+    out: Tensor = read(x.movedim(d, 0), index, negative=False, op="index_select")
+    out = in_order(out.movedim(0, d))
     return out if input.ndim else out.reshape(())
 
 
@@ -52,7 +53,7 @@ def _rows_written(
         source = source.movedim(d, 0)
     x = lifted(x, index, source)
     out: Tensor = write(x.movedim(d, 0), index, source, kernel, negative=source is None, op=op)
-    out = out.movedim(0, d)
+    out = in_order(out.movedim(0, d), x)
     return out if input.ndim else out.reshape(())
 
 

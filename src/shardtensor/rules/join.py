@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..cache import cached
+from ..comm.formats import FORMATS
 from ..cuts import Kept
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
@@ -53,7 +54,12 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             windows = dim_out.clipped(start, stop).spans
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
-    return wrap(_with_gradients(joined(pieces, d), skipped), spec)
+    local = joined(pieces, d)
+    last = FORMATS.get(local.ndim)
+    if dim_out.axes and last and all(x.is_contiguous(memory_format=last) for x in parts):
+        # pieces without rows are in no format, nor is then the result
+        local = local.contiguous(memory_format=last)
+    return wrap(_with_gradients(local, skipped), spec)
 
 
 def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:

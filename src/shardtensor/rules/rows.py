@@ -103,6 +103,11 @@ def summed(x: Any) -> Any:
     return x if x.ndim else x.reshape(1)
 
 
+def in_order(out: Any, x: Tensor | None = None) -> Any:
+    """A result with its rows first in memory, as torch gives it; as it is if x lies otherwise."""
+    return out.contiguous() if x is None or x.is_contiguous() else out
+
+
 def integers(index: Tensor, op: str) -> Tensor:
     """The index; an empty one may have any dtype."""
     if index.numel() and index.dtype not in (torch.int64, torch.int32):

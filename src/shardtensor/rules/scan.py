@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..comm.exchanges import FEW, whole
+from ..comm.formats import compact
 from ..cuts import Cut, Kept, cut
 from ..dispatch.fallback import fall_back
 from ..registry import rule
@@ -61,8 +62,9 @@ def _scan(
     row = [min(1, n) if i == d else n for i, n in enumerate(local.shape)]
     before = _totals(x, d, stock(lambda z: total(z, d), row, with_one(local, dims, 1)))
     rows = joined([before, local], d)
-    found = stock(lambda z: fn(z, d), rows.shape, rows).narrow(d, before.shape[d], local.shape[d])
-    return wrap(found.to(out), x._spec)
+    found = stock(lambda z: fn(z, d), rows.shape, rows)
+    own = compact(found.narrow(d, before.shape[d], local.shape[d]), found)
+    return wrap(own.to(out), x._spec)
 
 
 @rule("cumsum")

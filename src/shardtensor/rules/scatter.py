@@ -21,6 +21,7 @@ from .rows import (
     covering,
     cut_axes,
     dims_of,
+    in_order,
     integers,
     lifted,
     mesh_of,
@@ -109,7 +110,8 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
         for i in range(x.ndim):
             if i != d and index.shape[i] != x.shape[i]:
                 x = x.narrow(i, 0, index.shape[i])
-        return read(x.movedim(d, 0), _along(index, d), negative=False, op="gather").movedim(0, d)
+        picked: Tensor = read(x.movedim(d, 0), _along(index, d), negative=False, op="gather")
+        return in_order(picked.movedim(0, d))
     lead = _met(mesh, dims, dims_of(index), d, cut_axes(dims[d]))
     spec = Spec(mesh, lead)
     varying = sorted({*axes_in(dims), *axes_in(lead)})
@@ -128,7 +130,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
         places = _elements(at, order, rows.shape[1:], free).reshape(-1)
         sizes = [s * n for s in dims[d].sizes]
         found = comm.take(rows.reshape(-1), places, sizes, comm.group(mesh, dims[d].axes))
-        found = found.reshape(at.shape).movedim(0, d)
+        found = found.reshape(at.shape).movedim(0, d).contiguous()
     out = wrap(found, spec)
     return out if shape else out.reshape(())
 
@@ -183,9 +185,8 @@ def _scattered(
     ):
         rowwise = None if kernel is None else by_row(kernel)
         full: Tensor = lifted(x, index, src)
-        return write(
-            full.movedim(d, 0), _along(index, d), src.movedim(d, 0), rowwise, op=op
-        ).movedim(0, d)
+        out: Tensor = write(full.movedim(d, 0), _along(index, d), src.movedim(d, 0), rowwise, op=op)
+        return in_order(out.movedim(0, d), full)
     old, own = dims_of(x), dims_of(index)
     given = own if src is None else dims_of(src)
     dims = list(old)
@@ -215,9 +216,9 @@ def _scattered(
     values = None if v is None else v.movedim(d, 0).reshape(-1)
     every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
     new = settle(moved.reshape(-1), places.reshape(-1), values, kernel, every, spec, along.axes)
-    out = wrap(new.reshape(moved.shape).movedim(0, d), target)
-    out = to_dims(out, target.replace({d: old[d]}).dims)
-    return out if shape else out.reshape(())
+    made = wrap(new.reshape(moved.shape).movedim(0, d), target)
+    found = in_order(to_dims(made, target.replace({d: old[d]}).dims), x)
+    return found if shape else found.reshape(())
 
 
 def by_row(kernel: Kernel) -> Kernel:

@@ -95,7 +95,7 @@ def _spread(x: Tensor, at: Tensor, spec: Spec, size: tuple[int, ...]) -> ShardTe
     here = positions(own, plane).where(inside, prod(plane)).flatten(lead)
     local = x.new_zeros([*x.shape[:lead], prod(plane) + 1])
     local = local.scatter(-1, here, x.flatten(lead)).narrow(-1, 0, prod(plane))
-    return wrap(local.reshape(out.local_shape), out)
+    return wrap(local.reshape(out.local_shape).contiguous(), out)
 
 
 def _known(

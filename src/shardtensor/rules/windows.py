@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..comm.formats import compact
 from ..cuts import Kept, pairs, table
 from ..spec import Dim, Spec
 
@@ -195,4 +196,4 @@ def trim(y: Tensor, d: int, spec: Spec, reach: Reach, first: int | None = None) 
     rows = reach.dim.sizes[spec.index[d]]
     if first is None:
         return y if rows else y.narrow(d, 0, 0)
-    return y if rows == y.shape[d] else y.narrow(d, first, rows)
+    return y if rows == y.shape[d] else compact(y.narrow(d, first, rows), y)
