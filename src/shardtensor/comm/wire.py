@@ -234,7 +234,7 @@ def all_gather_rows(
 def all_gather_numbers(
     mine: Sequence[int], device: torch.device | str, group: str
 ) -> list[list[int]]:
-    """Every rank's numbers, as many of each, on every rank; those of this one where all are alone."""
+    """Every rank's numbers, as many of each, on every rank; in a silent world those of this one."""
     found: list[list[int]] = all_gather_table(mine, device, group).tolist()
     return found
 
