@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import shardtensor as st
 from shardtensor.attention import assume
-from shardtensor.observe.network import DGX_H100
+from shardtensor.observe.network import DGX_H100, Link
 from shardtensor.plan.estimate import A100, H100, Layout, Task, attention_rates, estimate
 from shardtensor.plan.search import fewest, layouts, plan
 from shardtensor.ranks.measure import peak_bytes
@@ -237,3 +237,68 @@ def test_attention_of_one_device_is_counted():
     one, two = (estimate(task, Layout(1, (2,), (n,))).flop for n in (1, 2))
     product = 2 * 256 * 256 * 8
     assert 6 * product <= one <= 7 * product and 6 * product <= 2 * two <= 7 * product
+
+
+def test_several_nodes():
+    """The data axis or the dims are within nodes; what meets across them takes the outer link."""
+    t = Task(nn.Identity, [(4, 3, 64, 64)], dims=(2,))
+    found = list(layouts(t, 16, node=8))
+    assert {(e.data, e.cuts, e.near) for e in found} == {
+        (1, (16,), False),
+        (2, (8,), False), (2, (8,), True),
+        (4, (4,), False), (4, (4,), True),
+    }  # fmt: skip
+    assert not any(e.near for e in layouts(t, 8, node=8))
+    across = {(e.data, e.near): e.across(8) for e in found}
+    assert across == {
+        (1, False): ["dim2"], (2, False): ["data"], (2, True): ["dim2"],
+        (4, False): ["data"], (4, True): ["dim2"],
+    }  # fmt: skip
+    assert Layout(2, (2,), (8,), near=True).mesh == {"dim2": 8, "data": 2}
+    assert list(Layout(2, (2,), (8,), near=True).mesh) == ["dim2", "data"]
+    assert Layout(1, (2,), (8,)).across(8) == [] and Layout(3, (2,), (4,)).across(8) == ["data"]
+    # an axis of three ranks in nodes of eight does not lie within them
+    assert Layout(4, (2,), (3,)).across(8) == ["data", "dim2"]
+
+
+def test_links_across_nodes():
+    slow = replace(DGX_H100, outer=Link(1.0, 1e9), node=2)
+    net = Task(small_net, [(2, 3, 64, 64)], dims=(2,))
+    windows = {}
+    for near in (False, True):
+        found = estimate(net, Layout(2, (2,), (2,), near=near), H100, slow)
+        assert not found.refused
+        windows[near] = [slow.seconds(s) for s in found.sent if s.collective == "window"]
+        assert [s.bytes for s in found.sent]
+    # neighbours of the dim are in one node, or each in another
+    assert max(windows[False]) < 0.1 and min(windows[True]) > 0.9
+
+
+def test_weights_are_cut_over_the_data_axis_too():
+    t = Task(small_net, [(2, 3, 64, 64)], dims=(2,))
+    found = plan(t.make, t.shapes, 4, dims=(2,), precisions=(None,), thorough=True)
+    both = {e.layout.options.fsdp: e for e in found if e.layout.data == 2}
+    assert set(both) == {None, "data", "all"} and not any(e.refused for e in found)
+    weights = [both[k].memory["optimizer"] for k in (None, "data", "all")]
+    assert weights == sorted(weights, reverse=True) and weights[0] > weights[2]
+    assert "fsdp=data" in str(both["data"].layout)
+    # where every rank has other samples, both are the same
+    assert not any(e.layout.options.fsdp == "data" for e in found if e.layout.cuts == (1,))
+
+
+def test_uneven_cuts_are_planned():
+    """Of ten rows on four ranks the first have three; the plan is of who holds most."""
+    t = Task(small_net, [(1, 3, 10, 64)], dims=(2,))
+    found = estimate(t, Layout(1, (2,), (4,)))
+    assert not found.refused and found.memory["inputs"] == 3 * 3 * 64 * 4
+
+
+def test_progress_is_told(monkeypatch, command):
+    told = []
+    plan(small_net, [(1, 3, 64, 64)], 2, dims=(2,), told=lambda *a: told.append(a))
+    assert [t[:2] for t in told] == [(0, 2), (1, 2)] and told[0][2] == "dim2 2"
+    monkeypatch.chdir(ROOT)
+    args = "--input", "1x1x64x64", "--devices", "2", "--shard", "2", "--json"
+    _, out, err = command(*UNET, *args)
+    # what is no terminal gets no bar
+    assert "[#" not in err and "\r" not in err and json.loads(out)

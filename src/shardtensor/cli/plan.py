@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,8 +62,10 @@ def plan(
         network=network,
         thorough=thorough,
         blocks=[name for name in blocks.split(",") if name],
+        told=_progress,
         **task,  # type: ignore[arg-type]
     )
+    _progress()
     if as_json:
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
@@ -70,13 +73,21 @@ def plan(
         print(f"one device: {_said(one, hardware)}")
         for reason in missing(Task(**task), devices):  # type: ignore[arg-type]
             print(f"not tried, {reason}")
-        _print(found, hardware, devices, thorough)
+        _print(found, hardware, devices, thorough, network.node)
         if tree and not found[0].refused:
             print(f"{found[0].layout}:", found[0].tree(), sep="\n")
     if picture is not None:
         draw(found, hardware, picture)
     if html is not None:
         found.html(html)
+
+
+def _progress(done: int = 0, of: int = 0, name: str = "") -> None:
+    """A line on a terminal: how far the search is; without arguments it goes away."""
+    if sys.stderr.isatty():
+        bar = "#" * (20 * done // of) if of else ""
+        line = f"[{bar:20}] {done}/{of} {name}"[:78] if of else ""
+        print(f"\r{line:78}\r" if not line else f"\r{line:78}", end="", file=sys.stderr, flush=True)
 
 
 def alone(task: dict[str, Any]) -> Layout:
@@ -97,6 +108,7 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
     return {
         "layout": str(e.layout),
         "mesh": e.layout.mesh,
+        "near": e.layout.near,
         "options": {k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "precision")},
         "fits": e.fits(device),
         "refused": e.refused,
@@ -130,7 +142,7 @@ def _device(name: str, memory: float, devices: int) -> Device:
     return replace(found, memory=memory * GIB) if memory else found
 
 
-def _print(found: list[Estimate], device: Device, devices: int, thorough: bool) -> None:
+def _print(found: list[Estimate], device: Device, devices: int, thorough: bool, node: int) -> None:
     """A table of the configurations, then what was left out and why."""
     from rich.console import Console
     from rich.table import Table
@@ -156,6 +168,10 @@ def _print(found: list[Estimate], device: Device, devices: int, thorough: bool) 
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+    if devices > node:
+        for e in shown:
+            axes = ", ".join(e.layout.across(node)) or "none"
+            console.print(f"across nodes, {e.layout}: {axes}", style="dim", highlight=False)
     if len(found) > len(shown):
         console.print(f"{len(found) - len(shown)} more with --thorough or --json.")
     for e in found:

@@ -27,7 +27,8 @@ class Link:
 class Network:
     """Links within a node of so many ranks, and between nodes.
 
-    A collective whose group fits into a node takes the inner link, else the outer one.
+    A collective among ranks of one node takes the inner link, else the outer one: ranks 0 to
+    node - 1 are the first node, and so on.
     """
 
     inner: Link
@@ -46,7 +47,9 @@ class Network:
             kind = sent.collective if sent.collective in self.links else _LIKE.get(sent.collective)
             link = self.links[kind or "exchange"]
             return self.wait + link.latency + sent.bytes / link.bandwidth
-        link = self.inner if sent.ranks <= self.node else self.outer
+        nodes = {rank // self.node for rank in sent.peers}
+        within = len(nodes) == 1 if nodes else sent.ranks <= self.node
+        link = self.inner if within else self.outer
         rounds = _TRIPS.get(sent.collective, 0) * ceil(log2(max(1, sent.ranks)))
         rounds = min(rounds or 1, sent.messages)
         return rounds * link.latency + sent.bytes / link.bandwidth

@@ -94,12 +94,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims."""
+    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims.
+
+    near: the ranks of the data axis follow each other, so that it is within nodes as far as it
+    goes; else those of the dims do.
+    """
 
     data: int
     dims: tuple[int, ...]
     cuts: tuple[int, ...]
     options: Options = field(default_factory=Options)
+    near: bool = False
 
     @property
     def ranks(self) -> int:
@@ -108,15 +113,25 @@ class Layout:
     @property
     def mesh(self) -> dict[str, int]:
         """Axes by name, in order."""
-        return {"data": self.data} | {
-            f"dim{d}": n for d, n in zip(self.dims, self.cuts, strict=True)
-        }
+        data = {"data": self.data}
+        dims = {f"dim{d}": n for d, n in zip(self.dims, self.cuts, strict=True)}
+        return dims | data if self.near else data | dims
+
+    def across(self, node: int) -> list[str]:
+        """The axes along which ranks of several nodes meet, of so many ranks each."""
+        found, span = [], 1
+        for name, n in reversed(self.mesh.items()):
+            if n > 1 and (span * n > node or node % (span * n)):
+                found.append(name)
+            span *= n
+        return found[::-1] if self.ranks > node else []
 
     def __str__(self) -> str:
         axes = " x ".join(f"{k} {n}" for k, n in self.mesh.items() if n > 1) or "one device"
         extras = [
             f"fsdp={self.options.fsdp}" if self.options.fsdp else "",
             "checkpoint" if self.options.checkpoint else "",
+            "data within nodes" if self.near else "",
             self.options.precision or "",
         ]
         return ", ".join([axes, *filter(None, extras)])
@@ -294,7 +309,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
         adapt(model, replace(layout.options, fsdp=None))
     ledger.mark("parameters", model.parameters())
     ledger.places = Places(model)
-    domain = None if mesh is None else mesh[tuple(layout.mesh)[1:]]
+    domain = None if mesh is None else mesh[tuple(f"dim{d}" for d in layout.dims)]
     inputs = [_input(task, layout, domain, i, ledger.known) for i in range(len(task.shapes))]
     ledger.mark("inputs", inputs)
     if not task.train:

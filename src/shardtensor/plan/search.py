@@ -17,6 +17,8 @@ from ..train.options import Options
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
 
+Told = Callable[[int, int, str], None]
+
 
 def plan(
     make: Callable[[], nn.Module],
@@ -28,20 +30,23 @@ def plan(
     precisions: Sequence[str | None] = (None, "bf16"),
     thorough: bool = False,
     blocks: Sequence[str] = (),
+    told: Told = lambda *_: None,
     **task: Any,
 ) -> Plans:
     """Every sensible configuration of a model on so many devices, the fastest that fit first.
 
     make, shapes and further arguments: see `estimate.Task`. Meshes: the batch over the data axis as
     far as it divides, the rest over the dims of the task in every way. Each as it is; where it does
-    not fit the device, then with FSDP2 over all ranks, with checkpointing of blocks, and with both
-    (thorough: all of these anyway). blocks: class names of the units of FSDP2 and of checkpointing
+    not fit the device, then with FSDP2 over the data axis or all ranks, with checkpointing of
+    blocks, and with both (thorough: all of these anyway). On several nodes either the data axis or
+    the dims are within nodes. told: is called before each mesh with its number, how many there are
+    and its name. blocks: class names of the units of FSDP2 and of checkpointing
     (default: see `Options`). Those that do not fit follow by what they need, then those that
     are refused. A notebook shows them as a table; `.html(path)` writes a page. Raises RuntimeError
     where torch.distributed is initialised.
     """
     asked = Task(make, shapes, **task)
-    found = ranked(asked, devices, device, network, precisions, thorough, blocks)
+    found = ranked(asked, devices, device, network, precisions, thorough, blocks, told)
     return Plans(found, asked, devices, device, network, missing(asked, devices))
 
 
@@ -73,10 +78,11 @@ def ranked(
     precisions: Sequence[str | None],
     thorough: bool,
     names: Sequence[str] = (),
+    told: Told = lambda *_: None,
 ) -> list[Estimate]:
     """As `plan`."""
     with _quick_collector():
-        found = _tried(task, devices, device, network, precisions, thorough, names)
+        found = _tried(task, devices, device, network, precisions, thorough, names, told)
     return sorted(found, key=lambda e: _place(e, device))
 
 
@@ -101,11 +107,14 @@ def _tried(
     precisions: Sequence[str | None],
     thorough: bool,
     names: Sequence[str],
+    told: Told,
 ) -> list[Estimate]:
     found: list[Estimate] = []
     blocks = bool(names) or has_blocks(task)
-    for base, precision in product(layouts(task, devices), precisions):
-        for options in _options(task, base.ranks, precision, blocks):
+    every = list(product(layouts(task, devices, network.node), precisions))
+    for i, (base, precision) in enumerate(every):
+        told(i, len(every), str(base))
+        for options in _options(task, base, precision, blocks):
             if options.fsdp or options.checkpoint:
                 options = replace(options, blocks=tuple(names))
             one = estimate(task, replace(base, options=options), device, network)
@@ -115,8 +124,11 @@ def _tried(
     return found
 
 
-def layouts(task: Task, devices: int) -> Iterator[Layout]:
-    """All meshes of the task on so many devices, but for those that cut a dim below one row."""
+def layouts(task: Task, devices: int, node: int = 0) -> Iterator[Layout]:
+    """All meshes of the task on so many devices, but for those that cut a dim below one row.
+
+    node: ranks of a node; on several, either the data axis or the dims are within nodes.
+    """
     dims = tuple(task.dims)
     # where dim 0 is cut there is no batch
     batch = 1 if 0 in dims else task.shapes[0][0]
@@ -127,6 +139,8 @@ def layouts(task: Task, devices: int) -> Iterator[Layout]:
         for cuts in product(divisors, repeat=len(dims)):
             if prod(cuts) == rest and all(c <= s for c, s in zip(cuts, sizes, strict=True)):
                 yield Layout(data, dims, cuts)
+                if 0 < node < devices and data > 1 and rest > 1:
+                    yield Layout(data, dims, cuts, near=True)
 
 
 def missing(task: Task, devices: int) -> list[str]:
@@ -146,12 +160,18 @@ def missing(task: Task, devices: int) -> list[str]:
     return found
 
 
-def _options(task: Task, ranks: int, precision: str | None, blocks: bool) -> Iterator[Options]:
+def _options(task: Task, base: Layout, precision: str | None, blocks: bool) -> Iterator[Options]:
     """From the fastest to the one that needs least."""
     yield Options(precision=precision)
-    for fsdp, checkpoint in (("all", False), (None, True), ("all", True)):
-        if task.train and (fsdp is None or ranks > 1) and (blocks or not checkpoint):
-            yield Options(fsdp=fsdp, checkpoint=checkpoint, precision=precision)
+    # over the data axis no shard is gathered from where samples are cut
+    over = [w for w in ("data", "all") if base.ranks > 1 and (w == "all" or base.data > 1)]
+    if base.data == base.ranks:
+        over = over[-1:]
+    for checkpoint in (False, True) if blocks else (False,):
+        for fsdp in (None, *over) if checkpoint else over:
+            if task.train:
+                data = "data" if fsdp == "data" else None
+                yield Options(fsdp=fsdp, checkpoint=checkpoint, precision=precision, data=data)
 
 
 def _place(e: Estimate, device: Device) -> tuple[int, float]:
