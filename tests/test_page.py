@@ -143,6 +143,8 @@ def test_the_page_of_a_check():
     # what comes before the fault is right
     before = [e for name, e in errors.items() if name.endswith((" 0", " 1", " 2"))]
     assert len(before) == 3 and max(before) < 1e-12 and errors["4. 3"] > 1e-3
+    largest = max(wrong.findings[0].errors.values())
+    assert f'data-v="{largest}">{largest:.1e}</td>' in page
     assert 'class="verdict bad"' in page and "What to do" in page and "Not right: 3" in page
     assert max(wrong.findings[0].errors.values()) > 1e-3
     assert "NOT RIGHT" in wrong._repr_html_() and "<script" not in wrong._repr_html_()

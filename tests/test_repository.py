@@ -52,7 +52,8 @@ def test_wheel_and_sdist(tmp_path):
     modules = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*.py")}
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-    assert modules <= names and "shardtensor/py.typed" in names
+    assert modules | {"shardtensor/py.typed"} <= names
+    assert {"shardtensor/page/page.css", "shardtensor/page/page.js"} <= names
     with tarfile.open(sdist) as t:
         packed = {name.partition("/")[2] for name in t.getnames()}
     assert {f"src/{m}" for m in modules} <= packed and {"LICENSE", "README.md"} <= packed

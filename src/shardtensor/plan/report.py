@@ -130,10 +130,11 @@ class Report(Shown):
             Row([
                 f.layout,
                 Cell(_WORDS.get(f.verdict, "not right"), mark="good" if f.ok else "bad"),
-                Cell(f"{f.error:.1e}" if isfinite(f.error) else "-", f.error),
+                Cell(f"{most:.1e}" if isfinite(most) else "-", most),
                 f.module, f.op, f.line,
             ])
             for f in self.findings
+            for most in [f.error if f.ok or not f.errors else max(f.errors.values())]
         ]  # fmt: skip
         columns = ["layout", "answer", "largest error", "module", "op", "line"]
         if self.ok:
