@@ -100,12 +100,12 @@ def joined(parts: list[Tensor], like: Tensor) -> Tensor:
 
 def _adjacent(parts: list[Tensor]) -> bool:
     """Whether each tensor begins where the one before it ends, as what came in one message does."""
-    at = memory = 0
+    at, memory = -1, 0
     for x in parts:
         if type(x) is not Tensor:
             # fake ones lie nowhere
             return False
-        if x is parts[0]:
+        if at < 0:
             memory, at = x.untyped_storage().data_ptr(), x.data_ptr()
         if x.data_ptr() != at or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return False
