@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..observe.network import DGX_H100, Network, parsed, saved
+from ..observe.network import DGX_H100, Network, folder, parsed, saved
+from ..plan import store
 from ..plan.device import measured_here
 from ..plan.estimate import DEVICES, Device, Estimate, Layout, Task, estimate
 from ..plan.ledger import KINDS
+from ..plan.plans import Plans
 from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
 from .subject import Input, factory, numbers
@@ -38,8 +41,12 @@ def plan(
     tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page here")] = None,
+    fresh: Annotated[bool, typer.Option(help="plan again what is known from before")] = False,
 ) -> None:
-    """What a model needs on so many devices: memory, messages and time; no device is used."""
+    """What a model needs on so many devices: memory, messages and time; no device is used.
+
+    Answers are kept for the same question, while no source file that was loaded has changed.
+    """
     inputs = [Input.parse(text) for text in input]
     hardware = _device(device, memory, devices)
     task = dict(
@@ -49,29 +56,30 @@ def plan(
         dims=numbers(shard, ",", "--shard 2,3"),
         train=not inference,
     )
-    if not devices:
-        network = _network(links, 0, device)
-        least = fewest(device=hardware, network=network, **task)  # type: ignore[arg-type]
-        if least is None:
-            raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
-        devices = least[0]
+    asked = {
+        **{k: repr(v) for k, v in task.items() if k != "make"},
+        "model": [model, arg, str(Path.cwd())],
+        "device": asdict(hardware),
+        "devices": devices,
+        "links": [links and links.read_text(), sorted(_state(folder().glob("links-*")))],
+        "options": [thorough, blocks],
+    }
+    path = store.file_of(asked)
+    known = None if fresh else store.load(path)
+    if known is None:
+        known = _searched(task, devices, hardware, links, device, thorough, blocks)
+        store.save(path, known[0], **known[1])
+    (one, *plans), said = known
+    devices = said["devices"]
     network = _network(links, devices, device)
-    found = planned(
-        devices=devices,
-        device=hardware,
-        network=network,
-        thorough=thorough,
-        blocks=[name for name in blocks.split(",") if name],
-        told=_progress,
-        **task,  # type: ignore[arg-type]
-    )
+    asks = Task(**task)  # type: ignore[arg-type]
+    found = Plans(plans, asks, devices, hardware, network, missing(asks, devices))
     _progress()
     if as_json:
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
-        one = estimate(Task(**task), alone(task), hardware, network)  # type: ignore[arg-type]
         print(f"one device: {_said(one, hardware)}")
-        for reason in missing(Task(**task), devices):  # type: ignore[arg-type]
+        for reason in found.missing:
             print(f"not tried, {reason}")
         _print(found, hardware, devices, thorough, network.node)
         if tree and not found[0].refused:
@@ -80,6 +88,41 @@ def plan(
         draw(found, hardware, picture)
     if html is not None:
         found.html(html)
+
+
+def _searched(
+    task: dict[str, Any],
+    devices: int,
+    hardware: Device,
+    links: Path | None,
+    device: str,
+    thorough: bool,
+    blocks: str,
+) -> tuple[list[Estimate], dict[str, Any]]:
+    """One device, then all configurations; and on how many devices."""
+    if not devices:
+        least = fewest(device=hardware, network=_network(links, 0, device), **task)
+        if least is None:
+            raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
+        devices = least[0]
+    network = _network(links, devices, device)
+    names = [name for name in blocks.split(",") if name]
+    found = planned(
+        devices=devices,
+        device=hardware,
+        network=network,
+        thorough=thorough,
+        blocks=names,
+        told=_progress,
+        **task,
+    )
+    one = estimate(Task(**task), alone(task), hardware, network)
+    return [one, *found], {"devices": devices}
+
+
+def _state(paths: Iterable[Path]) -> Iterator[tuple[str, int]]:
+    for path in paths:
+        yield path.name, path.stat().st_mtime_ns
 
 
 def _progress(done: int = 0, of: int = 0, name: str = "") -> None:
