@@ -164,7 +164,7 @@ def test_the_rule_of_contributing(monkeypatch):
 
 def test_the_examples_of_attention():
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "attention.md").read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, {})
 

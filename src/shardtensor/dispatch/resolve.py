@@ -255,14 +255,15 @@ def _decompose(
         return _into(_decompose, func, args, kwargs)
     leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
     mesh = next(x._spec.mesh for x in leaves if is_shard(x))
+    # what the composite does to plain tensors alone must be traced, and their tangents followed
+    every = every or _torch.is_tracing() or _torch.transforming()
     given = {}
     for i, x in enumerate(leaves):
         if is_shard(x):
             # without history of its own, else C++ would record the composite a second time
             leaves[i] = wrap(x._local, x._spec, x._strides)
             given[id(leaves[i])] = x
-        elif isinstance(x, Tensor) and (every or _torch.is_tracing()):
-            # what the composite does to plain tensors alone must be traced as well
+        elif isinstance(x, Tensor) and every:
             leaves[i] = wrap(x, Spec.whole(mesh, x.shape))
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     with _torch.composite_call():

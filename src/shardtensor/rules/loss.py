@@ -151,7 +151,8 @@ def _nll(
         index = torch.where(valid, t, 0)
         scale = valid.to(logs.dtype) if w is None else torch.where(valid, w[index], 0)
         picked = logs.gather(classes, index.unsqueeze(classes)).squeeze(classes)
-        each = [-picked * scale]
+        # torch's forward mode takes the weights as constants
+        each = [-picked * (scale.detach() if _torch.transforming() else scale)]
         if smoothing:
             shape = [-1] + [1] * (logs.ndim - classes - 1)
             each.append(-(logs if w is None else logs * w.view(shape)).sum(classes))
