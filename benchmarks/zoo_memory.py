@@ -53,14 +53,20 @@ KINDS = """
 What is above 1.10, as far as it was traced:
 
 - What a model makes of weights or sizes alone is plain, and whole on every rank; that is the floor.
-  A bias of each pair of tokens and its gradient (coatnet, efficientformer), a network of a window's
-  coordinates (swinv2_cr), the mask of shifted windows (`masked_fill`: Swin2SR, SwinUNETR),
-  `torch.zeros` of a spectrum's size until modes are written to it (neuralop's FNOs; pn.FNO adds to
-  it).
-- A ring has blocks of keys, values and their gradients in flight, which weigh in ViTs of two narrow
-  layers (of 12 layers 1.03).
-- A reshape that merges channels with the rows that are cut moves the cut to the channels, and a
-  product with a weight makes addends of its whole result (mobilevit).
+  A bias or score of each pair of tokens and its gradient (coatnet, efficientformer, maxvit,
+  convit), a network of a window's coordinates (swinv2_cr), standardised weights (dm_nfnet), the
+  mask of shifted windows (`masked_fill`: Swin2SR, SwinUNETR), `torch.zeros` of a spectrum's size
+  until modes are written to it (neuralop's FNOs; pn.FNO adds to it).
+- A reshape that merges a dim of few with the rows that are cut leaves its few to as many ranks: six
+  fields on six of eight (Fengwu), five on five (Pangu).
+
+Not above it, but more than nothing:
+
+- A ring has eleven blocks in flight beside the gradients of its operands: keys and values held and
+  arriving, gradients leaving and arriving, and the kernel's three; of some heads, where these take
+  turns.
+- Where the cut dim of a large tensor is taken away (a reduction, a row, a product over it), what
+  cut it cuts the largest dim that is left. A swap has three copies of a share in flight.
 """
 WEIGHTS = {"parameters", "gradients", "buffers"}
 # bytes from which on the line that made a tensor is told
