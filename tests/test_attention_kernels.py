@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import cache
 from shardtensor import testing as T
+from shardtensor._torch import attention as kinds
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import blocks
@@ -150,3 +151,54 @@ def test_what_lies_so_is_sent_as_it_lies():
 
 def lying(a, b, c):
     return [[x.data_ptr() for x in xs] for xs in ([a, b, c], [b, c])]
+
+
+@pytest.mark.parametrize("cut", [(4, 4), (3, 0, 5), (2, 2, 2, 2)], ids=str)
+def test_values_with_a_mask_that_hides_blocks_and_rows(cut):
+    mask = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[:, :, 2] = False
+    mask[:, :, 5, :4] = False
+
+    def attend(q, k, v, mask):
+        with strategy("ring"):
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+    given = [*numbers(2, 4, 8, 4), mask]
+    T.hold(attend, given, [*[T.shard(2, cut)] * 3, None], (len(cut),))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 5, 7), (2, 1, 1, 16), (2, 3, 5, 33), (1, 1, 5, 1)], ids=str
+)
+def test_rows_of_a_bias_begin_where_kernels_ask(shape):
+    q, k = torch.empty(2, 3, 5, 4), torch.empty(2, 3, shape[-1] if shape[-1] > 1 else 7, 4)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = kinds._aligned(bias, q, k)
+    assert torch.equal(found, bias.expand(2, 3, 5, k.shape[2]))
+    assert found.stride(-1) == 1 and not any(n % 16 for n in found.stride()[:-1])
+
+
+KERNELS = {0: None, 1: kinds._FLASH_CUDA, 2: kinds._EFFICIENT_CUDA}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("rows, keys", [(64, 64), (33, 49), (1, 7), (128, 130)])
+@pytest.mark.parametrize("width", [64, 72, 128])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, width, rows, keys):
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    made = dict(device="cuda", dtype=dtype)
+    q = torch.zeros(2, 4, rows, width, **made)
+    k = v = torch.zeros(2, 4, keys, width, **made)
+    mask = torch.ones(2, 1, rows, keys, device="cuda", dtype=torch.bool) if masked else None
+    plain = torch._fused_sdp_choice(q, k, v, mask, 0.0, False)
+    rule = blocks.Rule(width**-0.5)
+    assert blocks._fused(q, k, v, mask, rule) is KERNELS[plain]
+    if not plain:
+        return
+    out, sums = blocks.forward(q, k, v, mask, rule)
+    both = sums if sums.ndim == 4 else torch.stack((sums, torch.ones_like(sums)))
+    settled = blocks.settled(both)
+    found = blocks.backward(out.to(dtype), q, k, v, mask, out.to(dtype), settled, rule, False)
+    assert [x.shape for x in found[:3]] == [q.shape, k.shape, v.shape]

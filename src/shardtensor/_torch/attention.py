@@ -29,12 +29,19 @@ def attention_kernel(
     if q.device.type == "cpu":
         fits = cuda.flash_sdp_enabled() and q.shape[-1] == v.shape[-1]
         return _FLASH_CPU if fits else None
-    if q.device.type != "cuda" or torch.version.hip or mask is not None:
+    if q.device.type != "cuda" or torch.version.hip:
+        return None
+    if mask is not None and mask.dtype is not torch.bool:
+        # rows of which numbers hide all keys have lost their digits, which nobody can look for
         return None
     width = _width(q, v)
     # heads of the width that the kernels get; nothing is copied to ask
     asked = _like(q, q.shape, width)
     keys, values = (_like(q, (*q.shape[:2], x.shape[2]), width) for x in (k, v))
+    if mask is not None:
+        bias = asked.detach().new_empty((1, 1, 1, k.shape[2])).expand(*q.shape[:3], k.shape[2])
+        params = cuda.SDPAParams(asked, keys, values, bias, 0.0, causal, False)
+        return _EFFICIENT_CUDA if cuda.can_use_efficient_attention(params) else None
     choice = _chosen(asked, keys, values, causal)
     if choice == _CUDNN_CHOICE and _cudnn_serves(q.device, q.dtype, width):
         return _CUDNN
@@ -166,11 +173,24 @@ def _flash_cuda_backward(
     return dq, _summed_heads(dk, same), _summed_heads(dv, same)
 
 
+def _aligned(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> Any:
+    """The bias (B, H, L, S) whose rows begin at multiples of 16 numbers, as the kernel asks."""
+    if bias is None:
+        return None
+    keys = k.shape[2]
+    whole = bias.expand(*bias.shape[:-1], keys)
+    whole = torch.nn.functional.pad(whole, (0, -keys % 16))[..., :keys]
+    if whole.stride(-1) != 1 or any(n % 16 for n in whole.stride()[:-1]):
+        made = bias.new_empty((*whole.shape[:-1], keys + -keys % 16))[..., :keys]
+        whole = made.copy_(whole)
+    return whole.expand(*q.shape[:3], keys)
+
+
 def _efficient_cuda(q: Any, k: Any, v: Any, bias: Any, causal: bool, scale: float) -> Any:
     same = q.shape[1] // k.shape[1]
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), None, True, 0.0, causal,
-        scale=scale,
+        _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), _aligned(bias, q, k), True, 0.0,
+        causal, scale=scale,
     )  # fmt: skip
     # the kernel pads the rows of lse to a multiple of 32
     return out, lse[:, :, : q.shape[2]]
@@ -183,8 +203,9 @@ def _efficient_cuda_backward(
     padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
     state = torch.zeros((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), None, out,
-        padded.contiguous(), state, state, 0.0, [True, True, True, False], causal, scale=scale,
+        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)),
+        _aligned(bias, q, k), out, padded.contiguous(), state, state, 0.0,
+        [True, True, True, False], causal, scale=scale,
     )  # fmt: skip
     return dq, _summed_heads(dk, same), _summed_heads(dv, same)
 

@@ -69,6 +69,9 @@ def forward(
         most = most.view(*[1] * (3 - most.ndim), *most.shape)
         # torch 2.13's CPU kernel gives 0 as the log-sum-exp of a row that sees no key
         lse = torch.where(most == -inf, -inf, lse)
+        if not _looked_at(lse):
+            # whatever a kernel gives there, it counts nothing
+            out = out.masked_fill((most == -inf).unsqueeze(-1), 0.0)
         # what another block outweighs by far needs no digits
         hidden = (most < -COARSE[lse.dtype]) & ~dead if dead is not None else None
     sums = torch.stack((lse, torch.ones_like(lse)))
