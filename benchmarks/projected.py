@@ -51,9 +51,9 @@ class Watched(Device):
 
     asked: list[float] = field(default_factory=list)
 
-    def seconds(self, flop: float, moved: float, dtype: torch.dtype) -> float:
-        self.asked.append(replace(H100, launch=0.0).seconds(flop, moved, dtype))
-        return super().seconds(flop, moved, dtype)
+    def seconds(self, flop: float, moved: float, dtype: torch.dtype, kind: str = "") -> float:
+        self.asked.append(replace(H100, launch=0.0).seconds(flop, moved, dtype, kind))
+        return super().seconds(flop, moved, dtype, kind)
 
 
 class Spectral3d(nn.Module):
