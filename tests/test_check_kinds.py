@@ -128,6 +128,24 @@ def _narrow_cumsum(x):
     return x.to(torch.float32).cumsum(2).to(x.dtype)
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+def test_a_result_without_gradient():
+    torch.manual_seed(0)
+    model = Of(lambda m, x: (y := m.c(x)) * NoGradient.apply(m.d(x * 2)).detach() + y)
+    assert st.check(model, image(), mesh_shapes=[(2,)]).verdict == "right"
+    model = Of(lambda m, x: m.c(x) + NoGradient.apply(m.d(x * 2)))
+    assert st.check(model, image(), mesh_shapes=[(2,)]).verdict == "right"
+
+
 class Block(nn.Module):
     """Of what a script may hold."""
 

@@ -234,8 +234,10 @@ class Recorder(TorchFunctionMode):
                 h.remove()
 
 
-def _caught(event: Event, g: Tensor) -> None:
-    event.gradient = Held.of(g)
+def _caught(event: Event, g: Tensor | None) -> None:
+    # of what a Function gives no gradient to there is none
+    if g is not None:
+        event.gradient = Held.of(g)
 
 
 def _line() -> str:
