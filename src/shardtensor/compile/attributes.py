@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 MISSING: Any = object()
-_HOOKS = ("__getattribute__", "__setattr__")
+HOOKS = ("__getattribute__", "__setattr__")
 _now = threading.local()
 # classes whose attributes are noted, and what they had in their own dict
 _watched: dict[type, dict[str, Any]] = {}
@@ -74,9 +74,9 @@ def watch(cls: type) -> None:
         _told("written", self, name)
         put(self, name, value)
 
-    own = {k: vars(cls)[k] for k in _HOOKS if k in vars(cls)}
+    own = {k: vars(cls)[k] for k in HOOKS if k in vars(cls)}
     try:
-        for name, hook in zip(_HOOKS, (read, write), strict=True):
+        for name, hook in zip(HOOKS, (read, write), strict=True):
             setattr(cls, name, hook)
     except TypeError:
         # a class of C
@@ -86,10 +86,35 @@ def watch(cls: type) -> None:
 
 def _unwatch() -> None:
     for cls, own in _watched.items():
-        for name in _HOOKS:
+        for name in HOOKS:
             if name in own:
                 setattr(cls, name, own[name])
             elif name in vars(cls):
                 # a trace that noted the class itself has restored it already
                 delattr(cls, name)
     _watched.clear()
+
+
+class Slots:
+    """An object with __slots__, as a mapping."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self.owner, name, default)
+
+    def pop(self, name: str, default: Any) -> None:
+        if hasattr(self.owner, name):
+            delattr(self.owner, name)
+
+    def update(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self.owner, name, value)
+
+
+def put_attribute(x: Any, name: str, value: Any) -> None:
+    if value is MISSING:
+        delattr(x, name)
+    else:
+        setattr(x, name, value)

@@ -28,7 +28,7 @@ from torch import nn
 from .._torch import probe
 from ..caller import is_library
 from ..tensor.tape import Tape
-from .attributes import MISSING, noting, watch
+from .attributes import HOOKS, MISSING, Slots, noting, put_attribute, watch
 from .code import names_of, of_user, operators
 from .contents import HOLDERS, describe, held, is_described, put_back
 
@@ -139,7 +139,7 @@ class Reads:
             if name in vars(cls):
                 found = vars(cls)[name]
                 if isinstance(found, types.MemberDescriptorType):
-                    self.slots[id(owner), name] = (_Slots(owner), name, value)
+                    self.slots[id(owner), name] = (Slots(owner), name, value)
                 self.reach(
                     found if callable(found) or isinstance(found, property) else value, label
                 )
@@ -151,7 +151,7 @@ class Reads:
             return
         own = _dict_of(owner)
         if own is None:
-            self.slots[id(owner), name] = (_Slots(owner), name, getattr(owner, name, MISSING))
+            self.slots[id(owner), name] = (Slots(owner), name, getattr(owner, name, MISSING))
             return
         for part in ("_parameters", "_buffers", "_modules"):
             if isinstance(owner, nn.Module) and name in own.get(part, ()):
@@ -173,7 +173,8 @@ class Reads:
         self.words.update(words)
         for cls in classes:
             for word in words:
-                self._slot(vars(cls), word, cls)
+                if word not in HOOKS:
+                    self._slot(vars(cls), word, cls)
 
     def _mapping(self, x: Any, name: str) -> None:
         self.known[id(x)] = x
@@ -265,7 +266,9 @@ class Reads:
             if not _same(now, had):
                 return f"{name}: {_short(had)} -> {_short(now)}"
         for mapping, had, name in self.dicts:
-            if [*mapping] != [*had] or not all(map(_same, mapping.values(), had.values())):
+            now = mapping if isinstance(mapping, dict) else _unhooked(mapping)
+            had = had if mapping is now else _unhooked(had)
+            if [*now] != [*had] or not all(map(_same, now.values(), had.values())):
                 return f"what {name} holds"
         for x, had, name in self.lists:
             if len(x) != len(had) or not all(map(_same, x, had)):
@@ -286,14 +289,14 @@ class Reads:
     def restore(self) -> None:
         """Put everything back as it was when it was read."""
         for (owner, _), (mapping, name, had) in self.slots.items():
-            if isinstance(mapping, dict | _Slots):
+            if isinstance(mapping, dict | Slots):
                 mapping.pop(name, None) if had is MISSING else mapping.update({name: had})
             elif mapping.get(name, MISSING) is not had:
-                _put_attribute(self.known[owner], name, had)
+                put_attribute(self.known[owner], name, had)
         for mapping, had, _ in self.dicts:
-            for name in () if isinstance(mapping, dict) else {**had, **mapping}:
+            for name in () if isinstance(mapping, dict) else _unhooked({**had, **mapping}):
                 if mapping.get(name, MISSING) is not had.get(name, MISSING):
-                    _put_attribute(self.classes[id(mapping)], name, had.get(name, MISSING))
+                    put_attribute(self.classes[id(mapping)], name, had.get(name, MISSING))
             if isinstance(mapping, dict) and not (len(mapping) == len(had) and all(
                 a is b and v is w
                 for (a, v), (b, w) in zip(mapping.items(), had.items(), strict=True)
@@ -316,29 +319,9 @@ class Reads:
                 sys.modules["numpy"].random.set_state(self.draws[2])
 
 
-class _Slots:
-    """An object with __slots__, as a mapping."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def get(self, name: str, default: Any) -> Any:
-        return getattr(self.owner, name, default)
-
-    def pop(self, name: str, default: Any) -> None:
-        if hasattr(self.owner, name):
-            delattr(self.owner, name)
-
-    def update(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self.owner, name, value)
-
-
-def _put_attribute(x: Any, name: str, value: Any) -> None:
-    if value is MISSING:
-        delattr(x, name)
-    else:
-        setattr(x, name, value)
+def _unhooked(attributes: Any) -> dict[str, Any]:
+    """Those of a class without what notes them."""
+    return {k: v for k, v in attributes.items() if k not in HOOKS}
 
 
 def _values(x: Any) -> Any:

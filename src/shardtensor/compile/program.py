@@ -24,7 +24,9 @@ from torch.utils import _pytree as pytree
 
 from .. import attention
 from .._torch import probe
+from ..cache import register
 from ..caller import error_line
+from ..comm import observers
 from ..dispatch.fallback import is_shard, limit
 from ..errors import UnsupportedOpError
 from ..settings import setting
@@ -54,6 +56,31 @@ _STATE = (
 )
 # traces in which the program changes the state: a cache is filled by the first
 _TRIES = 2
+
+
+class _Found:
+    """What the first of simulated ranks found changed by each trace.
+
+    What it put into a global of the process, such as a cache, the others would not find changed.
+    """
+
+    def __init__(self) -> None:
+        self.of_first: dict[int, str] = {}
+        register(self)
+
+    def cache_clear(self) -> None:
+        self.of_first.clear()
+
+    def by_all(self, mine: str) -> str:
+        if observers.simulated_rank() is None:
+            return mine
+        number = observers.thread.__dict__.get("traces", 0)
+        observers.thread.traces = number + 1
+        found = self.of_first.setdefault(number, mine)
+        return mine or found
+
+
+_found = _Found()
 
 
 @overload
@@ -206,6 +233,7 @@ class Compiled:
             self.changing[key] = _TRIES
             self._warn(f"runs eagerly where no graph holds it: {text}")
             return None
+        changed = _found.by_all(changed)
         if changed:
             self.changing[key] += 1
             if self.changing[key] == _TRIES:
