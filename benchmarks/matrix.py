@@ -15,18 +15,16 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
-import resource
-import select
-import signal
 import subprocess
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from apart import apart
 from zoo_cells import CELLS, timed
 from zoo_models import MODELS, declare_torchvision_ops
 from zoo_page import page
@@ -45,8 +43,6 @@ SLOW = [
         "afno", "diffusion_unets", "dit", "dpot", "fengwu", "flare", "fno", "geotransolver",
         "pangu", "pix2pix", "srrn", "transolver", "unet")),
 ]  # fmt: skip
-# bytes of address space of a cell
-MOST = 20 * 2**30
 
 
 def commit() -> str:
@@ -62,41 +58,6 @@ def versions() -> str:
     names = ["torch", *LIBRARIES]
     found = [f"{n} {importlib.metadata.version(n)}" for n in names]
     return ", ".join([*found, f"Python {platform.python_version()}"])
-
-
-def apart(tool: str, name: str, how: str | None, limit: float) -> Row:
-    """The cell in a process of its own, which may end in any way. limit: seconds of processor."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(read)
-        resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
-        used = int(sum(os.times()[:2]) + limit)
-        resource.setrlimit(resource.RLIMIT_CPU, (used, used))
-        try:
-            row = timed(tool, name, how)
-            with os.fdopen(write, "w") as f:
-                json.dump(row, f, default=str)
-        finally:
-            os._exit(0)
-    os.close(write)
-    text, end = b"", time.monotonic() + 6 * limit
-    while True:
-        ready, _, _ = select.select([read], [], [], max(0.0, end - time.monotonic()))
-        part = os.read(read, 2**16) if ready else b""
-        text += part
-        if not part:
-            break
-    os.close(read)
-    late = time.monotonic() >= end
-    if late:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    try:
-        return dict(json.loads(text))
-    except ValueError:
-        late |= os.waitstatus_to_exitcode(status) in (-signal.SIGXCPU, -signal.SIGKILL)
-        return {"result": f"no end after {limit:.0f} s" if late else f"it died ({status})"}
 
 
 def known(path: Path) -> dict[tuple[str, str], Row]:
@@ -140,7 +101,7 @@ def main() -> None:
         begin = time.perf_counter()
         row = {"model": name, "tool": tool, "version": at, "with": versions()}
         how = None if tool == "runs" else done.get((name, "runs"), {}).get("how")
-        row |= apart(tool, name, how, options.limit)
+        row |= apart(partial(timed, tool, name, how), options.limit)
         done[name, tool] = row
         row |= {"wall": round(time.perf_counter() - begin, 1), "when": round(time.time())}
         options.rows.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def page(rows: Sequence[Row], models: Sequence[str], tools: Sequence[str]) -> st
     last = max(rows, key=lambda r: r.get("when", 0))
     lines = [
         HEAD,
-        f"Right, planned or compiled, of those tried: {counts};",
+        f"An empty cell was not tried. Right, planned or compiled, of those tried: {counts};",
         f"peak at most 1.10: {good['peak']} of {tried['peak']}.",
         "",
         f"{last['with']}; CPU.",

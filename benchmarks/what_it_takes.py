@@ -1,0 +1,253 @@
+"""What published models take at their resolution and at four times it: docs/what_it_takes.md.
+
+    python benchmarks/what_it_takes.py [NAME ...] [--limit 200] [--rows out/takes.jsonl]
+    python benchmarks/what_it_takes.py --docs docs/what_it_takes.md
+
+Needs the extra `zoo`. Nothing is run: each model, built by its own package at its published width
+and depth, is planned (`st.plan`) for a training step of one sample under bf16 autocast with AdamW,
+on one H100 of 80 GB, and then, one spatial dim cut, on the fewest GPUs that hold it. Resumable:
+what has a row is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apart import apart
+from torch import Tensor, nn
+from zoo_models import Picked, declare_torchvision_ops, new
+
+import shardtensor as st
+
+Row = dict[str, Any]
+ROWS = Path("out/takes.jsonl")
+PN, MONAI = "physicsnemo.models.", "monai.networks.nets."
+Shape = tuple[int, ...]
+# GPUs tried at most
+MOST = 256
+
+
+class Model:
+    """A published model. build: of an input's shape; at: (label, shape) as published, then larger.
+
+    dim: of the input, cut; more: shapes of further inputs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[Shape], nn.Module],
+        at: Sequence[tuple[str, Shape]],
+        dim: int = 2,
+    ) -> None:
+        self.name, self.build, self.at, self.dim = name, build, at, dim
+
+
+def _joined(model: nn.Module, x: Tensor) -> Any:
+    return list(model(x))
+
+
+def _twice(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, x)
+
+
+def _weather() -> Iterator[Model]:
+    def at(channels: int, rows: int = 720) -> list[tuple[str, Shape]]:
+        fine = 4 * (rows - rows % 2) + rows % 2
+        return [
+            ("0.25 degrees", (1, channels, rows, 1440)),
+            ("0.0625 degrees", (1, channels, fine, 5760)),
+        ]
+
+    yield Model("FourCastNet (AFNO, physicsnemo)", lambda s: new(PN + "afno.AFNO",
+        inp_shape=[*s[2:]], in_channels=20, out_channels=20, patch_size=[8, 8], embed_dim=768,
+        depth=12, num_blocks=16), at(20))  # fmt: skip
+    yield Model("Pangu-Weather (physicsnemo)", lambda s: Picked(new(PN + "pangu.Pangu", s[2:],
+        (2, 4, 4), 192, (6, 12, 12, 6), (2, 6, 12)), _joined), at(72, 721))  # fmt: skip
+    yield Model("FengWu (physicsnemo)", lambda s: Picked(new(PN + "fengwu.Fengwu", s[2:], 37, 192,
+        (4, 4), (6, 12, 12, 6), (2, 6, 12)), _joined), at(189, 721))  # fmt: skip
+
+
+def _volumes() -> Iterator[Model]:
+    def at(channels: int, side: int = 128) -> list[tuple[str, Shape]]:
+        return [(f"{n}^3", (1, channels, n, n, n)) for n in (side, 512)]
+
+    yield Model(
+        "SwinUNETR (MONAI)", lambda s: new(MONAI + "SwinUNETR", 4, 3, feature_size=48), at(4)
+    )
+    yield Model("SegResNet (MONAI)", lambda s: new(MONAI + "SegResNet", 3, 32, 4, 3), at(4))
+    yield Model("VNet (MONAI)", lambda s: new(MONAI + "VNet", 3, 1, 2, dropout_prob_down=0.0,
+        dropout_prob_up=(0.0, 0.0)), at(1))  # fmt: skip
+    yield Model("UNet, residual (MONAI)", lambda s: new(MONAI + "UNet", 3, 1, 2,
+        (32, 64, 128, 256, 512), (2, 2, 2, 2), num_res_units=2), at(1))  # fmt: skip
+    yield Model("UNETR (MONAI)", lambda s: new(MONAI + "UNETR", 4, 3, s[2:], feature_size=16,
+        hidden_size=768, mlp_dim=3072, num_heads=12), at(4))  # fmt: skip
+    yield Model("FNO3d (neuraloperator)", lambda s: new("neuralop.models.FNO", n_modes=(16, 16, 16),
+        hidden_channels=64, in_channels=4, out_channels=4, n_layers=4), at(4))  # fmt: skip
+
+
+def _points() -> Iterator[Model]:
+    at = [("10^7 points", (1, 10**7, 3)), ("10^8 points", (1, 10**8, 3))]
+    wide = {"functional_dim": 3, "out_dim": 4, "n_layers": 8, "n_hidden": 256, "n_head": 8,
+            "slice_num": 64, "use_te": False}  # fmt: skip
+    yield Model("Transolver (physicsnemo)", lambda s: Picked(new(PN + "transolver.Transolver", **wide,
+        embedding_dim=3, unified_pos=False, structured_shape=None), _twice), at, 1)  # fmt: skip
+    yield Model("FLARE (physicsnemo)", lambda s: Picked(new(PN + "flare.FLARE", **wide,
+        embedding_dim=3), _twice), at, 1)  # fmt: skip
+
+
+def _images() -> Iterator[Model]:
+    def at(*sides: Sequence[int]) -> list[tuple[str, Shape]]:
+        return [(f"{h} x {w}", (1, 3, h, w)) for h, w in sides]
+
+    city, square = ((1024, 2048), (2048, 4096)), ((512, 512), (4096, 4096))
+    yield Model("SegFormer-B5 (transformers)", lambda s: Picked(_hf("SegformerForSemanticSegmentation",
+        "Segformer", hidden_sizes=[64, 128, 320, 512], depths=[3, 6, 40, 3],
+        decoder_hidden_size=768), lambda m, x: m(x).logits), at(*city))  # fmt: skip
+    yield Model("DeepLabV3, ResNet-101 (torchvision)", lambda s: Picked(
+        new("torchvision.models.segmentation.deeplabv3_resnet101", weights=None,
+            weights_backbone=None), lambda m, x: m(x)["out"]), at(*city))  # fmt: skip
+    yield Model("UNet, ResNet-34 (segmentation_models_pytorch)", lambda s: new(
+        "segmentation_models_pytorch.Unet", "resnet34", encoder_weights=None), at(*square))  # fmt: skip
+    yield Model("ConvNeXt-L (torchvision)", lambda s: new("torchvision.models.convnext_large"),
+        at((224, 224), (4096, 4096)))  # fmt: skip
+    yield Model("ViT-L/16 (timm)", lambda s: new("timm.create_model", "vit_large_patch16_224",
+        img_size=s[2]), at((224, 224), (4096, 4096)))  # fmt: skip
+    yield Model("SwinV2-B (timm)", lambda s: new("timm.create_model", "swinv2_cr_base_224",
+        img_size=s[2]), at((224, 224), (3584, 3584)))  # fmt: skip
+    yield Model("VAE of Stable Diffusion (diffusers)", lambda s: Picked(new("diffusers.AutoencoderKL",
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+        lambda m, x: m(x).sample), at((512, 512), (2048, 2048)))  # fmt: skip
+    yield Model("Swin2SR (transformers)", lambda s: Picked(_hf("Swin2SRForImageSuperResolution",
+        "Swin2SR", image_size=64, embed_dim=180, depths=[6] * 6, num_heads=[6] * 6, window_size=8,
+        upscale=2), lambda m, x: m(x).reconstruction), at((256, 256), (1024, 1024)))  # fmt: skip
+
+
+def _hf(name: str, config: str, **settings: Any) -> nn.Module:
+    return new(f"transformers.{name}", new(f"transformers.{config}Config", **settings))
+
+
+MODELS = [*_weather(), *_points(), *_volumes(), *_images()]
+
+
+HEAD = """# What it takes
+
+Published models, each built unmodified by its own package at its published width and depth, at
+their usual resolution and at a larger one: a training step of one sample with AdamW under bf16
+autocast, planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
+run**, and what kernels allocate inside themselves is not counted ([Before the run](plan.md) says
+what a plan is worth). Made by `benchmarks/what_it_takes.py`.
+
+- **one GPU**: the least peak without shardtensor, with checkpointing of blocks where the model has
+  a list of them. Data parallelism and FSDP cut samples and weights, not the activations of one
+  sample: where one GPU does not hold these, no number of GPUs does.
+- **GPUs**: the fewest (a power of two) that hold the step when one spatial dim is cut, how, and
+  what a rank then holds and sends in a step.
+
+| model | input | one GPU, GB | GPUs | layout | peak, GB | sent a step, GB |
+|---|---|---|---|---|---|---|"""
+
+
+def planned(model: Model, shape: Shape, devices: int) -> Row:
+    """The best configuration on so many GPUs: its layout, peak, bytes sent, or why there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = st.plan(partial(model.build, shape), [shape], devices, dims=(model.dim,),
+                        precisions=("bf16",))  # fmt: skip
+    if not found:
+        return {"result": f"dim {model.dim} has fewer than {devices} rows"}
+    best = found[0]
+    if best.refused:
+        return {"result": f"refused: {best.refused}"[:400]}
+    fits = best.fits(found.device)
+    return {
+        "result": "fits" if fits else "does not fit", "layout": str(best.layout), "peak": best.peak,
+        "weights": best.memory["parameters"], "bytes": sum(s.bytes for s in best.sent),
+        "gathers": list(best.gathered), "assumed": list(best.assumed),
+    }  # fmt: skip
+
+
+def fewest(model: Model, label: str, shape: Shape, limit: float) -> Iterator[Row]:
+    """A row for one GPU, then for more until it fits."""
+    devices = 1
+    while devices <= MOST:
+        row = {"model": model.name, "at": label, "shape": shape, "devices": devices}
+        row |= apart(partial(planned, model, shape, devices), limit)
+        yield row
+        if row["result"] != "does not fit":
+            return
+        # no fewer can hold it
+        least = row["peak"] * devices / 80e9
+        devices = max(2 * devices, 2 ** math.ceil(math.log2(0.8 * least)))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """A line for each model and resolution."""
+    lines = [HEAD]
+    for (name, label), one in _grouped(rows).items():
+        first, last = one[0], one[-1]
+        alone = f"{first['peak'] / 1e9:,.1f}" if "peak" in first else "-"
+        alone += "" if first["result"] == "fits" or "peak" not in first else ": does not fit"
+        cells = [name, label, alone]
+        if last["result"] == "fits":
+            layout = last["layout"].replace(", bf16", "")
+            sent = f"{last['bytes'] / 1e9:,.2f}" if last["devices"] > 1 else "0"
+            cells += [str(last["devices"]), layout, f"{last['peak'] / 1e9:,.1f}", sent]
+        else:
+            why = last["result"].replace("|", "/").rpartition("site-packages/")
+            why = " ".join((why[0].rpartition("(")[0] + "(" + why[2] if why[1] else why[2]).split())
+            cells += [f"not on {last['devices']}: {why[:160]}", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    gathers = {r["model"]: r["gathers"] for r in rows if r.get("gathers")}
+    lines += ["", *(f"{k} gathers: {', '.join(v)}." for k, v in gathers.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for m in MODELS:
+        for label, _ in m.at:
+            one = [r for r in rows if (r["model"], r["at"]) == (m.name, label)]
+            if one:
+                found[m.name, label] = one
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[])
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--limit", type=float, default=200.0, help="seconds for one plan")
+    parser.add_argument("--docs", type=Path, help="write the table of --rows to this file")
+    options = parser.parse_args()
+    text = options.rows.read_text() if options.rows.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines() if line]
+    if options.docs:
+        options.docs.write_text(page(rows))
+        return
+    declare_torchvision_ops()
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["model"], r["at"]) for r in rows}
+    for model in MODELS:
+        if options.names and not any(model.name.startswith(n) for n in options.names):
+            continue
+        for label, shape in model.at:
+            if (model.name, label) in done:
+                continue
+            for row in fewest(model, label, shape, options.limit):
+                with options.rows.open("a") as f:
+                    f.write(json.dumps(row) + "\n")
+                told = f"{row['result'][:200]} {row.get('peak', 0) / 1e9:.1f} GB"
+                print(f"{model.name:44} {label:16} {row['devices']:4} {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
