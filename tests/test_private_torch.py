@@ -101,9 +101,11 @@ USED = {
     torch.Tensor._make_subclass
     torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
     torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    torch._C.DispatchKey.PreDispatch
     torch._C.DispatchKeySet
     torch._C._DisableTorchDispatch
     torch._C._ExcludeDispatchKeyGuard
+    torch._C._dispatch_tls_is_dispatch_key_included
     torch._C._functorch
     torch._C._functorch.get_unwrapped
     torch._C._functorch.is_batchedtensor
