@@ -18,6 +18,7 @@ USED = {
     torch._C.DisableTorchFunction
     torch._C.DisableTorchFunctionSubclass
     torch._C.DispatchKey.CompositeImplicitAutograd
+    torch._C.DispatchKey.PreDispatch
     torch._C.ScriptFunction
     torch._C.ScriptFunction.__call__
     torch._C.ScriptMethod
@@ -33,6 +34,7 @@ USED = {
     torch._C._current_graph_task_id
     torch._C._dispatch_has_kernel
     torch._C._dispatch_has_kernel_for_dispatch_key
+    torch._C._dispatch_tls_is_dispatch_key_included
     torch._C._dispatch_tls_local_exclude_set
     torch._C._dispatch_tls_local_include_set
     torch._C._distributed_c10d._set_thread_isolation_mode
