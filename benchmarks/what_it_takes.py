@@ -3,8 +3,8 @@
     python benchmarks/what_it_takes.py [NAME ...] [--limit 200] [--rows out/takes.jsonl]
     python benchmarks/what_it_takes.py --docs docs/what_it_takes.md
 
-Needs the extra `zoo`. Nothing is run: each model, built by its own package at its published width
-and depth, is planned (`st.plan`) for a training step of one sample under bf16 autocast with AdamW,
+Needs the extra `zoo`. Nothing is run: each model, built by its own package at a width and
+depth near the published ones, is planned (`st.plan`) for a training step of one sample under bf16 autocast with AdamW,
 on one H100 of 80 GB, and then, one spatial dim cut, on the fewest GPUs that hold it. Resumable:
 what has a row is skipped.
 """
@@ -140,15 +140,16 @@ MODELS = [*_weather(), *_points(), *_volumes(), *_images()]
 
 HEAD = """# What it takes
 
-Published models, each built unmodified by its own package at its published width and depth, at
-their usual resolution and at a larger one: a training step of one sample with AdamW under bf16
+Published models, each built unmodified by its own package, at its usual resolution and at a larger
+one, with the widths and depths that the script gives (near those published, not held to the papers): a training step of one sample with AdamW under bf16
 autocast, planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
 run**, and what kernels allocate inside themselves is not counted ([Before the run](plan.md) says
 what a plan is worth). Made by `benchmarks/what_it_takes.py`.
 
 - **one GPU**: the least peak without shardtensor, with checkpointing of blocks where the model has
   a list of them. Data parallelism and FSDP cut samples and weights, not the activations of one
-  sample: where one GPU does not hold these, no number of GPUs does.
+  sample: where one GPU does not hold these, no number of GPUs does by these two alone. Tensor and
+  pipeline parallelism were not planned.
 - **GPUs**: the fewest (a power of two) that hold the step when one spatial dim is cut, how, and
   what a rank then holds and sends in a step.
 
