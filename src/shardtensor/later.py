@@ -37,11 +37,6 @@ else:
     symbolic = Later("torch.fx.experimental.symbolic_shapes")
 
 
-def fsdp_classes() -> list[type]:
-    """The classes that FSDP2 made of modules' own, dead ones too if no collection ran since."""
-    return fsdp2.FSDPModule.__subclasses__() if "torch.distributed.fsdp" in sys.modules else []
-
-
 class _Finder(MetaPathFinder):
     """Tells those who wait for a module that it has been imported."""
 
@@ -79,3 +74,15 @@ def when_loaded(module: str, then: Callable[[ModuleType], object]) -> None:
     _finder.waiting.setdefault(module, []).append(then)
     if module in sys.modules:
         then(sys.modules[module])
+
+
+# gives the classes that FSDP2 made of modules' own, dead ones too if no collection ran since
+fsdp_classes: Callable[[], list[type]] = list
+
+
+def _know_fsdp(module: ModuleType) -> None:
+    global fsdp_classes
+    fsdp_classes = module.FSDPModule.__subclasses__
+
+
+when_loaded("torch.distributed.fsdp", _know_fsdp)

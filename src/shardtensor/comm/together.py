@@ -21,8 +21,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from .. import _torch
-from ..later import fsdp_classes
+from .. import _torch, later
 from .sums import Identity, reduce_op
 
 # bytes of the gradients of one call up to which they wait, and of all that do
@@ -52,7 +51,7 @@ def begin_model(fsdp: bool) -> None:
     fsdp: whether FSDP2 does. Else those of leaves wait, too: no hook waits for these.
     """
     begin()
-    used = fsdp_classes()
+    used = later.fsdp_classes()
     if used:
         # when memory is freed differs from rank to rank
         gc.collect()
@@ -70,7 +69,7 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
         return None
     leaves = any(x.is_leaf for x in xs)
     size = sum([x.numel() * x.element_size() for x in xs])
-    small = size <= SMALL and len(fsdp_classes()) == _here.fsdp
+    small = size <= SMALL and len(later.fsdp_classes()) == _here.fsdp
     if (leaves and not (small and _here.leaves)) or (not small and len(xs) > 1):
         return None
     if _torch.is_tracing() or _torch.transforming():
