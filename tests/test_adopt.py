@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -135,6 +136,18 @@ def test_nothing_is_gathered():
         return t.bytes
 
     assert st.simulate(2, run) == [8, 8]
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def test_after_a_program_that_dynamo_refused():
+    """Every later call in the process holds its arguments once more."""
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(branches, backend="eager", fullgraph=True)(torch.ones(3))
+    test_nothing_is_gathered()
+    test_what_stays_plain()
 
 
 def guarded_writes():

@@ -9,6 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
+from shardtensor import later
 from shardtensor import testing as T
 from shardtensor.comm import together
 
@@ -54,7 +55,7 @@ class Conditioned(nn.Module):
 @pytest.fixture(autouse=True)
 def no_fsdp(monkeypatch):
     """As in a process in which no other test has used FSDP2."""
-    monkeypatch.setattr(together, "FSDPModule", type("Unused", (), {}))
+    monkeypatch.setattr(later, "fsdp_classes", list)
 
 
 def batch():
@@ -231,7 +232,7 @@ def test_a_backward_in_two_parts():
 
 def test_beside_fsdp_nothing_waits(monkeypatch):
     """Its hooks let no part of a module's backward be left."""
-    monkeypatch.setattr(together, "FSDPModule", FSDPModule)
+    monkeypatch.setattr(later, "fsdp_classes", FSDPModule.__subclasses__)
 
     def run():
         module = fully_shard(nn.Linear(2, 2), mesh=T.make_mesh((2,)))

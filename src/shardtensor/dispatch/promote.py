@@ -44,7 +44,9 @@ def adopt(
     spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
     # what is remembered of x would hold its object fast
     cache.forget(x)
-    mine = spec is not None and references == _USUAL and _is_variable(x) and _alone(x)
+    # once dynamo has raised, every call of this thread holds its arguments once more
+    only = references == _USUAL or references == _usual()
+    mine = spec is not None and only and _is_variable(x) and _alone(x)
     group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
     # a plan takes what is filled with modes for zeros
     fake = probe.is_fake(x)
