@@ -5,7 +5,7 @@ import os
 import campaigns
 import pytest
 
-CASES = int(os.environ.get("CASES", "200"))
+CASES = int(os.environ.get("CASES", "100"))
 
 
 @pytest.mark.slow

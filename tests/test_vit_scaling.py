@@ -28,7 +28,7 @@ def test_the_model_on_shards(shape):
 
 @pytest.mark.slow
 def test_the_program(tmp_path, monkeypatch):
-    args = ["--scale", "0.25", "--ranks", "1", "2", "--rehearse", "2", "4", "--out", str(tmp_path)]
+    args = ["--scale", "0.25", "--ranks", "1", "2", "--rehearse", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["vit_scaling.py", *args])
     vit_scaling.main()
     rows = [vit_scaling.Row(**r) for r in csv.DictReader((tmp_path / "vit_scaling.csv").open())]

@@ -27,7 +27,7 @@ def _page(tallies: list[Tally]) -> str:
         "# Campaigns",
         "",
         "Random cases of one kind, each run on simulated ranks and held against plain PyTorch, by "
-        "`make campaigns`. `make test` tries a few hundred of each, `make fuzz` thousands.",
+        "`make campaigns`. `make test` tries a hundred of each, `make fuzz` thousands.",
         "",
         f"| campaign | tried | {' | '.join(KINDS)} |",
         "|---" * (len(KINDS) + 2) + "|",
