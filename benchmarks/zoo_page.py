@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
 COLUMNS = (
     "2",
@@ -72,7 +74,7 @@ def page(rows: Sequence[Row], models: Sequence[str], tools: Sequence[str]) -> st
         f"An empty cell was not tried. Right, planned or compiled, of those tried: {counts};",
         f"peak at most 1.10: {good['peak']} of {tried['peak']}.",
         "",
-        f"{last['with']}; CPU.",
+        f"{last['with']}; CPU. Rows of {len({r.get('version') for r in rows})} commits.",
         "",
         "| model | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -99,6 +101,6 @@ def _cell(column: str, row: Row, runs: Row) -> tuple[str, bool, str]:
         how = [h for h in ("fp32", "rounding") if h in row.get("how", "")]
         text = {"right": "yes", "planned": "yes"}.get(result, result)
         return " ".join([text, *how]), True, ""
-    said = " ".join(result.split()).replace("|", "/")
+    said = " ".join(result.split()).replace("|", "/").replace(f"{ROOT}/", "")
     where = said.rpartition("site-packages/")
     return "no", False, (where[0].rpartition("(")[0] + "(" + where[2] if where[1] else said)[:300]
