@@ -148,6 +148,7 @@ def test_after_a_program_that_dynamo_refused():
         torch.compile(branches, backend="eager", fullgraph=True)(torch.ones(3))
     test_nothing_is_gathered()
     test_what_stays_plain()
+    test_each_tensor_of_a_function()
 
 
 def guarded_writes():

@@ -84,8 +84,17 @@ def _is_variable(x: Tensor) -> bool:
 
 def _is_copy(names: Any) -> bool:
     """Whether the variables of a function are a copy (until Python 3.12) that only it has."""
-    # the frame's, the caller's, the argument's and getrefcount's own
-    return type(names) is dict and sys.getrefcount(names) == 4
+    return type(names) is dict and sys.getrefcount(names) == 1 + _of_a_call()
+
+
+def _of_a_call() -> int:
+    """References to what one variable holds and an argument: once more after dynamo has raised."""
+    variable: dict[str, Any] = {}
+    return _references(variable)
+
+
+def _references(x: Any) -> int:
+    return sys.getrefcount(x)
 
 
 def _alone(x: Tensor) -> bool:
