@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -85,6 +86,51 @@ def test_torch_saves_shards_without_our_checkpoints_asked_for():
         "print('shardtensor.checkpoint' in sys.modules, *st.simulate(2, main))\n"
     )
     assert run(program) == ["False", "1", "1"]
+
+
+def test_a_module_that_another_thread_imports_is_waited_for():
+    program = (
+        "import sys, threading, time, torch\n"
+        "halfway = threading.Event()\n"
+        "class Slow:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name.startswith('torch.distributed.fsdp.'):\n"
+        "            halfway.set(); time.sleep(.05)\n"
+        "sys.meta_path.insert(0, Slow)\n"
+        "other = threading.Thread(target=lambda: __import__('torch.distributed.fsdp'))\n"
+        "other.start(); halfway.wait()\n"
+        "import shardtensor\n"
+        "from shardtensor import later\n"
+        "other.join()\n"
+        "print(later.fsdp_classes == sys.modules['torch.distributed.fsdp'].FSDPModule.__subclasses__)"
+    )
+    assert run(program) == ["True"]
+
+
+def test_finders_that_ask_all_others_do_not_ask_one_another_in_a_circle():
+    program = (
+        "import importlib, shardtensor.later as later\n"
+        "importlib.reload(later)\n"
+        "import torch.distributed.fsdp as fsdp\n"
+        "print(later.fsdp_classes == fsdp.FSDPModule.__subclasses__)"
+    )
+    assert run(program) == ["True"]
+
+
+def test_a_rule_waits_for_one_module_of_a_zip_file(tmp_path):
+    """All modules of a zip file share a loader."""
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as made:
+        for name in ("meant", "other"):
+            made.writestr(f"{name}.py", "def double(x):\n    return x + x\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'both.zip')!r})\n"
+        "import shardtensor as st\n"
+        "st.rule('meant.double')(lambda x: x)\n"
+        "import meant, other\n"
+        "print(*(hasattr(m.double, '_asks_shardtensor') for m in (meant, other)))"
+    )
+    assert run(program) == ["True", "False"]
 
 
 def test_every_public_name_is_there():

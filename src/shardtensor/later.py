@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -42,21 +43,28 @@ class _Finder(MetaPathFinder):
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[ModuleType], object]]] = {}
+        self.asking: set[tuple[int, str]] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.waiting:
+        asking = (threading.get_ident(), fullname)
+        if fullname not in self.waiting or asking in self.asking:
             return None
-        others = (f for f in sys.meta_path if f is not self)
-        found = (f.find_spec(fullname, path, target) for f in others)
-        spec = next((s for s in found if s is not None), None)
+        # others may ask all finders, too: none in a circle
+        self.asking.add(asking)
+        try:
+            found = (f.find_spec(fullname, path, target) for f in list(sys.meta_path))
+            spec = next((s for s in found if s is not None), None)
+        finally:
+            self.asking.discard(asking)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_tell(module: ModuleType) -> None:
                 load(module)
-                for then in self.waiting[fullname]:
+                # one loader may be that of many modules, as of a zip file
+                for then in self.waiting[fullname] if module.__name__ == fullname else ():
                     then(module)
 
             spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
@@ -72,8 +80,9 @@ def when_loaded(module: str, then: Callable[[ModuleType], object]) -> None:
         sys.meta_path.insert(0, _finder)
     # kept for a module that is imported anew
     _finder.waiting.setdefault(module, []).append(then)
-    if module in sys.modules:
-        then(sys.modules[module])
+    if sys.modules.get(module) is not None:
+        # whole, where another thread is importing it
+        then(importlib.import_module(module))
 
 
 # gives the classes that FSDP2 made of modules' own, dead ones too if no collection ran since
