@@ -98,3 +98,23 @@ def test_what_does_not_fit_raises_on_every_rank(tmp_path, coords, why):
         raise found[0][0](found[0][1])
     assert all(f is not None for f in found)
     assert xr.open_zarr(url)["t2m"].shape == (1, 7, 9)
+
+
+def test_a_step_whose_coordinate_the_array_can_not_hold_is_refused(tmp_path):
+    url = str(tmp_path / "a.zarr")
+
+    def run():
+        written(url, 0, time=0)
+        with pytest.raises((ValueError, RuntimeError), match=r"int64 is there|first rank"):
+            written(url, 1, time=0.5)
+        written(url, 1, time=6)
+
+    st.simulate(3, run)
+    assert zarr.open_group(url)["time"][:].tolist() == [0, 6]
+
+    def floats():
+        for step, hours in enumerate((0.0, 0.5, float("nan"))):
+            written(str(tmp_path / "b.zarr"), step, time=hours)
+
+    st.simulate(3, floats)
+    assert np.array_equal(zarr.open_group(tmp_path / "b.zarr")["time"][:], [0, 0.5, np.nan], True)

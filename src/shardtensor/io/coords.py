@@ -59,7 +59,14 @@ class Coordinate:
                 f"coords {self.name}: {there.shape} in {units!r} is there, to be written is "
                 f"{self.values.shape} in {self.attrs.get('units')!r}"
             )
-        if self.row is None and not np.array_equal(there[:], self.values):
+        if self.row is not None:
+            kept = self.values.astype(there.dtype)
+            if not np.array_equal(kept, self.values, equal_nan=kept.dtype.kind == "f"):
+                raise ValueError(
+                    f"coords {self.name}: {there.dtype} is there, which does not hold "
+                    f"{self.values[0]}; write the first step's in the type of all"
+                )
+        elif not np.array_equal(there[:], self.values):
             raise ValueError(f"coords {self.name}: other values are there")
 
     def write(self, group: Any) -> None:
