@@ -130,6 +130,9 @@ loader = accelerator.prepare(DataLoader(Data(7), batch_size=2))
 found = [accelerator.gather_for_metrics((b["x"] * 2, b["label"])) for b in loader]
 wanted = torch.stack([Data(7)[i]["x"] * 2 for i in range(7)])
 assert torch.equal(torch.cat([x for x, _ in found]), wanted)
+found = [accelerator.gather_for_metrics([b["label"], b["x"]]) for b in loader]
+assert [int(i) for labels, _ in found for i in labels] == list(range(7))
+assert sum(len(x) for _, x in found) == 7
 names = [n for b in loader for n in accelerator.gather_for_metrics([str(int(i)) for i in b["label"]])]
 assert names == [str(i) for i in range(7)], names
 
@@ -154,6 +157,34 @@ assert numbers(DataLoader(Data(12), 5)) == every
 assert numbers(DataLoader(Data(12), 4), split_batches=True) == every
 sampler = io.DomainSampler(12, mesh, shuffle=False)
 assert numbers(DataLoader(Data(12), 1, sampler=sampler)) == every
+for n, size, drop in ((9, 4, True), (10, 3, False), (9, 3, False)):
+    sampler = io.DomainSampler(n, mesh, shuffle=False, drop_last=drop)
+    known = list(range(n // groups * groups if drop else n))
+    assert sorted(numbers(DataLoader(Data(n), size, sampler=sampler))) == known
+dealt = torch.utils.data.DistributedSampler(Data(12), 3, 0)
+try:
+    accelerator.prepare(DataLoader(Data(12), 1, sampler=dealt))
+    raise AssertionError
+except ValueError as e:
+    assert "DomainSampler" in str(e)
+# a model in shards and one that is not get their own weights
+accelerator = Accelerator(cpu=True, domain=domain, options={"fsdp": "all"})
+net = accelerator.prepare(made()[0])
+teacher = accelerator.prepare_model(nn.Sequential(made()[0].blocks), evaluation_mode=True)
+same = Net().double()
+torch.manual_seed(1)
+for p in same.parameters():
+    nn.init.normal_(p)
+same = accelerator.prepare_model(same, evaluation_mode=True)
+want = [p.detach().clone() for p in same.parameters()]
+accelerator.save_state(f"{folder}/mixed")
+accelerator.wait_for_everyone()
+with torch.no_grad():
+    for p in (*teacher.parameters(), *same.parameters()):
+        p.zero_()
+accelerator.load_state(f"{folder}/mixed")
+assert all(map(torch.equal, want, same.parameters()))
+assert all(map(torch.equal, made()[0].blocks.parameters(), teacher.parameters()))
 for options in ({}, {"fsdp": "all"}):
     accelerator = Accelerator(cpu=True, domain=domain, options=options)
     net, optimizer, _ = made()

@@ -28,7 +28,7 @@ try:
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME, DistributedType, DynamoBackend
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, load_model
 except ImportError as e:
     raise ImportError(
         "shardtensor.accelerate needs Accelerate: pip install shardtensor[accelerate]"
@@ -102,6 +102,12 @@ class Accelerator(accelerate.Accelerator):
         if self.dispatch_batches:
             raise ValueError("dispatch_batches: each rank reads its samples; leave it unset")
         mine = hasattr(data_loader.sampler, "num_replicas")
+        if mine and data_loader.sampler.num_replicas != self._data.size():
+            raise ValueError(
+                f"a sampler that deals samples to {data_loader.sampler.num_replicas} ranks, where "
+                f"{self._data.size()} are worked on at a time: leave it out, or give "
+                "shardtensor.io.DomainSampler"
+            )
         prepared = prepare_data_loader(
             data_loader,
             self.device,
@@ -119,11 +125,12 @@ class Accelerator(accelerate.Accelerator):
             use_stateful_dataloader=self.use_stateful_dataloader,
         )
         self._dataloaders.append(prepared)
-        return Cut(prepared, self)
+        return Cut(prepared, self, _filled(data_loader) if mine else None)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         inner = dataloader.loader if isinstance(dataloader, Cut) else dataloader
-        return Cut(super().skip_first_batches(inner, num_batches), self)
+        filled = getattr(inner, "filled", None)
+        return Cut(super().skip_first_batches(inner, num_batches), self, filled)
 
     # models and optimizers
 
@@ -180,19 +187,29 @@ class Accelerator(accelerate.Accelerator):
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         data = full(input_data)
-        leaves = pytree.tree_leaves(data)
-        if use_gather_object or not all(isinstance(x, Tensor) for x in leaves):
+        tensors = all(isinstance(x, Tensor) for x in pytree.tree_leaves(data))
+        objects = use_gather_object or not tensors
+        if objects:
             found: list[Any] = [None] * self._data.size()
             dist.all_gather_object(found, data, group=self._data.get_group())
             data = [x for part in found for x in part]
         else:
             data = self.gather(data)
-        rest = self.gradient_state.remainder
-        if not self.gradient_state.end_of_dataloader or rest <= 0:
+        if not self.gradient_state.end_of_dataloader:
             return data
-        if isinstance(data, list):
-            return data[:rest]
-        return pytree.tree_map(lambda x: x[:rest], data)
+        return self._once(data) if objects else pytree.tree_map(self._once, data)
+
+    def _once(self, rows: Any) -> Any:
+        """The rows of a last batch without those of samples that fill it up."""
+        filled = getattr(self.gradient_state.active_dataloader, "filled", None)
+        if filled is None:
+            rest = self.gradient_state.remainder
+            return rows[:rest] if rest > 0 else rows
+        # samples dealt out one by one: the last groups' last rows
+        groups = self._data.size()
+        each = len(rows) // groups
+        kept = [i for i in range(len(rows)) if i // each < groups - filled or i % each < each - 1]
+        return rows[kept] if isinstance(rows, Tensor) else [rows[i] for i in kept]
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         def reduced(x: Any) -> Any:
@@ -228,17 +245,26 @@ class Accelerator(accelerate.Accelerator):
         return whole.model_state(model) if whole.is_sharded(model) else model.state_dict()
 
     def _load_sharded(self, models: Any, folder: str) -> None:
-        for i in reversed([i for i, m in enumerate(models) if whole.is_sharded(m)]):
-            whole.load_model(models.pop(i), _weights(Path(folder), f"_{i}" if i else ""))
+        if not any(map(whole.is_sharded, models)):
+            return
+        # all of them: what is left would be counted anew, and get the weights of others
+        for i, model in enumerate(models):
+            _load(model, Path(folder), f"_{i}" if i else "")
+        models.clear()
 
 
 class Cut:
-    """A prepared DataLoader whose batches are cut for the ranks of a domain."""
+    """A prepared DataLoader whose batches are cut for the ranks of a domain.
+
+    filled: of a sampler that deals samples out, see `_filled`.
+    """
 
     _is_accelerate_prepared = True
 
-    def __init__(self, loader: DataLoader[Any], accelerator: Accelerator) -> None:
+    def __init__(self, loader: Any, accelerator: Accelerator, filled: int | None) -> None:
         self.loader, self._accelerator = loader, accelerator
+        # on the one that Accelerate says is at work
+        loader.filled = filled
 
     def __iter__(self) -> Iterator[Any]:
         assert self._accelerator.mesh is not None
@@ -295,10 +321,21 @@ def full(tree: Any) -> Any:
     return pytree.tree_map(plain, tree)
 
 
-def _weights(folder: Path, ending: str) -> dict[str, Any]:
+def _filled(loader: DataLoader[Any]) -> int:
+    """How many samples a sampler that deals them out repeats in the last batches, to fill up."""
+    sampler: Any = loader.sampler
+    if loader.drop_last and len(sampler) % (loader.batch_size or 1):
+        return 0
+    return max(0, getattr(sampler, "total_size", 0) - len(getattr(sampler, "dataset", ())))
+
+
+def _load(model: nn.Module, folder: Path, ending: str) -> None:
     """The weights that `save_state` wrote, in either format."""
     safe = folder / f"{SAFE_MODEL_NAME}{ending}.safetensors"
-    if safe.exists():
-        return load_file(safe)
+    if safe.exists() and not whole.is_sharded(model):
+        # which knows of tied weights
+        load_model(model, safe)
+        return
     file = folder / f"{MODEL_NAME}{ending}.bin"
-    return torch.load(file, map_location="cpu", weights_only=True)
+    found = load_file(safe) if safe.exists() else torch.load(file, "cpu", weights_only=True)
+    whole.load_model(model, found)
