@@ -153,6 +153,29 @@ def _raise(e):
     raise e
 
 
+# which kernels do not see on shards without rows, or of one
+UNSEEN = {
+    "channel_shuffle, groups": lambda x: torch.channel_shuffle(x[:, :, None], 4),
+    "channel_shuffle, no groups": lambda x: torch.channel_shuffle(x[:, :, None], 0),
+    "channel_shuffle, dims": lambda x: torch.channel_shuffle(x, 2),
+    "einsum, dtypes": lambda x: torch.einsum("ij,jk->ik", x, torch.ones(6, 2)),
+    "bilinear, dtypes": lambda x: F.bilinear(x, x, torch.ones(3, 6, 6)),
+}
+
+
+def _raises(fn, sizes):
+    x = st.distribute_tensor(X, make_mesh((len(sizes),)), [Shard(0)], sizes={0: sizes})
+    return raised(fn, x)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (1, 3), (4, 0, 0)], ids=str)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_all_ranks_raise_whatever_their_rows(name, sizes):
+    kind = type(raised(UNSEEN[name], X.clone()))
+    found = st.simulate(len(sizes), _raises, UNSEEN[name], sizes)
+    assert {type(e) for e in found} == {kind} and len({str(e) for e in found}) == 1
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_our_own_functions(name):
     fn, match = OURS[name]

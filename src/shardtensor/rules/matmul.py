@@ -290,6 +290,9 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
             product = partial(
                 _einsum_as, _cast_dtype(local, few, (x.dtype, y.dtype), device, cast), local
             )
+        elif x.dtype != y.dtype:
+            # shards of one row or none go ways that take both
+            tried(torch.einsum, local, x, y)
         x = labels.run(dotted, product, x, y)
         lx = lo
     gone = [i for i, name in enumerate(lx) if name not in out]

@@ -63,6 +63,12 @@ def pixel_unshuffle(input: ShardTensor, downscale_factor: int) -> ShardTensor:
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(input: ShardTensor, groups: int) -> Tensor:
     x = reduced(input)
+    if x.ndim < 3 or groups < 1 or x.shape[1] % groups:
+        # shards without elements would not say so
+        raise RuntimeError(
+            f"channel_shuffle expects more than 2 dims and groups of equal size, but got {groups} "
+            f"groups of {tuple(x.shape)}"
+        )
     b, c, *rest = x.shape
     if not x._spec.dims[1].axes:
         return _on_shards(x, lambda own: torch.channel_shuffle(own, groups), x._spec.dims)
