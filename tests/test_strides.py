@@ -196,3 +196,20 @@ def test_results_lie_alike_on_all_ranks_and_are_viewed_as_plain_ones(name, sizes
         return y.stride()
 
     assert set(st.simulate(len(sizes), run)) == {want.stride()}
+
+
+@pytest.mark.parametrize("sizes", [(1, 0), (0, 1), (0, 1, 0)], ids=str)
+def test_one_channel_is_joined_as_it_lies(sizes):
+    """It is dense with the channels last, too."""
+    whole = torch.randn(2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    want = torch.cat([whole] * 6, 1)
+
+    def run():
+        x = st.distribute_tensor(
+            whole, make_mesh((len(sizes),)), [Shard(1)], src_data_rank=None, sizes={1: sizes}
+        )
+        y = torch.cat([x] * 6, 1)
+        same(y.view(2, -1), want.view(2, -1), sizes)
+        return y.stride()
+
+    assert set(st.simulate(len(sizes), run)) == {want.stride()}

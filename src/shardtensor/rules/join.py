@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..cache import cached
-from ..comm.formats import FORMATS
+from ..comm.formats import memory_format
 from ..cuts import Kept
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
@@ -55,10 +55,11 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
             pieces[i] = comm.window(pieces[i], d, dims[d].sizes, windows, group)
             start = stop
     local = joined(pieces, d)
-    last = FORMATS.get(local.ndim)
-    if dim_out.axes and last and all(x.is_contiguous(memory_format=last) for x in parts):
-        # pieces without rows are in no format, nor is then the result
-        local = local.contiguous(memory_format=last)
+    if dim_out.axes:
+        forms = {memory_format(x) for x in parts}
+        if torch.contiguous_format not in forms:
+            # pieces without rows are in no format, nor is then the result
+            local = local.contiguous(memory_format=forms.pop())
     return wrap(_with_gradients(local, skipped), spec)
 
 
