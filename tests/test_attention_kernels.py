@@ -18,6 +18,7 @@ from shardtensor.attention import blocks
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups, ops, pack, transport
 from shardtensor.comm.pack import joined
+from shardtensor.ranks.testing import make_mesh
 from shardtensor.rules import attention
 
 RANKS, TOKENS = 8, 64
@@ -135,6 +136,21 @@ def test_parts_of_one_tensor(order, train):
     seen = found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert seen == (not train and order in ((0, 1, 2), (1, 1, 1)))
     assert found.requires_grad == train
+
+
+def test_a_part_that_is_negated_as_it_is_read():
+    x = torch.complex(*numbers(3, 2, 4, 8, 4)[:2])
+
+    def attend(x):
+        return F.scaled_dot_product_attention(x.conj().imag[0], *x.imag[1:])
+
+    def run():
+        y = st.distribute_tensor(x, make_mesh((2,)), [Shard(3)], src_data_rank=None)
+        with strategy("all_to_all"):
+            return attend(y).full_tensor()
+
+    for found in st.simulate(2, run):
+        torch.testing.assert_close(found, attend(x), rtol=1e-12, atol=1e-12)
 
 
 def test_what_lies_so_is_sent_as_it_lies():

@@ -158,8 +158,9 @@ def _stacked(xs: list[Tensor]) -> Tensor:
     x = xs[0]
     first, step = x.storage_offset(), xs[1].storage_offset() - x.storage_offset()
     followed = torch.is_grad_enabled() and any(y.requires_grad for y in xs)
-    nowhere = any(type(y) is not Tensor for y in xs)
-    if step < 0 or followed or nowhere or _torch.transforming() or _torch.is_tracing():
+    # fake ones lie nowhere; what is negated as it is read may lie beside what is not
+    other = any(type(y) is not Tensor or y.is_neg() for y in xs)
+    if step < 0 or followed or other or _torch.transforming() or _torch.is_tracing():
         return torch.stack(xs, -3)
     memory, strides = x.untyped_storage().data_ptr(), x.stride()
     for i, y in enumerate(xs):
