@@ -192,6 +192,7 @@ def test_rows_of_a_bias_begin_where_kernels_ask(shape):
     found = kinds._aligned(bias, q, k)
     assert torch.equal(found, bias.expand(2, 3, 5, k.shape[2]))
     assert found.stride(-1) == 1 and not any(n % 16 for n in found.stride()[:-1])
+    assert kinds._aligned(found, q, k).data_ptr() == found.data_ptr()
 
 
 KERNELS = {0: None, 1: kinds._FLASH_CUDA, 2: kinds._EFFICIENT_CUDA}

@@ -179,9 +179,8 @@ def _aligned(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> Any
         return None
     keys = k.shape[2]
     whole = bias.expand(*bias.shape[:-1], keys)
-    whole = torch.nn.functional.pad(whole, (0, -keys % 16))[..., :keys]
     if whole.stride(-1) != 1 or any(n % 16 for n in whole.stride()[:-1]):
-        made = bias.new_empty((*whole.shape[:-1], keys + -keys % 16))[..., :keys]
+        made = bias.new_zeros((*whole.shape[:-1], keys + -keys % 16))[..., :keys]
         whole = made.copy_(whole)
     return whole.expand(*q.shape[:3], keys)
 
