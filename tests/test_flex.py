@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flex import flex, formula
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention.flex_attention import (
@@ -94,6 +95,19 @@ def test_captured_tensors_get_gradients(places, mesh):
 
     for how in (None, T.On([Shard(1)] * len(mesh))):
         T.hold(call, [*operands(4, 2), table], [*places, how], mesh)
+
+
+WRITES = {
+    "item": lambda s, b, h, i, j: s.__setitem__((), s * 0.5) or s,
+    "flag": lambda s, b, h, i, j: F.elu(s, inplace=True),
+    "method": lambda s, b, h, i, j: s.mul_(0.5),
+    "what it made": lambda s, b, h, i, j: (s * 0.5).add_(1),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_scores_that_are_written_in_place(how):
+    T.hold(lambda q, k, v: flex(q, k, v, WRITES[how]), operands(), [T.shard(2, (6, 7))] * 3, (2,))
 
 
 def test_torch_itself_agrees():

@@ -69,20 +69,18 @@ class Recording:
             captured = type(self.result) is Ref and self.result.captured
             return self._stand_in(out) if captured else out
 
+        counts = not examples[0].is_inference()
+        before = examples[0]._version if counts else 0
         with torch.no_grad():
             _over_scores(once, self.first)(*examples)
+        # whether it changes its first argument in place; there is no backward of inference tensors
+        self.writes = counts and examples[0]._version != before
         self._made, self._alive = {}, []
 
     @property
     def key(self) -> Hashable:
         """Equal for recordings that compute the same from the same captured tensors."""
         return _hashable([self.result, [tuple(c) for c in self.calls]])
-
-    @property
-    def writes(self) -> bool:
-        """Whether it changes a tensor in place."""
-        names = [getattr(c.function, "__name__", "") for c in self.calls]
-        return any(n.startswith("__i") or n.endswith("_") != n.startswith("__") for n in names)
 
     def run(self, captured: Sequence[Tensor], *indices: Tensor) -> Tensor:
         """What the function gives of all scores; captured: in place of what it captures."""
