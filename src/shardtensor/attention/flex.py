@@ -39,8 +39,7 @@ def _send(
     n, me, go = len(job.queries), job.me, job.way
     sends, arrivals = dict[int, list[Tensor]](), dict[int, list[list[int]]]()
     if t and go.sent[t]:
-        spans = among(go.sent[t], job.keys[me][0])
-        sends[(me + t) % n] = [taken(x, spans, 2) for x in (k, v)]
+        sends[(me + t) % n] = _picked(job, t, k, v)
     before = (me - t) % n
     if t and go.got[t]:
         arrivals[before] = [_like(x, go.got[t]) for x in (k, v)]
@@ -61,6 +60,12 @@ def _send(
     return arrived
 
 
+def _picked(job: Job, t: int, k: Tensor, v: Tensor) -> list[Tensor]:
+    """What step t takes of this rank's keys and values."""
+    spans = among(job.way.sent[t], job.keys[job.me][0])
+    return [taken(x, spans, 2) if spans else x[:, :, :0] for x in (k, v)]
+
+
 def _like(x: Tensor, spans: Spans) -> list[int]:
     return [*x.shape[:2], sum(n for _, n in spans), x.shape[3]]
 
@@ -77,9 +82,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of this rank's queries over all keys."""
     go, total = job.way, Merge(q, v)
-    begin = job.keys[job.me][0]
-    spans = go.sent[0]
-    held = [taken(x, among(spans, begin), 2) if spans else x[:, :, :0] for x in (k, v)]
+    held, spans = _picked(job, 0, k, v), go.sent[0]
     for i in range(len(go.steps) + 1):
         after = go.steps[i] if i < len(go.steps) else 0
         arriving = _send(job, after, k, v) if after else None
@@ -114,8 +117,7 @@ def _backward(
     dq = torch.zeros_like(q, dtype=dtype)
     home = [torch.zeros_like(x, dtype=dtype) for x in (k, v)]
     others = [torch.zeros_like(x) if x.requires_grad else None for x in captured]
-    begin, spans = job.keys[job.me][0], go.sent[0]
-    held = [taken(x, among(spans, begin), 2) if spans else x[:, :, :0] for x in (k, v)]
+    held, spans = _picked(job, 0, k, v), go.sent[0]
     before, grads = 0, list[Tensor]()
     for i, t in enumerate((0, *go.steps)):
         after = go.steps[i] if i < len(go.steps) else 0
