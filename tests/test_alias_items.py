@@ -155,3 +155,43 @@ def test_what_torch_only_warns_of_is_refused(name):
             call()
 
     st.simulate(2, run)
+
+
+def complex_rows_written(x):
+    """Numbers that share memory with their real parts."""
+    c = torch.view_as_complex(x.view(5, 3, 2))
+    c[1].mul_(2j)
+    a, b = c[2], c[-1]
+    b.copy_(a)
+    a.add_(1j)
+    c[0:1].squeeze(0).imag.mul_(3)
+    return x, c.abs()
+
+
+def real_rows_written(x):
+    c = torch.complex(x, 2 * x)
+    c.real[1].mul_(2)
+    c.imag[2].add_(1)
+    torch.view_as_real(c)[-1].mul_(3)
+    torch.view_as_real(c[0]).add_(1)
+    c.conj()[2].mul_(2j)
+    c.mT.real[:, 3].sin_()
+    return torch.view_as_real(c)
+
+
+def rows_of_other_items_written(x):
+    y = x.detach()
+    long, narrow = y.view(torch.int64), y.view(torch.float32)
+    long[1].add_(4)
+    narrow[-1].fill_(1)
+    y[2].view(torch.int16)[..., 0] = 5
+    return y
+
+
+@pytest.mark.parametrize(
+    "fn", [complex_rows_written, real_rows_written, rows_of_other_items_written]
+)
+@pytest.mark.parametrize("cut", [(5,), (2, 3), (1, 4, 0), (0, 3, 0, 2)])
+def test_rows_written_in_another_dtype(fn, cut):
+    x = torch.arange(30, dtype=D).reshape(5, 6).sin()
+    T.hold(lambda x: fn(x * 1), [x], [T.shard(0, cut)], (len(cut),))

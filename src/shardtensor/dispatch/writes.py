@@ -106,19 +106,18 @@ class _Back:
         """The local tensor that the rows belong to, None if it is gone."""
         root = self.root()
         # which may have been turned in place
-        return root if root is None or _geometry(root) == self.view else root.as_strided(*self.view)
+        return None if root is None else _seen_so(root, self.view)
 
     def run(self, local: Tensor, base: Tensor) -> None:
         """Write the rows of which local is a view to base; differentiably where autograd saw it."""
         root = local._base if local._base is not None else local
         same = _torch.storage(root)._cdata == _torch.storage(local)._cdata
         if same and root.requires_grad:
-            rows = root if _geometry(root) == self.geometry else root.as_strided(*self.geometry)
-            self.write(base, rows)
+            self.write(base, _seen_so(root, self.geometry))
         else:
             hidden = self._is_hidden(local)
             self.write(
-                base.data if hidden else base.detach(), local.detach().as_strided(*self.geometry)
+                base.data if hidden else base.detach(), _seen_so(local.detach(), self.geometry)
             )
 
     def _is_hidden(self, local: Tensor) -> bool:
@@ -131,13 +130,38 @@ class _Back:
         return rows._version == before
 
 
-def _geometry(x: Tensor) -> tuple[Any, ...]:
-    return tuple(x.shape), x.stride(), x.storage_offset()
+# shape, strides, offset, dtype, whether it is conjugated lazily
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype, bool]
+
+
+def _geometry(x: Tensor) -> Geometry:
+    return tuple(x.shape), x.stride(), int(x.storage_offset()), x.dtype, x.is_conj()
+
+
+def _seen_so(x: Tensor, geometry: Geometry) -> Tensor:
+    """The memory of x as a tensor of another geometry; differentiable, of complex numbers too."""
+    if _geometry(x) == geometry:
+        return x
+    shape, stride, offset, dtype, conj = geometry
+    if x.dtype is dtype:
+        y = x.as_strided(shape, stride, offset)
+        return y if y.is_conj() == conj else y.conj()
+    if x.is_conj():
+        x = x.conj()
+    if x.is_complex() and dtype is x.dtype.to_real():
+        return layout.real_view(x).as_strided(shape, stride, offset)
+    if dtype.is_complex and dtype.to_real() is x.dtype:
+        parts = x.as_strided((*shape, 2), (*(2 * s for s in stride), 1), 2 * offset)
+        y = torch.view_as_complex(parts)
+        return y.conj() if conj else y
+    most = max(dtype.itemsize, x.dtype.itemsize)
+    items = _torch.storage(x).nbytes() // most * (most // x.dtype.itemsize)
+    return x.as_strided((items,), (1,), 0).view(dtype).as_strided(shape, stride, offset)
 
 
 def part_of(x: ShardTensor, ranges: dict[int, tuple[int, int]]) -> Part:
     """Some rows of some dims of x, whatever the order of its dims."""
-    shape, stride, offset = _geometry(x._local)
+    shape, stride, offset = x._local.shape, x._local.stride(), x._local.storage_offset()
     dims = list(zip(x._spec.dims, stride, shape, strict=True))
     order = sorted(range(len(dims)), key=dims.__getitem__)
     # along an expanded dim all rows are the same memory

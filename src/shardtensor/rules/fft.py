@@ -16,7 +16,7 @@ from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..registry import rule
 from ..spec import Dim
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .pointwise import function_rule
 from .shape import _index, many, whole_in
@@ -104,10 +104,7 @@ def _passes(func: Any, shape: Any, dtype: torch.dtype, args: Any, kwargs: Any) -
 
 @rule("view_as_real")
 def view_as_real(input: ShardTensor) -> ShardTensor:
-    spec, x = input._spec, input._local
-    # torch's gradient of an empty view fails on strides
-    local = torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)
-    return wrap(local, spec.insert(input.ndim, Dim(2)))
+    return wrap(layout.real_view(input._local), input._spec.insert(input.ndim, Dim(2)))
 
 
 @rule("view_as_complex")

@@ -176,3 +176,10 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
         if run > 1:
             return False
     return not wanted
+
+
+def real_view(x: Tensor) -> Tensor:
+    """torch.view_as_real of a shard, whose gradient torch has not for empty ones."""
+    y = torch.view_as_real(x)
+    # a view all the same: what is written to it has to reach the backward of all ranks
+    return y if x.numel() else x.real.as_strided(y.shape, y.stride(), y.storage_offset())
