@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 torch.manual_seed(0)
 D = torch.float64
@@ -61,3 +63,22 @@ def rows_refused():
 
 def test_rows_that_were_written():
     st.simulate(2, rows_refused)
+
+
+@pytest.mark.parametrize("cut", [None, 0, 1])
+def test_an_index_may_be_in_addends(cut):
+    """Which alone may be out of range."""
+    rows, at = x[..., 0].clone(), torch.tensor([5, -1, 0])
+
+    def run():
+        mesh = T.make_mesh((2,))
+        mine = at * 3 if mesh.get_local_rank() == 0 else at * -2
+        n = wrap(mine, Spec.of(mesh, [Partial()], (3,)))
+        where = [Replicate() if cut is None else Shard(cut)]
+        s = st.distribute_tensor(rows, mesh, where, src_data_rank=None)
+        values = st.distribute_tensor(v[:3, :, 0], mesh, [Shard(0)], src_data_rank=None)
+        return s[n].full_tensor(), s.index_put((n,), values).full_tensor()
+
+    for got, put in st.simulate(2, run):
+        assert torch.equal(got, rows[at])
+        assert torch.equal(put, rows.index_put((at,), v[:3, :, 0]))

@@ -21,7 +21,7 @@ from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .modes import written, zeros
 from .pointwise import _wanted, align, function_rule
-from .rows import covering, cut_axes, dims_of, in_order, lifted, normal, read, write
+from .rows import covering, cut_axes, dims_of, in_order, lifted, normal, read, summed, write
 from .shape import _index, _permuted
 from .slices import selected, sliced, span
 
@@ -133,7 +133,7 @@ def _numbers(rest: dict[int, Tensor]) -> dict[int, Tensor]:
     """Masks replaced by the places where they are true."""
     found: dict[int, Tensor] = {}
     for d, e in rest.items():
-        found |= dict(enumerate(places(e), d)) if is_mask(e) else {d: e}
+        found |= dict(enumerate(places(e), d)) if is_mask(e) else {d: summed(e)}
     return found
 
 
