@@ -221,6 +221,8 @@ def histogramdd(
     plain = isinstance(bins, int) or all(isinstance(b, int) for b in bins)
     if not isinstance(input, ShardTensor) or not input.numel() or _torch.is_tracing():
         return fall_back(torch.histogramdd, (input, bins), options)
+    if not plain:
+        bins = [b.full_tensor() if isinstance(b, ShardTensor) else b for b in bins]
     x = _settled(input)
     y = aside(x, [x.ndim - 1])
     if y is None or (weight is not None and weight.shape != x.shape[:-1]):
