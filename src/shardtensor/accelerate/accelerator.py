@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -18,7 +18,7 @@ from ..later import dt
 from ..tensor import ShardTensor
 from ..train import whole
 from ..train.batch import Shard, cut_batch
-from ..train.launch import sizes_of
+from ..train.launch import domains
 from ..train.options import Options
 from ..train.parallelize import parallelize
 
@@ -76,9 +76,7 @@ class Accelerator(accelerate.Accelerator):
             )
         if not dist.is_initialized():
             raise ValueError("shardtensor.accelerate: start with torchrun or accelerate launch")
-        sizes = {"data": 1 if domain == -1 else -1, "domain": domain}
-        shape = sizes_of(sizes, dist.get_world_size())
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=tuple(sizes))
+        self.mesh = domains(self.device.type, domain, dist.get_world_size())
         self.shard = shard
         self.register_load_state_pre_hook(self._load_sharded)
 

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..tensor import ShardTensor
 from ..train import whole
 from ..train.batch import Shard, cut_batch
-from ..train.launch import sizes_of
+from ..train.launch import domains
 from ..train.options import Options
 from ..train.parallelize import parallelize
 
@@ -56,11 +56,8 @@ class DomainParallel(DDPStrategy):
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
-        n = self.num_nodes * self.num_processes
-        sizes = {"data": 1 if self.domain == -1 else -1, "domain": self.domain}
-        self.mesh = init_device_mesh(
-            self.root_device.type, sizes_of(sizes, n), mesh_dim_names=tuple(sizes)
-        )
+        ranks = self.num_nodes * self.num_processes
+        self.mesh = domains(self.root_device.type, self.domain, ranks)
 
     @property
     def _mesh(self) -> DeviceMesh:

@@ -110,6 +110,12 @@ def _asked() -> dict[str, int]:
         raise ValueError(f"SHARDTENSOR_MESH={text!r}: write data=2,domain=4") from None
 
 
+def domains(device: str, domain: int, ranks: int) -> DeviceMesh:
+    """A trainer's mesh: along "domain" ranks share a sample (-1: all), along "data" they do not."""
+    sizes = {"data": 1 if domain == -1 else -1, "domain": domain}
+    return init_device_mesh(device, sizes_of(sizes, ranks), mesh_dim_names=tuple(sizes))
+
+
 def sizes_of(axes: Mapping[str, int], n: int) -> tuple[int, ...]:
     """The sizes of a mesh's axes on n ranks. Raises ValueError where they do not make them up."""
     known = prod(s for s in axes.values() if s != -1)

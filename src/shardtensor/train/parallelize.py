@@ -28,6 +28,7 @@ from .options import Options
 from .parts import Ranks
 from .reducer import Reducer
 from .replaced import check_made, replacing
+from .whole import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 _trained: WeakKeyDictionary[nn.Module, Trained] = WeakKeyDictionary()
@@ -70,7 +71,7 @@ def parallelize(
     names = mesh.mesh_dim_names or ()
     if options.data is not None and options.data not in names:
         raise ValueError(f"data axis {options.data!r} is not one of the mesh's {names}")
-    if any(isinstance(m, fsdp2.FSDPModule) for m in model.modules()):
+    if is_sharded(model):
         raise ValueError("fully_shard was applied already; parallelize does it with fsdp=...")
     tensor = _tensor_axes(model, mesh)
     axes = tuple(a for a in range(mesh.ndim) if a not in tensor)

@@ -162,8 +162,7 @@ def _passed(x: Tensor) -> Tensor:
 def _told(x: Tensor) -> Told:
     if not isinstance(x, ShardTensor):
         return Told(tuple(x.shape), x.dtype, x.requires_grad, None, {})
-    places = tuple(x.placements), x._spec.sizes
-    return Told(tuple(x.shape), x.dtype, x.requires_grad, *places)
+    return Told(tuple(x.shape), x.dtype, x.requires_grad, tuple(x.placements), x._spec.sizes)
 
 
 def _random(told: Told, domain: DeviceMesh) -> Tensor:
