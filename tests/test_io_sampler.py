@@ -187,6 +187,14 @@ def test_weights_draw_as_often_and_the_same_for_any_number_of_groups():
     assert often[0] == often[3] == 0
 
 
+def test_weights_may_have_a_history():
+    def run():
+        weights = torch.tensor([0.0, 1.0, 0.0], requires_grad=True)
+        return list(DomainSampler(3, mesh_of((1, 1)), weights=weights.exp() - 1))
+
+    assert st.simulate(1, run) == [[1, 1, 1]]
+
+
 def test_weights_that_are_none():
     def run():
         for weights in ([1.0] * 4, [1.0, -1.0, 1.0], [0.0] * 3, [float("nan"), 1.0, 1.0]):

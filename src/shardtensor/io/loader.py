@@ -60,7 +60,9 @@ class DomainSampler(DistributedSampler[int]):
         self.group = 0 if axis is None else place[axis]
         if length < 1 or (drop_last and length < self.groups):
             raise ValueError(f"{length} samples for {self.groups} groups of ranks")
-        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.double)
+        self.weights = None
+        if weights is not None:
+            self.weights = torch.as_tensor(weights, dtype=torch.double, device="cpu").detach()
         # what a resume holds the order to
         self.weighted = 0
         if self.weights is not None:
