@@ -6,7 +6,7 @@ import pytest
 from forked import torchrun
 
 SCRIPT = """
-import os, sys, warnings, torch, shardtensor as st
+import copy, os, sys, warnings, torch, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader
 from accelerate.state import AcceleratorState
@@ -130,7 +130,7 @@ loader = accelerator.prepare(DataLoader(Data(7), batch_size=2))
 found = [accelerator.gather_for_metrics((b["x"] * 2, b["label"])) for b in loader]
 wanted = torch.stack([Data(7)[i]["x"] * 2 for i in range(7)])
 assert torch.equal(torch.cat([x for x, _ in found]), wanted)
-found = [accelerator.gather_for_metrics([b["label"], b["x"]]) for b in loader]
+found = [accelerator.gather_for_metrics([b["label"], b["x"]]) for b in copy.copy(loader)]
 assert [int(i) for labels, _ in found for i in labels] == list(range(7))
 assert sum(len(x) for _, x in found) == 7
 names = [n for b in loader for n in accelerator.gather_for_metrics([str(int(i)) for i in b["label"]])]

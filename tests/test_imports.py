@@ -1,5 +1,8 @@
 """What an import of the library brings with it: little beside torch, the rest when it is used."""
 
+import copy
+import math
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -7,6 +10,7 @@ import zipfile
 import pytest
 
 import shardtensor as st
+from shardtensor.later import Later
 
 # what takes long to import, and what is optional
 LATER = (
@@ -131,6 +135,11 @@ def test_a_rule_waits_for_one_module_of_a_zip_file(tmp_path):
         "print(*(hasattr(m.double, '_asks_shardtensor') for m in (meant, other)))"
     )
     assert run(program) == ["True", "False"]
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_names_that_come_later_are_copied_and_pickled(way):
+    assert way(Later("math")).pi == math.pi
 
 
 def test_every_public_name_is_there():

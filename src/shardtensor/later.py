@@ -23,6 +23,10 @@ class Later:
         setattr(self, name, found)
         return found
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # what is made of a copy asks for names before it has its own
+        return Later, (self._module,)
+
 
 if TYPE_CHECKING:
     from torch.distributed import fsdp as fsdp2

@@ -274,6 +274,9 @@ class Cut:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            # of a copy in the making
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
 
