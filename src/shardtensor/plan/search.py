@@ -70,22 +70,6 @@ def fewest(
     return None
 
 
-def ranked(
-    task: Task,
-    devices: int,
-    device: Device,
-    network: Network,
-    precisions: Sequence[str | None],
-    thorough: bool,
-    names: Sequence[str] = (),
-    told: Told = lambda *_: None,
-) -> list[Estimate]:
-    """As `plan`."""
-    with _quick_collector():
-        found = _tried(task, devices, device, network, precisions, thorough, names, told)
-    return sorted(found, key=lambda e: _place(e, device))
-
-
 @contextmanager
 def _quick_collector() -> Iterator[None]:
     """Inside, the garbage collector looks at what is made there only."""
@@ -99,16 +83,18 @@ def _quick_collector() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _tried(
+@_quick_collector()
+def ranked(
     task: Task,
     devices: int,
     device: Device,
     network: Network,
     precisions: Sequence[str | None],
     thorough: bool,
-    names: Sequence[str],
-    told: Told,
+    names: Sequence[str] = (),
+    told: Told = lambda *_: None,
 ) -> list[Estimate]:
+    """As `plan`."""
     found: list[Estimate] = []
     blocks = bool(names) or has_blocks(task)
     every = list(product(layouts(task, devices, network.node), precisions))
@@ -121,7 +107,7 @@ def _tried(
             found.append(one)
             if one.refused or (one.fits(device) and not thorough):
                 break
-    return found
+    return sorted(found, key=lambda e: _place(e, device))
 
 
 def layouts(task: Task, devices: int, node: int = 0) -> Iterator[Layout]:
