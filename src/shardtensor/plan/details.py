@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ..comm.counters import Sent
 from ..page import charts
 from ..page.blocks import (
     Block,
@@ -25,6 +26,10 @@ from .tree import Part, Tree
 _LARGEST_FIRST = (
     "activations", "parameters", "gradients", "optimizer", "communication", "inputs", "buffers",
 )  # fmt: skip
+# what stays all the step lies below
+_FROM_BELOW = (
+    "parameters", "optimizer", "gradients", "buffers", "inputs", "communication", "activations",
+)  # fmt: skip
 COLOURS = {kind: charts.colour(i) for i, kind in enumerate(_LARGEST_FIRST)}
 MEASURES = {"held": "memory at the peak", "time": "time", "sent": "bytes sent"}
 
@@ -39,7 +44,7 @@ def course(shown: dict[str, Estimate], device: Device) -> Iterator[Block]:
         unit, name = unit_of(e.peak)
         held = {
             k: [h[KINDS.index(k)] / unit for h in c.held]
-            for k in sorted(COLOURS, key=_order)
+            for k in _FROM_BELOW
             if any(h[KINDS.index(k)] > e.peak / 1000 for h in c.held)
         }  # fmt: skip
         figures[f"course/{row}"] = charts.course(
@@ -145,7 +150,9 @@ def _names(shown: dict[str, Estimate]) -> Block:
     return Block(made)
 
 
-def _grouped(e: Estimate, key: Callable[..., tuple[str, ...]]) -> dict[tuple[str, ...], list[int]]:
+def _grouped(
+    e: Estimate, key: Callable[[Sent], tuple[str, ...]]
+) -> dict[tuple[str, ...], list[int]]:
     """Calls, messages and bytes by what key says of a message."""
     found: dict[tuple[str, ...], list[int]] = {}
     for s in e.sent:
@@ -155,15 +162,9 @@ def _grouped(e: Estimate, key: Callable[..., tuple[str, ...]]) -> dict[tuple[str
     return found
 
 
-def _whose(s: object) -> str:
-    op = getattr(s, "op", "") or "gradients of weights"
-    return f"{op}, backward" if getattr(s, "backward", False) else op
-
-
-def _order(kind: str) -> int:
-    """What stays all the step lies below."""
-    return ("parameters", "optimizer", "gradients", "buffers", "inputs", "communication",
-            "activations").index(kind)  # fmt: skip
+def _whose(s: Sent) -> str:
+    op = s.op or "gradients of weights"
+    return f"{op}, backward" if s.backward else op
 
 
 def unit_of(most: float) -> tuple[float, str]:
