@@ -6,7 +6,7 @@
 Needs the extra `zoo`. Nothing is run: each model, built by its own package at a width and
 depth near the published ones, is planned (`st.plan`) for a training step of one sample under bf16 autocast with AdamW,
 on one H100 of 80 GB, and then, one spatial dim cut, on the fewest GPUs that hold it. Resumable:
-what has a row is skipped.
+a search goes on after its last row.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ MOST = 256
 
 
 class Model:
-    """A published model. build: of an input's shape; at: (label, shape) as published, then larger.
-
-    dim: of the input, cut; more: shapes of further inputs.
-    """
+    """A published model. build: of an input's shape; at: (label, shape) as published, then larger;
+    dim: of the input, cut."""
 
     def __init__(
         self,
@@ -176,18 +174,27 @@ def planned(model: Model, shape: Shape, devices: int) -> Row:
     }  # fmt: skip
 
 
-def fewest(model: Model, label: str, shape: Shape, limit: float) -> Iterator[Row]:
-    """A row for one GPU, then for more until it fits."""
-    devices = 1
-    while devices <= MOST:
+def fewest(
+    model: Model, label: str, shape: Shape, limit: float, last: Row | None = None
+) -> Iterator[Row]:
+    """A row for one GPU, then for more until it fits. last: the row after which to go on."""
+    devices = following(last)
+    while 0 < devices <= MOST:
         row = {"model": model.name, "at": label, "shape": shape, "devices": devices}
         row |= apart(partial(planned, model, shape, devices), limit)
         yield row
-        if row["result"] != "does not fit":
-            return
-        # no fewer can hold it
-        least = row["peak"] * devices / 80e9
-        devices = max(2 * devices, 2 ** math.ceil(math.log2(0.8 * least)))
+        devices = following(row)
+
+
+def following(last: Row | None) -> int:
+    """The number of GPUs to try after a row; 0 after one that ends the search."""
+    if last is None:
+        return 1
+    if last["result"] != "does not fit":
+        return 0
+    # no fewer can hold it
+    least = last["peak"] * last["devices"] / 80e9
+    return int(max(2 * last["devices"], 2 ** math.ceil(math.log2(0.8 * least))))
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -236,14 +243,12 @@ def main() -> None:
         return
     declare_torchvision_ops()
     options.rows.parent.mkdir(parents=True, exist_ok=True)
-    done = {(r["model"], r["at"]) for r in rows}
+    done = {(r["model"], r["at"]): r for r in rows}
     for model in MODELS:
         if options.names and not any(model.name.startswith(n) for n in options.names):
             continue
         for label, shape in model.at:
-            if (model.name, label) in done:
-                continue
-            for row in fewest(model, label, shape, options.limit):
+            for row in fewest(model, label, shape, options.limit, done.get((model.name, label))):
                 with options.rows.open("a") as f:
                     f.write(json.dumps(row) + "\n")
                 told = f"{row['result'][:200]} {row.get('peak', 0) / 1e9:.1f} GB"
