@@ -206,8 +206,8 @@ class Timeline(Shown):
                 Cell(f"{1e3 * t:.3f}", t, t / longest)
                 for t in (p.end - p.begin, inside, waits[p.rank])
             ]
-            numbers += [Cell(f"{b / 1e6:.3f}", b) for b in (sum(s.bytes for s in p.sent),)]
-            numbers += [Cell(str(m), m) for m in (sum(s.messages for s in p.sent),)]
+            sent, messages = sum(s.bytes for s in p.sent), sum(s.messages for s in p.sent)
+            numbers += [Cell(f"{sent / 1e6:.3f}", sent), Cell(str(messages), messages)]
             numbers += [Cell(f"{peak / MIB:.1f}", peak) if p.memory else Cell("-")]
             rows.append(Row([Cell(str(p.rank), p.rank), *numbers]))
         yield heading("Ranks")
@@ -307,10 +307,10 @@ class Timeline(Shown):
         start = min(p.begin - p.offset for p in self.parts)
         figures = {
             str(p.rank): charts.course(
-                [1e3 * (t - p.offset - start) for t, _ in _peaks(p.memory)],
-                {"allocated": [b / MIB for _, b in _peaks(p.memory)]}, "ms", "MiB",
+                [1e3 * (t - p.offset - start) for t, _ in held],
+                {"allocated": [b / MIB for _, b in held]}, "ms", "MiB",
             )
-            for p in self.parts if p.memory
+            for p in self.parts if (held := _peaks(p.memory))
         }  # fmt: skip
         if figures:
             yield heading("Memory")

@@ -54,17 +54,16 @@ def course(
     colours: Mapping[str, str] | None = None,
     phases: Sequence[tuple[str, float]] = (),
     limit: tuple[str, float] | None = None,
-    stack: bool = True,
 ) -> dict[str, Any]:
     """Steps over time, one on another. phases: (name, where it begins)."""
-    data: list[dict[str, Any]] = []
-    for i, (kind, values) in enumerate(held.items()):
-        line: dict[str, Any] = {
+    data = [
+        {
             "type": "scatter", "mode": "lines", "name": kind, "x": list(at), "y": list(values),
             "line": {"shape": "hv", "width": 1, "color": (colours or {}).get(kind, colour(i))},
-            "hovertemplate": kind + ": %{y:.4g}<extra></extra>",
-        }  # fmt: skip
-        data.append({**line, "stackgroup": "all"} if stack else line)
+            "hovertemplate": kind + ": %{y:.4g}<extra></extra>", "stackgroup": "all",
+        }
+        for i, (kind, values) in enumerate(held.items())
+    ]  # fmt: skip
     layout = _layout(x, height=380)
     layout["yaxis"] = {"title": {"text": y}, "rangemode": "tozero", "automargin": True}
     layout["hovermode"] = "x unified"
