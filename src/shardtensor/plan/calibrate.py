@@ -17,7 +17,7 @@ from ..tensor.construct import distribute_tensor
 from ..train.parallelize import parallelize
 from .device import Device, Rate, Rates, device_of
 from .estimate import Layout, Task, estimate
-from .rates import busy, load, measure, rates, steady
+from .rates import busy, load, measure, most, rates, steady
 
 SHAPE = (2, 32, 16)
 
@@ -97,11 +97,8 @@ def step_seconds(model: nn.Module, x: Any) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    meet = dist.barrier if dist.get_world_size() > 1 else lambda: None
     step()
-    seconds = torch.tensor([steady(step, meet)[0]], dtype=torch.float64)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds)
+    return most([steady(step)[0]])[0]
 
 
 def is_busy() -> str:

@@ -33,8 +33,8 @@ clock = time.perf_counter
 Work = tuple[Callable[[], Callable[[], Any]], float, float]
 
 
-def steady(run: Callable[[], Any], meet: Callable[[], None] = lambda: None) -> tuple[float, bool]:
-    """Seconds of a call, and whether that is stable; meet: before each batch."""
+def steady(run: Callable[[], Any]) -> tuple[float, bool]:
+    """Seconds of a call, and whether that is stable; all ranks begin each batch together."""
     run()
     begin = clock()
     run()
@@ -42,7 +42,7 @@ def steady(run: Callable[[], Any], meet: Callable[[], None] = lambda: None) -> t
     batches: list[float] = []
     until = time.perf_counter() + MOST
     while True:
-        meet()
+        _meet()
         begin = clock()
         for _ in range(count):
             run()
@@ -50,25 +50,28 @@ def steady(run: Callable[[], Any], meet: Callable[[], None] = lambda: None) -> t
         best = sorted(batches)[:3]
         stable = len(batches) >= 5 and best[-1] <= best[0] * (1 + CLOSE)
         # all ranks take as many batches as the slowest
-        if _all(stable or time.perf_counter() > until):
+        if not most([float(not stable and time.perf_counter() <= until)])[0]:
             return best[0], stable
 
 
-def _all(mine: bool) -> bool:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    found = torch.tensor([int(mine)])
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found)
+def _several() -> bool:
+    """Whether other ranks are at work, too."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _most(values: list[float]) -> list[float]:
+def _meet() -> None:
+    """Wait for all ranks."""
+    if _several():
+        dist.barrier()
+
+
+def most(values: list[float]) -> list[float]:
     """Of the slowest rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _several():
         return values
     found = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return [float(v) for v in found]
+    return found.tolist()
 
 
 def load(seconds: float = 0.6) -> tuple[list[float], float, float]:
@@ -98,21 +101,20 @@ def measure() -> tuple[dict[str, Rate], list[str]]:
 
     Called on every rank; the same on all.
     """
-    meet = dist.barrier if dist.is_initialized() and dist.get_world_size() > 1 else lambda: None
     reasons = [busy(*load())]
     found: dict[str, list[tuple[float, float, float]]] = {}
     unstable, count = 0, 0
     for kind, (make, flop, moved) in _samples():
         # as in a model, each on memory that the processor's own cache does not hold
         copies = cycle([make() for _ in range(min(32, max(2, int(CACHE // moved))))])
-        seconds, stable = steady(_turn(copies), meet)
+        seconds, stable = steady(_turn(copies))
         found.setdefault(kind, []).append((flop, moved, seconds))
         unstable, count = unstable + (not stable), count + 1
     reasons.append(busy(*load()))
     if unstable > count / 5:
         reasons.append(f"{unstable} of {count} measurements did not become stable")
-    worst = _most([s for rows in found.values() for _, _, s in rows])
-    told = _most([float(bool(r)) for r in reasons])
+    worst = most([s for rows in found.values() for _, _, s in rows])
+    told = most([float(bool(r)) for r in reasons])
     times = iter(worst)
     rates = {}
     for kind, rows in found.items():
