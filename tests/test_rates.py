@@ -36,6 +36,12 @@ def test_what_was_planted_is_fitted():
     assert faster.flop >= 0 and faster.points[0][1] >= 0 and faster.seconds(0, 1e9) >= 0
 
 
+def test_too_short_is_as_far_off_as_too_long():
+    """Four alike, but for one that takes ten times as long: their geometric mean."""
+    found = timing.fitted([(1e6, 1e6, s) for s in (1e-3, 1e-3, 1e-3, 1e-2)])
+    assert found.seconds(1e6, 1e6) == pytest.approx(10**0.25 * 1e-3, rel=1e-6)
+
+
 def test_between_points():
     found = timing.between([(0, 1e6, 4e-3), (0, 1e3, 1e-6), (0, 1e4, 5e-6), (0, 1e4, 7e-6)])
     assert found.seconds(0, 10) == 1e-6 and found.seconds(0, 1e4) == pytest.approx(6e-6)

@@ -26,6 +26,8 @@ CLOSE = 0.05
 BATCH, MOST = 4e-3, 0.6
 # how much longer than the shortest the usual time of a quiet machine is, and than its CPU time
 SLOWER, WAITED = 1.25, 1.1
+# of a fit
+STEPS = 20
 
 # of a process's own time one rank can be judged on a busy machine
 clock = time.perf_counter
@@ -141,18 +143,25 @@ def between(rows: Sequence[tuple[float, float, float]]) -> Rate:
 
 
 def fitted(rows: Sequence[tuple[float, float, float]]) -> Rate:
-    """Of ops that compute: least + FLOP x f + bytes x b, by relative errors, none below 0."""
+    """Of ops that compute: least + FLOP x f + bytes x b, by the logarithm of what it is off by, so
+    that half counts as much as twice; none below 0."""
     table = torch.tensor(rows, dtype=torch.float64)
     flop, moved, seconds = table.unbind(1)
-    columns = torch.stack([torch.ones_like(flop), flop, moved], 1) / seconds[:, None]
+    columns = torch.stack([torch.ones_like(flop), flop, moved], 1)
     best, error = torch.zeros(3, dtype=torch.float64), float("inf")
     for used in (c for n in (1, 2, 3) for c in combinations(range(3), n)):
-        part = columns[:, used]
-        solved = torch.linalg.lstsq(part, torch.ones(len(rows), 1, dtype=torch.float64)).solution
-        now = float((part @ solved - 1).square().sum())
-        if (solved >= 0).all() and now < error:
-            best, error = torch.zeros(3, dtype=torch.float64), now
-            best[list(used)] = solved[:, 0]
+        part, now = columns[:, used], seconds
+        for _ in range(STEPS):
+            # Gauss-Newton: log(now) is linear near what it is
+            wanted = 1 + (seconds / now).log()
+            solved = torch.linalg.lstsq(part / now[:, None], wanted[:, None]).solution[:, 0]
+            now = part @ solved
+            if (solved < 0).any() or (now <= 0).any():
+                break
+            off = float((now / seconds).log().square().sum())
+            if off < error:
+                best, error = torch.zeros(3, dtype=torch.float64), off
+                best[list(used)] = solved
     least, by_flop, by_byte = best.tolist()
     return Rate(((0.0, least), (1e9, least + 1e9 * by_byte)), by_flop)
 
