@@ -155,6 +155,12 @@ for name in sys.argv[2:]:
         outs = trainer.predict(task, loaders()[1])
         ok = all(torch.allclose(o, want(b["x"]), rtol=1e-9) for o, b in zip(outs, loaders()[1]))
         os.write(1, f"predicted {ok}\\n".encode())
+        data = loaders()[1].dataset
+        dealt = torch.utils.data.DistributedSampler(data, 2, trainer.global_rank)
+        try:
+            trainer.validate(task, DataLoader(data, 1, sampler=dealt))
+        except ValueError as e:
+            os.write(1, f"refused {'DomainSampler' in str(e)}\\n".encode())
 """
 
 
@@ -171,3 +177,4 @@ def test_twenty_steps_of_a_trainer(tmp_path):
         # two epochs of five steps, resumed: as many rows as steps and validations, and a head
         assert text.count(f"{way} True True") == 2, text[-3000:]
     assert text.count("predicted True") == 2, text[-3000:]
+    assert text.count("refused True") == 2, text[-3000:]

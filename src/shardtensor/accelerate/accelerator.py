@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from ..later import dt
 from ..tensor import ShardTensor
 from ..train import whole
-from ..train.batch import Shard, cut_batch
+from ..train.batch import Shard, check_dealt, cut_batch
 from ..train.launch import domains
 from ..train.options import Options
 from ..train.parallelize import parallelize
@@ -99,13 +99,8 @@ class Accelerator(accelerate.Accelerator):
             return data_loader
         if self.dispatch_batches:
             raise ValueError("dispatch_batches: each rank reads its samples; leave it unset")
+        check_dealt(data_loader, self._data.size())
         mine = hasattr(data_loader.sampler, "num_replicas")
-        if mine and data_loader.sampler.num_replicas != self._data.size():
-            raise ValueError(
-                f"a sampler that deals samples to {data_loader.sampler.num_replicas} ranks, where "
-                f"{self._data.size()} are worked on at a time: leave it out, or give "
-                "shardtensor.io.DomainSampler"
-            )
         prepared = prepare_data_loader(
             data_loader,
             self.device,

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..tensor import ShardTensor
 from ..train import whole
-from ..train.batch import Shard, cut_batch
+from ..train.batch import Shard, check_dealt, cut_batch
 from ..train.launch import domains
 from ..train.options import Options
 from ..train.parallelize import parallelize
@@ -37,7 +37,8 @@ class DomainParallel(DDPStrategy):
     Ranks of a domain get the same samples, so random transforms of a dataset must draw the same on
     them. `self.log` takes sharded losses; a reduction over ranks is one over samples. Checkpoints
     are those of one device, with FSDP2 too: weights and moments are gathered on the first rank.
-    Raises ValueError where the ranks do not make up whole domains.
+    Raises ValueError where the ranks do not make up whole domains, and for a sampler that deals
+    samples to single ranks of one.
     """
 
     def __init__(
@@ -96,6 +97,10 @@ class DomainParallel(DDPStrategy):
     @property
     def _sharded(self) -> bool:
         return whole.is_sharded(self._module)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        check_dealt(dataloader, self._mesh["data"].size())
+        return super().process_dataloader(dataloader)
 
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0

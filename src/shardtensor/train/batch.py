@@ -18,6 +18,16 @@ from ..tensor.construct import distribute_tensor
 Shard = int | Callable[[Any, DeviceMesh], Any] | None
 
 
+def check_dealt(loader: Any, groups: int) -> None:
+    """Raise ValueError for a loader whose sampler deals samples to single ranks of a domain."""
+    dealt = getattr(getattr(loader, "sampler", None), "num_replicas", groups)
+    if dealt != groups:
+        raise ValueError(
+            f"a sampler that deals samples to {dealt} ranks, where {groups} are worked on at a "
+            "time: leave it out, or give shardtensor.io.DomainSampler"
+        )
+
+
 def cut_batch(batch: Any, shard: Shard, domain: DeviceMesh) -> Any:
     """The batch on the mesh of a domain; without communication, for its ranks have all of it."""
     if shard is None:
