@@ -16,7 +16,10 @@ MOST = 20 * 2**30
 
 
 def apart(fn: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
-    """What fn gives, or how its process ended as "result". limit: seconds of the processor."""
+    """What fn gives, or as "result" what it raised or how its process ended.
+
+    limit: seconds of the processor.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -25,7 +28,10 @@ def apart(fn: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
         used = int(sum(os.times()[:2]) + limit)
         resource.setrlimit(resource.RLIMIT_CPU, (used, used))
         try:
-            row = fn()
+            try:
+                row = fn()
+            except Exception as e:
+                row = {"result": said(e)}
             with os.fdopen(write, "w") as f:
                 json.dump(row, f, default=str)
         finally:
@@ -49,3 +55,9 @@ def apart(fn: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
     except ValueError:
         late |= os.waitstatus_to_exitcode(status) in (-signal.SIGXCPU, -signal.SIGKILL)
         return {"result": f"no end after {limit:.0f} s" if late else f"it died ({status})"}
+
+
+def said(e: BaseException) -> str:
+    """An exception in one line."""
+    text = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {text[0][:300] if text else ''}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from apart import said
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
@@ -237,12 +238,6 @@ def memory(name: str, how: str | None) -> Row:
     row = measure(name, 8)
     ratio = row.get("ratio")
     return {"result": "refused: " + row["where"] if ratio is None else f"{ratio:.2f}", **row}
-
-
-def said(e: BaseException) -> str:
-    """An exception in one line."""
-    text = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {text[0][:300] if text else ''}"
 
 
 CELLS: dict[str, Callable[[str, str | None], Row]] = {
