@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from apart import apart
+from tables import add, lines
 from zoo_cells import CELLS, timed
 from zoo_models import MODELS, declare_torchvision_ops
 from zoo_page import page
@@ -62,10 +62,7 @@ def versions() -> str:
 
 def known(path: Path) -> dict[tuple[str, str], Row]:
     """The last row of each cell."""
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return {(r["model"], r["tool"]): r for r in rows}
+    return {(r["model"], r["tool"]): r for r in lines(path)}
 
 
 def main() -> None:
@@ -104,9 +101,7 @@ def main() -> None:
         row |= apart(partial(timed, tool, name, how), options.limit)
         done[name, tool] = row
         row |= {"wall": round(time.perf_counter() - begin, 1), "when": round(time.time())}
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
-        with options.rows.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        add(options.rows, row)
         print(f"{tool:9} {name:36} {row['wall']:6.1f} s  {row['result'][:150]}", flush=True)
 
 

@@ -12,7 +12,6 @@ a search goes on after its last row.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from apart import apart
+from tables import add, lines, short
 from torch import Tensor, nn
 from zoo_models import Picked, declare_torchvision_ops, new
 
@@ -199,7 +199,7 @@ def following(last: Row | None) -> int:
 
 def page(rows: Sequence[Row]) -> str:
     """A line for each model and resolution."""
-    lines = [HEAD]
+    told = [HEAD]
     for (name, label), one in _grouped(rows).items():
         first, last = one[0], one[-1]
         alone = f"{first['peak'] / 1e9:,.1f}" if "peak" in first else "-"
@@ -210,13 +210,11 @@ def page(rows: Sequence[Row]) -> str:
             sent = f"{last['bytes'] / 1e9:,.2f}" if last["devices"] > 1 else "0"
             cells += [str(last["devices"]), layout, f"{last['peak'] / 1e9:,.1f}", sent]
         else:
-            why = last["result"].replace("|", "/").rpartition("site-packages/")
-            why = " ".join((why[0].rpartition("(")[0] + "(" + why[2] if why[1] else why[2]).split())
-            cells += [f"not on {last['devices']}: {why[:160]}", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
+            cells += [f"not on {last['devices']}: {short(last['result'], 160)}", "", "", ""]
+        told.append("| " + " | ".join(cells) + " |")
     gathers = {r["model"]: r["gathers"] for r in rows if r.get("gathers")}
-    lines += ["", *(f"{k} gathers: {', '.join(v)}." for k, v in gathers.items())]
-    return "\n".join(lines).rstrip() + "\n"
+    told += ["", *(f"{k} gathers: {', '.join(v)}." for k, v in gathers.items())]
+    return "\n".join(told).rstrip() + "\n"
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -236,21 +234,18 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=200.0, help="seconds for one plan")
     parser.add_argument("--docs", type=Path, help="write the table of --rows to this file")
     options = parser.parse_args()
-    text = options.rows.read_text() if options.rows.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines() if line]
+    rows = lines(options.rows)
     if options.docs:
         options.docs.write_text(page(rows))
         return
     declare_torchvision_ops()
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["model"], r["at"]): r for r in rows}
     for model in MODELS:
         if options.names and not any(model.name.startswith(n) for n in options.names):
             continue
         for label, shape in model.at:
             for row in fewest(model, label, shape, options.limit, done.get((model.name, label))):
-                with options.rows.open("a") as f:
-                    f.write(json.dumps(row) + "\n")
+                add(options.rows, row)
                 told = f"{row['result'][:200]} {row.get('peak', 0) / 1e9:.1f} GB"
                 print(f"{model.name:44} {label:16} {row['devices']:4} {told}", flush=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tables import short
+
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
 COLUMNS = (
@@ -101,6 +103,4 @@ def _cell(column: str, row: Row, runs: Row) -> tuple[str, bool, str]:
         how = [h for h in ("fp32", "rounding") if h in row.get("how", "")]
         text = {"right": "yes", "planned": "yes"}.get(result, result)
         return " ".join([text, *how]), True, ""
-    said = " ".join(result.split()).replace("|", "/").replace(f"{ROOT}/", "")
-    where = said.rpartition("site-packages/")
-    return "no", False, (where[0].rpartition("(")[0] + "(" + where[2] if where[1] else said)[:300]
+    return "no", False, short(result.replace(f"{ROOT}/", ""), 300)
