@@ -44,11 +44,11 @@ def class_of(func: Any, args: Sequence[Any]) -> str:
     found = _CLASS.get(name, "pointwise")
     if found == "gemm":
         return "gemm, complex" if args[0].is_complex() else found
-    at = _GROUPS.get(name)
-    if at is None:
+    if name not in _GROUPS:
         return found
-    deep = ", 3-D" if args[0].ndim > 4 else ""
-    return f"{found}, groups" if groups_of(func, args) > 1 else f"{found}{deep}"
+    if groups_of(func, args) > 1:
+        return f"{found}, groups"
+    return f"{found}, 3-D" if args[0].ndim > 4 else found
 
 
 def groups_of(func: Any, args: Sequence[Any]) -> int:
@@ -150,9 +150,7 @@ class Device:
             return self._measured(flop, moved, dtype, kind)
         bits = min((b for b in self.flops if b >= 8 * dtype.itemsize), default=max(self.flops))
         compute, memory = flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth
-        longest = max(compute, memory, self.launch)
-        name = "launch" if longest == self.launch else "compute" if longest == compute else "memory"
-        return name, longest
+        return self._limit(compute, memory), max(compute, memory, self.launch)
 
     def _measured(
         self, flop: float, moved: float, dtype: torch.dtype, kind: str
@@ -163,9 +161,12 @@ class Device:
         wide = 8 if dtype.is_complex else 4
         compute = rate.flop * flop * max(1.0, dtype.itemsize / wide)
         memory = rate.seconds(0, moved)
+        return self._limit(compute, memory), compute + memory + self.launch
+
+    def _limit(self, compute: float, memory: float) -> str:
+        """What takes longest."""
         longest = max(compute, memory, self.launch)
-        name = "launch" if longest == self.launch else "compute" if longest == compute else "memory"
-        return name, compute + memory + self.launch
+        return "launch" if longest == self.launch else "compute" if longest == compute else "memory"
 
 
 def measured_here(ranks: int) -> Device:
