@@ -159,6 +159,8 @@ UNSEEN = {
     "channel_shuffle, no groups": lambda x: torch.channel_shuffle(x[:, :, None], 0),
     "channel_shuffle, dims": lambda x: torch.channel_shuffle(x, 2),
     "einsum, dtypes": lambda x: torch.einsum("ij,jk->ik", x, torch.ones(6, 2)),
+    "bmm, dtypes": lambda x: torch.bmm(x[:, :, None], x[:, None].float()),
+    "matmul, dtypes": lambda x: x[:, None] @ torch.ones(4, 6, 2),
     "bilinear, dtypes": lambda x: F.bilinear(x, x, torch.ones(3, 6, 6)),
 }
 

@@ -67,7 +67,7 @@ def _linear(spec: Spec, weight: torch.Size) -> tuple[Spec, str | None]:
     return out, comm.group(spec.mesh, spec.varying) if spec.varying else None
 
 
-# shards without elements find no kernel missing
+# shards without elements find no kernel missing, nor two dtypes
 _NO_KERNEL = {torch.bool, torch.uint16, torch.uint32, torch.uint64}
 
 
@@ -91,7 +91,9 @@ def dot(input: Tensor, tensor: Tensor) -> Tensor:
 def _dense(op: Any, input: Tensor, other: Tensor) -> Tensor:
     if not input.ndim or not other.ndim:
         raise RuntimeError(f"{op.__name__}: both arguments need to be at least 1D")
-    if input.dtype in _NO_KERNEL:
+    if input.dtype in _NO_KERNEL or (
+        input.dtype != other.dtype and not torch.is_autocast_enabled(input.device.type)
+    ):
         tried(op, input, other)
     return _product(op, input, other, False)
 
