@@ -155,3 +155,41 @@ def test_what_is_sent_and_kept(small, monkeypatch):
         assert sum(back) == n * row
         # the window keeps a copy of 12 rows; else the 10 rows themselves and 3 beside each rim
         assert kept <= (12 if small else 10 + 6) * row
+
+
+def several_times(x, w):
+    """Gradients of gradients of gradients, beside the result: each exchange meets its own."""
+    y = F.conv1d(x, w, stride=1).tanh()
+    gx, gw = torch.autograd.grad(y.square().sum(), [x, w], create_graph=True)
+    (again,) = torch.autograd.grad(gx.square().sum() + gw.square().sum(), x, create_graph=True)
+    return y, gx, gw, again
+
+
+@pytest.mark.parametrize("cut", [(8, 8), (4, 4, 4, 4), (1, 9, 6), (5, 0, 1, 10)])
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_rows_of_one_neighbour_only(kernel, cut, taken):
+    """Where a rank gets none, it sends gradients of any order all the same."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*s, dtype=D, generator=g) for s in ((2, 1, 16), (2, 1, kernel)))
+    T.hold(several_times, [x, w], [T.shard(2, cut), None], (len(cut),))
+    assert taken
+
+
+def read_after_a_write(x):
+    y = x * 1
+    windows = y.unfold(0, 2, 1)
+    y.add_(1)
+    return windows * 2
+
+
+@pytest.mark.parametrize("cut", [(6, 6), (1, 10, 0, 1), (5, 2, 2, 3)])
+def test_windows_are_copies_on_all_ranks_or_none(cut, taken):
+    x = torch.randn(12, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        s = st.distribute_tensor(x, T.make_mesh((len(cut),)), [Shard(0)], sizes={0: cut})
+        with pytest.raises(st.UnsupportedOpError, match="take it anew"):
+            read_after_a_write(s)
+
+    st.simulate(len(cut), run)
+    assert taken

@@ -74,7 +74,7 @@ def overlapped(
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
     pieces = apply(_Cut, x, d, (*sent, *ranges))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
-    coming = apply(_Begin, way, x, *parts)
+    coming = apply(_Begin, way, x, x, *parts)
     middle = op(inner) if first < last else None
     came, *rows = apply(_End, way, coming)
     before, after = _around(plan, me, rows, x, d, fill)
@@ -190,11 +190,15 @@ def _resized(like: Tensor, d: int, n: int) -> list[int]:
 
 
 class _Begin(torch.autograd.Function):
-    """A tensor that stands for what is on its way."""
+    """A tensor that stands for what is on its way.
+
+    tie: what gets a gradient of zeros, by which this is differentiated again on every rank; one
+    that gets nothing back sends all the same then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, route: Route, like: Tensor, *parts: Tensor) -> Tensor:
-        ctx.route = route
+    def forward(ctx: Any, route: Route, like: Tensor, tie: Tensor, *parts: Tensor) -> Tensor:
+        ctx.route, ctx.shape = route, tie.shape
         token: Any = like.new_zeros(1)
         token.arrived = start(route, like, parts)
         token.row = like.new_empty(_resized(like, route.dim, 0))
@@ -202,7 +206,10 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
-        return None, None, *apply(_End, ctx.route.back(), token)[1:]
+        came, *rows = apply(_End, ctx.route.back(), token)
+        again = torch.is_grad_enabled()
+        tied = came.reshape([1] * len(ctx.shape)).expand(ctx.shape) if again else None
+        return None, None, tied, *rows
 
 
 class _End(torch.autograd.Function):
@@ -214,8 +221,8 @@ class _End(torch.autograd.Function):
         return token.new_zeros(1), *token.arrived()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> Any:
-        return None, apply(_Begin, ctx.route.back(), ctx.like, *grads)
+    def backward(ctx: Any, tie: Tensor, *grads: Tensor) -> Any:
+        return None, apply(_Begin, ctx.route.back(), ctx.like, tie, *grads)
 
 
 class _Join(torch.autograd.Function):
@@ -231,4 +238,6 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return None, g.new_zeros(1), *g.split(ctx.sizes, ctx.d)
+        again = torch.is_grad_enabled()
+        tie = g.narrow(ctx.d, 0, 0).sum().reshape(1) if again else g.new_zeros(1)
+        return None, tie, *g.split(ctx.sizes, ctx.d)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _torch
 from ..cache import cached
 from ..dispatch.writes import stands_for_view
 from ..spec import Dim, Spec, whole_dims
@@ -126,10 +127,11 @@ def sliding(
     padded = any(s.before for _, s in known)
     y = slide(x._local, spec, lies, (lambda rows: op(rows, left)) if padded else op, fill)
     if view and reaches:
-        if all(reach.inside for _, _, reach in reaches) and any(
-            s.stride < s.extent for _, s in known
-        ):
-            # rows of which only the specs of all ranks could tell that they share memory
+        inside = all(reach.inside for _, _, reach in reaches)
+        overlap = any(s.stride < s.extent for _, s in known)
+        if overlap if inside else _torch.storage(y)._cdata == _torch.storage(x._local)._cdata:
+            # rows of which only the specs of all ranks could tell that they share memory; a rank
+            # that needs no others' has a copy, as all have
             y = y.clone()
         stands_for_view(y, x._local, view)
     new = dict(dims)
