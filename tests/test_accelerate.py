@@ -192,6 +192,23 @@ for options in ({}, {"fsdp": "all"}):
     accelerator.save_model(net, f"{folder}/model{len(options)}")
     accelerator.wait_for_everyone()
     assert os.listdir(f"{folder}/model{len(options)}") == ["model.safetensors"]
+# an optimizer that has moments keeps them
+for options in ({}, {"fsdp": "all"}):
+    net, optimizer, _ = made()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    had = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    accelerator = Accelerator(cpu=True, domain=domain, options=options)
+    net, prepared = accelerator.prepare(net, optimizer)
+    found = prepared.state_dict()
+    if accelerator.is_main_process:
+        state = found["state"]
+        assert [s["step"] for s in state.values()] == [1] * len(had)
+        assert all(torch.equal(s["exp_avg"], m) for s, m in zip(state.values(), had, strict=True))
+net, optimizer, _ = made()
+accelerator.prepare(net)
 # made before the parameters were replaced, and not prepared with them
 optimizer = accelerator.prepare(optimizer)
 try:

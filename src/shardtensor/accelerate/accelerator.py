@@ -134,13 +134,20 @@ class Accelerator(accelerate.Accelerator):
             if isinstance(model, nn.Module)
             for name, p in model.named_parameters()
         }
+        inner = [getattr(x, "optimizer", x) for x in args]
+        states = {x: x.state_dict() for x in inner if isinstance(x, Optimizer)}
         prepared = super().prepare(*args, device_placement=device_placement)
-        made = {p: model.get_parameter(name) for p, (model, name) in before.items()}
-        for x in args:
-            optimizer = getattr(x, "optimizer", x)
-            if isinstance(optimizer, Optimizer):
-                for group in optimizer.param_groups:
-                    group["params"] = [made.get(p, p) for p in group["params"]]
+        made: dict[Any, nn.Parameter] = {
+            p: model.get_parameter(name) for p, (model, name) in before.items()
+        }
+        for optimizer, state in states.items():
+            for group in optimizer.param_groups:
+                group["params"] = [made.get(p, p) for p in group["params"]]
+            if any(made.get(p, p) is not p for p in optimizer.state):
+                # moments of parameters that are now in shards
+                optimizer.state.clear()
+                own = next(o for o in self._optimizers if o.optimizer is optimizer)
+                own.load_state_dict(state)
         return prepared
 
     def prepare_model(
