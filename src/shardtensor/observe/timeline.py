@@ -61,12 +61,12 @@ class Timeline(Shown):
         while the rank computes it is a bound: it need not have waited.
         """
         return {
-            rank: [max(came.values()) - came[rank] for came in met]
+            rank: [came[last] - came[rank] for came, last in met]
             for rank, met in self._met().items()
         }
 
-    def _met(self) -> dict[int, list[dict[int, float]]]:
-        """For each rank and collective: when each of the ranks came to it."""
+    def _met(self) -> dict[int, list[tuple[dict[int, float], int]]]:
+        """For each rank and collective: when each of the ranks came to it, and who was last."""
         came: dict[tuple[Any, int], dict[int, float]] = {}
         found: dict[int, list[dict[int, float]]] = {}
         for p in self.parts:
@@ -77,15 +77,16 @@ class Timeline(Shown):
                 met = came.setdefault((s.peers, number), {})
                 met[p.rank] = s.begin - p.offset
                 mine.append(met)
-        return found
+        # once for all ranks of a collective
+        last = {id(met): max(met, key=met.__getitem__) for met in came.values()}
+        return {rank: [(met, last[id(met)]) for met in mine] for rank, mine in found.items()}
 
     def waited_for(self) -> dict[tuple[int, int], float]:
         """(rank, the rank that came last): seconds that the first waited for the second."""
         found: dict[tuple[int, int], float] = {}
         met = self._met()
         for p in self.parts:
-            for s, came in zip(p.sent, met[p.rank], strict=True):
-                last = max(came, key=came.__getitem__)
+            for s, (came, last) in zip(p.sent, met[p.rank], strict=True):
                 if last != p.rank:
                     wait = min(came[last] - came[p.rank], s.seconds)
                     found[p.rank, last] = found.get((p.rank, last), 0.0) + wait
