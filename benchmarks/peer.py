@@ -198,7 +198,8 @@ def main() -> None:
         print(f"{name}, forward and step over the ideal")
         for who in list(WHO)[1:]:
             both = [ratio(ranks, who, kind) for kind in ("forward", "step")]
-            print(f"    {who:18} {both[0]:>8}  {both[1] if both[1] != both[0] else ''}", flush=True)
+            said = both if both[0][0].isdigit() else dict.fromkeys(both)
+            print(f"    {who:18} {'  '.join(f'{b:>8}' for b in said)}", flush=True)
 
 
 if __name__ == "__main__":
