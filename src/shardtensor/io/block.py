@@ -18,6 +18,7 @@ from ..errors import UnsupportedOpError
 from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from .ahead import Forked
 from .chunks import Cut, chunked, heed
 from .source import Range, Source, numbers, open_array
 
@@ -52,12 +53,18 @@ def read(
 
 
 def placed(local: Tensor, spec: Spec) -> ShardTensor:
-    """This rank's block, from the CPU, as a ShardTensor on the mesh's device."""
-    if get_worker_info() is not None:
+    """This rank's block, from the CPU, as a ShardTensor on the mesh's device.
+
+    In a process of a Loader it stays on the CPU; the loader moves it.
+    """
+    worker = get_worker_info()
+    if worker is not None and isinstance(worker.dataset, Forked):
+        return wrap(local, spec)
+    if worker is not None:
         raise UnsupportedOpError(
             f"a ShardTensor of {spec} in a worker of torch's DataLoader: processes send each other "
-            "plain tensors only. Give the dataset to io.Loader, which reads ahead in a thread, or "
-            "return io.read_block and wrap it outside with ShardTensor.from_local"
+            "plain tensors only. Give the dataset to io.Loader(workers=...), or return "
+            "io.read_block and wrap it outside with ShardTensor.from_local"
         )
     return wrap(local.to(torch.device(spec.mesh.device_type)), spec)
 

@@ -45,14 +45,23 @@ def collate(samples: Sequence[Any]) -> Any:
 
 def moved(x: Any, device: torch.device) -> Any:
     """x on the device; from pinned memory to a GPU, without waiting."""
+
+    def on_device(v: Any) -> Any:
+        if isinstance(v, ShardTensor):
+            return wrap(on_device(v.to_local()), v.spec)
+        if not isinstance(v, Tensor) or v.device.type == device.type:
+            return v
+        return v.pin_memory().to(device, non_blocking=True)
+
+    return with_leaves(x, on_device)
+
+
+def with_leaves(x: Any, fn: Callable[[Any], Any]) -> Any:
+    """A batch like this one with fn of what its containers hold."""
     parts = _parts(x)
-    if parts is not None:
-        return _with_parts(x, [moved(v, device) for v in parts.values()])
-    if isinstance(x, ShardTensor):
-        return wrap(moved(x.to_local(), device), x.spec)
-    if not isinstance(x, Tensor) or x.device.type == device.type:
-        return x
-    return x.pin_memory().to(device, non_blocking=True)
+    if parts is None:
+        return fn(x)
+    return _with_parts(x, [with_leaves(v, fn) for v in parts.values()])
 
 
 def _parts(x: Any) -> dict[Any, Any] | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 from zlib import crc32
@@ -17,11 +15,15 @@ from torch.utils.data import DistributedSampler
 
 from .. import comm
 from ..comm import wire
-from .collate import collate, moved
+from .ahead import Failed, InProcesses, InThread, Samples
+from .collate import moved
+
+# what ranks tell each other of a batch: 0, or that time is over, or
+_FAILED = 2
 
 
 class Dataset(Protocol):
-    """What a loader reads. Reading a sample must not communicate: it happens in a thread."""
+    """What a loader reads. Reading a sample must not communicate: a thread or process does it."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Any: ...
@@ -88,7 +90,7 @@ class DomainSampler(DistributedSampler[int]):
 
 
 class Loader:
-    """Batches of a dataset, read ahead in a thread; one epoch for each `iter`.
+    """Batches of a dataset, read ahead in a thread or in processes; one epoch for each `iter`.
 
     batch_size: of one domain group. sampler: default a DomainSampler of the dataset, which leaves
     out the samples that fill no round of batches, unless all of them are fewer than that; another
@@ -96,6 +98,12 @@ class Loader:
     (or without the attribute) unset, the last batch may be smaller. prefetch: how many batches wait
     ready; 0 reads when asked. Batches are what `collate` makes, on the mesh's device, copied from
     pinned memory where that is a GPU. progress: a bar on the first rank (extra `demo`).
+
+    workers: processes that read, forked at each `iter`, in place of the thread, with the dataset as
+    it is then; each sample's draws of torch, NumPy and random follow from its number and the epoch.
+    timeout: seconds after which a batch that is waited for counts as one that cannot be read.
+    budget: seconds from now; the first batch that a rank has later than that ends the iteration on
+    every rank, `over` is True, and state_dict() is that of a run to be resumed.
 
     A sample that cannot be read raises RuntimeError with its number on every rank: each batch costs
     one all-reduce of a byte for that. Each epoch costs an all-gather of a few numbers: ValueError
@@ -113,9 +121,16 @@ class Loader:
         sampler: Any = None,
         prefetch: int = 2,
         progress: bool = False,
+        workers: int = 0,
+        timeout: float | None = None,
+        budget: float | None = None,
     ) -> None:
-        if batch_size < 1 or prefetch < 0:
-            raise ValueError(f"batch_size {batch_size}, prefetch {prefetch}")
+        if batch_size < 1 or prefetch < 0 or workers < 0:
+            raise ValueError(f"batch_size {batch_size}, prefetch {prefetch}, workers {workers}")
+        if timeout is not None and (timeout <= 0 or not prefetch + workers):
+            raise ValueError(
+                f"timeout {timeout}, prefetch {prefetch}: more than 0 s, and batches read ahead"
+            )
         self.dataset, self.mesh, self.batch_size = dataset, mesh, batch_size
         if sampler is None:
             sampler = DomainSampler(len(dataset), mesh, drop_last=False)
@@ -127,7 +142,9 @@ class Loader:
                 f"{len(self.sampler)} samples of a domain group make no batch of {batch_size}: "
                 "take a smaller batch_size, or a sampler with drop_last=False"
             )
-        self.prefetch, self.progress = prefetch, progress
+        self.prefetch, self.progress, self.workers = prefetch, progress, workers
+        self.timeout, self.budget, self.over = timeout, budget, False
+        self._began, self._read = time.monotonic(), 0
         self.device = torch.device(mesh.device_type)
         self.done, self.waited = 0, 0.0
         self._turn: object = None
@@ -147,8 +164,12 @@ class Loader:
 
     @property
     def bytes_read(self) -> int | None:
-        """What this rank has read, if the dataset tells."""
-        return getattr(self.dataset, "bytes_read", None)
+        """What this rank has read, if the dataset tells; its processes included."""
+        here = getattr(self.dataset, "bytes_read", None)
+        return None if here is None else here + self._read
+
+    def _count(self, nbytes: int) -> None:
+        self._read += nbytes
 
     @property
     def _round(self) -> int:
@@ -198,10 +219,9 @@ class Loader:
             for i in range(self.done, len(self))
         ]
         mine = self._turn = object()
-        read = _Ahead(self._batch, batches, self.prefetch) if self.prefetch else None
-        source = read if read is not None else map(self._batch, batches)
+        source = self._source(batches)
         try:
-            for found in self._watched(source, len(batches)):
+            for found in self._watched(source, batches):
                 self.done += 1
                 yield moved(found, self.device)
                 if self._turn is not mine:
@@ -210,8 +230,22 @@ class Loader:
                         "batches: one at a time, or a Loader for each"
                     )
         finally:
-            if read is not None:
-                read.close()
+            if isinstance(source, InThread | InProcesses):
+                source.close()
+
+    def _source(self, batches: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """What makes the batches."""
+        make = Samples(self.dataset).__getitem__
+        if self.workers and batches:
+            seed = f"{getattr(self.sampler, 'seed', 0)} {self.epoch}"
+            return InProcesses(
+                self.dataset, batches, self.workers, self.prefetch, self.timeout, seed, self._count
+            )
+        return (
+            InThread(make, batches, self.prefetch, self.timeout)
+            if self.prefetch
+            else map(make, batches)
+        )
 
     def _same(self, order: Sequence[int]) -> None:
         """Raise ValueError on every rank unless the ranks of each domain group read the same
@@ -247,26 +281,20 @@ class Loader:
     def _group(self) -> str:
         return comm.group(self.mesh, tuple(range(self.mesh.ndim)))
 
-    def _batch(self, indices: Sequence[int]) -> Any:
-        """The samples as one batch, or the exception that one of them raised."""
-        samples, at = [], indices[0]
-        try:
-            for at in indices:
-                samples.append(self.dataset[at])
-            return collate(samples)
-        except Exception as e:
-            return _Failed(at, e)
-
-    def _watched(self, source: Any, total: int) -> Iterator[Any]:
+    def _watched(self, source: Iterator[Any], batches: Sequence[Sequence[int]]) -> Iterator[Any]:
         """What the source gives, timed, with a bar if asked for; raises where any rank failed."""
-        bar = self._bar(total)
+        bar = self._bar(len(batches))
         try:
-            source = iter(source)
-            for _ in range(total):
+            for indices in batches:
                 begin = time.perf_counter()
-                found = next(source)
+                try:
+                    found = next(source)
+                except Exception as e:
+                    # late, or a process that ended
+                    found = Failed(indices[0], e)
                 self.waited += time.perf_counter() - begin
-                self._agree(found if isinstance(found, _Failed) else None)
+                if self._agree(found if isinstance(found, Failed) else None):
+                    return
                 yield found
                 if bar is not None:
                     bar.advance(bar.task_ids[0])
@@ -274,17 +302,21 @@ class Loader:
             if bar is not None:
                 bar.stop()
 
-    def _agree(self, failed: _Failed | None) -> None:
+    def _agree(self, failed: Failed | None) -> bool:
+        """Whether the time is over on any rank. Raises RuntimeError where a batch failed on any."""
         group = self._group()
-        bad = failed is not None
+        self.over = self.budget is not None and time.monotonic() - self._began > self.budget
+        told = _FAILED if failed is not None else int(self.over)
         if comm.size(group) > 1:
-            flag = torch.tensor([bad], device=self.device)
-            bad = bool(wire.all_reduce([flag], "max", group)[0])
+            flag = torch.tensor([told], dtype=torch.uint8, device=self.device)
+            told = int(wire.all_reduce([flag], "max", group)[0])
         if failed is not None:
             why = str(failed.error) or type(failed.error).__name__
             raise RuntimeError(f"sample {failed.index}: {why}") from failed.error
-        if bad:
+        if told == _FAILED:
             raise RuntimeError("another rank could not read its part of a sample")
+        self.over = bool(told)
+        return self.over
 
     def _bar(self, total: int) -> Any:
         if not self.progress or comm.rank(self._group()):
@@ -295,45 +327,3 @@ class Loader:
         bar.add_task(f"epoch {self.epoch}", total=total)
         bar.start()
         return bar
-
-
-class _Failed:
-    def __init__(self, index: int, error: BaseException) -> None:
-        self.index, self.error = index, error
-
-
-class _Ahead:
-    """fn of each item in turn, computed in a thread, at most `most` results ahead."""
-
-    def __init__(self, fn: Callable[[Any], Any], items: Sequence[Any], most: int) -> None:
-        self.ready: queue.Queue[Any] = queue.Queue(most)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(fn, items), daemon=True)
-        self.thread.start()
-
-    def _run(self, fn: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        for item in items:
-            try:
-                found = fn(item)
-            except BaseException as e:
-                # what ends the thread would leave every rank waiting
-                found = _Failed(item[0], e)
-            while not self.stop.is_set():
-                try:
-                    self.ready.put(found, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self.stop.is_set():
-                return
-
-    def __iter__(self) -> _Ahead:
-        return self
-
-    def __next__(self) -> Any:
-        return self.ready.get()
-
-    def close(self) -> None:
-        """End the thread; a sample that is being read is waited for."""
-        self.stop.set()
-        self.thread.join()

@@ -1,0 +1,202 @@
+"""Processes that read for a loader, time that is over, and batches that do not come."""
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from forked import ranks
+from samples import Numbers, mesh_of
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor import io
+from shardtensor.io import Loader
+
+SAMPLES = np.random.default_rng(0).normal(size=(9, 5, 4)).astype(np.float32)
+
+
+@dataclass
+class Sample:
+    x: st.ShardTensor
+    noise: torch.Tensor
+    number: int
+    name: str
+
+
+class Fields(Numbers):
+    """Rows of an array of one rank 0, 1, 4 wide or so, and draws of this process."""
+
+    def __init__(self, url, mesh, name=None):
+        super().__init__(len(SAMPLES))
+        self.source, self.mesh = io.open_array(url, name), mesh["domain"]
+        n = self.mesh.size()
+        self.sizes = {0: [5 - (n > 1)] + [0] * (n - 2) + [1] * (n > 1)}
+        # what is open before the processes are
+        self.source.read([(0, 1), (0, 1), (0, 1)])
+
+    @property
+    def bytes_read(self):
+        return self.source.bytes_wanted
+
+    def __getitem__(self, i):
+        x = io.read(self.source, self.mesh, [Shard(0)], index={0: i}, sizes=self.sizes)
+        noise = torch.rand(2) + np.random.rand()
+        return {"one": Sample(x, noise, i, f"s{i}"), "two": (x * 2, SAMPLES[i, 0])}
+
+
+def read(url, name, shape, workers):
+    mesh = mesh_of(shape)
+    data = Fields(url, mesh, name)
+    before = data.bytes_read
+    torch.manual_seed(5)
+    loader = Loader(data, mesh, batch_size=4 // shape[0], workers=workers)
+    found = {}
+    for batch in loader:
+        one, (two, row) = batch["one"], batch["two"]
+        assert type(one) is Sample and one.x.spec == two.spec and one.x.spec.mesh == mesh["domain"]
+        assert one.x.spec.sizes[1] == tuple(data.sizes[0])
+        for k, i in enumerate(one.number.tolist()):
+            assert one.name[k] == f"s{i}"
+            np.testing.assert_array_equal(one.x.full_tensor()[k], SAMPLES[i])
+            np.testing.assert_array_equal(two.full_tensor()[k], SAMPLES[i] * 2)
+            np.testing.assert_array_equal(row[k], SAMPLES[i, 0])
+            found[i] = one.noise[k].tolist()
+    assert loader.done == len(loader) == 2
+    mine = data.sizes[0][mesh.get_local_rank("domain")]
+    assert loader.bytes_read - before == 4 * mine * 4 * len(found)
+    return found, torch.rand(1).item()
+
+
+@pytest.fixture
+def urls(tmp_path):
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    np.save(tmp_path / "a.npy", SAMPLES)
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["t"] = SAMPLES
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    group.create_array("t", data=SAMPLES, chunks=(1, 2, 4))
+    return [(str(tmp_path / n), v) for n, v in [("a.npy", None), ("a.h5", "t"), ("a.zarr", "t")]]
+
+
+@pytest.mark.filterwarnings("ignore:.*times as many")
+def test_processes_give_what_the_thread_gives(urls):
+    known = {}
+    for url, name, shape, workers in [
+        (*urls[0], (1, 1), 1), (*urls[1], (1, 3), 2), (*urls[2], (2, 2), 1), (*urls[2], (1, 2), 2),
+    ]:  # fmt: skip
+        for found, drawn in st.simulate(shape[0] * shape[1], read, url, name, shape, workers):
+            # a sample's draws are the same on all ranks, for any number of them and of processes
+            for i, noise in found.items():
+                assert known.setdefault(i, noise) == noise
+            torch.manual_seed(5)
+            assert drawn == torch.rand(1).item()
+    assert len({tuple(n) for n in known.values()}) == len(known) >= 8
+
+
+SCRIPT = """
+import shardtensor as st
+import test_io_workers
+st.init(domain=-1)
+test_io_workers.read(*sys.argv[1:], (1, 2), 2)
+print("read", flush=True)
+"""
+
+
+@pytest.mark.gloo
+@pytest.mark.filterwarnings("ignore:.*times as many")
+def test_processes_of_ranks(urls, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {os.path.dirname(__file__)!r})\n{SCRIPT}")
+    for program in ranks(script, 2, *urls[2]):
+        code, text = program.ended()
+        assert code == 0 and "read" in text, text
+
+
+class Unsendable(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} {b}")
+
+
+class Bad(Numbers):
+    """Sample 3 cannot be read by rank 1."""
+
+    def __init__(self, mesh, how):
+        super().__init__(6)
+        self.how, self.mine = how, mesh.get_local_rank("domain")
+
+    def __getitem__(self, i):
+        if (i, self.mine) == (3, 1):
+            self.how()
+        return i
+
+
+def bad(how, **options):
+    mesh = mesh_of((1, 2))
+    loader, seen = Loader(Bad(mesh, how), mesh, sampler=range(6), **options), []
+    with pytest.raises(RuntimeError) as caught:
+        for batch in loader:
+            seen += batch.tolist()
+    # of what a process that ends has made, some does not come
+    assert seen == [0, 1, 2][: len(seen)] and (len(seen) == 3 or how is ends)
+    return str(caught.value)
+
+
+def unsendable():
+    raise Unsendable("a disk", "on fire")
+
+
+def ends():
+    os._exit(1)
+
+
+@pytest.mark.parametrize(
+    "how, said", [(unsendable, "sample 3: a disk on fire"), (ends, r"sample \d: .*exited")]
+)
+def test_what_a_process_cannot_read_raises_on_every_rank(how, said):
+    other, mine = st.simulate(2, lambda: bad(how, workers=1))
+    assert other == "another rank could not read its part of a sample"
+    assert re.match(said, mine), mine
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_does_not_come_raises_on_every_rank(workers, monkeypatch):
+    # how long torch waits for a process to end
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    never = threading.Event()
+    other, mine = st.simulate(2, lambda: bad(never.wait, workers=workers, timeout=1.0))
+    never.set()
+    assert other == "another rank could not read its part of a sample"
+    assert mine.startswith("sample 3: ")
+
+
+def test_time_that_is_over_on_one_rank_ends_all_at_one_batch():
+    def run():
+        mesh = mesh_of((1, 3))
+        loader = Loader(Numbers(8), mesh, sampler=range(8), budget=1e6)
+        first = []
+        for i, batch in enumerate(loader):
+            first += batch.tolist()
+            if i == 2 and mesh.get_local_rank("domain") == 1:
+                loader.budget = 0.0
+        assert loader.over and list(loader) == []
+        again = Loader(Numbers(8), mesh, sampler=range(8), budget=1e6)
+        again.load_state_dict(loader.state_dict())
+        second = [i for batch in again for i in batch.tolist()]
+        assert not again.over
+        return first, second
+
+    assert st.simulate(3, run) == [([0, 1, 2], [3, 4, 5, 6, 7])] * 3
+
+
+def test_what_makes_no_sense_is_refused():
+    def run():
+        mesh = mesh_of((1,))
+        for options in ({"workers": -1}, {"timeout": 0}, {"timeout": 1, "prefetch": 0}):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                Loader(Numbers(3), mesh, **options)
+
+    st.simulate(1, run)
