@@ -2,7 +2,8 @@
 
 A new tensor of the shape of x is sharded like x. One of any other shape is a replicated
 ShardTensor: whole on each rank. But where x holds a row for each entry of an index (the messages of
-a graph's edges), a new tensor with a row for each row that was indexed (its nodes) lies as those.
+a graph's edges), a new tensor with a row for each row that was indexed, or put before others that
+were (its nodes), lies as those.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
     spec = x._spec
     if shape != spec.shape:
         dims = list(whole_dims([int(n) for n in shape]))
-        if shape and spec.dims and spec.dims[0].axes and shape[1:] == spec.shape[1:]:
-            rows = indexed.dims.get((spec.mesh, shape[0]))
-            if rows is not None and rows.axes == spec.dims[0].axes:
-                dims[0] = rows
+        other = [d for d, n in enumerate(spec.shape) if len(shape) == x.ndim and n != shape[d]]
+        if len(other) == 1 and spec.dims[other[0]].axes:
+            rows = indexed.dims.get((spec.mesh, dims[other[0]].size))
+            if rows is not None and rows.axes == spec.dims[other[0]].axes:
+                # as x in all other dims: only these rows are others
+                dims = [rows if d == other[0] else n for d, n in enumerate(spec.dims)]
         spec = Spec(spec.mesh, tuple(dims))
     elif spec.partial:
         spec = spec.cotangent

@@ -18,6 +18,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, local_of, reduced
 from . import labels
 from .empty import joined
+from .joined import join, stays
 from .labels import Known
 from .pointwise import align
 from .shape import _index, many
@@ -44,6 +45,10 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     spec, wanted = _cat_plan(known, d)
     dim_out = spec.dims[d]
     own = fit(spec.mesh, spec.varying, *zip(parts, wanted, strict=True))
+    if not skipped and not _torch.is_tracing() and not _torch.transforming():
+        at = tuple(dims[d] for dims in wanted)
+        if dim_out.axes and stays(parts, known, d):
+            return join(own, at, d, spec)
     pieces = list(own)
     if dim_out.axes:
         group = comm.along(spec, d)
