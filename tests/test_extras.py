@@ -84,6 +84,9 @@ except SystemExit as e:
     "lightning": """
 assert st.lightning.DomainParallel(domain=1).domain == 1
 """,
+    "transformers": """
+assert st.transformers.Trainer.__mro__[1].__module__ == "transformers.trainer"
+""",
     "accelerate": """
 assert st.accelerate.Accelerator(cpu=True).num_processes == 1
 """,
@@ -97,6 +100,7 @@ WITHOUT = {
     ),
     "lightning": ("st.lightning", r"shardtensor\[lightning\]"),
     "accelerate": ("st.accelerate", r"shardtensor\[accelerate\]"),
+    "transformers": ("st.transformers", r"shardtensor\[(transformers|accelerate)\]"),
     "yaml": ('st.Options.from_yaml("a.yaml")', r"shardtensor\[yaml\]"),
 }
 

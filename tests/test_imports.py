@@ -31,6 +31,7 @@ LATER = (
     "typer",
     "lightning",
     "accelerate",
+    "transformers",
     "torch_geometric",
     "torch_harmonics",
     "shardtensor.io",

@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import accelerate, checkpoint, compat, lightning  # noqa: F401
+    from . import accelerate, checkpoint, compat, lightning, transformers  # noqa: F401
 else:
     __getattr__ = _moved.later
 _install()

@@ -36,7 +36,7 @@ BEFORE = {
     "trace": "observe.trace",
 }
 # what is imported when it is first asked for
-LATER = ("accelerate", "checkpoint", "compat", "lightning")
+LATER = ("accelerate", "checkpoint", "compat", "lightning", "transformers")
 
 
 def later(name: str) -> ModuleType:

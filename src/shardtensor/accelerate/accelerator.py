@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Accelerator(accelerate.Accelerator):
     def prepare_data_loader(
         self, data_loader: Any, device_placement: Any = None, slice_fn_for_dispatch: Any = None
     ) -> Any:
-        if isinstance(data_loader, Cut):
+        if getattr(data_loader, "_is_accelerate_prepared", False):
             return data_loader
         if self.dispatch_batches:
             raise ValueError("dispatch_batches: each rank reads its samples; leave it unset")
@@ -118,12 +119,21 @@ class Accelerator(accelerate.Accelerator):
             use_stateful_dataloader=self.use_stateful_dataloader,
         )
         self._dataloaders.append(prepared)
-        return Cut(prepared, self, _filled(data_loader) if mine else None)
+        return self._cut(prepared, _filled(data_loader) if mine else None)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         inner = dataloader.loader if isinstance(dataloader, Cut) else dataloader
         filled = getattr(inner, "filled", None)
-        return Cut(super().skip_first_batches(inner, num_batches), self, filled)
+        return self._cut(super().skip_first_batches(inner, num_batches), filled)
+
+    def _cut(self, loader: Any, filled: int | None) -> Any:
+        """A loader whose batches are cut. filled: see `_filled`."""
+        # on the one that Accelerate says is at work
+        loader.filled = filled
+        if self.shard is None:
+            loader._is_accelerate_prepared = True
+            return loader
+        return Cut(loader, self)
 
     # models and optimizers
 
@@ -249,22 +259,17 @@ class Accelerator(accelerate.Accelerator):
             return
         # all of them: what is left would be counted anew, and get the weights of others
         for i, model in enumerate(models):
-            _load(model, Path(folder), f"_{i}" if i else "")
+            load_weights(model, Path(folder), f"_{i}" if i else "")
         models.clear()
 
 
 class Cut:
-    """A prepared DataLoader whose batches are cut for the ranks of a domain.
-
-    filled: of a sampler that deals samples out, see `_filled`.
-    """
+    """A prepared DataLoader whose batches are cut for the ranks of a domain."""
 
     _is_accelerate_prepared = True
 
-    def __init__(self, loader: Any, accelerator: Accelerator, filled: int | None) -> None:
+    def __init__(self, loader: Any, accelerator: Accelerator) -> None:
         self.loader, self._accelerator = loader, accelerator
-        # on the one that Accelerate says is at work
-        loader.filled = filled
 
     def __iter__(self) -> Iterator[Any]:
         assert self._accelerator.mesh is not None
@@ -286,12 +291,24 @@ class Whole(AcceleratedOptimizer):
     """An optimizer of FSDP2's parameters whose state_dict is that of one device."""
 
     models: list[nn.Module]
+    _whole: dict[str, Any] | None = None
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it, after all ranks have entered, a single one may ask for the state_dict."""
+        self._whole = self.state_dict()
+        try:
+            yield
+        finally:
+            self._whole = None
 
     def _model(self) -> nn.Module:
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return next(m for m in self.models if own <= {id(p) for p in m.parameters()})
 
     def state_dict(self) -> dict[str, Any]:
+        if self._whole is not None:
+            return self._whole
         return whole.optimizer_state(self._model(), self.optimizer)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -332,8 +349,8 @@ def _filled(loader: DataLoader[Any]) -> int:
     return max(0, getattr(sampler, "total_size", 0) - len(getattr(sampler, "dataset", ())))
 
 
-def _load(model: nn.Module, folder: Path, ending: str) -> None:
-    """The weights that `save_state` wrote, in either format."""
+def load_weights(model: nn.Module, folder: Path, ending: str = "") -> None:
+    """The weights that `save_state` or a Trainer wrote, in either format."""
     safe = folder / f"{SAFE_MODEL_NAME}{ending}.safetensors"
     if safe.exists() and not whole.is_sharded(model):
         # which knows of tied weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from ..train.options import Options
 from ..train.parallelize import parallelize
 
 try:
+    from lightning.fabric.utilities.seed import pl_worker_init_function
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as e:
@@ -100,6 +102,11 @@ class DomainParallel(DDPStrategy):
 
     def process_dataloader(self, dataloader: Any) -> Any:
         check_dealt(dataloader, self._mesh["data"].size())
+        seeds = int(os.environ.get("PL_SEED_WORKERS", 0))
+        if seeds and getattr(dataloader, "worker_init_fn", True) is None:
+            # as Lightning would, but alike on ranks that share samples
+            group = self._mesh.get_local_rank("data")
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=group)
         return super().process_dataloader(dataloader)
 
     def batch_to_device(

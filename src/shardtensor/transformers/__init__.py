@@ -1,0 +1,5 @@
+"""Transformers: `from shardtensor.transformers import Trainer`, with `domain=` and `shard=`."""
+
+from .trainer import Trainer
+
+__all__ = ["Trainer"]
