@@ -23,8 +23,9 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.attention import rates, strategy
-from shardtensor.attention.blocks import Merge, Rule, forward
+from shardtensor.attention.blocks import Rule, forward
 from shardtensor.attention.cost import Rates, Way, Work, cost
+from shardtensor.attention.merge import Merge
 from shardtensor.attention.usp import fits
 from shardtensor.comm import groups, wire
 from shardtensor.ranks.testing import make_mesh, run_workers

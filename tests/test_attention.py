@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor._torch import Block
 from shardtensor._torch import attention as kernels
 from shardtensor.attention import blocks, ring, strategy
 from shardtensor.attention.schedule import laid, pieces
@@ -151,10 +152,12 @@ def test_cuda_kernels_take_their_arguments():
             meta = {"dtype": torch.bfloat16, "device": "meta"}
             query = torch.empty(2, 4, 33, head, **meta)
             key, value = (torch.empty(2, groups, 40, n, **meta) for n in (head, width))
-            out, lse = kernel.forward(query, key, value, None, False, 0.1)
-            grads = kernel.backward(out, query, key, value, None, out, lse, False, 0.1)
-            assert out.shape == (2, 4, 33, width) and lse.shape == out.shape[:3]
-            assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
+            biases = [None] if kernel is kernels._FLASH_CUDA else [None, query.new_empty(33, 40)]
+            for block in (Block(0.1, bias) for bias in biases):
+                out, lse = kernel.forward(query, key, value, block)
+                grads = kernel.backward(out, query, key, value, out, lse, block, False)[:3]
+                assert out.shape == (2, 4, 33, width) and lse.shape == out.shape[:3]
+                assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
 
 
 @pytest.mark.parametrize("head, width", [(5, 3), (8, 12), (16, 16)])
@@ -166,8 +169,9 @@ def test_heads_of_any_width_are_padded(head, width):
     wanted = torch.autograd.grad(whole, (query, key, value), g)
     with torch.no_grad():
         kernel = kernels._padded(kernels._FLASH_CPU)
-        out, lse = kernel.forward(query, key, value, None, False, head**-0.5)
-        found = kernel.backward(g, query, key, value, None, out, lse, False, head**-0.5)
+        block = Block(head**-0.5)
+        out, lse = kernel.forward(query, key, value, block)
+        found = kernel.backward(g, query, key, value, out, lse, block, False)[:3]
     for a, b in zip((out, *found), (whole, *wanted), strict=True):
         torch.testing.assert_close(a, b)
 

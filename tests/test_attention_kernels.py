@@ -201,21 +201,32 @@ KERNELS = {0: None, 1: kinds._FLASH_CUDA, 2: kinds._EFFICIENT_CUDA}
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("rows, keys", [(64, 64), (33, 49), (1, 7), (128, 130)])
 @pytest.mark.parametrize("width", [64, 72, 128])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+@pytest.mark.parametrize("masked", [None, "bool", "numbers", "learnt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, width, rows, keys):
+def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, drop, width, rows, keys):
     torch.backends.cuda.enable_cudnn_sdp(False)
     made = dict(device="cuda", dtype=dtype)
     q = torch.zeros(2, 4, rows, width, **made)
     k = v = torch.zeros(2, 4, keys, width, **made)
-    mask = torch.ones(2, 1, rows, keys, device="cuda", dtype=torch.bool) if masked else None
-    plain = torch._fused_sdp_choice(q, k, v, mask, 0.0, False)
-    rule = blocks.Rule(width**-0.5)
+    mask, learnt = None, masked == "learnt"
+    if masked:
+        # rows that begin where the kernels ask, as plain attention has them to
+        mask = torch.ones(2, 1, rows, keys + -keys % 16, device="cuda")[..., :keys]
+        mask = mask.to(torch.bool if masked == "bool" else dtype).requires_grad_(learnt)
+    plain = torch._fused_sdp_choice(q, k, v, mask, drop, False)
+    rule = blocks.Rule(width**-0.5, drop=drop, seed=2**62)
     assert blocks._fused(q, k, v, mask, rule) is KERNELS[plain]
     if not plain:
         return
-    out, sums = blocks.forward(q, k, v, mask, rule)
+    drawn = torch.cuda.get_rng_state()
+    top = blocks.top_of(mask)
+    out, sums = blocks.forward(q, k, v, mask, rule, top)
     both = sums if sums.ndim == 4 else torch.stack((sums, torch.ones_like(sums)))
     settled = blocks.settled(both)
-    found = blocks.backward(out.to(dtype), q, k, v, mask, out.to(dtype), settled, rule, False)
+    assert blocks._fused(q, k, v, mask, rule, learnt) is KERNELS[plain]
+    found = blocks.backward(out.to(dtype), q, k, v, mask, out.to(dtype), settled, rule, learnt)
     assert [x.shape for x in found[:3]] == [q.shape, k.shape, v.shape]
+    assert (found[3].shape == mask.shape) if learnt else found[3] is None
+    # nothing is drawn from others' generator
+    assert torch.equal(torch.cuda.get_rng_state(), drawn)

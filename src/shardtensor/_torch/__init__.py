@@ -5,7 +5,7 @@ name.
 """
 
 from . import flex
-from .attention import AttentionKernel, attention_kernel
+from .attention import AttentionKernel, Block, attention_kernel
 from .autograd import (
     apply,
     c_grad_fn,
@@ -77,6 +77,7 @@ from .world import all_gather_flat, at_uncaught, default_store, threaded_world
 
 __all__ = [
     "AttentionKernel",
+    "Block",
     "OpOverload",
     "OpOverloadPacket",
     "all_gather_flat",

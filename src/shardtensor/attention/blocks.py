@@ -27,6 +27,8 @@ from .._torch import probe
 CHUNK = 1 << 22
 # log-sum-exps beyond this have lost digits of the sums that they stand for
 COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
+# scores to which kernels, which compute powers of two, may add up none
+HUGE = -1e38
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,77 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, dead: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    top: Tensor | None = None,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of a block, by a fused kernel where one takes it.
 
-    dead: the rows (B or 1, H or 1, L or 1) that an additive mask hides from the keys of all blocks.
+    top: of an additive mask the largest number for the keys of all blocks (B or 1, H or 1, L or 1).
+    alone: whether this is the only block.
     """
     kernel = _fused(q, k, v, mask, rule)
     if kernel is None:
         return _plain_forward(q, k, v, mask, rule)
-    bias = _bias(mask, q.dtype)
-    out, lse = kernel.forward(q, k, v, bias, rule.triangle, rule.scale)
-    if bias is None and not _looked_at(lse):
+    block = _block(mask, q.dtype, rule)
+    out, lse = kernel.forward(q, k, v, block)
+    if block.bias is None and not _looked_at(lse):
         return out, lse
     hidden = None
-    if bias is not None:
-        most = bias.amax(-1)
+    sums = torch.stack((lse, torch.ones_like(lse)))
+    if block.bias is not None:
+        most = block.bias.amax(-1)
         most = most.view(*[1] * (3 - most.ndim), *most.shape)
-        # torch 2.13's CPU kernel gives 0 as the log-sum-exp of a row that sees no key
-        lse = torch.where(most == -inf, -inf, lse)
+        # some kernels, torch 2.13's for CPUs, give 0 as the log-sum-exp of a row that sees no key
+        sums[0].masked_fill_(most == -inf, -inf)
         if not _looked_at(lse):
             # whatever a kernel gives there, it counts nothing
             out = out.masked_fill((most == -inf).unsqueeze(-1), 0.0)
+            if top is None or alone:
+                return out, sums
+            # a kernel may take numbers of such size for -inf, and gives 0 then, too
+            sums[0].masked_fill_(most < HUGE, -inf)
+            return out, _counted(q, k, block, top, sums)
         # what another block outweighs by far needs no digits
-        hidden = (most < -COARSE[lse.dtype]) & ~dead if dead is not None else None
-    sums = torch.stack((lse, torch.ones_like(lse)))
-    rows = coarse_rows(lse, hidden)
+        coarse = COARSE[lse.dtype]
+        hidden = (most < -coarse) & (top >= -coarse) if top is not None else None
+    rows = coarse_rows(sums[0], hidden)
     if rows is not None:
         again = _plain_forward(*_part(rows, q, k, v, mask, rule))
         out = out.index_copy(2, rows, again[0].to(out.dtype))
         sums = sums.index_copy(3, rows, again[1])
     return out, sums
+
+
+def _counted(q: Tensor, k: Tensor, block: _torch.Block, top: Tensor, sums: Tensor) -> Tensor:
+    """sums that have their digits where a mask of such numbers hides all keys, without a look.
+
+    A kernel counts what the keys weigh beside one more key whose score is `top` in those rows: so
+    scores are rounded as in the attention itself.
+    """
+    bias, size = block.bias, 1 << 14
+    assert bias is not None
+    keys = torch.cat((k, torch.zeros_like(k[:, :, :1])), 2)
+    values = k.new_zeros((*keys.shape[:3], 8))
+    values[:, :, :-1, 0] = size
+    values[:, :, -1, 1] = size
+    rows = (top.abs() > COARSE[sums.dtype]) & (top > -inf)
+    last = top.to(bias.dtype).masked_fill(~rows, -inf).unsqueeze(-1)
+    lead = torch.broadcast_shapes(bias.shape[:-1], last.shape[:-1])
+    both = torch.cat((bias.expand(*lead, k.shape[2]), last.expand(*lead, 1)), -1)
+    counter = _torch.attention_kernel(q, keys, values, both, False)
+    assert counter is not None
+    found, _ = counter.forward(q, keys, values, _torch.Block(block.scale, both))
+    own, other = found[..., :2].to(sums.dtype).unbind(-1)
+    # nothing at all: the kernel takes numbers of such size for -inf
+    weighs = own + other > 0
+    sums[0] = torch.where(rows, torch.where(weighs, top.to(sums.dtype), -inf), sums[0])
+    sums[1] = torch.where(rows, torch.where(weighs, own / other, 0.0), 1.0)
+    return sums
 
 
 def backward(
@@ -95,7 +137,7 @@ def backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask) of a block, given out and `settled` sums over all keys."""
-    kernel = None if mask_grad else _fused(q, k, v, mask, rule)
+    kernel = _fused(q, k, v, mask, rule, mask_grad)
     lse = sums[2]
     if kernel is None:
         if not rule.exact:
@@ -104,32 +146,33 @@ def backward(
     rows = coarse_rows(sums[0]) if rule.exact else None
     if rows is not None:
         lse = lse.index_fill(2, rows, inf)
-    bias = _bias(mask, q.dtype)
-    dq, dk, dv = kernel.backward(g, q, k, v, bias, out, lse, rule.triangle, rule.scale)
+    block = _block(mask, q.dtype, rule)
+    dq, dk, dv, dbias = kernel.backward(g, q, k, v, out, lse, block, mask_grad)
+    if dbias is not None and mask is not None:
+        dbias = dbias.to(wide(q.dtype)).sum_to_size(mask.shape)
     if rows is not None:
-        part, *kv, seen, alone = _part(rows, q, k, v, mask, rule)
+        part, *kv, seen, one = _part(rows, q, k, v, mask, rule)
         more = _plain_backward(
-            g[:, :, rows], part, kv[0], kv[1], seen, out[:, :, rows], sums[..., rows], alone, False
+            g[:, :, rows], part, kv[0], kv[1], seen, out[:, :, rows], sums[..., rows], one, False
         )
         dq = dq.to(more[0].dtype).index_copy(2, rows, more[0])
         dk, dv = dk + more[1], dv + more[2]
-    return dq, dk, dv, None
+    return dq, dk, dv, dbias
 
 
 def settled(sums: Tensor) -> Tensor:
     """sums for `backward`, with their log (3, B, H, L): a row without keys has weights of zero."""
     top = torch.nan_to_num(sums[0], nan=nan, posinf=inf, neginf=inf)
-    # of what was seen it is 1 at least
-    total = sums[1].clamp_min(1.0)
+    total = sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
     return torch.stack((top, total, top + total.log()))
 
 
-def dead_rows(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The rows of queries in `dtype` that an additive mask hides from all keys."""
+def top_of(mask: Tensor | None) -> Tensor | None:
+    """The largest number that an additive mask has for each row of queries."""
     if mask is None or mask.dtype is torch.bool or not mask.shape[-1]:
         return None
-    dead = mask.detach().amax(-1) < -COARSE[wide(dtype)]
-    return dead.view(*[1] * (3 - dead.ndim), *dead.shape)
+    top = mask.detach().amax(-1)
+    return top.view(*[1] * (3 - top.ndim), *top.shape)
 
 
 def _looked_at(lse: Tensor) -> bool:
@@ -140,9 +183,9 @@ def _looked_at(lse: Tensor) -> bool:
 def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     """Rows with a log-sum-exp that has lost digits, None without any.
 
-    Not on CUDA, where the question would wait for the device: kernels there take no mask, and
-    scores of such size have lost as many digits already. Nor of a plan's tensors: they have no
-    values.
+    Not on CUDA, where the question would wait for the device: scores of such size have lost as many
+    digits already, and rows of a mask of such numbers are `_counted`. Nor of a plan's tensors: they
+    have no values.
     """
     if not _looked_at(lse):
         return None
@@ -167,112 +210,21 @@ def _part(
     return q[:, :, rows], k, v, mask, replace(rule, triangle=False)
 
 
-class Merge:
-    """Out and sums over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
-
-    def __init__(self, q: Tensor, v: Tensor) -> None:
-        self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
-        self.dtype = wide(q.dtype)
-        self.found: tuple[Tensor, Tensor] | None = None
-
-    def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor, *, last: bool = False) -> None:
-        """Take in what the queries `rows` see in one more block; last: no other is to come."""
-        if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
-            self.found = out.to(self.dtype), sums.to(self.dtype)
-            return
-        if self.found is None:
-            self.found = self._nothing(lone=sums.ndim == 3)
-        all_out, every = self.found
-        have_out, have = all_out[:, :, rows[0] : rows[1]], every[..., rows[0] : rows[1]]
-        if have.ndim == sums.ndim == 3:
-            # few kernels that each read what they get in its own dtype
-            weight = torch.sub(sums, have).sigmoid_().unsqueeze(-1)
-            if last and have.shape == every.shape:
-                self.found = self._ended(all_out, every, out, sums, weight)
-                return
-            torch.logaddexp(have, sums, out=have)
-            if out.dtype == self.dtype:
-                have_out.lerp_(out, weight)
-            else:
-                have_out.addcmul_(weight, out - have_out)
-            return
-        if every.ndim == 3:
-            self.found = all_out, _paired(every)
-            have = self.found[1][..., rows[0] : rows[1]]
-        sums = _paired(sums).to(self.dtype)
-        top = torch.maximum(have[0], sums[0])
-        parts = [relative(s, top) for s in (have, sums)]
-        total = parts[0] + parts[1]
-        safe = total.masked_fill(total == 0, 1.0)
-        a, b = ((part / safe).unsqueeze(-1) for part in parts)
-        have_out.mul_(a).add_(out * b)
-        have[0].copy_(top)
-        have[1].copy_(total)
-
-    def _ended(
-        self, have_out: Tensor, have: Tensor, out: Tensor, sums: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The last merge: out in the dtype of the queries, sums as two numbers."""
-        both = have.new_ones((2, *have.shape))
-        torch.logaddexp(have, sums, out=both[0])
-        if out.dtype == self.dtype:
-            return have_out.lerp_(out, weight), both
-        return torch.addcmul(have_out, weight, out - have_out, out=torch.empty_like(out)), both
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""
-        out, sums = self._nothing(lone=False) if self.found is None else self.found
-        return out, _paired(sums)
-
-    def _nothing(self, *, lone: bool) -> tuple[Tensor, Tensor]:
-        b, h, rows, width = self.shape
-        # the layout that fused kernels give: heads beside each other in memory
-        out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
-        if lone:
-            return out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
-        sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
-        sums[0].fill_(-inf)
-        return out, sums
-
-
-def log_of(sums: Tensor) -> Tensor:
-    """The log-sum-exps (B, H, L)."""
-    return sums if sums.ndim == 3 else sums[0] + sums[1].log()
-
-
-def _paired(sums: Tensor) -> Tensor:
-    """sums as two numbers."""
-    if sums.ndim == 4:
-        return sums
-    both = sums.new_ones((2, *sums.shape))
-    both[0].copy_(sums)
-    return both
-
-
-def relative(sums: Tensor, top: Tensor) -> Tensor:
-    """The sums of exp(scores - top), 0 where nothing was seen."""
-    return torch.where(sums[0] == -inf, 0.0, sums[1] * (sums[0] - top).exp())
-
-
-def _heads_beside(out: Tensor) -> bool:
-    return out.transpose(1, 2).is_contiguous()
-
-
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as numbers to add to the scores."""
-    if mask is None:
-        return None
-    if mask.dtype is torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -inf)
-    return mask if mask.dtype is torch.float32 else mask.to(dtype)
+def _block(mask: Tensor | None, dtype: torch.dtype, rule: Rule) -> _torch.Block:
+    """What a kernel gets: the mask as numbers to add to the scores."""
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -inf)
+    elif mask is not None and mask.dtype is not torch.float32:
+        mask = mask.to(dtype)
+    return _torch.Block(rule.scale, mask, rule.triangle, rule.drop, rule.seed)
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, mask_grad: bool = False
 ) -> _torch.AttentionKernel | None:
-    if rule.drop or (mask is not None and rule.triangle):
+    if mask is not None and rule.triangle:
         return None
-    return _torch.attention_kernel(q, k, v, mask, rule.triangle)
+    return _torch.attention_kernel(q, k, v, mask, rule.triangle, rule.drop, mask_grad)
 
 
 # plain products ----------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..comm import wire
 from ..errors import UnsupportedOpError
-from .blocks import Merge, settled, wide
+from .blocks import settled, wide
+from .merge import Merge
 from .modified import Job, added, among, backward, forward, taken
 from .needs import Part
 from .ring import over_ranks

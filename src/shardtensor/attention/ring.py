@@ -31,8 +31,9 @@ from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .around import Held, Shapes, in_turns, start
-from .blocks import Merge, backward, dead_rows, forward, relative, settled, wide
+from .blocks import backward, forward, settled, top_of, wide
 from .call import INTEGERS, Call, Seen, Span
+from .merge import Merge, relative
 from .twice import attend_plainly
 
 
@@ -40,8 +41,8 @@ def _cut(x: Tensor, rows: Span) -> Tensor:
     return x[:, :, rows[0] : rows[1]]
 
 
-def _hidden(dead: Tensor | None, rows: Span) -> Tensor | None:
-    return dead if dead is None or dead.shape[-1] == 1 else _cut(dead, rows)
+def _top(top: Tensor | None, rows: Span) -> Tensor | None:
+    return top if top is None or top.shape[-1] == 1 else _cut(top, rows)
 
 
 def _part(mask: Tensor | None, seen: Seen) -> Tensor | None:
@@ -95,15 +96,16 @@ def _turn(
     """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
     steps = call.laid.steps
     total = Merge(q, v)
-    dead = dead_rows(mask, q.dtype)
+    top = top_of(mask)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     for step in range(steps + 1):
         arriving, _ = start(call, step, held, [], like)
         every = call.seen(q, call.held(call.me, step))
+        single = alone and len(every) + steps == 1
         for i, seen in enumerate(every):
             found = forward(
                 _cut(q, seen.rows), _cut(held.keys, seen.keys), _cut(held.values, seen.keys),
-                _part(mask, seen), seen.rule, _hidden(dead, seen.rows),
+                _part(mask, seen), seen.rule, _top(top, seen.rows), single,
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
             del found

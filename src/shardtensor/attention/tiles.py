@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import _torch
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
-from .blocks import CHUNK, Rule, backward, coarse_rows, forward, log_of, settled, wide
+from .blocks import CHUNK, Rule, backward, coarse_rows, forward, settled, wide
+from .merge import log_of
 
 # entries of a tile's mask
 MASK = 1 << 20

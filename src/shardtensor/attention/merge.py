@@ -1,0 +1,101 @@
+"""Merging what queries found in blocks of keys. Shapes and sums are those of `blocks`."""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .blocks import wide
+
+
+class Merge:
+    """Out and sums over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
+
+    def __init__(self, q: Tensor, v: Tensor) -> None:
+        self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
+        self.dtype = wide(q.dtype)
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor, *, last: bool = False) -> None:
+        """Take in what the queries `rows` see in one more block; last: no other is to come."""
+        if self.found is None and rows == (0, self.shape[2]) and _heads_beside(out):
+            self.found = out.to(self.dtype), sums.to(self.dtype)
+            return
+        if self.found is None:
+            self.found = self._nothing(lone=sums.ndim == 3)
+        all_out, every = self.found
+        have_out, have = all_out[:, :, rows[0] : rows[1]], every[..., rows[0] : rows[1]]
+        if have.ndim == sums.ndim == 3:
+            # few kernels that each read what they get in its own dtype
+            weight = torch.sub(sums, have).sigmoid_().unsqueeze(-1)
+            if last and have.shape == every.shape:
+                self.found = self._ended(all_out, every, out, sums, weight)
+                return
+            torch.logaddexp(have, sums, out=have)
+            if out.dtype == self.dtype:
+                have_out.lerp_(out, weight)
+            else:
+                have_out.addcmul_(weight, out - have_out)
+            return
+        if every.ndim == 3:
+            self.found = all_out, _paired(every)
+            have = self.found[1][..., rows[0] : rows[1]]
+        sums = _paired(sums).to(self.dtype)
+        top = torch.maximum(have[0], sums[0])
+        parts = [relative(s, top) for s in (have, sums)]
+        total = parts[0] + parts[1]
+        safe = total.masked_fill(total == 0, 1.0)
+        a, b = ((part / safe).unsqueeze(-1) for part in parts)
+        have_out.mul_(a).add_(out * b)
+        have[0].copy_(top)
+        have[1].copy_(total)
+
+    def _ended(
+        self, have_out: Tensor, have: Tensor, out: Tensor, sums: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The last merge: out in the dtype of the queries, sums as two numbers."""
+        both = have.new_ones((2, *have.shape))
+        torch.logaddexp(have, sums, out=both[0])
+        if out.dtype == self.dtype:
+            return have_out.lerp_(out, weight), both
+        return torch.addcmul(have_out, weight, out - have_out, out=torch.empty_like(out)), both
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""
+        out, sums = self._nothing(lone=False) if self.found is None else self.found
+        return out, _paired(sums)
+
+    def _nothing(self, *, lone: bool) -> tuple[Tensor, Tensor]:
+        b, h, rows, width = self.shape
+        # the layout that fused kernels give: heads beside each other in memory
+        out = self.like.new_zeros([b, rows, h, width], dtype=self.dtype).transpose(1, 2)
+        if lone:
+            return out, self.like.new_full([b, h, rows], -inf, dtype=self.dtype)
+        sums = self.like.new_zeros([2, b, h, rows], dtype=self.dtype)
+        sums[0].fill_(-inf)
+        return out, sums
+
+
+def log_of(sums: Tensor) -> Tensor:
+    """The log-sum-exps (B, H, L)."""
+    return sums if sums.ndim == 3 else sums[0] + sums[1].log()
+
+
+def _paired(sums: Tensor) -> Tensor:
+    """sums as two numbers."""
+    if sums.ndim == 4:
+        return sums
+    both = sums.new_ones((2, *sums.shape))
+    both[0].copy_(sums)
+    return both
+
+
+def relative(sums: Tensor, top: Tensor) -> Tensor:
+    """The sums of exp(scores - top), 0 where nothing was seen."""
+    return torch.where(sums[0] == -inf, 0.0, sums[1] * (sums[0] - top).exp())
+
+
+def _heads_beside(out: Tensor) -> bool:
+    return out.transpose(1, 2).is_contiguous()
