@@ -177,6 +177,28 @@ def test_ranking_and_the_fewest():
     assert not any(e.refused for e in named)
 
 
+class Scaled(nn.Module):
+    """Its product is of two dtypes where a weight is gathered in bf16 and there is no autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(8)])
+        self.register_buffer("scale", torch.ones(64))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.mm(block(x).cos().cos() * self.scale, block.weight)
+        return x
+
+
+def test_what_is_refused_with_one_option_is_tried_with_the_others():
+    given = dict(dims=(0,), precisions=("bf16",))
+    found = plan(Scaled, [(4096, 64)], 2, replace(A100, memory=1), **given)
+    refused = {(e.layout.options.fsdp, e.layout.options.checkpoint): bool(e.refused) for e in found}
+    # with fsdp and checkpointing it would be refused as well
+    assert refused == {(None, False): False, ("all", False): True, (None, True): False}
+
+
 UNET = ["plan", "examples/models.py:UNet", "--arg", "c_in=1", "--arg", "c_out=1"]
 
 

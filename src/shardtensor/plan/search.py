@@ -100,12 +100,19 @@ def ranked(
     every = list(product(layouts(task, devices, network.node), precisions))
     for i, (base, precision) in enumerate(every):
         told(i, len(every), str(base))
+        refused: list[set[str]] = []
         for options in _options(task, base, precision, blocks):
-            if options.fsdp or options.checkpoint:
+            chosen = {w for w in (options.fsdp, options.checkpoint and "checkpoint") if w}
+            if any(r <= chosen for r in refused):
+                continue
+            if chosen:
                 options = replace(options, blocks=tuple(names))
             one = estimate(task, replace(base, options=options), device, network)
             found.append(one)
-            if one.refused or (one.fits(device) and not thorough):
+            if one.refused:
+                # what is refused with one option may run with the others
+                refused.append(chosen)
+            elif one.fits(device) and not thorough:
                 break
     return sorted(found, key=lambda e: _place(e, device))
 
