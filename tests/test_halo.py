@@ -43,6 +43,52 @@ def test_conv2d(dim):
         T.hold(conv, [x.contiguous(memory_format=torch.channels_last)], [T.shard(dim)], (3,))
 
 
+ALONG_TWO = {
+    "3": dict(kernel_size=3, padding=1),
+    "5 by 3": dict(kernel_size=(5, 3), padding=(2, 1)),
+    "3 by 1": dict(kernel_size=(3, 1), padding=(1, 0)),
+    "1 by 3, padded": dict(kernel_size=(1, 3), padding=(2, 1)),
+    "dilated": dict(kernel_size=3, padding=2, dilation=2),
+    "by 2": dict(kernel_size=3, padding=1, stride=2),
+    "4 by 2": dict(kernel_size=4, padding=1, stride=2),
+    "not padded": dict(kernel_size=3),
+}
+
+
+@pytest.mark.parametrize("cut", [((6, 6), (8, 4)), ((4, 2, 6), (4, 8)), ((6, 6), (2, 4, 6))])
+@pytest.mark.parametrize("name", ALONG_TWO)
+def test_two_dims(name, cut, always):
+    conv = nn.Conv2d(2, 4, groups=2, dtype=D, **ALONG_TWO[name])
+    x = torch.randn(2, 2, 12, 12, dtype=D)
+    place = T.On([Shard(2), Shard(3)], dict(zip((2, 3), cut, strict=True)))
+    T.hold(conv, [x], [place], tuple(map(len, cut)))
+    # rows that neighbours alone do not have are not theirs to give
+    always.append(1) if "by 2" in name or name in ("not padded", "1 by 3, padded") else None
+
+
+def test_three_dims_and_twice_derived():
+    x, w = torch.randn(1, 2, 4, 5, 4, dtype=D), torch.randn(3, 2, 3, 3, 3, dtype=D)
+    on = T.On([Shard(2), Shard(3), Shard(4)])
+    T.hold(lambda x, w: F.conv3d(x, w, padding=1), [x, w], [on, None], (2, 2, 2))
+
+    def penalty(x, w):
+        y = F.conv3d(x * x, w, padding=1)
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        return g * g
+
+    T.hold(penalty, [x, w], [T.On([Shard(2), Shard(4)]), None], (2, 2))
+
+
+def test_two_dims_where_one_is_not_served():
+    """A shard narrower than the halo, or none: its dim is fetched, along the other strips go."""
+    conv = nn.Conv2d(2, 3, 5, padding=2, dtype=D)
+    x = torch.randn(1, 2, 9, 8, dtype=D)
+    for cut in [(4, 1, 4), (5, 0, 4)]:
+        for dims in [(2, 3), (3, 2)]:
+            place = T.On([Shard(d) for d in dims], {dims[0]: cut} | {dims[1]: (4, 4)})
+            T.hold(conv, [x if dims[0] == 2 else x.mT], [place], (3, 2))
+
+
 STRIDED = {
     "3 by 2": dict(kernel_size=3, stride=2, padding=1),
     "4 by 2": dict(kernel_size=4, stride=2, padding=1),
@@ -141,6 +187,21 @@ def test_keeps_the_input_and_two_strips():
     row, weight = 4 * (2 * 4), 4 * (2 * 2 * 9)
     # the input is a leaf, and alive anyway; so is the weight, but `vary` gives a view of it
     assert st.simulate(2, run) == [(row + weight, row, 1)] * 2
+
+
+def test_keeps_the_input_and_strips_along_two_dims():
+    def run():
+        mesh = T.make_mesh((2, 2))
+        x = st.distribute_tensor(torch.ones(1, 2, 16, 16), mesh, [Shard(2), Shard(3)])
+        x.requires_grad_()
+        conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        with st.trace() as t:
+            kept = saved_bytes(lambda: conv(x))
+        return kept, t.bytes, t.messages
+
+    row, column, weight = 4 * (2 * 8), 4 * (2 * 10), 4 * (2 * 2 * 9)
+    # a copy of the input with a row beside it was kept, too
+    assert st.simulate(4, run) == [(row + column + weight, row + column, 2)] * 4
 
 
 def test_double_backward_where_the_weight_comes_from_the_input():

@@ -85,7 +85,7 @@ def test_convs_on_two_axes(name, taken):
 
 @pytest.mark.parametrize("halo", [True, False])
 def test_conv_on_two_axes_copies_one_halo(halo, monkeypatch):
-    """One axis by a window, the other in flight: the corners come with it."""
+    """The corners come with what travels along the second."""
     monkeypatch.setattr(overlap, "WORTH", 0 if halo else 2**30)
 
     def sent():
@@ -97,7 +97,8 @@ def test_conv_on_two_axes_copies_one_halo(halo, monkeypatch):
             conv(x)
         return [(s.collective, s.bytes) for s in t.sent]
 
-    first, second = ("window", 2 * 5 * 4), ("halo" if halo else "window", 2 * 6 * 4)
+    name = "halo" if halo else "window"
+    first, second = (name, 2 * 5 * 4), (name, 2 * 6 * 4)
     assert st.simulate(4, sent) == [[first, second]] * 4
 
 

@@ -22,10 +22,10 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import PLAIN, fit, to_dims
 from .empty import some
-from .halo import Halo, Settings, halo_conv, laid, rims
+from .halo import Halo, Settings, halo_conv, laid
 from .norm import sharded
 from .overlap import pays
-from .sliding import Plan, fetched, plan, slide, whole
+from .sliding import Plan, Reads, fetched, plan, slide, whole
 from .windows import Ints, Stencil, checked, each, spread, trim
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -38,7 +38,7 @@ class Local(NamedTuple):
     plan: what it reads. dims: the spatial dims of the output.
     padding, output_padding: what the local op gets.
     crops: (dim, start, length) of the rows to keep of what the op makes.
-    halo: of `halo_conv`, where it serves the last sharded dim.
+    halo: of `halo_conv`, where it serves a sharded dim; rest: what is read in the others.
     """
 
     plan: Plan
@@ -47,6 +47,7 @@ class Local(NamedTuple):
     output_padding: tuple[int, ...] = ()
     crops: tuple[tuple[int, int, int], ...] = ()
     halo: Halo | None = None
+    rest: Reads = ()
 
 
 class Channels(NamedTuple):
@@ -203,16 +204,10 @@ def _forward(
                 f"input: dim {lead + i} has size {size}, padding {before} and {behind}"
             )
     lies = plan(spec, tuple(stencils))
-    halo = None
+    halo, rest = None, lies.reaches
     if lies.reaches and lead == 2 and not lies.uneven:
-        d, stencil, reach = lies.reaches[-1]
-        assert stencil is not None
-        own = rims(spec, d, stencil, reach)
-        if own is not None:
-            pads = tuple(own.above if lead + i == d else p for i, p in enumerate(lies.left))
-            settings = Settings(stride, pads, dilation, 1)
-            halo = laid(spec, d, reach, own, kernel[d - lead], settings)
-    return Local(lies, tuple(dim for _, dim in lies.dims), lies.left, halo=halo)
+        halo, rest = laid(spec, lies.reaches, kernel, Settings(stride, lies.left, dilation, 1))
+    return Local(lies, tuple(dim for _, dim in lies.dims), lies.left, halo=halo, rest=rest)
 
 
 @cached
@@ -375,10 +370,9 @@ def _convolved(
     local = _autocast(local)
     if program.halo is None or channels.partial or not pays(spec):
         return slide(local, spec, lies, op)
-    *others, _ = lies.reaches
-    rows = fetched(local, spec, others)
+    rows = fetched(local, spec, program.rest)
     y = halo_conv(rows, _autocast(w), b if b is None else _autocast(b), program.halo)
-    for other, _, needed in others:
+    for other, _, needed in program.rest:
         y = trim(y, other, spec, needed)
     return y
 

@@ -180,13 +180,14 @@ def start(route: Route, like: Tensor, parts: Sequence[Tensor]) -> Callable[[], l
     for r, to in route.sends.items():
         grouped[r] = [p.contiguous() for p in parts[at : at + len(to)]]
         at += len(to)
-    shapes = {r: [_resized(like, route.dim, n) for n in of] for r, of in route.gets.items()}
+    shapes = {r: [resized(like.shape, route.dim, n) for n in of] for r, of in route.gets.items()}
     arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")
     return lambda: [p for of in arrived().values() for p in of]
 
 
-def _resized(like: Tensor, d: int, n: int) -> list[int]:
-    return [*like.shape[:d], n, *like.shape[d + 1 :]]
+def resized(shape: Sequence[int], d: int, n: int) -> list[int]:
+    """A shape of n rows along d."""
+    return [*shape[:d], n, *shape[d + 1 :]]
 
 
 class _Begin(torch.autograd.Function):
@@ -201,7 +202,7 @@ class _Begin(torch.autograd.Function):
         ctx.route, ctx.shape = route, tie.shape
         token: Any = like.new_zeros(1)
         token.arrived = start(route, like, parts)
-        token.row = like.new_empty(_resized(like, route.dim, 0))
+        token.row = like.new_empty(resized(like.shape, route.dim, 0))
         return token
 
     @staticmethod

@@ -31,6 +31,10 @@ from .windows import Reach, Stencil, fetch, strided, trim
 __all__ = ["Stencil", "sliding"]
 
 
+# of dims: the stencil, None for a stencil's adjoint, and what it reads
+Reads = tuple[tuple[int, Stencil | None, Reach], ...]
+
+
 class Plan(NamedTuple):
     """How an op that slides lies on a spec.
 
@@ -41,7 +45,7 @@ class Plan(NamedTuple):
     """
 
     dims: tuple[tuple[int, Dim], ...]
-    reaches: tuple[tuple[int, Stencil | None, Reach], ...]
+    reaches: Reads
     left: tuple[int, ...]
     uneven: tuple[int, ...] = ()
 
