@@ -217,3 +217,27 @@ def test_times_that_are_refused(units, calendar, text):
     raw["time"] = ("time", np.array([0, np.nan]), {"units": "days since 2000-01-01"})
     with pytest.raises(ValueError, match="times are missing"):
         decoded_times(io.open_array(raw, "time"))
+
+
+def test_samples_are_cut_anew_within_an_epoch(tmp_path):
+    """What a loader has read ahead in the old cut is read again."""
+    make(tmp_path / "era5.zarr")
+
+    def on_rank():
+        mesh = T.make_mesh((3,))
+        weather = io.LatLon(tmp_path / "era5.zarr", ["geopotential"], mesh, [Shard(1)])
+        want = [s["x"].full_tensor() for s in (weather[i] for i in range(len(weather)))]
+        loader = io.Loader(weather, mesh, sampler=io.DomainSampler(4, mesh, shuffle=False))
+        balancer = st.balance.Balancer(9, mesh, speeds=[4, 1, 4])
+        found = []
+        for batch in loader:
+            found.append(batch["x"])
+            if len(found) == 2:
+                weather.recut({1: balancer.sizes})
+                break
+        found += [batch["x"] for batch in loader]
+        assert [x.spec.sizes[2] for x in found] == [(3, 3, 3)] * 2 + [(4, 1, 4)] * 2
+        assert all(torch.equal(x.full_tensor()[0], w) for x, w in zip(found, want, strict=True))
+        assert weather.coordinates()[0].shape == (balancer.sizes[mesh.get_local_rank()],)
+
+    st.simulate(3, on_rank)

@@ -324,3 +324,23 @@ def test_progress_is_told(monkeypatch, command):
     _, out, err = command(*UNET, *args)
     # what is no terminal gets no bar
     assert "[#" not in err and "\r" not in err and json.loads(out)
+
+
+def test_ranks_of_unlike_speed():
+    """Each mesh as torch.chunk cuts and by speeds; what needs most and what takes longest."""
+    t = Task(lambda: nn.Conv2d(1, 8, 1), [(1, 1, 64, 2**20)], dims=(2,), train=False)
+    plans = plan(t.make, t.shapes, 4, dims=(2,), train=False, precisions=(None,),
+                 speeds=[1, 1, 0.25, 1])  # fmt: skip
+    uneven, even = plans
+    assert uneven.layout.sizes == ((20, 19, 5, 20),) and not even.layout.sizes
+    assert str(uneven.layout) == "dim2 4 in [20, 19, 5, 20]" and str(even.layout) == "dim2 4"
+    # one kernel that is bound by memory: as long as its rows are many
+    alone = estimate(t, Layout(1, (2,), (4,)))
+    assert even.compute == pytest.approx(4 * alone.compute)
+    assert uneven.compute == pytest.approx(20 / 16 * alone.compute, rel=0.02)
+    assert even.peak == alone.peak < uneven.peak
+    (other,) = plan(t.make, t.shapes, 2, dims=(2,), train=False, precisions=(None,),
+                    speeds=[1, 1])  # fmt: skip
+    assert not other.layout.sizes
+    with pytest.raises(ValueError, match=r"speeds .* of 4 devices"):
+        plan(t.make, t.shapes, 4, dims=(2,), speeds=[1, 2])

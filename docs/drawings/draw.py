@@ -146,6 +146,7 @@ PACKAGES = {
     "settings": "of contexts",
     "_torch": "private APIs\nof torch",
     "registry": "rules by key",
+    "shares": "sizes for\nspeeds",
     "spec": "where each\nelement lives",
     "errors": "what is\nraised",
     "caller": "the user's\nline",

@@ -25,6 +25,7 @@ from .ranks.simulate import simulate
 from .spec import Dim, Spec
 from .tensor import ShardTensor, random
 from .tensor.construct import distribute_tensor
+from .train import balance
 from .train.buffers import shard_buffers
 from .train.launch import init
 from .train.options import Options
@@ -42,6 +43,7 @@ __all__ = [
     "Spec",
     "UnsupportedOpError",
     "attention",
+    "balance",
     "check",
     "checkpoint",
     "compile",

@@ -10,6 +10,7 @@ from typing import Any
 
 # what `shardtensor` itself has under the name
 DOORS = {
+    "balance": "train.balance",
     "graph": "ops.graph",
     "points": "ops.points",
     "random": "tensor.random",

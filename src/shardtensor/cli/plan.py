@@ -38,6 +38,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json")] = False,
     links: Annotated[Path | None, typer.Option(help="a file that `doctor` saved")] = None,
     blocks: Annotated[str, typer.Option(help="classes of fsdp's units: Block,Layer")] = "",
+    speeds: Annotated[str, typer.Option(help="of the devices: 1,1,0.5; sizes that fit them")] = "",
+    multiple: Annotated[int, typer.Option(help="of which those sizes are: of a patch")] = 1,
     tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page here")] = None,
@@ -48,6 +50,11 @@ def plan(
     Answers are kept for the same question, while no source file that was loaded has changed.
     """
     inputs = [Input.parse(text) for text in input]
+    try:
+        rates = [float(s) for s in speeds.split(",") if s]
+    except ValueError:
+        raise ValueError(f"--speeds {speeds}: numbers, as 1,1,0.5") from None
+    devices = devices or len(rates)
     hardware = _device(device, memory, devices)
     task = dict(
         make=factory(model, arg),
@@ -62,12 +69,12 @@ def plan(
         "device": asdict(hardware),
         "devices": devices,
         "links": [links and links.read_text(), sorted(_state(folder().glob("links-*")))],
-        "options": [thorough, blocks],
+        "options": [thorough, blocks, rates, multiple],
     }
     path = store.file_of(asked)
     known = None if fresh else store.load(path)
     if known is None:
-        known = _searched(task, devices, hardware, links, device, thorough, blocks)
+        known = _searched(task, devices, hardware, links, device, thorough, blocks, rates, multiple)
         store.save(path, known[0], **known[1])
     (one, *plans), said = known
     devices = said["devices"]
@@ -98,6 +105,8 @@ def _searched(
     device: str,
     thorough: bool,
     blocks: str,
+    speeds: list[float],
+    multiple: int,
 ) -> tuple[list[Estimate], dict[str, Any]]:
     """One device, then all configurations; and on how many devices."""
     if not devices:
@@ -113,6 +122,8 @@ def _searched(
         network=network,
         thorough=thorough,
         blocks=names,
+        speeds=speeds,
+        multiple=multiple,
         told=_progress,
         **task,
     )
@@ -152,6 +163,7 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
         "layout": str(e.layout),
         "mesh": e.layout.mesh,
         "near": e.layout.near,
+        "sizes": {f"dim{d}": n for d, n in zip(e.layout.dims, e.layout.sizes, strict=False)},
         "options": {k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "precision")},
         "fits": e.fits(device),
         "refused": e.refused,

@@ -147,6 +147,14 @@ class LatLon:
         """The normalised channels at one time, float32 (C, latitude, longitude)."""
         return placed(self._state(time), self.spec)
 
+    def recut(self, sizes: Mapping[int, Sequence[int]]) -> None:
+        """Give samples in shards of other sizes from now on; every rank calls it.
+
+        What a Loader has read ahead keeps its cut: call it between epochs, or after a `break`.
+        """
+        spec = self.spec
+        self.spec = Spec.of(spec.mesh, spec.placements, spec.shape, {**spec.sizes, **sizes})
+
     def _state(self, time: int) -> Tensor:
         return self._read(self.variables, time, self.mean, self.std)
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..later import dt
 from ..ops.points import hilbert_order
+from ..shares import balanced
 from ..spec import Spec
 from ..tensor import ShardTensor
 from .block import placed
@@ -312,7 +313,9 @@ class Points:
     def __getitem__(self, i: int) -> dict[str, ShardTensor]:
         rows = int(self._info(i)["rows"])
         n = rows if self.most is None else min(rows, self.most)
-        sizes = None if self.shares is None else {0: _shared(n, self.shares)}
+        sizes = (
+            None if self.shares is None else {0: balanced(n, len(self.shares), speeds=self.shares)}
+        )
         spec = Spec.of(self.mesh, self.placements, (n,), sizes)
         a, b = spec.offset[0], spec.offset[0] + spec.local_shape[0]
         mine: Any = slice(a, b)
@@ -333,10 +336,3 @@ class Points:
         self.bytes_read += local.numel() * local.element_size()
         full = Spec.of(self.mesh, self.placements, (spec.shape[0], *local.shape[1:]), spec.sizes)
         return placed(local, full)
-
-
-def _shared(n: int, shares: Sequence[float]) -> list[int]:
-    """n rows in parts proportional to shares."""
-    total = np.cumsum(np.asarray(shares, dtype=np.float64))
-    ends = np.round(n * total / total[-1]).astype(int)
-    return np.diff(ends, prepend=0).tolist()

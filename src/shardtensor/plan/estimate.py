@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from .known import Known
 from .ledger import Ledger
 from .tree import GRADIENTS, Part, Places, Tree, parts
 from .update import Update
+from .way import Layout, looked_at
 
 __all__ = ["A100", "DEVICES", "H100", "H200", "Device", "Estimate", "Layout", "Task", "estimate"]
 
@@ -90,51 +90,6 @@ class Task:
                 )
             ),
         )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims.
-
-    near: the ranks of the data axis follow each other, so that it is within nodes as far as it
-    goes; else those of the dims do.
-    """
-
-    data: int
-    dims: tuple[int, ...]
-    cuts: tuple[int, ...]
-    options: Options = field(default_factory=Options)
-    near: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return self.data * prod(self.cuts)
-
-    @property
-    def mesh(self) -> dict[str, int]:
-        """Axes by name, in order."""
-        data = {"data": self.data}
-        dims = {f"dim{d}": n for d, n in zip(self.dims, self.cuts, strict=True)}
-        return dims | data if self.near else data | dims
-
-    def across(self, node: int) -> list[str]:
-        """The axes along which ranks of several nodes meet, of so many ranks each."""
-        found, span = [], 1
-        for name, n in reversed(self.mesh.items()):
-            if n > 1 and (span * n > node or node % (span * n)):
-                found.append(name)
-            span *= n
-        return found[::-1] if self.ranks > node else []
-
-    def __str__(self) -> str:
-        axes = " x ".join(f"{k} {n}" for k, n in self.mesh.items() if n > 1) or "one device"
-        extras = [
-            f"fsdp={self.options.fsdp}" if self.options.fsdp else "",
-            "checkpoint" if self.options.checkpoint else "",
-            "data within nodes" if self.near else "",
-            self.options.precision or "",
-        ]
-        return ", ".join([axes, *filter(None, extras)])
 
 
 @dataclass(frozen=True)
@@ -193,19 +148,19 @@ def estimate(
     """What one configuration needs.
 
     Of a rank in the middle, which has neighbours on all sides, and where shards are uneven also of
-    the first, which has the largest: what needs more. What depends on values (sort, masks, indices)
-    is refused: `rehearse` it on a device.
+    the first, which has the largest: what needs more. Where the layout has sizes or speeds, memory
+    is of the rank with the most rows, and time of the one that takes longest. What
+    depends on values (sort, masks, indices) is refused: `rehearse` it on a device.
     """
-    axes = layout.mesh.values()
-    middle = sum(s * (n // 2) for n, s in zip(axes, _strides(axes), strict=True))
-    even = all(task.shapes[0][d] % n == 0 for d, n in zip(layout.dims, layout.cuts, strict=True))
     found = []
-    for rank in (middle,) if even else sorted({0, middle}):
+    for rank in looked_at(layout, task.shapes[0]):
         try:
             found.append(_of_rank(task, layout, rank, device, network))
         except Exception as e:
             return Estimate(layout, {}, refused=_reason(e))
-    return max(found, key=lambda e: e.peak)
+    most = max(found, key=lambda e: e.peak)
+    # a rank's own speed is in its time already
+    return replace(most, compute=max(e.compute for e in found)) if layout.speeds else most
 
 
 def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Network) -> Estimate:
@@ -236,7 +191,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         memory,
         messages,
         tuple(dict.fromkeys(op for op, _ in t.gathered)),
-        compute=sum(device.seconds(*w) for w in work),
+        compute=sum(device.seconds(*w) for w in work) / (layout.speeds or {rank: 1.0})[rank],
         communication=sum(network.seconds(s) for s in messages),
         flop=sum(w[0] for w in work),
         hides=device.hides,
@@ -358,7 +313,11 @@ def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known:
     alike = alike and (0 not in layout.dims or (bool(shape) and shape[0] == first[0]))
     spec = None
     if domain is not None and alike:
-        spec = Spec.of(domain, [dt.Shard(d) for d in layout.dims], shape)
+        sizes = {
+            d: layout.cut(task.shapes[0])[d]
+            for d, _ in zip(layout.dims, layout.sizes, strict=False)
+        }
+        spec = Spec.of(domain, [dt.Shard(d) for d in layout.dims], shape, sizes)
         shape = list(spec.local_shape)
         for d in layout.dims if given is not None else ():
             given = given.narrow(d, spec.dims[d].offsets[spec.index[d]], shape[d])  # type: ignore[union-attr]
@@ -368,8 +327,3 @@ def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known:
     else:
         x = known.fake(given)
     return x if spec is None else wrap(x, spec)
-
-
-def _strides(sizes: Iterable[int]) -> list[int]:
-    sizes = list(sizes)
-    return [prod(sizes[i + 1 :]) for i in range(len(sizes))]

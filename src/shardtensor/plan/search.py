@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..observe.network import DGX_H100, Network
+from ..shares import balanced
 from ..train.options import Options
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
@@ -30,6 +31,8 @@ def plan(
     precisions: Sequence[str | None] = (None, "bf16"),
     thorough: bool = False,
     blocks: Sequence[str] = (),
+    speeds: Sequence[float] = (),
+    multiple: int = 1,
     told: Told = lambda *_: None,
     **task: Any,
 ) -> Plans:
@@ -41,12 +44,17 @@ def plan(
     blocks, and with both (thorough: all of these anyway). On several nodes either the data axis or
     the dims are within nodes. told: is called before each mesh with its number, how many there are
     and its name. blocks: class names of the units of FSDP2 and of checkpointing
-    (default: see `Options`). Those that do not fit follow by what they need, then those that
+    (default: see `Options`). speeds: of the devices in the order of the ranks, 1 for `device`
+    itself; then each mesh is tried with shards as torch.chunk cuts and as `balance.sizes` does, in
+    multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
+    fit follow by what they need, then those that
     are refused. A notebook shows them as a table; `.html(path)` writes a page. Raises RuntimeError
     where torch.distributed is initialised.
     """
     asked = Task(make, shapes, **task)
-    found = ranked(asked, devices, device, network, precisions, thorough, blocks, told)
+    found = ranked(
+        asked, devices, device, network, precisions, thorough, blocks, told, speeds, multiple
+    )
     return Plans(found, asked, devices, device, network, missing(asked, devices))
 
 
@@ -93,11 +101,18 @@ def ranked(
     thorough: bool,
     names: Sequence[str] = (),
     told: Told = lambda *_: None,
+    speeds: Sequence[float] = (),
+    multiple: int = 1,
 ) -> list[Estimate]:
     """As `plan`."""
+    if speeds and (len(speeds) != devices or min(speeds) <= 0):
+        raise ValueError(f"speeds {list(speeds)} of {devices} devices: one above 0 for each")
     found: list[Estimate] = []
     blocks = bool(names) or has_blocks(task)
-    every = list(product(layouts(task, devices, network.node), precisions))
+    bases = list(layouts(task, devices, network.node))
+    if speeds:
+        bases = [other for base in bases for other in with_speeds(task, base, speeds, multiple)]
+    every = list(product(bases, precisions))
     for i, (base, precision) in enumerate(every):
         told(i, len(every), str(base))
         refused: list[set[str]] = []
@@ -134,6 +149,27 @@ def layouts(task: Task, devices: int, node: int = 0) -> Iterator[Layout]:
                 yield Layout(data, dims, cuts)
                 if 0 < node < devices and data > 1 and rest > 1:
                     yield Layout(data, dims, cuts, near=True)
+
+
+def with_speeds(
+    task: Task, layout: Layout, speeds: Sequence[float], multiple: int = 1
+) -> Iterator[Layout]:
+    """The layout on ranks of these speeds: as torch.chunk cuts, then by speeds, if that differs.
+
+    Of ranks that hold the same rows of a dim the slowest counts.
+    """
+    even = replace(layout, speeds=tuple(map(float, speeds)))
+    yield even
+    found = []
+    for d, n in zip(layout.dims, layout.cuts, strict=True):
+        slowest = [
+            min(s for r, s in enumerate(speeds) if layout.place(r)[f"dim{d}"] == i)
+            for i in range(n)
+        ]
+        found.append(balanced(task.shapes[0][d], n, speeds=slowest, multiple=multiple))
+    uneven = replace(even, sizes=tuple(tuple(sizes) for sizes in found))
+    if uneven.cut(task.shapes[0]) != even.cut(task.shapes[0]):
+        yield uneven
 
 
 def missing(task: Task, devices: int) -> list[str]:

@@ -76,7 +76,10 @@ def _estimate(found: dict[str, Any]) -> Estimate:
     options = Options(**layout.pop("options"))
     dims, cuts = tuple(layout.pop("dims")), tuple(layout.pop("cuts"))
     known = dict(found)
-    known["layout"] = Layout(dims=dims, cuts=cuts, options=options, **layout)
+    sizes, speeds = tuple(map(tuple, layout.pop("sizes"))), tuple(layout.pop("speeds"))
+    known["layout"] = Layout(
+        dims=dims, cuts=cuts, options=options, sizes=sizes, speeds=speeds, **layout
+    )
     known["sent"] = tuple(Sent(**{**s, "peers": tuple(s["peers"])}) for s in found["sent"])
     known["modules"] = {name: Part(**part) for name, part in found["modules"].items()}
     known["gathered"], known["assumed"] = tuple(found["gathered"]), tuple(found["assumed"])

@@ -127,7 +127,7 @@ def scaled(layout: Layout, devices: int) -> Layout:
     """The same way to cut on another number of devices.
 
     The data axis stays, or becomes smaller where it does not divide them; the dims that are cut
-    are cut by what is nearest, others where it cannot be helped.
+    are cut by what is nearest, others where it cannot be helped; evenly, for ranks of one speed.
     """
     data = max(d for d in range(1, layout.data + 1) if devices % d == 0 and layout.data % d == 0)
     rest = devices // data
@@ -138,7 +138,7 @@ def scaled(layout: Layout, devices: int) -> Layout:
         return sum(c > 1 == o for c, o in pairs), sum(abs(log(c / o)) for c, o in pairs)
 
     ways = (c for c in product(divisors, repeat=len(layout.cuts)) if prod(c) == rest)
-    return replace(layout, data=data, cuts=min(ways, key=far))
+    return replace(layout, data=data, cuts=min(ways, key=far), sizes=(), speeds=())
 
 
 def _estimate(

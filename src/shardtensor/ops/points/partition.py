@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 
 import torch
@@ -13,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ... import comm
 from ...rules.rows import read
+from ...shares import balanced
 from ...spec import Dim, Spec, whole_dims
 from ...tensor import ShardTensor, wrap
-from .curves import cut, even, hilbert_keys, kd_parts, morton_keys
+from .curves import even, hilbert_keys, kd_parts, morton_keys
 
 _CURVES = {"hilbert": hilbert_keys, "morton": morton_keys}
 # points that are numbered at a time
@@ -77,11 +77,13 @@ def partition(
     order: str = "hilbert",
     weights: Tensor | None = None,
     axes: Sequence[int] | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> Partition:
     """A partition of plain points (N, D), the same on every rank, over mesh axes (default: all).
 
     order: "hilbert" or "morton" (pieces of a curve) or "kd" (boxes). weights: (N,) the work of each
-    point, to be the same for all shards; without it shards have the same number of points. Along a
+    point, to be the same for all shards; without it shards have the same number of points. speeds:
+    of the ranks, along a curve; a shard has work for its rank's (see `balance.sizes`). Along a
     curve every rank sorts its part of many points, O(N / ranks), and the order is gathered: all
     ranks of the axes must call. Few points, and boxes, are sorted on every rank alike. Raises
     ValueError for points that are sharded already, and for an unknown order.
@@ -92,15 +94,17 @@ def partition(
         raise ValueError(f"partition: weights {tuple(weights.shape)} of {len(points)} points")
     on = tuple(range(mesh.ndim)) if axes is None else tuple(sorted(a % mesh.ndim for a in axes))
     parts = prod(mesh.size(a) for a in on)
+    if order == "kd" and speeds is not None:
+        raise ValueError("partition: speeds of ranks need the order of a curve, not 'kd'")
     if order == "kd":
         found = kd_parts(points, parts, weights)
         by, sizes = torch.cat(found), [len(part) for part in found]
     elif order in _CURVES:
         by = _along(order, points, mesh, on)
         sizes = even(len(by), parts)
-        if weights is not None:
-            ends = cut(weights[by], [i / parts for i in range(1, parts)])
-            sizes = [b - a for a, b in pairwise([0, *ends, len(by)])]
+        if weights is not None or speeds is not None:
+            work = None if weights is None else weights[by]
+            sizes = [*balanced(len(by), parts, weights=work, speeds=speeds)]
     else:
         raise ValueError(f"partition: order {order!r}; expected 'hilbert', 'morton' or 'kd'")
     inverse = torch.empty_like(by)
