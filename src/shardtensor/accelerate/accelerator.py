@@ -53,6 +53,8 @@ class Accelerator(accelerate.Accelerator):
     the ranks do not make up whole domains, and for DeepSpeed, Megatron and Accelerate's own FSDP.
     """
 
+    options: Options
+
     def __init__(
         self,
         *args: Any,

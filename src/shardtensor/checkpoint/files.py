@@ -106,6 +106,9 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
 class Saving:
     """A checkpoint that is being written. path: its folder, once it is complete."""
 
+    error: list[BaseException]
+    path: Path
+
     def __init__(self, state: dict[str, Any], path: Path, keep: int) -> None:
         self.path, self.error = path, list[BaseException]()
         self._thread = threading.Thread(target=self._run, args=(state, keep))

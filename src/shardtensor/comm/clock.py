@@ -15,6 +15,8 @@ class DeviceClock:
     stream, the stream that waits gets to the mark after the wait when the result is there.
     """
 
+    began: float
+
     def __init__(self) -> None:
         # the device whose streams are marked, since another one's events cannot be compared
         self.device: int | None = None
@@ -51,7 +53,7 @@ class Marks:
 
     def __init__(self, clock: DeviceClock) -> None:
         self.clock = clock
-        self.found = [clock.mark()]
+        self.found: list[Any] = [clock.mark()]
 
     def add(self) -> None:
         """Note another."""

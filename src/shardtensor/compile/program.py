@@ -151,6 +151,12 @@ class _Graph:
 class Compiled:
     """What `compile` returns. `traces` counts the graphs made so far."""
 
+    fn: Callable[..., Any]
+    call: Callable[..., Any]
+    options: dict[str, Any]
+    programs: Programs
+    traces: int
+
     most = 32
 
     def __init__(

@@ -24,6 +24,9 @@ class Coordinate:
     given: values, or (values, attributes). Raises ValueError for what is no coordinate of the dims.
     """
 
+    name: str
+    row: int | None
+
     def __init__(
         self, name: str, given: Any, dims: Sequence[str], shape: Sequence[int], step: int | None
     ) -> None:

@@ -55,6 +55,19 @@ class LatLon:
     is read without communication.
     """
 
+    fill: float | None
+    forcings: tuple[str, ...]
+    history: int
+    latitude: np.ndarray[Any, Any]
+    lead: int | Sequence[int]
+    longitude: np.ndarray[Any, Any]
+    mean: Tensor
+    sources: dict[str, Source]
+    spec: Spec
+    std: Tensor
+    times: np.ndarray[Any, Any]
+    variables: tuple[str, ...]
+
     def __init__(
         self,
         where: Any,

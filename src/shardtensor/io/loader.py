@@ -41,6 +41,12 @@ class DomainSampler(DistributedSampler[int]):
     ranks, as Lightning does with others.
     """
 
+    group: int
+    groups: int
+    length: int
+    weighted: int
+    weights: Tensor | None
+
     def __init__(
         self,
         length: int,
@@ -111,6 +117,19 @@ class Loader:
     load_state_dict() resume within an epoch with the next batch, also on other numbers of ranks
     where as many samples make a round or a whole number of rounds.
     """
+
+    batch_size: int
+    budget: float | None
+    dataset: Dataset
+    device: torch.device
+    done: int
+    mesh: DeviceMesh
+    over: bool
+    prefetch: int
+    progress: bool
+    timeout: float | None
+    waited: float
+    workers: int
 
     def __init__(
         self,

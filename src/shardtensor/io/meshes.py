@@ -271,6 +271,15 @@ class Points:
     instance its relative speed. Each rank reads its rows only; nothing is communicated.
     """
 
+    bytes_read: int
+    folders: list[Path]
+    mesh: DeviceMesh
+    most: int | None
+    names: list[str]
+    placements: list[dt.Placement]
+    seed: int
+    shares: Sequence[float] | None
+
     def __init__(
         self,
         folders: Sequence[str | os.PathLike[str]],

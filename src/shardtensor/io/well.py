@@ -55,6 +55,14 @@ class WellFile:
     far; a dataset stored in chunks costs whole chunks on top.
     """
 
+    boundary_conditions: dict[str, str]
+    bytes_read: int
+    dims: tuple[str, ...]
+    n_steps: int
+    n_trajectories: int
+    name: str
+    shape: tuple[int, ...]
+
     def __init__(self, path: str | PathLike[str] | BinaryIO) -> None:
         self._path = path
         self.bytes_read = 0

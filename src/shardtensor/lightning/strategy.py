@@ -43,6 +43,10 @@ class DomainParallel(DDPStrategy):
     samples to single ranks of one.
     """
 
+    domain: int
+    shard: Shard
+    options: Options
+
     def __init__(
         self,
         domain: int = -1,

@@ -51,6 +51,8 @@ class Part:
 class Timeline(Shown):
     """The parts of some ranks. A notebook shows it; `.html(path)` writes a page."""
 
+    parts: list[Part]
+
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = sorted(parts, key=lambda p: p.rank)
 

@@ -29,6 +29,10 @@ class Trace(Shown):
     A notebook shows it; `.html(path)` writes a page. `gather()` gives that of all ranks.
     """
 
+    begin: float
+    end: float
+    record: counters.Record
+
     def __init__(self) -> None:
         me = counters.simulated_rank()
         # one for all open traces of a rank, whose entries are the same

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import comm
 from ..comm.route import deliver, fetch, find
@@ -37,6 +38,8 @@ class Topology:
     Cost of making it: for a sharded edge_index each edge's two nodes travel once; then a halo row's
     index. Memory: some integers for each edge of this rank's targets.
     """
+
+    mesh: DeviceMesh | None
 
     def __init__(self, edge_index: Tensor, sources: Tensor, targets: Tensor | None = None) -> None:
         targets = sources if targets is None else targets

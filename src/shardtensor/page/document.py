@@ -21,6 +21,11 @@ POLICY = (
 class Page:
     """Blocks under a title. verdict: a line that says all; good: whether that is well or bad."""
 
+    about: str
+    good: bool | None
+    title: str
+    verdict: str
+
     def __init__(self, title: str, verdict: str, good: bool | None = None, about: str = "") -> None:
         self.title, self.verdict, self.good, self.about = title, verdict, good, about
         self.blocks: list[Block] = []

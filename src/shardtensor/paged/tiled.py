@@ -59,6 +59,12 @@ def tiled(
 class Tiled:
     """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`)."""
 
+    dims: tuple[int, ...]
+    memory: int
+    paging: Paging
+    parts: tuple[int, ...]
+    spill: Path
+
     def __init__(
         self,
         model: nn.Module,

@@ -39,6 +39,11 @@ class Ledger(probe.Watching):
     `sent`: what FSDP2 sends; the rest is in a `trace`.
     """
 
+    fake: Any
+    known: Known
+    next: int
+    places: Places
+
     def __init__(self) -> None:
         super().__init__()
         self.fake = probe.fake_mode()

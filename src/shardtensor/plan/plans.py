@@ -38,6 +38,12 @@ class Plans(list[Estimate], Shown):
     task, devices, device, network: what was asked; missing: meshes that were not tried, and why.
     """
 
+    device: Device
+    devices: int
+    missing: list[str]
+    network: Network
+    task: Task
+
     def __init__(
         self,
         found: Iterable[Estimate],

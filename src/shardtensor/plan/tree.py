@@ -87,6 +87,9 @@ class Part:
 class Tree:
     """The parts of a step by module name, each with all that is inside of it; "" is the whole."""
 
+    checkpoint: bool
+    own: dict[str, Part]
+
     def __init__(self, own: dict[str, Part], checkpoint: bool = False) -> None:
         self.parts: dict[str, Part] = {"": Part("")}
         self.own, self.checkpoint = own, checkpoint
