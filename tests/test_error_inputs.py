@@ -36,7 +36,7 @@ MISTAKES = {
         i.unsqueeze(2), torch.zeros(2, 1, 4, 4, 3), mode="bicubic", align_corners=False
     ),
     "Index is supposed to be a vector": lambda m, v, i: m.index_select(1, torch.zeros(2, 2, dtype=torch.long)),
-    "Expected dtype int32/int64 for index": lambda m, v, i: m.index_select(1, torch.zeros(2)),
+    r"Expected dtype int32(/| or )int64 for index": lambda m, v, i: m.index_select(1, torch.zeros(2)),
     "Expected reduce to be one of": lambda m, v, i: m.index_reduce(0, torch.tensor([0]), m[:1], "sum"),
     "source and index to have the same number": lambda m, v, i: v.clone().put_(torch.tensor([0, 1]), torch.ones(3)),
     "self and source expected to have the same dtype": lambda m, v, i: v.clone().put_(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from raising import raised
 from torch.distributed.tensor import Shard
 
@@ -24,6 +25,39 @@ REFUSED = {
     "addmm of bools": lambda x: torch.addmm(x.bool(), x.bool(), x.bool()),
     "index_add": lambda x: x.bfloat16().index_add(0, I, x[:1].bfloat16(), alpha=1e300),
     "index_add of bytes": lambda x: x.byte().index_add(0, I, x[:1].byte(), alpha=-300),
+    "softmax of integers": lambda x: x.softmax(1),
+    "softmax of integers along the cut": lambda x: x.softmax(0),
+    "amax of complex numbers": lambda x: (x * 1j).amax(1),
+    "amax of complex numbers along the cut": lambda x: (x * 1j).amax(0),
+    "cummin of complex numbers": lambda x: (x * 1j).cummin(0),
+    "digamma of complex numbers": lambda x: (x * 1j).digamma(),
+    "an op in place": lambda x: (x * 1j).erfinv_(),
+    "of a list": lambda x: torch.stack([x, x]).double().gather(0, x[None].double()),
+    "floor by name": lambda x: torch.floor(input=x * 1j),
+    "median": lambda x: (x * 1j).median(0),
+    "std of integers": lambda x: x.std(0),
+    "rows by name": lambda x: x.gather(0, index=x.double()),
+    "interpolation of integers": lambda x: F.interpolate(x[None, None], scale_factor=2, mode="bilinear"),
+    "interpolation of complex numbers": lambda x: F.interpolate(x[None] * 1j, 5),
+    "batch norm of integers": lambda x: F.batch_norm(x[None], None, None, training=True),
+    "unpooling by narrow indices": lambda x: F.max_unpool1d(x[None].double(), x[None].int(), 2),
+    "one pooling too many dims": lambda x: F.adaptive_max_pool2d(x[None, None, None].double(), 1),
+    "histogram": lambda x: (x * 1j).histc(3),
+    "products of two dtypes": lambda x: x.double() @ x.T.float(),
+    "a batch for mm": lambda x: torch.mm(x[None].double(), x.double()),
+    "a matrix for bmm": lambda x: torch.bmm(x[None].double(), x.double()),
+    "batches of two sizes": lambda x: torch.bmm(x[None].double(), torch.stack([x, x]).double()),
+    "vecdot of integers": lambda x: torch.linalg.vecdot(x, x),
+    "vecdot of two dtypes": lambda x: torch.linalg.vecdot(x.double(), x.float()),
+    "addmm, a sum of another dtype": lambda x: torch.addmm(x.double(), x.float(), x.float()),
+    "addmv, a sum of another dtype": lambda x: torch.addmv(x[0], x.double(), x[0].double()),
+    "bilinear": lambda x: F.bilinear(x.double(), x[0].double(), x[None].double()),
+    "max of complex numbers": lambda x: (x * 1j).max(),
+    "max of a complex number": lambda x: (x * 1j).sum().max(0),
+    "argmax of bools": lambda x: (x > 0).argmax(),
+    "trace of bools": lambda x: (x > 0).trace(),
+    "histogram of halves": lambda x: torch.histogram(x.half(), 3),
+    "cross entropy of integers": lambda x: F.cross_entropy(x, x[:, 0] * 0),
     "norm of nothing": lambda x: torch.linalg.vector_norm(x[:0].double(), -2, 0),
     "largest of nothing": lambda x: torch.linalg.vector_norm(x[:0].double(), float("inf"), 0),
 }  # fmt: skip
@@ -41,6 +75,46 @@ def test_refused_on_every_rank(name, d, cut):
 
     for error in st.simulate(2, run):
         assert isinstance(error, RuntimeError | IndexError), repr(error)
+
+
+def test_addr_is_of_the_dtype_of_the_sum():
+    def run():
+        x = st.distribute_tensor(X > 1, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        for plain in (X.double(), X, X.double().sum()):
+            want = torch.addr(plain, X[0] > 1, X[2] > 1, beta=2, alpha=3)
+            same(torch.addr(plain, x[0], x[2], beta=2, alpha=3).full_tensor(), want, "addr")
+
+    st.simulate(2, run)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax of integers", "amax of complex numbers", "interpolation of integers"]
+)
+def test_what_may_follow_is_right(name):
+    """An op that is refused is tried once, and what is not is done."""
+
+    def run():
+        x = st.distribute_tensor(
+            X, make_mesh((2,)), [Shard(0)], src_data_rank=None, sizes={0: (3, 0)}
+        )
+        first, second = (raised(REFUSED[name], x) for _ in range(2))
+        assert (type(first), str(first)) == (type(second), str(second))
+        return x.double().softmax(1).full_tensor()
+
+    for got in st.simulate(2, run):
+        same(got, X.double().softmax(1), name, 1e-12)
+
+
+def test_nothing_is_drawn_to_try():
+    def run():
+        x = st.distribute_tensor(
+            X.double(), make_mesh((2,)), [Shard(0)], src_data_rank=None, sizes={0: (3, 0)}
+        )
+        before = torch.get_rng_state()
+        x.softmax(1), x @ x.T, F.interpolate(x[None], 5), x.sort(0), x.clone().sigmoid_()
+        assert torch.equal(before, torch.get_rng_state())
+
+    st.simulate(2, run)
 
 
 def test_renorm_beside_nan():

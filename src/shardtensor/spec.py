@@ -17,6 +17,9 @@ from . import picture
 from .cuts import Cut, Kept, clipped, cut, nested_chunk_sizes, scaled, windows
 from .later import dt
 
+# not empty once some dim of this process lies in shards of which one has no rows
+hollow: set[bool] = set()
+
 
 class _Dim(NamedTuple):
     size: int
@@ -34,8 +37,11 @@ class Dim(_Dim):
     __slots__ = ()
 
     def __new__(cls, size: int, axes: tuple[int, ...] = (), sizes: Iterable[int] = ()) -> Dim:
-        if sizes and type(sizes) is not Cut:
-            sizes = cut(sizes)
+        if sizes:
+            if type(sizes) is not Cut:
+                sizes = cut(sizes)
+            if size and not sizes.least:
+                hollow.add(True)
         return tuple.__new__(cls, (size, axes, sizes))
 
     @classmethod
@@ -274,6 +280,11 @@ class Spec:
     def thin(self) -> bool:
         """Whether some rank has less than two rows of a cut dim: its strides may tell nothing."""
         return any(len(d.sizes) > 1 and cut(d.sizes).least < 2 for d in self.dims)
+
+    @cached_property
+    def vacant(self) -> bool:
+        """Whether some rank has no elements of what has some."""
+        return 0 not in self.shape and any(d.axes and not cut(d.sizes).least for d in self.dims)
 
     @cached_property
     def local_shape(self) -> torch.Size:

@@ -16,13 +16,14 @@ from .._torch import probe, script
 from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
-from ..spec import Spec
+from ..spec import Spec, hollow
 from ..tensor import wrap
 from ..tensor.layout import turned
 from .axes import NOWHERE, mesh_of, met
 from .fallback import fall_back, into_plain, is_shard
 from .follow import NOT, follow, hides, kind_of
 from .results import keep_result, saves_result
+from .trial import is_tried, try_out, vacant
 from .writes import check_readable, stale, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
@@ -77,7 +78,7 @@ def _canonical(func: Any) -> tuple[str, bool]:
 def _resolve(func: Any) -> Handler:
     """The handler of a function: a rule, its parts, pointwise, or the fallback."""
     if isinstance(func, script.Scripted):
-        return _counted(_scripted, str(func.name), False)
+        return _counted(_scripted, str(func.name), False, False)
     name, reflected = _canonical(func)
     packet = _torch.aten_packet(name)
     own = func in rules or name in rules
@@ -111,7 +112,7 @@ def _resolve(func: Any) -> Handler:
         handler = writing(handler, name)
         alone = getattr(rules.get(name), "takes_plain", False) or "foreach" in name
         handler = handler if alone else _onto(handler)
-    return _counted(handler, name, writes)
+    return _counted(handler, name, writes, is_tried(func, name) and _own(handler))
 
 
 def _has_rule(packet: Any) -> bool:
@@ -164,7 +165,7 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
 _ENGINE = (torch.autograd.grad, torch.Tensor.backward)
 
 
-def _counted(handler: Handler, name: str, writes: bool) -> Handler:
+def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
     kept = saves_result(name)
@@ -182,6 +183,8 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
+        if hollow and tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
+            try_out(func, args, kwargs)
         if not (counters.records or probe.profiling()):
             out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
         else:
@@ -198,6 +201,12 @@ def _counted(handler: Handler, name: str, writes: bool) -> Handler:
         return out
 
     return run
+
+
+def _own(handler: Handler) -> bool:
+    """Whether what happens is what torch says: no rule of a user."""
+    rule = getattr(handler, "rule", handler)
+    return str(getattr(rule, "__module__", "")).startswith(__name__.partition(".")[0])
 
 
 def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _torch, comm
 from .._torch import kernels
 from ..dispatch.fallback import fall_back
+from ..dispatch.trial import tried
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
@@ -146,6 +147,8 @@ def _ends(x: ShardTensor) -> tuple[float, float]:
 @rule("histc")
 def histc(input: ShardTensor, bins: int = 100, min: float = 0, max: float = 0) -> ShardTensor:
     x, low, high = _settled(input), min, max
+    if x.dtype not in (torch.float32, torch.float64):
+        tried(torch.histc, x, bins)
     if low == high and axes_of(x._spec, range(x.ndim)):
         if _torch.is_tracing():
             return fall_back(torch.histc, (x, bins, min, max), {})
@@ -171,6 +174,8 @@ def histogram(
         options = {"range": range, "weight": weight, "density": density}
         known = {k: v for k, v in options.items() if v is not None}
         return fall_back(torch.histogram, (input, bins), known)
+    if input.dtype not in (torch.float32, torch.float64):
+        tried(torch.histogram, input.reshape(-1), 1)
     mesh = mesh_of(input, weight, bins)
     given = [_settled(t) for t in (input, weight) if t is not None]
     if not isinstance(given[0], ShardTensor):

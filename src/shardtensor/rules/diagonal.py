@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import comm
+from ..dispatch.trial import tried
 from ..dispatch.writes import check_writable, stands_for_view
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -135,6 +136,8 @@ def diagflat(input: Tensor, offset: int = 0) -> Tensor:
 def trace(input: ShardTensor) -> Tensor:
     if input.ndim != 2:
         raise RuntimeError(f"trace: expected a matrix, but got tensor with dim {input.ndim}")
+    if input.dtype is torch.bool:
+        tried(torch.trace, input)
     return torch.diagonal(input).sum()
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
+from ..dispatch.trial import tried
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
@@ -49,11 +50,13 @@ def _extreme(
     x = reduced(input)
     dims = over(dim, x.ndim)
     name = "amax" if largest else "amin"
+    fn = torch.amax if largest else torch.amin
+    one = torch.max if largest else torch.min
+    if x.is_complex():
+        tried(one if nan_ties else fn, x)
     _check(x, dims, name)
     x = apart(x, dims)
-    fn = torch.amax if largest else torch.amin
     spec = without(x._spec, dims, keepdim)
-    one = torch.max if largest else torch.min
     if not axes_of(x._spec, dims):
         return wrap(one(x._local) if nan_ties else fn(x._local, dims, keepdim), spec)
     filled = _filled(x._local, dims, largest)
@@ -106,6 +109,8 @@ def _along(
 ) -> tuple[ShardTensor, ShardTensor]:
     """(value, global index of its first occurrence) along one dim."""
     x = reduced(input)
+    if x.is_complex():
+        tried(torch.max if largest else torch.min, x, dim)
     if x.ndim == 0:
         return wrap(x._local.clone(), x._spec), wrap(torch.zeros_like(x._local).long(), x._spec)
     (d,) = over(dim, x.ndim)
@@ -168,6 +173,8 @@ def argmin(input: ShardTensor, dim: int | None = None, keepdim: bool = False) ->
 def _arg(input: ShardTensor, dim: int | None, keepdim: bool, largest: bool) -> ShardTensor:
     """The place of the largest or smallest element, the first of equal ones."""
     x = reduced(input.detach())
+    if x.is_complex() or x.dtype is torch.bool:
+        tried(torch.argmax if largest else torch.argmin, x)
     if dim is not None:
         return _along(x, dim, keepdim, largest)[1]
     every = tuple(range(x.ndim))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.trial import few
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import wrap
@@ -15,7 +16,6 @@ from .in_place import in_place
 from .rows import Kernel, dims_of, in_order, integers, lifted, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
-from .trial import few
 
 
 def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor]:

@@ -13,16 +13,16 @@ from torch import Tensor
 from .. import comm
 from ..cache import cached
 from ..dispatch.fallback import fall_back
+from ..dispatch.trial import tried
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.dense import refuse_not_dense
-from ..tensor.redistribute import PLAIN, fit
+from ..tensor.redistribute import PLAIN, fit, local_of
 from . import labels, sparse
 from .labels import Labels
 from .reduce import wide
-from .trial import tried
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -71,10 +71,25 @@ def _linear(spec: Spec, weight: torch.Size) -> tuple[Spec, str | None]:
 _NO_KERNEL = {torch.bool, torch.uint16, torch.uint32, torch.uint64}
 
 
-@rule("matmul", "mm", "bmm", "linalg_matmul")
+@rule("matmul", "linalg_matmul")
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Batched matrix product with torch.matmul's broadcasting."""
     return _dense(torch.matmul, input, other)
+
+
+@rule("mm")
+def mm(input: Tensor, mat2: Tensor) -> Tensor:
+    if input.ndim != 2 or mat2.ndim != 2:
+        raise RuntimeError(f"mm: expected two matrices, not {input.ndim}-D and {mat2.ndim}-D")
+    return _dense(torch.matmul, input, mat2)
+
+
+@rule("bmm")
+def bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    shapes = tuple(input.shape), tuple(mat2.shape)
+    if input.ndim != 3 or mat2.ndim != 3 or input.shape[0] != mat2.shape[0]:
+        raise RuntimeError(f"bmm: expected batches of as many matrices, not {shapes}")
+    return _dense(torch.matmul, input, mat2)
 
 
 @rule("mv")
@@ -179,7 +194,8 @@ def _try_factors(op: Any, *operands: Tensor, beta: float, alpha: float) -> None:
     """Raise what torch raises for factors that the dtype does not hold, and for such dtypes."""
     dtype = operands[1].dtype
     usual = (abs(beta) < 60000 and abs(alpha) < 60000) and not isinstance(beta + alpha, complex)
-    if not (usual and (dtype.is_floating_point or dtype.is_complex)):
+    usual = usual and (dtype.is_floating_point or dtype.is_complex)
+    if not usual or any(x.dtype != dtype for x in operands):
         tried(op, *operands, beta=beta, alpha=alpha)
 
 
@@ -211,7 +227,10 @@ def addbmm(
 def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     _kernel_of_sums(input, vec1, vec2)
     _try_factors(torch.addr, input, vec1, vec2, beta=beta, alpha=alpha)
-    return _plus(outer(vec1, vec2), input, beta, alpha)
+    product = outer(vec1, vec2)
+    # of the dtype that the sum has, unlike products of matrices
+    dtype = torch.result_type(local_of(product), local_of(input))
+    return _plus(product.to(dtype), input, beta, alpha)
 
 
 @rule("outer", "ger")
@@ -255,6 +274,13 @@ def tensordot(
 
 @rule("bilinear")
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if (
+        not input1.ndim == input2.ndim > 0
+        or weight.ndim != 3
+        or (bias is not None and not bias.ndim)
+    ):
+        shapes = [tuple(x.shape) for x in (input1, input2, weight)]
+        raise RuntimeError(f"bilinear: shapes {shapes} do not fit each other")
     # autocast leaves it as a whole alone
     with torch.autocast(input1.device.type, enabled=False):
         out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.trial import few
 from ..errors import UnsupportedOpError
 from ..registry import OUT, rule
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
-from .trial import few
 
 # what torch returns nothing for where `out=` is given
 _SILENT = ("split_copy", "split_with_sizes_copy", "unbind_copy")

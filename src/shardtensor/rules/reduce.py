@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import comm
 from ..cache import cached
+from ..dispatch.trial import tried
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
@@ -21,7 +22,6 @@ from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .empty import through, with_one
 from .shape import many
-from .trial import tried
 
 Dims = int | Sequence[int] | None
 _HALVES = (torch.float16, torch.bfloat16)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..dispatch.trial import tried
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..tensor import ShardTensor, wrap
@@ -17,7 +18,6 @@ from ..tensor.redistribute import reduced
 from .empty import with_one
 from .extrema import best_of
 from .reduce import Dims, axes_of, finish, over, stacked, wide, with_elements, without
-from .trial import tried
 
 
 @rule("linalg_vector_norm")

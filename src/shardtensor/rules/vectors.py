@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _torch
 from ..cache import cached
 from ..dispatch.fallback import fall_back
+from ..dispatch.trial import tried
 from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
@@ -54,6 +55,8 @@ def vdot(input: Tensor, other: Tensor) -> Tensor:
 
 @rule("linalg_vecdot")
 def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    if x.dtype != y.dtype or not (x.is_floating_point() or x.is_complex()):
+        tried(torch.linalg.vecdot, x, y)
     product = x.conj() * y
     total = product.sum(dim, dtype=product.dtype)
     kind = total.device.type
