@@ -15,6 +15,7 @@ from .errors import DivergenceError, RankError, UnsupportedOpError
 from .observe.guard import guard, start_from_environment
 from .observe.trace import trace
 from .ops import graph, points, sparse, spectral, sphere
+from .ops import harmonics as _harmonics  # noqa: F401
 from .ops import natten as _natten  # noqa: F401
 from .ops import tracers as _tracers  # noqa: F401
 from .paged.tiled import tiled
