@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import prod
 from os import PathLike, fspath
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from .cf import PACKING, Packing, packing
 from .chunks import covered
 from .foreign import member, named, refuse_pickles, zarr_store
+from .where import ending, has_magic, is_store, is_url, local_file, need
 
 Range = tuple[int, int]
 
@@ -115,11 +115,12 @@ class Source:
 def open_array(where: Any, variable: str | None = None) -> Source:
     """An array to read from.
 
-    where: the path or fsspec URL of a .npy file, of a Zarr store (v2 or v3), an HDF5 or a NetCDF
-    file (3 or 4); or an xarray DataArray or Dataset, lazily opened or selected or not, a Zarr or
-    h5py group or array, a NumPy array. variable: the name within a store or file; it may be left
-    out where there is one array only. Packed and masked numbers of NetCDF and of xarray's Zarr are
-    decoded as by xarray.open_dataset, times are not: see `cf`. Pickles are never loaded. The
+    where: the path or fsspec URL of a .npy file, of a Zarr store (v2 or v3; kerchunk's references,
+    too), an HDF5 or a NetCDF file (3 or 4); or an xarray DataArray or Dataset, lazily opened or
+    selected or not, a store of Zarr (icechunk's, too), a Zarr or h5py group or array, a NumPy
+    array. variable: the name within a store or file; it may be left out where there is one array
+    only. Packed and masked numbers of NetCDF and of xarray's Zarr are decoded as by
+    xarray.open_dataset, times are not: see `cf`. Pickles are never loaded. The
     source can be sent to other processes, that of an open h5py file only where it has a path.
     Raises ValueError where the variable is missing, FileNotFoundError where the file is,
     ImportError that names the extra where the library is not installed, TypeError for what
@@ -134,16 +135,19 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     kind = type(where).__module__.split(".")[0]
     if kind == "xarray":
         return _xarray(where, variable)
+    if is_store(where):
+        # icechunk's, for instance
+        return _member(need("zarr").open(where, mode="r"), variable, "zarr")
     if kind in ("zarr", "h5py"):
         return _member(where, variable, kind)
     if not isinstance(where, str | PathLike):
         raise TypeError(f"open_array of a {type(where).__name__}: give a path, a URL or an array")
     url = fspath(where)
-    bare = url.split("::")[0].rstrip("/").lower()
+    bare = ending(url)
     with named(url):
         if bare.endswith(".npy"):
             return _npy(url)
-        if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or _magic(url):
+        if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or has_magic(url):
             found = _file(url, variable)
         else:
             zarr = need("zarr")
@@ -152,30 +156,9 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     return found
 
 
-def need(module: str) -> Any:
-    """The module, or ImportError that names the extra."""
-    try:
-        return import_module(module)
-    except ImportError as e:
-        raise ImportError(f'{module} is needed: pip install "shardtensor[io]"') from e
-
-
 def numbers(dtype: np.dtype) -> bool:
     """Whether torch has numbers of that dtype; it has none of more than 64 bits a part."""
     return dtype.kind in "biufc" and dtype.itemsize <= (16 if dtype.kind == "c" else 8)
-
-
-def is_url(where: str) -> bool:
-    """Whether fsspec has to open it."""
-    return "://" in where or "::" in where
-
-
-def _magic(url: str) -> bool:
-    """Whether a local file of any name is HDF5 or NetCDF 3."""
-    if not os.path.isfile(url):
-        return False
-    with open(url, "rb") as f:
-        return f.read(4) in (b"\x89HDF", b"CDF\x01", b"CDF\x02", b"CDF\x05")
 
 
 def _plain(x: Any, name: str, origin: Any) -> Source:
@@ -222,11 +205,7 @@ def _file(url: str, variable: str | None) -> Source:
     opener.seek(0)
     if magic[:3] == b"CDF":
         opener.close()
-        if is_url(url):
-            raise ValueError(
-                f"{url}: NetCDF 3 is read from local files: use simplecache or copy it"
-            )
-        return _netcdf3(url, variable)
+        return _netcdf3(local_file(url), variable)
     if not is_url(url):
         opener.close()
         opener = url

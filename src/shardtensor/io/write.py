@@ -19,7 +19,7 @@ from ..tensor.redistribute import reduced
 from . import staged
 from .chunks import chunked
 from .coords import Coordinate, consolidate
-from .source import need
+from .where import need
 
 
 def write_zarr(
