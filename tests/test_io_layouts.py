@@ -175,3 +175,53 @@ def test_random_windows_are_the_same_for_any_number_of_ranks(tmp_path):
         one = rounds((1, 1))
     assert one == rounds((1, 3)) == rounds((2, 2)) and len(one) == 3
     assert all(len(r) == 2 for r in one)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2)])
+def test_drivaerml(tmp_path, shape):
+    """Cars by STL, VTP and VTU in a folder each: converted once, points dealt to ranks, a model of points."""
+    pytest.importorskip("test_io_meshes").drivaerml(tmp_path, runs=(1, 2, 3, 4))
+    folders = []
+    for case in io.cases(tmp_path, "drivaerml"):
+        folders.append(case["folder"] / "surface")
+        io.convert(case["surface"], folders[-1], fields=["CpMeanTrim"], rename={"CpMeanTrim": "cp"})
+
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def loss_of(model, car):
+        rows = torch.cat([car["coordinates"], car["normals"]], -1).double()
+        near = rows - rows.mean(0)  # of the whole car
+        off = (model(near)[:, 0] - car["cp"].double()).square()
+        area = car["sizes"].double()
+        return (off * area).sum() / area.sum()
+
+    def run():
+        mesh = mesh_of(shape)
+        data = io.Points(folders, mesh["domain"], most=100)
+        sampler = io.DomainSampler(4, mesh, shuffle=False)
+        model, losses = st.parallelize(made(), mesh, data="data"), []
+        for batch in io.Loader(data, mesh, sampler=sampler):
+            losses.append(loss_of(model, {k: v[0] for k, v in batch.items()}))
+            losses[-1].backward()
+        return (
+            [float(x.detach()) for x in losses],
+            model[0].weight.grad,
+            mesh.get_local_rank("data"),
+        )
+
+    ranks = st.simulate(shape[0] * shape[1], run)
+    alone = {}
+
+    def whole():
+        data = io.Points(folders, mesh_of((1,)), most=100)
+        alone.update({i: {k: v.full_tensor() for k, v in data[i].items()} for i in range(4)})
+
+    st.simulate(1, whole)
+    model = made()
+    losses = [loss_of(model, alone[i]) for i in range(4)]
+    (sum(losses) / shape[0]).backward()
+    for found, grad, group in ranks:
+        np.testing.assert_allclose(found, [x.item() for x in losses[group :: shape[0]]], rtol=1e-9)
+        torch.testing.assert_close(grad, model[0].weight.grad, rtol=0, atol=1e-9)
