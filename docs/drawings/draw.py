@@ -129,6 +129,7 @@ PACKAGES = {
     "cli": "plan, check, doctor\nin a shell",
     "compat": "names of\nother libraries",
     "lightning": "a strategy for\nits Trainer",
+    "transformers": "its Trainer, with\nranks that share samples",
     "io": "samples: each rank reads\nwhat it holds",
     "paged": "in parts on one device,\nmemory in files",
     "plan": "before a run: what it takes,\nwhether it is right",

@@ -130,14 +130,13 @@ def _fused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         args,
         kwargs,
     )
+    (contract,) = ops_of("disco_kernels", "_disco_s2_contraction_optimized")
     device = x.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
 
     def both(x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.ops.disco_kernels._disco_s2_contraction_optimized(
-            x, *tables, filters, lat, lon
-        )
+        wide = contract(x, *tables, filters, lat, lon)
         wide = wide.reshape(x.shape[0], groups, size, filters, lat, lon)
         y = torch.einsum("bgckxy,gock->bgoxy", wide, weight.to(x.dtype))
         return y.reshape(x.shape[0], groups * weight.shape[1], lat, lon)
