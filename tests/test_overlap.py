@@ -121,6 +121,21 @@ def test_double_backward(name, taken):
     assert taken
 
 
+@pytest.mark.parametrize("cut", [(2, 2), (0, 4), (2, 0, 2), (0, 1, 2, 1)])
+@pytest.mark.parametrize("name", ["max 3", "avg 3", "avg 2", "conv"])
+def test_a_constant_cotangent_twice(name, cut, taken):
+    """Some ranks' gradients depend on no input then, but for what they exchange."""
+    weight = torch.ones(2, 3, 3, 3, dtype=D)
+    ops = {**POOLS, "avg 2": avg_pool(2, 1, 1), "conv": lambda x: F.conv2d(x, weight, padding=1)}
+
+    def penalty(x):
+        (g,) = torch.autograd.grad(ops[name](x).sum(), x, create_graph=True)
+        return g.square() * x
+
+    T.hold(penalty, [torch.randn(2, 3, 4, 5, dtype=D)], [T.shard(2, cut)], (len(cut),))
+    assert taken or cut == (2, 2)
+
+
 def stem_pool(x):
     return F.max_pool2d(x, 3, 2, 1)
 

@@ -234,11 +234,14 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, d: int, tie: Tensor, *parts: Tensor) -> Tensor:
-        ctx.d, ctx.sizes = d, [p.shape[d] for p in parts]
+        ctx.d, ctx.tie, ctx.sizes = d, tie, [p.shape[d] for p in parts]
         return torch.cat(parts, d) if len(parts) > 1 else parts[0].view_as(parts[0])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        again = torch.is_grad_enabled()
-        tie = g.narrow(ctx.d, 0, 0).sum().reshape(1) if again else g.new_zeros(1)
+        tie = g.new_zeros(1)
+        if torch.is_grad_enabled():
+            # of the cotangent and of what came, on every rank: one that has no rows of others, or
+            # of which the kernel's adjoint asks for no rows, is differentiated again all the same
+            tie = tie + g.narrow(ctx.d, 0, 0).sum() + ctx.tie * 0
         return None, tie, *g.split(ctx.sizes, ctx.d)
