@@ -137,12 +137,63 @@ def windows(x):
 def test_what_windows_left_lopsided():
     for cut in ([3, 3, 3, 3], [1, 5, 6, 0]):
         T.hold(windows, [made(3, 12, 5)], [T.shard(1, cut)], (4,))
+    cache.clear()
     with silent_world(3, 4):
         x = wrap(made(3, 3, 5), Spec.of(make_mesh((4,)), [Shard(1)], (3, 12, 5)))
-        y = x.view(3, 2, 6, 5).transpose(1, 2) * 2
         assert list(windows(x)._spec.dims[1].sizes) == [3, 3, 3, 3]
-        # a view stays where it is
-        assert 0 in y.transpose(1, 2).view(3, 12, 5)._spec.dims[1].sizes
+
+
+# a shape, its cut dim, what takes it elsewhere and which dim is cut then
+FEW = {
+    # 2 windows of 8 rows on 4 ranks: the rows are
+    "split": ((3, 16, 8), 1, lambda x: x.view(3, 2, 8, 8), 2),
+    # by samples, of which there are as many
+    "split, samples": ((4, 12, 8), 1, lambda x: x.view(4, 2, 6, 8), 0),
+    # 2 levels beside rows
+    "merge": ((1, 2, 10, 8), 2, lambda x: x.reshape(1, 20, 8), 1),
+    "merge, samples": ((8, 2, 10, 3), 2, lambda x: x.view(8, 20, 3), 0),
+    "merge of three": ((1, 3, 4, 8, 4), 3, lambda x: x.flatten(1, 3), 1),
+    "both": ((1, 2, 12, 8), 2, lambda x: x.view(1, 3, 8, 8), 2),
+    # neither part has rows for all
+    "windows": ((1, 4, 16, 4), 1, lambda x: x.view(1, 2, 2, 8, 2, 4), 3),
+    "windows and back": ((1, 4, 16, 4), 1, lambda x: x.view(1, 2, 2, 8, 2, 4).view(1, 4, 16, 4), 2),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few_rows_in_front_leave_no_rank_without(name):
+    shape, dim, fn, cut = FEW[name]
+    x = made(*shape)
+    for sizes in (None, [0, shape[dim] - 2, 1, 1]):
+        T.hold(lambda x: fn(x * 2).sin(), [x], [T.shard(dim, sizes)], (4,))
+    cache.clear()
+    with silent_world(2, 4):
+        spec = Spec.of(make_mesh((4,)), [Shard(dim)], shape)
+        y = fn(wrap(torch.zeros(spec.local_shape), spec))
+        assert [i for i, d in enumerate(y._spec.dims) if d.axes] == [cut]
+        # all have a share, or nearly
+        assert max(y._spec.dims[cut].sizes) <= 1.25 * y.shape[cut] / 4
+
+
+def test_few_rows_in_front_on_two_axes():
+    x = made(3, 12, 8, 8)
+    for on in ([Shard(1), Shard(2)], [Shard(2), Shard(1)], [Shard(1), Shard(1)]):
+        T.hold(lambda x: x.view(3, 1, 12, 1, 8, 8) * 2, [x], [T.On(on)], (2, 2))
+        T.hold(lambda x: x.view(3, 2, 6, 64) * 2, [x], [T.On(on)], (2, 2))
+        T.hold(lambda x: x.transpose(1, 3).reshape(3, 2, 32, 12) * 2, [x], [T.On(on)], (2, 2))
+
+
+def test_a_view_that_went_around_is_one():
+    """What is written to its base later is not read from it, as of every view that moved."""
+
+    def run(x):
+        y = x * 1
+        z = y.view(3, 2, 6, 8)
+        y.mul_(2)
+        return z
+
+    with pytest.raises(st.RankError, match="view"):
+        T.hold(run, [made(3, 12, 8)], [T.shard(1)], (4,))
 
 
 PEAKS = {

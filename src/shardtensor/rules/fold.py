@@ -22,7 +22,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
-from .reshape import _gathered_on_lead, _on_multiples
+from .reshape_plan import gathered_on_lead, on_multiples
 from .shape import _index
 from .sliding import sliding
 from .windows import Ints, Stencil, added_to, each, fetch, spread, stencils, strided
@@ -40,7 +40,7 @@ def im2col(
     shape = _shape(_im2col, tuple(x.shape), k, d, p, s)
     h, w = x.ndim - 2, x.ndim - 1
     if x._spec.dims[w].axes:
-        rows = _gathered_on_lead(x._spec, [h, w], h)
+        rows = gathered_on_lead(x._spec, [h, w], h)
         x = to_dims(x, [*x._spec.dims[:h], rows, Dim(x.shape[w])])
     spec = x._spec
     channels = _times(spec.dims[h - 1], k[0] * k[1])
@@ -77,7 +77,7 @@ def col2im(
     c, blocks = x.ndim - 2, x.ndim - 1
     dims = list(x._spec.dims)
     for i, q in ((c, k[0] * k[1]), (blocks, wide)):
-        dims[i] = _on_multiples(dims[i], q) if dims[i].axes else dims[i]
+        dims[i] = on_multiples(dims[i], q) if dims[i].axes else dims[i]
     x = to_dims(x, dims)
     local, index = x._local, x._spec.index[blocks]
     channels = Dim(shape[-3], dims[c].axes, tuple(n // (k[0] * k[1]) for n in dims[c].sizes))

@@ -1,14 +1,9 @@
-"""reshape and its kin: local views of the local tensor wherever the shards allow it.
-
-Input and output dims fall into blocks of equal products. A shard of a leading dim is a contiguous
-part of the flattened block, so it survives any reshape of the block once its edges lie on whole
-rows of the output. Shards of other dims of a block move to the leading dim first.
-"""
+"""reshape and its kin: local views of the local tensor wherever the shards allow it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd, prod
+from math import prod
 from operator import index
 from typing import Any, NamedTuple
 
@@ -17,14 +12,14 @@ from torch import Tensor
 
 from .. import _torch
 from ..cache import cached
-from ..cuts import chunk_sizes
 from ..dispatch.writes import stands_for_view
 from ..registry import rule
-from ..spec import Dim, Spec, axes_in, whole_dims
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, layout, recut, wrap
 from ..tensor.redistribute import convert, like, reduced, replicate
 from .agreed import agreed
 from .pointwise import function_rule
+from .reshape_plan import on_multiples, plan
 from .shape import _index, many, moved
 
 # of a whole tensor; None: rows first
@@ -42,89 +37,12 @@ def _infer(shape: Sequence[int], numel: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _blocks(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pairs of runs of input and output dims with equal products; numel is not zero."""
-    found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(a) or j < len(b):
-        left = a[i] if i < len(a) else 1
-        right = b[j] if j < len(b) else 1
-        if i < len(a) and left == 1 and (right != 1 or j >= len(b)):
-            found.append(([i], []))
-            i += 1
-            continue
-        if j < len(b) and right == 1 and (left != 1 or i >= len(a)):
-            found.append(([], [j]))
-            j += 1
-            continue
-        ins, outs = [i], [j]
-        while left != right:
-            if left < right:
-                i += 1
-                ins.append(i)
-                left *= a[i]
-            else:
-                j += 1
-                outs.append(j)
-                right *= b[j]
-        i, j = i + 1, j + 1
-        found.append((ins, outs))
-    return found
-
-
-def _lead(dims: Sequence[int], sizes: Sequence[int]) -> int:
-    return next((d for d in dims if sizes[d] > 1), dims[0])
-
-
-def _gathered_on_lead(spec: Spec, ins: Sequence[int], lead: int) -> Dim:
-    """The leading dim of a block, sharded by all axes that shard any dim of the block."""
-    dim = spec.dims[lead]
-    axes = axes_in([spec.dims[d] for d in ins])
-    if axes == dim.axes:
-        return dim
-    if dim.axes and axes[: len(dim.axes)] == dim.axes:
-        # keep the outer cut, so that only the inner axes move
-        inner = prod(spec.mesh.size(a) for a in axes[len(dim.axes) :])
-        return Dim(dim.size, axes, tuple(s for n in dim.sizes for s in chunk_sizes(n, inner)))
-    return Dim.chunked(dim.size, axes, spec.mesh)
-
-
-def _on_multiples(dim: Dim, q: int) -> Dim:
-    """The dim with its cuts moved to the nearest multiples of q."""
-    if q == 1 or all(o % q == 0 for o in dim.offsets):
-        return dim
-    return dim.cut_at([*(min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]), dim.size])
-
-
-@cached
-def _plan(spec: Spec, shape: tuple[int, ...]) -> tuple[tuple[Dim, ...], Spec]:
-    """(the dims in which the local reshape is right, the spec of the result)."""
-    a = spec.shape
-    before = list(spec.dims)
-    after = list(whole_dims(shape))
-    for ins, outs in _blocks(a, shape):
-        if not any(spec.dims[d].axes for d in ins):
-            continue
-        if not outs:
-            before[ins[0]] = Dim(1)
-            continue
-        lead, out = _lead(ins, a), _lead(outs, shape)
-        rows = prod(a[d] for d in ins if d > lead)
-        per_row = prod(shape[d] for d in outs if d > out)
-        dim = _gathered_on_lead(spec, ins, lead)
-        dim = _on_multiples(dim, per_row // gcd(per_row, rows))
-        for d in ins:
-            before[d] = dim if d == lead else Dim(a[d])
-        after[out] = dim.scaled(rows, per_row)
-    return tuple(before), Spec(spec.mesh, tuple(after), spec.partial)
-
-
 class Reshaped(NamedTuple):
     """How a tensor takes another shape.
 
     stays: whether shards stay. before: the dims that they need. spec: of the result, local_shape
-    there. view: whether torch gives a view. even: where what torch copies goes then, None if it
-    stays there.
+    there. view: whether torch gives a view. even: where the result goes then, None if it stays
+    there.
     """
 
     stays: bool
@@ -142,9 +60,10 @@ def _reshaped(spec: Spec, stride: Stride, shape: tuple[int, ...]) -> Reshaped:
     if not numel:
         before, out = spec.replicated().dims, Spec.whole(spec.mesh, target)
         return Reshaped(False, before, out, out.local_shape, True)
-    before, out = _plan(spec, target)
+    before, out, even = plan(spec, target)
     view = layout.is_view(spec.shape, stride or layout.dense(spec.shape), target)
-    even = None if view or numel < recut.WHOLE else _evened(spec, out)
+    if even is None and not view and numel >= recut.WHOLE:
+        even = _evened(spec, out)
     return Reshaped(before == spec.dims, before, out, out.local_shape, view, even)
 
 
@@ -205,8 +124,11 @@ def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTenso
         return copy if even is None else like(copy, even)
     if not x._spec.shape.numel():
         return wrap(replicate(x)._local.reshape(local_shape), spec)
-    out = moved(x, before, op)._local.reshape(local_shape)
-    return wrap(stands_for_view(out, x._local, op), spec)
+    out = wrap(moved(x, before, op)._local.reshape(local_shape), spec)
+    if even is not None:
+        out = like(out, even)
+    stands_for_view(out._local, x._local, op)
+    return out
 
 
 @function_rule("view")
@@ -239,7 +161,7 @@ def _other_items(x: ShardTensor, dtype: torch.dtype) -> ShardTensor:
             f"self.size(-1) and self.storage_offset() must be divisible by {new // old} to view "
             f"{x.dtype} as {dtype} (different element sizes), but got {last.size} and {begin}"
         )
-    whole = _on_multiples(last, max(1, new // old))
+    whole = on_multiples(last, max(1, new // old))
     spec = x._spec.replace({-1: whole}).cotangent
     y = convert(own, x._spec, spec)
     if new > old and last.axes:
