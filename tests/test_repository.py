@@ -45,6 +45,16 @@ def test_the_version_of_the_command_line():
     )
 
 
+def test_the_version_is_the_same_wherever_it_stands():
+    minor = st.__version__.rpartition(".")[0]
+    said = {
+        name: (ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md", "README.md")
+    }
+    assert f"\nversion: {st.__version__}\n" in said["CITATION.cff"]
+    assert re.search(rf"^## \[{re.escape(st.__version__)}\]", said["CHANGELOG.md"], re.MULTILINE)
+    assert f"\nVersion {minor}, for" in said["README.md"]
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist(tmp_path):
     _run(sys.executable, "-m", "build", "--outdir", str(tmp_path), ".")

@@ -33,7 +33,7 @@ from .train.options import Options
 from .train.parallelize import parallelize
 from .train.tensor_parallel import tensor_parallel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Dim",
     "DivergenceError",
