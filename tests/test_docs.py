@@ -187,9 +187,11 @@ def test_the_example_of_checkpoints(tmp_path, monkeypatch):
 
 
 def test_the_example_of_graphs():
-    block, product = re.findall(r"```python\n(.*?)```", (DOCS / "graphs.md").read_text(), re.S)
-    exec(product, names := {})
-    assert names["sizes"] == (25, 25, 25, 25)
+    page = (DOCS / "graphs.md").read_text()
+    block, forecaster, product = re.findall(r"```python\n(.*?)```", page, re.S)
+    for code, size in ((forecaster, 50), (product, 25)):
+        exec(code, names := {})
+        assert names["sizes"] == (size,) * 4
     exec(block, names := {})
     x, (source, target) = names["nodes"], names["edges"]
     messages = (x[source] - x[target]).relu()
