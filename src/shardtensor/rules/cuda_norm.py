@@ -2,8 +2,9 @@
 
 Forward: mean and inverse deviation of this rank's part (Welford's), one message, one kernel that
 merges all ranks' and moves running statistics, one affine kernel. Backward: two sums in one kernel,
-one message, one affine kernel. Nothing waits for the device. Elsewhere, and for what the kernels do
-not have, it is `normalise`.
+one message, one affine kernel. Without a mean the norm of each row takes the place of the
+statistics. Nothing waits for the device. Elsewhere, and for what the kernels do not have, it is
+`normalise`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ def normalise(
     running: Running | None = None,
 ) -> Tensor:
     """As `normalise.normalise`; where it moves running itself, nothing is added to kept."""
-    apart = way.scattered or not way.centred or way.group is None
-    if apart or not _has_kernels(x) or probe.is_proxied():
+    if way.scattered or way.group is None or not _has_kernels(x) or probe.is_proxied():
         return program.normalise(x, weight, bias, way, kept)
     weight, bias = way.parts(weight, bias)
     way = replace(way, blocks=())
@@ -128,6 +128,8 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
     assert way.group is not None
     dtype = accumulated(rows.dtype)
     n = rows.shape[1] // way.width
+    if not way.centred:
+        return _of_squares(rows, way, way.group)
     if len(way.counts) > GATHERED:
         # the sums of so many ranks take one all-reduce; it is small arithmetic in float64
         wide = torch.float64
@@ -152,6 +154,24 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
     )
 
 
+def _of_squares(rows: Tensor, way: Way, group: str) -> tuple[Tensor, Tensor]:
+    """Means of zero and the inverse roots of the mean squares over all ranks."""
+    dtype, n = accumulated(rows.dtype), rows.shape[1]
+    squares = rows.new_zeros(n, dtype=dtype)
+    if rows.numel():
+        squares = torch.linalg.vector_norm(
+            rows, 2, (0, *range(2, rows.ndim)), dtype=dtype
+        ).square_()
+    whole = _added(wire.addends(squares, group))
+    # (total / n + eps) ^ -1/2 in few kernels
+    slope = whole.add_(way.eps * way.n).rsqrt_().mul_(way.n**0.5)
+    return torch.zeros_like(slope), slope
+
+
+def _added(every: list[Tensor]) -> Tensor:
+    return every[0] if len(every) == 1 else torch.stack(every).sum(0)
+
+
 def _sums(
     g: Tensor, rows: Tensor, mean: Tensor, slope: Tensor, w: Tensor | None, way: Way
 ) -> tuple[Tensor, Tensor]:
@@ -163,8 +183,10 @@ def _sums(
         flat = torch.cat(found[:2])
     else:
         flat = mean.new_zeros(2 * n)
-    every = wire.addends(flat, way.group)
-    flat = every[0] if len(every) == 1 else torch.stack(every).sum(0)
+    if not way.centred:
+        # a sum that counts for nothing
+        return torch.zeros_like(mean), _added(wire.addends(flat[n:], way.group))
+    flat = _added(wire.addends(flat, way.group))
     return flat[:n], flat[n:]
 
 
