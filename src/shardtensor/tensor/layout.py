@@ -149,6 +149,13 @@ def takes_format(x: Any, memory_format: torch.memory_format) -> bool:
         return whole.to(memory_format=memory_format) is whole
 
 
+@cached
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements lie without gaps, each once, in whatever order of the dims."""
+    order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
+    return _in_order(shape, strides, order)
+
+
 def _in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
     """Whether dims lie dense in memory, the last of the order innermost."""
     step = 1

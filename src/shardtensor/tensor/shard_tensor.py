@@ -242,7 +242,13 @@ class ShardTensor(torch.Tensor):
     def grad(self) -> ShardTensor | None:
         """The gradient, sharded like the tensor itself."""
         g = self._local.grad
-        return None if g is None else methods["gradient"](g, self._spec)
+        if g is None:
+            return None
+        found: ShardTensor = methods["gradient"](g, self._spec)
+        # torch lets it lie like a tensor without gaps
+        if self._strides is not None and layout.is_dense(self._spec.shape, self._strides.strides):
+            found._strides = self._strides
+        return found
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
