@@ -44,8 +44,10 @@ _OWN = {
 }  # fmt: skip
 _OWN_FAMILIES = ("linalg_", "fft_")
 # whose results torch lays out in another way on each device
-_UNKNOWN = ("scaled_dot_product", "_scaled_dot_product",
-            "fft_hfft", "fft_rfft", "fft_irfft", "linalg_eig", "max_unpool")  # fmt: skip
+_UNKNOWN = (
+    "scaled_dot_product", "_scaled_dot_product", "fft_hfft", "fft_rfft", "fft_irfft", "linalg_eig",
+    "max_unpool", "pad", "reflection_pad", "replication_pad",
+)  # fmt: skip
 # images with the channels last give such images; what has no memory is not asked for its format
 _OF_IMAGES = ("conv", "group_norm", "batch_norm", "native_batch_norm", "native_group_norm",
               "pixel_shuffle", "channel_shuffle", "native_channel_shuffle")  # fmt: skip

@@ -25,7 +25,7 @@ from ..comm.ops import window_add_op
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from . import flat
 from .empty import stock
@@ -175,7 +175,12 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
         counts = [b - a for a, b in (_bin(j, size, m) for j in rows)]
         by = torch.tensor(counts, dtype=local.dtype, device=local.device)
         local = local / by.view([-1] + [1] * (local.ndim - 1 - d))
-    return wrap(local.to(dtype), spec)
+    return _as_image(wrap(local.to(dtype), spec), x, n)
+
+
+def _as_image(out: ShardTensor, x: ShardTensor, n: int) -> ShardTensor:
+    """As torch gives it: of images, not of volumes, the channels stay last."""
+    return layout.like_image(out, x) if n == 2 else out
 
 
 def _local(local: Tensor, n: int, here: list[int], op: Callable[..., Any]) -> Any:
@@ -210,7 +215,7 @@ def _maxima(x: ShardTensor, n: int, targets: list[int]) -> tuple[ShardTensor, Sh
             values = comm.gather(values, d, sizes, name)
             index = comm.gather(index, d, sizes, name)
         values, index = _merged(values, index, d, plan.order[start:stop])
-    return wrap(values, spec), wrap(index, spec)
+    return _as_image(wrap(values, spec), x, n), _as_image(wrap(index, spec), x, n)
 
 
 def _positions(
@@ -305,7 +310,7 @@ def _define_adaptive(n: int) -> None:
             return mean.to(result_dtype(x, n, lambda some: _AVG[n](some, [1] * n)))
         spec, here, plans = _split_up(x, n, targets)
         if not plans:
-            return wrap(_local(x._local, n, here, _AVG[n]), spec)
+            return _as_image(wrap(_local(x._local, n, here, _AVG[n]), spec), x, n)
         return _averages(x, n, targets)
 
     @rule(f"adaptive_max_pool{n}d")
@@ -318,7 +323,7 @@ def _define_adaptive(n: int) -> None:
         out, index = _local(x._local, n, here, _MAX[n])
         if any(d.axes for d in x._spec.dims[-n:]):
             index = _whole_positions(index, x._spec, n)
-        return wrap(out, spec), wrap(index, spec)
+        return _as_image(wrap(out, spec), x, n), _as_image(wrap(index, spec), x, n)
 
 
 for _n in (1, 2, 3):

@@ -107,4 +107,7 @@ def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             args = (kwargs.pop("input"), *args)
         view = getattr(torch.Tensor, name, torch.ops.aten.slice.Tensor)
         made = handlers[view](view, args, kwargs)
-    return made.clone() if isinstance(made, Tensor) else tuple(m.clone() for m in made)
+    rows = torch.contiguous_format
+    if isinstance(made, Tensor):
+        return made.clone(memory_format=rows)
+    return tuple(m.clone(memory_format=rows) for m in made)

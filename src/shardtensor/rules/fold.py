@@ -154,4 +154,4 @@ def rot90(input: ShardTensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tenso
         return input.clone()
     if k % 4 == 2:
         return input.flip(a, b)
-    return input.flip(b if k % 4 == 1 else a).transpose(a, b).contiguous()
+    return input.flip(b if k % 4 == 1 else a).transpose(a, b)

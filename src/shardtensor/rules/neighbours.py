@@ -63,4 +63,4 @@ def local_response_norm(
 
     if x.ndim < 3 or len(x._spec.dims[1].sizes) <= 1:
         return wrap(norm(x._local, (before or 1,)), x._spec)
-    return sliding(x, {1: checked(Stencil(size, 1, before, 1, after))}, norm)
+    return sliding(x, {1: checked(Stencil(size, 1, before, 1, after))}, norm, image=True)

@@ -164,9 +164,10 @@ def instance_norm(
         )
     x = sharded(input, weight, bias, running_mean, running_var)
     spec, local = x._spec, x._local
+    # torch gives rows first, whatever it gets
     local = autocast(local, lambda z: torch.instance_norm(
         z, None, None, None, None, True, 0.0, 1.0, False
-    ))  # fmt: skip
+    )).contiguous()  # fmt: skip
     running = [buffer("instance_norm", r) for r in (running_mean, running_var)]
     tracked = any(r is not None for r in running)
     channels = spec.dims[1]
@@ -182,7 +183,7 @@ def instance_norm(
     group = comm.group(spec.mesh, axes) if axes else None
     kept: list[Numbers] = []
     n = max(1, count(x, dims))
-    way = Way(counts, n, group, eps, apart=True, scattered=_scattered(x))
+    way = Way(counts, n, group, eps, apart=True)
     y = normalise(local, w, b, way, kept)
     if tracked:
         shape = local.shape[:2]

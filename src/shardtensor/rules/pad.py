@@ -18,7 +18,7 @@ from ..cache import cached
 from ..cuts import Kept
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
 from .slices import sliced
@@ -89,7 +89,10 @@ def padded(
         local = stock(lambda z: F.pad(z, plan.amounts, mode), shape, local)
     for d, start, length in plan.keep:
         local = local.narrow(d, start, length).contiguous()
-    return wrap(local, plan.out)
+    out = wrap(local, plan.out)
+    # the other kernels of CUDA give rows first
+    keeps = mode == "constant" or (mode != "circular" and local.device.type == "cpu")
+    return layout.like_image(out, x) if keeps else out
 
 
 @rule("constant_pad_nd")

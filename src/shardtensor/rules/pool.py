@@ -13,7 +13,7 @@ from torch import Tensor
 from .._torch import kernels
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .flat import coordinates, positions
 from .sliding import fetched, plan, sliding
@@ -96,7 +96,7 @@ def _max_pool(
         )
 
     if not indices:
-        return sliding(x, found, lambda *rows: pool(*rows)[0], fill=low), None
+        return sliding(x, found, lambda *rows: pool(*rows)[0], fill=low, image=n > 1), None
     dims, reaches, left, _ = plan(x._spec, tuple(found.items()))
     local = fetched(x._local, x._spec, reaches, low)
     out, index = pool(local, left)
@@ -106,7 +106,9 @@ def _max_pool(
     for d, _, reach in reaches:
         out, index = trim(out, d, x._spec, reach), trim(index, d, x._spec, reach)
     spec = x._spec.with_dims([*x._spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
-    return wrap(out, spec), wrap(index, spec)
+    if n == 1:
+        return wrap(out, spec), wrap(index, spec)
+    return layout.like_image(wrap(out, spec), x), layout.like_image(wrap(index, spec), x)
 
 
 def _global_index(
@@ -208,7 +210,7 @@ def _avg_pool(
     def pool(local: Tensor, *left: Sequence[int]) -> Tensor:
         return some_channels(local, first - 1, lambda some: average(some, *left))
 
-    pooled = sliding(x, found, pool)
+    pooled = sliding(x, found, pool, image=n == 2)
     if not cut or divisor is not None:
         return pooled
     out, spec = pooled._local, pooled._spec
@@ -224,7 +226,7 @@ def _avg_pool(
         elif any(c != s.size for c in counts):
             more = torch.tensor([s.size / c for c in counts], dtype=out.dtype, device=out.device)
             out = out * more.view(shape)
-    return wrap(out, spec)
+    return wrap(out, spec, pooled._strides)
 
 
 def _kernel_average(

@@ -162,6 +162,10 @@ def _like(
     spec, place = x._spec.cotangent, torch.device(device or x.device)
     order = _order(x, memory_format)
     local = draw(spec, dtype or x.dtype, place, fill, generator, normal=normal, order=order)
+    if memory_format is not torch.preserve_format:
+        local = local.contiguous(memory_format=memory_format)
+    elif not x._local.is_contiguous():
+        local = torch.empty_like(x._local, dtype=local.dtype, device=place).copy_(local)
     return wrap(local.requires_grad_(requires_grad), spec)
 
 

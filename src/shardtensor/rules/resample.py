@@ -23,7 +23,7 @@ from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, whole_dims
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .pool import result_dtype
 from .windows import Reach, fetch, near, reach_of, trim
@@ -94,8 +94,10 @@ def interpolate(
         return wrap(local, x._spec.with_dims([*x._spec.dims[:2], *whole_dims(out)]))
     halos = [_halo(x._spec.dims[d], out[d - 2], scales[d - 2], way) for d in sharded]
     if None not in halos:
-        return _scaled(x, out, scales, way, dict(zip(sharded, halos, strict=True)))  # type: ignore[arg-type]
-    return _combined(x, out, scales, way, sharded)
+        found = _scaled(x, out, scales, way, dict(zip(sharded, halos, strict=True)))  # type: ignore[arg-type]
+    else:
+        found = _combined(x, out, scales, way, sharded)
+    return layout.like_image(found, x)
 
 
 def _sizes(

@@ -23,7 +23,7 @@ from .. import _torch
 from ..cache import cached
 from ..dispatch.writes import stands_for_view
 from ..spec import Dim, Spec, whole_dims
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .overlap import overlapped, pays
 from .windows import Reach, Stencil, fetch, strided, trim
@@ -113,6 +113,7 @@ def sliding(
     *,
     fill: float = 0.0,
     view: str = "",
+    image: bool = False,
 ) -> ShardTensor:
     """The result of an op that slides stencils along dims of a tensor; differentiable.
 
@@ -120,7 +121,8 @@ def sliding(
     dims that are cut keep their sizes, and further dims may follow. Where a stencil has padding, it
     is op(rows, padding): what op is to add before and behind each dim; 0 where the rows have it
     already, in dims that are cut and where it is not the same before and behind.
-    fill: the padding's value. view: torch's name of the op, if it gives a view.
+    fill: the padding's value. view: torch's name of the op, if it gives a view. image: whether it
+    keeps the channels of images and volumes last.
     Sends the halo of each cut dim, in one exchange a dim; nothing where no rank reads another's.
     """
     x = reduced(input)
@@ -144,4 +146,5 @@ def sliding(
         dim if dim.axes or i in new else Dim(n)
         for i, (dim, n) in enumerate(zip(kept, y.shape, strict=False))
     ]
-    return wrap(y, spec.with_dims([*full, *whole_dims(y.shape[len(kept) :])]))
+    out = wrap(y, spec.with_dims([*full, *whole_dims(y.shape[len(kept) :])]))
+    return layout.like_image(out, x) if image else out

@@ -29,6 +29,8 @@ def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     dims = _cut(spec, operator.index(dim))
     if not dims:
         return wrap(fn(local, dim, dtype=dtype), spec)
+    # torch gives rows first, whatever it gets
+    local = local.contiguous()
     # what torch would give, under autocast too
     out = fn(local.new_zeros(1), 0, dtype=dtype).dtype
     local = local.to(wide(out))

@@ -142,6 +142,19 @@ def is_contiguous(x: Any, memory_format: torch.memory_format) -> bool:
     return last and _in_order(x.shape, own, (0, *rows[2:], 1))
 
 
+def like_image(out: Any, x: Any) -> Any:
+    """out, an image or volume as x is one, with the channels last if they lie so in x."""
+    if out.ndim != x.ndim or (x._strides is None and x._local.is_contiguous()):
+        return out
+    form = FORMATS.get(x.ndim)
+    if form is None or is_contiguous(x, torch.contiguous_format) or not is_contiguous(x, form):
+        return out
+    out._local = out._local.contiguous(memory_format=form)
+    strides = in_format(out.shape, form)
+    out._strides = Strides.of(out.shape, strides) if out._spec.thin else None
+    return out
+
+
 def takes_format(x: Any, memory_format: torch.memory_format) -> bool:
     """Whether torch's `to` takes the whole to be in a memory format already."""
     with outside_modes():
