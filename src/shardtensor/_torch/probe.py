@@ -45,8 +45,29 @@ FLOPS = {
 @contextmanager
 def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
     """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
-    with silent_world(rank, ranks), mode.fake, mode, not_tracing():
+    with silent_world(rank, ranks), mode.fake, mode, not_tracing(), _copied_deeply():
         yield
+
+
+@contextmanager
+def _copied_deeply() -> Iterator[None]:
+    """Inside, copy.deepcopy makes fake tensors, of fake and of real ones, and asks for no memory."""
+    stock = torch.Tensor.__deepcopy__
+
+    def deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if not self.is_leaf or id(self) in memo:
+            return stock(self, memo)  # type: ignore[no-untyped-call, no-any-return]
+        new = self.detach().clone(memory_format=torch.preserve_format)
+        if isinstance(self, torch.nn.Parameter):
+            new = torch.nn.Parameter(new, self.requires_grad)
+        memo[id(self)] = new.requires_grad_(self.requires_grad)
+        return new
+
+    torch.Tensor.__deepcopy__ = deepcopy
+    try:
+        yield
+    finally:
+        torch.Tensor.__deepcopy__ = stock
 
 
 def fake_mode() -> Any:

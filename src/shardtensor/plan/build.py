@@ -10,6 +10,7 @@ from torch import nn
 
 from .._torch.dispatcher import outside_modes
 from ..errors import UnsupportedOpError
+from . import caches
 from .known import MOST_DRAWN
 from .ledger import Ledger
 
@@ -36,6 +37,7 @@ def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
             f"the model's constructor needs values of weights ({type(error).__name__}: {error}), "
             f"and its {made / 2**30:.0f} GiB are too many to make them: build fewer layers"
         )
+    caches.forget()
     with outside_modes(), _unfilled():
         model = make()
     for module in model.modules():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..observe.network import DGX_H100, Network
 from ..shares import balanced
 from ..train.options import Options
+from . import caches
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
 
@@ -80,13 +81,14 @@ def fewest(
 
 @contextmanager
 def _quick_collector() -> Iterator[None]:
-    """Inside, the garbage collector looks at what is made there only."""
+    """Inside, the garbage collector looks at what is made there only; no cache keeps any of it."""
     frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
+        caches.forget()
         if not frozen:
             gc.unfreeze()
 

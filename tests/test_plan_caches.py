@@ -1,0 +1,105 @@
+"""Tables that functions of others keep (functools.lru_cache) outlive a plan as they were made."""
+
+import copy
+import functools
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import shardtensor as st
+from shardtensor.plan import caches
+
+
+@functools.lru_cache
+def table(n):
+    return torch.linspace(0, 1, n)
+
+
+def copied(f):
+    kept = functools.lru_cache(maxsize=20)(f)
+    return lambda *args: copy.deepcopy(kept(*args))
+
+
+@copied
+def weights(n):
+    return torch.ones(n), {"scale": torch.full((n,), 2.0)}
+
+
+class Tables:
+    @staticmethod
+    @functools.cache
+    def shared(n):
+        return torch.arange(n)
+
+
+@functools.lru_cache
+def number(n):
+    return n + 1
+
+
+class Scaled(nn.Module):
+    """reads: the constructor needs values, so that it runs a second time, for real."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.register_buffer("at", table(8).clone())
+        if reads:
+            # C++ of others reads memory as this does
+            self.at.data_ptr()
+            self.first = bytes(self.at.numpy())
+
+    def forward(self, x):
+        ones, more = weights(8)
+        return self.conv(x) * (self.at + ones + more["scale"]) + Tables.shared(8)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_plan_leaves_no_tables_without_memory(reads):
+    for cached in (table, Tables.shared):
+        cached.cache_clear()
+    number(1)
+    (first, *_) = st.plan(lambda: Scaled(reads), [(1, 1, 16, 8)], 2)
+    assert not first.refused
+    assert number.cache_info().currsize == 1
+    model = Scaled(reads=True)
+    x = torch.ones(1, 1, 16, 8)
+    want = model.conv(x) * (torch.linspace(0, 1, 8) + 3) + torch.arange(8)
+    torch.testing.assert_close(model(x), want)
+
+
+class Layers(nn.Module):
+    """As DETR and nn.TransformerEncoder make theirs; too large to be made for real."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+        self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(2)])
+        self.heavy = nn.Parameter(torch.empty(2**32))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_are_copied_deeply():
+    (first, *_) = st.plan(Layers, [(1, 2, 16, 8)], 2, precisions=(None,))
+    parameters = 2 * (2 * 2 + 2 + 2 + 2) + 2**32
+    assert first.memory["parameters"] == 4 * parameters
+
+
+def test_what_keeps_none_is_left():
+    """Of any module, also one without a dictionary of names."""
+    module = types.ModuleType("made_up")
+    module.kept = functools.lru_cache(lambda: torch.ones(2))
+    sys.modules["made_up"], sys.modules["odd"] = module, None
+    try:
+        value = module.kept()
+        caches.forget()
+        assert module.kept() is value
+    finally:
+        del sys.modules["made_up"], sys.modules["odd"]
