@@ -51,23 +51,23 @@ def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
 
 @contextmanager
 def _copied_deeply() -> Iterator[None]:
-    """Inside, copy.deepcopy makes fake tensors, of fake and of real ones, and asks for no memory."""
+    """Inside, copy.deepcopy makes fake tensors, of fake and of real ones, without memory."""
     stock = torch.Tensor.__deepcopy__
 
     def deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         if not self.is_leaf or id(self) in memo:
-            return stock(self, memo)  # type: ignore[no-untyped-call, no-any-return]
+            return stock(self, memo)
         new = self.detach().clone(memory_format=torch.preserve_format)
         if isinstance(self, torch.nn.Parameter):
             new = torch.nn.Parameter(new, self.requires_grad)
         memo[id(self)] = new.requires_grad_(self.requires_grad)
         return new
 
-    torch.Tensor.__deepcopy__ = deepcopy
+    setattr(torch.Tensor, "__deepcopy__", deepcopy)  # noqa: B010
     try:
         yield
     finally:
-        torch.Tensor.__deepcopy__ = stock
+        setattr(torch.Tensor, "__deepcopy__", stock)  # noqa: B010
 
 
 def fake_mode() -> Any:
