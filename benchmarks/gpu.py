@@ -31,14 +31,15 @@ from launches import PRETENDED, as_pretended, inferred, part, rank_of, trained, 
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.attention import neighborhood
+from shardtensor.attention import merge_kernel, neighborhood
+from shardtensor.attention.merge import Merge
 from shardtensor.attention.strategy import strategy
 
 HERE = Path(__file__).parent
 # seconds that the parts may take of 480, in the order in which they run
 PARTS = {
     "cases": 120, "vit": 110, "launches": 60, "graphs": 40, "nccl": 40, "compiled": 50,
-    "natten": 20, "dispatch": 25, "doctor": 15,
+    "natten": 15, "merge": 10, "dispatch": 25, "doctor": 10,
 }  # fmt: skip
 # of arXiv 2605.11111, for one H100: seconds of a training step and GB of its memory
 PAPER = {"1024 s": 7.96, "2048 s": 31.4, "GB": 51.4}
@@ -200,7 +201,35 @@ def natten() -> list[dict[str, Any]]:
     return rows
 
 
-OWN = {f.__name__: f for f in (vit, graphs, nccl, compiled, natten)}
+def merge() -> list[dict[str, Any]]:
+    """Three blocks of a ring merged by the Triton kernel and by torch's ops."""
+    if PRETENDED:
+        return [{"merge": "Triton launches nothing on a pretended GPU"}]
+    kernel, rows = merge_kernel._kernel, []
+    for dtype in (torch.float32, torch.bfloat16):
+        made: dict[str, Any] = {"device": "cuda", "dtype": dtype}
+        q = torch.randn(1, 16384, 16, 48, **made).transpose(1, 2)
+        found = [(torch.randn_like(q), torch.randn(q.shape[:3], device="cuda")) for _ in range(3)]
+
+        def whole(q: Any = q, found: Any = found) -> Any:
+            total = Merge(q, q)
+            for i, block in enumerate(found):
+                total.add((0, q.shape[2]), *block, last=i == 2)
+            return total.result()
+
+        row: dict[str, Any] = {"dtype": str(dtype)}
+        results = []
+        for name, one in (("torch", None), ("triton", kernel)):
+            merge_kernel._kernel = one
+            row[f"{name} ms"] = milliseconds(whole)
+            results.append(whole())
+        pairs = zip(*results, strict=True)
+        row["differ by"] = max(float((a - b).abs().max()) for a, b in pairs)
+        rows.append(row)
+    return rows
+
+
+OWN = {f.__name__: f for f in (vit, graphs, nccl, compiled, natten, merge)}
 
 
 def tell(rows: list[dict[str, Any]]) -> None:
@@ -242,6 +271,8 @@ def run(name: str, seconds: float, out: Path) -> dict[str, Any]:
         **os.environ, "GPU_ROWS": str(rows), "OMP_NUM_THREADS": "1",
         "PYTHONPATH": ":".join(map(str, paths)),
     }  # fmt: skip
+    if name == "merge":
+        env["SHARDTENSOR_MERGE"] = "triton"
     begin = time.monotonic()
     try:
         done = subprocess.run(
