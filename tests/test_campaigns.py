@@ -5,7 +5,7 @@ import os
 import campaigns
 import pytest
 
-CASES = int(os.environ.get("CASES", "100"))
+CASES = int(os.environ.get("CASES", "60"))
 
 
 @pytest.mark.slow
