@@ -321,3 +321,24 @@ def test_the_statistics_have_the_real_ones_form(dtype, wide):
         found = torch.batch_norm_update_stats(fakes[0], fakes[1], fakes[1], 0.1)
     for a, b in zip(real, found, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+class Framed(nn.Module):
+    """Attention of frames to those before, by a mask of numbers, in heads of 16."""
+
+    def forward(self, x):
+        # B C T H W -> B (T H W) C
+        b, c, t, h, w = x.shape
+        tokens = x.permute(0, 2, 3, 4, 1).reshape(b, 1, t * h * w, c)
+        frame = torch.arange(t).repeat_interleave(h * w)
+        mask = torch.where(frame[:, None] >= frame, 0, -float("inf")).to(x.dtype)
+        y = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
+        return y.reshape(b, t, h, w, c)
+
+
+def test_a_mask_of_numbers_around_a_ring():
+    """What CUDA's kernels would count is asked of those for CPUs, whose values are as wide."""
+    found = estimate(
+        Task(Framed, [(1, 16, 3, 32, 32)], dims=(3,), train=False), Layout(1, (3,), (4,))
+    )
+    assert not found.refused and found.peak > 0

@@ -107,7 +107,8 @@ def _counted(q: Tensor, k: Tensor, block: _torch.Block, top: Tensor, sums: Tenso
     bias, size = block.bias, 1 << 14
     assert bias is not None
     keys = torch.cat((k, torch.zeros_like(k[:, :, :1])), 2)
-    values = k.new_zeros((*keys.shape[:3], 8))
+    # kernels for CPUs, which a plan asks, take values as wide as keys
+    values = k.new_zeros((*keys.shape[:3], k.shape[-1] if k.device.type == "cpu" else 8))
     values[:, :, :-1, 0] = size
     values[:, :, -1, 1] = size
     rows = (top.abs() > COARSE[sums.dtype]) & (top > -inf)
