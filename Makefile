@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators matrix bench tiled gpu endurance clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators matrix bench decode tiled gpu endurance clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -93,6 +93,9 @@ matrix: .venv/.zoo ## Third-party models, unmodified, with every tool: docs/zoo.
 
 bench: .venv/.stamp ## What a call costs over the plain one
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dispatch.py $(ARGS)
+
+decode: .venv/.zoo ## Large images and videos decoded, sharded, in parts and by blended tiles; WHAT=memory
+	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python -W ignore decode.py $(or $(WHAT),exact) $(ARGS)
 
 tiled: .venv/.stamp ## Memory and time of models in parts on one device; ARGS=--large
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/tiled.py $(ARGS)

@@ -25,6 +25,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     "index.md",
     "balance.md",
+    "decode.md",
     "errors.md",
     "loops.md",
     "migrate.md",
