@@ -16,6 +16,7 @@ DRAWS = {
     "dropout": lambda x: F.dropout(x, 0.3),
     "dropout_": lambda x: F.dropout(x * 1, 0.7, inplace=True),
     "dropout2d": lambda x: F.dropout2d(x, 0.5),
+    "dropout2d_": lambda x: F.dropout2d(x * 1, 0.5, inplace=True),
     "alpha_dropout": lambda x: F.alpha_dropout(x, 0.4),
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, 0.4, training=True),
     "rand_like": torch.rand_like,

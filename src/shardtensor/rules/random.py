@@ -94,13 +94,24 @@ def _drop(x: ShardTensor, dims: tuple[Dim, ...], p: float) -> ShardTensor:
     return wrap(x._local * _keep(x, dims, p).div_(1 - p), x._spec)
 
 
-@rule("dropout_", "feature_dropout_")
+@rule("dropout_")
 def dropout_(input: ShardTensor, p: float, train: bool) -> ShardTensor:
     _check("dropout", p)
-    if train and p > 0:
-        check_writable(input, "dropout_")
-        input._local.mul_(_keep(input, input._spec.dims, p).div_(1 - p) if p < 1 else 0.0)
-    return input
+    return _drop_in_place(input, input._spec.dims, p, "dropout_") if train and p > 0 else input
+
+
+@rule("feature_dropout_")
+def feature_dropout_(input: ShardTensor, p: float, train: bool) -> ShardTensor:
+    _check("dropout", p)
+    if not train or p == 0:
+        return input
+    return _drop_in_place(input, _channels(input), p, "feature_dropout_")
+
+
+def _drop_in_place(x: ShardTensor, dims: tuple[Dim, ...], p: float, name: str) -> ShardTensor:
+    check_writable(x, name)
+    x._local.mul_(_keep(x, dims, p).div_(1 - p) if p < 1 else 0.0)
+    return x
 
 
 @rule("alpha_dropout")
