@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,34 +149,43 @@ def by_processor(_: Any = None) -> None:
 
 def rows(ranks: int, names: list[str], cpu: bool) -> list[dict[str, Any]]:
     """Of each model on so many ranks."""
+    with processes(ranks, cpu) as pool:
+        network = pool.run(links)[0].network() if ranks > 1 else DGX_H100
+        found = calibrated(ranks, network, pool)
+    for reason in found.why:
+        print(f"the machine was busy while it was measured: {reason}")
+    assert found.rates is not None
+    device = device_of(found.rates)
+    told = []
+    for name in names:
+        make, shape = MODELS[name]
+        layout = Layout(1, (2,), (ranks,))
+        plan = estimate(Task(make, [shape], dims=(2,)), layout, device, network)
+        if plan.refused:
+            raise RuntimeError(f"{name}: {plan.refused}")
+        limits = attention_rates(device, network, ranks)
+        # of its own: what ran before decides what memory a process has at hand
+        with processes(ranks, cpu) as pool:
+            seconds, busy = pool.run(measured, name, limits)[0]
+        predicted = plan.seconds if ranks > 1 else plan.compute
+        values = predicted, seconds, 0, plan.compute, plan.communication * (ranks > 1)
+        row = dict(
+            zip(FIELDS, [name, ranks, *(round(1e3 * v, 2) for v in values), busy], strict=True)
+        )
+        row["ratio"] = round(predicted / seconds, 3)
+        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
+        told.append(row)
+    return told
+
+
+@contextmanager
+def processes(ranks: int, cpu: bool) -> Iterator[Pool]:
+    """New ones. cpu: whose times are those of the processor."""
     pool = Pool(ranks)
     try:
         if cpu:
             pool.run(by_processor)
-        network = pool.run(links)[0].network() if ranks > 1 else DGX_H100
-        found = calibrated(ranks, network, pool)
-        for reason in found.why:
-            print(f"the machine was busy while it was measured: {reason}")
-        assert found.rates is not None
-        device = device_of(found.rates)
-        told = []
-        for name in names:
-            make, shape = MODELS[name]
-            layout = Layout(1, (2,), (ranks,))
-            plan = estimate(Task(make, [shape], dims=(2,)), layout, device, network)
-            if plan.refused:
-                raise RuntimeError(f"{name}: {plan.refused}")
-            limits = attention_rates(device, network, ranks)
-            seconds, busy = pool.run(measured, name, limits)[0]
-            predicted = plan.seconds if ranks > 1 else plan.compute
-            values = predicted, seconds, 0, plan.compute, plan.communication * (ranks > 1)
-            row = dict(
-                zip(FIELDS, [name, ranks, *(round(1e3 * v, 2) for v in values), busy], strict=True)
-            )
-            row["ratio"] = round(predicted / seconds, 3)
-            print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
-            told.append(row)
-        return told
+        yield pool
     finally:
         pool.close()
 

@@ -8,3 +8,5 @@ import torch
 nn: Any = torch._C._nn
 functions: Any = torch._VF
 unique2: Any = torch._unique2
+# the library that a convolution takes
+conv_backend: Any = torch._C._select_conv_backend

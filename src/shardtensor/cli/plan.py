@@ -31,7 +31,7 @@ def plan(
     arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
     devices: Annotated[int, typer.Option(help="0: the fewest on which it fits")] = 0,
     device: Annotated[str, typer.Option(help=" | ".join([*DEVICES, "cpu"]))] = "h100",
-    memory: Annotated[float, typer.Option(help="GiB of the device, instead of its own")] = 0,
+    memory: Annotated[float, typer.Option(help="GiB of the device (cpu: host), not its own")] = 0,
     shard: Annotated[str, typer.Option(help="dims of the first input: 2,3; default: from 2")] = "",
     inference: Annotated[bool, typer.Option(help="a forward pass only")] = False,
     thorough: Annotated[bool, typer.Option(help="all options, also where not needed")] = False,
@@ -86,6 +86,8 @@ def plan(
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
         print(f"one device: {_said(one, hardware)}")
+        if terms := hardware.assumes(devices):
+            print(terms)
         for reason in found.missing:
             print(f"not tried, {reason}")
         _print(found, hardware, devices, thorough, network.node)
@@ -110,7 +112,13 @@ def _searched(
 ) -> tuple[list[Estimate], dict[str, Any]]:
     """One device, then all configurations; and on how many devices."""
     if not devices:
-        least = fewest(device=hardware, network=_network(links, 0, device), **task)
+        most = max(hardware.hosted, default=512)
+        least = fewest(device=hardware, network=_network(links, 0, device), most=most, **task)
+        if least is None and hardware.hosted:
+            raise ValueError(
+                f"it does not fit this host: up to {most} ranks share its "
+                f"{hardware.memory / GIB:.1f} GiB; plan for GPUs, with --device"
+            )
         if least is None:
             raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
         devices = least[0]
@@ -154,7 +162,8 @@ def _said(e: Estimate, device: Device) -> str:
     if e.refused:
         return f"refused: {e.refused}"
     fits = "fits" if e.fits(device) else "does not fit"
-    return f"{fits}: needs {e.peak / GIB:.3g} GiB of {device.memory / GIB:.0f}"
+    memory = device.among(e.layout.ranks).memory
+    return f"{fits}: needs {e.peak / GIB:.3g} GiB of {memory / GIB:.0f}"
 
 
 def facts(e: Estimate, device: Device) -> dict[str, Any]:
@@ -193,7 +202,7 @@ def _network(links: Path | None, devices: int, device: str) -> Network:
 def _device(name: str, memory: float, devices: int) -> Device:
     if name not in (*DEVICES, "cpu"):
         raise ValueError(f"no device {name!r}; there are {', '.join(DEVICES)}, cpu")
-    found = measured_here(devices or 1) if name == "cpu" else DEVICES[name]
+    found = measured_here(devices) if name == "cpu" else DEVICES[name]
     return replace(found, memory=memory * GIB) if memory else found
 
 
@@ -205,8 +214,9 @@ def _print(found: list[Estimate], device: Device, devices: int, thorough: bool, 
     most = max(e.peak for e in found)
     kinds = [k for k in KINDS if any(e.memory.get(k, 0) > most / 500 for e in found)]
     size, unit = (GIB, "GiB") if most > GIB else (2**20, "MiB")
+    part = device.among(devices)
     table = Table(
-        title=f"{devices} x {device.name} of {device.memory / GIB:.0f} GiB: {unit} of a rank at "
+        title=f"{devices} x {part.name} of {part.memory / GIB:.0f} GiB: {unit} of a rank at "
         "its peak, and a step",
         title_justify="left",
     )
@@ -249,6 +259,7 @@ def draw(found: list[Estimate], device: Device, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = [e for e in found if not e.refused][:MOST_ROWS]
+    device = device.among(found[0].layout.ranks) if found else device
     if not found:
         raise ValueError("every configuration is refused: nothing to draw")
     names = [str(e.layout) for e in found]

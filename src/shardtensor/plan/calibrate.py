@@ -20,6 +20,8 @@ from .estimate import Layout, Task, estimate
 from .rates import busy, load, measure, most, rates, steady
 
 SHAPE = (2, 32, 16)
+# seconds, on a machine that is busy
+TIMEOUT = 900.0
 
 
 class Layer(nn.Module):
@@ -53,13 +55,12 @@ def calibrated(ranks: int, network: Network = DGX_H100, pool: Pool | None = None
     """
     mine = pool or Pool(ranks)
     try:
-        (classes, why), step = mine.run(_measured)[0]
+        (classes, fresh, why), step = mine.run(_measured, timeout=TIMEOUT)[0]
     finally:
         if pool is None:
             mine.close()
-    bare = rates(classes, ranks, 0.0, 0.0)
-    launch = launch_of(bare, step, network)
-    return Found(replace(bare, launch=launch, sharded=launch), tuple(why))
+    bare = rates(classes, ranks, fresh=fresh)
+    return Found(replace(bare, launch=launch_of(bare, step, network)), tuple(why))
 
 
 def launch_of(bare: Rates, step: float, network: Network) -> float:
@@ -75,7 +76,7 @@ def launch_of(bare: Rates, step: float, network: Network) -> float:
     return max(1e-6, (step - found.compute - sent) / kernels)
 
 
-def _measured() -> tuple[tuple[dict[str, Rate], list[str]], float]:
+def _measured() -> tuple[tuple[dict[str, Rate], float, list[str]], float]:
     """On a rank of the pool: rates, why they are not to be kept, and seconds of a step."""
     torch.manual_seed(0)
     found = measure()

@@ -6,55 +6,14 @@ import json
 import os
 import socket
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..observe.network import folder
-
-_CLASSES = {
-    "gemm": "mm addmm bmm baddbmm dot mv",
-    "conv": "convolution",
-    "conv backward": "convolution_backward",
-    "norm": "native_layer_norm native_batch_norm native_group_norm _softmax",
-    "norm backward": "native_layer_norm_backward native_batch_norm_backward "
-    "native_group_norm_backward _softmax_backward_data",
-    "fft": "_fft_r2c _fft_c2r _fft_c2c",
-    "index": "index index_put index_put_ index_add index_add_ gather scatter scatter_add "
-    "index_select embedding embedding_dense_backward",
-    "function": "gelu gelu_backward silu silu_backward sigmoid tanh exp log pow erf logaddexp",
-    "reduce": "sum mean amax amin var var_mean max_pool2d_with_indices avg_pool2d "
-    "max_pool2d_with_indices_backward",
-    "copy": "copy_ clone cat _to_copy constant_pad_nd stack index_fill repeat",
-    "nothing": "empty new_empty empty_like empty_strided new_empty_strided",
-}
-_CLASS = {op: name for name, ops in _CLASSES.items() for op in ops.split()}
-# where its groups are among a convolution's arguments
-_GROUPS = {"convolution": 8, "convolution_backward": 9}
-
-
-def class_of(func: Any, args: Sequence[Any]) -> str:
-    """The class of an op, by which its time is measured: "pointwise" if it is no other."""
-    name = func.overloadpacket.__name__
-    if "attention" in name:
-        return "attention backward" if name.endswith("backward") else "attention"
-    found = _CLASS.get(name, "pointwise")
-    if found == "gemm":
-        return "gemm, complex" if args[0].is_complex() else found
-    if name not in _GROUPS:
-        return found
-    if groups_of(func, args) > 1:
-        return f"{found}, groups"
-    return f"{found}, 3-D" if args[0].ndim > 4 else found
-
-
-def groups_of(func: Any, args: Sequence[Any]) -> int:
-    """Of a convolution or its backward; 1 of any other op."""
-    at = _GROUPS.get(func.overloadpacket.__name__)
-    return 1 if at is None or len(args) <= at else int(args[at])
+from .kinds import Work
 
 
 @dataclass(frozen=True)
@@ -82,8 +41,8 @@ class Rate:
 class Rates:
     """What ops take here, with so many ranks at work on this host, each of so many threads.
 
-    classes: by class of op, fp32; launch: what Python and autograd take on top of an op, plain;
-    sharded: the same of an op on a ShardTensor.
+    classes: by class of op, fp32; launch: what Python and autograd take on top of an op, on a
+    ShardTensor where there are several ranks; fresh: of a byte of memory that is new to a process.
     """
 
     host: str
@@ -91,7 +50,12 @@ class Rates:
     threads: int
     classes: dict[str, Rate]
     launch: float
-    sharded: float
+    fresh: float = 0.0
+
+    def of(self, kind: str) -> Rate:
+        """Of a class, or of the one that it is a part of."""
+        whole = kind.partition(",")[0]
+        return self.classes.get(kind) or self.classes.get(whole) or self.classes["pointwise"]
 
     def save(self) -> Path:
         """Keep it for `Rates.saved`; returns the file."""
@@ -101,21 +65,31 @@ class Rates:
         return path
 
     @staticmethod
-    def file(ranks: int, threads: int) -> Path:
+    def file(ranks: int | str, threads: int) -> Path:
         return folder() / f"rates-{socket.gethostname()}-cpu-{ranks}-{threads}.json"
 
     @classmethod
     def saved(cls, ranks: int, threads: int = 0) -> Rates | None:
-        """What was measured on this host; None if nothing was."""
+        """What was measured on this host; None if nothing was, or by another version."""
         path = cls.file(ranks, threads or torch.get_num_threads())
         if not path.is_file():
             return None
-        found = json.loads(path.read_text())
-        classes = {
-            k: Rate(tuple((n, s) for n, s in r["points"]), r["flop"])
-            for k, r in found.pop("classes").items()
-        }
-        return cls(classes=classes, **found)
+        try:
+            found = json.loads(path.read_text())
+            classes = {
+                k: Rate(tuple((n, s) for n, s in r["points"]), r["flop"])
+                for k, r in found.pop("classes").items()
+            }
+            return cls(classes=classes, **found)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @classmethod
+    def all_saved(cls) -> dict[int, Rates]:
+        """By the number of ranks what was measured here, each of as many threads as now."""
+        files = folder().glob(cls.file("*", torch.get_num_threads()).name)
+        found = {n: cls.saved(n) for n in sorted(int(f.stem.split("-")[-2]) for f in files)}
+        return {n: rates for n, rates in found.items() if rates is not None}
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,8 @@ class Device:
 
     efficiency: the share of the peak that products reach; launch: the least time of an op (s). Both
     are assumptions, where there are no `rates` that were measured. hides: the share of messages
-    that is sent while ops run.
+    that is sent while ops run. hosted: of a host, whose memory its ranks share, what was measured
+    by how many of them were at work.
     """
 
     name: str
@@ -135,32 +110,59 @@ class Device:
     launch: float = 5e-6
     hides: float = 0.5
     rates: Rates | None = field(default=None, repr=False)
+    hosted: Mapping[int, Rates] = field(default_factory=dict, repr=False)
 
-    def seconds(self, flop: float, moved: float, dtype: torch.dtype, kind: str = "") -> float:
+    def among(self, ranks: int) -> Device:
+        """What each of so many ranks has: a device, or its part of the host's memory and cores.
+
+        Times are those with as many at work, else with the next larger number that was measured.
+        """
+        if not self.hosted:
+            return self
+        rates = self.hosted[self._near(ranks)]
+        return replace(device_of(rates), memory=self.memory / ranks)
+
+    def _near(self, ranks: int) -> int:
+        counts = sorted(self.hosted)
+        return next((n for n in counts if n >= ranks), counts[-1])
+
+    def assumes(self, ranks: int) -> str:
+        """What `among` takes for granted, of a host; "" of a device."""
+        if not self.hosted:
+            return ""
+        near = self._near(ranks)
+        return (
+            f"{ranks} ranks on this host share its {self.memory / 2**30:.1f} GiB; times are as "
+            f"measured with {near} at work" + (" (more were not)" if near < ranks else "")
+        )
+
+    def seconds(self, work: Work) -> float:
         """Of one op: bound by arithmetic, by memory or by its launch."""
-        return self.bound(flop, moved, dtype, kind)[1]
+        return self.bound(work)[1]
 
-    def bound(
-        self, flop: float, moved: float, dtype: torch.dtype, kind: str = ""
-    ) -> tuple[str, float]:
+    def bound(self, work: Work) -> tuple[str, float]:
         """What an op is bound by, and its seconds."""
-        if kind == "nothing":
-            return "launch", self.launch
         if self.rates is not None:
-            return self._measured(flop, moved, dtype, kind)
-        bits = min((b for b in self.flops if b >= 8 * dtype.itemsize), default=max(self.flops))
-        compute, memory = flop / (self.flops[bits] * self.efficiency), moved / self.bandwidth
+            return self._measured(work, self.rates)
+        if work.kind == "nothing":
+            return "launch", self.launch
+        wide = 8 * work.dtype.itemsize
+        bits = min((b for b in self.flops if b >= wide), default=max(self.flops))
+        compute = work.flop / (self.flops[bits] * self.efficiency)
+        memory = work.moved / self.bandwidth
         return self._limit(compute, memory), max(compute, memory, self.launch)
 
-    def _measured(
-        self, flop: float, moved: float, dtype: torch.dtype, kind: str
-    ) -> tuple[str, float]:
-        classes = self.rates.classes  # type: ignore[union-attr]
-        rate = classes.get(kind) or classes.get(kind.partition(",")[0]) or classes["pointwise"]
+    def _measured(self, work: Work, rates: Rates) -> tuple[str, float]:
+        memory = work.fresh * rates.fresh
+        if work.kind == "nothing":
+            return self._limit(0.0, memory), memory + self.launch
+        rate = rates.of(work.kind)
         # rates are those of fp32, or of pairs of it
-        wide = 8 if dtype.is_complex else 4
-        compute = rate.flop * flop * max(1.0, dtype.itemsize / wide)
-        memory = rate.seconds(0, moved)
+        wide = 8 if work.dtype.is_complex else 4
+        compute = rate.flop * work.flop * max(1.0, work.dtype.itemsize / wide)
+        memory += rate.seconds(0, work.moved + work.inside)
+        if work.copied:
+            memory += rates.of("copy, strided").seconds(0, 2 * work.copied)
         return self._limit(compute, memory), compute + memory + self.launch
 
     def _limit(self, compute: float, memory: float) -> str:
@@ -169,28 +171,34 @@ class Device:
         return "launch" if longest == self.launch else "compute" if longest == compute else "memory"
 
 
-def measured_here(ranks: int) -> Device:
-    """The CPU of this host as `doctor` measured it, with so many ranks at work.
+def measured_here(ranks: int = 0) -> Device:
+    """This host as `doctor` measured it, with so many ranks at work or (0) any number of them.
 
     Raises ValueError where it was not.
     """
-    rates = Rates.saved(ranks)
-    if rates is None:
+    found = Rates.all_saved()
+    if not found or (ranks and ranks not in found):
+        few = f"{ranks} ranks" if ranks else "ranks"
         raise ValueError(
-            f"nothing was measured here for {ranks} ranks of {torch.get_num_threads()} threads: "
-            f"run `shardtensor doctor --ranks {ranks}` with the same OMP_NUM_THREADS"
+            f"nothing was measured here for {few} of {torch.get_num_threads()} threads: run "
+            f"`shardtensor doctor --ranks {ranks or 2}` with the same OMP_NUM_THREADS"
         )
-    return device_of(rates)
+    rates = found[ranks or min(found)]
+    return replace(device_of(rates), memory=_memory(), hosted=found)
 
 
 def device_of(rates: Rates) -> Device:
     """The part of this host's CPU and memory that one rank has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / rates.ranks
-    launch = rates.launch if rates.ranks == 1 else rates.sharded
     speed = {bits: 1.0 / max(rates.classes["gemm"].flop, 1e-15) for bits in (64, 32, 16)}
     (a, s), (b, t) = rates.classes["pointwise"].points[-2:]
     across = (b - a) / max(t - s, 1e-9)
-    return Device("cpu", memory, across, speed, 1.0, launch, hides=0.0, rates=rates)
+    part = _memory() / rates.ranks
+    return Device("cpu", part, across, speed, 1.0, rates.launch, hides=0.0, rates=rates)
+
+
+def _memory() -> float:
+    """Of this host, in bytes."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # datasheets, SXM: fp32 without tensor cores, 16 bit dense

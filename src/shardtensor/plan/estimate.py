@@ -130,7 +130,7 @@ class Estimate:
         return self.compute + self.communication - self.hides * both
 
     def fits(self, device: Device) -> bool:
-        return not self.refused and self.peak <= device.memory
+        return not self.refused and self.peak <= device.among(self.layout.ranks).memory
 
     def collectives(self) -> dict[str, tuple[int, int, int]]:
         """Calls, messages and bytes by collective."""
@@ -152,6 +152,7 @@ def estimate(
     is of the rank with the most rows, and time of the one that takes longest. What
     depends on values (sort, masks, indices) is refused: `rehearse` it on a device.
     """
+    device = device.among(layout.ranks)
     found = []
     for rank in looked_at(layout, task.shapes[0]):
         try:
@@ -191,14 +192,14 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         memory,
         messages,
         tuple(dict.fromkeys(op for op, _ in t.gathered)),
-        compute=sum(device.seconds(*w) for w in work) / (layout.speeds or {rank: 1.0})[rank],
+        compute=sum(map(device.seconds, work)) / (layout.speeds or {rank: 1.0})[rank],
         communication=sum(network.seconds(s) for s in messages),
-        flop=sum(w[0] for w in work),
+        flop=sum(w.flop for w in work),
         hides=device.hides,
         assumed=tuple(ledger.known.assumed),
         modules=parts(
             (
-                (name, *device.bound(*w), w[0])
+                (name, *device.bound(w), w.flop)
                 for name, w in zip(ledger.workers[begun:], work, strict=True)
             ),
             owned.items(),
@@ -207,7 +208,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
                 for name, s in zip(_senders(ledger, messages), messages, strict=True)
             ),
         ),
-        course=course(ledger, at, begun, [device.seconds(*w) for w in work]),
+        course=course(ledger, at, begun, list(map(device.seconds, work))),
     )
 
 

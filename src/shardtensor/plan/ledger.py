@@ -16,7 +16,7 @@ from .._torch import probe
 from ..comm.counters import Sent
 from ..comm.define import KERNELS
 from ..later import dt
-from .device import class_of, groups_of
+from .kinds import Work, class_of, copied, fresh, groups_of, inside
 from .known import Known
 from .replay import Call
 from .tree import GRADIENTS, Places
@@ -27,7 +27,6 @@ KINDS = (
 )  # fmt: skip
 
 
-Work = tuple[int, int, torch.dtype, str]
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -35,7 +34,7 @@ class Ledger(probe.Watching):
     """Books every tensor that is made and released, and the work of every op.
 
     Fake tensors only; collectives run as on a rank of a silent world, so that they are counted and
-    what they allocate is booked. `work`: (FLOP, bytes read and written, dtype, class) of each op.
+    what they allocate is booked. `work`: of each op.
     `sent`: what FSDP2 sends; the rest is in a `trace`.
     """
 
@@ -129,7 +128,12 @@ class Ledger(probe.Watching):
             flop = 2 * flop // (1 + groups)
         every = {id(x): x for x in call.given + made}.values()
         dtype = (call.given or made)[0].dtype
-        cost = flop, sum(map(_bytes, every)), dtype, class_of(call.func, call.args)
+        kind = class_of(call.func, call.args, made)
+        besides = inside(call.func, call.args, kind)
+        old = {*map(_block, call.given)}
+        new = fresh(kind, besides, (n for at, n in {*map(_block, made)} - old))
+        moved = sum(map(_bytes, every))
+        cost = Work(flop, moved, dtype, kind, besides, new, copied(kind, call.args))
         if call.entry is not None:
             call.entry.cost = cost
         return cost
@@ -212,6 +216,12 @@ class Ledger(probe.Watching):
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def _block(x: Tensor) -> tuple[int, int]:
+    """The memory of a tensor, and its bytes."""
+    storage = x.untyped_storage()
+    return storage._cdata, storage.nbytes()
 
 
 def local(x: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class Plans(list[Estimate], Shown):
     ) -> None:
         super().__init__(found)
         self.task, self.devices, self.device, self.network = task, devices, device, network
+        # what one of them has
+        self.part = device.among(devices)
         self.missing = list(missing)
 
     def to_html(
@@ -89,8 +91,8 @@ class Plans(list[Estimate], Shown):
 
     def page(self) -> Page:
         """All but other sizes."""
-        task, device = self.task, self.device
-        fit = [e for e in self if e.fits(device)]
+        task, device = self.task, self.part
+        fit = [e for e in self if e.fits(self.device)]
         runs = [e for e in self if not e.refused]
         if fit:
             verdict = f"It fits. The fastest: {fit[0].layout}, {self._needs(fit[0])}"
@@ -108,6 +110,8 @@ class Plans(list[Estimate], Shown):
             f"{device.memory / 2**30:.0f} GiB a device. Memory and messages are those of the real "
             "step of the rank that holds most; times are a model.",
         )
+        if said := self.device.assumes(self.devices):
+            page.add(text(f"{said}.", "note"))
         page.add(*self._layouts(runs))
         shown = {str(i): e for i, e in enumerate(runs[:MOST])}
         page.add(*course(shown, device), *modules(shown), *messages(shown))
@@ -115,7 +119,7 @@ class Plans(list[Estimate], Shown):
         return page
 
     def _needs(self, e: Estimate) -> str:
-        return f"{size(e.peak)} of {size(self.device.memory)}, {number(1e3 * e.seconds)} ms a step."
+        return f"{size(e.peak)} of {size(self.part.memory)}, {number(1e3 * e.seconds)} ms a step."
 
     def _said(self, e: Estimate) -> str:
         if e.refused:
@@ -137,7 +141,7 @@ class Plans(list[Estimate], Shown):
             cells = [
                 Cell(str(e.layout)),
                 Cell("yes" if fits else "no", mark="good" if fits else "bad"),
-                Cell(f"{e.peak / unit:.2f}", e.peak, e.peak / self.device.memory),
+                Cell(f"{e.peak / unit:.2f}", e.peak, e.peak / self.part.memory),
                 *(Cell(f"{e.memory[k] / unit:.2f}", e.memory[k]) for k in kinds),
                 Cell(number(1e3 * e.seconds), e.seconds, e.seconds / slowest),
                 Cell(number(1e3 * e.compute), e.compute),
@@ -164,7 +168,7 @@ class Plans(list[Estimate], Shown):
         )
         first = runs[:SHOWN]
         names = [str(e.layout) for e in first]
-        limit = (f"memory of {self.device.name}", self.device.memory / unit)
+        limit = (f"memory of {self.part.name}", self.part.memory / unit)
         held = {k: [e.memory[k] / unit for e in first] for k in COLOURS}
         held = {k: v for k, v in held.items() if any(v)}
         yield chart(
@@ -213,7 +217,7 @@ class Plans(list[Estimate], Shown):
                 f"size, on {n} devices",
                 f"peak of a rank, {name}",
                 {prod(z): _times(z) for z in s.shapes},
-                (f"memory of {device.name}", device.memory / unit),
+                (f"memory of {device.name}", device.among(n).memory / unit),
                 [prod(z) for z in sizes],
                 "size",
             )
@@ -243,8 +247,8 @@ class Plans(list[Estimate], Shown):
                     cells.append(Cell(f"refused: {e.refused}", mark="bad"))
                 else:
                     fits = e.fits(device)
-                    cells.append(Cell(f"{e.peak / unit:.2f}", e.peak, e.peak / device.memory,
-                                      "good" if fits else "bad"))  # fmt: skip
+                    share, mark = e.peak / device.among(n).memory, "good" if fits else "bad"
+                    cells.append(Cell(f"{e.peak / unit:.2f}", e.peak, share, mark))
             rows.append(Row(cells))
         yield table(["devices", "layout", *(f"{_times(z)}: {name}" for z in s.shapes)], rows)
 
@@ -254,9 +258,10 @@ class Plans(list[Estimate], Shown):
         ranks = f"{n} device{'s' if n > 1 else ''}"
         if not p.known:
             return f"{ranks} at {_times(z)}: {p.how}."
-        fits = "fits" if p.peak <= device.memory else "does not fit"
+        memory = device.among(n).memory
+        fits = "fits" if p.peak <= memory else "does not fit"
         told = [
-            f"{ranks} at {_times(z)}: {fits}, {size(p.peak)} of {size(device.memory)}, "
+            f"{ranks} at {_times(z)}: {fits}, {size(p.peak)} of {size(memory)}, "
             f"{number(1e3 * p.seconds)} ms a step ({p.how})."
         ]
         last, shapes = s.last(n, device), s.shapes

@@ -69,7 +69,7 @@ class Sweep:
         found = [
             s
             for s in self.sizes(240)
-            if (p := self.at(devices, s)).known and p.peak <= device.memory
+            if (p := self.at(devices, s)).known and p.peak <= device.among(devices).memory
         ]
         return found[-1] if found else None
 
@@ -78,7 +78,7 @@ class Sweep:
     ) -> int | None:
         """The fewest devices of those (default: all shown) that hold this size; None where none."""
         points = ((n, self.at(n, size)) for n in counts or self.counts())
-        return next((n for n, p in points if p.known and p.peak <= device.memory), None)
+        return next((n for n, p in points if p.known and p.peak <= device.among(n).memory), None)
 
     def bracket(self, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The computed sizes on both sides."""
