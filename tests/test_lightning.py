@@ -6,7 +6,7 @@ import pytest
 from forked import torchrun
 
 SCRIPT = """
-import os, sys, warnings, logging, torch, lightning as L, shardtensor as st
+import os, sys, warnings, logging, torch, lightning as L, torchmetrics, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -41,6 +41,7 @@ class Block(nn.Module):
 class Task(L.LightningModule):
     def __init__(self):
         super().__init__()
+        self.samples = torchmetrics.SumMetric()
         self.first = nn.Conv2d(1, 4, 3, padding=1)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.last = nn.Conv2d(4, 1, 1)
@@ -61,6 +62,8 @@ class Task(L.LightningModule):
     def validation_step(self, batch, i):
         error = (self(batch["x"]) - batch["y"]).abs().mean()
         self.log_dict({"error": error}, sync_dist=True)
+        self.samples.update(torch.ones(len(batch["x"])))
+        self.log("samples", self.samples)
 
     def predict_step(self, batch, i):
         return self(batch["x"]).full_tensor()
@@ -140,6 +143,7 @@ for name in sys.argv[2:]:
     task, trainer, saved = fit(name, 4, strategy(), f"{folder}/{name}/epoch=1.ckpt")
     off = apart(name, task, want)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    assert metrics["samples"] == 4, metrics
     logged = abs(metrics["loss_step" if "loss_step" in metrics else "loss"] - loss), abs(metrics["error"] - error)
     file = torch.load(f"{folder}/{name}/epoch=3.ckpt", weights_only=False)
     one = made()

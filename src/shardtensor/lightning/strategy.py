@@ -14,6 +14,7 @@ from ..tensor import ShardTensor
 from ..train import whole
 from ..train.batch import Shard, check_dealt, cut_batch
 from ..train.launch import domains
+from ..train.metrics import once
 from ..train.options import Options
 from ..train.parallelize import parallelize
 
@@ -85,6 +86,7 @@ class DomainParallel(DDPStrategy):
         module = self._module
         if not self._sharded:
             parallelize(module, self._mesh, self.options)
+        once(module, self._mesh)
         module.__dict__["log"] = partial(_log, module.log)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
