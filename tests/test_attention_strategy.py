@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -117,11 +118,69 @@ def test_two_axes():
     T.hold(attention("all_to_all"), operands(), [T.On([Shard(0), Shard(2)])] * 3, (2, 2))
 
 
-def sent(kind, ranks, causal=False):
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cut", [(10,), (5, 5), (9, 1), (4, 0, 6), (3, 3, 2, 2), (1, 8, 0, 1)])
+def test_gather(cut, causal):
+    """All keys at once: few kernels, and one message each way but for the keys of backward."""
+    fn = attention("gather", is_causal=causal, enable_gqa=True)
+    n = (len(cut),)
+    for heads, kv, out in ((3, 3, 3), (4, 2, 3), (2, 2, 5)):
+        T.hold(fn, operands(heads, kv, out=out), [T.shard(2, cut)] * 3, n)
+    queries = torch.randn(2, 2, 7, 3, dtype=D)
+    other = [T.shard(2, T.cuts(7)[0])] if len(cut) == 1 else [T.shard(2)]
+    T.hold(fn, [queries, *operands(2, 2)[1:]], [*other, *[T.shard(2, cut)] * 2], n)
+    if not causal:
+        masks = torch.randn(10, 10, dtype=D), torch.rand(2, 1, 1, 10) > 0.4, torch.rand(10, 1) > 0.2
+        for mask in masks:
+            run = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m)  # noqa: E731
+
+            def masked(*x, run=run):
+                with strategy("gather"):
+                    return run(*x)
+
+            T.hold(masked, [*operands(2, 2), mask], [*[T.shard(2, cut)] * 3, None], n)
+
+
+def test_gather_over_two_axes_and_beside_a_batch():
+    place = T.On([Shard(2), Shard(2)], {2: (3, 4, 0, 3)})
+    for causal in (False, True):
+        T.hold(attention("gather", is_causal=causal), operands(), [place] * 3, (2, 2))
+    T.hold(attention("gather"), operands(), [T.On([Shard(0), Shard(2)])] * 3, (2, 2))
+    T.hold(attention("gather"), operands(), [T.On([Shard(1), Shard(2)])] * 3, (2, 2))
+
+
+def test_gather_is_refused_for_keys_on_more_axes():
+    places = [T.On([Shard(2), Replicate()]), *[T.On([Shard(2), Shard(2)])] * 2]
+    T.hold(attention("auto"), operands(), places, (2, 2))
+    with pytest.raises(st.RankError, match="gather"):
+        T.hold(attention("gather"), operands(), places, (2, 2))
+
+
+@pytest.mark.parametrize("kind", ["ring", "gather"])
+def test_results_may_be_written_to_and_differentiated_twice(kind):
+    def run():
+        mesh = T.make_mesh((2,))
+        whole = [x.requires_grad_() for x in operands()]
+        x = [st.distribute_tensor(t.detach(), mesh, [Shard(2)]).requires_grad_() for t in whole]
+        found = []
+        for given in (whole, x):
+            # it makes no view, to which autograd would let nobody write
+            attention(kind)(*given).mul_(2.0)
+            with sdpa_kernel(SDPBackend.MATH):
+                y = attention(kind)(*given)
+            (g,) = torch.autograd.grad(y.square().sum(), given[:1], create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), given))
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b.full_tensor(), rtol=1e-9, atol=1e-12)
+
+    st.simulate(2, run)
+
+
+def sent(kind, ranks, causal=False, tokens=8):
     def run():
         q, k, v = (
             st.distribute_tensor(x, T.make_mesh((ranks,)), [Shard(2)])
-            for x in operands(4, 4, tokens=8 * ranks)
+            for x in operands(4, 4, tokens=tokens * ranks)
         )
         with st.trace() as t:
             attention(kind, is_causal=causal)(q, k, v)
@@ -136,9 +195,10 @@ def test_costs():
     assert sent("ring", 4) == (3 * 2 * one, 3, ["ring"])
     # the choice
     assert sent("auto", 4) == sent("all_to_all", 4)
-    assert sent("auto", 2) == sent("ring", 2)
     # too few tokens for the work to count
-    assert sent("auto", 2, causal=True)[2] == ["ring"]
+    assert sent("auto", 2) == sent("auto", 2, causal=True) == sent("gather", 2)
+    assert sent("gather", 4) == (3 * 2 * one, 3, ["all_gather"])
+    assert sent("auto", 2, tokens=1024)[2] == ["ring"]
 
 
 def model_vit(ranks, heads, tokens, causal, device="cuda", key_heads=None):
@@ -149,7 +209,7 @@ def model_vit(ranks, heads, tokens, causal, device="cuda", key_heads=None):
     sizes = [u for u in range(2, ranks) if ranks % u == 0 and fits(heads, work.key_heads, u)]
     ways += [Way("usp", u) for u in sizes]
     ways += [Way("all_to_all", ranks)] if heads >= ranks else []
-    return cheapest(work, ways, rates(device, item, ranks))
+    return cheapest(work, ways, rates(device, item, ranks), gathers=True)
 
 
 def test_the_choice_is_by_work_and_wire():
@@ -158,11 +218,15 @@ def test_the_choice_is_by_work_and_wire():
         assert model_vit(8, 12, 4096, causal) == ("usp", 4)
         assert model_vit(8, 16, 4096, causal) == ("all_to_all", 8)
         assert model_vit(8, 12, 64, causal) == ("all_to_all", 8)
-        assert model_vit(8, 1, 64, causal) == ("ring", 1)
+        assert model_vit(8, 1, 64, causal) == ("gather", 1)
+        assert model_vit(8, 1, 2**16, causal).kind != "gather"
         assert model_vit(8, 12, 4096, causal, key_heads=1).kind != "all_to_all"
-    assert model_vit(2, 12, 4096, False) == ("ring", 1)
-    assert model_vit(8, 1, 16384, True) == ("zigzag", 1)
+    assert model_vit(2, 12, 4096, False) == ("gather", 1)
+    assert model_vit(2, 12, 16384, False) == ("ring", 1)
+    assert model_vit(8, 1, 2**17, True) == ("zigzag", 1)
+    assert model_vit(2, 2, 64, True, "cpu") == ("gather", 1)
     assert model_vit(2, 12, 64, True, "cpu") == ("ring", 1)
+    assert model_vit(512, 12, 32, False) == ("gather", 1)
     assert model_vit(2, 12, 4096, True, "cpu") == ("all_to_all", 2)
     assert model_vit(8, 12, 4096, True, "cpu").kind == "usp"
 
@@ -173,14 +237,15 @@ def test_costs_are_those_of_the_trace():
     even = (tokens,) * 4
     for causal in (False, True):
         work = Work(even, even, 2, 4, 4, 3, 3, D.itemsize, causal)
-        for way in (Way("ring"), Way("usp", 2), Way("all_to_all", 4)):
+        for way in (Way("ring"), Way("usp", 2), Way("all_to_all", 4), Way("gather")):
             found = cost(work, way)
             nbytes, _, names = sent(way.kind, 4, causal)
             if not causal:
                 assert found.moved + found.passed == nbytes
             else:
                 assert found.moved + found.passed >= nbytes
-            assert ("swap" in names) == (found.swaps > 0) and ("ring" in names) == (found.hops > 0)
+            moved = "swap" in names or "all_gather" in names
+            assert moved == (found.swaps > 0) and ("ring" in names) == (found.hops > 0)
     area = sum(pairs(work))
     assert area == 32 * 33 // 2 and pairs(work)[-1] == sum(range(25, 33))
     wider = Work((5, 3), (3, 2), 1, 1, 1, 1, 1, 4, True)

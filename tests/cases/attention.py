@@ -5,6 +5,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from shardtensor.attention import strategy
+
 from .table import D, case, cases, normal
 
 B, H, L, S, NO = 2, 4, 9, 7, float("-inf")
@@ -18,7 +20,13 @@ MASKS = {
     "inf": torch.zeros(L, S, dtype=D).masked_fill(~some[1, 0], NO),
 }  # fmt: skip
 
-SDPA = F.scaled_dot_product_attention
+
+def SDPA(*args, **kwargs):
+    """Around a ring, as keys of more bytes go; `tests/test_attention_strategy.py` has the others."""
+    with strategy("ring"):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
 WAYS = {
     "whole": SDPA,
     "causal": partial(SDPA, is_causal=True),

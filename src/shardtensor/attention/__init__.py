@@ -2,11 +2,12 @@
 
 from .cost import Rates, Way, Work
 from .ring import attend
-from .strategy import assume, cheapest, chosen, rates, strategy
+from .strategy import RATES, assume, cheapest, chosen, rates, strategy
 from .usp import attend_in_teams, fits
 from .zigzag import attend_balanced
 
 __all__ = [
+    "RATES",
     "Rates",
     "Way",
     "Work",

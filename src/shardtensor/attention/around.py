@@ -1,7 +1,8 @@
 """What travels around a ring: keys with their values, and what was found for them.
 
 Large ones go in two exchanges: keys and values are one vector, which is sent on as it came, and its
-memory goes with it. Small ones go in one.
+memory goes with it. Small ones go in one. Very small ones come from all ranks at once, with tokens
+first, so that what came is in order.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .. import comm
 from ..comm import wire
 from ..comm.pack import joined
+from ..cuts import cut
 from .call import Call, Span
 
 # rows of queries, of all their heads, from which on heads take turns
@@ -79,7 +83,7 @@ def start(
     rank found for this one's. `found` is empty afterwards.
     """
     lay, me = call.laid, call.me
-    travels, returns = step < lay.steps, bool(found)
+    travels, returns = step < call.steps, bool(found)
     keys, home = _Way({}, {}), _Way({}, {})
     if travels:
         coming = call.held(me, step + 1)
@@ -151,3 +155,34 @@ def in_turns(call: Call, q: Tensor, k: Tensor, mask_grad: bool) -> list[tuple[Sp
     each = -(-groups // -(-groups // each))
     ends = [(a, min(a + each, groups)) for a in range(0, groups, each)]
     return [((a * times, b * times), (a, b)) for a, b in ends]
+
+
+def from_all(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values that a rank computes with first: its own, or those of all ranks."""
+    if not call.at_once:
+        return k, v
+    sizes = cut(call.laid.held)
+    keys, values = (
+        x.permute(1, 2, 0, 3)
+        for y in _tokens_first(k, v)
+        for x in comm.gather(y, 0, sizes, call.group).unbind(1)
+    )
+    return keys, values
+
+
+def to_owners(call: Call, found: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What was found for keys and values, all of it for this rank's, added up in a dtype."""
+    if not call.at_once:
+        return found
+    sizes = cut(call.laid.held)
+    return [
+        x.permute(1, 2, 0, 3)
+        for y in _tokens_first(*found)
+        for x in comm.reduce_scatter(y.to(dtype), 0, sizes, call.group).unbind(1)
+    ]
+
+
+def _tokens_first(k: Tensor, v: Tensor) -> list[Tensor]:
+    """(tokens, 1 or 2, batch, heads, width): both in one tensor if they are alike."""
+    both = [x.permute(2, 0, 1, 3) for x in (k, v)]
+    return [torch.stack(both, 1)] if k.shape == v.shape else [x.unsqueeze(1) for x in both]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cache import cached
 from ..comm import groups
+from ..comm.define import Facts
 from ..comm.exchanges import whole
 from ..cuts import Cut, cut, pairs
 from .blocks import Rule
@@ -20,7 +22,7 @@ Span = tuple[int, int]
 
 INTEGERS = (
     "int[] q_starts, int[] q_sizes, int[] k_starts, int[] k_sizes, int mask_start, bool causal, "
-    "bool exact, float scale, float drop, int seed, int[] order, int team, str group"
+    "bool exact, float scale, float drop, int seed, int[] order, int team, bool at_once, str group"
 )
 
 
@@ -34,11 +36,12 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Facts):
     """As the dispatcher takes them; the same on every rank of the group.
 
     team: how many ranks of the group sit at one place of the ring, each in a ring of its own with
-    the same spans. order: the group's ranks, place by place; none: as they are.
+    the same spans. order: the group's ranks, place by place; none: as they are. at_once: keys of
+    all places come before anything is computed, to ranks that are in order and have one span each.
     """
 
     q_starts: tuple[int, ...]
@@ -53,20 +56,27 @@ class Call:
     seed: int
     order: tuple[int, ...]
     team: int
+    at_once: bool
     group: str
 
     @classmethod
     def of(cls, *integers: Any) -> Call:
-        """From the arguments of the op."""
-        fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in integers]
-        return cls(*fields)
+        """From the arguments of the op, or from itself."""
+        if isinstance(integers[0], Call):
+            return integers[0]
+        given: list[Any] = [tuple(x) if isinstance(x, list) else x for x in integers]
+        return cls(*given)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the op takes them."""
+        return tuple([getattr(self, f.name) for f in fields(self)])
 
     @cached_property
     def _seat(self) -> tuple[int, int]:
         rank = groups.rank(self.group)
         return divmod(self.order.index(rank) if self.order else rank, self.team)
 
-    @property
+    @cached_property
     def me(self) -> int:
         """This rank's place in its ring."""
         return self._seat[0]
@@ -86,6 +96,11 @@ class Call:
         """The spans of each place, and where keys must go."""
         return laid(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
 
+    @cached_property
+    def steps(self) -> int:
+        """How often keys are passed on."""
+        return 0 if self.at_once else self.laid.steps
+
     def held(self, place: int, step: int) -> int:
         """The block that a place may hold after `step` hops."""
         return (place - step) % self.n
@@ -96,10 +111,11 @@ class Call:
         if not q.numel():
             return []
         found = list[Seen]()
+        every = ((self.k_starts[0], sum(self.k_sizes)),) if self.at_once else self.laid.keys[block]
         row = 0
         for first, rows in self.laid.queries[self.me]:
             key = 0
-            for start, keys in self.laid.keys[block]:
+            for start, keys in every:
                 for p in pieces(rows, keys, first - start if self.causal else None):
                     seed = self._seed(block, len(found))
                     rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
@@ -151,3 +167,10 @@ class Call:
 
 def _moved(span: Span, by: int) -> Span:
     return span[0] + by, span[1] + by
+
+
+@cached
+def call_of(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], *rest: Any) -> Call:
+    """Of the spans of all places; rest: the other fields of a call."""
+    spans = (tuple(x) for spans in (q_spans, k_spans) for x in zip(*spans, strict=True))
+    return Call(*spans, *rest)  # type: ignore[arg-type]

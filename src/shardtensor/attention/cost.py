@@ -21,13 +21,16 @@ class Way(NamedTuple):
 class Rates(NamedTuple):
     """How fast a rank multiplies (multiply-adds/s) and merges (elements/s), and its link.
 
-    latency (s) of an exchange, bandwidth (bytes/s).
+    latency (s) of an exchange, bandwidth (bytes/s). block: what one more block of keys takes beside
+    its work (s). whole: bytes of the keys and values of all ranks up to which a rank may have them.
     """
 
     multiply: float
     merge: float
     latency: float
     bandwidth: float
+    block: float = 0.0
+    whole: float = 0.0
 
 
 class Work(NamedTuple):
@@ -74,6 +77,12 @@ class Cost(NamedTuple):
         return work + wait + self.moved / rates.bandwidth + latency
 
 
+def keys_of_all(work: Work) -> int:
+    """Bytes of the keys and values of all ranks."""
+    row = work.width + work.value_width
+    return work.batch * work.item * work.key_heads * row * sum(work.keys)
+
+
 @cached
 def pairs(work: Work) -> tuple[int, ...]:
     """How many keys the queries of each rank see, added up."""
@@ -99,6 +108,8 @@ def cost(work: Work, way: Way) -> Cost:
     out = work.batch * work.heads * q * work.value_width
     if way.kind == "ring":
         return Cost(max(seen) * scale, (n - 1) * out, 0, 0, (n - 1) * block, n - 1)
+    if way.kind == "gather":
+        return Cost(max(seen) * scale, 0, (n - 1) * block, 1, 0, 0)
     if way.kind == "zigzag":
         # a chunk of two stays where it is, at best; the result comes back
         there = (own + block) * (n - 1) / n

@@ -30,9 +30,9 @@ from .. import _torch
 from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
-from .around import Held, Shapes, in_turns, start
+from .around import Held, Shapes, from_all, in_turns, start, to_owners
 from .blocks import backward, forward, settled, top_of, wide
-from .call import INTEGERS, Call, Seen, Span
+from .call import INTEGERS, Call, Seen, Span, call_of
 from .merge import Merge, relative
 from .twice import attend_plainly
 
@@ -94,7 +94,8 @@ def _turn(
     call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alone: bool
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
-    steps = call.laid.steps
+    steps = call.steps
+    k, v = from_all(call, k, v)
     total = Merge(q, v)
     top = top_of(mask)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
@@ -173,7 +174,8 @@ def _turn_back(
     into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of some heads, also in `into_q` and `into`, whose dtype may be that of the sums."""
-    steps, dtype = call.laid.steps, wide(q.dtype)
+    steps, dtype = call.steps, wide(q.dtype)
+    k, v = from_all(call, k, v)
     inside = into_q is not None and into_q.dtype is dtype
     dq = into_q.zero_() if into_q is not None and inside else q.new_zeros(q.shape, dtype=dtype)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
@@ -204,7 +206,7 @@ def _turn_back(
             _add(home, returning())
             grads = [x.to(k.dtype) for x in own]
         else:
-            home = _home(own, dtype, into if inside else ())
+            home = _home(to_owners(call, own, dtype), dtype, into if inside else ())
         del own
         held = arriving()
         # what was sent goes
@@ -286,7 +288,7 @@ def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     rest = [None] * (len(ctx.rest) + 1)
     if torch.is_grad_enabled() and not _torch.is_tracing() and not call.drop:
         return *_recorded(ctx, g, call), *rest
-    *grads, dmask = backward_op(g, *ctx.saved_tensors, mask_grad, *ctx.rest)
+    *grads, dmask = run(backward_op, g, *ctx.saved_tensors, mask_grad, *ctx.rest)
     return *grads, dmask if mask_grad else None, *rest
 
 
@@ -360,16 +362,17 @@ def attend(
     v: Tensor,
     mask: Tensor | None,
     *,
-    q_spans: Sequence[Span],
-    k_spans: Sequence[Span],
+    q_spans: tuple[Span, ...],
+    k_spans: tuple[Span, ...],
     mask_start: int = 0,
     causal: bool,
     scale: float,
     exact: bool = True,
     drop: float = 0.0,
     seed: int = 0,
-    order: Sequence[int] = (),
+    order: tuple[int, ...] = (),
     team: int = 1,
+    at_once: bool = False,
     group: str,
     merged: str,
 ) -> Tensor:
@@ -379,13 +382,13 @@ def attend(
     q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
     from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of the
     queries and keys at each place of the ring, one or several for each, listed place by place.
-    order, team: who sits there, as of `call.Call`. Over `merged` ranks hold other keys for the same
-    queries; the result is then the same on all of them. exact: as of `blocks.Rule`. Sends each
-    block once to each rank that needs it.
+    order, team, at_once: who sits there and has what, as of `call.Call`. Over `merged` ranks hold
+    other keys for the same queries; the result is then the same on all of them. exact: as of
+    `blocks.Rule`. Sends each block once to each rank that needs it.
     """
-    q_starts, q_sizes = zip(*q_spans, strict=True)
-    k_starts, k_sizes = zip(*k_spans, strict=True)
-    return run(
-        attention_op, q, k, v, mask, q_starts, q_sizes, k_starts, k_sizes, mask_start, causal,
-        exact, scale, drop, seed, order, team, group, merged,
-    )[0]  # fmt: skip
+    # of which seeds are drawn anew is not kept
+    make = call_of.__wrapped__ if drop else call_of  # type: ignore[attr-defined]
+    call = make(
+        q_spans, k_spans, mask_start, causal, exact, scale, drop, seed, order, team, at_once, group
+    )
+    return run(attention_op, q, k, v, mask, call, merged)[0]

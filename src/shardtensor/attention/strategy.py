@@ -8,10 +8,13 @@ Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes),
 - all-to-all (Jacobs et al.: DeepSpeed Ulysses, 2023): (n - 1) / n (Q + K + V + O) in 2 (n - 1)
   messages; each rank then has all tokens of some heads, so a causal mask loads all alike;
 - usp (arXiv 2405.07719), in teams of u ranks: (u - 1) / u (Q + K + V + O) in 2 (u - 1) messages,
-  then (n / u - 1) (K + V) in n / u - 1 messages, hidden behind the computation.
+  then (n / u - 1) (K + V) in n / u - 1 messages, hidden behind the computation;
+- gather: (n - 1) (K + V) in n - 1 messages that nothing hides, and one block in place of n.
 "auto" takes what costs the busiest rank least time by `cost`, at the rates of `RATES` for the
-mesh's device. Memory is that of one rank's share in every case. Where `shardtensor doctor` has
-measured the links of as many ranks, `init` gives what the first rank knows of them to all ranks.
+mesh's device; in place of hops "gather" where that takes less and keys and values of all ranks
+have few bytes (`Rates.whole`). Memory is that of one rank's share in every other case. Where
+`shardtensor doctor` has measured the links of as many ranks, `init` gives what the first rank knows
+of them to all ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +23,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..settings import current, setting
-from .cost import Rates, Way, Work, cost
+from .cost import Rates, Way, Work, cost, keys_of_all
 
-KINDS = ("auto", "ring", "zigzag", "all_to_all", "usp")
+GATHER = Way("gather")
+KINDS = ("auto", "ring", "zigzag", "all_to_all", "usp", "gather")
 # by device and bytes of a number; of what is not there, as for 4 bytes
 RATES = {
     # `benchmarks/attention.py --rates` on gloo, 2 ranks with a core of a server each, fp32
-    "cpu": {4: Rates(3e10, 1e9, 1.3e-4, 8e8)},
+    "cpu": {4: Rates(3e10, 1e9, 1.3e-4, 8e8, 2.5e-4, 2**19)},
     # from data sheets, as `plan` assumes: H100, half of 67e12 and 989e12 FLOP/s, a multiply-add is
-    # two; 3.35e12 bytes/s, of which a merge moves 26 an element; NVLink 4, a kernel's launch
-    "cuda": {4: Rates(1.7e13, 1.3e11, 1e-5, 4.5e11), 2: Rates(2.5e14, 1.3e11, 1e-5, 4.5e11)},
+    # two; 3.35e12 bytes/s, of which a merge moves 26 an element; NVLink 4, a kernel's launch;
+    # ten launches a block
+    "cuda": {
+        4: Rates(1.7e13, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**26),
+        2: Rates(2.5e14, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**26),
+    },
 }
 # GPUs that NVLink joins; beyond, NDR InfiniBand (s, bytes/s)
 NODE, BEYOND = 8, (2e-5, 5e10)
@@ -39,7 +47,7 @@ _link: list[float] = []
 
 @contextmanager
 def strategy(kind: str) -> Iterator[None]:
-    """Force "ring", "zigzag", "all_to_all" or "usp" for attention inside; "auto" chooses by cost.
+    """Force "ring", "zigzag", "all_to_all", "usp" or "gather" inside; "auto" chooses by cost.
 
     "all_to_all" and "usp" raise UnsupportedOpError where heads cannot be dealt to the ranks or to
     teams of them, "zigzag" where queries and keys are not sharded alike. Without a causal mask
@@ -82,6 +90,15 @@ def rates(device: str, item: int, ranks: int) -> Rates:
     return found
 
 
-def cheapest(work: Work, ways: Sequence[Way], rates: Rates) -> Way:
-    """The way that takes the busiest rank the least time; the first of equal ones."""
-    return min(ways, key=lambda way: cost(work, way).seconds(rates))
+def cheapest(work: Work, ways: Sequence[Way], rates: Rates, *, gathers: bool = False) -> Way:
+    """The way that takes the busiest rank the least time; the first of equal ones.
+
+    gathers: whether keys may come from all ranks at once where the best is to pass them on.
+    """
+    found = min(ways, key=lambda way: cost(work, way).seconds(rates))
+    passed = cost(work, found)
+    if gathers and passed.hops and keys_of_all(work) <= rates.whole:
+        gathered = cost(work, GATHER).seconds(rates)
+        if gathered < passed.seconds(rates) + passed.hops * rates.block:
+            return GATHER
+    return found

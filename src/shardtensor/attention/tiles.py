@@ -255,7 +255,7 @@ def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         y = _by_autograd(q, k, v, ctx.call)
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None, None
-    return *_backward_op(g, q, k, v, out, lse, *ctx.call), None, None, None
+    return *run(_backward_op, g, q, k, v, out, lse, *ctx.call), None, None, None
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:

@@ -20,6 +20,8 @@ _library = Library("shardtensor", "DEF")
 KERNELS: dict[Any, Callable] = {}
 # what stands for an op under torch.func and in forward mode, which see nothing of the op
 _UNDER: dict[Any, Callable] = {}
+# what does the same where no mode looks on
+_ALONE: dict[Any, type[torch.autograd.Function]] = {}
 
 
 def define(
@@ -44,6 +46,7 @@ def define(
     )
     op = getattr(torch.ops.shardtensor, name).default
     KERNELS[op] = kernel
+    _ALONE[op] = _alone(name, kernel, setup, adjoint)
     if under is None:
         under = linear(
             lambda *args: op(*args) if probe.dispatch_modes() else kernel(*args),
@@ -71,9 +74,46 @@ class Looking(TorchDispatchMode):
         raise NotImplementedError
 
 
+class Facts:
+    """Arguments of an op in one object, which the dispatcher does not know."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the op takes them."""
+        raise NotImplementedError
+
+
+def lowered(args: tuple[Any, ...]) -> list[Any]:
+    """As the dispatcher takes them."""
+    return [a for x in args for a in (x.arguments() if isinstance(x, Facts) else (x,))]
+
+
 def run(op: Any, *args: Any) -> Any:
-    """The op; under torch.func and in forward mode what stands for it there."""
-    return _UNDER[op](*args) if _torch.transforming() else op(*args)
+    """The op; under torch.func and in forward mode what stands for it there.
+
+    Where no mode looks on the dispatcher is not needed, which copies lists and takes longer; the
+    kernel then gets `Facts` as they are.
+    """
+    if _torch.transforming():
+        return _UNDER[op](*args)
+    if probe.dispatch_modes():
+        return op(*lowered(args))
+    if not torch.is_grad_enabled():
+        return KERNELS[op](*args)
+    return _torch.apply(_ALONE[op], *args)
+
+
+def _alone(
+    name: str, kernel: Callable, setup: Callable, adjoint: Callable
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        found = kernel(*args)
+        # no view, to which autograd would let nobody write
+        out = tuple([x.data for x in found]) if isinstance(found, tuple) else found.data
+        setup(ctx, args, out)
+        return out
+
+    inside = {"forward": staticmethod(forward), "backward": staticmethod(adjoint)}
+    return type(name, (torch.autograd.Function,), inside)
 
 
 def linear(

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .. import cache
 from .._torch import probe
-from ..attention import Rates, assume
+from ..attention import RATES, Rates, assume
 from ..caller import error_line
 from ..comm import groups
 from ..comm.counters import Sent
@@ -240,12 +240,14 @@ def _reason(e: Exception) -> str:
 def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:
     """What attention is chosen by: two FLOP a multiply-add, 26 bytes a merged element."""
     link = network.inner if ranks <= network.node else network.outer
+    alike = RATES["cpu" if device.name == "cpu" else "cuda"][4]
     return {
-        bits // 8: Rates(
-            flops * device.efficiency / 2, device.bandwidth / 26, link.latency, link.bandwidth
+        bits // 8: alike._replace(
+            multiply=flops * device.efficiency / 2, merge=device.bandwidth / 26,
+            latency=link.latency, bandwidth=link.bandwidth,
         )
         for bits, flops in device.flops.items()
-    }
+    }  # fmt: skip
 
 
 def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:

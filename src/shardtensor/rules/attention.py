@@ -22,17 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import _torch, comm
+from .. import _torch
 from ..attention import attend, attend_balanced, attend_in_teams, chosen, rates, strategy
 from ..cache import cached
 from ..dispatch.fallback import gathered
-from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.random import generator_for, matching
 from ..tensor.redistribute import convert, fit, like, reduced, to_dims
-from .attention_plan import NAME, Plan, dealt, dims_of, heads_last, plan, spans
+from .attention_plan import (
+    NAME,
+    Plan,
+    check_shapes,
+    dealt,
+    dims_of,
+    heads_last,
+    plan,
+    spans,
+)
 from .attention_way import RING, dealt_along, way
 from .empty import stock
 from .labels import Known, known
@@ -50,22 +58,25 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> ShardTensor:
     """Local where keys are whole; else around a ring, merged, or by heads."""
-    query, key, value = map(reduced, (query, key, value))
+    query, key, value = reduced(query), reduced(key), reduced(value)
     attn_mask = reduced(attn_mask)
-    _check(query, key, value, attn_mask)
-    exact = query.device.type != "cpu" or not _takes_flash(
-        query, key, value, attn_mask, dropout_p, enable_gqa
-    )
-    if attn_mask is not None and is_causal:
+    on_cpu = query.device.type == "cpu"
+    dtype = _check(query, key, value, attn_mask)
+    flash = torch.backends.cuda.flash_sdp_enabled() and not dropout_p
+    flash = flash and (attn_mask is None or not attn_mask.requires_grad)
+    masked = None if attn_mask is None else known(attn_mask)
+    if enable_gqa:
+        facts = known(query), known(key), known(value)
+        check_shapes(*facts, masked)
+        if not heads_fit(*facts):
+            key, value = (repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
+    p = plan(known(query), known(key), known(value), masked, enable_gqa)
+    exact = not (on_cpu and flash and p.flash)
+    if masked is not None and is_causal:
         if _refusal():
             raise RuntimeError(_refusal())
-        if exact and query.device.type == "cpu":
+        if exact and on_cpu:
             raise RuntimeError(f"{NAME}: Explicit attn_mask should not be set when is_causal=True")
-    if enable_gqa and not heads_fit(known(query), known(key), known(value)):
-        key, value = (repeated(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
-    facts = known(query), known(key), known(value)
-    masked = None if attn_mask is None else known(attn_mask)
-    p = plan(*facts, masked, enable_gqa)
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if dropout_p and matching():
         call = (query, key, value, attn_mask, dropout_p, is_causal)
@@ -73,11 +84,12 @@ def scaled_dot_product_attention(
         return to_dims(whole, p.spec.dims)
     goes = RING
     if p.ring:
-        items = _dtype(query).itemsize, 1 if attn_mask is None else attn_mask.dtype.itemsize
-        limits = rates(p.spec.mesh.device_type, items[0], p.spec.mesh.size())
-        goes = way(p, facts, masked, bool(dropout_p), is_causal, items, chosen(), limits)
+        items = dtype.itemsize, 1 if attn_mask is None else attn_mask.dtype.itemsize
+        device, ranks = p.machines
+        limits = rates(device, items[0], ranks)
+        goes = way(p, bool(dropout_p), is_causal, items, chosen(), limits)
     if goes.kind == "all_to_all":
-        axis = dealt_along(p, *facts)
+        axis = dealt_along(p)
         assert axis is not None
         return _by_heads(p, (query, key, value), axis, {"is_causal": is_causal, **options})
     for_q, for_k, for_v, for_mask = p.wanted
@@ -87,10 +99,15 @@ def scaled_dot_product_attention(
     elif goes.kind == "usp" and for_mask is not None and not isinstance(masked, Spec):
         # a mask that every rank has needs no exchange within a team
         rows, for_mask = "whole", (*for_mask[:-2], for_mask[-2].whole, for_mask[-1])
-    q, k, v, mask = fit(
-        p.spec.mesh, p.varying,
-        (query, for_q), (key, for_k), (value, for_v), (attn_mask, for_mask),
-    )  # fmt: skip
+    if p.lies and attn_mask is None:
+        # as `fit` does, at a fraction of its cost
+        q, k, v, mask = query._local, key._local, value._local, None  # type: ignore[attr-defined]
+    else:
+        q, k, v, mask = fit(
+            p.spec.mesh, p.varying,
+            (query, for_q), (key, for_k), (value, for_v), (attn_mask, for_mask),
+        )  # fmt: skip
+    shape = p.spec.local_shape
     if not (p.ring or p.merged or (is_causal and p.shifted) or dropout_p):
 
         def local(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -98,20 +115,20 @@ def scaled_dot_product_attention(
                 q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        shape = p.spec.local_shape
         out = local(q, k, v, mask) if shape.numel() else stock(local, shape, q, k, v, mask)
         return wrap(out, p.spec)
-    lead = p.spec.local_shape[:-2]
-    q, k, v = heads_apart(autocast(q), autocast(k), autocast(v), lead)
-    scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
-    ring, merged = comm.group(p.spec.mesh, p.ring), comm.group(p.spec.mesh, p.merged)
+    lead = shape[:-2]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not p.lies:
+        q, k, v = heads_apart(q, k, v, lead)
+    scale = max(1, p.width) ** -0.5 if scale is None else scale
+    (ring, merged), (q_spans, k_spans) = p.groups, spans(p)
     if goes.kind == "zigzag":
         sizes = p.keys.sizes
         out = attend_balanced(
             q, k, v, sizes=sizes, scale=scale, exact=exact, group=ring, alone=merged
         )
-        return wrap(out.reshape(p.spec.local_shape), p.spec)
-    q_spans, k_spans = spans(p)
+        return wrap(out.reshape(shape), p.spec)
     apart = None if mask is None else _mask_apart(autocast(mask), lead)
     common: dict[str, Any] = dict(
         q_spans=q_spans, k_spans=k_spans, causal=is_causal, scale=scale, exact=exact,
@@ -121,8 +138,8 @@ def scaled_dot_product_attention(
         out = attend_in_teams(q, k, v, apart, team=goes.team, rows=rows, **common)
     else:
         start = 0 if p.ring or not p.merged else k_spans[0][0]
-        out = attend(q, k, v, apart, mask_start=start, **common)
-    return wrap(out.reshape(p.spec.local_shape), p.spec)
+        out = attend(q, k, v, apart, mask_start=start, at_once=goes.kind == "gather", **common)
+    return wrap(out if p.lies else out.reshape(shape), p.spec)
 
 
 # all-to-all --------------------------------------------------------------------------------------
@@ -171,30 +188,20 @@ def _stacked(xs: list[Tensor]) -> Tensor:
     return x.as_strided(shape, (*strides[:-2], step, *strides[-2:]))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Raise for what torch refuses: shapes, dtypes, masks."""
-    if min(x.ndim for x in (q, k, v)) < 2:
-        raise RuntimeError(f"{NAME}: query, key and value must be at least 2-D")
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        raise RuntimeError(
-            f"{NAME}: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit"
-        )
-    if len({_dtype(x) for x in (q, k, v)}) > 1 or not q.is_floating_point():
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> torch.dtype:
+    """The dtype to compute in; raises for dtypes that torch refuses."""
+    dtype = _dtype(q)
+    if not (_dtype(k) is dtype is _dtype(v) and dtype.is_floating_point):
         raise RuntimeError(f"{NAME}: query, key and value must be of one floating-point dtype")
     if mask is not None:
         if mask.dtype is not torch.bool and not mask.is_floating_point():
             raise RuntimeError(f"{NAME}: a mask of {mask.dtype}; use bool or a floating dtype")
-        if mask.dtype not in (torch.bool, torch.float32) and _dtype(mask) != _dtype(q):
+        if mask.dtype not in (torch.bool, torch.float32) and _dtype(mask) != dtype:
             raise RuntimeError(
                 f"{NAME}: a mask of {mask.dtype} for a query of {q.dtype}; use bool, float32 or "
                 "the dtype of the query"
             )
-        if mask.ndim < 2:
-            raise RuntimeError(
-                f"{NAME}: a mask of shape {tuple(mask.shape)}; it has 2 dims or more"
-            )
-        if mask.ndim > max(x.ndim for x in (q, k, v)):
-            raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
+    return dtype
 
 
 @cache
@@ -212,34 +219,16 @@ def _refusal() -> str:
     return ""
 
 
-def _takes_flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float, grouped: bool
-) -> bool:
-    """Whether one device would take torch's fused kernel for CPUs, of which some gradients differ.
-
-    The conditions are those of torch 2.11 to 2.13, in sdp_utils_cpp.h.
-    """
-    return (
-        torch.backends.cuda.flash_sdp_enabled()
-        and not drop
-        and q.ndim == k.ndim == v.ndim == 4
-        and q.shape[0] == k.shape[0] == v.shape[0]
-        and (grouped or q.shape[1] == k.shape[1] == v.shape[1])
-        and q.shape[-1] == v.shape[-1]
-        and bool(q.shape[-2] and k.shape[-2])
-        and (mask is None or (mask.ndim in (2, 4) and not mask.requires_grad))
-    )
-
-
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast would compute with x."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point():
-        return x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(device)
-    return x.dtype
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype.is_floating_point:
+        return dtype if dtype is torch.float64 else torch.get_autocast_dtype(device)
+    return dtype
 
 
 def autocast(x: Tensor) -> Tensor:
+    """x as autocast would cast it."""
     return x.to(_dtype(x))
 
 

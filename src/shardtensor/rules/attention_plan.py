@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from math import lcm, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import comm
 from ..cache import cached
 from ..cuts import Kept
-from ..spec import Dim, Spec, whole_dims
+from ..errors import UnsupportedOpError
+from ..spec import Dim, Spec, axes_in, whole_dims
 from . import labels
 from .labels import Known
 
@@ -19,9 +23,13 @@ NAME = "scaled_dot_product_attention"
 _FIRST = (0, 1, 2, 3)
 
 
-class Plan(NamedTuple):
+# found once for operands that lie so, and by itself whatever follows from it
+@dataclass(frozen=True, eq=False)
+class Plan:
     """Where operands are wanted, and between which ranks keys travel or results are merged."""
 
+    operands: tuple[Known, Known, Known, Known | None]
+    grouped: bool
     spec: Spec  # of the result
     wanted: tuple[Dims, Dims, Dims, Dims | None]
     keys: Dim
@@ -30,14 +38,78 @@ class Plan(NamedTuple):
     merged: tuple[int, ...]
     shifted: bool  # this rank's queries need not be the first
 
+    @cached_property
+    def groups(self) -> tuple[str, str]:
+        """Of the ranks of this rank's ring, and of those whose results are merged."""
+        return comm.group(self.spec.mesh, self.ring), comm.group(self.spec.mesh, self.merged)
+
+    @cached_property
+    def machines(self) -> tuple[str, int]:
+        """The kind of device of the mesh, and of how many ranks."""
+        return self.spec.mesh.device_type, self.spec.mesh.size()
+
+    @cached_property
+    def width(self) -> int:
+        """Of a query's heads."""
+        return dims_of(self.operands[0])[-1].size
+
+    @cached_property
+    def lies(self) -> bool:
+        """Whether local queries, keys and values are what kernels take, as they are."""
+        every = self.operands[:3]
+        if any(not isinstance(x, Spec) or x.partial for x in every):
+            return False
+        dims = [dims_of(x) for x in every]
+        return (
+            all(d == w and len(d) == 4 for d, w in zip(dims, self.wanted, strict=False))
+            and all(axes_in(d) == self.varying for d in dims)
+            and len({d[0] for d in dims}) == len({d[1] for d in dims[1:]}) == 1
+            and (self.grouped or dims[0][1] == dims[1][1])
+        )
+
+    @cached_property
+    def flash(self) -> bool:
+        """Whether one device takes torch's fused kernel for CPUs, of which some gradients differ.
+
+        Where it may, without dropout or a learned mask. The conditions are those of torch 2.11 to
+        2.13, in sdp_utils_cpp.h.
+        """
+        q, k, v = ([d.size for d in dims_of(x)] for x in self.operands[:3])
+        mask = self.operands[3]
+        return (
+            len(q) == len(k) == len(v) == 4
+            and q[0] == k[0] == v[0]
+            and (self.grouped or q[1] == k[1] == v[1])
+            and q[-1] == v[-1]
+            and bool(q[-2] and k[-2])
+            and (mask is None or len(dims_of(mask)) in (2, 4))
+        )
+
 
 def dims_of(x: Known) -> Dims:
     return x.dims if isinstance(x, Spec) else whole_dims(x)
 
 
+def check_shapes(q: Known, k: Known, v: Known, mask: Known | None) -> None:
+    """Raise for what torch refuses."""
+    every = [[d.size for d in dims_of(x)] for x in (q, k, v)]
+    if min(map(len, every)) < 2:
+        raise RuntimeError(f"{NAME}: query, key and value must be at least 2-D")
+    if every[0][-1] != every[1][-1] or every[1][-2] != every[2][-2]:
+        shapes = ", ".join(str(tuple(x)) for x in every)
+        raise RuntimeError(f"{NAME}: shapes {shapes} do not fit")
+    if mask is not None:
+        shape = tuple([d.size for d in dims_of(mask)])
+        if len(shape) < 2:
+            raise RuntimeError(f"{NAME}: a mask of shape {shape}; it has 2 dims or more")
+        if len(shape) > max(map(len, every)):
+            raise UnsupportedOpError(f"{NAME}: a mask with more dims than query; reshape it first")
+
+
 @cached
 def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Plan:
     """Batch and heads keep their mesh axes; queries and keys get theirs of what is left."""
+    check_shapes(q, k, v, mask)
     known = [x for x in (q, k, v, mask) if x is not None]
     operands = [dims_of(x) for x in known]
     lead = max(len(dims) for dims in operands) - 2
@@ -68,6 +140,8 @@ def plan(q: Known, k: Known, v: Known, mask: Known | None, grouped: bool) -> Pla
         last = keys if merged and not ring else keys.whole
         wanted.append((*cut_alike(own[:-2], batch), *cut_alike(own[-2:], [queries, last])))
     return Plan(
+        (q, k, v, mask),
+        grouped,
         Spec(mesh, (*batch, queries, Dim(operands[2][-1].size))),
         tuple(wanted),  # type: ignore[arg-type]
         keys,

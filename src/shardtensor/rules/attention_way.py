@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..cache import cached
 from ..cuts import Cut, chunk_sizes, cut
 from ..errors import UnsupportedOpError
 from ..spec import Dim, Spec
-from .attention_plan import NAME, Plan, dims_of
+from .attention_plan import NAME, Plan, dims_of, spans
 from .labels import Known
 
 RING = Way("ring")
@@ -19,8 +20,6 @@ RING = Way("ring")
 @cached
 def way(
     p: Plan,
-    operands: tuple[Known, Known, Known],
-    mask: Known | None,
     dropout: bool,
     causal: bool,
     items: tuple[int, int],
@@ -33,10 +32,18 @@ def way(
     """
     if kind == "ring":
         return RING
+    if kind == "gather":
+        if not _in_order(p):
+            raise UnsupportedOpError(
+                f"{NAME}: strategy('gather') for keys that lie along mesh axes {p.keys.axes}, of "
+                f"which queries have {p.ring} only; leave the choice to 'auto'"
+            )
+        return Way(kind)
+    *operands, mask = p.operands
     plain = mask is None and not dropout
     n = prod(p.spec.mesh.size(a) for a in p.ring)
     found = _in_teams(p, n)
-    axis = dealt_along(p, *operands) if plain else None
+    axis = dealt_along(p) if plain else None
     # all ranks are one team; torch's own kernel where one mesh axis has them
     whole = [t for t in found if t.team == n]
     if axis is not None and p.spec.mesh.size(axis) == n:
@@ -55,7 +62,14 @@ def way(
     balanced = _balanced(p, n, plain, kind) if causal else RING
     if kind == "zigzag":
         return balanced
-    return cheapest(work, [RING, balanced, *several, *whole], rates)
+    gathers = not dropout and _in_order(p)
+    return cheapest(work, [RING, balanced, *several, *whole], rates, gathers=gathers)
+
+
+def _in_order(p: Plan) -> bool:
+    """Whether the ranks of the ring have one span of keys after the other, which are all."""
+    _, keys = spans(p)
+    return not p.merged and all(sum(a) == b[0] for a, b in pairwise(keys))
 
 
 def _cannot_be_dealt(p: Plan, operands: Any, kind: str, to: str) -> UnsupportedOpError:
@@ -133,8 +147,9 @@ def _work(
 
 
 @cached
-def dealt_along(p: Plan, q: Known, k: Known, v: Known) -> int | None:
+def dealt_along(p: Plan) -> int | None:
     """The last mesh axis of queries and keys, if its ranks can share the heads out among them."""
+    q, k, v, _ = p.operands
     queries, heads = p.spec.dims[-2], p.spec.dims[-3] if len(p.spec.dims) > 2 else None
     if heads is None or heads.axes or min(len(dims_of(x)) for x in (q, k, v)) < 3:
         return None
