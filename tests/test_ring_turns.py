@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard
 from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import around, strategy
+from shardtensor.attention.call import Call
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.spec import Spec
@@ -80,3 +81,16 @@ def test_what_is_in_flight(monkeypatch):
 
     # 1 turn: it was 26.2
     assert step() < 19
+
+
+def test_turns_of_a_gpu_have_more_rows(monkeypatch):
+    """Its host would else be late with each."""
+    monkeypatch.setattr(around, "ROWS", 16)
+    spans = (0, 32, 64, 96), (32, 32, 32, 32)
+    call = Call(*spans, *spans, 0, False, True, 1.0, 0.0, 0, (), 1, "")
+    monkeypatch.setattr(Call, "n", 4)
+    found = {}
+    for device in ("cpu", "meta"):
+        q = torch.empty(1, 8, 32, 4, device=device)
+        found[device] = len(around.in_turns(call, q, q, False))
+    assert found == {"cpu": 8, "meta": 2}
