@@ -150,7 +150,10 @@ GATHERED = {
 @pytest.mark.parametrize("name", GATHERED)
 @pytest.mark.parametrize("written", [False, True])
 def test_memory_that_was_gathered_for_a_view_is_freed(name, written):
-    """With what is known of it: nothing is stale once stale tensors are gone."""
+    """With what is known of it: no more is stale than before once stale tensors are gone."""
+    gc.collect()
+    aliases.forget_dead()
+    before = set(aliases.stale)
 
     def run():
         x = st.distribute_tensor(
@@ -165,7 +168,7 @@ def test_memory_that_was_gathered_for_a_view_is_freed(name, written):
     st.simulate(3, run)
     gc.collect()
     aliases.forget_dead()
-    assert not aliases.stale
+    assert set(aliases.stale) <= before
 
 
 def saved_input(x):
