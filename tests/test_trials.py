@@ -57,6 +57,9 @@ REFUSED = {
     "argmax of bools": lambda x: (x > 0).argmax(),
     "trace of bools": lambda x: (x > 0).trace(),
     "histogram of halves": lambda x: torch.histogram(x.half(), 3),
+    "movedim of a dim twice": lambda x: x[None].movedim((0, -3), (1, 2)),
+    "movedim to a place twice": lambda x: x[None].movedim((0, 1), (1, -2)),
+    "movedim of more dims than places": lambda x: x[None].movedim((0, 1), (1,)),
     "cross entropy of integers": lambda x: F.cross_entropy(x, x[:, 0] * 0),
     "norm of nothing": lambda x: torch.linalg.vector_norm(x[:0].double(), -2, 0),
     "largest of nothing": lambda x: torch.linalg.vector_norm(x[:0].double(), float("inf"), 0),
@@ -103,6 +106,14 @@ def test_what_may_follow_is_right(name):
 
     for got in st.simulate(2, run):
         same(got, X.double().softmax(1), name, 1e-12)
+
+
+def test_softmax_of_no_complex_numbers():
+    def run():
+        x = st.distribute_tensor(X[:0] * 1j, make_mesh((2,)), [Shard(1)], src_data_rank=None)
+        same(x.softmax(1).full_tensor(), (X[:0] * 1j).softmax(1), "softmax")
+
+    st.simulate(2, run)
 
 
 def test_nothing_is_drawn_to_try():

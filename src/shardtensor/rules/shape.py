@@ -139,6 +139,11 @@ def _moved(spec: Spec, source: tuple[int, ...], destination: tuple[int, ...]) ->
     n = len(spec.dims)
     old = [_index(d, max(1, n)) for d in source]
     new = [_index(d, max(1, n)) for d in destination]
+    if len(old) != len(new):
+        raise RuntimeError(f"movedim: {len(old)} dims to {len(new)} places")
+    for name, dims in (("source", old), ("destination", new)):
+        if len(set(dims)) != len(dims):
+            raise RuntimeError(f"movedim: repeated dim in `{name}` ({dims})")
     rest = iter([d for d in range(n) if d not in old])
     place = dict(zip(new, old, strict=True))
     return _order(spec, tuple([place[d] if d in place else next(rest) for d in range(n)]))

@@ -24,6 +24,9 @@ from .reduce import over, wide
 def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
     x = reduced(input) if input._spec.partial else input
     spec, local = x._spec, x._local
+    if dtype is None and local.dtype.is_complex and not x.numel():
+        # which torch has no kernel for, but of none gives none
+        return wrap(fn(local, dim), spec)
     if dtype is None and local.dtype.is_complex:
         raise NotImplementedError(f"softmax not implemented for {local.dtype}")
     dims = _cut(spec, operator.index(dim))
