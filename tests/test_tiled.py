@@ -114,6 +114,33 @@ def test_keywords_dicts_dropout_and_frozen_weights(tmp_path):
     assert run(x, t=1.0)["name"] == "mixed"
 
 
+class Labels(nn.Module):
+    """Scores, their softmax without a history, and labels."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.conv, self.scores = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64), scores
+
+    def forward(self, x):
+        y = self.conv(x)
+        rest = y.detach().softmax(1), y.argmax(1)
+        return (y, *rest) if self.scores else rest
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_outputs_without_gradients(scores, tmp_path):
+    model = Labels(scores)
+    x = torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)
+    wants = model(x)
+    found = st.tiled(model, 3, dim=2, memory=2**20, spill=tmp_path)(x)
+    for want, got in zip(wants, found, strict=True):
+        assert want.requires_grad == got.requires_grad
+        torch.testing.assert_close(got, want)
+    if scores:
+        (want,), (got,) = (torch.autograd.grad(y[0].square().sum(), x) for y in (wants, found))
+        torch.testing.assert_close(got, want)
+
+
 def test_inference_leaves_nothing_behind(tmp_path):
     torch.manual_seed(0)
     model, x = UNet(2, 1, width=4).double().eval(), torch.randn(1, 2, 32, 16, dtype=torch.float64)

@@ -44,8 +44,9 @@ class Session(Ranks):
         super().__init__(model, parts, pager)
         # of the outputs: whole tensors by number, else what rank 0 gave
         self.found: list[Any] = []
-        # which are tensors
+        # which are tensors, and which of these have a gradient
         self.kinds: list[bool] = []
+        self.followed: list[bool] = []
         self.out_tree: Any = None
         # by number of the output, and of the given tensor
         self.cotangents: list[Tensor | None] = []
@@ -64,6 +65,7 @@ class Session(Ranks):
         if first:
             self.out_tree = tree
             self.kinds = [isinstance(y, Tensor) for y in outputs]
+            self.followed = [y.requires_grad for y in outputs if isinstance(y, Tensor)]
             self.ended_forward(model)
         self._deliver(outputs, first)
         if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
@@ -155,8 +157,8 @@ class Call(torch.autograd.Function):
         if not session.world.ended:
             ctx.waiting = _Waiting(session)
         outputs = tuple(y for y in session.found if isinstance(y, Tensor))
-        plain = [y for y in outputs if not (y.is_floating_point() or y.is_complex())]
-        ctx.mark_non_differentiable(*plain)
+        pairs = zip(outputs, session.followed, strict=True)
+        ctx.mark_non_differentiable(*(y for y, followed in pairs if not followed))
         return outputs
 
     @staticmethod
