@@ -103,3 +103,18 @@ def test_what_keeps_none_is_left():
         assert module.kept() is value
     finally:
         del sys.modules["made_up"], sys.modules["odd"]
+
+
+class Elsewhere:
+    """What stands for a module until it is asked, as those of six.moves do."""
+
+    def __getattr__(self, name):
+        raise ModuleNotFoundError("No module named 'elsewhere'")
+
+
+class Moved:
+    elsewhere = Elsewhere()
+
+
+def test_what_stands_for_a_module_is_not_asked():
+    caches.forget()

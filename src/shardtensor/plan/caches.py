@@ -37,7 +37,9 @@ def _caches(module: Any) -> Iterator[Any]:
         yield from _behind(value)
         if isinstance(value, type):
             for inner in list(vars(value).values()):
-                yield from _behind(getattr(inner, "__func__", inner))
+                # not by getattr: some stand for modules, and import them when they are asked
+                held = inner.__func__ if isinstance(inner, classmethod | staticmethod) else inner
+                yield from _behind(held)
 
 
 def _behind(value: Any) -> Iterator[Any]:
