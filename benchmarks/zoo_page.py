@@ -19,6 +19,7 @@ COLUMNS = (
     "plan",
     "check",
     "compile",
+    "inductor",
     "rehearse",
     "peak",
     "gathers",
@@ -40,8 +41,10 @@ are simulated. Made by `make matrix`.
 - **bf16**: under autocast no further from float64 than three times what one device under autocast
   is.
 - **plan**: `st.plan` has a layout on 4 devices. **check**: what `st.check` says. **compile**:
-  whole, or by blocks, with the numbers of one device (backend `aot_eager`: the graphs; what
-  Inductor makes of them is torch's). **rehearse**: a rank alone sends what it does among others.
+  whole, or by blocks, with the numbers of one device (backend `aot_eager`: the graphs).
+  **inductor**: the same with what Inductor makes of these graphs, C++ here, of some models.
+  **rehearse**: a rank alone sends what it does among others.
+- Where batch norm cannot train on one sample, **trains** and **plan** are of two.
 - **peak**: at a size that users have (2048 x 2048, 256^3, 10^6 points), on 8 ranks: see
   [Memory](memory.md). 1.00 is a perfect split. **gathers**: ops without a rule, which gather
   their operands.
