@@ -95,6 +95,8 @@ def new(way):
         cpu=True, gradient_accumulation_steps=2, domain=domain, shard=-2, options=ways[way]
     )
     net, optimizer, scheduler = made()
+    # as a Trainer does that evaluates before it trains
+    net = accelerator.prepare_model(net, evaluation_mode=True)
     loader = DataLoader(Data(80), batch_size=2 // groups)
     return accelerator, *accelerator.prepare(loader, net, optimizer, scheduler)
 

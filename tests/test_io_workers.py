@@ -1,5 +1,6 @@
 """Processes that read for a loader, time that is over, and batches that do not come."""
 
+import multiprocessing
 import os
 import re
 import threading
@@ -145,6 +146,13 @@ def bad(how, **options):
     return str(caught.value)
 
 
+def left():
+    """Processes that go on."""
+    for process in multiprocessing.active_children():
+        process.join(20)
+    return multiprocessing.active_children()
+
+
 def unsendable():
     raise Unsendable("a disk", "on fire")
 
@@ -154,10 +162,12 @@ def ends():
 
 
 @pytest.mark.parametrize(
-    "how, said", [(unsendable, "sample 3: a disk on fire"), (ends, r"sample \d: .*exited")]
+    "how, said",
+    [(unsendable, "sample 3: a disk on fire"), (ends, r"sample \d: its process did not send it")],
 )
 def test_what_a_process_cannot_read_raises_on_every_rank(how, said):
     other, mine = st.simulate(2, lambda: bad(how, workers=1))
+    assert not left()
     assert other == "another rank could not read its part of a sample"
     assert re.match(said, mine), mine
 
@@ -169,8 +179,23 @@ def test_a_batch_that_does_not_come_raises_on_every_rank(workers, monkeypatch):
     never = threading.Event()
     other, mine = st.simulate(2, lambda: bad(never.wait, workers=workers, timeout=1.0))
     never.set()
+    assert not left()
     assert other == "another rank could not read its part of a sample"
     assert mine.startswith("sample 3: ")
+
+
+def test_no_process_is_left():
+    def run():
+        loader = Loader(Numbers(100), mesh_of((1,)), workers=2)
+        for _ in loader:
+            break
+        next(iter(loader))
+        with pytest.raises(ZeroDivisionError):
+            for _ in loader:
+                1 / 0  # noqa: B018
+
+    st.simulate(1, run)
+    assert not left()
 
 
 def test_time_that_is_over_on_one_rank_ends_all_at_one_batch():

@@ -101,6 +101,7 @@ groups = ranks // domain
 want, losses, logits = alone()
 for way in sys.argv[3:]:
     trainer = new(way)
+    assert trainer.evaluate()["eval_n"] == 5
     trainer.train()
     log = trainer.state.log_history
     off = max(abs(a - b) for a, b in zip([x["loss"] for x in log if "loss" in x], losses, strict=True))

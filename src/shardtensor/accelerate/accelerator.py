@@ -165,13 +165,15 @@ class Accelerator(accelerate.Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        again = getattr(model, "_is_accelerate_prepared", False)
         # without DDP
         model = super().prepare_model(model, device_placement, evaluation_mode=True)
-        if evaluation_mode or again:
+        # one that was prepared for evaluation only may be trained now
+        if evaluation_mode or getattr(model, "_trains_on_shards", False):
             return model
         assert self.mesh is not None
-        return parallelize(model, self.mesh, self.options)
+        model = parallelize(model, self.mesh, self.options)
+        vars(model)["_trains_on_shards"] = True
+        return model
 
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
         if getattr(optimizer, "_is_accelerate_prepared", False) or self.options.fsdp is None:

@@ -137,7 +137,14 @@ class InProcesses:
 
     def __next__(self) -> Any:
         assert self.batches is not None
-        batch, nbytes = next(self.batches)
+        why = ""
+        try:
+            batch, nbytes = next(self.batches)
+        except Exception as e:
+            why = str(e) or type(e).__name__
+        if why:
+            # without the other one, whose frames would keep the processes
+            raise RuntimeError(f"its process did not send it: {why}")
         self.counted(nbytes)
         return with_leaves(batch, self._wrapped)
 
