@@ -16,6 +16,7 @@ from ..plan import store
 from ..plan.device import measured_here
 from ..plan.estimate import DEVICES, Device, Estimate, Layout, Task, estimate
 from ..plan.ledger import KINDS
+from ..plan.parts import CPU, InParts, in_parts
 from ..plan.plans import Plans
 from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
@@ -86,6 +87,8 @@ def plan(
         print(json.dumps([facts(e, hardware) for e in found], indent=1))
     else:
         print(f"one device: {_said(one, hardware)}")
+        if said["parts"] is not None:
+            print(f"or {InParts(**said['parts'])}")
         if terms := hardware.assumes(devices):
             print(terms)
         for reason in found.missing:
@@ -117,7 +120,8 @@ def _searched(
         if least is None and hardware.hosted:
             raise ValueError(
                 f"it does not fit this host: up to {most} ranks share its "
-                f"{hardware.memory / GIB:.1f} GiB; plan for GPUs, with --device"
+                f"{hardware.memory / GIB:.1f} GiB; plan for GPUs, with --device, or one device in "
+                "parts, with --devices 1"
             )
         if least is None:
             raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
@@ -136,7 +140,10 @@ def _searched(
         **task,
     )
     one = estimate(Task(**task), alone(task), hardware, network)
-    return [one, *found], {"devices": devices}
+    parts = None
+    if not one.fits(hardware) and hardware.name == CPU:
+        parts = asdict(in_parts(Task(**task), hardware, network))
+    return [one, *found], {"devices": devices, "parts": parts}
 
 
 def _state(paths: Iterable[Path]) -> Iterator[tuple[str, int]]:

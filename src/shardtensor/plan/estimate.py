@@ -114,6 +114,10 @@ class Estimate:
     modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
     # what is held by kind as the step goes on
     course: Course | None = field(default=None, repr=False, compare=False)
+    # bytes of the largest op's arguments and results; what waits in memory for other ranks (see
+    # `Ledger.waits`)
+    largest: int = field(default=0, repr=False, compare=False)
+    waits: tuple[tuple[int, int, int], ...] = field(default=(), repr=False, compare=False)
 
     def tree(self) -> Tree:
         """Memory and time by module; print it."""
@@ -209,6 +213,8 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
             ),
         ),
         course=course(ledger, at, begun, list(map(device.seconds, work))),
+        largest=max((w.moved for w in work), default=0),
+        waits=ledger.waits(at),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -60,6 +61,9 @@ class Ledger(probe.Watching):
         self.workers: list[str] = []
         self.senders: list[str] = []
         self.heard: Sequence[Sent] = ()
+        # moves at each collective that sent, with what it sent; how many such; moves at the last op
+        self.meets: list[int] = []
+        self._met = self._done = 0
         self._sending = 0
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
@@ -73,6 +77,10 @@ class Ledger(probe.Watching):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an op on fake tensors; book what it makes, costs and sends."""
+        if len(self.heard) != self._met:
+            if len(self.heard) > self._met:
+                self.meets.append(self._done)
+            self._met = len(self.heard)
         if func is probe.DEVICE and probe.is_fake(args[0]):
             return args[0].fake_device
         call = Call(func, args, kwargs or {})
@@ -95,6 +103,7 @@ class Ledger(probe.Watching):
         kind = "communication" if self._sending else "activations"
         # each is booked
         new = sum(self.book(x, kind) for x in made)
+        self._done = len(self.moves)
         if new or _torch.is_mutable(func):
             self.work.append(self._cost(call, out, made))
             self.workers.append(self.places.here())
@@ -193,6 +202,34 @@ class Ledger(probe.Watching):
             if x is not None and x.device.type != "meta":
                 self.book(x, kind)
                 self.kinds[self._numbers[local(x).untyped_storage()._cdata]] = kind
+
+    def waits(self, start: int = 0) -> tuple[tuple[int, int, int], ...]:
+        """What is held where ranks meet, after the first `start` moves, beside what is there once.
+
+        (its bytes, the most bytes held at a meeting that it is there at, and at any moment of its
+        life) of each tensor.
+        """
+        kinds = ("activations", "communication", "inputs", "gradients")
+        sizes = [n if self.kinds[k] in kinds else 0 for k, n in self.moves]
+        total = np.cumsum(sizes) if sizes else np.zeros(0)
+        meets = np.array([m for m in self.meets if m > start], dtype=np.int64)
+        # before the move of that number
+        held = total[meets - 1]
+        born: dict[int, int] = {}
+        lives: list[tuple[int, int, int]] = []
+        for i, ((number, _), n) in enumerate(zip(self.moves, sizes, strict=True)):
+            if n > 0:
+                born[number] = i
+            elif n and number in born:
+                lives.append((born.pop(number), i, -n))
+        lives += [(a, len(sizes), sizes[a]) for a in born.values()]
+        found = []
+        for a, b, n in lives:
+            first, last = np.searchsorted(meets, [a + 1, b + 1])
+            if b > start:
+                most = int(held[first:last].max()) if first < last else 0
+                found.append((n, most, int(total[max(a, start - 1) : b].max())))
+        return tuple(found)
 
     def peak(self, start: int = 0) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by kind at the moment when most were held, after the first `start` moves.

@@ -24,6 +24,7 @@ from ..page.blocks import (
 from ..page.document import Page, Shown
 from .details import COLOURS, course, messages, modules, size, unit_of
 from .estimate import Device, Estimate, Layout, Task, estimate
+from .parts import CPU, InParts, in_parts
 from .sweep import Sweep, sweep
 
 # configurations whose details the page has
@@ -69,7 +70,10 @@ class Plans(list[Estimate], Shown):
         if runs := [e for e in self if not e.refused]:
             dims = tuple(self.task.dims)
             one = estimate(self.task, Layout(1, dims, (1,) * len(dims)), self.device, self.network)
-            page.blocks.insert(0, text(f"On one device: {self._said(one)}."))
+            told = f"On one device: {self._said(one)}."
+            if not one.fits(self.device) and self.device.name == CPU:
+                told += f" Or {self.in_parts()}."
+            page.blocks.insert(0, text(told))
             swept = sweep(self.task, runs[0], self.device, self.network, factors, devices)
             page.add(*self._sizes(swept))
         return page.text()
@@ -88,6 +92,13 @@ class Plans(list[Estimate], Shown):
         estimate for each pair.
         """
         Path(path).write_text(self.to_html(factors, devices), encoding="utf-8")
+
+    def in_parts(self, memory: int = 0) -> InParts:
+        """What the task takes on one device with `tiled`, in how many parts; see `parts.in_parts`.
+
+        It runs on CPUs: of another device the answer is what it would take there.
+        """
+        return in_parts(self.task, self.device, self.network, memory=memory)
 
     def page(self) -> Page:
         """All but other sizes."""

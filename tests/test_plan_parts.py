@@ -1,0 +1,103 @@
+"""What a plan says of `tiled`, beside what it then moves."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from models import UNet, ViT
+from torch import nn
+
+import shardtensor as st
+from shardtensor.paged import pager
+from shardtensor.plan.estimate import Device, Task
+from shardtensor.plan.parts import in_parts
+from shardtensor.plan.plans import Plans
+
+cli = importlib.import_module("shardtensor.cli.plan")
+CPU = Device("cpu", 2**22, 1e10, {64: 2e10, 32: 4e10, 16: 4e10}, 1.0, 2e-6)
+CASES = {
+    "unet": (lambda: UNet(1, 1, width=4), (1, 1, 96, 64)),
+    "vit": (lambda: ViT((64, 64), 8, 1, 1, width=32), (1, 1, 64, 64)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(pager, "LEAST", 512)
+
+
+def ran(make, shape, parts, memory, train, folder):
+    """What a step in parts moves."""
+    torch.manual_seed(0)
+    run = st.tiled(make(), parts, 2, memory=memory, spill=folder)
+    with torch.set_grad_enabled(train):
+        y = run(torch.randn(shape))
+        if train:
+            y.square().mean().backward()
+    return run.paging
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_to_lie_in_files_does(name, train, tmp_path):
+    make, shape = CASES[name]
+    task = Task(make, [shape], dims=(2,), train=train)
+    said = in_parts(task, CPU, memory=2**16, parts=[4])
+    moved = ran(make, shape, 4, 2**16, train, tmp_path)
+    assert not said.refused and (said.parts, said.dim) == (4, 2)
+    assert 0.4 < said.spilled / moved.spilled < 1.5
+    assert 0.5 < said.most / moved.most < 1.1
+    assert said.times > 1
+
+
+def test_what_is_proposed_runs_within_the_memory(tmp_path):
+    make, shape = CASES["unet"]
+    task = Task(make, [shape], dims=(2,), train=False)
+    found = in_parts(task, CPU, memory=2**18)
+    assert 2 <= found.parts <= 32 and not found.refused
+    # an op's result may be larger than what it reads
+    peak = ran(make, shape, found.parts, found.memory, False, tmp_path).peak
+    assert peak <= 1.25 * 2**18
+    # with more memory fewer parts, in the end nothing in files
+    more = in_parts(task, CPU, memory=2**24)
+    assert more.parts == 2 and more.spilled == more.most == 0
+    assert more.times < found.times
+
+
+def test_what_is_not_proposed():
+    make, shape = CASES["unet"]
+    task = Task(make, [shape], dims=(2,), train=False)
+    assert "96 rows in" in in_parts(task, CPU, memory=2**10).refused
+    assert in_parts(task, CPU, memory=2**10).parts == 0
+    tiny = Device("cpu", 2**10, 1e10, CPU.flops, 1.0, 2e-6)
+    assert "do not fit" in in_parts(task, tiny).refused
+
+
+def test_pages_of_plans_propose_it():
+    task = Task(lambda: nn.Conv2d(1, 8, 3, padding=1), [(1, 1, 512, 512)], dims=(2,), train=False)
+    small = Device("cpu", 6 * 2**20, 1e10, CPU.flops, 1.0, 2e-6)
+    plans = st.plan(task.make, task.shapes, 2, small, dims=(2,), train=False, precisions=(None,))
+    assert isinstance(plans, Plans)
+    said = plans.in_parts()
+    assert str(said).startswith("one device in parts: st.tiled(model, ") and said.parts > 1
+    assert str(said) in plans.to_html(devices=(2,), factors=(1,)).replace("&#x27;", "'")
+
+
+def test_the_command_proposes_it_and_uneven_sizes(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("SHARDTENSOR_HOME", str(tmp_path))
+    model = tmp_path / "wide.py"
+    model.write_text(
+        "from torch import nn\n\n\ndef net():\n    return nn.Conv2d(1, 8, 3, padding=1)\n"
+    )
+    monkeypatch.setattr(cli, "measured_here", lambda ranks: replace(CPU, memory=6 * 2**20))
+    args = ["plan", f"{model}:net", "--input", "1x1x512x512", "--shard", "2", "--inference",
+            "--device", "cpu", "--speeds", "1,0.5", "--multiple", "8"]  # fmt: skip
+    for _ in range(2):
+        # the second time as it was kept
+        code, out, err = command(*args)
+        assert code == 0, err
+        assert "or one device in parts: st.tiled(model, " in out
+        assert "dim2 2 in [344, 168]" in out and "dim2 2, bf16" in out
+    code, out, err = command(*args[:-4], "--speeds", "1,fast")
+    assert code and "--speeds 1,fast: numbers" in err + out
