@@ -3,19 +3,21 @@
 A new tensor of the shape of x is sharded like x. One of any other shape is a replicated
 ShardTensor: whole on each rank. But where x holds a row for each entry of an index (the messages of
 a graph's edges), a new tensor with a row for each row that was indexed, or put before others that
-were (its nodes), lies as those.
+were (its nodes), lies as those; and a large one of other rows is cut along them.
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import handlers, rule
-from ..spec import Spec, whole_dims
+from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
+from ..tensor.recut import WHOLE
 from ..tensor.redistribute import reduced
 from .pointwise import check_number, function_rule, pointwise
 from .rows import indexed
@@ -29,8 +31,15 @@ def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
         dims = list(whole_dims([int(n) for n in shape]))
         other = [d for d, n in enumerate(spec.shape) if len(shape) == x.ndim and n != shape[d]]
         if len(other) == 1 and spec.dims[other[0]].axes:
-            rows = indexed.dims.get((spec.mesh, dims[other[0]].size))
-            if rows is not None and rows.axes == spec.dims[other[0]].axes:
+            n, axes = dims[other[0]].size, spec.dims[other[0]].axes
+            rows = indexed.dims.get((spec.mesh, n))
+            if (
+                rows is None
+                and prod(map(int, shape)) >= WHOLE
+                and n >= len(spec.dims[other[0]].sizes)
+            ):
+                rows = Dim.chunked(n, axes, spec.mesh)
+            if rows is not None and rows.axes == axes:
                 # as x in all other dims: only these rows are others
                 dims = [rows if d == other[0] else n for d, n in enumerate(spec.dims)]
         spec = Spec(spec.mesh, tuple(dims))

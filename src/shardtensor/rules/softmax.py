@@ -79,3 +79,15 @@ def safe_softmax(input: ShardTensor, dim: int, dtype: Any = None) -> Tensor:
     """Zero, not NaN, where all of a row is -inf."""
     masked = (input == float("-inf")).all(dim, keepdim=True)
     return input.masked_fill(masked, 0.0).softmax(dim, dtype).masked_fill(masked, 0.0)
+
+
+@rule("_softmax_backward_data")
+def softmax_backward(
+    grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype
+) -> Tensor:
+    """The backward pass of softmax, which models with their own softmax call."""
+    # as torch, in what it sums in
+    g, y = (x.to(wide(x.dtype)) for x in (grad_output, output))
+    weighted = g * y
+    found = weighted - y * weighted.sum(dim, keepdim=True)
+    return found.to(input_dtype)
