@@ -9,16 +9,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from flex import flex
+from test_flex import packed
 from threads import backward_apart
 from torch import nn
 from torch.distributed.tensor import Shard
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor import attention
+from shardtensor import attention, cache
 from shardtensor import testing as T
 from shardtensor.dispatch.fallback import limit
 from shardtensor.rules import halo
+from shardtensor.tensor import recut
 
 ATTENTION = partial(F.scaled_dot_product_attention, is_causal=True)
 LIBRARY = {
@@ -48,6 +52,50 @@ def test_the_library_s_gradients(name, apart):
     T.hold(fn, args, [T.shard(dim, cut)] * len(args), (len(cut),))
     # of one device, and of each rank
     assert apart.passes == 1 + len(cut)
+
+
+def windowed(q, k, v):
+    block = create_block_mask(lambda b, h, i, j: (i - j).abs() <= 2, None, None, 13, 13, "cpu")
+    return flex(q, k, v, lambda s, b, h, i, j: s - 0.1 * (i - j).abs(), block_mask=block)
+
+
+def sequences(q, k, v):
+    ends = torch.tensor([0, 3, 9, 13], dtype=torch.int32)
+    return packed(q, k, v, ends, ends)
+
+
+def by(kind):
+    def attend(q, k, v):
+        with attention.strategy(kind):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+RULES = {
+    "flex": (windowed, [(1, 2, 13, 4)] * 3, 2, (6, 0, 7)),
+    "varlen": (sequences, [(13, 2, 4)] * 3, 0, (6, 0, 7)),
+    "neighbours": (lambda *x: st.neighborhood_attention(*x, 3), [(1, 13, 2, 4)] * 3, 1, (6, 0, 7)),
+    "gather": (by("gather"), [(1, 3, 13, 4)] * 3, 2, (6, 0, 7)),
+    "usp": (by("usp"), [(1, 6, 12, 4)] * 3, 2, (4, 3, 5)),
+    "recut": (lambda x: x.sum(0) * x[3], [(5, 7, 4)], 0, (2, 0, 3)),
+    "rms": (nn.RMSNorm((7, 4), dtype=torch.float64), [(2, 7, 4)], 1, (3, 0, 4)),
+    "scan": (lambda x: x.cumsum(0).logcumsumexp(0), [(13, 2)], 0, (6, 0, 7)),
+    "resized": (lambda x: F.interpolate(x, 9, mode="linear"), [(1, 2, 13)], 2, (6, 0, 7)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_that_keep_more_than_tensors(name, apart, monkeypatch):
+    """Of captured functions, plans and windows that backward needs again."""
+    # each result that would be whole is large
+    cache.clear()
+    monkeypatch.setattr(recut, "WHOLE", 1)
+    fn, shapes, dim, cut = RULES[name]
+    args = [normal(*s, seed=i) for i, s in enumerate(shapes)]
+    T.hold(fn, args, [T.shard(dim, cut)] * len(args), (len(cut),))
+    assert apart.passes >= 1 + len(cut)
+    cache.clear()
 
 
 def test_an_exchange_behind_computation(apart, in_flight):
