@@ -8,8 +8,12 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
 from shardtensor.attention import tiles
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
+from shardtensor.rules import neighborhood_strips
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 torch.manual_seed(0)
 D = torch.float64
@@ -297,6 +301,71 @@ def test_what_is_sent():
     # two dims: strips of rows, then of columns with the corners
     found = st.simulate(4, sent, (8, 8), [S1, S2], None, (2, 2), dict(kernel_size=3))
     assert [f for f, _ in found] == [((4 + 5) * ROW, 2)] * 4
+
+
+# without a copy of keys and values ------------------------------------------------------------
+
+
+STRIPS = {
+    "two": ((9, 8), [S1, S2], None, (2, 2), dict(kernel_size=(3, 4))),
+    "uneven, one empty": ((9, 8), [S1, S2], {1: (5, 0, 4), 2: (2, 6)}, (3, 2), dict(kernel_size=3)),
+    "over two ranks": ((12,), [S1], {1: (1, 2, 9)}, (3,), dict(kernel_size=7)),
+    "dilated, strided": ((13,), [S1], {1: (4, 9)}, (2,), dict(kernel_size=4, dilation=3, stride=2)),
+    "causal": ((6, 7), [S2], None, (3,), dict(kernel_size=3, is_causal=(False, True))),
+    "three": ((4, 5, 4), [S1, S3], None, (2, 2), dict(kernel_size=3)),
+}
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_strips(name, in_flight):
+    shape, on, sizes, mesh, options = STRIPS[name]
+    calls = in_flight(neighborhood_strips._Strips)
+
+    def twice(*x):
+        y = st.neighborhood_attention(*x, **options)
+        found = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        return [g * g for g in found]
+
+    places = [T.On(on, sizes)] * 3
+    T.hold(lambda *x: st.neighborhood_attention(*x, **options), tokens(*shape), places, mesh)
+    T.hold(twice, tokens(*shape), places, mesh)
+    T.hold(lambda x: twice(x, x * 2, x.cos()), tokens(*shape)[:1], places[:1], mesh)
+    assert calls
+
+
+def test_second_derivative_without_queries():
+    def penalty(x):
+        y = st.neighborhood_attention(x, x, x, 3)
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        return g * g
+
+    T.hold(penalty, tokens(4, 4)[:1], [T.shard(1, (4, 0))], (2,))
+
+
+def test_strips_take_the_memory_of_a_share(in_flight, monkeypatch):
+    in_flight(neighborhood_strips._Strips)
+    monkeypatch.setattr(tiles, "CHUNK", 1)
+    shape = (1, 256, 32, 1, 64)
+
+    def step(x):
+        def run():
+            y = st.neighborhood_attention(*x, 3)
+            getattr(y, "_local", y).sum().backward()
+
+        return run
+
+    alone = peak_bytes(step([torch.randn(shape).requires_grad_() for _ in range(3)]))
+    with silent_world(1, 4):
+        spec = Spec.of(T.make_mesh((4,)), [S1], shape)
+        local = [torch.randn(spec.local_shape).requires_grad_() for _ in range(3)]
+        x = [wrap(y, spec) for y in local]
+        found = peak_bytes(step(x))
+        kept = saved_bytes(lambda: st.neighborhood_attention(*x, 3))
+    share, row = local[0].nbytes, 32 * 64 * 4
+    # the result, its log-sum-exp, and two rows each of keys and values
+    assert kept == share + share // 64 + 4 * row
+    # it was 1.7
+    assert found <= 1.2 * alone / 4
 
 
 def test_large_scores_that_are_equal():

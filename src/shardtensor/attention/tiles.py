@@ -26,13 +26,13 @@ from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, settled, wide
 from .merge import log_of
+from .pieces import At, Pieced, box_shape, boxes, taken
 
 # entries of a tile's mask
 MASK = 1 << 20
 # queries that a tile has along each of 1, 2 or 3 dims, at least
 LEAST = {1: 64, 2: 8, 3: 4}
 
-At = tuple[slice, ...]
 Seen = tuple[tuple[int, int], ...]
 
 
@@ -169,19 +169,21 @@ class Call(NamedTuple):
                 yield mask, queries, keys
 
 
-def _taken(x: Tensor, at: Sequence[At]) -> Tensor:
+def _taken(x: Pieced, at: Sequence[At]) -> Tensor:
     """Tiles (B, *spatial, H, E) of x as one (tiles * B, H, L, E)."""
-    return torch.cat([x[a] for a in at]).flatten(1, -3).transpose(1, 2)
+    return torch.cat([taken(x, a) for a in at]).flatten(1, -3).transpose(1, 2)
 
 
-def _parts(x: Tensor, like: Tensor, at: Sequence[At]) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(x: Tensor, like: Pieced, at: Sequence[At]) -> Iterator[tuple[Tensor, Tensor]]:
     """(place in `like`, its part of x) of every tile; the reverse of `_taken`."""
     for a, part in zip(at, x.transpose(1, 2).split(like.shape[0]), strict=True):
-        into = like[a]
-        yield into, part.reshape(into.shape)
+        box = part.reshape(box_shape(like, a))
+        for into, where in boxes(like, a):
+            yield into, box[where]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *integers: Any) -> tuple[Tensor, Tensor]:
+def attended(q: Tensor, k: Pieced, v: Pieced, *integers: Any) -> tuple[Tensor, Tensor]:
+    """(result, log-sum-exp) of neighbourhood attention, tile by tile."""
     call = Call(*integers)
     out, lse = _fake(q, k, v)
     rule = Rule(call.scale)
@@ -199,10 +201,18 @@ def _attend_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *integers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of neighbourhood attention, tile by tile."""
-    call = Call(*integers)
+    dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (k, v))
+    dq = add_gradients(g, q, k, v, out, lse, dk, dv, Call(*integers))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def add_gradients(
+    g: Tensor, q: Tensor, k: Pieced, v: Pieced, out: Tensor, lse: Tensor, dk: Pieced, dv: Pieced,
+    call: Call,
+) -> Tensor:  # fmt: skip
+    """The gradient of q, tile by tile; those of k and v are added to dk and dv."""
     rule = Rule(call.scale)
     dq = torch.zeros_like(q, dtype=wide(q.dtype))
-    dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (k, v))
     for mask, queries, keys in call.batches(q):
         operands = _taken(q, queries), _taken(k, keys), _taken(v, keys)
         found = _taken(lse, queries).squeeze(-1)
@@ -216,10 +226,10 @@ def _attend_backward(
             # tiles share keys
             for place, part in _parts(x, into, at):
                 place.add_(part)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype)
 
 
-def _by_autograd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+def by_autograd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """The same, differentiable any number of times; keeps all scores."""
     out = q.new_zeros([*q.shape[:-1], v.shape[-1]])
     gqa = q.shape[-2] != k.shape[-2]
@@ -229,13 +239,16 @@ def _by_autograd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
             part = F.scaled_dot_product_attention(*operands, mask, scale=call.scale, enable_gqa=gqa)
             for into, x in _parts(part, out, queries):
                 into.copy_(x)
+    if not q.numel():
+        # every derivative asks for those of keys and values, which others may have sent
+        out = out + sum(x.exp().sum() for x in (q, k, v)) * 0
     return out
 
 
 # the op ------------------------------------------------------------------------------------------
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *integers: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Pieced, v: Pieced, *integers: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty([*q.shape[:-1], v.shape[-1]])
     return out, q.new_empty([*q.shape[:-1], 1], dtype=wide(q.dtype))
 
@@ -252,7 +265,7 @@ def _adjoint(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         # nodes of their own: one operand may be the other, or be made from it
         q, k, v = (x.view_as(x) for x in (q, k, v))
         wanted = [x for x, need in zip((q, k, v), needs, strict=True) if need]
-        y = _by_autograd(q, k, v, ctx.call)
+        y = by_autograd(q, k, v, ctx.call)
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None, None
     return *run(_backward_op, g, q, k, v, out, lse, *ctx.call), None, None, None
@@ -267,11 +280,11 @@ def _no_second(ctx: Any, *grads: Any) -> Any:
 _INTEGERS = "int[] windows, int[] starts, float scale"
 _op: Callable[..., tuple[Tensor, Tensor]] = define(
     f"neighborhood(Tensor q, Tensor k, Tensor v, {_INTEGERS}) -> (Tensor, Tensor)",
-    _attend,
+    attended,
     _fake,
     _setup,
     _adjoint,
-    lambda q, k, v, *integers: (_by_autograd(q, k, v, Call(*integers)), None),
+    lambda q, k, v, *integers: (by_autograd(q, k, v, Call(*integers)), None),
 )
 _backward_op: Any = define(
     "neighborhood_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -297,5 +310,11 @@ def attend(
     starts: for each spatial dim the global rows at which q and k start. Every row that a window
     needs must be there.
     """
-    windows = [int(i) for line in lines for i in line]
-    return run(_op, q, k, v, windows, [i for pair in starts for i in pair], scale)[0]
+    return run(_op, q, k, v, *call_of(lines, starts, scale))[0]
+
+
+def call_of(lines: Sequence[Line], starts: Sequence[Sequence[int]], scale: float) -> Call:
+    """A call as the dispatcher takes it."""
+    return Call(
+        [int(i) for line in lines for i in line], [i for pair in starts for i in pair], scale
+    )

@@ -24,12 +24,14 @@ from ..attention.neighborhood import (
     neighborhood_attention,
     windows,
 )
+from ..attention.tiles import call_of
 from ..cache import cached
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit
+from .neighborhood_strips import attend_strips, sides_of
 from .rows import dims_of, mesh_of
 from .windows import Reach, fetch, reach_of
 
@@ -79,6 +81,11 @@ def run(
     p = plan(Spec(mesh, dims_of(query)), dims_of(key), dims_of(value), lines)
     for_q, for_k, for_v = p.wanted
     q, k, v = fit(mesh, p.spec.varying, (query, for_q), (key, for_k), (value, for_v))
+    sides = sides_of(p.spec, p.reaches) if natten is None and key.shape == value.shape else None
+    if sides is not None:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        call = call_of(lines, [at[:2] for at in p.places], scale)
+        return wrap(attend_strips(q, k, v, p.spec, p.reaches, sides, call), p.spec)
     if p.reaches and key.shape == value.shape:
         k, v = _fetch(torch.stack([k, v]), p, 1).unbind(0)
     elif p.reaches:
