@@ -21,34 +21,42 @@ _EPOCH = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"
 class Coordinate:
     """One coordinate. row: where its only value goes, along the dim of the steps; None: all of it.
 
-    given: values, or (values, attributes). Raises ValueError for what is no coordinate of the dims.
+    given: values, or (values, attributes). array: the name of what it is a coordinate of. Raises
+    ValueError for what is no coordinate of the dims.
     """
 
     name: str
     row: int | None
 
     def __init__(
-        self, name: str, given: Any, dims: Sequence[str], shape: Sequence[int], step: int | None
-    ) -> None:
-        values, attrs = given if isinstance(given, tuple) else (given, {})
+        self, name: str, given: Any, dims: Sequence[str], shape: Sequence[int], step: int | None,
+        array: str,
+    ) -> None:  # fmt: skip
+        values, attrs = given, dict[str, Any]()
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+            values, attrs = given
+        if name == array:
+            raise ValueError(f"coords {name}: the array has that name; give it another one")
+        if np.ma.is_masked(values):
+            raise ValueError(f"coords {name}: masked values; a coordinate has all of them")
         if name not in dims:
             raise ValueError(f"coords {name}: the dims are {list(dims)}; name it as one of them")
-        array = np.asarray(values)
+        found = np.asarray(values)
         self.name, self.row = name, None
         if step is not None and name == dims[0]:
             self.row = step
-            array = array.reshape(-1)
+            found = found.reshape(-1)
         size = 1 if self.row is not None else shape[list(dims).index(name)]
-        if array.shape != (size,):
-            raise ValueError(f"coords {name}: {array.shape} values for a dim of {size} rows")
+        if found.shape != (size,):
+            raise ValueError(f"coords {name}: {found.shape} values for a dim of {size} rows")
         time: Mapping[str, str] = {}
-        if array.dtype.kind == "M":
-            if (array.astype("datetime64[s]") != array).any():
+        if found.dtype.kind == "M":
+            if (found.astype("datetime64[s]") != found).any():
                 raise ValueError(f"coords {name}: times of parts of a second; give numbers, units")
-            array, time = array.astype("datetime64[s]").astype(np.int64), _EPOCH
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"coords {name}: {array.dtype}; give numbers or datetime64")
-        self.values = array
+            found, time = found.astype("datetime64[s]").astype(np.int64), _EPOCH
+        if found.dtype.kind not in "biuf":
+            raise ValueError(f"coords {name}: {found.dtype}; give numbers or datetime64")
+        self.values = found
         self.attrs = {**_KNOWN.get(_NAMES.get(name, name), {}), **time, **attrs}
 
     def check(self, group: Any) -> None:

@@ -68,7 +68,8 @@ def write_zarr(
     shape = (*(() if step is None else (step + 1,)), *x.shape)
     if dims is not None and len(dims) != len(shape):
         raise ValueError(f"dims {list(dims)} for an array of shape {shape}")
-    axes = [Coordinate(k, v, dims or (), shape, step) for k, v in (coords or {}).items()]
+    own = name.rpartition("/")[2]
+    axes = [Coordinate(k, v, dims or (), shape, step, own) for k, v in (coords or {}).items()]
     mesh, first = x.device_mesh, _first(x.device_mesh)
     part = staged.place(url, name)
     error, unit = None, [1] * (x.ndim + 1)
