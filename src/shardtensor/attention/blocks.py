@@ -225,7 +225,12 @@ def _fused(
 ) -> _torch.AttentionKernel | None:
     if mask is not None and rule.triangle:
         return None
-    return _torch.attention_kernel(q, k, v, mask, rule.triangle, rule.drop, mask_grad)
+    found = _torch.attention_kernel(q, k, v, mask, rule.triangle, rule.drop, mask_grad)
+    if not rule.drop or mask is None or mask.dtype is torch.bool:
+        return found
+    # backward must drop what forward has dropped, which does not know who wants a mask's gradient
+    other = _torch.attention_kernel(q, k, v, mask, rule.triangle, rule.drop, not mask_grad)
+    return found if found is other else None
 
 
 # plain products ----------------------------------------------------------------------------------
