@@ -274,6 +274,22 @@ def test_mistakes(tmp_path):
         y.sum().backward()
 
 
+def test_what_comes_back_is_asked_for_ahead(tmp_path, monkeypatch):
+    """Of the system, in one piece before an op touches it."""
+    libc, asked = pager._libc(), []
+
+    class Recorded:
+        def madvise(self, at, nbytes, advice):
+            asked.append((nbytes, advice))
+            return libc.madvise(at, nbytes, advice)
+
+    monkeypatch.setattr(pager, "_libc", Recorded)
+    run = st.tiled(UNet(2, 1, width=4), 4, 2, memory=BUDGET, spill=tmp_path)
+    run(torch.randn(1, 2, 32, 16)).sum().backward()
+    ahead = sum(n for n, advice in asked if advice == pager._MADV_WILLNEED)
+    assert ahead == run.paging.returned > 0
+
+
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

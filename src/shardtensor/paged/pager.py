@@ -37,7 +37,7 @@ _ADDRESSES = {
 }  # fmt: skip
 # bytes of the smallest storage that is followed
 LEAST = 2**16
-_MALLOPT_MMAP_THRESHOLD, _MADV_DONTNEED = -3, 4
+_MALLOPT_MMAP_THRESHOLD, _MADV_WILLNEED, _MADV_DONTNEED = -3, 3, 4
 
 
 @dataclass(slots=True)
@@ -88,8 +88,9 @@ class Pager:
 
     def use(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count the storages of these as in memory, with room for them; the names of all."""
-        found = [x.untyped_storage()._cdata for x in tensors]
-        for key in found:
+        storages = [x.untyped_storage() for x in tensors]
+        found = [s._cdata for s in storages]
+        for key, storage in zip(found, storages, strict=True):
             page = self.pages.get(key)
             if page is None:
                 continue
@@ -97,6 +98,9 @@ class Pager:
             if not page.resident:
                 self.room(page.nbytes, found)
                 page.resident = True
+                # read in large pieces, while the op is at what it got first: 256 MiB of a disk took
+                # 0.18 s so, 0.3 to 2.5 s page by page; of the system's cache it costs nothing
+                _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_WILLNEED)
                 self.done.returned += page.nbytes
                 self._hold(page.nbytes)
         return found
