@@ -100,7 +100,7 @@ WITHOUT = {
     ),
     "lightning": ("st.lightning", r"shardtensor\[lightning\]"),
     "accelerate": ("st.accelerate", r"shardtensor\[accelerate\]"),
-    "transformers": ("st.transformers", r"shardtensor\[(transformers|accelerate)\]"),
+    "transformers": ("st.transformers", r"shardtensor\[transformers\]"),
     "yaml": ('st.Options.from_yaml("a.yaml")', r"shardtensor\[yaml\]"),
 }
 

@@ -9,10 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..accelerate.accelerator import Accelerator, full, load_weights
-from ..train import whole
-from ..train.batch import Shard, cut_batch
-
+# before ours, which would ask for Accelerate alone
 try:
     import transformers
     import transformers.trainer as base
@@ -20,6 +17,10 @@ except ImportError as e:
     raise ImportError(
         "shardtensor.transformers needs transformers: pip install shardtensor[transformers]"
     ) from e
+
+from ..accelerate.accelerator import Accelerator, full, load_weights
+from ..train import whole
+from ..train.batch import Shard, cut_batch
 
 
 class Trainer(transformers.Trainer):
