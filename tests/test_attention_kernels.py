@@ -7,6 +7,7 @@ from kernels import Counted
 from models import Attention
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import cache
@@ -219,6 +220,9 @@ def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, drop, width,
     assert blocks._fused(q, k, v, mask, rule) is KERNELS[plain]
     if not plain:
         return
+    with sdpa_kernel(SDPBackend.MATH):
+        # backward drops what forward has dropped, whatever is allowed there
+        assert (blocks._fused(q, k, v, mask, rule) is KERNELS[plain]) == bool(drop)
     drawn = torch.cuda.get_rng_state()
     top = blocks.top_of(mask)
     out, sums = blocks.forward(q, k, v, mask, rule, top)

@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Block(NamedTuple):
@@ -62,17 +63,28 @@ def attention_kernel(
     if mask is not None:
         bias = asked.detach().new_empty((1, 1, 1, k.shape[2])).expand(*q.shape[:3], k.shape[2])
         bias.requires_grad_(mask_grad)
-    if drop and torch.cuda.is_current_stream_capturing():
+    params = cuda.SDPAParams(asked, keys, values, bias, drop, causal, False)
+    if drop:
         # seeds are numbers of the host here
-        return None
-    choice = _chosen(asked, keys, values, bias, drop, causal)
-    fits = choice == _CUDNN_CHOICE and not (drop or mask_grad)
+        capturing = torch.cuda.is_current_stream_capturing()
+        return None if capturing else _of_dropout(params)
+    choice = _chosen(asked, keys, values, bias, causal)
+    fits = choice == _CUDNN_CHOICE and not mask_grad
     if fits and _cudnn_serves(q.device, q.dtype, width, mask is not None):
         return _CUDNN
-    params = cuda.SDPAParams(asked, keys, values, bias, drop, causal, False)
-    if cuda.can_use_flash_attention(params):
+    return _able(params)
+
+
+def _able(params: Any) -> AttentionKernel | None:
+    if torch.backends.cuda.can_use_flash_attention(params):
         return _FLASH_CUDA
-    return _EFFICIENT_CUDA if cuda.can_use_efficient_attention(params) else None
+    return _EFFICIENT_CUDA if torch.backends.cuda.can_use_efficient_attention(params) else None
+
+
+def _of_dropout(params: Any) -> AttentionKernel | None:
+    """The same in forward and backward, whatever kernels are allowed when: each drops otherwise."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        return _able(params)
 
 
 # SDPBackend.CUDNN_ATTENTION
@@ -90,14 +102,13 @@ def _like(q: torch.Tensor, rows: Sequence[int], width: int) -> torch.Tensor:
 
 
 def _chosen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, drop: float,
-    causal: bool,
-) -> int | None:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool
+) -> int | None:
     """The kernel that plain attention takes on this device."""
     if type(q) is not torch.Tensor:
         return None
     choose: Any = torch._fused_sdp_choice
-    return int(choose(q, k, v, bias, drop, causal))
+    return int(choose(q, k, v, bias, 0.0, causal))
 
 
 @lru_cache(maxsize=64)
