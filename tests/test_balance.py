@@ -77,6 +77,8 @@ def test_extremes():
     # whole numbers are exact however large, thirds are no trouble
     big = np.full(9, 2**50 + 1, dtype=np.int64)
     assert balance.sizes(9, 3, weights=big) == (3, 3, 3)
+    assert balance.sizes(3, 2, weights=[2**59, 1, 2**59 - 1]) == (1, 2)
+    assert balance.sizes(3, 2, weights=[2**59 - 1, 1, 2**59]) == (2, 1)
     assert balance.sizes(9, 3, speeds=[1 / 3] * 3) == (3, 3, 3)
     assert balance.sizes(10**9, 4, speeds=[1, 1, 1, 5])[-1] == 625_000_000
     # a mask of land: as many points for each

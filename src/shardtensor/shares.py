@@ -24,8 +24,8 @@ import torch
 
 from .cuts import Cut, cut
 
-# sums of weights are below it
-_MOST = 2**62
+# sums of weights that are taken as they are: twice as much is a whole number of 64 bits still
+_MOST = 2**61
 
 
 def balanced(
@@ -235,8 +235,8 @@ def _integers(weights: Any) -> Any:
     if not len(weights):
         return weights.astype(np.int64)
     whole = weights.dtype.kind in "iu" or bool((weights == np.rint(weights)).all())
-    if whole and weights.sum(dtype=np.float64) < min(_MOST, 2**53):
+    if whole and weights.sum(dtype=np.float64) < _MOST:
         return weights.astype(np.int64)
     wide = weights.astype(np.float64)
-    bits = 62 - len(wide).bit_length()
+    bits = 61 - len(wide).bit_length()
     return np.rint(wide / max(wide.max(), 5e-324) * 2.0**bits).astype(np.int64)
