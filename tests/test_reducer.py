@@ -349,3 +349,28 @@ def grads_of_a_bucket():
 
 def test_gradients_stay_in_their_bucket():
     st.simulate(2, grads_of_a_bucket)
+
+
+def test_parameters_of_one_call_share_their_nodes():
+    """Weight and bias wait behind one pair; a gradient that no op gives stays None."""
+
+    def run():
+        model = st.parallelize(torch.nn.Linear(4, 3).double(), make_mesh((2,)))
+        x = st.distribute_tensor(torch.ones(6, 4, dtype=torch.float64), make_mesh((2,)), [Shard(0)])
+        y = model(x)
+        nodes, seen = [y._local.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [n for n, _ in node.next_functions]
+        assert sorted(n.name() for n in seen if n.name() in ("StartBackward", "WaitBackward")) == [
+            "StartBackward", "WaitBackward",
+        ]  # fmt: skip
+        (g,) = torch.autograd.grad(y.sum(), [model.bias], retain_graph=True)
+        assert torch.equal(g, torch.full((3,), 6.0, dtype=torch.float64))
+        y.sum().backward()
+        want = torch.full((3, 4), 6.0, dtype=torch.float64)
+        assert torch.equal(model.weight.grad, want) and torch.equal(model.bias.grad, g)
+
+    st.simulate(2, run)

@@ -60,6 +60,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     learning, alone = torch.is_grad_enabled(), group == groups.ALONE
     under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     by_dtype: dict[torch.dtype, list[int]] = {}
+    waiting: list[tuple[int, deferred.Slot]] = []
     for i, x in enumerate(found):
         if not (x.requires_grad or (under and _torch.differentiated(x))):
             continue
@@ -69,12 +70,17 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
                 deferred.check_mesh(slot, group, mesh)
             alike = slot.group == group and learning
             if alike and (type(slot) is deferred.Twin or not _torch.is_tracing()):
-                value = slot.use(x)
-                if value is not None:
-                    found[i] = value
-                    continue
+                waiting.append((i, slot))
+                continue
         if not alone:
             by_dtype.setdefault(x.dtype, []).append(i)
+    if waiting:
+        values = deferred.use_all([s for _, s in waiting], [found[i] for i, _ in waiting])
+        for (i, _), value in zip(waiting, values, strict=True):
+            if value is not None:
+                found[i] = value
+            elif not alone:
+                by_dtype.setdefault(found[i].dtype, []).append(i)
     if not learning or alone:
         return found
     for picked in by_dtype.values():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -27,6 +28,16 @@ class Slot(Protocol):
 
     def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
         """This rank's rows of the value, whose gradient is theirs; None: gather it now."""
+
+
+def use_all(slots: Sequence[Slot], xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """`Slot.use` of several, together where their kind has a way for it."""
+    first = slots[0]
+    together = getattr(first, "use_all", None)
+    if together is None or len(slots) == 1 or len(set(map(type, slots))) > 1:
+        return [s.use(x) for s, x in zip(slots, xs, strict=True)]
+    found: Sequence[Tensor | None] = together(slots, xs)
+    return found
 
 
 class Twin:

@@ -210,9 +210,16 @@ def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
 def engine_roots(
     outputs: Any, grads: Any, accumulate: bool
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    roots = tuple(local_of(x) for x in outputs)
+    roots: tuple[Any, ...] = tuple(outputs)
+    sharded = False
+    for x in roots:
+        sharded = sharded or isinstance(x, ShardTensor)
+    if sharded:
+        roots = tuple(map(local_of, roots))
     if accumulate:
         observers.claim(leaves(roots))
+    if not sharded:
+        return roots, tuple(grads)
     paired = [
         cotangent(g, x._spec) if isinstance(x, ShardTensor) and g is not None else g
         for x, g in zip(outputs, grads, strict=True)

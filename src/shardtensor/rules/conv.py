@@ -20,7 +20,7 @@ from ..cache import cached
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import PLAIN, fit, to_dims
+from ..tensor.redistribute import beside, fit, to_dims
 from .empty import some
 from .halo import Halo, Settings, halo_conv, laid
 from .norm import sharded
@@ -315,12 +315,9 @@ def _run(
     here, channels, at, spec, cut, bias_cut, varying, out, group = program
     if spec is not x._spec:
         x = to_dims(x, spec.dims)
-    if cut is None and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN):
-        # as `fit` does, at half its cost
-        local, w, b = x._local, weight, bias
-        if group is not None:
-            w, *more = comm.vary((w,) if bias is None else (w, bias), group, spec.mesh)
-            b = more[0] if more else None
+    whole: Any = beside(spec, group, weight, bias) if cut is None else None
+    if whole is not None:
+        local, (w, b) = x._local, whole
     else:
         local, w, b = fit(spec.mesh, varying, (x, spec.dims), (weight, cut), (bias, bias_cut))
     inner = None if channels.partial else b

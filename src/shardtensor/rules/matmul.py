@@ -19,7 +19,7 @@ from ..registry import rule
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.dense import refuse_not_dense
-from ..tensor.redistribute import PLAIN, fit, local_of
+from ..tensor.redistribute import beside, fit, local_of
 from . import labels, sparse
 from .labels import Labels
 from .reduce import wide
@@ -36,10 +36,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         spec = input._spec
         if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
             out, group = _linear(spec, weight.shape)
-            if bias is None and type(weight) in PLAIN and weight.layout is torch.strided:
-                # as `fit` does, at half its cost
-                w = weight if group is None else comm.vary((weight,), group, spec.mesh)[0]
-                return wrap(F.linear(input._local, w), out)
+            whole: Any = beside(spec, group, weight, bias)
+            if whole is not None:
+                return wrap(F.linear(input._local, *whole), out)
             if not sparse.is_sparse(weight):
                 given = (input, spec.dims), (weight, None), (bias, None)
                 return wrap(F.linear(*fit(spec.mesh, spec.varying, *given)), out)

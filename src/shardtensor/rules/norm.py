@@ -25,7 +25,7 @@ from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
-from ..tensor.redistribute import fit, like, reduced, replicate
+from ..tensor.redistribute import beside, fit, like, reduced, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
@@ -269,6 +269,7 @@ class Last(NamedTuple):
 
     mine: how weight and bias are cut, None where they are whole. group: of the ranks that share the
     dims out, None where each has them whole. counts: of `spread`. numel: of each statistic.
+    varying: the group of ranks that have other rows, None without any.
     """
 
     dims: Dims
@@ -276,6 +277,7 @@ class Last(NamedTuple):
     group: str | None
     counts: Counts
     numel: int
+    varying: str | None
 
 
 @cached
@@ -286,7 +288,9 @@ def _last(name: str, spec: Spec, shape: tuple[int, ...]) -> Last:
     dims, mine = tuple(range(n - k, n)), spec.dims[-k:]
     axes, counts = spread(spec, dims)
     group = comm.group(spec.mesh, axes) if axes else None
-    return Last(dims, mine if axes_in(mine) else None, group, counts, max(1, prod(shape)))
+    varying = comm.group(spec.mesh, spec.varying) if spec.varying else None
+    cut = mine if axes_in(mine) else None
+    return Last(dims, cut, group, counts, max(1, prod(shape)), varying)
 
 
 def _elementwise(
@@ -327,10 +331,12 @@ def layer_norm(
     """Over the last dims; where they are sharded, weight and bias are cut like them."""
     x = sharded(input, weight, bias)
     spec, local = x._spec, x._local
-    dims, mine, group, counts, n = _last("layer_norm", spec, tuple(normalized_shape))
+    dims, mine, group, counts, n, varying = _last("layer_norm", spec, tuple(normalized_shape))
     local = autocast(local, _layer_normed)
     if group is None:
-        w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
+        w, b = (mine is None and beside(spec, varying, weight, bias)) or fit(
+            spec.mesh, spec.varying, (weight, mine), (bias, mine)
+        )
         lead = dims[0]
         rest: Any = (eps, cudnn_enable)
         y = stock(
@@ -356,7 +362,7 @@ def rms_norm(
     """As layer_norm without the mean: sharded dims take one all-reduce of the sums of squares."""
     x = sharded(input, weight)
     spec, local = x._spec, x._local
-    dims, mine, group, counts, n = _last("rms_norm", spec, tuple(normalized_shape))
+    dims, mine, group, counts, n, _ = _last("rms_norm", spec, tuple(normalized_shape))
     local = autocast(local, lambda z: torch.rms_norm(z, (1,)))
     if group is None:
         (w,) = fit(spec.mesh, spec.varying, (weight, mine))

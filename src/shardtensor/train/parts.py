@@ -7,7 +7,7 @@ the others'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,9 +112,12 @@ class Pass:
         # what brings it, if it is not there yet
         self.taken: dict[Place, tuple[Message | None, Tensor]] = {}
 
-    def add(self, place: Place, part: Tensor) -> None:
-        self.parts[place] = part
-        self.expected.discard(place)
+    def add(self, places: Sequence[Place], parts: Sequence[Tensor | None]) -> None:
+        """Take parts; None: there is none."""
+        for place, part in zip(places, parts, strict=True):
+            if part is not None:
+                self.parts[place] = part
+        self.expected.difference_update(places)
         if not self.expected:
             self.send()
 
@@ -147,10 +150,13 @@ class Pass:
         for place, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
             self.taken[place] = message, view.view(shape)
 
-    def take(self, place: Place) -> Tensor:
+    def take(self, place: Place) -> Tensor | None:
+        """The whole gradient; None where no rank had a part."""
         if place in self.parts:
             # parts on other devices are still to come
             self.send()
+        if place not in self.taken:
+            return None
         message, whole = self.taken.pop(place)
         if message is not None:
             message.wait()

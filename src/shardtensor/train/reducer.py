@@ -9,7 +9,7 @@ is left of a backward that breaks off: its state belongs to the graph and to tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -96,8 +96,19 @@ class Bucket:
         if value is None or not _torch.same_memory(value, place.of(x, self.ranks.domain)):
             if self.batch is None or value is not None:
                 self.batch, self.values = Batch(self), {}
-            value = self.values[place] = self.batch.use(place, x)
+            (value,) = self.batch.use((place,), (x,))
+            self.values[place] = value
         return value
+
+    def use_all(self, places: Sequence[Place], xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`use` of several, by the same nodes where none is in the graph yet."""
+        if len(set(places)) < len(places) or not self.values.keys().isdisjoint(places):
+            return [self.use(p, x) for p, x in zip(places, xs, strict=True)]
+        if self.batch is None:
+            self.batch = Batch(self)
+        found = self.batch.use(places, xs)
+        self.values.update(zip(places, found, strict=True))
+        return found
 
     def close(self, batch: Batch) -> None:
         """Backward has come to a graph; later uses are in another."""
@@ -129,6 +140,13 @@ class Slot:
         """See `Bucket.use`; None if nobody sums any longer."""
         bucket = self._bucket()
         return None if bucket is None else bucket.use(Place(self.index), x)
+
+    def use_all(self, slots: Sequence[Any], xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """`use` of the parameters of these slots, of which this is one."""
+        bucket = self._bucket()
+        if bucket is None or {s._bucket() for s in slots} != {bucket}:
+            return [s.use(x) for s, x in zip(slots, xs, strict=True)]
+        return bucket.use_all([Place(s.index) for s in slots], xs)
 
     def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
         """This rank's rows of it, in memory of their own; likewise."""
@@ -187,16 +205,18 @@ class Batch:
         # by torch's number of the backward pass
         self.passes: dict[int, Pass] = {}
 
-    def use(self, place: Place, x: Tensor) -> Tensor:
-        """x behind a `Wait` and a `Start`."""
-        held = _torch.apply(Wait, x, self, place)
-        _torch.run_last(held.grad_fn)
-        value = _torch.apply(Start, held, self, place)
-        self.starts[place] = ref(value.grad_fn)
-        return value
+    def use(self, places: Sequence[Place], xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """xs behind a `Wait` and a `Start`."""
+        held = _torch.apply(Wait, self, places, *xs)
+        _torch.run_last(held[0].grad_fn)
+        values: Sequence[Tensor] = _torch.apply(Start, self, places, *held)
+        node = ref(values[0].grad_fn)
+        for place in places:
+            self.starts[place] = node
+        return values
 
-    def add(self, place: Place, part: Tensor) -> None:
-        """Take this rank's part of a gradient; send all parts if it is the last."""
+    def add(self, places: Sequence[Place], parts: Sequence[Tensor | None]) -> None:
+        """Take this rank's parts of gradients; send all parts if they are the last."""
         bucket = self._bucket()
         if bucket is not None:
             bucket.close(self)
@@ -206,51 +226,58 @@ class Batch:
             nodes = {i: node() for i, node in self.starts.items()}
             expected = {i for i, n in nodes.items() if n is not None and _torch.will_run(n)}
             found = self.passes[task] = Pass(self, expected, task)
-        found.add(place, part)
+        found.add(places, parts)
 
-    def take(self, place: Place) -> Tensor:
-        """The whole gradient, made of all ranks' parts."""
+    def take(self, places: Sequence[Place]) -> list[Tensor | None]:
+        """The whole gradients, made of all ranks' parts; None where there are none."""
         task = _torch.graph_task()
         found = self.passes[task]
-        whole = found.take(place)
+        wholes = [found.take(place) for place in places]
         if not found.expected and not found.taken:
             del self.passes[task]
-        slot = self.slots[place.number]
-        if slot.hook is not None:
-            slot.arrived = whole
-        return whole
+        for place, whole in zip(places, wholes, strict=True):
+            slot = self.slots[place.number]
+            if slot.hook is not None:
+                slot.arrived = whole
+        return wholes
 
 
 class Wait(torch.autograd.Function):
     """The identity; backward gives what the parts that `Start` took are together."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch, place: Place) -> Tensor:
-        ctx.batch, ctx.place = batch, place
+    def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.batch, ctx.places = batch, places
         ctx.set_materialize_grads(False)
-        return x.detach()
+        return tuple([x.detach() for x in xs])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
-        # a gradient of this gradient is wanted: `Start` summed it
-        return (g if torch.is_grad_enabled() else ctx.batch.take(ctx.place)), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            # a gradient of this gradient is wanted: `Start` summed it
+            return None, None, *grads
+        return None, None, *ctx.batch.take(ctx.places)
 
 
 class Start(torch.autograd.Function):
-    """The value at its place; backward hands in this rank's part of the gradient."""
+    """The values at their places; backward hands in this rank's parts of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch, place: Place) -> Tensor:
-        ctx.batch, ctx.place = batch, place
-        return place.of(x.detach(), batch.ranks.domain)
+    def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.batch, ctx.places = batch, places
+        ctx.set_materialize_grads(False)
+        domain = batch.ranks.domain
+        return tuple([p.of(x.detach(), domain) for p, x in zip(places, xs, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            ctx.batch.add(ctx.place, g)
-            # torch would keep it for `Wait` until all other nodes have run
-            return None, None, None
-        return ctx.place.whole(g, ctx.batch.ranks.domain), None, None
+            ctx.batch.add(ctx.places, grads)
+            # torch would keep them for `Wait` until all other nodes have run
+            return None, None, *[None] * len(grads)
+        domain = ctx.batch.ranks.domain
+        every = zip(ctx.places, grads, strict=True)
+        return None, None, *[None if g is None else p.whole(g, domain) for p, g in every]
 
 
 class Mean(torch.autograd.Function):
