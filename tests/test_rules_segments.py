@@ -98,3 +98,53 @@ def test_large_sums_of_messages_are_cut():
         return out
 
     T.hold(run, [source, at], [T.shard(0), T.shard(0)], (3,))
+
+
+def summed(method, dim):
+    """Sums of messages in plain zeros, as torch_scatter makes them."""
+
+    def run(x, m, index):
+        messages = torch.cat([x, x], dim).index_select(dim, index) * m
+        size = list(messages.shape)
+        size[dim] = x.shape[dim]
+        out = torch.zeros(size, dtype=D)
+        at = index.view([-1 if d == dim else 1 for d in range(messages.ndim)])
+        if method == "index_add_":
+            out.index_add_(dim, index % x.shape[dim], messages)
+        elif method == "scatter_reduce_":
+            out.scatter_reduce_(dim, (at % x.shape[dim]).expand_as(messages), messages, "amax")
+        else:
+            getattr(out, method)(dim, (at % x.shape[dim]).expand_as(messages), messages)
+        if isinstance(x, st.ShardTensor):
+            assert isinstance(out, st.ShardTensor) and out.spec.dims == x.spec.dims
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["scatter_add_", "scatter_reduce_", "index_add_"])
+def test_plain_zeros_of_nodes_lie_as_the_nodes(method):
+    nodes, index = torch.randn(9, 2, dtype=D), torch.randint(0, 18, (30,))
+    for cut in ((5, 4), (2, 0, 7), (3, 1, 4, 1)):
+        for place in (None, T.shard(0)):
+            m = torch.randn(30, 1, dtype=D)
+            T.hold(
+                summed(method, 0), [nodes, m, index], [T.shard(0, cut), None, place], (len(cut),)
+            )
+    batch = torch.randn(2, 9, 2, dtype=D)
+    m = torch.randn(2, 30, 1, dtype=D)
+    T.hold(summed(method, 1), [batch, m, index], [T.shard(1, (2, 0, 7)), None, None], (3,))
+
+
+def test_zeros_that_something_else_holds_stay_plain():
+    kept = []
+
+    def run(x, index):
+        out = torch.zeros(4, 2, dtype=D)
+        kept.append(out)
+        messages = x.index_select(0, index)
+        out.scatter_add_(0, (index % 4).view(-1, 1).expand_as(messages), messages.detach())
+        assert type(out) is torch.Tensor
+        return out + x.sum()
+
+    T.hold(run, [torch.randn(4, 2, dtype=D), torch.randint(0, 4, (9,))], [T.shard(0), None], (2,))

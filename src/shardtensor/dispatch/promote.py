@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch, cache, comm
 from .._torch import probe
@@ -42,20 +43,45 @@ def adopt(
     if _torch.is_tracing() or not value.varying or value.partial:
         return False
     spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
-    # what is remembered of x would hold its object fast
-    cache.forget(x)
     # once dynamo has raised, every call of this thread holds its arguments once more
     only = references == _USUAL or references == _usual()
+    return _become(x, spec, only, value.mesh, zeros)
+
+
+def adopt_rows(x: Tensor, spec: Spec) -> bool:
+    """Turn the plain x of `x.scatter_add_(...)` and its kin into a ShardTensor that lies as spec.
+
+    As `adopt`: from a handler that has x in one local variable; one message to agree.
+    """
+    references = sys.getrefcount(x)
+    if _torch.is_tracing():
+        return False
+    only = references == _USUAL_OF_METHOD or references == _usual_of_method()
+    return _become(x, spec, only, spec.mesh, None)
+
+
+def _become(
+    x: Tensor,
+    spec: Spec | None,
+    only: bool,
+    mesh: DeviceMesh,
+    zeros: Callable[[Spec, torch.dtype, torch.device], Tensor] | None,
+) -> bool:
+    """Whether x became a ShardTensor. only: whether nothing but one variable holds it."""
+    # what is remembered of x would hold its object fast
+    cache.forget(x)
     mine = spec is not None and only and _is_variable(x) and _alone(x)
-    group = comm.group(value.mesh, tuple(range(value.mesh.ndim)))
+    group = comm.group(mesh, tuple(range(mesh.ndim)))
     # a plan takes what is filled with modes for zeros
     fake = probe.is_fake(x)
-    blank = mine and x.is_complex() and (fake or not torch.view_as_real(x).any())
+    blank = (
+        mine and zeros is not None and x.is_complex() and (fake or not torch.view_as_real(x).any())
+    )
     agreed = wire.all_reduce([torch.tensor([mine, blank], device=x.device).int()], "min", group)
     all_may, all_blank = (mine, blank) if fake else agreed[0].tolist()
     if not all_may or spec is None:
         return False
-    if all_blank:
+    if all_blank and zeros is not None:
         torch.utils.swap_tensors(x, zeros(spec, x.dtype, x.device))
         return True
     local = x
@@ -130,7 +156,7 @@ class _Probe(torch.Tensor):
 
 
 def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x, _, _ = args
+    x, *_ = args
     _count(x)
 
 
@@ -146,4 +172,13 @@ def _usual() -> int:
     return _Probe.seen
 
 
+def _usual_of_method() -> int:
+    """The same where a method of it is called."""
+    with probe.outside_fake():
+        out = torch.zeros(1)
+        out.scatter_add_(0, torch.zeros(1).as_subclass(_Probe), torch.zeros(1))
+    return _Probe.seen
+
+
 _USUAL = _usual()
+_USUAL_OF_METHOD = _usual_of_method()

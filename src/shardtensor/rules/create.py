@@ -8,19 +8,17 @@ were (its nodes), lies as those; and a large one of other rows is cut along them
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import handlers, rule
-from ..spec import Dim, Spec, whole_dims
+from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.recut import WHOLE
 from ..tensor.redistribute import reduced
+from .nodes import lies
 from .pointwise import check_number, function_rule, pointwise
-from .rows import indexed
 from .shape import many
 
 
@@ -28,21 +26,8 @@ def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:
     """What make(shape) gives, of this rank's part of the global shape."""
     spec = x._spec
     if shape != spec.shape:
-        dims = list(whole_dims([int(n) for n in shape]))
-        other = [d for d, n in enumerate(spec.shape) if len(shape) == x.ndim and n != shape[d]]
-        if len(other) == 1 and spec.dims[other[0]].axes:
-            n, axes = dims[other[0]].size, spec.dims[other[0]].axes
-            rows = indexed.dims.get((spec.mesh, n))
-            if (
-                rows is None
-                and prod(map(int, shape)) >= WHOLE
-                and n >= len(spec.dims[other[0]].sizes)
-            ):
-                rows = Dim.chunked(n, axes, spec.mesh)
-            if rows is not None and rows.axes == axes:
-                # as x in all other dims: only these rows are others
-                dims = [rows if d == other[0] else n for d, n in enumerate(spec.dims)]
-        spec = Spec(spec.mesh, tuple(dims))
+        whole = Spec.whole(spec.mesh, [int(n) for n in shape])
+        spec = lies(spec.cotangent, shape) or whole
     elif spec.partial:
         spec = spec.cotangent
     return wrap(make(tuple(spec.local_shape)), spec)

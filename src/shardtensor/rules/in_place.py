@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..dispatch.promote import adopt_rows
 from ..dispatch.writes import check_writable
 from ..registry import rule, takes_plain
+from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.redistribute import like, replicate
+from .nodes import lies
 
 
 def assigned(x: Tensor, op: str, new: Any) -> Tensor:
@@ -30,9 +34,25 @@ def in_place(fn: Any) -> None:
 
     @rule(name)
     @takes_plain
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        before = input
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # adopt_rows counts the references to x: this must be its only name here
+        x, *rest = args if args else (kwargs.pop("input"),)
+        if not isinstance(x, ShardTensor):
+            target = _of_nodes(x.shape, rest, kwargs)
+            if target is not None:
+                adopt_rows(x, target)
+        before = x
         if "reduce" in name and torch.is_grad_enabled():
             # its gradient needs what the write overwrites
-            before = input.clone()
-        return assigned(input, name, partial(fn, before, *args, **kwargs))
+            before = x.clone()
+        return assigned(x, name, partial(fn, before, *rest, **kwargs))
+
+    run.takes_function = True  # type: ignore[attr-defined]
+
+
+def _of_nodes(shape: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Spec | None:
+    """How the rows lie into which values of edges are written; None where nothing tells."""
+    values = args[2] if len(args) > 2 else kwargs.get("src", kwargs.get("source"))
+    if not isinstance(values, ShardTensor) or values._spec.partial:
+        return None
+    return lies(values._spec, shape)

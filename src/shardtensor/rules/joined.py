@@ -21,8 +21,8 @@ from ..tensor.lazy import Lazy, Recipe, lazy, takes_lazy
 from .empty import joined
 from .index_dim import index_select
 from .labels import Known
+from .nodes import indexed
 from .routes import kept
-from .rows import indexed
 from .shape import _index
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _torch, cache, comm
+from .. import _torch, comm
 from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one
+from .nodes import indexed
 from .routes import route_of
 
 Dims = tuple[Dim, ...]
@@ -113,20 +114,6 @@ def integers(index: Tensor, op: str) -> Tensor:
     if index.numel() and index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"{op}(): Expected dtype int32/int64 for index")
     return index if index.numel() else index.long()
-
-
-class _Indexed:
-    """The dims whose rows were read by index, by mesh and size: nodes, most often."""
-
-    def __init__(self) -> None:
-        self.dims: dict[tuple[DeviceMesh, int], Dim] = {}
-
-    def cache_clear(self) -> None:
-        self.dims.clear()
-
-
-indexed = _Indexed()
-cache.register(indexed)
 
 
 def read(
