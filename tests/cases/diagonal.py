@@ -41,6 +41,12 @@ def embedded(x):
     return [torch.diag_embed(x, k, *d) for k in OFFSETS for d in dims]
 
 
+def filled(x):
+    tall, cube = (x[:, 1].T * 1).contiguous(), x[:, :2, :2] * 1
+    whole = [tall.clone().fill_diagonal_(2.5, wrap) for wrap in (False, True)]
+    return *whole, tall.T.contiguous().fill_diagonal_(-1.0), cube.fill_diagonal_(3.0)
+
+
 EMBED = {
     "diag_embed": embedded,
     "diag of a vector": offsets(lambda x, k: torch.diag(x[0], k)),
@@ -54,6 +60,7 @@ for shape in ((2, 7, 5), (2, 5, 7)):
 cases("diagonal of bools", {k: offsets(MATRIX[k]) for k in ("tril", "triu", "diagonal")},
       normal(2, 7, 5) > 0, dims=[(1, 2)], grad=False)  # fmt: skip
 cases("diagonal", EMBED, normal(3, 6))
+case("fill_diagonal_", normal(2, 3, 7), name="tall, wide and a cube")(filled)
 case("trace", integers(-9, 9, 6, 6), grad=False, name="integers")(torch.trace)
 case("block_diag", normal(4, 3), normal(2, 5), normal(2, 2), normal(3), name="four")(
     torch.block_diag

@@ -44,7 +44,7 @@ PARTS = {
     "select_scatter": lambda x, v: (x.select_scatter(v[0], 0, -1), x.select_scatter(
         v[1:4, :, 0].mT.repeat(2, 1)[:8], 1, 2)),
     "diagonal_scatter": lambda x, v: (x.diagonal_scatter(v[:3, :, 1], 0, 0, 1),
-        x[0].diagonal_scatter(v[0, 0, :2], 1), x.diagonal_scatter(v[:, :2, 0], -1, 2, 0)),
+        x[0].diagonal_scatter(v[0, 0, :2], 1), x.diagonal_scatter(v[:, :2, 0].float(), -1, 2, 0)),
     "unsafe": lambda x, v: (*torch.unsafe_split(x, 3), *torch.unsafe_chunk(x, 3, 1),
         *torch.split_with_sizes_copy(x, [1, 7])),
 }  # fmt: skip

@@ -132,6 +132,27 @@ def diagflat(input: Tensor, offset: int = 0) -> Tensor:
     return torch.diag_embed(input.reshape(-1), offset)
 
 
+@rule("fill_diagonal_")
+def fill_diagonal_(input: ShardTensor, fill_value: float, wrap: bool = False) -> ShardTensor:
+    """Of two dims, with `wrap` again and again below; of more the elements of equal indices."""
+    if input.ndim < 2:
+        raise RuntimeError("dimensions must larger than 1")
+    if input.ndim > 2 and len(set(input.shape)) > 1:
+        raise RuntimeError("all dimensions of input must be of equal length")
+    check_writable(input, "fill_diagonal_")
+    local, n = input._local, input.shape[1]
+    at = [torch.arange(*span, device=local.device) for span in input._spec.spans]
+    first, *others = (i.view(-1, *[1] * (input.ndim - 1 - d)) for d, i in enumerate(at))
+    if wrap and input.ndim == 2:
+        mask = (first * n + others[0]) % (n + 1) == 0
+    else:
+        mask = torch.ones_like(first, dtype=torch.bool)
+        for other in others:
+            mask = mask & (first == other)
+    local.masked_fill_(mask, fill_value)
+    return input
+
+
 @rule("trace")
 def trace(input: ShardTensor) -> Tensor:
     if input.ndim != 2:

@@ -269,7 +269,9 @@ def diagonal_scatter(
         )
     along = torch.arange(n, device=input.device)
     rest = {r: along + max(0, -offset), c: along + max(0, offset)}
-    return put_at(lifted(input, src), rest, src.movedim(-1, _front(sorted(rest))))
+    # torch copies it, which casts
+    src = src.movedim(-1, _front(sorted(rest))).to(input.dtype)
+    return put_at(lifted(input, src), rest, src)
 
 
 # x[...] = v --------------------------------------------------------------------------------------
