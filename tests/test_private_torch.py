@@ -42,6 +42,7 @@ USED = {
     torch._C._functorch.maybe_current_level
     torch._C._len_torch_dispatch_stack
     torch._C._nn
+    torch._C._select_conv_backend
     torch._C._storage_Use_Count
     torch._C._will_engine_execute_node
     torch._VF
