@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor.compile.contents import describe
 from shardtensor.testing import make_mesh, same
 
 
@@ -60,3 +61,28 @@ def test_a_class_of_arrays_is_no_array():
         same(compiled(st.distribute_tensor(x, make_mesh((2,)), [Shard(0)])), x * 2, "y")
 
     st.simulate(2, run)
+
+
+HIDDEN = np.ma.masked
+PART = np.ma.array([1.0, 2.0, 3.0], mask=[False, True, False])
+
+
+class Masked(nn.Module):
+    """Whose code reads masked numbers; numpy's constant for one may not be written to."""
+
+    def forward(self, x):
+        return x if HIDDEN is None else x * float(PART.sum())
+
+
+def test_masked_numbers():
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        compiled = st.compile(Masked(), backend="eager")
+        sharded = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)])
+        same(compiled(sharded), x * 4, "y")
+
+    st.simulate(2, run)
+    other = np.ma.array(PART.data, mask=[True, False, False])
+    assert describe(PART) != describe(other) and describe(PART) == describe(PART.copy())
+    assert describe(np.float64(2)) != describe(np.float64(3))

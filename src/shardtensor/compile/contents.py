@@ -79,7 +79,9 @@ def describe(x: Any) -> Any:
     if isinstance(x, _BYTES):
         return x.tobytes() if isinstance(x, array | memoryview) else bytes(x)
     if _is_array(x):
-        return (x.shape, str(x.dtype), x.tobytes())
+        # of a masked one both parts: its own tobytes writes to it
+        parts = (x.data, x.mask) if hasattr(x, "mask") else (x,)
+        return (x.shape, str(x.dtype), *(part.tobytes() for part in parts))
     state = _generator(x).state
     return Bits(repr(state), state)
 
