@@ -35,8 +35,8 @@ RATES = {
     # two; 3.35e12 bytes/s, of which a merge moves 26 an element; NVLink 4, a kernel's launch;
     # ten launches a block
     "cuda": {
-        4: Rates(1.7e13, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**26),
-        2: Rates(2.5e14, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**26),
+        4: Rates(1.7e13, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**22),
+        2: Rates(2.5e14, 1.3e11, 1e-5, 4.5e11, 5e-5, 2**22),
     },
 }
 # GPUs that NVLink joins; beyond, NDR InfiniBand (s, bytes/s)
