@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from shardtensor.comm.counters import Sent
 from shardtensor.observe.network import DGX_H100, Link, Network
 from shardtensor.plan.estimate import H100, Device, Layout, Task, estimate
+from shardtensor.plan.kinds import Work
 from shardtensor.train.options import Options
 
 WIDTH, LAYERS = 128, 15
@@ -56,9 +57,9 @@ class Watched(Device):
         """Of a step: an estimate asks once for all of it, and again for its course."""
         return self.asked[: len(self.asked) // 2]
 
-    def seconds(self, flop: float, moved: float, dtype: torch.dtype, kind: str = "") -> float:
-        self.asked.append(replace(H100, launch=0.0).seconds(flop, moved, dtype, kind))
-        return super().seconds(flop, moved, dtype, kind)
+    def seconds(self, work: Work) -> float:
+        self.asked.append(replace(H100, launch=0.0).seconds(work))
+        return super().seconds(work)
 
 
 class Spectral3d(nn.Module):
