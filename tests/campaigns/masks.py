@@ -78,7 +78,7 @@ def _attention(rng: random.Random) -> Placed:
         wanted = mask.is_floating_point() and dtype is D and rng.random() < 0.2
         tensors.append(mask.requires_grad_(wanted))
     options = {"is_causal": causal, "enable_gqa": grouped}
-    options["kind"] = rng.choice(("auto", "auto", "ring", "zigzag", "all_to_all", "usp"))
+    options["kind"] = rng.choice(("auto", "auto", "ring", "zigzag", "all_to_all", "usp", "gather"))
     if rng.random() < 0.1:
         options["scale"] = 0.5
     case = placed(rng, "attention", _attend, tensors, **options)
