@@ -93,7 +93,7 @@ MISTAKES = {
     "index_reduce": (
         lambda x: x.clone().index_reduce_(0, I[0], x[:2], "sum"), "Expected reduce to be"
     ),
-    "index_add, dtype": (lambda x: x.index_add(0, I[0], x[:2].float()), "same dtype"),
+    "index_add, dtype": (lambda x: x.index_add(0, I[0], x[:2].float()), "same (dtype|scalar type)"),
     "index_fill by a vector": (
         lambda x: x.index_fill(0, I[0], torch.ones(2, dtype=x.dtype)), "0-dimensional"
     ),
