@@ -6,7 +6,7 @@
 One rank, alone (`shardtensor.rehearse`'s silent world), so nothing waits and the wire costs
 nothing: what is left over one is what sharding computes, copies and calls beside the model. Both
 run in turns in one process, and the least CPU time of each counts, which other programs on the
-machine hardly touch. kernels: ops of torch that work on memory in a step. --ops: what each op adds,
+machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python. --ops: what each op adds,
 by the profiler. Attention's share is its own queries to all keys.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_models import MODELS
-from growth import kernels
+from growth import kernels, python_calls
 from ideal import ViT, convnet, ideal_attention
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,12 +108,13 @@ def measured(name: str, n: int, rows: int, repeats: int, ops: bool) -> None:
                         t = pair.step(sharded, backward)
                         least = found.get((backward, sharded), t) if i > 1 else t
                         found[backward, sharded] = min(t, least)
-            counts = [kernels(partial(pair.step, s)) for s in (False, True)]
+            steps = [partial(pair.step, s) for s in (False, True)]
+            counts = [*map(kernels, steps), *(python_calls(s, ("call",)) for s in steps)]
             ideal = [1e3 * found[b, False] for b in (False, True)]
             over = [found[b, True] / found[b, False] for b in (False, True)]
             print(
                 f"{name:10} {ideal[0]:9.1f} {ideal[1]:8.1f} {over[0]:9.2f} {over[1]:8.2f} "
-                f"{counts[0]:9} {counts[1]:8}",
+                f"{counts[0]:9} {counts[1]:8} {counts[2]:8} {counts[3]:8}",
                 flush=True,
             )
             if ops:
@@ -148,8 +149,8 @@ def main() -> None:
     # what arrives is made up: of numbers next to zero, which are slow, there are none in a run
     torch.set_flush_denormal(True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread, one of {options.ranks}")
-    heads = "ideal ms", "step", "over it", "step", "kernels", "sharded"
-    print("{:10} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8}".format("", *heads))
+    heads = "ideal ms", "step", "over it", "step", "kernels", "sharded", "calls", "sharded"
+    print("{:10} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}".format("", *heads))
     for name in options.models:
         try:
             measured(name, options.ranks, options.rows, options.repeats, options.ops)
