@@ -6,8 +6,8 @@
 One rank, alone (`shardtensor.rehearse`'s silent world), so nothing waits and the wire costs
 nothing: what is left over one is what sharding computes, copies and calls beside the model. Both
 run in turns in one process, and the least CPU time of each counts, which other programs on the
-machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python. --ops: what each op adds,
-by the profiler. Attention's share is its own queries to all keys.
+machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python. --ops:
+what each op adds, by the profiler. Attention's share is its own queries to all keys.
 """
 
 from __future__ import annotations
