@@ -151,7 +151,7 @@ PACKAGES = {
     "spec": "where each\nelement lives",
     "errors": "what is\nraised",
     "caller": "the user's\nline",
-    "cache": "what pure functions gave",
+    "cache": "what pure\nfunctions gave",
     "cuts": "the sizes of shards",
     "later": "modules imported\nwhen used",
     "page": "of a result",
