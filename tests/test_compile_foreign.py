@@ -1,6 +1,7 @@
 """Compiled programs of models that call other libraries' Python code."""
 
 import numpy as np
+import pytest
 import torch
 from einops import rearrange
 from einops.layers.torch import Rearrange
@@ -86,3 +87,31 @@ def test_masked_numbers():
     other = np.ma.array(PART.data, mask=[True, False, False])
     assert describe(PART) != describe(other) and describe(PART) == describe(PART.copy())
     assert describe(np.float64(2)) != describe(np.float64(3))
+
+
+AS_TENSORS = {
+    "as_tensor": lambda x: torch.as_tensor(x) * x,
+    "of another dtype": lambda x: torch.as_tensor(x, dtype=torch.float32) * 2,
+    "a copy": lambda x: torch.tensor(x) * x,
+    "asarray": lambda x: torch.asarray(x) * x,
+}
+
+
+@pytest.mark.parametrize("name", AS_TENSORS)
+def test_what_is_a_tensor_already(name):
+    """torch.as_tensor and torch.tensor ask modes alone, and meet ShardTensors in a program, too."""
+    fn = AS_TENSORS[name]
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        own = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        y = st.compile(fn, backend="aot_eager")(own.requires_grad_())
+        y.sum().backward()
+        return y.full_tensor().detach(), own.grad.full_tensor()
+
+    plain = x.clone().requires_grad_()
+    want = fn(plain)
+    want.sum().backward()
+    for y, grad in st.simulate(2, run):
+        torch.testing.assert_close(y, want.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(grad, plain.grad, rtol=1e-9, atol=1e-9)

@@ -11,7 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import probe
 from ..errors import UnsupportedOpError
+from ..tensor import ShardTensor
 from ..tensor.tape import Tape
+
+
+def _as_tensor(x: Tensor, dtype: Any = None, device: Any = None) -> Tensor:
+    return x if dtype is None and device is None else x.to(device or x.device, dtype or x.dtype)
+
+
+def _tensor(
+    x: Tensor, dtype: Any = None, device: Any = None, requires_grad: bool = False, **_: Any
+) -> Tensor:
+    y = _as_tensor(x.detach(), dtype, device).clone()
+    return y.requires_grad_() if requires_grad else y
+
+
+# functions that ask modes alone, never a tensor: traced, they would end at a ShardTensor
+_OF_MODES = {torch.as_tensor: _as_tensor, torch.tensor: _tensor}
 
 
 class NoHooks(torch.overrides.TorchFunctionMode):
@@ -30,6 +46,8 @@ class NoHooks(torch.overrides.TorchFunctionMode):
                 f"{func.__name__} inside a compiled program, which keeps no tensors to call it "
                 "for: call it on the result, or leave this part out of st.compile"
             )
+        if func in _OF_MODES and args and isinstance(args[0], ShardTensor):
+            func = _OF_MODES[func]
         return func(*args, **(kwargs or {}))
 
 
