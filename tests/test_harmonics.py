@@ -150,6 +150,40 @@ def test_attention(layout, grids, generator):
     same_as_plain(op, [k, v, q], 1, LAYOUTS[layout], quadrature, *table, 2, into[1], *out)
 
 
+def with_graph(op, xs, lat, layout, *rest):
+    """Whether gradients that are to be differentiated again have a graph."""
+    shape, cut, sizes = layout
+    placements = [Shard(lat + c) for c in cut]
+    own = []
+    for x in xs:
+        at = None if sizes is None else {lat: sizes(x.shape[lat])}
+        x = st.distribute_tensor(x, make_mesh(shape), placements, sizes=at, src_data_rank=None)
+        own.append(x.requires_grad_())
+    y = op(*own, *rest)
+    grads = torch.autograd.grad(y.square().sum(), own, create_graph=True)
+    if all(g.requires_grad for g in grads):
+        sum(g.square().sum() for g in grads).backward()
+    return [g.requires_grad for g in grads]
+
+
+@pytest.mark.parametrize("kind", ["convolution", "adjoint", "attention"])
+def test_ranks_without_latitudes_record_what_others_do(kind, generator):
+    roff, ker, row, col, vals = seen(9, 9, 8, 1, generator)
+    tables = roff, ker, row, col, vals, 1, 9, 8
+    if kind == "convolution":
+        xs, lat, rest = [torch.randn(1, 2, 9, 8, dtype=D)], 2, tables
+        op = DISCO._disco_s2_contraction_optimized
+    elif kind == "adjoint":
+        xs, lat, rest = [torch.randn(1, 2, 1, 9, 8, dtype=D)], 3, tables
+        op = DISCO._disco_s2_transpose_contraction_optimized
+    else:
+        xs, lat = [torch.randn(1, 9, 8, 4, dtype=D) for _ in range(3)], 1
+        rest = (torch.ones(9, dtype=D), col, roff, *arcs(roff, col, 8), 2, 8, 9, 8)
+        op = ATTENTION._neighborhood_s2_attention_optimized
+    found = simulate(4, with_graph, op, xs, lat, LAYOUTS["empty"], *rest)
+    assert all(f == found[0] for f in found)
+
+
 def learned(x, weight, *rest):
     return DISCO._disco_s2_fused_conv_optimized(x, weight, *rest)
 

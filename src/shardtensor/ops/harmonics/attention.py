@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...later import when_loaded
+from ...rules.empty import with_one
 from ...rules.rows import dims_of, mesh_of
 from ...rules.windows import fetch
 from ...spec import Dim, Spec, axes_in
@@ -29,7 +30,6 @@ from .bands import (
     part_of_rows,
     rows_of,
     takes,
-    without_entries,
 )
 
 
@@ -68,20 +68,29 @@ def _attention(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             arcs, some = part_of_rows(seg_off, seg[:, 0].long(), spreads, span)
             first = span.first if spreads else span.start
             moved = seg[some] - torch.tensor([first, 0, 0], dtype=seg.dtype, device=seg.device)
-            return col[picked] - first * width, offsets, moved, arcs, picked
+            return col[picked] - first * width, offsets, moved, arcs
 
         return Entries(out, into, part)
 
     me = spec.index[1]
     band = band_of((col, roff, seg, seg_off), (lat, lon, lon_in), entries, have, to, me)
     keys = Spec(mesh, inner[1])
-    kx, vx = (fetch(x, 1, keys, band.reach) for x in (kx, vx))
-    if not len(band.tables[-1]):
-        return _again(wrap(without_entries(spec.local_shape, qx, kx, vx), spec), lies[0], lon)
-    weights = weights[band.span.start : band.span.stop].contiguous()
-    rest = heads, lon_in, to.sizes[me], lon
-    y = function(kx, vx, qx, weights, *band.tables[:4], *rest)
-    return _again(wrap(y, spec), lies[0], lon)
+    kx, vx = (with_one(fetch(x, 1, keys, band.reach), [1], 0.0) for x in (kx, vx))
+    own, (_, _, start, stop) = to.sizes[me], band.span
+    part = band.tables
+    if not own:
+        # a latitude that sees one point and is dropped: autograd records what others record
+        qx, start, stop = with_one(qx, [1], 0.0), 0, 1
+        part = (
+            col[:1] * 0,
+            roff.new_tensor([0, 1]),
+            seg.new_tensor([[0, 0, 1]]),
+            seg_off.new_tensor([0, 1]),
+        )
+    y = function(
+        kx, vx, qx, weights[start:stop].contiguous(), *part, heads, lon_in, max(1, own), lon
+    )
+    return _again(wrap(y.narrow(1, 0, own), spec), lies[0], lon)
 
 
 def _again(y: ShardTensor, query: Sequence[Dim], lon: int) -> ShardTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +124,6 @@ def bound(names: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any
     every = names.split()
     given = dict(zip(every, args, strict=False)) | kwargs
     return [given[name] for name in every]
-
-
-def without_entries(shape: Sequence[int], *inputs: Tensor) -> Tensor:
-    """Zeros of a rank whose latitudes see none; what came takes part in the backward."""
-    return inputs[0].new_zeros(shape) + sum(x.sum() for x in inputs) * 0
 
 
 def rows_of(offsets: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...later import when_loaded
+from ...rules.empty import with_one
 from ...rules.windows import fetch
 from ...spec import Dim, axes_in
 from ...tensor import ShardTensor, wrap
@@ -32,7 +33,6 @@ from .bands import (
     part_of_rows,
     rows_of,
     takes,
-    without_entries,
 )
 
 
@@ -58,13 +58,18 @@ def _convolved(
     if not have.is_cut:
         y = call(x._local, to.size)
     else:
-        band = band_of(tables, shape, entries, have, to, me)
-        rows = fetch(x._local, lat, spec, band.reach)
-        if len(band.tables[-1]):
-            y = call(rows, to.sizes[me], *band.tables)
-        else:
-            y = without_entries(out.local_shape, rows)
+        key = len(shape), *shape[-2:], x.shape[-1]
+        band = band_of(tables, key, entries, have, to, me)
+        rows = with_one(fetch(x._local, lat, spec, band.reach), [lat], 0.0)
+        own = to.sizes[me]
+        # without latitudes a rank computes one and drops it: autograd records what others record
+        y = call(rows, max(1, own), *band.tables).narrow(len(shape) - 2, 0, own)
     return longitudes_again(wrap(y, out), len(shape) - 2, dims[lat], dims[-1], shape[-1])
+
+
+def _values(vals: Tensor, picked: Tensor) -> Tensor:
+    """Those of a part's entries; of no entries one that counts nothing, which kernels ask for."""
+    return vals[picked] if len(picked) else vals.new_zeros(1, *vals.shape[1:])
 
 
 def _by_kernel(adjoint: bool, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,6 +86,8 @@ def _by_kernel(adjoint: bool, function: Any, args: tuple[Any, ...], kwargs: dict
 
         def part(span: Span) -> Tables:
             picked = among(out, span.first, span.last)
+            if not len(picked):
+                return roff.new_tensor([0, 1]), *[roff.new_zeros(1)] * 3, picked
             first, start = span.first, span.start
             r = row[picked] - (start if adjoint else first)
             c = col[picked] - width * (first if adjoint else start)
@@ -93,7 +100,7 @@ def _by_kernel(adjoint: bool, function: Any, args: tuple[Any, ...], kwargs: dict
     def call(circles: Tensor, latitudes: int, *part: Tensor) -> Tensor:
         if not part:
             return function(circles, roff, ker, row, col, vals, filters, latitudes, lon)
-        return function(circles, *part[:4], vals[part[4]], filters, latitudes, lon)
+        return function(circles, *part[:4], _values(vals, part[4]), filters, latitudes, lon)
 
     shape = (*x.shape[:2], *(() if adjoint else (filters,)), lat, lon)
     return _convolved(x, shape, (roff, ker, row, col), entries, call)
@@ -109,6 +116,9 @@ def _packed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
     def entries() -> Entries:
         def part(span: Span) -> Tables:
             own, picked = part_of_rows(offsets, at[:, 0], False, span)
+            if not len(picked):
+                ones = [1] * max(1, span.last - span.first)
+                return at.new_zeros(1, 2), offsets.new_tensor([0, *ones]), picked
             return at[picked] - torch.tensor([span.start, 0], device=at.device), own, picked
 
         return Entries(rows_of(offsets), at[:, 0], part)
@@ -116,7 +126,8 @@ def _packed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sha
     def call(circles: Tensor, latitudes: int, *part: Tensor) -> Tensor:
         if not part:
             return function(circles, at, vals, offsets, filters, latitudes, lon)
-        return function(circles, part[0], vals[part[2]], part[1], filters, latitudes, lon)
+        values = _values(vals, part[2])
+        return function(circles, part[0], values, part[1], filters, latitudes, lon)
 
     return _convolved(x, (*x.shape[:2], filters, lat, lon), (at, offsets), entries, call)
 
