@@ -10,6 +10,7 @@ import copy, os, sys, warnings, torch, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader
 from accelerate.state import AcceleratorState
+from loop_models import Net
 from shardtensor import io
 from shardtensor.accelerate import Accelerator
 warnings.filterwarnings("ignore")
@@ -26,21 +27,6 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, i):
         x = torch.randn(1, 7, 4, dtype=D, generator=torch.Generator().manual_seed(i))
         return {"x": x, "y": x.roll(1, 1), "label": i}
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
-        self.last = nn.Conv2d(4, 1, 1)
-        self.scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x):
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x).tanh()
-        return self.last(x) * self.scale
 
 
 def made():
