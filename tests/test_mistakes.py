@@ -173,9 +173,10 @@ def _raises(fn, sizes):
 @pytest.mark.parametrize("sizes", [(0, 4), (1, 3), (4, 0, 0)], ids=str)
 @pytest.mark.parametrize("name", UNSEEN)
 def test_all_ranks_raise_whatever_their_rows(name, sizes):
-    kind = type(raised(UNSEEN[name], X.clone()))
+    alone = raised(UNSEEN[name], X.clone())
+    assert alone is not None
     found = st.simulate(len(sizes), _raises, UNSEEN[name], sizes)
-    assert {type(e) for e in found} == {kind} and len({str(e) for e in found}) == 1
+    assert {type(e) for e in found} == {type(alone)} and len({str(e) for e in found}) == 1
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -101,6 +101,7 @@ def test_what_may_follow_is_right(name):
             X, make_mesh((2,)), [Shard(0)], src_data_rank=None, sizes={0: (3, 0)}
         )
         first, second = (raised(REFUSED[name], x) for _ in range(2))
+        assert first is not None
         assert (type(first), str(first)) == (type(second), str(second))
         return x.double().softmax(1).full_tensor()
 
