@@ -48,6 +48,32 @@ def test_two_axes():
         )
 
 
+@pytest.mark.parametrize("reduce", ["max", "min"])
+def test_an_extremum_that_is_what_it_began_with(reduce):
+    x, n = torch.tensor([1.0, 0, 2, -1, 2], dtype=D), torch.tensor([1, 0, 3, 1])
+    initial = 2.0 if reduce == "max" else -1.0
+
+    def run(x, n):
+        return torch.segment_reduce(x, reduce, lengths=n, initial=initial)
+
+    for cut in ((2, 3), (3, 0, 2)):
+        T.hold(run, [x, n], [T.shard(0, cut), None], (len(cut),))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float64])
+def test_lengths_of_other_dtypes(dtype):
+    n = torch.tensor(LENGTHS["long"], dtype=dtype)
+    with pytest.raises(NotImplementedError):
+        torch.segment_reduce(X, "sum", lengths=n)
+
+    def run():
+        s = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(0)])
+        with pytest.raises(NotImplementedError):
+            torch.segment_reduce(s, "sum", lengths=n)
+
+    T.simulate(2, run)
+
+
 def test_what_torch_refuses():
     for x, reduce, lengths in (
         (X, "sum", [3, 4]), (X, "sum", [20, -6]), (X, "other", [14]), (X.long(), "sum", [14])

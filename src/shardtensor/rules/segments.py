@@ -32,7 +32,8 @@ def segment_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if rest or not isinstance(data, ShardTensor) or not isinstance(known, Tensor):
         return fall_back(func, args, kwargs)
     rows = data._spec.dims[0] if data.ndim else Dim(0)
-    if not rows.axes or known.ndim != 1 or not data.dtype.is_floating_point:
+    served = known.ndim == 1 and known.dtype in (torch.int32, torch.int64)
+    if not rows.axes or not served or not data.dtype.is_floating_point:
         return fall_back(func, args, kwargs)
     # numbers of rows, which all ranks need: the only message that is as long as the segments
     known = known.full_tensor() if isinstance(known, ShardTensor) else known
@@ -43,18 +44,25 @@ def segment_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return fall_back(func, args, kwargs)
     x = reduced(data)
     n = len(known) - 1
-    ends = torch.searchsorted(known[:-1], torch.tensor(rows.offsets[1:-1])).tolist()
+    inner = torch.tensor(rows.offsets[1:-1], device=known.device)
+    ends = torch.searchsorted(known[:-1], inner).tolist()
     target = Dim(n, rows.axes, [b - a for a, b in pairwise([0, *ends, n])])
     spec = x._spec
     first, last = spec.spans[0]
     number = torch.arange(first, last, device=known.device)
     index = wrap(torch.bucketize(number, known[1:], right=True), spec.with_dims([rows]))
     wide = spec.with_dims([target, *spec.dims[1:]])
-    first_value = _EMPTY[reduce] if initial is None else initial
+    # an extremum has all of the gradient, also where it is what it began with
+    bound = initial if reduce in ("max", "min") else None
+    first_value = _EMPTY[reduce] if initial is None or bound is not None else initial
     start = x._local.new_full(tuple(wide.local_shape), first_value)
     kernel = reduce_kernel(_KERNELS[reduce], True) if reduce in _KERNELS else None
     kernel = None if kernel is None else by_row(kernel)
     out = write(wrap(start, wide), index, x, kernel, negative=None, op="segment_reduce")
+    if bound is not None:
+        local = out._local
+        beaten = local < bound if reduce == "max" else local > bound
+        return wrap(local.masked_fill(beaten, bound), out._spec)
     if reduce != "mean":
         return out
     a, b = out._spec.spans[0]
