@@ -174,3 +174,20 @@ def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
                 same(got.detach(), want.detach(), fn.__name__, 1e-9)
 
         simulate(ranks, run)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_stft_of_one_long_signal_of_two(center):
+    """What the trial on two samples says of a window of 64 is no error of these."""
+    x, window = rand(1, 2000), torch.hann_window(64, dtype=torch.float64)
+
+    def spectrum(x):
+        return torch.stft(x, 64, window=window, center=center, return_complex=True)
+
+    def run():
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)])
+        same(spectrum(s), spectrum(x), "stft", 1e-9)
+        with pytest.raises(RuntimeError, match="floating point or complex"):
+            torch.stft(s.int(), 64, return_complex=True)
+
+    simulate(2, run)

@@ -136,6 +136,8 @@ def _error(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exceptio
         with torch.no_grad():
             func(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
-        if isinstance(e, NotImplementedError) or _OF_FORM.search(str(e)):
+        # stft names all its arguments first, "return_complex" too
+        said = str(e).rpartition(") : ")[2]
+        if isinstance(e, NotImplementedError) or _OF_FORM.search(said):
             return e.with_traceback(None)
     return None
