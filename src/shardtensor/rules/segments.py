@@ -25,7 +25,9 @@ _KERNELS = {"prod": "prod", "max": "amax", "min": "amin"}
 def segment_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Along dim 0, where it is cut; segments beyond a shard's end add what they have to the first.
 
-    The result is cut where the segments begin. Any other call falls back.
+    The result is cut where the segments begin. Any other call falls back. Equal extrema share
+    their gradient, of either sign, as those of amax do; torch's kernel gives a negative one whole
+    to each, and that of a segment with NaN to the NaN alone.
     """
     data, reduce, lengths, offsets, initial, rest = _arguments(*args, **kwargs)
     known = lengths if offsets is None else offsets
