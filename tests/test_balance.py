@@ -387,3 +387,13 @@ def test_a_partition_of_points_by_speed_and_work():
 
     for slowest, mean, most in simulate(3, on_rank):
         assert slowest <= mean + most
+
+
+def test_axes_count_from_the_end():
+    def on_rank():
+        mesh = make_mesh((1, 2))
+        b = balance.Balancer(9, mesh, axes=[-1], speeds=[2, 1])
+        x = st.distribute_tensor(torch.ones(9), mesh, [Replicate(), Shard(0)], src_data_rank=None)
+        return b.axes, tuple(b.cut(x).spec.dims[0].sizes)
+
+    assert simulate(2, on_rank) == [((1,), (6, 3))] * 2

@@ -71,8 +71,11 @@ class Balancer:
         gain: float = 0.05,
     ) -> None:
         names = mesh.mesh_dim_names or ()
-        chosen = range(mesh.ndim) if axes is None else axes
-        self.axes = tuple(sorted({names.index(a) if isinstance(a, str) else a for a in chosen}))
+        every_axis = range(mesh.ndim)
+        chosen = every_axis if axes is None else axes
+        self.axes = tuple(
+            sorted({every_axis[names.index(a) if isinstance(a, str) else a] for a in chosen})
+        )
         self.mesh, self.size = mesh, size
         ranks = prod(mesh.size(a) for a in self.axes)
         self.speeds = [1.0] * ranks if speeds is None else [float(s) for s in speeds]
