@@ -60,6 +60,38 @@ def test_an_extremum_that_is_what_it_began_with(reduce):
         T.hold(run, [x, n], [T.shard(0, cut), None], (len(cut),))
 
 
+@pytest.mark.parametrize("reduce", ["max", "min", "prod"])
+@pytest.mark.parametrize("initial", [None, 1.0, float("nan")])
+def test_gradients_among_equal_rows_and_beside_nan(reduce, initial):
+    """torch divides what is positive by the number of equal ones, and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 3, (ROWS, 3), generator=generator).to(D)
+    x[5, 1] = x[8, 1] = x[9, 1] = float("nan")
+    g = torch.randn(9, 3, dtype=D, generator=generator)
+    n = torch.tensor([0, 5, 0, 6, 1, 0, 2, 0, 0])
+
+    def values_and_gradients(x):
+        x = x.detach().requires_grad_()
+        out = torch.segment_reduce(x, reduce, lengths=n, initial=initial)
+        (grad,) = torch.autograd.grad(out, x, g)
+        return out.nan_to_num(-9), grad.nan_to_num(-9)
+
+    assert reduce == "prod" or initial == 1 or (values_and_gradients(x)[1] < 0).any()
+    for cut in T.cuts(ROWS):
+        T.hold(values_and_gradients, [x], [T.shard(0, cut)], (len(cut),), grad=False)
+
+
+def test_no_second_derivative_of_an_extremum():
+    def run():
+        s = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(0)]).requires_grad_()
+        out = torch.segment_reduce(s, "max", lengths=torch.tensor([9, 5]))
+        (grad,) = torch.autograd.grad(out.square().sum(), s, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    T.simulate(2, run)
+
+
 @pytest.mark.parametrize("dtype", [torch.int16, torch.float64])
 def test_lengths_of_other_dtypes(dtype):
     n = torch.tensor(LENGTHS["long"], dtype=dtype)

@@ -7,27 +7,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .. import _torch
 from ..dispatch.fallback import fall_back
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .pointwise import function_rule
-from .rows import write
+from .rows import Kernel, write
 from .scatter import by_row, reduce_kernel
 
 # what stands for a segment without rows
 _EMPTY = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
-_KERNELS = {"prod": "prod", "max": "amax", "min": "amin"}
+
+
+def _kernel(reduce: str) -> Kernel:
+    kernel = reduce_kernel(reduce, True)
+    assert kernel is not None
+    return by_row(kernel)
+
+
+class _Extremum(torch.autograd.Function):
+    """Rows with the extrema of the values at numbers `at`; the gradient of torch's kernel.
+
+    A NaN counts as an extremum, what the rows held does not: a positive gradient is shared by those
+    that are equal, a negative one goes whole to each. torch has no second derivative either.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, at: Tensor, values: Tensor, reduce: str) -> Tensor:
+        out = _kernel(reduce)(rows, at, values)
+        ctx.save_for_backward(at, values, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        at, values, out = ctx.saved_tensors
+        chosen = (values == out[at]) | values.isnan()
+        count = torch.zeros_like(out, dtype=torch.int64).index_add(0, at, chosen.long())
+        share = torch.where(grad > 0, grad / count, grad)
+        return None, None, torch.where(chosen, share[at], 0), None
+
+
+def _extremum(reduce: str) -> Kernel:
+    return lambda rows, at, values: _torch.apply(_Extremum, rows, at, values, reduce)
+
+
+_KERNELS = {
+    "sum": None, "mean": None, "prod": _kernel("prod"),
+    "max": _extremum("amax"), "min": _extremum("amin"),
+}  # fmt: skip
 
 
 @function_rule("segment_reduce")
 def segment_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Along dim 0, where it is cut; segments beyond a shard's end add what they have to the first.
 
-    The result is cut where the segments begin. Any other call falls back. Equal extrema share
-    their gradient, of either sign, as those of amax do; torch's kernel gives a negative one whole
-    to each, and that of a segment with NaN to the NaN alone.
+    The result is cut where the segments begin. Any other call falls back.
     """
     data, reduce, lengths, offsets, initial, rest = _arguments(*args, **kwargs)
     known = lengths if offsets is None else offsets
@@ -54,17 +92,9 @@ def segment_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     number = torch.arange(first, last, device=known.device)
     index = wrap(torch.bucketize(number, known[1:], right=True), spec.with_dims([rows]))
     wide = spec.with_dims([target, *spec.dims[1:]])
-    # an extremum has all of the gradient, also where it is what it began with
-    bound = initial if reduce in ("max", "min") else None
-    first_value = _EMPTY[reduce] if initial is None or bound is not None else initial
+    first_value = _EMPTY[reduce] if initial is None else initial
     start = x._local.new_full(tuple(wide.local_shape), first_value)
-    kernel = reduce_kernel(_KERNELS[reduce], True) if reduce in _KERNELS else None
-    kernel = None if kernel is None else by_row(kernel)
-    out = write(wrap(start, wide), index, x, kernel, negative=None, op="segment_reduce")
-    if bound is not None:
-        local = out._local
-        beaten = local < bound if reduce == "max" else local > bound
-        return wrap(local.masked_fill(beaten, bound), out._spec)
+    out = write(wrap(start, wide), index, x, _KERNELS[reduce], negative=None, op="segment_reduce")
     if reduce != "mean":
         return out
     a, b = out._spec.spans[0]
