@@ -74,7 +74,7 @@ def test_gradients_among_equal_rows_and_beside_nan(reduce, initial):
         x = x.detach().requires_grad_()
         out = torch.segment_reduce(x, reduce, lengths=n, initial=initial)
         (grad,) = torch.autograd.grad(out, x, g)
-        return out.nan_to_num(-9), grad.nan_to_num(-9)
+        return out.nan_to_num(-9, -9, -9), grad.nan_to_num(-9)
 
     assert reduce == "prod" or initial == 1 or (values_and_gradients(x)[1] < 0).any()
     for cut in T.cuts(ROWS):
