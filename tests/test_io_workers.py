@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import io
 from shardtensor.io import Loader
+from shardtensor.io.ahead import InThread
 
 SAMPLES = np.random.default_rng(0).normal(size=(9, 5, 4)).astype(np.float32)
 
@@ -225,3 +226,22 @@ def test_what_makes_no_sense_is_refused():
                 Loader(Numbers(3), mesh, **options)
 
     st.simulate(1, run)
+
+
+def test_the_end_waits_no_longer_for_a_sample_than_the_loop():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def read_slowly(item):
+        if item:
+            begun.set()
+            go_on.wait(20)
+        return item
+
+    source = InThread(read_slowly, [0, 1], 2, timeout=0.05)
+    assert next(source) == 0 and begun.wait(20)
+    # as where another rank's came too late
+    source.close()
+    waits = source.thread.is_alive()
+    go_on.set()
+    source.thread.join()
+    assert waits

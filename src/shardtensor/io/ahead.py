@@ -90,10 +90,10 @@ class InThread:
             raise TimeoutError(f"not read within {self.timeout:g} s") from None
 
     def close(self) -> None:
-        """End the thread; a sample that is being read is waited for, if it is not late."""
+        """End the thread; what it reads is waited for no longer than when asked for."""
         self.stop.set()
         if not self.late:
-            self.thread.join()
+            self.thread.join(self.timeout)
 
 
 class InProcesses:
