@@ -213,3 +213,56 @@ def test_one_channel_is_joined_as_it_lies(sizes):
         return y.stride()
 
     assert set(st.simulate(len(sizes), run)) == {want.stride()}
+
+
+# views and new tensors; how far into its memory each begins on one device
+BEGIN = {
+    "new": lambda x: x * 2,
+    "itself": lambda x: x,
+    "turned": lambda x: x.t(),
+    "joined": lambda x: x.reshape(-1),
+    "reshaped": lambda x: x.reshape(4, 12),
+    "after a slice of it": lambda x: (x[2:], x.t())[1],
+    "of a slice": lambda x: x[2:] * 1,
+    "a slice": lambda x: x[2:],
+    "columns": lambda x: x[:, 3:],
+    "a row": lambda x: x.select(0, 4),
+    "a part": lambda x: x.split(3)[1],
+    "one of all": lambda x: x.unbind(1)[2],
+    "a diagonal": lambda x: x.diagonal(1),
+    "a turned slice": lambda x: x[:, 3:].t(),
+    "a slice joined": lambda x: x[2:].reshape(-1),
+    "a slice of what was reshaped": lambda x: x.reshape(4, 12)[1:],
+    "a slice without history": lambda x: x[3:].detach(),
+    "an expanded row": lambda x: x[3:4].expand(6, 8),
+    "imaginary parts": lambda x: torch.complex(x, x).imag,
+    "a row of a transform": lambda x: torch.fft.fft2(x)[2:],
+}
+
+
+@pytest.mark.parametrize("name", BEGIN)
+def test_where_a_tensor_begins_is_known_or_refused(name):
+    whole = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    want = BEGIN[name](whole)
+
+    def run(sizes):
+        x = st.distribute_tensor(
+            whole, make_mesh((len(sizes),)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        y = BEGIN[name](x)
+        try:
+            known = y.storage_offset()
+        except st.UnsupportedOpError:
+            known = None
+        try:
+            begin = y.as_strided((2,), (1,), 0).full_tensor()
+        except st.UnsupportedOpError:
+            begin = None
+        if begin is not None:
+            torch.testing.assert_close(begin, want.as_strided((2,), (1,), 0))
+        return known
+
+    for sizes in ((3, 3), (2, 0, 4), (6, 0)):
+        assert set(st.simulate(len(sizes), run, sizes)) == {
+            0 if want.storage_offset() == 0 else None
+        }

@@ -18,6 +18,7 @@ from ..settings import current, setting
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.dense import refuse_not_dense
+from ..tensor.offset import begins_its_memory
 from ..tensor.random import matching, memory_order
 from ..tensor.redistribute import replicate, to_dims
 from .writes import stands_for_view
@@ -66,9 +67,23 @@ def fall_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check(func, name, leaves, sharded, kwargs)
     _noted(name, sharded)
     # strides are meaningless but for the layout that the wrapper shows
-    if name.startswith("as_strided") and any(not x.is_contiguous() for x in sharded):
-        raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
+    if name.startswith("as_strided"):
+        if any(not x.is_contiguous() for x in sharded):
+            raise UnsupportedOpError(f"{name} of a tensor that is not contiguous: use view ops")
+        _check_offset(name, args, kwargs)
     return gathered(func, args, kwargs)
+
+
+def _check_offset(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise if an as_strided counts from the start of memory that its tensor need not begin."""
+    place = 4 if "scatter" in name else 3
+    given = kwargs.get("storage_offset", args[place] if len(args) > place else None)
+    x = args[0] if args else kwargs.get("self", kwargs.get("input"))
+    if given is not None and isinstance(x, ShardTensor) and not begins_its_memory(x):
+        raise UnsupportedOpError(
+            f"{name} with a storage_offset, of {x._spec}, a slice, whose place in memory is not "
+            "known: leave storage_offset out, or use view ops"
+        )
 
 
 def gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:

@@ -32,7 +32,7 @@ _VIEWS = {
 # views of some rows of each rank
 _PARTS = {
     "slice", "getitem", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit",
-    "vsplit", "dsplit",
+    "vsplit", "dsplit", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
 }  # fmt: skip
 # their results need not be rows first where the operands are
 _OWN = {
@@ -51,6 +51,8 @@ _UNKNOWN = (
 # images with the channels last give such images; what has no memory is not asked for its format
 _OF_IMAGES = ("conv", "group_norm", "batch_norm", "native_batch_norm", "native_group_norm",
               "pixel_shuffle", "channel_shuffle", "native_channel_shuffle")  # fmt: skip
+# views of what need not be the first element
+_WITHIN = {"select", "unbind", "diagonal", "imag"}
 NOT, VIEW, PART, TURN, OWN = range(5)
 
 
@@ -64,6 +66,11 @@ def kind_of(name: str) -> int:
     if name in ("unfold", "diagonal"):
         return TURN
     return OWN if name in _OWN or name.startswith(_OWN_FAMILIES) else NOT
+
+
+def begins_within(name: str) -> bool:
+    """Whether an op gives views that begin elsewhere in memory than what they are views of."""
+    return name in _PARTS or name in _WITHIN
 
 
 def hides(kind: int, args: tuple[Any, ...], out: Any) -> bool:

@@ -17,11 +17,12 @@ from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
 from ..spec import Spec, hollow
-from ..tensor import wrap
+from ..tensor import ShardTensor, wrap
 from ..tensor.layout import turned
+from ..tensor.offset import take_rows
 from .axes import NOWHERE, mesh_of, met
 from .fallback import fall_back, into_plain, is_shard
-from .follow import NOT, follow, hides, kind_of
+from .follow import NOT, begins_within, follow, hides, kind_of
 from .results import keep_result, saves_result
 from .trial import is_tried, try_out, vacant
 from .writes import check_readable, stale, writing
@@ -169,6 +170,7 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
     kept = saves_result(name)
+    within = begins_within(name)
     # what the handler calls where there is nothing to translate
     rule = getattr(handler, "rule", None)
 
@@ -198,6 +200,8 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
             follow(kind, func, args, kwargs, out)
         if kept:
             keep_result(out)
+        if within and args and args[0].__class__ is ShardTensor:
+            take_rows(args[0])
         return out
 
     return run

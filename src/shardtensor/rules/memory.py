@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
+from ..tensor.offset import begins_its_memory
 from ..tensor.redistribute import replicate
 from .pointwise import copy_, function_rule
 
@@ -30,7 +31,7 @@ def data_ptr(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 @function_rule(
     "mutable_data_ptr", "untyped_storage", "storage", "_typed_storage", "storage_type",
-    "share_memory_", "set_", "is_set_to", "storage_offset", "_shallow_copy_from", "__dlpack__",
+    "share_memory_", "set_", "is_set_to", "_shallow_copy_from", "__dlpack__",
     "__dlpack_device__", "__cuda_array_interface__",
 )  # fmt: skip
 def memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -39,6 +40,17 @@ def memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise UnsupportedOpError(
         f"{name} of a ShardTensor, whose memory is its local tensor's: use x.to_local(), "
         "and register what launches a kernel on it with shardtensor.rule"
+    )
+
+
+@function_rule("storage_offset")
+def storage_offset(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Zero of what no slice was taken of: subclasses that wrap a tensor ask for it (torchao's)."""
+    if begins_its_memory(args[0]):
+        return 0
+    raise UnsupportedOpError(
+        f"storage_offset of a ShardTensor on {args[0]._spec} whose place in memory is not known "
+        "(a slice of a tensor): .clone() it first"
     )
 
 

@@ -25,6 +25,11 @@ Part = tuple[Any, dict[int, tuple[int, int]]]
 
 
 _ARRAY = "numpy"
+# views of all elements of a base, from its first on; "" of a base whose partial sums were added up
+_OF_ALL = {
+    "", "view", "reshape", "_unsafe_view", "_reshape_alias", "view_as", "reshape_as", "flatten",
+    "ravel", "unflatten",
+}  # fmt: skip
 
 
 class Piece:
@@ -37,6 +42,7 @@ class Piece:
         self.base = None if base is None else weakref.ref(_root(base))
         self.tracked = torch.is_grad_enabled()
         self.part: Part | None = None
+        self.begins = made_by in _OF_ALL and (base is None or begins(_torch.storage(base)))
 
     def follow(self, view: Tensor) -> None:
         """Let the version of a view move too, which autograd does not know as one."""
@@ -204,6 +210,18 @@ def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
     piece = Piece(copy, op, base)
     family.add(piece)
     return piece
+
+
+def begins(memory: torch.UntypedStorage, whole: tuple[int, torch.dtype] | None = None) -> bool:
+    """Whether the tensor of some memory is, on one device, all of it or begins it, so far as known.
+
+    whole: how many elements of what dtype it has; None: said only of memory without slices.
+    """
+    family = getattr(memory, "_shardtensor_family", None)
+    if family is not None and not family.pieces[memory._cdata].begins:
+        return False
+    # a view of as many elements has all of them
+    return getattr(memory, "_shardtensor_whole", whole) == whole
 
 
 def as_array(whole: Tensor, array: Any, base: Tensor) -> Any:
