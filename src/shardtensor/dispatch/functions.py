@@ -24,7 +24,7 @@ from ..registry import rules
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import refuse_copy
-from ..tensor.redistribute import cotangent, gradient, like, local_of
+from ..tensor.redistribute import PLAIN, cotangent, gradient, like, local_of, replicate
 
 
 class _Attach(torch.autograd.Function):
@@ -109,8 +109,39 @@ def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             a = inside
         passed.append(a)
     out = call(*passed)
-    _watch_saved(out, passed)
+    node = _node_of(out)
+    if node is not None:
+        _watch_saved(node, out, passed)
+        _keep_plain(node, passed)
     return _continue(out, sent)
+
+
+def _node_of(out: Any) -> Any:
+    """What autograd recorded of a Function, None if nothing."""
+    nodes = (_torch.c_grad_fn(x) for x in _tensors(out))
+    return next((n for n in nodes if n is not None), None)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+
+
+def _keep_plain(node: Any, passed: list[Any]) -> None:
+    """Let the gradients of plain tensors be plain and whole, though backward computes of shards."""
+    given = [a for a in passed if isinstance(a, Tensor)]
+    plain = [type(a) in PLAIN and a.requires_grad for a in given]
+    if not any(plain):
+        return
+
+    def hook(grads: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+        if not any(p and isinstance(g, ShardTensor) for p, g in zip(plain, grads, strict=True)):
+            return None
+        return tuple(
+            replicate(g)._local if p and isinstance(g, ShardTensor) else g
+            for p, g in zip(plain, grads, strict=True)
+        )
+
+    node.register_hook(hook)
 
 
 def _check_recording(function: Any, args: tuple[Any, ...]) -> None:
@@ -125,20 +156,17 @@ def _check_recording(function: Any, args: tuple[Any, ...]) -> None:
         )
 
 
-def _watch_saved(out: Any, passed: list[Any]) -> None:
+def _watch_saved(node: Any, out: Any, passed: list[Any]) -> None:
     """Let backward raise, as torch does, if a ShardTensor saved by the Function was written to.
 
     Writes go to local tensors, so C++, which saved the wrappers, does not see their versions move.
     """
-    outs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
-    nodes = [_torch.c_grad_fn(x) for x in outs]
-    node = next((n for n in nodes if n is not None), None)
-    if node is None or not getattr(node, "_raw_saved_tensors", ()):
+    if not getattr(node, "_raw_saved_tensors", ()):
         return
     if _torch.saving_elsewhere():
         node.register_prehook(_refuse_second)
         return
-    shards = [x._local for x in (*passed, *outs) if isinstance(x, ShardTensor)]
+    shards = [x._local for x in (*passed, *_tensors(out)) if isinstance(x, ShardTensor)]
     node._versions_of_shards = {
         _torch.storage(x)._cdata: x._version for x in shards if not x.is_inference()
     }
