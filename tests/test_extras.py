@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from extras import PROGRAMS, START
 from forked import Program
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 # tools of the repository, and of other libraries
 NOT_OURS = {"dev", "zoo"}
 
-START = """
+HIDE = """
 import sys
 from importlib.machinery import PathFinder
 
@@ -33,64 +34,7 @@ class Installed:
 for name in [n for n in sys.modules if n.split(".")[0] in {blocked!r}]:
     del sys.modules[name]
 sys.meta_path[:] = [Installed if f is PathFinder else f for f in sys.meta_path]
-import numpy as np, torch, shardtensor as st
-from shardtensor import io
-from torch.distributed.tensor import Shard
-sys.path.insert(0, {examples!r})
-mesh, _ = st.init(domain=-1)
-x = st.distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [Shard(0)])
 """
-PROGRAMS = {
-    "io": """
-io.write_zarr(x, "a.zarr", "t")
-assert io.read(io.open_array("a.zarr", "t"), mesh, [Shard(0)]).full_tensor().equal(x.full_tensor())
-import h5py, netCDF4
-with h5py.File("a.h5", "w") as f:
-    f["t"] = x.full_tensor().numpy()
-assert io.open_array("a.h5", "t").shape == (4, 3)
-with netCDF4.Dataset("a.nc", "w") as f:
-    f.createDimension("y", 4)
-    f.createVariable("v", "f4", ("y",))[:] = [1, 2, 3, 4]
-assert io.open_array("a.nc", "v").shape == (4,)
-""",
-    "mesh": """
-open("a.ply", "w").write("ply\\nformat ascii 1.0\\nelement vertex 3\\nproperty float x\\n"
-    "property float y\\nproperty float z\\nelement face 1\\nproperty list uchar int vertex_index\\n"
-    "end_header\\n0 0 0\\n1 0 0\\n0 1 0\\n3 0 1 2\\n")
-assert io.read_mesh("a.ply").points.shape == (3, 3)
-""",
-    "demo": """
-import models, vit, panels, navier_stokes, shallow_water
-""",
-    "graphs": """
-from torch_geometric.utils import degree
-assert degree(torch.tensor([0, 0, 1])).tolist() == [2, 1]
-""",
-    "yaml": """
-open("a.yaml", "w").write("checkpoint: true\\n")
-assert st.Options.from_yaml("a.yaml").checkpoint
-""",
-    "html": """
-import plotly.graph_objects
-""",
-    "cli": """
-from shardtensor import cli
-sys.argv = ["shardtensor", "plan", "--help"]
-try:
-    cli.main()
-except SystemExit as e:
-    assert not e.code
-""",
-    "lightning": """
-assert st.lightning.DomainParallel(domain=1).domain == 1
-""",
-    "transformers": """
-assert st.transformers.Trainer.__mro__[1].__module__ == "transformers.trainer"
-""",
-    "accelerate": """
-assert st.accelerate.Accelerator(cpu=True).num_processes == 1
-""",
-}
 WITHOUT = {
     "io": ('io.write_zarr(x, "a.zarr", "t")', r"shardtensor\[io\]"),
     "mesh": ('io.read_mesh("a.ply")', r"shardtensor\[mesh\]"),
@@ -140,7 +84,8 @@ def run(tmp_path, extra, program):
     blocked -= sys.stdlib_module_names | {"shardtensor", "pkg_resources", "setuptools"}
     script = tmp_path / "job.py"
     hidden = sorted(optional - mine)
-    head = START.format(blocked=sorted(blocked), hidden=hidden, examples=str(ROOT / "examples"))
+    head = HIDE.format(blocked=sorted(blocked), hidden=hidden)
+    head += START.format(examples=str(ROOT / "examples"))
     script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{head}{program}\nprint('done')\n")
     return Program(script).ended()
 

@@ -1,9 +1,9 @@
 """What is in the repository, and what is built from it."""
 
+import importlib
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,17 +56,10 @@ def test_the_version_is_the_same_wherever_it_stands():
 
 
 @pytest.mark.slow
-def test_wheel_and_sdist(tmp_path):
-    _run(sys.executable, "-m", "build", "--outdir", str(tmp_path), ".")
+def test_wheel_and_sdist(tmp_path, monkeypatch):
+    # which looks through both
+    _run(sys.executable, "release/package.py", "--tree", "--out", str(tmp_path))
     (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
-    modules = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*.py")}
-    with zipfile.ZipFile(wheel) as z:
-        names = set(z.namelist())
-    assert modules | {"shardtensor/py.typed"} <= names
-    assert {"shardtensor/page/page.css", "shardtensor/page/page.js"} <= names
-    with tarfile.open(sdist) as t:
-        packed = {name.partition("/")[2] for name in t.getnames()}
-    assert {f"src/{m}" for m in modules} <= packed and {"LICENSE", "README.md"} <= packed
     # installed apart, found before the checkout: every module is there and imports
     apart = tmp_path / "apart"
     _run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", str(apart), str(wheel))
@@ -78,3 +71,11 @@ def test_wheel_and_sdist(tmp_path):
         str(apart / "shardtensor" / "__init__.py"),
         st.__version__,
     ]
+    monkeypatch.syspath_prepend(str(ROOT / "release"))
+    package = importlib.import_module("package")
+    with zipfile.ZipFile(wheel, "a") as z:
+        z.writestr("tests/test_it.py", "")
+        z.writestr("shardtensor/__pycache__/spec.pyc", "")
+    wrong = [*package.faults(wheel, sdist, ROOT)]
+    assert len([w for w in wrong if "not of the package" in w]) == 2
+    assert len([w for w in wrong if "RECORD and the wheel differ" in w]) == 2 and len(wrong) == 4
