@@ -48,16 +48,41 @@ def test_the_example_of_the_readme():
     st.simulate(2, lambda: exec(block, {}))
 
 
+def _on_the_page_of_errors():
+    """What its quoted messages say, without the names and numbers that stand for others."""
+    quoted = re.findall(r"^`.*`$", (DOCS / "errors.md").read_text(), re.M)
+    pieces = [p for line in quoted for text in re.findall("`(.*?)`", line)
+              for p in re.split(r"\b(?:NAME|SPEC|N|FILE|LINE)\b|rank \d( in)?|\.\.\.", text) if p]  # fmt: skip
+    return [p for piece in pieces if len(p := piece.strip(" :;()")) > 3]
+
+
 def test_error_messages_are_those_of_the_code():
     source = "".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
     # pieces of a message stand on lines of their own
     source = re.sub(r'"\s+f?"', "", source)
-    quoted = re.findall(r"^`.*`$", (DOCS / "errors.md").read_text(), re.M)
-    pieces = [p for line in quoted for text in re.findall("`(.*?)`", line)
-              for p in re.split(r"\b(?:NAME|SPEC|N|FILE|LINE)\b|rank \d( in)?|\.\.\.", text) if p]  # fmt: skip
-    pieces = [p.strip(" :;()") for p in pieces]
-    missing = [p for p in pieces if len(p) > 3 and p not in source]
-    assert len(pieces) > 20 and not missing
+    pieces = _on_the_page_of_errors()
+    assert len(pieces) > 20 and not [p for p in pieces if p not in source]
+
+
+def _refusals():
+    """(file, message) of each UnsupportedOpError that is raised with one, "..." for what it puts in."""
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Raise(exc=ast.Call(func=ast.Name("UnsupportedOpError"), args=[said, *_])):
+                    parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+                    words = (
+                        str(getattr(p, "value", "")) if isinstance(p, ast.Constant) else "..."
+                        for p in parts
+                    )
+                    yield path.name, "".join(words)
+
+
+def test_every_refusal_is_on_the_page_of_errors():
+    pieces = [p for p in _on_the_page_of_errors() if len(p) > 6]
+    found = [r for r in _refusals() if re.search(r"\w", r[1])]
+    assert len(found) > 100
+    assert not [r for r in found if not any(p in r[1] for p in pieces)]
 
 
 @pytest.mark.parametrize("name, to", [("layers", "md"), ("costs", "md"), ("llms", "txt")])
