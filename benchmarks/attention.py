@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--full] [--csv FILE]
     OMP_NUM_THREADS=1 python benchmarks/attention.py --rates [--ranks N]
+    OMP_NUM_THREADS=1 python benchmarks/attention.py --table    (that of docs/attention.md)
 
 Forward and backward on N gloo processes, taken in turns: the median of the slowest rank's times,
 each over the plain ring's; the least CPU time of the busiest rank, which other load on the machine
@@ -30,14 +31,16 @@ from shardtensor.attention.usp import fits
 from shardtensor.comm import groups, wire
 from shardtensor.ranks.testing import make_mesh, run_workers
 
-KINDS = ("ring", "zigzag", "usp", "all_to_all", "auto")
+KINDS = ("ring", "zigzag", "gather", "usp", "all_to_all", "auto")
+# ranks, heads, tokens of a rank
+TABLE = [(2, 4, (64, 256, 1024, 2048)), (4, 6, (64, 256, 1024))]
 WIDTH, REPEATS = 64, 9
 
 
 def possible(kind, ranks, heads, causal):
     """Whether a strategy can be forced."""
     if kind == "usp":
-        return any(ranks % u == 0 and fits(heads, heads, u) for u in range(2, ranks + 1))
+        return any(ranks % u == 0 and fits(heads, heads, u) for u in range(2, ranks))
     return heads >= ranks if kind == "all_to_all" else causal or kind != "zigzag"
 
 
@@ -72,7 +75,7 @@ def modelled(heads, tokens, ranks, causal):
     """{kind: milliseconds of the busiest rank, forward}."""
     even = (tokens,) * ranks
     work = Work(even, even, 1, heads, heads, WIDTH, WIDTH, 4, causal)
-    ways = [Way("ring"), Way("zigzag"), Way("all_to_all", ranks)]
+    ways = [Way("ring"), Way("zigzag"), Way("gather"), Way("all_to_all", ranks)]
     ways += [Way("usp", u) for u in range(2, ranks) if ranks % u == 0 and fits(heads, heads, u)]
     found = {}
     for way in ways:
@@ -80,6 +83,27 @@ def modelled(heads, tokens, ranks, causal):
             ms = 1e3 * cost(work, way).seconds(rates("cpu", 4, ranks))
             found[way.kind] = min(ms, found.get(way.kind, ms))
     return found
+
+
+def taken(found):
+    """What "auto" took: the strategy that called the same collectives, on the first rank."""
+    by = {found[0][k][3]: k for k in found[0] if k != "auto"}
+    return by.get(found[0]["auto"][3], "?")
+
+
+def table():
+    """CPU ms of the busiest rank under a causal mask, in bold what "auto" takes."""
+    kinds = [k for k in KINDS if k != "auto"]
+    print(f"| ranks, heads, tokens of a rank | {' | '.join(kinds)} |")
+    print("|---" * (len(kinds) + 1) + "|")
+    for ranks, heads, sizes in TABLE:
+        for tokens in sizes:
+            found = run_workers(ranks, measured, heads, tokens, True)
+            busy = {k: f"{max(f[k][1] for f in found):.3g}" for k in found[0]}
+            if (best := taken(found)) in busy:
+                busy[best] = f"**{busy[best]}**"
+            row = " | ".join(busy.get(k, "") for k in kinds)
+            print(f"| {ranks}, {heads}, {tokens} | {row} |", flush=True)
 
 
 def least(fn, repeats=30):
@@ -123,12 +147,16 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--full", action="store_true", help="without a causal mask")
     parser.add_argument("--rates", action="store_true", help="measure the model's rates instead")
+    parser.add_argument("--table", action="store_true", help="print that of docs/attention.md")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
     if args.rates:
         print(f"{args.ranks} ranks; {machine}")
         print("Rates(" + ", ".join(f"{x:.1e}" for x in measured_rates(args.ranks)) + ")")
+        return
+    if args.table:
+        table()
         return
     causal = not args.full
     print(f"{args.ranks} ranks, {args.heads} heads of {WIDTH}, causal {causal}; {machine}")
@@ -139,10 +167,9 @@ def main():
         found = run_workers(args.ranks, measured, args.heads, tokens, causal)
         model = modelled(args.heads, tokens, args.ranks, causal)
         slow = {k: max(f[k][0] for f in found) for k in found[0]}
-        taken = {found[0][k][3]: k for k in found[0] if k != "auto"}
         for kind in found[0]:
             sent, cpu = max(f[kind][2] for f in found) / 1e6, max(f[kind][1] for f in found)
-            auto = taken.get(found[0][kind][3], "?") if kind == "auto" else ""
+            auto = taken(found) if kind == "auto" else ""
             over, by_model = slow[kind] / slow["ring"], model.get(kind, min(model.values()))
             figures = f"{slow[kind]:8.1f} {over:8.2f} {cpu:8.1f} {by_model:8.1f} {sent:8.2f}"
             print(f"{tokens:7} {kind:>11} {figures}   {auto}", flush=True)

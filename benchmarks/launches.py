@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bench_models import DiT, fno
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -131,6 +132,20 @@ class Neighbours(nn.Module):
         return st.neighborhood_attention(q, k, v, 5)
 
 
+class Tokens(nn.Module):
+    """Attention of all tokens to all, by this way."""
+
+    def __init__(self, way: str, heads: int = 12) -> None:
+        super().__init__()
+        self.way, self.heads, self.qkv = way, heads, nn.Linear(64 * heads, 3 * 64 * heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, 64)).permute(2, 0, 3, 1, 4).unbind()
+        # one device has none but its own
+        with strategy(self.way):
+            return F.scaled_dot_product_attention(q, k, v)
+
+
 # name -> (model, shape of an input, dim that is cut, unit of uneven cuts)
 STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "U-Net": (lambda: UNet(4, 4, width=16), (2, 4, 256, 128), 2, 4),
@@ -140,6 +155,9 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "FNO": (lambda: fno(), (2, 4, 256, 128), 2, 1),
     "neighbours 2-D": (lambda: Neighbours(2), (1, 64, 64, 32), 1, 1),
     "neighbours 3-D": (lambda: Neighbours(3), (1, 64, 16, 16, 32), 1, 1),
+    "RMS norm": (lambda: nn.RMSNorm((64, 32)), (2, 64, 32), 1, 1),
+    "few keys, ring": (lambda: Tokens("ring"), (1, 128, 768), 1, 1),
+    "few keys, gather": (lambda: Tokens("gather"), (1, 128, 768), 1, 1),
 }
 
 

@@ -21,6 +21,7 @@ from environments import PINS, ROOT, environment, pip, places, run
 sys.path.insert(0, str(ROOT / "tests"))
 from extras import PROGRAMS, START
 
+PLAN = f"{ROOT}/examples/models.py:UNet --arg c_in=1 --arg c_out=1 --input 1x1x64x64 --devices 2"
 DEMO = ["--resolution", "32", "--trajectories", "2", "--frames", "4", "--steps", "2"]
 
 
@@ -38,7 +39,7 @@ def tried(extra, wheel, base, folder, more):
     if extra == "demo":
         run(python, ROOT / "examples" / "demo.py", *DEMO, cwd=work)
     if extra == "cli":
-        run(python.parent / "shardtensor", "doctor", cwd=work)
+        run(python.parent / "shardtensor", "plan", *PLAN.split(), cwd=work)
     return len(list(places(python).glob("*.dist-info")))
 
 
