@@ -18,7 +18,10 @@ from campaigns import KINDS, Tally, names, run, share
 def _general(message: str) -> str:
     """A refusal without what differs from case to case."""
     text = re.sub(r"Spec\((?:[^()]|\([^()]*\))*\)", "SPEC", message.splitlines()[0])
-    text = re.sub(r"\((?:\d+, ?)*\d*,?\)|\[(?:-?\d+, ?)*-?\d*\]", "N", text)
+    text = re.sub(r"\((?:\d+, ?)*\d+,?\)|\[(?:-?\d+, ?)*-?\d*\]", "N", text)
+    # which ops a view and a write to it were
+    text = re.sub(r"the result of [\w.]+", "the result of OP", text)
+    text = re.sub(r"(a view of it|written to) \([\w.]+\)", r"\1 (OP)", text)
     return re.sub(r"-?\b\d+(?:\.\d+)?\b", "N", text)
 
 
@@ -27,7 +30,7 @@ def _page(tallies: list[Tally]) -> str:
         "# Campaigns",
         "",
         "Random cases of one kind, each run on simulated ranks and held against plain PyTorch, by "
-        "`make campaigns`. `make test` tries a hundred of each, `make fuzz` thousands.",
+        "`make campaigns`. `make test` tries sixty of each, `make fuzz` thousands.",
         "",
         f"| campaign | tried | {' | '.join(KINDS)} |",
         "|---" * (len(KINDS) + 2) + "|",
