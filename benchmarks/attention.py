@@ -3,11 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/attention.py [--ranks N] [--heads N] [--full] [--csv FILE]
     OMP_NUM_THREADS=1 python benchmarks/attention.py --rates [--ranks N]
     OMP_NUM_THREADS=1 python benchmarks/attention.py --table    (that of docs/attention.md)
+    python benchmarks/attention.py --choice
 
 Forward and backward on N gloo processes, taken in turns: the median of the slowest rank's times,
 each over the plain ring's; the least CPU time of the busiest rank, which other load on the machine
 does not change as much; the time of the busiest rank's forward by `attention.cost`. --rates
 measures what that model needs (`attention.strategy.RATES`), each by the least time of many.
+--choice prints what "auto" takes by the model, on GPUs and on CPUs: nothing is timed.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.attention import rates, strategy
+from shardtensor.attention import cheapest, rates, strategy
 from shardtensor.attention.blocks import Rule, forward
 from shardtensor.attention.cost import Rates, Way, Work, cost
 from shardtensor.attention.merge import Merge
@@ -35,6 +37,8 @@ KINDS = ("ring", "zigzag", "gather", "usp", "all_to_all", "auto")
 # ranks, heads, tokens of a rank
 TABLE = [(2, 4, (64, 256, 1024, 2048)), (4, 6, (64, 256, 1024))]
 WIDTH, REPEATS = 64, 9
+CHOICES = [(2, 12), (4, 12), (8, 12), (16, 24), (64, 12), (512, 12)]
+TOKENS = [64, 256, 1024, 4096, 16384]
 
 
 def possible(kind, ranks, heads, causal):
@@ -71,17 +75,21 @@ def measured(heads, tokens, causal):
     return {k: (statistics.median(times[k]), min(busy[k]), *sent[k]) for k in kinds}
 
 
+def ways_of(ranks, heads, causal):
+    """What "auto" chooses among."""
+    ways = [Way("ring"), *[Way("zigzag")] * causal]
+    ways += [Way("usp", u) for u in range(2, ranks) if ranks % u == 0 and fits(heads, heads, u)]
+    return ways + [Way("all_to_all", ranks)] * (heads >= ranks)
+
+
 def modelled(heads, tokens, ranks, causal):
     """{kind: milliseconds of the busiest rank, forward}."""
     even = (tokens,) * ranks
     work = Work(even, even, 1, heads, heads, WIDTH, WIDTH, 4, causal)
-    ways = [Way("ring"), Way("zigzag"), Way("gather"), Way("all_to_all", ranks)]
-    ways += [Way("usp", u) for u in range(2, ranks) if ranks % u == 0 and fits(heads, heads, u)]
     found = {}
-    for way in ways:
-        if possible(way.kind, ranks, heads, causal):
-            ms = 1e3 * cost(work, way).seconds(rates("cpu", 4, ranks))
-            found[way.kind] = min(ms, found.get(way.kind, ms))
+    for way in [*ways_of(ranks, heads, causal), Way("gather", ranks)]:
+        ms = 1e3 * cost(work, way).seconds(rates("cpu", 4, ranks))
+        found[way.kind] = min(ms, found.get(way.kind, ms))
     return found
 
 
@@ -104,6 +112,27 @@ def table():
                 busy[best] = f"**{busy[best]}**"
             row = " | ".join(busy.get(k, "") for k in kinds)
             print(f"| {ranks}, {heads}, {tokens} | {row} |", flush=True)
+
+
+def choices():
+    """What "auto" takes by the tokens of a rank: a line for each number of ranks and heads."""
+    print(
+        f"| ranks, heads | mask | GPUs, bf16: {TOKENS} | CPUs, fp32: {TOKENS} |\n|---|---|---|---|"
+    )
+    for ranks, heads in CHOICES:
+        for causal in (False, True):
+            told = []
+            for device, item in (("cuda", 2), ("cpu", 4)):
+                found = []
+                for tokens in TOKENS:
+                    even = (tokens,) * ranks
+                    work = Work(even, even, 1, heads, heads, WIDTH, WIDTH, item, causal)
+                    ways = ways_of(ranks, heads, causal)
+                    way = cheapest(work, ways, rates(device, item, ranks), gathers=True)
+                    several = way.kind in ("usp", "gather") and 1 < way.team < ranks
+                    found.append(f"{way.kind} {way.team}" if several else way.kind)
+                told.append(", ".join(found))
+            print(f"| {ranks}, {heads} | {'causal' if causal else ''} | {' | '.join(told)} |")
 
 
 def least(fn, repeats=30):
@@ -148,8 +177,12 @@ def main():
     parser.add_argument("--full", action="store_true", help="without a causal mask")
     parser.add_argument("--rates", action="store_true", help="measure the model's rates instead")
     parser.add_argument("--table", action="store_true", help="print that of docs/attention.md")
+    parser.add_argument("--choice", action="store_true", help="what the model chooses instead")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
+    if args.choice:
+        choices()
+        return
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
     if args.rates:
         print(f"{args.ranks} ranks; {machine}")

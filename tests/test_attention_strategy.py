@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import cheapest, fits, rates, strategy
-from shardtensor.attention.cost import Way, Work, cost, pairs
+from shardtensor.attention.cost import Rates, Way, Work, cost, pairs
+from shardtensor.attention.strategy import assume
 from shardtensor.attention.zigzag import chunks
 
 D = torch.float64
@@ -141,6 +142,47 @@ def test_gather(cut, causal):
             T.hold(masked, [*operands(2, 2), mask], [*[T.shard(2, cut)] * 3, None], n)
 
 
+def in_blocks(numel, seen, **options):
+    """Attention where as many ranks have one block as have at most numel keys and values."""
+    slow = {4: Rates(1e30, 1e30, 1.0, 1e30, 1.0, numel * D.itemsize)}
+
+    def run(*x):
+        with assume(slow), st.trace() as t:
+            out = F.scaled_dot_product_attention(*x, **options)
+        seen.update(s.collective for s in t.sent)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "cut, places",
+    [
+        ((3, 3, 2, 2), 2),
+        ((1, 8, 0, 1), 2),
+        ((0, 1, 8, 1), 2),
+        ((2, 1, 3, 0, 1, 3), 3),
+        ((1, 2, 2, 1, 2, 2), 2),
+    ],
+)
+def test_some_ranks_gather_keys_and_pass_them_on_together(cut, places, causal):
+    n, seen = (len(cut),), set()
+    most = max(sum(cut[i : i + places]) for i in range(0, len(cut), places))
+    options = dict(is_causal=causal, enable_gqa=True)
+    for heads, kv, out in ((5, 5, 3), (5, 1, 3), (5, 5, 4)):
+        fn = in_blocks(2 * kv * (3 + out) * most, seen, **options)
+        T.hold(fn, operands(heads, kv, out=out), [T.shard(2, cut)] * 3, n)
+    queries, keys = torch.randn(2, 5, 7, 3, dtype=D), operands(5, 5)[1:]
+    fn = in_blocks(2 * 5 * 6 * most, seen, is_causal=causal)
+    T.hold(fn, [queries, *keys], [T.shard(2), *[T.shard(2, cut)] * 2], n)
+    if not causal:
+        for mask in (torch.randn(10, 10, dtype=D), torch.rand(2, 1, 1, 10) > 0.4):
+            masked = lambda q, k, v, m, fn=fn: fn(q, k, v, m)  # noqa: E731
+            T.hold(masked, [*operands(5, 5), mask], [*[T.shard(2, cut)] * 3, None], n)
+    assert "all_gather" not in seen and {"window", "ring"} <= seen
+
+
 def test_gather_over_two_axes_and_beside_a_batch():
     place = T.On([Shard(2), Shard(2)], {2: (3, 4, 0, 3)})
     for causal in (False, True):
@@ -176,14 +218,20 @@ def test_results_may_be_written_to_and_differentiated_twice(kind):
     st.simulate(2, run)
 
 
-def sent(kind, ranks, causal=False, tokens=8):
+def sent(kind, ranks, causal=False, tokens=8, blocks=0):
+    # heads that no team can share out
+    heads = 3 if blocks else 4
+
     def run():
         q, k, v = (
             st.distribute_tensor(x, T.make_mesh((ranks,)), [Shard(2)])
-            for x in operands(4, 4, tokens=tokens * ranks)
+            for x in operands(heads, heads, tokens=tokens * ranks)
         )
+        one = 2 * k.to_local().numel()
+        fn = attention(kind, is_causal=causal)
+        fn = in_blocks(blocks * one, set(), is_causal=causal) if blocks else fn
         with st.trace() as t:
-            attention(kind, is_causal=causal)(q, k, v)
+            fn(q, k, v)
         return t.bytes, t.messages, sorted({s.collective for s in t.sent})
 
     return st.simulate(ranks, run)[0]
@@ -199,6 +247,8 @@ def test_costs():
     assert sent("auto", 2) == sent("auto", 2, causal=True) == sent("gather", 2)
     assert sent("gather", 4) == (3 * 2 * one, 3, ["all_gather"])
     assert sent("auto", 2, tokens=1024)[2] == ["ring"]
+    # of two ranks beside each other, then of the two others
+    assert sent("auto", 4, blocks=2) == (3 * 2 * one * 3 // 4, 2, ["ring", "window"])
 
 
 def model_vit(ranks, heads, tokens, causal, device="cuda", key_heads=None):
@@ -218,15 +268,17 @@ def test_the_choice_is_by_work_and_wire():
         assert model_vit(8, 12, 4096, causal) == ("usp", 4)
         assert model_vit(8, 16, 4096, causal) == ("all_to_all", 8)
         assert model_vit(8, 12, 64, causal) == ("all_to_all", 8)
-        assert model_vit(8, 1, 64, causal) == ("gather", 1)
+        assert model_vit(8, 1, 64, causal) == ("gather", 8)
         assert model_vit(8, 1, 2**16, causal).kind != "gather"
         assert model_vit(8, 12, 4096, causal, key_heads=1).kind != "all_to_all"
-    assert model_vit(2, 12, 256, False) == ("gather", 1)
+    assert model_vit(2, 12, 256, False) == ("gather", 2)
     assert model_vit(2, 12, 4096, False) == ("ring", 1)
     assert model_vit(8, 1, 16384, True) == ("zigzag", 1)
-    assert model_vit(2, 2, 64, True, "cpu") == ("gather", 1)
+    assert model_vit(2, 2, 64, True, "cpu") == ("gather", 2)
     assert model_vit(2, 12, 64, True, "cpu") == ("ring", 1)
-    assert model_vit(64, 1, 32, False) == ("gather", 1)
+    assert model_vit(64, 1, 32, False) == ("gather", 64)
+    # keys of all ranks would be 50 MB
+    assert model_vit(512, 12, 32, False) == ("gather", 32)
     assert model_vit(2, 12, 4096, True, "cpu") == ("all_to_all", 2)
     assert model_vit(8, 12, 4096, True, "cpu").kind == "usp"
 
@@ -237,7 +289,7 @@ def test_costs_are_those_of_the_trace():
     even = (tokens,) * 4
     for causal in (False, True):
         work = Work(even, even, 2, 4, 4, 3, 3, D.itemsize, causal)
-        for way in (Way("ring"), Way("usp", 2), Way("all_to_all", 4), Way("gather")):
+        for way in (Way("ring"), Way("usp", 2), Way("all_to_all", 4), Way("gather", 4)):
             found = cost(work, way)
             nbytes, _, names = sent(way.kind, 4, causal)
             if not causal:

@@ -1,8 +1,8 @@
 """What travels around a ring: keys with their values, and what was found for them.
 
 Large ones go in two exchanges: keys and values are one vector, which is sent on as it came, and its
-memory goes with it. Small ones go in one. Very small ones come from all ranks at once, with tokens
-first, so that what came is in order.
+memory goes with it. Small ones go in one. Of very small ones several places get each other's first,
+with tokens first, so that what came is in order, and pass all of them on together.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import comm
 from ..comm import wire
-from ..comm.pack import joined
-from ..cuts import cut
+from ..comm.pack import joined, numel_but, packed
+from .blocks import wide
 from .call import Call, Span
 
 # rows of queries, of all their heads, from which on heads take turns; 8 times as many on GPUs, that
@@ -95,9 +95,10 @@ def start(
     if returns:
         of, finder = call.held(me, step - 1), (me + step - 1) % call.n
         if lay.sees(me, of):
-            home.sends[call.rank(of)] = list(found)
+            home.sends.update(_apart(call, of, found))
         if lay.sees(finder, me):
-            home.shapes[call.rank(finder)] = like.both(lay.held[me])
+            sizes, mine = call.owned(me)
+            home.shapes.update(dict.fromkeys(call.owners(finder), like.both(sizes[mine])))
         found.clear()
     empty = held.flat.new_empty(0)
     # alike on all ranks: those of a team may have different numbers of heads
@@ -118,7 +119,7 @@ def start(
 
     def returned() -> list[Tensor]:
         came = second()
-        return came[of_home[0]] if of_home else []
+        return _summed([came[r] for r in of_home])
 
     return arrived, returned
 
@@ -159,29 +160,54 @@ def in_turns(call: Call, q: Tensor, k: Tensor, mask_grad: bool) -> list[tuple[Sp
     return [((a * times, b * times), (a, b)) for a, b in ends]
 
 
-def from_all(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values that a rank computes with first: its own, or those of all ranks."""
-    if not call.at_once:
+def shared(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of this rank's block, which is more than its own if places share one."""
+    if call.together == 1:
         return k, v
-    sizes = cut(call.laid.held)
+    sizes, windows = call.shared
     keys, values = (
         x.permute(1, 2, 0, 3)
         for y in _tokens_first(k, v)
-        for x in comm.gather(y, 0, sizes, call.group).unbind(1)
+        for x in comm.window(y, 0, sizes, windows, call.group).unbind(1)
     )
     return keys, values
 
 
-def to_owners(call: Call, found: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """What was found for keys and values, all of it for this rank's, added up in a dtype."""
-    if not call.at_once:
+def own_part(call: Call, found: list[Tensor]) -> list[Tensor]:
+    """Of what was found for keys and values of this rank's block what is its own."""
+    if call.together == 1:
         return found
-    sizes = cut(call.laid.held)
-    return [
-        x.permute(1, 2, 0, 3)
-        for y in _tokens_first(*found)
-        for x in comm.reduce_scatter(y.to(dtype), 0, sizes, call.group).unbind(1)
-    ]
+    sizes, mine = call.owned(call.me)
+    return [x.narrow(2, sizes.offsets[mine], sizes[mine]) for x in found]
+
+
+def _apart(call: Call, block: int, found: list[Tensor]) -> dict[int, list[Tensor]]:
+    """What was found for a block's keys and values, by whom they are."""
+    owners = call.owners(block)
+    if call.together == 1:
+        return {r: list(found) for r in owners}
+    (sizes, mine), sends = call.owned(block), dict[int, list[Tensor]]()
+    tokens = [n for i, n in enumerate(sizes) if i != mine]
+    both = [torch.cat(found)] if found[0].shape == found[1].shape else found
+    for x in both:
+        rest = numel_but(x.shape, 2)
+        parts = packed(x, 2, sizes, mine).split([rest * n for n in tokens])
+        for r, part in zip(owners, parts, strict=True):
+            sends.setdefault(r, []).append(part)
+    return sends
+
+
+def _summed(parts: list[list[Tensor]]) -> list[Tensor]:
+    """What several ranks found for the same, each in one tensor or in two, added up."""
+    if len(parts) < 2:
+        return parts[0] if parts else []
+    dtype = wide(parts[0][0].dtype)
+    if len(parts[0]) == 1:
+        # as it came, one after the other
+        first = parts[0][0]
+        every = joined([x for (x,) in parts], first).view(len(parts), *first.shape)
+        return [every.sum(0, dtype=dtype)]
+    return [torch.stack(xs).sum(0, dtype=dtype) for xs in zip(*parts, strict=True)]
 
 
 def _tokens_first(k: Tensor, v: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ Span = tuple[int, int]
 
 INTEGERS = (
     "int[] q_starts, int[] q_sizes, int[] k_starts, int[] k_sizes, int mask_start, bool causal, "
-    "bool exact, float scale, float drop, int seed, int[] order, int team, bool at_once, str group"
+    "bool exact, float scale, float drop, int seed, int[] order, int team, int together, str group"
 )
 
 
@@ -40,8 +40,9 @@ class Call(Facts):
     """As the dispatcher takes them; the same on every rank of the group.
 
     team: how many ranks of the group sit at one place of the ring, each in a ring of its own with
-    the same spans. order: the group's ranks, place by place; none: as they are. at_once: keys of
-    all places come before anything is computed, to ranks that are in order and have one span each.
+    the same spans. order: the group's ranks, place by place; none: as they are. together: so many
+    places beside each other have one block of keys: each gets the others' before anything is
+    computed, and passes all on. It divides them; 1 but for keys that are in order, a span each.
     """
 
     q_starts: tuple[int, ...]
@@ -56,7 +57,7 @@ class Call(Facts):
     seed: int
     order: tuple[int, ...]
     team: int
-    at_once: bool
+    together: int
     group: str
 
     @classmethod
@@ -73,37 +74,66 @@ class Call(Facts):
 
     @cached_property
     def _seat(self) -> tuple[int, int]:
+        """This rank's place, and which of the ranks there it is."""
         rank = groups.rank(self.group)
         return divmod(self.order.index(rank) if self.order else rank, self.team)
 
     @cached_property
     def me(self) -> int:
-        """This rank's place in its ring."""
-        return self._seat[0]
+        """The place of this rank's block in its ring."""
+        return self._seat[0] // self.together
 
     @cached_property
     def n(self) -> int:
-        """Places of a ring."""
-        return groups.size(self.group) // self.team
+        """Blocks of a ring."""
+        return groups.size(self.group) // self.team // self.together
 
-    def rank(self, place: int) -> int:
-        """Who of the group sits there in this rank's ring."""
-        at = place % self.n * self.team + self._seat[1]
+    def rank(self, block: int) -> int:
+        """Who of the group has this rank's number among those of another block."""
+        return self._rank(block % self.n * self.together + self._seat[0] % self.together)
+
+    def owners(self, block: int) -> list[int]:
+        """Who of the group, in this rank's ring, has a block's keys, itself left out."""
+        first = block * self.together
+        every = range(first, first + self.together)
+        return [self._rank(place) for place in every if place != self._seat[0]]
+
+    def owned(self, block: int) -> tuple[Cut, int]:
+        """How many of a block's keys each of its places has; which of them is its own, or -1."""
+        each = len(self.k_sizes) // self.n
+        sizes = self.k_sizes[block * each : (block + 1) * each]
+        if self.together == 1:
+            sizes = (sum(sizes),)
+        return cut(sizes), self._seat[0] % self.together if block == self.me else -1
+
+    def _rank(self, place: int) -> int:
+        at = place * self.team + self._seat[1]
         return self.order[at] if self.order else at
 
     @cached_property
     def laid(self) -> Laid:
-        """The spans of each place, and where keys must go."""
-        return laid(self.n, self.q_starts, self.q_sizes, self.k_starts, self.k_sizes, self.causal)
+        """The spans of each block, and where keys must go."""
+        starts, sizes, m = self.k_starts, self.k_sizes, self.together
+        if m > 1:
+            sizes = tuple([sum(sizes[i : i + m]) for i in range(0, len(sizes), m)])
+            starts = starts[::m]
+        return laid(self.n, self.q_starts, self.q_sizes, starts, sizes, self.causal)
+
+    @cached_property
+    def queries(self) -> tuple[Span, ...]:
+        """The spans of this rank's queries."""
+        each = len(self.q_starts) // (self.n * self.together)
+        own = slice(self._seat[0] * each, (self._seat[0] + 1) * each)
+        return tuple(zip(self.q_starts[own], self.q_sizes[own], strict=True))
 
     @cached_property
     def steps(self) -> int:
         """How often keys are passed on."""
-        return 0 if self.at_once else self.laid.steps
+        return self.laid.steps
 
-    def held(self, place: int, step: int) -> int:
-        """The block that a place may hold after `step` hops."""
-        return (place - step) % self.n
+    def held(self, block: int, step: int) -> int:
+        """The block that ranks of a block may hold after `step` hops."""
+        return (block - step) % self.n
 
     def seen(self, q: Tensor, block: int) -> list[Seen]:
         """What this rank's queries see of a block."""
@@ -111,11 +141,10 @@ class Call(Facts):
         if not q.numel():
             return []
         found = list[Seen]()
-        every = ((self.k_starts[0], sum(self.k_sizes)),) if self.at_once else self.laid.keys[block]
         row = 0
-        for first, rows in self.laid.queries[self.me]:
+        for first, rows in self.queries:
             key = 0
-            for start, keys in every:
+            for start, keys in self.laid.keys[block]:
                 for p in pieces(rows, keys, first - start if self.causal else None):
                     seed = self._seed(block, len(found))
                     rule = Rule(self.scale, p.triangle, self.drop, seed, self.exact)
@@ -128,7 +157,7 @@ class Call(Facts):
     def whole_pieces(self) -> list[Piece]:
         """What this rank's rows see of the keys of all places."""
         found, row = list[Piece](), 0
-        for first, rows in self.laid.queries[self.me]:
+        for first, rows in self.queries:
             key = 0
             for start, keys in (span for block in self.laid.keys for span in block):
                 for p in pieces(rows, keys, first - start if self.causal else None):
@@ -153,7 +182,7 @@ class Call(Facts):
     def gathered(self) -> tuple[Cut, Any]:
         """Sizes of the keys of all ranks of the group; the windows that each asks for of them."""
         if self.team == 1 and not self.order:
-            sizes = cut(self.laid.held)
+            sizes = cut(self.laid.held if self.together == 1 else self.k_sizes)
             return sizes, whole(sizes)
         order = self.order or tuple(range(self.n * self.team))
         held = [0] * len(order)
@@ -163,6 +192,13 @@ class Call(Facts):
             wanted[rank] = order[at % self.team :: self.team]
         edges, ranks = cut(held).edges, [r for ring in wanted for r in ring]
         return cut(held), pairs(edges[:-1][ranks], edges[1:][ranks])
+
+    @cached_property
+    def shared(self) -> tuple[Cut, Any]:
+        """Sizes of the keys of all ranks, which are in order; the window of each: its block."""
+        sizes, m = cut(self.k_sizes), self.together
+        ends = sizes.edges[::m]
+        return sizes, pairs(ends[:-1].repeat(m), ends[1:].repeat(m))
 
 
 def _moved(span: Span, by: int) -> Span:

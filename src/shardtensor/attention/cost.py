@@ -12,7 +12,7 @@ from .schedule import teams
 
 
 class Way(NamedTuple):
-    """A strategy by name, and for how many ranks heads are dealt to: 1 for a ring."""
+    """A strategy, and for how many ranks heads are dealt to or keys gathered: 1 for a ring."""
 
     kind: str
     team: int = 1
@@ -22,7 +22,7 @@ class Rates(NamedTuple):
     """How fast a rank multiplies (multiply-adds/s) and merges (elements/s), and its link.
 
     latency (s) of an exchange, bandwidth (bytes/s). block: what one more block of keys takes beside
-    its work (s). whole: bytes of the keys and values of all ranks up to which a rank may have them.
+    its work (s). whole: bytes of keys and values up to which a rank may have those of several.
     """
 
     multiply: float
@@ -77,10 +77,14 @@ class Cost(NamedTuple):
         return work + wait + self.moved / rates.bandwidth + latency
 
 
-def keys_of_all(work: Work) -> int:
-    """Bytes of the keys and values of all ranks."""
-    row = work.width + work.value_width
-    return work.batch * work.item * work.key_heads * row * sum(work.keys)
+def together(work: Work, most: float) -> list[int]:
+    """How many ranks may have each other's keys and values, of most bytes; they divide all."""
+    row = work.batch * work.item * work.key_heads * (work.width + work.value_width)
+    n, edges, found = len(work.keys), np.array((0, *work.keys)).cumsum(), list[int]()
+    for m in range(2, n + 1):
+        if n % m == 0 and row * int(np.diff(edges[::m]).max()) <= most:
+            found.append(m)
+    return found
 
 
 @cached
@@ -109,7 +113,11 @@ def cost(work: Work, way: Way) -> Cost:
     if way.kind == "ring":
         return Cost(max(seen) * scale, (n - 1) * out, 0, 0, (n - 1) * block, n - 1)
     if way.kind == "gather":
-        return Cost(max(seen) * scale, 0, (n - 1) * block, 1, 0, 0)
+        # some ranks' keys first, which are then a block of a ring
+        m = way.team
+        hops = n // m - 1
+        passed = hops * m * block
+        return Cost(max(seen) * scale, hops * out, (m - 1) * block, 1, passed, hops)
     if way.kind == "zigzag":
         # a chunk of two stays where it is, at best; the result comes back
         there = (own + block) * (n - 1) / n

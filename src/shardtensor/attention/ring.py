@@ -30,7 +30,7 @@ from .. import _torch
 from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
-from .around import Held, Shapes, from_all, in_turns, start, to_owners
+from .around import Held, Shapes, in_turns, own_part, shared, start
 from .blocks import backward, forward, settled, top_of, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
 from .merge import Merge, relative
@@ -95,7 +95,7 @@ def _turn(
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
     steps = call.steps
-    k, v = from_all(call, k, v)
+    k, v = shared(call, k, v)
     total = Merge(q, v)
     top = top_of(mask)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
@@ -175,7 +175,7 @@ def _turn_back(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of some heads, also in `into_q` and `into`, whose dtype may be that of the sums."""
     steps, dtype = call.steps, wide(q.dtype)
-    k, v = from_all(call, k, v)
+    k, v = shared(call, k, v)
     inside = into_q is not None and into_q.dtype is dtype
     dq = into_q.zero_() if into_q is not None and inside else q.new_zeros(q.shape, dtype=dtype)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
@@ -204,14 +204,15 @@ def _turn_back(
             del found
         if step:
             _add(home, returning())
-            grads = [x.to(k.dtype) for x in own]
         else:
-            home = _home(to_owners(call, own, dtype), dtype, into if inside else ())
+            home = _home(own_part(call, own), dtype, into if inside else ())
+        if step or call.together > 1:
+            grads = [x.to(k.dtype) for x in own]
         del own
         held = arriving()
         # what was sent goes
         del arriving, returning
-    if steps:
+    if grads:
         _add(home, start(call, steps + 1, held, grads, like)[1]())
     if into_q is not None and not inside:
         _add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
@@ -372,7 +373,7 @@ def attend(
     seed: int = 0,
     order: tuple[int, ...] = (),
     team: int = 1,
-    at_once: bool = False,
+    together: int = 1,
     group: str,
     merged: str,
 ) -> Tensor:
@@ -382,13 +383,13 @@ def attend(
     q (B, H, L, E), k (B, G, S, E), v (B, G, S, F): this rank's blocks. mask: whole along the keys
     from mask_start on, broadcasting to (B, H, L, keys). q_spans, k_spans: (start, size) of the
     queries and keys at each place of the ring, one or several for each, listed place by place.
-    order, team, at_once: who sits there and has what, as of `call.Call`. Over `merged` ranks hold
+    order, team, together: who sits there and has what, as of `call.Call`. Over `merged` ranks hold
     other keys for the same queries; the result is then the same on all of them. exact: as of
     `blocks.Rule`. Sends each block once to each rank that needs it.
     """
     # of which seeds are drawn anew is not kept
     make = call_of.__wrapped__ if drop else call_of  # type: ignore[attr-defined]
     call = make(
-        q_spans, k_spans, mask_start, causal, exact, scale, drop, seed, order, team, at_once, group
+        q_spans, k_spans, mask_start, causal, exact, scale, drop, seed, order, team, together, group
     )
     return run(attention_op, q, k, v, mask, call, merged)[0]

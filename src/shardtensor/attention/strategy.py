@@ -9,10 +9,11 @@ Along n ranks, for queries Q, keys K, values V and output O of one rank (bytes),
   messages; each rank then has all tokens of some heads, so a causal mask loads all alike;
 - usp (arXiv 2405.07719), in teams of u ranks: (u - 1) / u (Q + K + V + O) in 2 (u - 1) messages,
   then (n / u - 1) (K + V) in n / u - 1 messages, hidden behind the computation;
-- gather: (n - 1) (K + V) in n - 1 messages that nothing hides, and one block in place of n.
+- gather: (n - 1) (K + V) in n - 1 messages that nothing hides, and one block in place of n; or
+  (m - 1) (K + V) so, after which m ranks have one block, of which n / m go around the ring.
 "auto" takes what costs the busiest rank least time by `cost`, at the rates of `RATES` for the
-mesh's device; in place of hops "gather" where that takes less and keys and values of all ranks
-have few bytes (`Rates.whole`). Memory is that of one rank's share in every other case. Where
+mesh's device; in place of hops "gather" among so many ranks as takes least, where their keys and
+values have few bytes (`Rates.whole`). Memory is that of one rank's share in every other case. Where
 `shardtensor doctor` has measured the links of as many ranks, `init` gives what the first rank knows
 of them to all ranks.
 """
@@ -23,9 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..settings import current, setting
-from .cost import Rates, Way, Work, cost, keys_of_all
+from .cost import Rates, Way, Work, cost, together
 
-GATHER = Way("gather")
 KINDS = ("auto", "ring", "zigzag", "all_to_all", "usp", "gather")
 # by device and bytes of a number; of what is not there, as for 4 bytes
 RATES = {
@@ -93,12 +93,15 @@ def rates(device: str, item: int, ranks: int) -> Rates:
 def cheapest(work: Work, ways: Sequence[Way], rates: Rates, *, gathers: bool = False) -> Way:
     """The way that takes the busiest rank the least time; the first of equal ones.
 
-    gathers: whether keys may come from all ranks at once where the best is to pass them on.
+    gathers: whether keys of several ranks may come at once where the best is to pass them on.
     """
     found = min(ways, key=lambda way: cost(work, way).seconds(rates))
-    passed = cost(work, found)
-    if gathers and passed.hops and keys_of_all(work) <= rates.whole:
-        gathered = cost(work, GATHER).seconds(rates)
-        if gathered < passed.seconds(rates) + passed.hops * rates.block:
-            return GATHER
-    return found
+    if not gathers or not cost(work, found).hops:
+        return found
+
+    def seconds(way: Way) -> float:
+        passed = cost(work, way)
+        return passed.seconds(rates) + passed.hops * rates.block
+
+    every = [Way("gather", m) for m in together(work, rates.whole)]
+    return min([found, *every], key=seconds)

@@ -138,7 +138,8 @@ def scaled_dot_product_attention(
         out = attend_in_teams(q, k, v, apart, team=goes.team, rows=rows, **common)
     else:
         start = 0 if p.ring or not p.merged else k_spans[0][0]
-        out = attend(q, k, v, apart, mask_start=start, at_once=goes.kind == "gather", **common)
+        together = goes.team if goes.kind == "gather" else 1
+        out = attend(q, k, v, apart, mask_start=start, together=together, **common)
     return wrap(out if p.lies else out.reshape(shape), p.spec)
 
 

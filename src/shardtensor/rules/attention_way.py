@@ -32,16 +32,16 @@ def way(
     """
     if kind == "ring":
         return RING
+    n = prod(p.spec.mesh.size(a) for a in p.ring)
     if kind == "gather":
         if not _in_order(p):
             raise UnsupportedOpError(
                 f"{NAME}: strategy('gather') for keys that lie along mesh axes {p.keys.axes}, of "
                 f"which queries have {p.ring} only; leave the choice to 'auto'"
             )
-        return Way(kind)
+        return Way(kind, n)
     *operands, mask = p.operands
     plain = mask is None and not dropout
-    n = prod(p.spec.mesh.size(a) for a in p.ring)
     found = _in_teams(p, n)
     axis = dealt_along(p) if plain else None
     # all ranks are one team; torch's own kernel where one mesh axis has them
