@@ -109,6 +109,51 @@ def test_values_with_few_kernels(way, cut):
     T.hold(attend, numbers(2, heads, 8, 4), [T.shard(2, cut)] * 3, (len(cut),))
 
 
+@pytest.mark.parametrize("cut", [(4, 4), (3, 0, 5), (1, 4, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8), (1, 1, 1, 8), (2, 12, 8, 8)], ids=str)
+def test_boolean_masks_with_few_kernels(shape, cut):
+    """Some rows see no key of a block, some none at all."""
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.5
+    seen[..., :3] = False
+    if shape[-2] > 1:
+        seen[..., 2, :] = False
+        seen[..., 6, :5] = True
+
+    def attend(q, k, v, mask):
+        with strategy("ring"):
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+    given = numbers(2, 12, 8, 4)
+    for rows in (None, T.shard(len(shape) - 2, cut)):
+        if rows is None or shape[-2] > 1:
+            T.hold(attend, [*given, seen], [*[T.shard(2, cut)] * 3, rows], (len(cut),))
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (1, 1, 1, TOKENS)], ids=str)
+def test_a_boolean_mask_costs_four_kernels_a_hop(shape):
+    """The numbers to add, which rows see a key, and nothing where they see none, of out and sums."""
+    ways = []
+    for mask in (None, torch.ones(shape, dtype=torch.bool)):
+        cache.clear()
+        with silent_world(RANKS // 2, RANKS), strategy("ring"):
+            try:
+                mesh = init_device_mesh("cpu", (RANKS,))
+                sizes = {2: [TOKENS // RANKS] * RANKS}
+                given = [
+                    st.ShardTensor.from_local(x, mesh, [Shard(2)], sizes)
+                    for x in numbers(1, 4, TOKENS // RANKS, 8, dtype=torch.float32)
+                ]
+
+                def layer(x, given=given, mask=mask):
+                    return F.scaled_dot_product_attention(x, *given[1:], mask)
+
+                ways.append(kernels(layer, given[0], False)[0])
+            finally:
+                cache.clear()
+                groups.forget()
+    assert ways[1] - ways[0] <= 4 * RANKS + 1
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_half_precision_is_merged_in_single(causal):
     given = numbers(2, 4, 64, 8, dtype=torch.bfloat16)

@@ -80,6 +80,17 @@ def test_masks(shape, kind):
                 T.hold(attention(name), [*qkv, mask], [*[T.shard(2, cut)] * 3, place], (4,))
 
 
+def refused():
+    """Whether this torch takes no mask beside is_causal (2.14)."""
+    q, k, v = operands()
+    try:
+        F.scaled_dot_product_attention(q, k, v, torch.ones(12, 12).bool(), is_causal=True)
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(refused(), reason="this torch refuses one")
 @pytest.mark.parametrize("shape", [(12, 12), (2, 6, 12, 12), (1, 1, 12, 12)])
 def test_a_mask_beside_is_causal(shape):
     """Teams have tokens from the front and the back."""

@@ -15,7 +15,7 @@ def positive(x):
 
 SQUARE = {
     "cholesky": L.cholesky,
-    "upper": lambda x: torch.cholesky(x, True),
+    "upper": lambda x: L.cholesky(x, upper=True),
     "cholesky_ex": L.cholesky_ex,
     "cholesky_inverse": lambda x: torch.cholesky_inverse(L.cholesky(x)),
     "inv": L.inv,

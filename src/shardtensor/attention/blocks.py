@@ -4,8 +4,8 @@ Shapes: q (B, H, L, E), k (B, G, S, E), v (B, G, S, F), where H is a multiple of
 broadcasts to (B, H, L, S); out (B, H, L, F); sums (2, B, H, L): for each row m and t such that its
 sum of exp(scores) is t exp(m); m is -inf where the row sees no key. Two numbers, since their
 log-sum-exp m + log t rounds t away where m is about the most negative number: in a row that a mask
-of such numbers fills. Where no mask can, and nobody looks (`_looked_at`), sums are their
-log-sum-exp alone, (B, H, L).
+of such numbers fills. Where no mask of numbers can, and nobody looks (`_looked_at`), sums are their
+log-sum-exp alone, (B, H, L); `NOTHING` where the row sees no key.
 
 Gradients of a block need only the merged out and sums of all blocks: P = exp(scores - m) / t,
 dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
+from ..cache import cached
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
 # log-sum-exps beyond this have lost digits of the sums that they stand for
 COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
+# the log-sum-exp of a row that sees no key of a block: finite, so that merges need not ask for it
+NOTHING = -1e30
 # scores to which kernels, which compute powers of two, may add up none
 HUGE = -1e38
 
@@ -70,8 +73,11 @@ def forward(
         return _plain_forward(q, k, v, mask, rule)
     block = _block(mask, q.dtype, rule)
     out, lse = kernel.forward(q, k, v, block)
-    if block.bias is None and not _looked_at(lse):
-        return out, lse
+    if not _looked_at(lse):
+        if mask is None:
+            return out, lse
+        if mask.dtype is torch.bool:
+            return _where_seen(mask, out, lse)
     hidden = None
     sums = torch.stack((lse, torch.ones_like(lse)))
     if block.bias is not None:
@@ -96,6 +102,34 @@ def forward(
         out = out.index_copy(2, rows, again[0].to(out.dtype))
         sums = sums.index_copy(3, rows, again[1])
     return out, sums
+
+
+def _where_seen(mask: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse where a row sees a key; elsewhere, whatever a kernel gives there, nothing."""
+    sees = mask.any(-1)
+    sees = sees.view(*[1] * (3 - sees.ndim), *sees.shape)
+    zero, nothing, _ = _numbers(lse)
+    torch.where(sees, lse, nothing, out=lse)
+    zero = zero if out.dtype is lse.dtype else _numbers(out)[0]
+    torch.where(sees.unsqueeze(-1), out, zero, out=out)
+    return out, lse
+
+
+def _numbers(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """0, the log of nothing and -inf, each a tensor of that dtype."""
+    if type(like) is not Tensor:
+        # fake
+        return like.new_zeros(()), like.new_full((), NOTHING), like.new_full((), -inf)
+    return _kept_numbers(like.dtype, str(like.device))
+
+
+@cached
+def _kept_numbers(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    zero, nothing, least = (
+        torch.full((), value, dtype=dtype, device=device)
+        for value in (0.0, max(NOTHING, torch.finfo(dtype).min), -inf)
+    )
+    return zero, nothing, least
 
 
 def _counted(q: Tensor, k: Tensor, block: _torch.Block, top: Tensor, sums: Tensor) -> Tensor:
@@ -214,10 +248,20 @@ def _part(
 def _block(mask: Tensor | None, dtype: torch.dtype, rule: Rule) -> _torch.Block:
     """What a kernel gets: the mask as numbers to add to the scores."""
     if mask is not None and mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -inf)
+        mask = _added(mask, dtype)
     elif mask is not None and mask.dtype is not torch.float32:
         mask = mask.to(dtype)
     return _torch.Block(rule.scale, mask, rule.triangle, rule.drop, rule.seed)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers to add for a mask that says which keys are seen."""
+    more = -mask.shape[-1] % 16 if mask.is_cuda else 0
+    make = mask.new_zeros if more else mask.new_empty
+    # rows that begin where kernels ask for it
+    made = make((*mask.shape[:-1], mask.shape[-1] + more), dtype=dtype)[..., : mask.shape[-1]]
+    zero, _, least = _numbers(made)
+    return torch.where(mask, zero, least, out=made)
 
 
 def _fused(
