@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 import shardtensor as st
 from shardtensor.comm.define import Looking
 from shardtensor.ranks.testing import make_mesh
+from shardtensor.tensor.random import generator_for
 
 MODELS = {"U-Net": lambda: UNet(4, 4, width=16), "ViT": lambda: ViT((256, 128), 8, 4, 4)}
 
@@ -89,3 +90,18 @@ def test_a_warm_step_waits_for_nothing(name, monkeypatch):
         assert torch.cuda.memory_stats()["num_device_alloc"] == blocks
 
     st.simulate(1, run)
+
+
+def test_draws_are_refused_while_a_graph_is_captured(monkeypatch):
+    """Replays would draw the same: seeds are numbers of the host."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def run():
+        x = st.distribute_tensor(torch.ones(4, 3), make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        before = torch.get_rng_state()
+        with pytest.raises(st.UnsupportedOpError, match="CUDA graph is captured"):
+            generator_for(x.spec, torch.device("cuda"))
+        assert torch.equal(before, torch.get_rng_state())
+        generator_for(x.spec, x.device)
+
+    st.simulate(2, run)

@@ -70,6 +70,13 @@ def generator_for(
             f"a draw for {spec} that depends on values cannot be compiled: leave it out of "
             "st.compile"
         )
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedOpError(
+            f"a draw for {spec} (dropout, noise) while a CUDA graph is captured: its seed is a "
+            "number of the host, so every replay would draw the same. Draw before, into a tensor "
+            "that the graph reads; leave it out of the graph; or take st.compile, whose draws are "
+            "made anew before each call"
+        )
     source = None if generator is None or generator.device.type != "cpu" else generator
     seed = torch.randint(2**62, (1,), generator=source)
     alike = tuple(a for a in range(spec.mesh.ndim) if a not in spec.varying)
