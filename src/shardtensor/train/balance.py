@@ -96,18 +96,26 @@ class Balancer:
     def step(self) -> Iterator[None]:
         """Around a step, or all of it that depends on the cut.
 
-        One that is measured records a `trace`, which waits for a GPU at its end; the last of them
-        communicates. Not to be used where ranks are simulated, of which one runs at a time: `note`.
+        One that is measured records a `trace`, which waits for a GPU at its end; that after the
+        last of them communicates where it begins, and sizes change where it ends. A step in which
+        one rank raised is left out of its median. Not to be used where ranks are simulated, of
+        which one runs at a time: `note`.
         """
-        number, self._number = self._number % self.every, self._number + 1
-        self.changed = False
-        # the first finds out much that is kept
-        if not 0 < number <= self.steps:
-            yield
-            return
-        with trace() as t:
-            yield
-        self.note(busy(t))
+        begun, self._number = self._number, self._number + 1
+        number, self.changed, found = begun % self.every, False, None
+        if begun > self.steps and number == (self.steps + 1) % self.every:
+            # not where a step ends, which one that raised may not do on all ranks
+            found = self._of_all(self._busy)
+        try:
+            # the first finds out much that is kept
+            if not 0 < number <= self.steps:
+                yield
+            else:
+                with trace() as t:
+                    yield
+                self._busy.append(busy(t))
+        finally:
+            self.changed = found is not None and self._decide(found)
 
     def note(self, seconds: float) -> bool:
         """Count this rank's time of a step without what it waited, in the place of `step`.
@@ -117,23 +125,28 @@ class Balancer:
         self._busy.append(seconds)
         self.changed = False
         if len(self._busy) >= self.steps:
-            middle = sorted(self._busy)[len(self._busy) // 2]
-            self._busy.clear()
-            self.changed = self._decide(self._of_all(middle))
+            self.changed = self._decide(self._of_all(self._busy))
         return self.changed
 
-    def _of_all(self, seconds: float) -> list[float]:
-        """The seconds of each shard; of ranks that hold the same one the most."""
+    def _of_all(self, busy: list[float]) -> list[float]:
+        """The median seconds of each shard, of ranks that hold the same one the most; 0: unknown.
+
+        busy: this rank's, which are used up.
+        """
         mesh = self.mesh
         group = comm.group(mesh, tuple(range(mesh.ndim)))
+        middle = sorted(busy)[len(busy) // 2] if busy else None
+        busy.clear()
         # whole numbers are the same on all ranks, and so is what follows from them
-        mine = [max(1, round(1e9 * seconds))]
+        mine = [0 if middle is None else max(1, round(1e9 * middle))]
         found = wire.all_gather_table(mine, mesh.device_type, group).reshape(mesh.shape)
         others = tuple(a for a in range(mesh.ndim) if a not in self.axes)
         return [1e-9 * n for n in np.max(found, axis=others).ravel().tolist()]
 
     def _decide(self, seconds: Sequence[float]) -> bool:
         """Learn the speeds from the time of each shard; whether other sizes are worth it."""
+        if not all(seconds):
+            return False
         weights = self._by["weights"]
         work = loads(self.sizes, weights=weights)
         if not any(work):
