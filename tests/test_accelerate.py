@@ -6,7 +6,7 @@ import pytest
 from forked import torchrun
 
 SCRIPT = """
-import copy, os, sys, warnings, torch, shardtensor as st
+import accelerate, copy, os, sys, warnings, torch, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader
 from accelerate.state import AcceleratorState
@@ -112,9 +112,35 @@ for way in sys.argv[3:]:
         assert optim.state[one.scale]["step"] == 12
     os.write(1, f"{way} {off < 1e-9}\\n".encode())
 
+# each rank a node, which has files of its own
+from accelerate.utils import ProjectConfiguration
+from safetensors.torch import load_file
+accelerator = Accelerator(
+    cpu=True, domain=domain, options={"fsdp": "all"},
+    project_config=ProjectConfiguration(save_on_each_node=True),
+)
+accelerate.PartialState().local_process_index = 0
+net, optimizer, _ = made()
+for p in net.parameters():
+    p.grad = torch.ones_like(p)
+optimizer.step()
+had = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
+net, prepared = accelerator.prepare(net, optimizer)
+own = f"{folder}/node{accelerator.process_index}"
+accelerator.save_state(own)
+found = load_file(f"{own}/model.safetensors")
+assert found.keys() == had[0].keys() and all(torch.equal(found[k], v) for k, v in had[0].items())
+found = torch.load(f"{own}/optimizer.bin", weights_only=True)["state"]
+assert all(torch.equal(found[i][k], v) for i, mine in had[1].items() for k, v in mine.items())
+accelerate.PartialState().local_process_index = accelerator.process_index
 # metrics: a last batch that is not full counts each sample once, whole
 accelerator = Accelerator(cpu=True, domain=domain, shard=-2)
 loader = accelerator.prepare(DataLoader(Data(7), batch_size=2))
+try:
+    accelerate.skip_first_batches(loader, 1)
+    raise AssertionError
+except ValueError as e:
+    assert "accelerator.skip_first_batches" in str(e)
 found = [accelerator.gather_for_metrics((b["x"] * 2, b["label"])) for b in loader]
 wanted = torch.stack([Data(7)[i]["x"] * 2 for i in range(7)])
 assert torch.equal(torch.cat([x for x, _ in found]), wanted)

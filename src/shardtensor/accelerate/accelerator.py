@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..train.parallelize import parallelize
 
 try:
     import accelerate
-    from accelerate.data_loader import prepare_data_loader
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import MODEL_NAME, SAFE_MODEL_NAME, DistributedType, DynamoBackend
@@ -179,7 +180,7 @@ class Accelerator(accelerate.Accelerator):
         if getattr(optimizer, "_is_accelerate_prepared", False) or self.options.fsdp is None:
             return super().prepare_optimizer(optimizer, device_placement)
         prepared = Whole(optimizer, device_placement=False, scaler=self.scaler)
-        prepared.models = self._models
+        prepared.models, prepared.here = self._models, self._state_here
         self._optimizers.append(prepared)
         return prepared
 
@@ -254,9 +255,16 @@ class Accelerator(accelerate.Accelerator):
 
     # checkpoints: as of one device
 
+    def _state_here(self) -> bool | None:
+        """Whether this rank gets the whole states; None: the first one alone."""
+        each_node = self.project_configuration.save_on_each_node
+        return bool(self.is_local_main_process) if each_node else None
+
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
         model = self.unwrap_model(model) if unwrap else model
-        return whole.model_state(model) if whole.is_sharded(model) else model.state_dict()
+        if not whole.is_sharded(model):
+            return model.state_dict()
+        return whole.model_state(model, self._state_here())
 
     def _load_sharded(self, models: Any, folder: str) -> None:
         if not any(map(whole.is_sharded, models)):
@@ -288,6 +296,11 @@ class Cut:
         if name == "loader":
             # of a copy in the making
             raise AttributeError(name)
+        if sys._getframe(1).f_code is skip_first_batches.__code__:
+            raise ValueError(
+                "accelerate.skip_first_batches of a loader whose batches are cut would give whole "
+                "ones: call accelerator.skip_first_batches"
+            )
         return getattr(self.loader, name)
 
 
@@ -295,6 +308,7 @@ class Whole(AcceleratedOptimizer):
     """An optimizer of FSDP2's parameters whose state_dict is that of one device."""
 
     models: list[nn.Module]
+    here: Callable[[], bool | None]
     _whole: dict[str, Any] | None = None
 
     @contextmanager
@@ -313,7 +327,7 @@ class Whole(AcceleratedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         if self._whole is not None:
             return self._whole
-        return whole.optimizer_state(self._model(), self.optimizer)
+        return whole.optimizer_state(self._model(), self.optimizer, self.here())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         whole.load_optimizer(self._model(), self.optimizer, state_dict)

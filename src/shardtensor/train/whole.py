@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from ..later import dt, fsdp2, states
 
@@ -16,8 +17,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, fsdp2.FSDPModule) for m in model.modules())
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's state_dict, whole on the CPU of the first rank, empty on the others."""
+def model_state(model: nn.Module, here: bool | None = None) -> dict[str, Any]:
+    """The model's state_dict, whole on the CPU of the first rank, empty on the others.
+
+    here: whether this rank gets it instead; every rank says so, or none.
+    """
+    if here is not None:
+        return _on_cpu(states.get_model_state_dict(model), here)
     return states.get_model_state_dict(model, options=_options(cpu_offload=True))
 
 
@@ -26,11 +32,17 @@ def load_model(model: nn.Module, state: Mapping[str, Any], strict: bool = True) 
     states.set_model_state_dict(model, dict(state), options=_options(strict=strict))
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state_dict as torch numbers it, whole on the first rank, empty on others."""
-    state: Any = states.get_optimizer_state_dict(
-        model, optimizer, options=_options(cpu_offload=True)
-    )
+def optimizer_state(
+    model: nn.Module, optimizer: Optimizer, here: bool | None = None
+) -> dict[str, Any]:
+    """The optimizer's state_dict as torch numbers it, on the ranks that `model_state` names."""
+    state: Any
+    if here is not None:
+        state = _on_cpu(states.get_optimizer_state_dict(model, optimizer), here)
+    else:
+        state = states.get_optimizer_state_dict(
+            model, optimizer, options=_options(cpu_offload=True)
+        )
     numbers = {name: i for i, name in enumerate(_names(model, optimizer))}
     return _renamed(state, numbers) if state else {}
 
@@ -48,6 +60,17 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, A
                     mine[key] = dt.DTensor.from_local(
                         here, p.device_mesh, p.placements, run_check=False
                     )
+
+
+def _on_cpu(state: Any, here: bool) -> dict[str, Any]:
+    """A state of shards made whole, one tensor at a time; empty where it is not wanted."""
+
+    def whole(x: Any) -> Any:
+        x = x.full_tensor() if isinstance(x, dt.DTensor) else x
+        return x.cpu() if here and isinstance(x, Tensor) else None if isinstance(x, Tensor) else x
+
+    found: dict[str, Any] = pytree.tree_map(whole, state)
+    return found if here else {}
 
 
 def _options(**more: Any) -> Any:

@@ -59,6 +59,8 @@ class Trainer(transformers.Trainer):
             super().create_accelerator_and_postprocess()
         finally:
             base.Accelerator = own
+        # which ranks get the whole state
+        self.accelerator.project_configuration.save_on_each_node = self.args.save_on_each_node
 
     @property
     def _domain(self) -> Any:
@@ -96,7 +98,9 @@ class Trainer(transformers.Trainer):
             super().save_model(output_dir, _internal_call)
             return
         state = self.accelerator.get_state_dict(self.model)
-        self._save(output_dir or self.args.output_dir, state_dict=state)
+        # before version 5 whoever calls it writes
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
