@@ -97,6 +97,24 @@ def test_files_of_other_edges(tmp_path):
         assert sorted(found.T.tolist()) == sorted(edges.T.tolist())
 
 
+@pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("PytorchStreamWriter failed")])
+def test_nothing_is_left_of_a_file_that_was_not_written(tmp_path, monkeypatch, error):
+    save, turns = torch.save, []
+
+    def on_one_rank(kept, file):
+        turns.append(kept)
+        if len(turns) == 2:
+            file.write(b"a part")
+            raise error
+        save(kept, file)
+
+    monkeypatch.setattr(torch, "save", on_one_rank)
+    with pytest.raises(st.RankError, match="cannot be written"):
+        T.simulate(2, run, (9, 8), tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("graph-")
+
+
 def unwritten(tmp_path):
     return st.graph.cut({"grid": grid((9, 8)), "mesh": M}, EDGES, folder=tmp_path / "file" / "x")
 

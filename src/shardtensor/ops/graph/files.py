@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +57,8 @@ def read(
     path, kept = _file(folder, group), None
     try:
         kept = torch.load(path, map_location=mesh.device_type, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        # none, or damaged: as if there were none
+    except Exception:
+        # none, or damaged, which may raise anything: as if there were none
         kept = None
     kept = kept if isinstance(kept, dict) and kept.get("marks") == marks.told() else None
     like = next(iter(marks.edges.values()))
@@ -97,7 +96,8 @@ def write(
     group: str,
 ) -> None:
     """This rank's file, which appears when it is whole. OSError on all ranks where one cannot."""
-    path, error = _file(folder, group), None
+    path = _file(folder, group)
+    error: Exception | None = None
     kept = {
         "marks": marks.told(),
         "nodes": {
@@ -116,10 +116,15 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            torch.save(kept, file)
-        os.replace(part, path)
-    except OSError as e:
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(kept, file)
+            os.replace(part, path)
+        except BaseException:
+            os.unlink(part)
+            raise
+    except (OSError, RuntimeError) as e:
+        # the latter where torch's writer found the disk full
         error = e
     like = next(iter(marks.edges.values()))
     failed = comm.counts(int(error is not None), like, group)
