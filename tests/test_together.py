@@ -1,5 +1,7 @@
 """Small gradients of replicated tensors are summed over the ranks together, whatever else happens."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -240,3 +242,20 @@ def test_beside_fsdp_nothing_waits(monkeypatch):
 
     for found, _ in st.simulate(2, run):
         assert len(found) == 3 * 2 + 1 + 1
+
+
+def test_the_first_node_of_a_thread_comes_before_what_waits():
+    """A weight that meets shards first of all sends its gradient before those that wait, on each rank.
+
+    Which of two nodes of one number runs first differs from rank to rank.
+    """
+
+    def numbers():
+        together.begin()
+        weight = torch.ones(3, requires_grad=True)
+        return [weight.view_as(weight).grad_fn._sequence_nr(), together.ROUNDS]
+
+    # a new thread, whose first node it is
+    with ThreadPoolExecutor(1) as pool:
+        first, highest = pool.submit(numbers).result()
+    assert first > highest

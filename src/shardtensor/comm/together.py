@@ -35,8 +35,8 @@ _here = local()
 def begin() -> None:
     """Let gradients of what this thread computes from now on wait for one another."""
     if not getattr(_here, "begun", False):
-        # lower numbers are those of `Wait`; 0 is that of parameters, which come last
-        _torch.skip_numbers(ROUNDS)
+        # numbers up to ROUNDS are those of `Wait`; 0 is that of parameters, which come last
+        _torch.skip_numbers(ROUNDS + 1)
         _here.begun, _here.leaves, _here.fsdp = True, False, 0
 
 
