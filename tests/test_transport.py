@@ -1,5 +1,6 @@
 """The strict transport: what NCCL would do to careless code is found on any machine."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -83,12 +84,70 @@ def a_dtype_of_its_own():
     transport.all_reduce(torch.ones(2, dtype=torch.int16), "sum", group(2))
 
 
+def swap(send, received):
+    nbytes = [send.nbytes * (r != dist.get_rank()) for r in range(2)]
+    return wire.start_all_to_all(received, send, nbytes, nbytes, group(2), "swap")
+
+
+def writes_through_a_view():
+    memory = torch.ones(8)
+    end = swap(memory[2:6], torch.empty(4))
+    memory.view(4, 2)[1].zero_()
+    end()
+
+
+def fills_a_pool_again():
+    """With what it held: a rank may have read what was there in between."""
+    pool = torch.ones(4)
+    end = swap(pool, torch.empty(4))
+    pool.zero_()
+    pool.fill_(1.0)
+    end()
+
+
+def receives_into_a_pool_twice():
+    pool = torch.empty(4)
+    ends = [swap(torch.ones(4), pool), swap(torch.ones(4), pool)]
+    for end in ends:
+        end()
+
+
+def sends_on_what_has_not_arrived():
+    received = torch.empty(4)
+    ends = [swap(torch.ones(4), received), swap(received, torch.empty(4))]
+    for end in ends:
+        end()
+
+
+def receives_where_it_sends():
+    memory = torch.ones(6)
+    swap(memory[:4], memory[2:])()
+
+
+def writes_to_what_nobody_waits_for():
+    x = torch.ones(4)
+    swap(x, torch.empty(4))
+    x.zero_()
+    wire.all_reduce([torch.ones(1)], "sum", group(2))
+
+
+def receives_another_dtype():
+    swap(torch.ones(4), torch.empty(2, dtype=torch.float64))()
+
+
 RACES = {
     reuses_what_it_sends: r"`?halo.*at .*test_transport.py:\d+: what is sent was written to",
     writes_where_it_receives: r"swap of float32.*test_transport.py:\d+: what is received was written",
     writes_to_a_sum_under_way: r"all-reduce of float32.*: what is received was written to",
     every_second_of_a_buffer: r"all-reduce.*strides \(2,\), which is not contiguous",
     askew: r"all-reduce.*not aligned to its torch.float32",
+    writes_through_a_view: r"swap of float32.*: what is sent was written to",
+    fills_a_pool_again: r"swap of float32.*: what is sent was written to",
+    receives_into_a_pool_twice: r"swap of float32.*: what is received was written to",
+    sends_on_what_has_not_arrived: r"swap of float32.*: what is sent was written to",
+    receives_where_it_sends: r"swap of float32.*: what is sent was written to",
+    writes_to_what_nobody_waits_for: r"swap.*never waited for, and what it sends was written to",
+    receives_another_dtype: r"swap of float32.*: what is received is taken for torch.float64",
     a_dtype_of_its_own: r"NCCL does not reduce torch.int16",
 }
 
@@ -112,6 +171,82 @@ def test_races_over_gloo(monkeypatch):
             run(2, raised, race)
         run(2, parts_over_gloo)
         run(2, library_over_gloo)
+
+
+def copies_of_what_it_sends():
+    """What is not contiguous is copied at the start: the memory behind it is free."""
+    memory, received = torch.arange(8.0), torch.empty(4)
+    end = swap(memory[::2], received)
+    memory.zero_()
+    end()
+    return received.tolist()
+
+
+def waits_on_another_thread():
+    received, found = torch.empty(4), []
+    end = swap(torch.ones(4), received)
+    go_on = threading.Event()
+    other = threading.Thread(target=lambda: (go_on.wait(), end()))
+    other.start()
+    # before the other thread waits, and after
+    found.append(received.isnan().all().item())
+    go_on.set()
+    other.join()
+    return [*found, received.tolist()]
+
+
+def test_what_is_right_is_not_found():
+    assert strict(2, copies_of_what_it_sends) == [[0, 2, 4, 6]] * 2
+    assert strict(2, waits_on_another_thread) == [[True, [1, 1, 1, 1]]] * 2
+
+
+def sends_from_itself():
+    wire.broadcast(torch.ones(3), group(2), dist.get_rank())
+
+
+def adds_up_otherwise():
+    wire.start_all_reduce(torch.ones(3), "max" if dist.get_rank() else "sum", group(2), [3])()
+
+
+def sends_other_numbers():
+    dtype = torch.int32 if dist.get_rank() else torch.float32
+    swap(torch.ones(4, dtype=dtype), torch.empty(4, dtype=dtype))()
+
+
+@pytest.mark.parametrize(
+    "parts, what",
+    [
+        (sends_from_itself, "from rank 0.*from rank 1"),
+        (adds_up_otherwise, "all-reduce.*all-reduce"),
+        (sends_other_numbers, "float32.*int32"),
+    ],
+)
+def test_ranks_that_part_are_found(parts, what):
+    with pytest.raises(st.DivergenceError, match=what):
+        strict(2, parts)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("apart", [(), (0, 3), (1,)], ids=str)
+def test_groups_in_another_order_are_found(apart, waits):
+    """On one stream each would wait for what the other has behind it; some orders end all the same."""
+
+    def run():
+        mesh = T.make_mesh((2, 2))
+        names = [comm.group(mesh, (axis,)) for axis in (0, 1)]
+        ends = []
+        for name in names[:: -1 if dist.get_rank() in apart else 1]:
+            ends.append(wire.start_all_reduce(torch.ones(3), "sum", name, [3]))
+            if waits:
+                ends.pop()()
+        for end in ends:
+            end()
+
+    if apart == (0, 3):
+        with pytest.raises(st.DivergenceError, match="ranks wait for each other for ever"):
+            strict(4, run)
+    else:
+        strict(4, run)
 
 
 class _processes:

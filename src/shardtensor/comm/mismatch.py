@@ -24,7 +24,8 @@ def _brings(record: Record) -> str:
     facts = record.get("facts", {})
     what = str(record["collective"]).replace("_", "-")
     if "lengths" in facts:
-        return f"{what} of {_short(facts['dtype'])} {facts['lengths']}"
+        source = f" from rank {facts['source']}" if "source" in facts else ""
+        return f"{what} of {_short(facts['dtype'])} {facts['lengths']}{source}"
     if "gives" in facts:
         return f"{what} of {_short(facts['dtype'])}, {sum(facts['gives'])} bytes to others"
     return what

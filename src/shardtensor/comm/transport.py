@@ -149,7 +149,8 @@ def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:
         dist.broadcast(as_bytes(into), group=groups.resolve(group), group_src=source)
         return []
 
-    _start(post, flat, flat, group, "broadcast", dict(lengths=[flat.numel()]), True)
+    facts = dict(lengths=[flat.numel()], source=source)
+    _start(post, flat, flat, group, "broadcast", facts, True)
 
 
 def nothing_arrives(received: torch.Tensor) -> None:
@@ -172,17 +173,18 @@ class Flight:
     """A collective under way: its buffers are its own until `wait`."""
 
     def __init__(self, received: torch.Tensor, send: torch.Tensor, what: str, kept: Any) -> None:
-        self.what, self.kept, self.done = what, kept, False
+        # nothing is under way before the end
+        self.what, self.kept, self.done = what, kept, True
         self.works: list[Any] = []
         self.received = as_bytes(received.data)
         # what arrives does so out of sight
         self.arriving = torch.empty_like(received)
         self.arrived = as_bytes(self.arriving)
         self.arrived.copy_(self.received)
-        self.sent = None if send is received else as_bytes(send.data)
-        self.sum = None if self.sent is None else _checksum(self.sent)
+        self.sent = None if send is received else Sent(send)
         poison(received.data)
         self.poison = _checksum(self.received)
+        self.done = False
 
     def wait(self) -> None:
         """What was received is there, if nothing touched the buffers meanwhile."""
@@ -192,7 +194,7 @@ class Flight:
         delay()
         for work in self.works:
             work.wait()
-        if self.sent is not None and _checksum(self.sent) != self.sum:
+        if self.sent is not None and self.sent.changed():
             raise TransportError(f"{self.what}: what is sent was written to before the wait")
         if _checksum(self.received) != self.poison:
             raise TransportError(f"{self.what}: what is received was written to before the wait")
@@ -200,7 +202,40 @@ class Flight:
 
     def __del__(self) -> None:
         if not self.done:
-            self.kept.append((self.what, _torch.storage_ref(self.received)))
+            if self.sent is not None:
+                self.sent.let_go()
+            self.kept.append((self.what, _torch.storage_ref(self.received), self.sent))
+
+
+class Sent:
+    """What is sent, and whether it changed since."""
+
+    def __init__(self, send: torch.Tensor) -> None:
+        self.bytes: torch.Tensor | None = as_bytes(send.data)
+        self.sum = _checksum(self.bytes)
+        # written to and back again may have been read in between; what was copied is read no more
+        counted = self.bytes.data_ptr() == send.data_ptr() and not send.is_inference()
+        self.source = send if counted else None
+        self.version = send._version if counted else 0
+
+    def changed(self) -> bool:
+        """Whether it was written to; not of what is gone."""
+        found = self.bytes
+        if found is None:
+            memory = _torch.storage_of(self.memory)
+            if memory is None:
+                return False
+            found = torch.empty(0, dtype=torch.uint8, device=memory.device)
+            found.set_(memory, *self.place)
+        moved = self.source is not None and self.source._version != self.version
+        return moved or _checksum(found) != self.sum
+
+    def let_go(self) -> None:
+        """Keep the memory no longer than others do."""
+        assert self.bytes is not None
+        self.memory = _torch.storage_ref(self.bytes)
+        self.place = self.bytes.storage_offset(), self.bytes.shape, self.bytes.stride()
+        self.bytes = self.source = None
 
 
 def _start(
@@ -228,13 +263,17 @@ def _start(
     all_waited_for()
     _check(received, group, what, reduces="by" in facts)
     _check(send, group, what, reduces="by" in facts, parts=received is not send)
+    if received.dtype is not send.dtype:
+        raise TransportError(f"{what}: what is received is taken for {received.dtype}")
     _same_everywhere(record, group, send.device)
     if wait:
         delay()
         return post(received, send)
     flight = Flight(received, send, what, _kept())
     # what is sent is what was there at the start, whatever is done to it
-    sent = flight.arriving if flight.sent is None else flight.sent.clone()
+    sent = flight.arriving
+    if flight.sent is not None and flight.sent.bytes is not None:
+        sent = flight.sent.bytes.clone()
     flight.works = post(flight.arriving, sent)
     return [flight]
 
@@ -266,8 +305,9 @@ def _same_everywhere(record: dict[str, Any], group: str, device: torch.device) -
     """Raise DivergenceError, on all ranks alike, where they do not start the same collective."""
     if simulated_rank() is not None:
         # the simulated world compares when all have come
-        brought = thread.__dict__.setdefault("facts", {"collective": record["collective"]})
-        thread.facts = {"op": record["op"], "at": record["at"], **brought}
+        brought = thread.__dict__.get("facts", {})
+        facts = {**record["facts"], **brought.get("facts", {})}
+        thread.facts = {**record, **brought, "facts": facts}
         return
     to, facts = groups.resolve(group), record["facts"]
     n = groups.size(group)
@@ -310,7 +350,7 @@ def delay() -> None:
 
 
 _delays = random.Random(0)
-_dropped: list[tuple[str, Any]] = []
+_dropped: list[tuple[str, Any, Sent | None]] = []
 
 
 def _dice() -> random.Random:
@@ -320,18 +360,25 @@ def _dice() -> random.Random:
     return found
 
 
-def _kept() -> list[tuple[str, Any]]:
-    """Of collectives of this rank that nobody waited for: what they are, and what they received."""
+def _kept() -> list[tuple[str, Any, Sent | None]]:
+    """Collectives of this rank that nobody waited for: what they are, received and sent."""
     if simulated_rank() is None:
         return _dropped
-    found: list[tuple[str, Any]] = thread.__dict__.setdefault("kept", [])
+    found: list[tuple[str, Any, Sent | None]] = thread.__dict__.setdefault("kept", [])
     return found
 
 
 def all_waited_for() -> None:
-    """Raise TransportError if a buffer is still in use that was received and not waited for."""
+    """Raise TransportError if a buffer of what was not waited for is in use."""
     kept = _kept()
-    forgotten = [what for what, memory in kept if not memory.expired()]
-    kept.clear()
+    if not kept:
+        return
+    forgotten = [what for what, memory, _ in kept if not memory.expired()]
+    written = [what for what, _, sent in kept if sent is not None and sent.changed()]
+    # what is sent may be written to later
+    kept[:] = [x for x in kept if x[2] is not None and not x[2].memory.expired()]
     if forgotten:
         raise TransportError(f"{forgotten[0]}: never waited for, and what it received is in use")
+    if written:
+        kept.clear()
+        raise TransportError(f"{written[0]}: never waited for, and what it sends was written to")
