@@ -8,9 +8,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shardtensor as st
 from shardtensor.plan import caches
+from shardtensor.plan.estimate import Layout, Task, estimate
 
 
 @functools.lru_cache
@@ -118,3 +120,34 @@ class Moved:
 
 def test_what_stands_for_a_module_is_not_asked():
     caches.forget()
+
+
+class Reads(nn.Module):
+    """Constants and numbers that become tensors, batch norms, and weights whose sums are sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def forward(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x)).relu() * self.scale.view(1, 4, 1, 1)
+        return x
+
+
+def test_a_second_layout_asks_torch_for_no_op(monkeypatch):
+    given = Task(Reads, [(1, 4, 16, 16)], dims=(2,)), Layout(1, (2,), (2,))
+    first = estimate(*given)
+    asked = []
+    stock = FakeTensorMode.dispatch
+
+    def dispatch(self, func, *args, **kwargs):
+        asked.append(str(func))
+        return stock(self, func, *args, **kwargs)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", dispatch)
+    again = estimate(*given)
+    assert again.memory == first.memory and again.collectives() == first.collectives()
+    assert not asked

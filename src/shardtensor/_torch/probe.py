@@ -127,6 +127,12 @@ class Fakes:
             return found.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     @staticmethod
+    def moved(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """x with other memory, as set_ gives it of a storage, an offset, a shape and strides."""
+        with torch._C._DisableTorchDispatch():
+            return x.set_(*args)
+
+    @staticmethod
     def asked(func: Any, args: Any, kwargs: Any) -> Any:
         """What an op gives of tensors on "meta", nobody looking on."""
         with torch._C._DisableTorchDispatch():

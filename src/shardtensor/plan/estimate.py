@@ -187,6 +187,10 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
                 step()
             ledger.heard = ()
             (memory, owned), work = ledger.peak(at), ledger.work[begun:]
+            # ops alike have one cost
+            costs = {id(w): device.bound(w) for w in {id(w): w for w in work}.values()}
+            bounds = [costs[id(w)] for w in work]
+            seconds = [s for _, s in bounds]
             messages = (*t.sent, *ledger.sent[sent:])
         finally:
             cache.clear()
@@ -196,15 +200,15 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         memory,
         messages,
         tuple(dict.fromkeys(op for op, _ in t.gathered)),
-        compute=sum(map(device.seconds, work)) / (layout.speeds or {rank: 1.0})[rank],
+        compute=sum(seconds) / (layout.speeds or {rank: 1.0})[rank],
         communication=sum(network.seconds(s) for s in messages),
         flop=sum(w.flop for w in work),
         hides=device.hides,
         assumed=tuple(ledger.known.assumed),
         modules=parts(
             (
-                (name, *device.bound(w), w.flop)
-                for name, w in zip(ledger.workers[begun:], work, strict=True)
+                (name, *bound, w.flop)
+                for name, bound, w in zip(ledger.workers[begun:], bounds, work, strict=True)
             ),
             owned.items(),
             (
@@ -212,7 +216,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
                 for name, s in zip(_senders(ledger, messages), messages, strict=True)
             ),
         ),
-        course=course(ledger, at, begun, list(map(device.seconds, work))),
+        course=course(ledger, at, begun, seconds),
         largest=max((w.moved for w in work), default=0),
         waits=ledger.waits(at),
     )

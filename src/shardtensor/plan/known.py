@@ -16,25 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import _torch
 from .._torch import probe
 from ..caller import call_of_user, within_package
+from .ops import leaves, mapped
 from .replay import Call
 
 aten = torch.ops.aten
 # elements of a tensor up to which its values are computed; of random ones and of empty memory,
 # which weights are made from
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
-_DEPENDS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 # what reads values for the code that calls it
 _ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/numbers.py", "rules/rule.py")
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-
-
-def _depends(func: Any) -> bool:
-    return any(t in func.tags for t in _DEPENDS)
 
 
 class Known:
@@ -46,35 +41,36 @@ class Known:
     def __init__(self, mode: Any) -> None:
         self.convert = mode.from_tensor
         self.fakes = probe.Fakes(mode)
-        self.storages: dict[int, Any] = {}
+        # a tensor over the whole memory of each
+        self.storages: dict[int, Tensor] = {}
         self._ends: dict[int, Any] = {}
         self.assumed: dict[str, None] = {}
 
     def run(self, call: Call) -> Any:
         """What the call gives, on fake tensors."""
-        func, args, kwargs = call.func, call.args, call.kwargs
+        op, func, args, kwargs = call.op, call.func, call.args, call.kwargs
         if call.key is None and call.given and not all(map(probe.is_fake, call.given)):
-            if func in probe.LIFTED:
-                return self.fake(args[0])
-            call = Call(func, *pytree.tree_map_only(Tensor, self.fake, (args, kwargs)))
+            if op.lifts:
+                return self._lifted(args[0])
+            call = Call(func, *mapped((args, kwargs), self.fake))
             args, kwargs = call.args, call.kwargs
         known = all(map(self.has, call.given))
-        if call.key is not None or not _depends(func):
+        if call.key is not None or not op.depends:
             out = call.run(self.fakes)
         elif known:
-            return pytree.tree_map_only(Tensor, self.fake, self._real(func, args, kwargs))
+            return mapped(self._real(func, args, kwargs), self.fake)
         else:
             return self._bounded(func, args, kwargs)
         if not known:
-            if _torch.is_mutable(func):
-                self._forget(func, args, kwargs)
-            elif func.overloadpacket in _GUESSES and out.numel() == 1:
-                guess = _GUESSES[func.overloadpacket]
-                self._note(f"{func.overloadpacket.__name__} is taken to be {guess}")
+            if op.mutable:
+                self._forget(call)
+            elif op.name in _GUESSES and out.numel() == 1:
+                guess = _GUESSES[op.name]
+                self._note(f"{op.name} is taken to be {guess}")
                 with probe.outside_fake():
                     self._like(out, torch.full(out.shape, guess, dtype=out.dtype))
-        elif not func.is_view:
-            self._follow(func, args, kwargs, out, bool(call.given))
+        elif not op.view:
+            self._follow(call, out)
         return out
 
     def has(self, x: Tensor) -> bool:
@@ -95,10 +91,13 @@ class Known:
 
     def value(self, x: Tensor) -> Tensor:
         """The values of a fake tensor, in memory that its other views share."""
-        storage = self.storages[x.untyped_storage()._cdata]
+        real = self.storages[x.untyped_storage()._cdata]
+        if _form(real) == _form(x):
+            return real
+        memory = real.untyped_storage()
         with probe.outside_fake():
             found = torch.empty(0, dtype=x.dtype).set_(
-                storage, x.storage_offset(), x.shape, x.stride()
+                memory, x.storage_offset(), x.shape, x.stride()
             )
             found = found.conj() if x.is_conj() else found
             return _torch.neg_view(found) if x.is_neg() else found
@@ -116,46 +115,50 @@ class Known:
                 self._like(found, x.detach().clone(memory_format=torch.preserve_format))
         return found
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, given: bool) -> None:
+    def _lifted(self, x: Tensor) -> Tensor:
+        """A fake of numbers that have just become a tensor, which nobody else has."""
+        if type(x) is not Tensor or x.numel() > MOST or not x.is_contiguous():
+            return self.fake(x)
+        form = tuple(x.shape), x.stride(), 0, x.dtype, x.device
+        found = self.fakes.make(*form, of=None)
+        with probe.outside_fake():
+            self._like(found, x.detach().clone())
+        return found
+
+    def _follow(self, call: Call, out: Any) -> None:
         """Compute the values of what an op of known tensors made, unless that is much."""
-        made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        size = max((x.numel() for x in made), default=0)
-        drawn = torch.Tag.nondeterministic_seeded in func.tags
-        most = MOST_DRAWN if drawn else MOST
-        if not given and func.overloadpacket.__name__ in _EMPTY:
-            most = MOST_EMPTY
+        op, made = call.op, [*leaves(out)]
+        size = max([x.numel() for x in made], default=0)
+        empty = op.name in _EMPTY
+        most = MOST_DRAWN if op.drawn else MOST_EMPTY if empty and not call.given else MOST
         if size > most or any(x.layout is not torch.strided for x in made):
-            self._forget(func, args, kwargs)
+            self._forget(call)
             return
         try:
-            real = self._real(func, args, kwargs)
+            real = self._real(call.func, call.args, call.kwargs)
         except Exception:
             # whatever it is, the fake tells it where it matters
-            self._forget(func, args, kwargs)
+            self._forget(call)
             return
-        found = [x for x in pytree.tree_leaves(real) if isinstance(x, Tensor)]
-        for fake, x in zip(made, found, strict=True):
+        for fake, x in zip(made, leaves(real), strict=True):
             if not self.has(fake):
-                if func.overloadpacket.__name__ in _EMPTY:
-                    x.zero_()
+                if empty:
+                    with probe.outside_fake():
+                        x.zero_()
                 self._like(fake, x)
 
     def _like(self, fake: Tensor, x: Tensor) -> None:
         """Enter the values of a new fake tensor."""
-        with probe.outside_fake():
-            if x.stride() != fake.stride() or fake.storage_offset() or x.storage_offset():
+        if x.stride() != fake.stride() or fake.storage_offset() or x.storage_offset():
+            with probe.outside_fake():
                 span = sum((n - 1) * s for n, s in zip(fake.shape, fake.stride(), strict=True))
-                memory = torch.empty(
+                room = torch.empty(
                     fake.storage_offset() + (span + 1 if fake.numel() else 0), dtype=x.dtype
                 )
-                at = memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
-                x = at.copy_(x)
-        self._enter(fake, x.untyped_storage())
-
-    def _enter(self, fake: Tensor, storage: Any) -> None:
+                x = room.as_strided(fake.shape, fake.stride(), fake.storage_offset()).copy_(x)
         memory = fake.untyped_storage()
         at = memory._cdata
-        self.storages[at] = storage
+        self.storages[at] = x
         # it is called when the memory is released
         self._ends[at] = weakref.ref(memory, lambda _: self._released(at))
 
@@ -164,18 +167,15 @@ class Known:
         self._ends.pop(at, None)
 
     def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+        args, kwargs = mapped((args, kwargs), self.value)
         with probe.outside_fake():
             return func(*args, **kwargs)
 
-    def _forget(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _forget(self, call: Call) -> None:
         """What an op writes to has no known values any more."""
-        for i, a in enumerate(func._schema.arguments):
-            if a.alias_info is not None and a.alias_info.is_write:
-                found = args[i] if i < len(args) else kwargs.get(a.name)
-                for x in pytree.tree_leaves(found):
-                    if isinstance(x, Tensor):
-                        self.forget(x)
+        for i, name in call.op.written:
+            for x in leaves(call.args[i] if i < len(call.args) else call.kwargs.get(name)):
+                self.forget(x)
 
     def _bounded(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an op can give at most, or a stand-in for a number that it reads."""
@@ -218,6 +218,11 @@ class Known:
 
     def _note(self, what: str) -> None:
         self.assumed[f"{what} ({call_of_user()[0] or 'in backward'})"] = None
+
+
+def _form(x: Tensor) -> Any:
+    """What of a tensor its memory does not say."""
+    return x.shape, x.stride(), x.storage_offset(), x.dtype, x.is_conj(), x.is_neg()
 
 
 def _unique2(x: Tensor, _: bool = True, inverse: bool = False, counts: bool = False) -> Any:
@@ -269,4 +274,4 @@ _BOUNDS: dict[Any, Callable[..., Any]] = {
     aten.bincount.default: _bincount,
 }
 # conditions of unknown values, as checks of inputs expect them
-_GUESSES = {aten.all: True, aten.any: False}
+_GUESSES = {"all": True, "any": False}

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
-from ..comm.define import KERNELS
 from ..later import dt
 from .kinds import Work, class_of, copied, fresh, groups_of, inside
 from .known import Known
+from .ops import leaves
 from .replay import Call
 from .tree import GRADIENTS, Places
 
@@ -77,34 +75,34 @@ class Ledger(probe.Watching):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an op on fake tensors; book what it makes, costs and sends."""
+        if func is probe.DEVICE and probe.is_fake(args[0]):
+            return args[0].fake_device
         if len(self.heard) != self._met:
             if len(self.heard) > self._met:
                 self.meets.append(self._done)
             self._met = len(self.heard)
-        if func is probe.DEVICE and probe.is_fake(args[0]):
-            return args[0].fake_device
         call = Call(func, args, kwargs or {})
-        given = call.given
-        if given and func not in probe.LIFTED and not any(map(probe.is_fake, given)):
+        op, given = call.op, call.given
+        # with a key all are fake
+        if call.key is None and given and not op.lifts and not any(map(probe.is_fake, given)):
             # of a mesh's ranks, which are read
             with probe.outside_fake():
                 return func(*args, **call.kwargs)
-        if func in KERNELS:
+        if op.collective is not None:
             self.senders += [GRADIENTS] * (len(self.heard) - len(self.senders))
             with self._inside_collective():
-                out = KERNELS[func](*args, **call.kwargs)
+                out = op.collective(*args, **call.kwargs)
             self.senders += [self.places.here()] * (len(self.heard) - len(self.senders))
             return out
-        if not self._sending and func.namespace == "c10d":
+        if op.sends and not self._sending:
             self._note(func, given)
         out = self.known.run(call)
-        many = isinstance(out, list | tuple)
-        made = [x for x in (pytree.tree_leaves(out) if many else (out,)) if isinstance(x, Tensor)]
+        made = [out] if isinstance(out, Tensor) else [*leaves(out)]
         kind = "communication" if self._sending else "activations"
         # each is booked
-        new = sum(self.book(x, kind) for x in made)
+        new = sum([self.book(x, kind) for x in made])
         self._done = len(self.moves)
-        if new or _torch.is_mutable(func):
+        if new or op.mutable:
             self.work.append(self._cost(call, out, made))
             self.workers.append(self.places.here())
         return out
@@ -149,9 +147,12 @@ class Ledger(probe.Watching):
 
     def book(self, x: Tensor, kind: str) -> bool:
         """Enter a tensor's memory; False where it is known already, or there is none."""
-        if x.device.type == "meta":
+        if probe.is_fake(x):
+            device, storage = x.fake_device, x.untyped_storage()  # type: ignore[attr-defined]
+        else:
+            device, storage = x.device, local(x).untyped_storage()
+        if device.type == "meta":
             return False
-        storage = (x if probe.is_fake(x) else local(x)).untyped_storage()
         at = storage._cdata
         if at in self._numbers:
             return False
@@ -223,13 +224,14 @@ class Ledger(probe.Watching):
             elif n and number in born:
                 lives.append((born.pop(number), i, -n))
         lives += [(a, len(sizes), sizes[a]) for a in born.values()]
-        found = []
-        for a, b, n in lives:
-            first, last = np.searchsorted(meets, [a + 1, b + 1])
-            if b > start:
-                most = int(held[first:last].max()) if first < last else 0
-                found.append((n, most, int(total[max(a, start - 1) : b].max())))
-        return tuple(found)
+        late = [life for life in lives if life[1] > start]
+        if not late:
+            return ()
+        begun, ended, nbytes = np.array(late, dtype=np.int64).T
+        # of no meeting nothing, as of one at which nothing is held
+        at_meets = _most(held, np.searchsorted(meets, begun + 1), np.searchsorted(meets, ended + 1))
+        at_all = _most(total, np.maximum(begun, start - 1), ended)
+        return tuple(zip(nbytes.tolist(), at_meets.tolist(), at_all.tolist(), strict=True))
 
     def peak(self, start: int = 0) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by kind at the moment when most were held, after the first `start` moves.
@@ -249,6 +251,23 @@ class Ledger(probe.Watching):
                 owner = self.owners[number]
                 owned[owner] = owned.get(owner, 0) + nbytes
         return held, owned
+
+
+def _most(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The largest of values[a:b] for each a and b; 0 where there is none."""
+    table = [values]
+    # of spans of a power of two, two of which make any other
+    while 2 ** len(table) <= len(values):
+        half, last = 2 ** (len(table) - 1), table[-1]
+        table.append(np.maximum(last[:-half], last[half:]))
+    found = np.zeros(len(begin), dtype=np.int64)
+    some = end > begin
+    level = np.zeros(len(begin), dtype=np.int64)
+    level[some] = np.log2(end[some] - begin[some]).astype(np.int64)
+    for n, row in enumerate(table):
+        at = some & (level == n)
+        found[at] = np.maximum(row[begin[at]], row[end[at] - 2**n])
+    return found
 
 
 def _bytes(x: Tensor) -> int:

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._torch import probe
+from .ops import facts, leaves, mapped
 
 MOST = 2**17
 # a number equals another of another type; what is not listed cannot be part of a key
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None))
 _NUMBERS = (int, float, bool, complex)
-_UNLIKE = {torch.Tag.inplace_view, torch.Tag.dynamic_output_shape,
-           torch.Tag.data_dependent_output}  # fmt: skip
 # of these the kernels for "meta" give what a fake mode gives, in a hundredth of its time
 _NAMES = """
     view _unsafe_view reshape unflatten movedim slice select narrow transpose t permute expand
@@ -33,6 +31,7 @@ _NAMES = """
     native_layer_norm_backward native_batch_norm_backward select_backward slice_backward
 """
 _DIRECT = set(_NAMES.split())
+_SET = torch.ops.aten.set_.source_Storage_storage_offset
 
 
 @dataclass
@@ -58,31 +57,33 @@ _entries: dict[Any, Entry | None] = {}
 class Call:
     """One op's call: its tensors and its key, None where it is to be run as it is."""
 
-    __slots__ = ("args", "entry", "func", "given", "key", "kwargs")
+    __slots__ = ("args", "entry", "func", "given", "key", "kwargs", "op")
 
     def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.given: list[Tensor] = []
         self.entry: Entry | None = None
+        op = self.op = facts(func)
         try:
             parts = [self._part(a) for a in args]
             if kwargs:
                 parts += [(k, self._part(v)) for k, v in kwargs.items()]
             likes = (torch.get_default_dtype(), torch.is_inference_mode_enabled())
-            self.key: Any = (func, *likes, *parts) if _can_be_kept(func) else None
+            # an op lives as long as its number is known
+            self.key: Any = (id(op), *likes, *parts) if op.kept else None
         except Unknown:
             self.key = None
-            self.given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.given = [*leaves((args, kwargs))]
 
     def _part(self, a: Any) -> Any:
         kind = type(a)
-        if isinstance(a, Tensor):
+        if kind is probe.FakeTensor or isinstance(a, Tensor):
             self.given.append(a)
             if not probe.is_fake(a):
                 raise Unknown
             if a.layout is not torch.strided or a.is_conj() or a.is_neg():
                 raise Unknown
-            return a.shape, a.stride(), a.storage_offset(), a.dtype, a.fake_device  # type: ignore[attr-defined]
+            return a.shape, a.stride(), a.storage_offset(), a.dtype, a.fake_device
         if kind in _NUMBERS:
             return kind, a
         if kind in (list, tuple) or kind is torch.Size:
@@ -94,6 +95,8 @@ class Call:
     def run(self, fakes: probe.Fakes) -> Any:
         """The op's results, by what is known of it, or by running it."""
         if self.key is None:
+            if self.func is _SET and probe.is_fake(self.args[0]):
+                return fakes.moved(*self.args)
             return self.func(*self.args, **self.kwargs)
         self.entry = _entries.get(self.key)
         if self.entry is not None:
@@ -108,7 +111,7 @@ class Call:
         return out
 
     def _keep(self, entry: Entry | None) -> None:
-        if entry is not None and torch.Tag.out in self.func.tags:
+        if entry is not None and self.op.resizes:
             # it may have given its result another size
             again = Call(self.func, self.args, self.kwargs).key
             entry = entry if again == self.key else None
@@ -122,16 +125,13 @@ class Call:
             return self._batch_norm()
         if self.func is torch.ops.aten.batch_norm_update_stats.default:
             return self._statistics()
-        name = self.func.overloadpacket.__name__
-        if name not in _DIRECT or not self.given or self.kwargs.get("device") is not None:
+        if self.op.name not in _DIRECT or not self.given or self.kwargs.get("device") is not None:
             return None
         device = self.given[0].fake_device  # type: ignore[attr-defined]
         if any(x.fake_device != device for x in self.given):  # type: ignore[attr-defined]
             return None
         metas = {id(x): fakes.apart(x) for x in self.given}
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda x: metas[id(x)], (self.args, self.kwargs)
-        )
+        args, kwargs = mapped((self.args, self.kwargs), lambda x: metas[id(x)])
         try:
             out = fakes.asked(self.func, args, kwargs)
         except Exception:
@@ -214,15 +214,3 @@ def _span(x: Tensor) -> int:
         return 0
     span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
     return span * x.element_size()
-
-
-_kept: dict[Any, bool] = {}
-
-
-def _can_be_kept(func: Any) -> bool:
-    found = _kept.get(func)
-    if found is None:
-        plain = func.namespace in ("aten", "prims") and not _UNLIKE & set(func.tags)
-        name = func.overloadpacket.__name__
-        found = _kept[func] = plain and not name.startswith(("resize", "set_", "lift", "_foreach"))
-    return found
