@@ -64,7 +64,8 @@ def loads(
 ) -> list[float]:
     """The time of each rank for its shard: the work of its rows over its speed.
 
-    In the unit of weights over that of speeds; infinite for work on a rank of speed 0.
+    In the unit of weights over that of speeds; infinite for work on a rank of speed 0. Nothing is
+    communicated. Raises ValueError for arguments that do not fit.
     """
     if weights is None:
         work = [float(n) for n in sizes]

@@ -51,7 +51,8 @@ def strategy(kind: str) -> Iterator[None]:
 
     "all_to_all" and "usp" raise UnsupportedOpError where heads cannot be dealt to the ranks or to
     teams of them, "zigzag" where queries and keys are not sharded alike. Without a causal mask
-    "zigzag" is "ring".
+    "zigzag" is "ring". What each sends is in the module's table. Raises ValueError for another
+    name.
     """
     if kind not in KINDS:
         raise ValueError(f"attention strategy {kind!r}; one of {KINDS}")

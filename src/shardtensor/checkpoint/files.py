@@ -73,7 +73,8 @@ def save(state: dict[str, Any], folder: str | Path, name: str, *, keep: int = 2)
     state: as for torch.distributed.checkpoint (see its `get_state_dict` for models and optimizers,
     and `Randomness`): tensors, numbers, text and containers of these.
     It gets its name only when it is complete: a run that is killed while it saves leaves the last
-    good one. Raises on all ranks alike: ValueError for a name that is not one of a file,
+    good one. Each rank writes its own shards; what ranks send is the plan: names, sizes and
+    checksums. Raises on all ranks alike: ValueError for a name that is not one of a file,
     FileExistsError for one that is taken, RuntimeError where the checkpoint could not be written.
     """
     keep = _checked(state, name, keep)
@@ -87,7 +88,8 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
     """`save` in a thread: the state is copied to host memory at once, training may go on.
 
     One at a time: this waits for the one before, as do `save`, `finish` and the end of the program.
-    What went wrong in the thread is raised then. Every rank calls this.
+    What went wrong in the thread is raised then. Every rank calls this; what is sent is as in
+    `save`, by a process group of its own.
     """
     global _pending, _group
     keep = _checked(state, name, keep)
@@ -134,7 +136,7 @@ class Saving:
 
 
 def finish() -> None:
-    """Wait for a `save_async` under way."""
+    """Wait for a `save_async` under way, and raise what went wrong in it. Sends nothing itself."""
     global _pending
     if _pending is not None and simulated_rank() is None:
         saving, _pending = _pending, None
@@ -179,7 +181,8 @@ def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dic
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder, None if there is none.
 
-    Warns of newer ones that are not complete, and says what is wrong with them.
+    Warns of newer ones that are not complete, and says what is wrong with them. Each rank looks by
+    itself; nothing is sent.
     """
     for path in reversed(_found(Path(folder))):
         try:

@@ -50,6 +50,7 @@ class Randomness:
     """
 
     def state_dict(self) -> dict[str, bytes]:
+        """The states of all ranks, gathered on all: some kilobytes each."""
         kind, keys, at, gauss, cached = np.random.get_state(legacy=True)
         mine = {
             "torch": torch.get_rng_state(),
@@ -66,6 +67,7 @@ class Randomness:
         return {"states": buffer.getvalue()}
 
     def load_state_dict(self, state: dict[str, bytes]) -> None:
+        """Sets this rank's. Raises RuntimeError, on all ranks, for what are no such states."""
         try:
             every = loaded(io.BytesIO(state["states"]))
             # those of all ranks are tried on each, so that all raise or none

@@ -100,12 +100,12 @@ def compile(
     changes Python state (a counter in forward) runs eagerly, with a warning; so does one that no
     graph can hold: Python or random ops that need the values of tensors, seeds, hooks on tensors,
     gradients through an autograd.Function; the warning names the line. With fullgraph=True that
-    raises UnsupportedOpError.
+    raises UnsupportedOpError. The program sends what the eager call does.
 
     blocks: class names of modules of fn; without names, (), the elements of every outermost
     nn.ModuleList. Then only these are compiled, each by itself and in place, and fn is returned:
     equal blocks share one compiled program, so that compiling costs what one block does, and hooks
-    around a block (FSDP2, checkpoints) work as ever.
+    around a block (FSDP2, checkpoints) work as ever. Raises ValueError where there are none.
 
     At most `Compiled.most` graphs are kept, those used last. The logger "shardtensor.compile" says
     at level INFO what each graph is for and how that differs from the graph before it; at WARNING,

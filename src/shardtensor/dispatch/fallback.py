@@ -41,7 +41,7 @@ def fallback(mode: str = "replicate", *, max_bytes: int = DEFAULT_MAX_BYTES) -> 
 
     "replicate": gather its operands, run it on every rank, shard again, with one warning for each
     op and line; UnsupportedOpError where the operands exceed max_bytes. "error": always
-    UnsupportedOpError.
+    UnsupportedOpError. Raises ValueError for another mode.
     """
     if mode not in ("replicate", "error"):
         raise ValueError(f'fallback mode {mode!r}: use "replicate" or "error"')

@@ -77,10 +77,11 @@ def read_block(
     halo: Mapping[int, tuple[int, int]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """This rank's block of the array as a plain tensor on the CPU.
+    """This rank's block of the array as a plain tensor on the CPU; nothing is sent.
 
     halo: for some dims of the spec, how many rows more before and after; fewer come at the ends of
-    the array, where there are none.
+    the array, where there are none. Raises ValueError for a spec of another shape than the array's
+    (what `index` leaves of it) and for values that are no numbers.
     """
     picked, kept = _kept(source, index)
     shape = tuple(b - a for _, (a, b) in kept)
@@ -103,7 +104,10 @@ def spec_of(
     index: Index | None = None,
     sizes: Mapping[int, Sequence[int]] | None = None,
 ) -> Spec:
-    """The spec of what `read` gives."""
+    """The spec of what `read` gives; nothing is read or sent.
+
+    Raises ValueError for an index or sizes that do not fit the array, and for Partial.
+    """
     _, kept = _kept(source, index)
     spec = Spec.of(mesh, placements, [b - a for _, (a, b) in kept], sizes)
     if spec.partial:
@@ -120,7 +124,8 @@ def aligned_sizes(
 ) -> dict[int, tuple[int, ...]]:
     """Sizes of shards that end where chunks end, as equal as chunks allow: for `read`.
 
-    So no chunk is read by two ranks. With fewer chunks than ranks some shards are empty.
+    So no chunk is read by two ranks. With fewer chunks than ranks some shards are empty. Nothing is
+    sent: the same array gives the same sizes.
     """
     spec = spec_of(source, mesh, placements, index)
     _, kept = _kept(source, index)

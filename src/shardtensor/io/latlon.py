@@ -227,6 +227,7 @@ class LatLon:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes that this rank has asked of the store."""
         return sum(s.bytes_wanted for s in self.sources.values())
 
     def statistics(
@@ -236,7 +237,8 @@ class LatLon:
 
         names: variables and forcings, default the variables. Each rank reads its own part, of
         `times` (default all); NaN does not count. Collective: one
-        all-reduce over the ranks that share a sample. In the units of the file.
+        all-reduce over the ranks that share a sample. In the units of the file. Raises ValueError
+        for names that are not read.
         """
         names = self.variables if names is None else tuple(names)
         if set(names) - set(self.sources):

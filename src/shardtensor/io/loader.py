@@ -37,8 +37,8 @@ class DomainSampler(DistributedSampler[int]):
     of an epoch is left out, else its first samples fill up the last round. Epochs are shuffled by
     seed + epoch, the same way for any number of groups. weights: of all samples; an epoch is then
     `length` draws by them, with replacement, drawn anew each epoch. Works with torch's DataLoader,
-    too; being torch's own kind of sampler, it is not replaced by one that deals samples to single
-    ranks, as Lightning does with others.
+    too, and sends nothing; being torch's own kind of sampler, it is not replaced by one that deals
+    samples to single ranks, as Lightning does with others.
     """
 
     group: int
@@ -175,6 +175,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
+        """The sampler's; 0 where it has none."""
         return int(getattr(self.sampler, "epoch", 0))
 
     def _set_epoch(self, epoch: int) -> None:
@@ -203,6 +204,7 @@ class Loader:
         return {k: int(v) for k, v in known.items() if v is not None}
 
     def state_dict(self) -> dict[str, int]:
+        """Where the epoch stands, for `load_state_dict` on any number of ranks; nothing is sent."""
         return {"epoch": self.epoch, "done": self.done, "round": self._round, **self._order()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -48,11 +48,12 @@ class Mesh:
 
 
 def read_mesh(path: str | os.PathLike[str]) -> Mesh:
-    """A .vtp, .vtu, .vtk, .stl, .ply or .obj file, by pyvista (extra `mesh`).
+    """A .vtp, .vtu, .vtk, .stl, .ply or .obj file, whole, by pyvista (extra `mesh`).
 
     A .vtk file of surface cells only is a surface, whatever kind of grid it was written as. Raises
     FileNotFoundError, and ValueError that names the file for one without cells, one that is cut or
-    damaged, and other kinds of files, some of which lead to further ones.
+    damaged, and other kinds of files, some of which lead to further ones; ImportError without the
+    extra.
     """
     try:
         import pyvista
@@ -168,8 +169,8 @@ LAYOUTS = {
 def cases(root: str | os.PathLike[str], layout: str | Layout) -> list[dict[str, Path]]:
     """{"folder", "surface", "volume"} of every case under root, in order of their names.
 
-    A file that is missing is missing from its case. Raises ValueError for an unknown layout and
-    for a folder without cases.
+    Nothing is sent. A file that is missing is missing from its case. Raises ValueError for an
+    unknown layout and for a folder without cases.
     """
     if isinstance(layout, str):
         if layout not in LAYOUTS:
@@ -207,7 +208,8 @@ def convert(
     on: "cells" (their centres, sizes, normals and fields) or "points". fields: default all. rename:
     fields to the names of arrays. Rows are ordered along Hilbert's curve, so that neighbours in
     space lie on the same rank. Each array is a .npy file, float32; integers that float32 does not
-    hold stay integers. The folder appears when it is complete; one that is there is kept. Raises
+    hold stay integers. One rank calls this. The folder appears when it is complete; one that is
+    there is kept. Raises
     ValueError for numbers that are too large, text, and names that are no names of files.
     """
 

@@ -71,7 +71,8 @@ class Source:
     def read(self, ranges: Sequence[Range]) -> np.ndarray:
         """The block of these (start, stop), one for each dim, in native byte order.
 
-        Raises IndexError for a range outside of the array.
+        Raises IndexError for a range outside of the array, ValueError for a file that gives another
+        block than its header says. Nothing is sent.
         """
         if len(ranges) != len(self.shape):
             raise IndexError(f"{self.name}: {len(ranges)} ranges for {len(self.shape)} dims")

@@ -202,7 +202,8 @@ def write_well(
     for a vector or tensor; all with the same spatial shape. times: of the steps. lengths: of the
     domain in each spatial dim (default 1; to be given where there is no scalar, which tells the
     dims of space from those of components). boundary: periodic, wall or open, in every dim.
-    The file appears under its name when it is complete. Raises ValueError for shapes that differ.
+    One rank calls this, with whole fields. The file appears under its name when it is complete.
+    Raises ValueError for shapes that differ.
     """
     first = next(iter(fields.values()))
     ndim = len(lengths) if lengths else min(f.ndim for f in fields.values()) - 2

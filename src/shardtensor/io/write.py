@@ -41,12 +41,12 @@ def write_zarr(
     of the array, that of the steps first. coords: for some dims their values, numbers or
     datetime64, or (values, attributes); for the dim of the steps the value of this step. The first
     rank makes the group (of `zarr_format`), the array, coordinates and metadata, which are
-    consolidated; what is there is written into. Rows move to ranks only so that no chunk, and no
-    shard of Zarr 3, is written by two. On a file system the array changes when all ranks have
-    written, see `staged`; object stores are written in place. All ranks return when everything is
-    written. Raises ValueError on every rank for an array or a coordinate that is there with another
-    shape, dtype, other chunks or values, RuntimeError where another rank could not write, and
-    TypeError for a plain tensor.
+    consolidated; what is there is written into. Rows are sent to other ranks only so that no chunk,
+    and no shard of Zarr 3, is written by two. On a file system the array changes when all ranks
+    have written, see `staged`; object stores are written in place. All ranks return when everything
+    is written. Raises ValueError on every rank for an array or a coordinate that is there with
+    another shape, dtype, other chunks or values, RuntimeError where another rank could not write,
+    and TypeError for a plain tensor.
     """
     zarr = need("zarr")
     if not isinstance(x, ShardTensor):

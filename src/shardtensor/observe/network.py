@@ -95,7 +95,7 @@ def folder() -> Path:
 
 
 def save(found: Measured) -> Path:
-    """Keep a measurement for `saved`; returns the file."""
+    """Keep a measurement for `saved`, by this rank alone; returns the file."""
     path = _file(found.host, found.backend, found.ranks)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(found), indent=1))
@@ -103,7 +103,7 @@ def save(found: Measured) -> Path:
 
 
 def saved(backend: str, ranks: int) -> Measured | None:
-    """What was measured on this host for as many ranks; None if nothing was."""
+    """What was measured on this host for as many ranks; None if nothing was. Sends nothing."""
     path = _file(socket.gethostname(), backend, ranks)
     return parsed(path.read_text()) if path.is_file() else None
 

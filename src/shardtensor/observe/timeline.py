@@ -95,7 +95,10 @@ class Timeline(Shown):
         return found
 
     def waits(self, by: str = "rank") -> dict[Any, float]:
-        """Seconds spent waiting for later ranks, by "rank", or by "op" or "line" over all ranks."""
+        """Seconds spent waiting for later ranks, by "rank", or by "op" or "line" over all ranks.
+
+        Raises ValueError for another word.
+        """
         if by not in ("rank", "op", "line"):
             raise ValueError(f'by is {by!r}; one of "rank", "op", "line"')
         late, found = self.late(), dict[Any, float]()

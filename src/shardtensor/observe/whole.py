@@ -85,7 +85,10 @@ class Whole:
 
 
 def whole(activations: Iterable[Activation], least: float = 0.01) -> Whole:
-    """How much is whole, and since where. least: the smallest share that is listed."""
+    """How much is whole, and since where, on this rank; nothing is sent.
+
+    least: the smallest share that is listed.
+    """
     found = list(activations)
     nbytes = sum(a.nbytes for a in found) or 1
     seconds = sum(a.seconds for a in found) or 1.0

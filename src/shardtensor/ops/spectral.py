@@ -32,7 +32,8 @@ def truncated_rfftn(
 
     modes: for each of `dim` (the last ones by default) how many non-negative and negative
     frequencies to keep; an integer keeps as many of both, so 2 m in all. For the last of `dim`, an
-    integer: the frequencies 0 to m - 1.
+    integer: the frequencies 0 to m - 1. For each sharded dim the modes that are kept are sent
+    alone, once. Raises ValueError for modes that do not fit.
     """
     dims, kept = _arguments(x.ndim, modes, dim)
     for d, (above, below) in zip(dims, kept, strict=True):
@@ -58,7 +59,8 @@ def truncated_irfftn(
     """The inverse for the modes that `truncated_rfftn` kept, all others zero, with lengths `s`.
 
     like: a ShardTensor in whose sharding the result is wanted along `dim` (and along other dims of
-    the same size); else it is as torch.fft.irfftn leaves it.
+    the same size); else it is as torch.fft.irfftn leaves it. Modes are sent as by
+    `truncated_rfftn`. Raises ValueError for lengths, modes or a `like` that do not fit.
     """
     dims, kept = _arguments(y.ndim, modes, dim)
     if len(s) != len(dims):

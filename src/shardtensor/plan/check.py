@@ -42,6 +42,8 @@ def check(
     in float32. at: the first tensor's shape in your runs, for which the bytes of gathers are told.
     Ranks are simulated in this process; in a job of several, they are its ranks, mesh_shapes must
     be of so many, and all call this. The model, its gradients and random states stay as they were.
+    Raises ValueError for inputs without a tensor, placements and shapes that do not go together,
+    and an output without a gradient; what the sharded model raises is in the report.
     """
     args, kwargs = _called(inputs)
     found = tensors((args, kwargs))

@@ -30,7 +30,7 @@ PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL", "SHARDTENSOR_")
 
 
 def facts() -> dict[str, Any]:
-    """Versions, backends, devices and environment of this process."""
+    """Versions, backends, devices and environment of this process. Sends nothing."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -54,7 +54,10 @@ def facts() -> dict[str, Any]:
 
 
 def suspects(ranks: int = 2) -> list[str]:
-    """What will slow down or stop so many ranks on this host, each with what to do."""
+    """What will slow down or stop so many ranks on this host, each with what to do.
+
+    This process looks by itself; nothing is sent.
+    """
     found = []
     known = facts()
     threads = int(os.environ.get("OMP_NUM_THREADS", known["cores"]))
@@ -95,7 +98,10 @@ def _version(name: str) -> str | None:
 
 
 def measure(mesh: DeviceMesh, sizes: tuple[int, ...] = SIZES, repeats: int = 15) -> Measured:
-    """Time each collective among all ranks of a mesh; called on all of them."""
+    """Time each collective among all ranks of a mesh; called on all of them.
+
+    sizes: bytes of the messages. Raises ValueError for a mesh of one rank.
+    """
     name = comm.group(mesh, tuple(range(mesh.ndim)))
     n, me = comm.size(name), comm.rank(name)
     if n == 1:

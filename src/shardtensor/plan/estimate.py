@@ -125,6 +125,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
+        """Bytes of a rank, at most, over the step."""
         return sum(self.memory.values())
 
     @property
@@ -134,6 +135,7 @@ class Estimate:
         return self.compute + self.communication - self.hides * both
 
     def fits(self, device: Device) -> bool:
+        """Whether it is not refused and a device holds it."""
         return not self.refused and self.peak <= device.among(self.layout.ranks).memory
 
     def collectives(self) -> dict[str, tuple[int, int, int]]:
@@ -154,7 +156,8 @@ def estimate(
     Of a rank in the middle, which has neighbours on all sides, and where shards are uneven also of
     the first, which has the largest: what needs more. Where the layout has sizes or speeds, memory
     is of the rank with the most rows, and time of the one that takes longest. What
-    depends on values (sort, masks, indices) is refused: `rehearse` it on a device.
+    depends on values (sort, masks, indices) is refused: `rehearse` it on a device. Nothing is sent:
+    fake tensors run in this process.
     """
     device = device.among(layout.ranks)
     found = []

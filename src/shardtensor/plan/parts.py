@@ -59,8 +59,8 @@ def in_parts(
 
     memory: that parts may hold together; default: what the device has beside weights, gradients,
     optimizer, and one whole input and output. parts: to look at, instead of powers of two. An
-    estimate on fake tensors, as `plan`'s; what is in files follows from what ranks hold where they
-    meet, beyond the memory.
+    estimate on fake tensors, as `plan`'s, which sends nothing; what is in files follows from what
+    ranks hold where they meet, beyond the memory.
     """
     dims = tuple(task.dims)
     # one rank at a time has all of a host

@@ -49,8 +49,9 @@ def plan(
     itself; then each mesh is tried with shards as torch.chunk cuts and as `balance.sizes` does, in
     multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
     fit follow by what they need, then those that
-    are refused. A notebook shows them as a table; `.html(path)` writes a page. Raises RuntimeError
-    where torch.distributed is initialised.
+    are refused. A notebook shows them as a table; `.html(path)` writes a page. Runs in this
+    process, on fake tensors, and sends nothing. Raises RuntimeError where torch.distributed is
+    initialised.
     """
     asked = Task(make, shapes, **task)
     found = ranked(

@@ -31,6 +31,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
+        """How many there are."""
         return self.data * prod(self.cuts)
 
     @property

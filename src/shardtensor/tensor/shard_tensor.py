@@ -78,7 +78,7 @@ class ShardTensor(torch.Tensor):
 
     @property
     def spec(self) -> Spec:
-        """Mesh, placements, global shape and the sizes of all shards."""
+        """Mesh, placements, global shape and the sizes of all shards. Sends nothing."""
         return self._spec
 
     @property
@@ -198,13 +198,15 @@ class ShardTensor(torch.Tensor):
         """The same tensor in other placements or cut to other `sizes`; differentiable.
 
         Raises ValueError for another mesh. Sizes default to the present ones where a dim stays
-        sharded by the same axes, else to torch.chunk's. async_op: as without, waited for.
+        sharded by the same axes, else to torch.chunk's. async_op: as without, waited for. What is
+        sent for each dim: an all-gather to Replicate, an all-to-all to another dim, rows to their
+        new ranks for other sizes; a sum for addends; nothing where all stays.
         """
         self.to_local()
         return methods["to_placements"](self, device_mesh, placements, sizes)
 
     def to_dtensor(self) -> Any:
-        """The torch DTensor of the same shards.
+        """The torch DTensor of the same shards; nothing is communicated.
 
         Raises UnsupportedOpError for sizes that `torch.chunk` would not give.
         """

@@ -17,8 +17,8 @@ def once(metrics: M, mesh: DeviceMesh, data: str = "data") -> M:
     """The same metric, collection or model, whose metrics are summed over `data` only.
 
     By themselves metrics add up what all ranks of the world have counted, though ranks of a domain
-    count the same samples. A mesh without that axis has one group of ranks. A metric that was given
-    a `dist_sync_fn` keeps it.
+    count the same samples. What `compute` sends is theirs, among fewer ranks. A mesh without that
+    axis has one group of ranks. A metric that was given a `dist_sync_fn` keeps it.
     """
     names = mesh.mesh_dim_names or ()
     group = mesh.get_group(data) if data in names and mesh[data].size() > 1 else None

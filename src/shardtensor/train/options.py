@@ -60,7 +60,10 @@ class Options:
 
     @classmethod
     def of(cls, options: Options | Mapping[str, Any] | None, values: Mapping[str, Any]) -> Options:
-        """Options, or a mapping of their names, some of them replaced by values."""
+        """Options, or a mapping of their names, some of them replaced by values.
+
+        Raises ValueError for another type, a name that is no option and a value that does not fit.
+        """
         if isinstance(options, cls):
             return replace(options, **cls._known(values))
         if options is not None and not isinstance(options, Mapping):
@@ -84,7 +87,10 @@ class Options:
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Options:
-        """From a YAML mapping of names to values (extra `yaml`). It is data: no code is run."""
+        """From a YAML mapping of names to values (extra `yaml`). It is data: no code is run.
+
+        Raises ValueError that names the file for another text, ImportError without the extra.
+        """
         try:
             import yaml
         except ImportError as e:

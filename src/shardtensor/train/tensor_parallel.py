@@ -39,8 +39,10 @@ def tensor_parallel(model: M, mesh: DeviceMesh, plan: Mapping[str, Any]) -> M:
       tensors before it meets an activation.
     A later entry counts. All other parameters become replicated DTensors, since optimizers and
     clip_grad_norm_ take no mixture of DTensors and plain tensors. Weights are those of the axis'
-    first rank. The model gets no hooks; layouts named in a style change nothing, since a
-    ShardTensor knows its own. Call it before `parallelize` and before the optimizer is made.
+    first rank, which sends them once; what the axis sends in a step is an all-reduce, or a gather,
+    for each pair of layers, as the placements say. The model gets no hooks; layouts named in a
+    style change nothing, since a ShardTensor knows its own. Call it before `parallelize` and before
+    the optimizer is made.
 
     Raises ValueError for a name that the model has not, a module that a style does not know and
     tied parameters that are to lie in two ways.

@@ -29,7 +29,7 @@ class Graph:
 
     nodes: of each kind a `points.Partition`. edges: of each pair of kinds its `Topology`, in the
     numbers that shards have; `.edges(values)` brings values (E, ...) in the order of the given edge
-    list to it.
+    list to it, once: each travels to the rank of its edge.
     """
 
     def __init__(self, nodes: dict[str, Partition], edges: dict[Edge, Topology]) -> None:
@@ -132,7 +132,8 @@ def follow(edge_index: Tensor, targets: int) -> Tensor:
 
     A hidden mesh numbered so follows its grid, for any number of ranks: where the grid's numbers
     run along a curve or row by row, shards of both are beside each other. edge_index (2, E): from
-    the grid to the nodes. By the mean of the sources' numbers; nodes without edges come last.
+    the grid to the nodes. By the mean of the sources' numbers; nodes without edges come last. Each
+    rank computes it from the whole list; nothing is sent.
     """
     source, target = edge_index
     count = torch.zeros(targets, dtype=torch.float64, device=target.device)
@@ -159,7 +160,8 @@ def cut(
 
     Each rank reads all edge lists: O(E log E) work and some integers an edge, once; then, for each
     edge list, it sends an index for each row of its halo. Raises ValueError for kinds that no edge
-    joins to one that is cut, and what `Topology` raises.
+    joins to one that is cut and for edge lists of another shape or of unknown kinds, IndexError for
+    nodes that do not exist.
     """
     given = {k: x for k, x in nodes.items() if isinstance(x, ShardTensor)}
     if not given or any(not x._spec.dims[0].axes for x in given.values()):

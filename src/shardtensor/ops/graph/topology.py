@@ -176,7 +176,8 @@ class Topology:
     def scatter(self, messages: Tensor, reduce: str = "sum") -> Tensor:
         """(targets, ...): the messages (E, ...) of each target's edges, reduced. Sends nothing.
 
-        reduce: "sum", "mean", "max" or "min"; 0 for a target without edges.
+        reduce: "sum", "mean", "max" or "min"; 0 for a target without edges. Raises ValueError for
+        another, and for messages of another number of edges.
         """
         if reduce not in ("mean", *_REDUCE):
             raise ValueError(f"reduce is {reduce!r}; one of mean, {', '.join(_REDUCE)}")
