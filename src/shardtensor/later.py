@@ -34,12 +34,16 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint import state_dict as states
     from torch.distributed.tensor import parallel as styles
     from torch.fx.experimental import symbolic_shapes as symbolic
+    from torch.nn.attention import flex_attention as flex
+    from torch.utils import flop_counter
 else:
     dt = Later("torch.distributed.tensor")
     fsdp2 = Later("torch.distributed.fsdp")
     states = Later("torch.distributed.checkpoint.state_dict")
     styles = Later("torch.distributed.tensor.parallel")
     symbolic = Later("torch.fx.experimental.symbolic_shapes")
+    flex = Later("torch.nn.attention.flex_attention")
+    flop_counter = Later("torch.utils.flop_counter")
 
 
 class _Finder(MetaPathFinder):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention import flex_attention as _flex
+
+from ..later import flex as _flex
 
 
 def is_identity(score_mod: Any) -> bool:

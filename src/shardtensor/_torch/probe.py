@@ -20,9 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from ..later import symbolic
+from ..later import flop_counter, symbolic
 from .dispatcher import not_tracing
 from .world import silent_world
 
@@ -30,16 +29,18 @@ _aten = torch.ops.aten
 # set while modes look on above autograd
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
-# the counts of products and convolutions; torch has none for attention's kernels on CPUs
-FLOPS = {
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+# attention's kernels on CPUs, of which torch counts none, and those that compute as much
+_COUNTED_AS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         _aten._scaled_dot_product_flash_attention_backward
-    ],
+    ),
 }
+
+
+def flops_of(op: Any) -> Any:
+    """What counts the operations of a product, a convolution or attention; None for other ops."""
+    return flop_counter.flop_registry.get(_COUNTED_AS.get(op, op))
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class Ledger(probe.Watching):
     def _cost(self, call: Call, out: Any, made: list[Tensor]) -> Work:
         if call.entry is not None and call.entry.cost is not None:
             return call.entry.cost
-        count = probe.FLOPS.get(call.func.overloadpacket)
+        count = probe.flops_of(call.func.overloadpacket)
         flop = count(*call.args, **call.kwargs, out_val=out) if count is not None else 0
         groups = groups_of(call.func, call.args)
         if groups > 1 and call.func is torch.ops.aten.convolution_backward.default:
