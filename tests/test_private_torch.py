@@ -30,6 +30,7 @@ USED = {
     torch._C._autograd._profiler_enabled
     torch._C._autograd._top_saved_tensors_default_hooks
     torch._C._create_function_from_graph
+    torch._C._increment_version
     torch._C._current_autograd_node
     torch._C._current_graph_task_id
     torch._C._dispatch_has_kernel
@@ -66,6 +67,7 @@ USED = {
     torch.autograd._get_sequence_nr
     torch.autograd.function._SingleLevelFunction
     torch.autograd.function._SingleLevelFunction.apply
+    torch.autograd.graph._get_grad_fn_or_grad_acc
     torch.distributed._composable.checkpoint
     torch.distributed._composable_state
     torch.distributed._composable_state._get_module_state

@@ -7,6 +7,7 @@ name.
 from . import flex
 from .attention import AttentionKernel, Block, attention_kernel
 from .autograd import (
+    accumulator,
     apply,
     c_grad_fn,
     first_hook,
@@ -17,6 +18,7 @@ from .autograd import (
     install_engine_hook,
     install_function_hook,
     install_gradcheck_hook,
+    install_node_hooks,
     number_of,
     run_after,
     run_last,
@@ -80,6 +82,7 @@ __all__ = [
     "Block",
     "OpOverload",
     "OpOverloadPacket",
+    "accumulator",
     "all_gather_flat",
     "apply",
     "asks_for_overrides",
@@ -105,6 +108,7 @@ __all__ = [
     "install_engine_hook",
     "install_function_hook",
     "install_gradcheck_hook",
+    "install_node_hooks",
     "is_batched",
     "is_composite",
     "is_mutable",

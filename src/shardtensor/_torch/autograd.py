@@ -47,18 +47,49 @@ def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]]
 
 
 def install_engine_hook(
-    roots: Callable[[Any, Any, bool], tuple[Any, Any]], unwrap: Callable[[Any], Any]
+    roots: Callable[[Any, Any, bool], tuple[Any, Any]],
+    unwrap: Callable[[Any], Any],
+    found: Callable[[Any, Any], Any],
 ) -> None:
-    """Map what goes to the engine: roots(outputs, grads, whether leaves accumulate) and inputs."""
+    """Map what goes to the engine and comes from it.
+
+    roots(outputs, grads, whether leaves accumulate), unwrap(an input), found(inputs, gradients).
+    """
     engine = torch.autograd._engine_run_backward
 
     def run(outputs: Any, grads: Any = (), *args: Any, **kwargs: Any) -> Any:
-        if len(args) >= 3 and args[2]:
-            args = (*args[:2], tuple(unwrap(x) for x in args[2]), *args[3:])
+        inputs = args[2] if len(args) >= 3 else ()
+        if inputs:
+            args = (*args[:2], tuple(unwrap(x) for x in inputs), *args[3:])
         accumulate = kwargs.get("accumulate_grad", False)
-        return engine(*roots(outputs, grads, accumulate), *args, **kwargs)
+        out = engine(*roots(outputs, grads, accumulate), *args, **kwargs)
+        return found(inputs, out) if inputs and not accumulate else out
 
     torch.autograd._engine_run_backward = run
+
+
+def install_node_hooks(
+    ours: Callable[[Any], bool], accumulator: Callable[[Any], Any], raw: Callable[[Any], Any]
+) -> None:
+    """Let torch.autograd.graph know nodes of our tensors: accumulator(a leaf), raw(a node)."""
+    find = torch.autograd.graph._get_grad_fn_or_grad_acc
+    will, count = torch._C._will_engine_execute_node, torch._C._increment_version
+
+    def node(t: Any) -> Any:
+        return accumulator(t) if ours(t) and t.requires_grad and t.is_leaf else find(t)
+
+    def increment(tensors: Any) -> None:
+        count(tuple([x._local if ours(x) else x for x in tensors]))
+
+    torch.autograd.graph._get_grad_fn_or_grad_acc = node
+    torch._C._will_engine_execute_node = lambda x: will(raw(x))
+    torch._C._increment_version = increment
+
+
+def accumulator(leaf: torch.Tensor) -> Any:
+    """The node that accumulates a leaf's gradient."""
+    with torch.enable_grad():
+        return leaf.view_as(leaf).grad_fn.next_functions[0][0]
 
 
 def install_ddp_hook(unwrap: Callable[[Any], Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
 from .. import _torch
@@ -24,6 +25,7 @@ from ..registry import rules
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import refuse_copy
+from ..tensor.nodes import edge_of, spec_of
 from ..tensor.redistribute import PLAIN, cotangent, gradient, like, local_of, replicate
 
 
@@ -241,24 +243,37 @@ def engine_roots(
     roots: tuple[Any, ...] = tuple(outputs)
     sharded = False
     for x in roots:
-        sharded = sharded or isinstance(x, ShardTensor)
+        sharded = sharded or isinstance(x, ShardTensor | GradientEdge)
     if sharded:
-        roots = tuple(map(local_of, roots))
+        roots = tuple(edge_of(local_of(x)) for x in roots)
     if accumulate:
         observers.claim(leaves(roots))
     if not sharded:
         return roots, tuple(grads)
+    specs = map(spec_of, outputs)
     paired = [
-        cotangent(g, x._spec) if isinstance(x, ShardTensor) and g is not None else g
-        for x, g in zip(outputs, grads, strict=True)
+        g if g is None or spec is None else cotangent(g, spec)
+        for g, spec in zip(grads, specs, strict=True)
     ]
     return roots, tuple(paired)
 
 
+def engine_results(inputs: Any, grads: Any) -> Any:
+    """Gradients for which edges of ShardTensors were given, as ShardTensors."""
+    specs = [spec_of(x) if isinstance(x, GradientEdge) else None for x in inputs]
+    if not any(specs):
+        return grads
+    return tuple(
+        g if g is None or spec is None else gradient(g, spec)
+        for g, spec in zip(grads, specs, strict=True)
+    )
+
+
 def leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors into which a backward would accumulate gradients."""
-    waiting: list[Any] = [x.grad_fn for x in roots]
-    yield from (x for x in roots if x.grad_fn is None)
+    nodes: list[Any] = [x.node if isinstance(x, GradientEdge) else x.grad_fn for x in roots]
+    yield from (x for x, node in zip(roots, nodes, strict=True) if node is None)
+    waiting = [node for node in nodes if node is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

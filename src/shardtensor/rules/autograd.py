@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ..errors import UnsupportedOpError
 from ..registry import rule
+from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.lazy import engine_input
+from ..tensor.nodes import edge_of, spec_of
 from ..tensor.redistribute import cotangent, gradient, local_of
 
 
@@ -32,16 +35,18 @@ def grad(
         raise UnsupportedOpError("autograd.grad with is_grads_batched: call it once per gradient")
     outs, ins = _many(outputs), _many(inputs)
     given = [None] * len(outs) if grad_outputs is None else _many(grad_outputs)
+    specs = [spec_of(o) for o in outs]
     cotangents = [
-        cotangent(g, o._spec) if isinstance(o, ShardTensor) and g is not None else g
-        for o, g in zip(outs, given, strict=True)
+        g if g is None or spec is None else cotangent(g, spec)
+        for spec, g in zip(specs, given, strict=True)
     ]
-    for o, g in zip(outs, cotangents, strict=True):
-        if g is None and o.numel() != 1:
+    for o, spec, g in zip(outs, specs, cotangents, strict=True):
+        if g is None and _shape(o, spec).numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     found = torch.autograd.grad(
-        [local_of(o) for o in outs],
-        [engine_input(i) for i in ins],
+        [edge_of(local_of(o)) for o in outs],
+        # edges stay as they are: what runs the engine knows them
+        [i if isinstance(i, GradientEdge) else engine_input(i) for i in ins],
         [_ones(o) if g is None else g for o, g in zip(outs, cotangents, strict=True)],
         retain_graph=retain_graph,
         create_graph=create_graph,
@@ -56,8 +61,20 @@ def grad(
 
 
 def _many(xs: Any) -> Sequence[Any]:
-    return [xs] if isinstance(xs, Tensor) else list(xs)
+    return [xs] if isinstance(xs, Tensor | GradientEdge) else list(xs)
 
 
-def _ones(x: Tensor) -> Tensor:
-    return torch.ones_like(local_of(x))
+def _shape(x: Any, spec: Spec | None) -> torch.Size:
+    if spec is not None:
+        return spec.shape
+    return torch.Size(_facts(x).shape) if isinstance(x, GradientEdge) else x.shape
+
+
+def _facts(x: GradientEdge) -> Any:
+    """What the node of an edge knows of its result."""
+    return x.node._input_metadata[x.output_nr]
+
+
+def _ones(x: Any) -> Tensor | None:
+    # of an edge the engine makes them
+    return None if isinstance(x, GradientEdge) else torch.ones_like(local_of(x))

@@ -22,6 +22,7 @@ from ..registry import handlers, method
 from ..spec import Spec
 from . import layout
 from .aliases import refuse_stale
+from .nodes import ShardNode, edge_of
 from .shard_tensor import ShardTensor
 
 # torch function -> what may handle it where an operand is lazy; NotImplemented: not this one
@@ -165,7 +166,7 @@ class Lazy(ShardTensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        return self._recipe.grad_fn
+        return None if self._recipe.grad_fn is None else ShardNode(self, self._spec)
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]
@@ -235,6 +236,6 @@ def refuse_bypassed(x: Any) -> None:
 @method
 def engine_input(x: Any) -> Any:
     """What the engine takes for a tensor whose gradient is asked for."""
-    local = x._local if isinstance(x, ShardTensor) else x
+    local = x._local if isinstance(x, ShardTensor) else edge_of(x)
     refuse_bypassed(x)
     return local

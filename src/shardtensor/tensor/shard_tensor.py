@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
@@ -237,8 +238,8 @@ class ShardTensor(torch.Tensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """The node of a foreign autograd.Function that made this tensor, else the local one."""
-        return _torch.c_grad_fn(self) or self._local.grad_fn
+        """The node that made this tensor; its hooks see global gradients (see `nodes`)."""
+        return methods["node_of"](self)
 
     @property
     def grad(self) -> ShardTensor | None:
@@ -308,7 +309,9 @@ class ShardTensor(torch.Tensor):
             local = torch.ones_like(self._local)
         else:
             local = methods["cotangent"](gradient, self._spec)
-        given = (inputs,) if isinstance(inputs, Tensor) else inputs
+        given = inputs.values() if isinstance(inputs, dict) else inputs
+        if isinstance(given, Tensor | GradientEdge):
+            given = (given,)
         wrt = None if given is None else [methods["engine_input"](x) for x in given]
         # local tensors all: nothing is dispatched again
         torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
