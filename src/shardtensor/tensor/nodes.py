@@ -50,7 +50,7 @@ class ShardNode(Node):
         return tuple((_below(node), place) for node, place in self.node.next_functions)
 
     @property
-    def metadata(self) -> dict[Any, Any]:
+    def metadata(self) -> dict[Any, Any]:  # type: ignore[override]
         found: dict[Any, Any] = self.node.metadata
         return found
 
