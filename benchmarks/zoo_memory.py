@@ -210,9 +210,9 @@ def booked(ledger: Ledger) -> Iterator[None]:
     """Parts of weights' gradients that wait for their bucket are gradients, too."""
     add = of_gradients.Pass.add
 
-    def marked(self: Any, place: Any, part: Tensor) -> None:
-        ledger.mark("gradients", [part])
-        add(self, place, part)
+    def marked(self: Any, places: Any, parts: Any) -> None:
+        ledger.mark("gradients", parts)
+        add(self, places, parts)
 
     of_gradients.Pass.add = marked  # type: ignore[method-assign]
     try:
