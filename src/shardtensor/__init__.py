@@ -17,6 +17,9 @@ from .observe.trace import trace
 from .ops import graph, points, sparse, spectral, sphere
 from .ops import harmonics as _harmonics  # noqa: F401
 from .ops import natten as _natten  # noqa: F401
+from .ops import physicsnemo as _physicsnemo  # noqa: F401
+from .ops import torch_geometric as _torch_geometric  # noqa: F401
+from .ops import torch_scatter as _torch_scatter  # noqa: F401
 from .ops import tracers as _tracers  # noqa: F401
 from .paged.tiled import tiled
 from .plan.check import check

@@ -34,7 +34,7 @@ def rule(*keys: Any, captured: bool = False) -> Callable[[F], F]:
     - a Python function of a module: its name is replaced wherever loaded modules have it. The
       original is its `__wrapped__`;
     - the full name of such a function ("natten.functional.na2d"): the same, now if its module is
-      loaded, else when it is; nothing where the module does not have it.
+      loaded, else when it is; nothing where the module does not have it. Of an op, too.
 
     The decorated function has the signature of what it stands for. At least one argument is a
     ShardTensor; a plain tensor is the same on all ranks. It must decide from specs alone, raise
@@ -94,8 +94,10 @@ def _targets(key: Any, captured: bool) -> list[Any]:
 
 
 def _take(names: list[str], run: Callable[..., Any], captured: bool, module: ModuleType) -> None:
-    functions = [getattr(module, n) for n in names if hasattr(module, n)]
-    registry.rule(*_named(functions, captured))(run)
+    found = [getattr(module, n) for n in names if hasattr(module, n)]
+    ops = [overload for f in found for overload in _torch.ops_of(f)]
+    functions = [f for f in found if not _torch.ops_of(f)]
+    registry.rule(*ops, *_named(functions, captured))(run)
 
 
 def _forward(module: type[nn.Module]) -> Callable[..., Any]:

@@ -1,0 +1,38 @@
+"""torch_scatter's sums and means of runs of rows, whose kernels are its own, on sharded rows.
+
+They take effect when the program imports torch_scatter; nothing here does. Its `scatter`, `sum` and
+`mean` are torch functions and need no rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch.rule import rule
+from ..rules.rows import cut_axes, dims_of
+
+_MODULE = "torch_scatter.segment_csr.segment_"
+
+
+def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
+    """Rows indptr[i] to indptr[i + 1] as one; of no rows zeros."""
+    if out is not None or indptr.ndim != 1 or not cut_axes(dims_of(src)[0]):
+        return function.__wrapped__(src, indptr, out)
+    return torch.segment_reduce(src, reduce, offsets=indptr, initial=0)
+
+
+@rule(_MODULE + "sum_csr", _MODULE + "add_csr")
+def segment_sum(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _reduced("sum", function, *args, **kwargs)
+
+
+@rule(_MODULE + "mean_csr")
+def segment_mean(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _reduced("mean", function, *args, **kwargs)
+
+
+segment_sum.takes_function = True  # type: ignore[attr-defined]
+segment_mean.takes_function = True  # type: ignore[attr-defined]
