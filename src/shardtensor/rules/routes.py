@@ -1,11 +1,14 @@
 """Routes of indices that are used again: found once for each index, until it changes or is gone.
 
 An index is known by its memory and compared with what it was, so that no way of writing to it goes
-unseen; all ranks agree, in one small message, that theirs is still the same.
+unseen; all ranks agree, in one small message, that theirs is still the same. Tables that are alike
+on all ranks need no message; on a GPU, where comparing waits for it, they are not compared while
+they are the same objects and torch has counted no write to them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,30 +24,72 @@ _MOST = 64
 V = TypeVar("V")
 
 
+def _waits(x: Tensor) -> bool:
+    """Whether to read a tensor's numbers is to wait for its device."""
+    return x.device.type != "cpu"
+
+
+class _Stamp:
+    """Tensor objects, and how many writes to each of them torch had counted."""
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        self.refs = tuple(map(weakref.ref, xs))
+        self.versions = _versions(xs)
+
+    def holds(self, xs: Sequence[Tensor]) -> bool:
+        """Whether these are they, and nothing was written since."""
+        same = len(xs) == len(self.refs) and all(
+            ref() is x for ref, x in zip(self.refs, xs, strict=True)
+        )
+        return same and self.versions is not None and self.versions == _versions(xs)
+
+
+def _versions(xs: Sequence[Tensor]) -> tuple[int, ...] | None:
+    # of what was made in inference mode torch counts no writes
+    return None if any(x.is_inference() for x in xs) else tuple(x._version for x in xs)
+
+
 class _Kept:
     """What was found of indices; that of indices that are gone is dropped."""
 
     def __init__(self) -> None:
         self.found: OrderedDict[Any, tuple[Any, tuple[Tensor, ...], Any]] = OrderedDict()
+        self.stamps: dict[Any, _Stamp] = {}
 
     def cache_clear(self) -> None:
         self.found.clear()
+        self.stamps.clear()
 
-    def get(self, key: Any, *at: Tensor) -> Any:
+    def get(self, key: Any, at: Sequence[Tensor], owners: Sequence[Tensor] = ()) -> Any:
+        """owners: what is asked for by the count of writes to it, where comparing waits."""
         if key not in self.found:
             return None
         ref, was, found = self.found[key]
-        if ref.expired() or not all(map(torch.equal, was, at)):
+        if ref.expired():
             return None
+        stamped = bool(owners) and _waits(at[0])
+        if not (stamped and key in self.stamps and self.stamps[key].holds(owners)):
+            if not all(map(torch.equal, was, at)):
+                return None
+            if stamped:
+                self.stamps[key] = _Stamp(owners)
         self.found.move_to_end(key)
         return found
 
-    def put(self, key: Any, ref: Any, found: Any, *at: Tensor) -> None:
+    def put(
+        self, key: Any, ref: Any, found: Any, at: Sequence[Tensor], owners: Sequence[Tensor] = ()
+    ) -> None:
         for k in [k for k, (r, *_) in self.found.items() if r.expired()]:
-            del self.found[k]
+            self._drop(k)
         self.found[key] = ref, tuple([x.clone() for x in at]), found
+        if owners:
+            self.stamps[key] = _Stamp(owners)
         while len(self.found) > _MOST:
-            self.found.popitem(last=False)
+            self._drop(next(iter(self.found)))
+
+    def _drop(self, key: Any) -> None:
+        del self.found[key]
+        self.stamps.pop(key, None)
 
 
 _kept = _Kept()
@@ -59,27 +104,31 @@ def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[],
     # a route outlives the transforms of torch.func, which integers have no part in
     at = _torch.unwrapped(at)
     ref, full = _named(_torch.unwrapped(local_of(index)), key)
-    route: Route | None = _kept.get(full, at)
+    route: Route | None = _kept.get(full, [at])
     if comm.size(group) > 1:
         seen = torch.tensor(int(route is not None), device=at.device)
         if not int(comm.reduce(seen, group, "min")):
             route = None
     if route is None:
         route = make()
-        _kept.put(full, ref, route, at)
+        _kept.put(full, ref, route, [at])
     return route
 
 
-def kept(pattern: Sequence[Tensor], key: Any, make: Callable[[], V]) -> V:
+def kept(
+    pattern: Sequence[Tensor], key: Any, make: Callable[[], V], owners: Sequence[Tensor] = ()
+) -> V:
     """make(), kept while the first of some index tensors lives and they stay as they are.
 
     They are alike on all ranks, and make does not communicate: nothing has to be agreed on.
+    owners: the tensor objects that have the pattern; default: the pattern's own.
     """
     ref, full = _named(pattern[0], key)
-    found: V | None = _kept.get(full, *pattern)
+    owners = owners or pattern
+    found: V | None = _kept.get(full, pattern, owners)
     if found is None:
         found = make()
-        _kept.put(full, ref, found, *pattern)
+        _kept.put(full, ref, found, pattern, owners)
     return found
 
 

@@ -174,7 +174,7 @@ def _part(s: Tensor, turned: bool, k: Dim, to: Dim, group: str) -> _Part:
     else:
         pattern = s.row_indices(), s.ccol_indices()
     key = (_part, s.shape, s.layout, turned, k, to, group)
-    return kept(pattern, key, lambda: _found(s, turned, k, to, group))
+    return kept(pattern, key, lambda: _found(s, turned, k, to, group), [s])
 
 
 def _entries(s: Tensor) -> tuple[Tensor, Tensor]:
