@@ -5,9 +5,12 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import Shard
 from torch_geometric import nn as pyg
+from torch_geometric.utils import to_dense_batch
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.rules import nodes
 
 torch.manual_seed(0)
 D = torch.float64
@@ -116,3 +119,41 @@ def test_an_index_that_changes_is_asked_anew():
         assert found == [
             [0, 7, 3, 3], [0, 7, 3, 3], [5, 7, 3, 3], [5, 6, 3, 3], [5, 7, 3, 3], [2, 4, 0, 0],
         ]  # fmt: skip
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Tensors of any size are cut rather than whole."""
+    monkeypatch.setattr(nodes, "WHOLE", 1)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    "most", [{}, {"max_num_nodes": 4, "batch_size": 5}, {"fill_value": 2.0, "max_num_nodes": 9}]
+)
+def test_dense_batches(most, sharded, small_is_large):
+    """Samples of different sizes, one without nodes, side by side: nodes go to where they belong."""
+    of = torch.tensor([0] * 6 + [1] + [3] * 8 + [4] * 2)
+    mask = to_dense_batch(X, of, **most)[1]
+
+    def dense(x, of):
+        out, found = to_dense_batch(x, of, **most)
+        return out, found.double()
+
+    for cut in ((9, 8), (5, 0, 12), (1, 14, 1, 1)):
+        places = [T.shard(0, cut), T.shard(0, cut) if sharded else None]
+        specs = T.hold(dense, [X, of], places, (len(cut),))
+        assert specs[0].varying, (mask.shape, specs)
+
+
+def test_dense_batches_gather_no_nodes(small_is_large):
+    of = torch.tensor([0] * 9 + [1] * 8)
+
+    def rank():
+        x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        index = st.distribute_tensor(of, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        with st.fallback("error"), st.trace() as t:
+            to_dense_batch(x, index)
+        return t.gathered
+
+    assert st.simulate(2, rank) == [[], []]

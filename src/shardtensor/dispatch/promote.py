@@ -48,6 +48,18 @@ def adopt(
     return _become(x, spec, only, value.mesh, zeros)
 
 
+def adopt_indexed(x: Tensor, spec: Spec) -> bool:
+    """Turn the plain x of `x[index] = value`, index a tensor, into one that lies as spec.
+
+    As `adopt`: from a handler that has x in one local variable; one message to agree.
+    """
+    references = sys.getrefcount(x)
+    if _torch.is_tracing():
+        return False
+    only = references == _USUAL or references == _usual()
+    return _become(x, spec, only, spec.mesh, None)
+
+
 def adopt_rows(x: Tensor, spec: Spec) -> bool:
     """Turn the plain x of `x.scatter_add_(...)` and its kin into a ShardTensor that lies as spec.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch.fallback import fall_back
 from ..dispatch.follow import PART, follow, hides
-from ..dispatch.promote import adopt
+from ..dispatch.promote import adopt, adopt_indexed
 from ..dispatch.writes import check_writable, refuse_overlap, slice_of
 from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
@@ -20,6 +20,7 @@ from .basic_index import basic, hashable
 from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .modes import written, zeros
+from .nodes import rows_written
 from .pointwise import _wanted, align, function_rule
 from .rows import covering, cut_axes, dims_of, in_order, lifted, normal, read, summed, write
 from .shape import _index, _permuted
@@ -283,13 +284,20 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Assignment to slices, rows, masks and tensors of indices."""
     x, index, value = args
     if not isinstance(x, ShardTensor):
-        places = _entries(index, x.ndim) if isinstance(value, ShardTensor) else None
-        # adopt counts the references to x: this must be its only name here
-        if places is None or not adopt(x, places, value._spec, zeros):
+        places = _entries(index, x.ndim)
+        target = None if places is None else rows_written(x.shape, places, value)
+        # adopting counts the references to x: this must be its only name here
+        if target is not None:
+            adopted = adopt_indexed(x, target)
+        elif isinstance(value, ShardTensor) and places is not None:
+            adopted = adopt(x, places, value._spec, zeros)
+            if adopted and written(x, index, value):
+                return
+        else:
+            adopted = False
+        if not adopted:
             # a plain tensor is whole on every rank, so it takes whole values
             fall_back(func, args, kwargs)
-            return
-        if written(x, index, value):
             return
     check_writable(x, "x[...] = ")
     if not isinstance(value, Tensor):

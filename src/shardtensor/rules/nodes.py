@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import cache
-from ..spec import Dim, Spec
+from ..spec import Dim, Spec, whole_dims
+from ..tensor import ShardTensor
 from ..tensor.recut import WHOLE
 
 
@@ -44,3 +48,25 @@ def lies(spec: Spec, shape: Sequence[int]) -> Spec | None:
     if rows is None or rows.axes != cut.axes:
         return None
     return spec.with_dims([rows if d == other[0] else dim for d, dim in enumerate(spec.dims)])
+
+
+def rows_written(shape: Sequence[int], entries: Sequence[Any], value: Any) -> Spec | None:
+    """How the x of `x[entries] = value` lies, whose rows are written at a vector of numbers.
+
+    As a sharded value or vector tells, see `lies`; None: nothing tells.
+    """
+    found = [d for d, e in enumerate(entries) if isinstance(e, Tensor)]
+    rest = (e for e in entries if not isinstance(e, Tensor))
+    if len(found) != 1 or not all(isinstance(e, slice) and e == slice(None) for e in rest):
+        return None
+    (d,) = found
+    index = entries[d]
+    if index.ndim != 1 or index.dtype is torch.bool:
+        return None
+    if isinstance(value, ShardTensor) and value.ndim == len(shape):
+        return None if value._spec.partial else lies(value._spec, shape)
+    if not isinstance(index, ShardTensor) or index._spec.partial:
+        return None
+    whole = whole_dims(shape)
+    dims = (*whole[:d], index._spec.dims[0], *whole[d + 1 :])
+    return lies(Spec(index._spec.mesh, dims), shape)
