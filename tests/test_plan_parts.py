@@ -1,7 +1,9 @@
 """What a plan says of `tiled`, beside what it then moves."""
 
 import importlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,21 @@ from shardtensor.plan.estimate import Device, Task
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from bench_models import fno
+
 cli = importlib.import_module("shardtensor.cli.plan")
 CPU = Device("cpu", 2**22, 1e10, {64: 2e10, 32: 4e10, 16: 4e10}, 1.0, 2e-6)
 CASES = {
     "unet": (lambda: UNet(1, 1, width=4), (1, 1, 96, 64)),
     "vit": (lambda: ViT((64, 64), 8, 1, 1, width=32), (1, 1, 64, 64)),
+    "fno": (lambda: fno(8, 6, 2), (1, 4, 96, 64)),
+    "dropout": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.Dropout(), nn.GELU(), nn.Conv2d(8, 1, 3, padding=1)
+        ),
+        (1, 1, 96, 64),
+    ),
 }
 
 
@@ -30,7 +42,7 @@ def small(monkeypatch):
 def ran(make, shape, parts, memory, train, folder):
     """What a step in parts moves."""
     torch.manual_seed(0)
-    run = st.tiled(make(), parts, 2, memory=memory, spill=folder)
+    run = st.tiled(make().train(train), parts, 2, memory=memory, spill=folder)
     with torch.set_grad_enabled(train):
         y = run(torch.randn(shape))
         if train:
@@ -46,8 +58,8 @@ def test_what_is_said_to_lie_in_files_does(name, train, tmp_path):
     said = in_parts(task, CPU, memory=2**16, parts=[4])
     moved = ran(make, shape, 4, 2**16, train, tmp_path)
     assert not said.refused and (said.parts, said.dim) == (4, 2)
-    assert 0.4 < said.spilled / moved.spilled < 1.5
-    assert 0.5 < said.most / moved.most < 1.1
+    assert 0.7 < said.spilled / moved.spilled < 1.4
+    assert 0.6 < said.most / moved.most < 1.2
     assert said.times > 1
 
 

@@ -37,8 +37,9 @@ from .build import build
 from .course import Course, course
 from .device import A100, DEVICES, H100, H200, Device
 from .known import Known
-from .ledger import Ledger
+from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
+from .turns import paged
 from .update import Update
 from .way import Layout, looked_at
 
@@ -114,10 +115,10 @@ class Estimate:
     modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
     # what is held by kind as the step goes on
     course: Course | None = field(default=None, repr=False, compare=False)
-    # bytes of the largest op's arguments and results; what waits in memory for other ranks (see
-    # `Ledger.waits`)
+    # bytes of the largest op's arguments and results; what the step makes, reads and ends, and
+    # where ranks meet, if it was asked for
     largest: int = field(default=0, repr=False, compare=False)
-    waits: tuple[tuple[int, int, int], ...] = field(default=(), repr=False, compare=False)
+    turns: tuple[Turn, ...] = field(default=(), repr=False, compare=False)
 
     def tree(self) -> Tree:
         """Memory and time by module; print it."""
@@ -149,7 +150,12 @@ class Estimate:
 
 
 def estimate(
-    task: Task, layout: Layout, device: Device = H100, network: Network = DGX_H100
+    task: Task,
+    layout: Layout,
+    device: Device = H100,
+    network: Network = DGX_H100,
+    *,
+    turns: bool = False,
 ) -> Estimate:
     """What one configuration needs.
 
@@ -157,13 +163,13 @@ def estimate(
     the first, which has the largest: what needs more. Where the layout has sizes or speeds, memory
     is of the rank with the most rows, and time of the one that takes longest. What
     depends on values (sort, masks, indices) is refused: `rehearse` it on a device. Nothing is sent:
-    fake tensors run in this process.
+    fake tensors run in this process. turns: whether to note them, too.
     """
     device = device.among(layout.ranks)
     found = []
     for rank in looked_at(layout, task.shapes[0]):
         try:
-            found.append(_of_rank(task, layout, rank, device, network))
+            found.append(_of_rank(task, layout, rank, device, network, turns))
         except Exception as e:
             return Estimate(layout, {}, refused=_reason(e))
     most = max(found, key=lambda e: e.peak)
@@ -171,11 +177,13 @@ def estimate(
     return replace(most, compute=max(e.compute for e in found)) if layout.speeds else most
 
 
-def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Network) -> Estimate:
+def _of_rank(
+    task: Task, layout: Layout, rank: int, device: Device, network: Network, turns: bool
+) -> Estimate:
     """One rank's step on fake tensors: what it holds at its peak, computes and sends."""
     if torch.distributed.is_initialized():
         raise RuntimeError("plan in a process of its own: torch.distributed is initialised")
-    ledger = Ledger()
+    ledger = Ledger(turns=turns)
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
@@ -185,6 +193,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         try:
             step = _prepared(task, layout, ledger)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
+            begin = len(ledger.turns or ())
             with trace() as t:
                 ledger.heard, ledger.senders = t.sent, []
                 step()
@@ -221,7 +230,7 @@ def _of_rank(task: Task, layout: Layout, rank: int, device: Device, network: Net
         ),
         course=course(ledger, at, begun, seconds),
         largest=max((w.moved for w in work), default=0),
-        waits=ledger.waits(at),
+        turns=paged(ledger, begin) if turns else (),
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,19 @@ KINDS = (
 )  # fmt: skip
 
 
+class Move(NamedTuple):
+    """Memory of a tensor that begins, or ends: its signed bytes."""
+
+    number: int
+    nbytes: int
+
+
+Turn = Move | tuple[int, ...] | None
+_aten = torch.ops.aten
+# they touch no memory
+_VIEWS = {
+    _aten.view.default, _aten.detach.default, _aten.alias.default, _aten._unsafe_view.default
+}  # fmt: skip
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -42,7 +54,7 @@ class Ledger(probe.Watching):
     next: int
     places: Places
 
-    def __init__(self) -> None:
+    def __init__(self, *, turns: bool = False) -> None:
         super().__init__()
         self.fake = probe.fake_mode()
         self.known = Known(self.fake)
@@ -59,9 +71,9 @@ class Ledger(probe.Watching):
         self.workers: list[str] = []
         self.senders: list[str] = []
         self.heard: Sequence[Sent] = ()
-        # moves at each collective that sent, with what it sent; how many such; moves at the last op
-        self.meets: list[int] = []
-        self._met = self._done = 0
+        # moves, the tensors that each op reads, and None where ranks meet, in order; if wanted
+        self.turns: list[Turn] | None = [] if turns else None
+        self._met = 0
         self._sending = 0
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
@@ -78,8 +90,8 @@ class Ledger(probe.Watching):
         if func is probe.DEVICE and probe.is_fake(args[0]):
             return args[0].fake_device
         if len(self.heard) != self._met:
-            if len(self.heard) > self._met:
-                self.meets.append(self._done)
+            if len(self.heard) > self._met and self.turns is not None:
+                self.turns.append(None)
             self._met = len(self.heard)
         call = Call(func, args, kwargs or {})
         op, given = call.op, call.given
@@ -97,15 +109,25 @@ class Ledger(probe.Watching):
         if op.sends and not self._sending:
             self._note(func, given)
         out = self.known.run(call)
+        if self.turns is not None:
+            self._read(func, given)
         made = [out] if isinstance(out, Tensor) else [*leaves(out)]
         kind = "communication" if self._sending else "activations"
         # each is booked
         new = sum([self.book(x, kind) for x in made])
-        self._done = len(self.moves)
         if new or op.mutable:
             self.work.append(self._cost(call, out, made))
             self.workers.append(self.places.here())
         return out
+
+    def _read(self, func: Any, given: list[Tensor]) -> None:
+        """Note which tensors' memory an op reads."""
+        if func in _VIEWS:
+            return
+        found = (self._numbers.get(local(x).untyped_storage()._cdata) for x in given)
+        read = tuple(n for n in found if n is not None)
+        if read and self.turns is not None:
+            self.turns.append(read)
 
     def _note(self, func: Any, given: list[Tensor]) -> None:
         """A gather or scatter of FSDP2's."""
@@ -191,6 +213,8 @@ class Ledger(probe.Watching):
 
     def _move(self, number: int, nbytes: int) -> None:
         self.moves.append((number, nbytes))
+        if self.turns is not None:
+            self.turns.append(Move(number, nbytes))
         self.when.append(len(self.work))
 
     def phase(self, name: str) -> None:
@@ -203,35 +227,6 @@ class Ledger(probe.Watching):
             if x is not None and x.device.type != "meta":
                 self.book(x, kind)
                 self.kinds[self._numbers[local(x).untyped_storage()._cdata]] = kind
-
-    def waits(self, start: int = 0) -> tuple[tuple[int, int, int], ...]:
-        """What is held where ranks meet, after the first `start` moves, beside what is there once.
-
-        (its bytes, the most bytes held at a meeting that it is there at, and at any moment of its
-        life) of each tensor.
-        """
-        kinds = ("activations", "communication", "inputs", "gradients")
-        sizes = [n if self.kinds[k] in kinds else 0 for k, n in self.moves]
-        total = np.cumsum(sizes) if sizes else np.zeros(0)
-        meets = np.array([m for m in self.meets if m > start], dtype=np.int64)
-        # before the move of that number
-        held = total[meets - 1]
-        born: dict[int, int] = {}
-        lives: list[tuple[int, int, int]] = []
-        for i, ((number, _), n) in enumerate(zip(self.moves, sizes, strict=True)):
-            if n > 0:
-                born[number] = i
-            elif n and number in born:
-                lives.append((born.pop(number), i, -n))
-        lives += [(a, len(sizes), sizes[a]) for a in born.values()]
-        late = [life for life in lives if life[1] > start]
-        if not late:
-            return ()
-        begun, ended, nbytes = np.array(late, dtype=np.int64).T
-        # of no meeting nothing, as of one at which nothing is held
-        at_meets = _most(held, np.searchsorted(meets, begun + 1), np.searchsorted(meets, ended + 1))
-        at_all = _most(total, np.maximum(begun, start - 1), ended)
-        return tuple(zip(nbytes.tolist(), at_meets.tolist(), at_all.tolist(), strict=True))
 
     def peak(self, start: int = 0) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by kind at the moment when most were held, after the first `start` moves.
@@ -251,23 +246,6 @@ class Ledger(probe.Watching):
                 owner = self.owners[number]
                 owned[owner] = owned.get(owner, 0) + nbytes
         return held, owned
-
-
-def _most(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The largest of values[a:b] for each a and b; 0 where there is none."""
-    table = [values]
-    # of spans of a power of two, two of which make any other
-    while 2 ** len(table) <= len(values):
-        half, last = 2 ** (len(table) - 1), table[-1]
-        table.append(np.maximum(last[:-half], last[half:]))
-    found = np.zeros(len(begin), dtype=np.int64)
-    some = end > begin
-    level = np.zeros(len(begin), dtype=np.int64)
-    level[some] = np.log2(end[some] - begin[some]).astype(np.int64)
-    for n, row in enumerate(table):
-        at = some & (level == n)
-        found[at] = np.maximum(row[begin[at]], row[end[at] - 2**n])
-    return found
 
 
 def _bytes(x: Tensor) -> int:

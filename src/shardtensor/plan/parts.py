@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..observe.network import DGX_H100, Network
+from ..tensor.random import match_single_device
 from .estimate import Device, Estimate, Layout, Task, estimate
+from .turns import moved
 
 # arguments and results of an op fit so often into the memory that parts have together
 FITS = 3
@@ -92,7 +94,9 @@ def _along(
     for count in parts or (n, 2 * n, 4 * n):
         if count > min(rows, MOST):
             return InParts(refused=f"dim {dim} of {rows} rows in {count} parts")
-        e = estimate(task, Layout(1, (dim,), (count,)), device, network)
+        # as tiled runs it: spectra are whole then
+        with match_single_device():
+            e = estimate(task, Layout(1, (dim,), (count,)), device, network, turns=True)
         if e.refused:
             return InParts(refused=e.refused)
         if parts or FITS * e.largest <= room:
@@ -102,18 +106,13 @@ def _along(
 
 def _of(e: Estimate, dim: int, parts: int, room: int, whole: Estimate, device: Device) -> InParts:
     """Of the estimate of one rank."""
-    spilled = most = 0.0
-    for nbytes, held, own in e.waits:
-        # of what all hold where they meet, and of what the one that runs holds, that beyond the
-        # memory is in files
-        share = max(0.0, 1 - room / max(parts * held, own, 1))
-        spilled += parts * nbytes * share
-        most = max(most, parts * held - room)
-    moved = 2 * (parts * sum(s.bytes for s in e.sent) + 2 * spilled) / device.bandwidth
+    found = moved(e.turns, parts, room)
+    nbytes = parts * sum(s.bytes for s in e.sent) + 2 * found.spilled
+    copied = 2 * nbytes / device.bandwidth
     # the optimizer steps once
-    seconds = parts * _before(e) + (whole.compute - _before(whole)) + moved
+    seconds = parts * _before(e) + (whole.compute - _before(whole)) + copied
     return InParts(
-        parts, dim, room, int(spilled), int(most), seconds, seconds / (whole.compute or 1.0)
+        parts, dim, room, found.spilled, found.most, seconds, seconds / (whole.compute or 1.0)
     )
 
 

@@ -66,7 +66,7 @@ def _plain(e: Estimate) -> dict[str, Any]:
     found = {k: getattr(e, k) for k in e.__dataclass_fields__}
     found["layout"] = asdict(e.layout)
     # it is long, and nobody asks for it of a layout that was kept
-    found["waits"] = ()
+    found["turns"] = ()
     found["sent"] = [asdict(replace(s, marks=None)) for s in e.sent]
     found["modules"] = {name: asdict(part) for name, part in e.modules.items()}
     found["course"] = None if e.course is None else asdict(e.course)
@@ -82,7 +82,7 @@ def _estimate(found: dict[str, Any]) -> Estimate:
     known["layout"] = Layout(
         dims=dims, cuts=cuts, options=options, sizes=sizes, speeds=speeds, **layout
     )
-    known["waits"] = ()
+    known["turns"] = ()
     known["sent"] = tuple(Sent(**{**s, "peers": tuple(s["peers"])}) for s in found["sent"])
     known["modules"] = {name: Part(**part) for name, part in found["modules"].items()}
     known["gathered"], known["assumed"] = tuple(found["gathered"]), tuple(found["assumed"])
