@@ -15,7 +15,7 @@ from shardtensor import testing as T
 from shardtensor._torch import attention as kinds
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
-from shardtensor.attention import blocks
+from shardtensor.attention import blocks, counted
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups, ops, pack, transport
 from shardtensor.comm.pack import joined
@@ -130,10 +130,14 @@ def test_boolean_masks_with_few_kernels(shape, cut):
 
 
 @pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (1, 1, 1, TOKENS)], ids=str)
-def test_a_boolean_mask_costs_four_kernels_a_hop(shape):
-    """The numbers to add, which rows see a key, and nothing where they see none, of out and sums."""
+@pytest.mark.parametrize("dtype, each", [(torch.bool, 4), (torch.float32, 23)], ids=str)
+def test_a_mask_costs_few_kernels_a_hop(dtype, each, shape):
+    """The numbers to add, which rows see a key, and nothing where they see none, of out and sums.
+
+    Of a mask of numbers a block is counted once more, and merged by two numbers a row.
+    """
     ways = []
-    for mask in (None, torch.ones(shape, dtype=torch.bool)):
+    for mask in (None, torch.ones(shape, dtype=dtype)):
         cache.clear()
         with silent_world(RANKS // 2, RANKS), strategy("ring"):
             try:
@@ -151,7 +155,7 @@ def test_a_boolean_mask_costs_four_kernels_a_hop(shape):
             finally:
                 cache.clear()
                 groups.forget()
-    assert ways[1] - ways[0] <= 4 * RANKS + 1
+    assert ways[1] - ways[0] <= each * RANKS + 1
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -269,7 +273,7 @@ def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, drop, width,
         # backward drops what forward has dropped, whatever is allowed there
         assert (blocks._fused(q, k, v, mask, rule) is KERNELS[plain]) == bool(drop)
     drawn = torch.cuda.get_rng_state()
-    top = blocks.top_of(mask)
+    top = counted.top_of(mask)
     out, sums = blocks.forward(q, k, v, mask, rule, top)
     both = sums if sums.ndim == 4 else torch.stack((sums, torch.ones_like(sums)))
     settled = blocks.settled(both)

@@ -22,16 +22,10 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
-from ..cache import cached
+from .counted import COARSE, HUGE, Top, counted, numbers
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
-# log-sum-exps beyond this have lost digits of the sums that they stand for
-COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
-# the log-sum-exp of a row that sees no key of a block: finite, so that merges need not ask for it
-NOTHING = -1e30
-# scores to which kernels, which compute powers of two, may add up none
-HUGE = -1e38
 
 
 @dataclass(frozen=True)
@@ -60,13 +54,12 @@ def forward(
     v: Tensor,
     mask: Tensor | None,
     rule: Rule,
-    top: Tensor | None = None,
+    top: Top | None = None,
     alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of a block, by a fused kernel where one takes it.
 
-    top: of an additive mask the largest number for the keys of all blocks (B or 1, H or 1, L or 1).
-    alone: whether this is the only block.
+    top: what an additive mask is for the keys of all blocks. alone: whether this is the only block.
     """
     kernel = _fused(q, k, v, mask, rule)
     if kernel is None:
@@ -78,24 +71,16 @@ def forward(
             return out, lse
         if mask.dtype is torch.bool:
             return _where_seen(mask, out, lse)
+        return _of_numbers(q, k, block, out, lse, None if alone else top)
     hidden = None
     sums = torch.stack((lse, torch.ones_like(lse)))
     if block.bias is not None:
-        most = block.bias.amax(-1)
-        most = most.view(*[1] * (3 - most.ndim), *most.shape)
+        most = _most(block.bias)
         # some kernels, torch 2.13's for CPUs, give 0 as the log-sum-exp of a row that sees no key
         sums[0].masked_fill_(most == -inf, -inf)
-        if not _looked_at(lse):
-            # whatever a kernel gives there, it counts nothing
-            out = out.masked_fill((most == -inf).unsqueeze(-1), 0.0)
-            if top is None or alone:
-                return out, sums
-            # a kernel may take numbers of such size for -inf, and gives 0 then, too
-            sums[0].masked_fill_(most < HUGE, -inf)
-            return out, _counted(q, k, block, top, sums)
         # what another block outweighs by far needs no digits
         coarse = COARSE[lse.dtype]
-        hidden = (most < -coarse) & (top >= -coarse) if top is not None else None
+        hidden = (most < -coarse) & (top.numbers >= -coarse) if top is not None else None
     rows = coarse_rows(sums[0], hidden)
     if rows is not None:
         again = _plain_forward(*_part(rows, q, k, v, mask, rule))
@@ -108,56 +93,31 @@ def _where_seen(mask: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]
     """out and lse where a row sees a key; elsewhere, whatever a kernel gives there, nothing."""
     sees = mask.any(-1)
     sees = sees.view(*[1] * (3 - sees.ndim), *sees.shape)
-    zero, nothing, _ = _numbers(lse)
-    torch.where(sees, lse, nothing, out=lse)
-    zero = zero if out.dtype is lse.dtype else _numbers(out)[0]
-    torch.where(sees.unsqueeze(-1), out, zero, out=out)
+    torch.where(sees, lse, numbers(lse).nothing, out=lse)
+    torch.where(sees.unsqueeze(-1), out, numbers(out).zero, out=out)
     return out, lse
 
 
-def _numbers(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """0, the log of nothing and -inf, each a tensor of that dtype."""
-    if type(like) is not Tensor:
-        # fake
-        return like.new_zeros(()), like.new_full((), NOTHING), like.new_full((), -inf)
-    return _kept_numbers(like.dtype, str(like.device))
+def _of_numbers(
+    q: Tensor, k: Tensor, block: _torch.Block, out: Tensor, lse: Tensor, top: Top | None
+) -> tuple[Tensor, Tensor]:
+    """out and sums of a block with a mask of numbers; top: None where it is the only block."""
+    assert block.bias is not None
+    most = _most(block.bias)
+    sees = most > -inf
+    torch.where(sees.unsqueeze(-1), out, numbers(out).zero, out=out)
+    if top is None:
+        torch.where(sees, lse, numbers(lse).hidden, out=lse)
+        return out, torch.stack((lse, torch.ones_like(lse)))
+    # a kernel may take numbers of such size for -inf, and gives 0 then
+    torch.where(most >= HUGE, lse, numbers(lse).nothing, out=lse)
+    return out, counted(q, k, block, top, lse)
 
 
-@cached
-def _kept_numbers(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    zero, nothing, least = (
-        torch.full((), value, dtype=dtype, device=device)
-        for value in (0.0, max(NOTHING, torch.finfo(dtype).min), -inf)
-    )
-    return zero, nothing, least
-
-
-def _counted(q: Tensor, k: Tensor, block: _torch.Block, top: Tensor, sums: Tensor) -> Tensor:
-    """sums that have their digits where a mask of such numbers hides all keys, without a look.
-
-    A kernel counts what the keys weigh beside one more key whose score is `top` in those rows: so
-    scores are rounded as in the attention itself.
-    """
-    bias, size = block.bias, 1 << 14
-    assert bias is not None
-    keys = torch.cat((k, torch.zeros_like(k[:, :, :1])), 2)
-    # kernels for CPUs, which a plan asks, take values as wide as keys
-    values = k.new_zeros((*keys.shape[:3], k.shape[-1] if k.device.type == "cpu" else 8))
-    values[:, :, :-1, 0] = size
-    values[:, :, -1, 1] = size
-    rows = (top.abs() > COARSE[sums.dtype]) & (top > -inf)
-    last = top.to(bias.dtype).masked_fill(~rows, -inf).unsqueeze(-1)
-    lead = torch.broadcast_shapes(bias.shape[:-1], last.shape[:-1])
-    both = torch.cat((bias.expand(*lead, k.shape[2]), last.expand(*lead, 1)), -1)
-    counter = _torch.attention_kernel(q, keys, values, both, False)
-    assert counter is not None
-    found, _ = counter.forward(q, keys, values, _torch.Block(block.scale, both))
-    own, other = found[..., :2].to(sums.dtype).unbind(-1)
-    # nothing at all: the kernel takes numbers of such size for -inf
-    weighs = own + other > 0
-    sums[0] = torch.where(rows, torch.where(weighs, top.to(sums.dtype), -inf), sums[0])
-    sums[1] = torch.where(rows, torch.where(weighs, own / other, 0.0), 1.0)
-    return sums
+def _most(bias: Tensor) -> Tensor:
+    """The largest number of each row (B or 1, H or 1, L or 1)."""
+    most = bias.amax(-1)
+    return most.view(*[1] * (3 - most.ndim), *most.shape)
 
 
 def backward(
@@ -200,14 +160,6 @@ def settled(sums: Tensor) -> Tensor:
     top = torch.nan_to_num(sums[0], nan=nan, posinf=inf, neginf=inf)
     total = sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
     return torch.stack((top, total, top + total.log()))
-
-
-def top_of(mask: Tensor | None) -> Tensor | None:
-    """The largest number that an additive mask has for each row of queries."""
-    if mask is None or mask.dtype is torch.bool or not mask.shape[-1]:
-        return None
-    top = mask.detach().amax(-1)
-    return top.view(*[1] * (3 - top.ndim), *top.shape)
 
 
 def _looked_at(lse: Tensor) -> bool:
@@ -260,8 +212,8 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     make = mask.new_zeros if more else mask.new_empty
     # rows that begin where kernels ask for it
     made = make((*mask.shape[:-1], mask.shape[-1] + more), dtype=dtype)[..., : mask.shape[-1]]
-    zero, _, least = _numbers(made)
-    return torch.where(mask, zero, least, out=made)
+    kept = numbers(made)
+    return torch.where(mask, kept.zero, kept.hidden, out=made)
 
 
 def _fused(

@@ -18,6 +18,8 @@ class Merge:
         self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
         self.dtype = wide(q.dtype)
         self.found: tuple[Tensor, Tensor] | None = None
+        # whether a block has met another by two numbers a row
+        self.paired = False
 
     def add(self, rows: tuple[int, int], out: Tensor, sums: Tensor, *, last: bool = False) -> None:
         """Take in what the queries `rows` see in one more block; last: no other is to come."""
@@ -48,17 +50,30 @@ class Merge:
                 have_out.addcmul_(weight, out - have_out)
             return
         if every.ndim == 3:
-            self.found = all_out, _paired(every)
-            have = self.found[1][..., rows[0] : rows[1]]
-        sums = _paired(sums).to(self.dtype)
-        top = torch.maximum(have[0], sums[0])
-        parts = [relative(s, top) for s in (have, sums)]
-        total = parts[0] + parts[1]
-        safe = total.masked_fill(total == 0, 1.0)
-        a, b = ((part / safe).unsqueeze(-1) for part in parts)
-        have_out.mul_(a).add_(out * b)
-        have[0].copy_(top)
-        have[1].copy_(total)
+            every = _paired(every)
+            # rows of which no block has come yet
+            every[1].masked_fill_(every[0] == -inf, 0.0)
+        if not self.paired:
+            # finite, so that no difference is of infinities
+            every[0].clamp_min_(torch.finfo(self.dtype).min)
+            self.found, self.paired = (all_out, every), True
+        top, total = every[:, ..., rows[0] : rows[1]].unbind(0)
+        self._weigh(have_out, top, total, out, _paired(sums).to(self.dtype))
+
+    def _weigh(
+        self, have_out: Tensor, top: Tensor, total: Tensor, out: Tensor, sums: Tensor
+    ) -> None:
+        """Take in a block whose sums are two numbers."""
+        most = torch.maximum(top, sums[0])
+        own = torch.sub(sums[0], most).exp_().mul_(sums[1])
+        total.mul_(top.sub_(most).exp_()).add_(own)
+        top.copy_(most)
+        # of rows that have seen nothing: see `result`
+        weight = own.div_(total.clamp_min(torch.finfo(self.dtype).tiny)).unsqueeze(-1)
+        if out.dtype == self.dtype:
+            have_out.lerp_(out, weight)
+        else:
+            have_out.addcmul_(weight, out - have_out)
 
     def _ended(
         self, have_out: Tensor, have: Tensor, out: Tensor, sums: Tensor, weight: Tensor
@@ -73,6 +88,10 @@ class Merge:
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""
         out, sums = self._nothing(lone=False) if self.found is None else self.found
+        if self.paired:
+            nothing = sums[1] == 0
+            out.masked_fill_(nothing.unsqueeze(-1), 0.0)
+            sums[0].masked_fill_(nothing, -inf)
         return out, _paired(sums)
 
     def _nothing(self, *, lone: bool) -> tuple[Tensor, Tensor]:

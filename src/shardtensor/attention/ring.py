@@ -31,18 +31,15 @@ from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .around import Held, Shapes, in_turns, own_part, shared, start
-from .blocks import backward, forward, settled, top_of, wide
+from .blocks import backward, forward, settled, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
+from .counted import top_of
 from .merge import Merge, relative
 from .twice import attend_plainly
 
 
 def _cut(x: Tensor, rows: Span) -> Tensor:
     return x[:, :, rows[0] : rows[1]]
-
-
-def _top(top: Tensor | None, rows: Span) -> Tensor | None:
-    return top if top is None or top.shape[-1] == 1 else _cut(top, rows)
 
 
 def _part(mask: Tensor | None, seen: Seen) -> Tensor | None:
@@ -106,7 +103,7 @@ def _turn(
         for i, seen in enumerate(every):
             found = forward(
                 _cut(q, seen.rows), _cut(held.keys, seen.keys), _cut(held.values, seen.keys),
-                _part(mask, seen), seen.rule, _top(top, seen.rows), single,
+                _part(mask, seen), seen.rule, top.cut(seen.rows) if top else None, single,
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
             del found
