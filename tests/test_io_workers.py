@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import io
+from shardtensor import testing as T
 from shardtensor.io import Loader
 from shardtensor.io.ahead import InThread
 
@@ -148,10 +149,12 @@ def bad(how, **options):
 
 
 def left():
-    """Processes that go on."""
-    for process in multiprocessing.active_children():
+    """Processes that go on, but for the ranks that other tests use again."""
+    ranks = [p for pool in T.run_workers.__globals__["_pools"].values() for p in pool.processes]
+    found = [p for p in multiprocessing.active_children() if p not in ranks]
+    for process in found:
         process.join(20)
-    return multiprocessing.active_children()
+    return [p for p in found if p.is_alive()]
 
 
 def unsendable():
