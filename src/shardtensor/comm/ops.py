@@ -43,6 +43,8 @@ Ints = Sequence[int]
 MOVED = 64
 # bytes of a whole tensor from which on it is gathered in parts, and in how many
 LARGE, PARTS = 2**28, 8
+# bytes of a rank's share of what is swapped from which on it goes in parts, and in how many
+LARGE_SHARE, SLABS = 2**26, 4
 
 
 def _resized(shape: Ints, dim: int, n: int) -> list[int]:
@@ -270,9 +272,36 @@ window_add, window_add_op = paired(
 def _swap(
     x: Tensor, old: int, new: int, old_sizes: Cut, new_sizes: Cut, among: Ints, group: str
 ) -> Tensor:
+    me = _place(among, group)
+    shape = _resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, new_sizes[me])
+    rest = [n if d not in (old, new) else 1 for d, n in enumerate(x.shape)]
+    share = old_sizes.offsets[-1] * new_sizes.offsets[-1] * x.element_size() / len(old_sizes)
+    if prod(rest) * share < LARGE_SHARE or max(rest) < SLABS:
+        return _swapped(x, old, new, old_sizes, new_sizes, shape, among, group)
+    out = empty(x, shape)
+    slabs = rest.index(max(rest))
+    step = -(-rest[slabs] // SLABS)
+    for a in range(0, rest[slabs], step):
+        n = min(step, rest[slabs] - a)
+        part, into = x.narrow(slabs, a, n), out.narrow(slabs, a, n)
+        _swapped(part, old, new, old_sizes, new_sizes, list(into.shape), among, group, into)
+    return out
+
+
+def _swapped(
+    x: Tensor,
+    old: int,
+    new: int,
+    old_sizes: Cut,
+    new_sizes: Cut,
+    shape: list[int],
+    among: Ints,
+    group: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A swap in one message, into `out` if that is given."""
     me, item = _place(among, group), x.element_size()
     rows, columns = old_sizes[me], new_sizes[me]
-    shape = _resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, columns)
     own = x.narrow(new, new_sizes.offsets[me], columns)
     rest = numel_but(x.shape, old, new) * item
     # without this rank's own part, but where kernels count more than a copy of it
@@ -281,11 +310,16 @@ def _swap(
     received = x.new_empty(prod(shape) - (own.numel() if but >= 0 else 0))
     send = packed(x, new, new_sizes, but)
     arrived = wire.start_all_to_all(received, send, gets, gives, group, "swap", among)
-    if but < 0 and leads(shape, old) and memory_format(x) is torch.contiguous_format:
+    if (
+        out is None
+        and but < 0
+        and leads(shape, old)
+        and memory_format(x) is torch.contiguous_format
+    ):
         arrived()
         # it came in order; results of a dispatcher op may not be views
         return received.view(shape).data
-    out = empty(x, shape)
+    out = empty(x, shape) if out is None else out
     if but >= 0:
         # while the others' travel
         out.narrow(old, old_sizes.offsets[me], rows).copy_(own)

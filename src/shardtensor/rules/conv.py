@@ -2,8 +2,10 @@
 
 Sharded spatial dims: one window (halo) exchange each, then torch's own op with no padding in these
 dims. The output is cut where the input is, so a rank's share of the work stays its share.
-Sharded batch: local. Sharded channels: each rank convolves its channels and the sums are scattered
-over the output channels; groups that lie on one rank each stay local; else channels are gathered.
+Sharded batch: local. Sharded channels: the input is swapped, so that rows or samples are cut, here
+and in the result; where the weight is large beside it each rank convolves its channels and the sums
+are scattered over the output channels; groups that lie on one rank each stay local; else channels
+are gathered.
 Weight and bias are whole on each rank, and their gradients are summed over the shards.
 """
 
@@ -21,6 +23,7 @@ from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import beside, fit, to_dims
+from .channels import Channels, by_rows, channels_of, columns
 from .empty import some
 from .halo import Halo, Settings, halo_conv, laid
 from .norm import sharded
@@ -48,21 +51,6 @@ class Local(NamedTuple):
     crops: tuple[tuple[int, int, int], ...] = ()
     halo: Halo | None = None
     rest: Reads = ()
-
-
-class Channels(NamedTuple):
-    """What happens to the channels.
-
-    input: the dim in which the input is wanted. weight: how weight's first two dims are cut.
-    bias: how it is cut. output: the dim of the output. groups: those of this rank.
-    partial: whether ranks hold addends of all output channels before these are cut.
-    """
-
-    input: Dim
-    weight: tuple[Dim, Dim]
-    output: Dim
-    groups: int
-    partial: bool
 
 
 class Program(NamedTuple):
@@ -101,6 +89,9 @@ def conv(
         v if type(v) in (int, tuple, str) else each(v, 1) for v in given
     ]
     program = _conv(x._spec, known, stride_, padding_, dilation_, groups)
+    dims = by_rows(x._spec, known, program.channels) if program.channels.partial else None
+    if dims is not None:
+        return conv(to_dims(x, dims), weight, bias, stride, padding, dilation, groups)
     return _run(x, weight, bias, program, stride, dilation, False)
 
 
@@ -114,7 +105,7 @@ def _conv(
     _check(spec, n, "conv")
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(spec, tuple(shape[2:]), each(stride, n), across, each(dilation, n))
-    channels = _columns(weight, spec, n, groups) or _channels(spec, n, shape[0], groups, False)
+    channels = columns(weight, spec, n, groups) or channels_of(spec, n, shape[0], groups, False)
     if local.halo is None:
         return _program(spec, shape, local, channels)
     program = _program(spec, shape, local._replace(halo=None), channels)
@@ -144,8 +135,14 @@ def conv_transpose(
         each(output_padding, n),
         each(dilation, n),
     )
-    channels = _channels(x._spec, n, weight.shape[1] * groups, groups, True)
+    channels = channels_of(x._spec, n, weight.shape[1] * groups, groups, True)
     program = _program(x._spec, weight.shape, local, channels)
+    known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
+    dims = by_rows(x._spec, known, channels) if channels.partial else None
+    if dims is not None:
+        return conv_transpose(
+            to_dims(x, dims), weight, bias, stride, padding, output_padding, groups, dilation
+        )
     return _run(x, weight, bias, program, stride, dilation, True)
 
 
@@ -259,22 +256,6 @@ def _transposed(
 
 
 @cached
-def _channels(spec: Spec, n: int, out: int, groups: int, transposed: bool) -> Channels:
-    size, axes, sizes = dim = spec.dims[-n - 1]
-    each, out_each = size // groups, out // groups
-    if not dim.is_cut or min(sizes) == 0 or (groups > 1 and any(s % each for s in sizes)):
-        weight = (Dim(size), Dim(out_each)) if transposed else (Dim(out), Dim(each))
-        return Channels(Dim(size), weight, Dim(out), groups, False)
-    if groups == 1:
-        cut = Dim.chunked(out, axes, spec.mesh)
-        weight = (dim, Dim(out)) if transposed else (Dim(out), dim)
-        return Channels(dim, weight, cut, 1, True)
-    cut = Dim(out, axes, tuple(s // each * out_each for s in sizes))
-    weight = (dim, Dim(out_each)) if transposed else (cut, Dim(each))
-    return Channels(dim, weight, cut, sizes[spec.index[-n - 1]] // each, False)
-
-
-@cached
 def _program(spec: Spec, weight: torch.Size, local: Local, channels: Channels) -> Program:
     n = len(weight) - 2
     at = len(spec.dims) - n - 1
@@ -288,15 +269,6 @@ def _program(spec: Spec, weight: torch.Size, local: Local, channels: Channels) -
     out = moved.with_dims([*moved.dims[:at], channels.output, *local.dims])
     group = comm.group(spec.mesh, varying) if varying else None
     return Program(local, channels, at, moved, cut, bias, varying, out, group)
-
-
-def _columns(weight: Spec | torch.Size, spec: Spec, n: int, groups: int) -> Channels | None:
-    """Output channels sharded as the weight's are, along mesh axes that do not shard the input."""
-    out = weight.dims[0] if isinstance(weight, Spec) else Dim(0)
-    size = spec.dims[-n - 1].size
-    if not out.axes or groups > 1 or not set(out.axes).isdisjoint(spec.varying):
-        return None
-    return Channels(Dim(size), (out, Dim(size)), out, 1, False)
 
 
 # the local program -------------------------------------------------------------------------------
