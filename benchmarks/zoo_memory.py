@@ -70,6 +70,8 @@ Not above it, but more than nothing:
   Of 14 models tried at the ends, too (`--ends`), five hold more there, none of them above 1.10:
   hf.Swin 1.09, swin_tiny 1.06, Pangu 1.03, vit_tiny 1.01, Fengwu 0.99.
 """
+# MiB from which on what the model makes is made sharded
+MADE = 16.0
 WEIGHTS = {"parameters", "gradients", "buffers"}
 # bytes from which on the line that made a tensor is told
 TOLD = 2**18
@@ -189,7 +191,7 @@ def run(
         if ranks > 1:
             with probe.outside_fake():
                 mesh = init_device_mesh("cpu", (ranks,))
-            st.parallelize(model, mesh, sync=False)
+            st.parallelize(model, mesh, sync=False, made_mb=MADE)
             spec = Spec.of(mesh, [Shard(dim)], shape)
             x: Any = wrap(torch.empty(spec.local_shape), spec)
         else:

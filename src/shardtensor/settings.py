@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
 _state = threading.local()
+# of a setting the context that a recomputed function needs around it
+contexts: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {}
 
 
 def current(name: str, default: Any) -> Any:
@@ -45,7 +47,11 @@ def bringing(fn: Callable[..., Any]) -> Callable[..., Any]:
         before = dict(_state.__dict__)
         _put(values)
         try:
-            return fn(*args, **kwargs)
+            with ExitStack() as stack:
+                for name, enter in contexts.items():
+                    if name in values:
+                        stack.enter_context(enter(values[name]))
+                return fn(*args, **kwargs)
         finally:
             _put(before)
 

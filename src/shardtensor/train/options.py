@@ -27,6 +27,9 @@ class Options:
     checkpoint: blocks keep their inputs only and are computed again in the backward pass.
     offload: what is kept for the backward pass waits in host memory.
     precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it.
+    made_mb: MiB from which on a tensor that the model makes of sizes, indices and coordinates alone
+        (a bias of each pair of tokens, a mask, zeros for modes) is made sharded; None: such a
+        tensor is whole on every rank. For eager models: 1 to 2 us an op.
     compile: arguments of `model.compile`; None: eager. With fsdp its units are compiled, one
         program for all that are equal; what lies outside of the innermost units runs eagerly.
 
@@ -41,6 +44,7 @@ class Options:
     checkpoint: bool = False
     offload: bool = False
     precision: str | None = None
+    made_mb: float | None = None
     compile: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +129,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (lambda x: x is None or _name(x), "the name of a mesh axis"),
     "sync": _FLAG,
     "bucket_mb": (_number, "a positive number, in YAML with a point, as in 1.0e+3"),
+    "made_mb": (lambda x: x is None or _number(x), "a positive number of MiB, or None"),
     "blocks": (_names, "a list of class names"),
     "checkpoint": _FLAG,
     "offload": _FLAG,

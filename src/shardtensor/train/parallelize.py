@@ -21,7 +21,7 @@ from ..compile.program import compile as compile_blocks
 from ..dispatch.axes import is_slice
 from ..later import dt, fsdp2
 from ..tensor import ShardTensor
-from . import fsdp
+from . import fsdp, made
 from .fsdp import local
 from .offload import offloaded
 from .options import Options
@@ -112,19 +112,22 @@ def adapt(model: nn.Module, options: Options) -> None:
         for block in blocks:
             _torch.checkpointed(block)
     if options.offload:
-        _around(model, offloaded)
+        _around(model, lambda *_: offloaded())
     if options.precision is not None and options.fsdp is None:
         dtype = fsdp.DTYPES[options.precision]
         device = next((p.device.type for p in model.parameters()), "cpu")
-        _around(model, lambda: torch.autocast(device, dtype))
+        _around(model, lambda *_: torch.autocast(device, dtype))
+    if options.made_mb is not None:
+        least = options.made_mb * 2**20
+        _around(model, lambda *given: made.around(given, least))
 
 
-def _around(model: nn.Module, make: Callable[[], Any]) -> None:
-    """Run the model's forward inside the context that make() gives."""
+def _around(model: nn.Module, make: Callable[..., Any]) -> None:
+    """Run the model's forward inside the context that make(*arguments) gives."""
     entered: list[Any] = []
 
-    def enter(_: nn.Module, __: Any) -> None:
-        context = make()
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        context = make(*args, *kwargs.values())
         context.__enter__()
         entered.append(context)
 
@@ -132,7 +135,7 @@ def _around(model: nn.Module, make: Callable[[], Any]) -> None:
         entered.pop().__exit__(None, None, None)
         return out
 
-    model.register_forward_pre_hook(enter)
+    model.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave, always_call=True)
 
 

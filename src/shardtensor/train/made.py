@@ -1,0 +1,385 @@
+"""Large tensors that a model makes of sizes, indices and coordinates alone, made sharded.
+
+A bias of each pair of tokens, the mask of shifted windows, zeros that modes are written to: plain
+code makes them whole on every rank before they meet a shard. Inside `sharding` the call that begins
+such a tensor gives a ShardTensor, of which each rank makes its own rows; the ops that follow have
+rules. What a model makes of weights alone stays whole: it is used as a weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import _torch, settings
+from .._torch import probe
+from ..rules import modes
+from ..spec import Dim, Spec, whole_dims
+from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import like
+
+# a result that is so many times what it is made of is not what came in, in another order
+TIMES = 4
+# a dim of so many rows a rank is cut evenly enough
+ROWS = 32
+
+
+class Where(NamedTuple):
+    """On which axes of which mesh tensors are made sharded, and from how many bytes on."""
+
+    mesh: Any
+    axes: tuple[int, ...]
+    least: float
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], least: float) -> Where | None:
+        """Where a model's inputs are sharded, but for their batch; None: nowhere."""
+        for x in inputs:
+            if isinstance(x, ShardTensor):
+                axes = sorted(a for d in x._spec.dims[1:] for a in d.axes)
+                return cls(x._spec.mesh, tuple(axes), least) if axes else None
+        return None
+
+    def takes(self, *found: Tensor) -> bool:
+        """Whether all are plain tensors where the mesh is."""
+        kind = self.mesh.device_type
+        plain = all(type(x) in _PLAIN or probe.is_fake(x) for x in found)
+        return plain and all(x.device.type == kind for x in found)
+
+    def spec(self, shape: Sequence[int], but: int | None = None) -> tuple[int, Spec] | None:
+        """The largest dim, not that one, and the spec that cuts it; None where it is too small."""
+        free = [d for d in range(len(shape)) if d != but]
+        d = max(free, key=lambda d: shape[d], default=None)
+        if d is None or shape[d] < prod(self.mesh.size(a) for a in self.axes):
+            return None
+        dims = list(whole_dims(shape))
+        dims[d] = Dim.chunked(shape[d], self.axes, self.mesh)
+        return d, Spec(self.mesh, tuple(dims))
+
+    def cut(self, x: Tensor, d: int) -> ShardTensor:
+        """This rank's rows of a plain tensor."""
+        dims = list(whole_dims(x.shape))
+        dims[d] = Dim.chunked(x.shape[d], self.axes, self.mesh)
+        return like(x, Spec(self.mesh, tuple(dims)))
+
+    def grows(self, shape: Sequence[int], itemsize: int, *of: Tensor) -> bool:
+        """Whether a result is large, and much larger than the memory of what it is made of."""
+        nbytes = prod(shape) * itemsize
+        return nbytes >= self.least and nbytes >= TIMES * sum(
+            x.untyped_storage().nbytes() for x in of
+        )
+
+
+_PLAIN = {Tensor, nn.Parameter}
+Begin = Callable[[Where, Any, tuple[Any, ...], dict[str, Any]], Any]
+_begins: dict[Any, Begin] = {}
+
+
+def _begin(*functions: Any) -> Callable[[Begin], Begin]:
+    """Register what begins a tensor where one of these functions is called on plain tensors.
+
+    It gives a ShardTensor, or NotImplemented where the plain result is wanted.
+    """
+
+    def register(fn: Begin) -> Begin:
+        _begins.update(dict.fromkeys(functions, fn))
+        return fn
+
+    return register
+
+
+class _Making(TorchFunctionMode):
+    def __init__(self, where: Where) -> None:
+        super().__init__()
+        self.where = where
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        begin = _begins.get(func)
+        if begin is not None and _PLAIN.issuperset(types) and _eager():
+            out = begin(self.where, func, args, kwargs or {})
+            if out is not NotImplemented:
+                return out
+        return func(*args, **(kwargs or {}))
+
+
+def _eager() -> bool:
+    return not (_torch.is_tracing() or _torch.transforming())
+
+
+@contextmanager
+def sharding(where: Where) -> Iterator[None]:
+    """Inside, large tensors that are made of sizes, indices and coordinates alone are sharded."""
+    with settings.setting("made", where), _Making(where):
+        yield
+
+
+def around(inputs: Sequence[Any], least: float) -> AbstractContextManager[None]:
+    """`sharding` where inputs of a model's forward lie; from how many bytes on."""
+    where = None if _torch.is_tracing() else Where.of(inputs, least)
+    return nullcontext() if where is None else sharding(where)
+
+
+settings.contexts["made"] = _Making
+
+
+def _ours() -> bool:
+    """Whether the library, not the model, calls the function: its local programs are plain."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("shardtensor.") and name != __name__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# of sizes ----------------------------------------------------------------------------------------
+
+_SIZED = (torch.zeros, torch.ones, torch.full, torch.empty)
+_NEW = (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty)
+_KNOWN = {"size", "dtype", "device", "fill_value"}
+
+
+@_begin(*_SIZED, *_NEW)
+def _blank(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Zeros and other numbers; zeros wait for what is written to them."""
+    new = func in _NEW
+    if any(v and k not in _KNOWN for k, v in kwargs.items()) or (new and not where.takes(args[0])):
+        return NotImplemented
+    like = args[0].device if new else torch.get_default_device()
+    device = torch.device(kwargs.get("device") or like)
+    # torch raises here what it has to say of the arguments
+    facts = func(*args, **{**kwargs, "device": "meta"})
+    if device.type != where.mesh.device_type or not where.grows(facts.shape, facts.itemsize):
+        return NotImplemented
+    found = where.spec(facts.shape)
+    if found is None or _ours():
+        return NotImplemented
+    _, spec = found
+    if device.index is None:
+        device = torch.empty(0, device=device).device
+    if func in (torch.zeros, Tensor.new_zeros):
+        return modes.zeros(spec, facts.dtype, device)
+    fill = kwargs.get("fill_value", args[-1]) if "full" in func.__name__ else None
+    local = torch.empty(spec.local_shape, dtype=facts.dtype, device=device)
+    if "ones" in func.__name__:
+        local.fill_(1)
+    elif fill is not None:
+        local.fill_(fill)
+    return wrap(local, spec)
+
+
+# of indices --------------------------------------------------------------------------------------
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, Tensor) and not (
+        x.is_floating_point() or x.dtype in (torch.bool, torch.uint8)
+    )
+
+
+def _rows(where: Where, x: Tensor, index: Tensor, shape: Callable[[], Any]) -> ShardTensor | None:
+    """An index, cut along its rows if there are many, if what it takes of x is large.
+
+    Of each pair of tokens the rows are those that ask, along which attention is cut.
+    """
+    # the most there may be
+    if not where.takes(x, index) or index.numel() * x.nbytes < where.least:
+        return None
+    if not where.grows(shape(), x.itemsize, x) or _ours():
+        return None
+    found = where.spec(index.shape)
+    if found is None:
+        return None
+    many = index.shape[0] >= ROWS * prod(where.mesh.size(a) for a in where.axes)
+    return where.cut(index, 0 if many else found[0])
+
+
+@_begin(Tensor.__getitem__)
+def _at(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, index = args
+    entries = index if type(index) is tuple else (index,)
+    at = [i for i, e in enumerate(entries) if isinstance(e, Tensor)]
+    if len(at) != 1 or not _is_index(entries[at[0]]):
+        return NotImplemented
+    (i,) = at
+
+    def shape() -> Any:
+        meta = tuple(e.to("meta") if isinstance(e, Tensor) else e for e in entries)
+        return x.detach().to("meta")[meta].shape
+
+    rows = _rows(where, x, entries[i], shape)
+    return NotImplemented if rows is None else x[(*entries[:i], rows, *entries[i + 1 :])]
+
+
+@_begin(torch.index_select, Tensor.index_select)
+def _select(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 3 or not isinstance(args[2], Tensor):
+        return NotImplemented
+    x, dim, index = args
+    per = x.numel() // max(1, x.shape[dim])
+    rows = _rows(where, x, index, lambda: (index.numel(), per))
+    return NotImplemented if rows is None else func(x, dim, rows)
+
+
+@_begin(F.embedding)
+def _embedding(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
+        return NotImplemented
+    index, weight, *rest = args
+    rows = _rows(where, weight, index, lambda: (index.numel(), weight.shape[1]))
+    return NotImplemented if rows is None else func(rows, weight, *rest, **kwargs)
+
+
+# of a few numbers, many times ---------------------------------------------------------------------
+
+
+def _again(where: Where, x: Any, shape: Sequence[int], d: int, source: Tensor) -> Any:
+    """Rows of x along d, of which each rank has its own; None where it is not large."""
+    n = shape[d]
+    if not where.takes(x) or not where.grows(shape, x.itemsize, x) or _ours():
+        return None
+    return None if n < where.mesh.size() else x.index_select(d, where.cut(source, 0))
+
+
+@_begin(Tensor.repeat)
+def _repeat(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, *given = args
+    times = modes.many(given[0], tuple(given[1:])) if given else ()
+    if kwargs or len(times) < x.ndim or not all(isinstance(t, int) for t in times):
+        return NotImplemented
+    wide = (*[1] * (len(times) - x.ndim), *x.shape)
+    shape = [n * t for n, t in zip(wide, times, strict=True)]
+    found = where.spec(shape) if prod(shape) * x.itemsize >= where.least else None
+    if found is None:
+        return NotImplemented
+    d, _ = found
+    source = torch.arange(shape[d], device=x.device) % wide[d]
+    rows = _again(where, x.expand(wide), shape, d, source)
+    rest = [1 if i == d else t for i, t in enumerate(times)]
+    return NotImplemented if rows is None else rows.repeat(rest)
+
+
+@_begin(torch.repeat_interleave, Tensor.repeat_interleave)
+def _interleave(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, times, *rest = args if len(args) > 1 else (*args, kwargs.get("repeats"))
+    dim = rest[0] if rest else kwargs.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int) or kwargs.get("output_size"):
+        return NotImplemented
+    d = dim % x.ndim
+    shape = [n * times if i == d else n for i, n in enumerate(x.shape)]
+    if prod(shape) * x.itemsize < where.least:
+        return NotImplemented
+    source = torch.arange(shape[d], device=x.device) // times
+    rows = _again(where, x, shape, d, source)
+    return NotImplemented if rows is None else rows
+
+
+@_begin(Tensor.contiguous, Tensor.clone, torch.clone)
+def _dense(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An expanded tensor that is made dense."""
+    x = args[0] if args else None
+    if x is None or kwargs or len(args) > 1 or not where.takes(x):
+        return NotImplemented
+    return _cut(where, (x,), lambda found: func(*found), x.shape)
+
+
+@_begin(torch.stack, torch.cat)
+def _joined(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Coordinates of each pair, of which each was expanded."""
+    given, dim = args[0] if args else (), args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if len(args) > 2 or kwargs.keys() - {"dim"} or not isinstance(given, list | tuple):
+        return NotImplemented
+    if not given or not where.takes(*given) or sum(x.nbytes for x in given) < where.least:
+        return NotImplemented
+    shape = func([x.detach().to("meta") for x in given], dim).shape
+    dim %= len(shape)
+    found = where.spec(shape, dim) if where.grows(shape, given[0].itemsize, *given) else None
+    if found is None or _ours():
+        return NotImplemented
+    d, _ = found
+    at = d - (func is torch.stack and d > dim)
+    return func([where.cut(x, at) for x in given], dim)
+
+
+_BINARY = (
+    "add", "sub", "mul", "div", "true_divide", "eq", "ne", "lt", "le", "gt", "ge", "maximum",
+    "minimum", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "pow", "where",
+)  # fmt: skip
+_OPERATORS = (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "eq", "ne", "lt", "le", "gt", "ge",
+    "and", "or",
+)  # fmt: skip
+_FOUND = (
+    *(getattr(torch, n) for n in _BINARY if hasattr(torch, n)),
+    *(getattr(Tensor, n) for n in _BINARY if hasattr(Tensor, n)),
+    *(getattr(Tensor, f"__{n}__") for n in _OPERATORS),
+)
+
+
+@_begin(*_FOUND)
+def _wide(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each pair of two operands: differences of positions, masks of labels."""
+    given = [a for a in args if isinstance(a, Tensor)]
+    if kwargs or len(given) < 2 or not where.takes(*given):
+        return NotImplemented
+    # the most there may be
+    if 8 * prod(x.numel() for x in given) < where.least:
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(*(x.shape for x in given))
+    except RuntimeError:
+        return NotImplemented
+
+    def call(cut: Sequence[Any]) -> Any:
+        left = iter(cut)
+        return func(*(next(left) if isinstance(a, Tensor) else a for a in args))
+
+    return _cut(where, given, call, shape)
+
+
+def _cut(
+    where: Where,
+    given: Sequence[Tensor],
+    call: Callable[[Sequence[Any]], Any],
+    shape: Sequence[int],
+) -> Any:
+    """The op on operands that are cut along the result's largest dim, where they have it."""
+    itemsize = max(x.itemsize for x in given)
+    found = where.spec(shape) if where.grows(shape, itemsize, *given) else None
+    if found is None or _ours():
+        return NotImplemented
+    d, cut = found[0] - len(shape), []
+    for x in given:
+        has = x.ndim >= -d and x.shape[d] == shape[d]
+        cut.append(where.cut(x, x.ndim + d) if has else x)
+    return call(cut)
+
+
+# of coordinates ----------------------------------------------------------------------------------
+
+
+@_begin(F.linear)
+def _linear(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A network of coordinates, which are no weights."""
+    if len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
+        return NotImplemented
+    x, weight, *rest = args
+    if x.requires_grad or isinstance(x, nn.Parameter) or not where.takes(x, weight):
+        return NotImplemented
+    shape = (*x.shape[:-1], weight.shape[0])
+    found = where.spec(shape, len(shape) - 1) if where.grows(shape, x.itemsize, x) else None
+    if found is None or _ours():
+        return NotImplemented
+    return func(where.cut(x, found[0]), weight, *rest, **kwargs)
