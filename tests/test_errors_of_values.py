@@ -31,6 +31,9 @@ CASES = {
     "normal": lambda x, t: torch.normal(x, 0.8 - x),
     "sorter": lambda x, t: torch.searchsorted(x.mT[:1], x.mT[:1], sorter=t[None]),
     "one_hot": lambda x, t: F.one_hot(t, 4), "div": lambda x, t: 5 // (t - 9),
+    "repeats": lambda x, t: x.repeat_interleave(5 - t, 0), "columns": lambda x, t: x[:, t],
+    "written": lambda x, t: x.detach().clone().index_put_((torch.arange(6), t), x.detach()[:, 0]),
+    "of all": lambda x, t: W.clone().index_put_((t,), x.detach()[:, 0]), "bag": lambda x, t: F.embedding_bag(t[:, None], x.detach()),
 }  # fmt: skip
 
 
@@ -51,6 +54,49 @@ def test_every_rank_raises_and_goes_on(name):
         assert x.detach().sum().item() == pytest.approx(X.sum().item())
 
     st.simulate(3, run)
+
+
+# they send nothing
+TABLE = torch.linspace(0, 1, 8, dtype=torch.float64).reshape(4, 2)
+APART = {
+    "embedding": lambda x, t: F.embedding(t, TABLE), "rows": lambda x, t: TABLE[t], "take": lambda x, t: TABLE.take(t),
+    "index_select": lambda x, t: TABLE.index_select(0, t), "gather": lambda x, t: x.gather(1, t[:, None]),
+    "gather by a plain index": lambda x, t: x.gather(1, LABELS[:, None]),
+    "cross_entropy": lambda x, t: F.cross_entropy(x, t, reduction="none"),
+    "nll_loss": lambda x, t: F.nll_loss(x, -t, reduction="none"),
+    "bce": lambda x, t: F.binary_cross_entropy(x + (x > 0.8), x, reduction="none"),
+    "multi_margin": lambda x, t: F.multi_margin_loss(x, t, reduction="none"),
+    "unpool": lambda x, t: F.max_unpool1d(x[:, None], (t[:, None] + torch.arange(4))[:, None], 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_rank_that_caught_what_others_know_nothing_of_meets_them_no_more(name):
+    def run():
+        mesh = make_mesh((3,))
+        x, t = (
+            st.distribute_tensor(v, mesh, [Shard(0)], src_data_rank=None, sizes={0: (3, 0, 3)})
+            for v in (X, LABELS)
+        )
+        error = raised(APART[name], x, t)
+        # what the others get in the next step would be what this one has in another
+        after = raised(lambda: x.sum().item())
+        return error is not None, str(after)
+
+    found = st.simulate(3, run)
+    assert any(raises for raises, _ in found) and not all(raises for raises, _ in found)
+    for raises, after in found:
+        assert ("this rank raised" if raises else "wait for each other") in after
+
+
+def test_an_index_that_all_ranks_have_is_an_error_of_all():
+    def run():
+        x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        for fn in (lambda: x[:, LABELS], lambda: x.detach().clone().index_fill_(1, LABELS, 0.0)):
+            assert isinstance(raised(fn), IndexError)
+        return x.sum().item()
+
+    assert st.simulate(2, run) == pytest.approx([X.sum().item()] * 2)
 
 
 def test_a_failure_travels_with_the_loss():
@@ -91,3 +137,30 @@ def test_of_what_sends_nothing_the_others_are_told(tmp_path):
     (_, first), (_, second) = launched(script, 2, False, [])
     assert "IndexError: index out of range in self" in second
     assert "rank 1 raised IndexError: index out of range in self" in first
+
+
+CAUGHT = """
+import os, sys, torch, shardtensor as st
+from torch.distributed.tensor import Shard
+mesh, device = st.init()
+for k, last in enumerate((3, 9, 0, 1)):
+    index = st.distribute_tensor(torch.tensor([0, 1, k, last]), mesh, [Shard(0)], src_data_rank=None)
+    try:
+        rows = torch.nn.functional.embedding(index, torch.arange(4.0)[:, None])
+        os.write(1, f"{k} {rows.sum().item()} ".encode())
+    except IndexError:
+        continue
+"""
+
+
+@pytest.mark.gloo
+def test_a_rank_that_goes_on_ends_all(tmp_path):
+    """Its next sum would have been taken for the one of the step that it left."""
+    script = tmp_path / "job.py"
+    script.write_text(CAUGHT)
+    for rank, (code, text) in enumerate(launched(script, 2, False, [])):
+        assert code and text.startswith("0 4.0 ") and "1 5" not in text and "2 " not in text[:14], (
+            text
+        )
+        assert "this rank raised IndexError: index out of range in self (embedding of" in text
+        assert rank or "rank 1 raised DivergenceError" in text

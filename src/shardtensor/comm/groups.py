@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from .._torch.world import group_of, is_silent
 from ..cache import cached, clear
-from ..errors import UnsupportedOpError
+from ..errors import DivergenceError, UnsupportedOpError
 from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank, thread
 
@@ -34,13 +34,36 @@ _facts: dict[str, _Facts] = {}
 _world: ref[dist.ProcessGroup] | None = None
 # by group: the devices of its meshes
 _devices: dict[str, set[str]] = {}
+# by rank and world: why a rank that has left the others may not meet them again
+_apart: dict[str, str] = {}
 # the name of a group of one rank, which needs no process group
 ALONE = "self"
 
 
 def resolve(name: str) -> dist.ProcessGroup:
-    """The process group that `group` registered under this name."""
-    return _groups[name]
+    """The process group that `group` registered under this name.
+
+    Raises DivergenceError on a rank that `part` has set apart.
+    """
+    made = _groups.get(name)
+    if made is None:
+        raise DivergenceError(_apart[_place(name)])
+    return made
+
+
+def _place(name: str) -> str:
+    """The part of a group's name that says whose it is."""
+    return ":" + ":".join(name.rsplit(":", 2)[1:])
+
+
+def part(why: str) -> None:
+    """Let this rank meet no other from now on: what it sent would be taken for something else."""
+    if not dist.is_initialized():
+        return
+    place = _place(_name(""))
+    if _apart.setdefault(place, why) == why:
+        for name in [n for n in _groups if n.endswith(place)]:
+            _groups.pop(name, None)
 
 
 @cached
@@ -90,10 +113,15 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
 
 def _named(made: dist.ProcessGroup) -> str:
     # ranks of simulated worlds share the tables, hence the numbers of both in the key
-    name = f"{made.group_name}:{dist.get_rank()}:{thread.__dict__.get('world', '')}"
-    _groups[name] = made
+    name = _name(made.group_name)
+    if not _apart or _place(name) not in _apart:
+        _groups[name] = made
     _facts[name] = _Facts(made.size(), made.rank(), is_silent(made))
     return name
+
+
+def _name(of: str) -> str:
+    return f"{of}:{dist.get_rank()}:{thread.__dict__.get('world', '')}"
 
 
 def devices(name: str) -> list[str]:
@@ -188,6 +216,6 @@ def renew() -> None:
 def forget(world: int | None = None) -> None:
     """Drop the groups of a simulated world that has ended; without its number, all."""
     table: dict[str, Any]
-    for table in (_groups, _devices, _facts):  # type: ignore[assignment]
+    for table in (_groups, _devices, _facts, _apart):  # type: ignore[assignment]
         for name in [n for n in table if world is None or n.endswith(f":{world}")]:
             table.pop(name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..errors import UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import alike
 from ..tensor.dense import refuse_not_dense
 from ..tensor.offset import begins_its_memory
 from ..tensor.random import matching, memory_order
@@ -106,7 +108,8 @@ def gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = N
             stands_for_view(out._local, sharded[0]._local, name)
         return out
 
-    return pytree.tree_map_only(torch.Tensor, finish, func(*args, **kwargs))
+    found = alike(True, partial(func, **kwargs), *args)
+    return pytree.tree_map_only(torch.Tensor, finish, found)
 
 
 def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +120,7 @@ def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check_operands(name, leaves, sharded)
     _noted(name, sharded)
     args, kwargs = pytree.tree_unflatten([_whole(x) if is_shard(x) else x for x in leaves], tree)
-    return func(*args, **kwargs)
+    return alike(True, partial(func, **kwargs), *args)
 
 
 def _whole(x: ShardTensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch, comm
 from ..spec import Spec
+from ..tensor.apart import told
 from .reduce import axes_of, finish
 
 
@@ -34,7 +35,7 @@ def agreed(
     like = torch.empty(0, device=spec.mesh.device_type)
     failed = comm.counts(int(error is not None), like, comm.group(spec.mesh, varying))
     if error is not None:
-        raise error
+        raise told(error)
     if any(failed):
         first = next(i for i, f in enumerate(failed) if f)
         raise error_type(what.format(sum(failed), first))
@@ -68,5 +69,5 @@ def agreed_sums(
     elif axes and error is None:
         sums = list(finish(torch.stack(sums), spec, dims).unbind())
     if error is not None:
-        raise error
+        raise told(error)
     return sums

@@ -15,6 +15,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import alike
 from ..tensor.redistribute import local_of, reduced
 from . import labels
 from .agreed import agreed
@@ -50,7 +51,9 @@ def embedding(
         )
     w, i = p.fit((weight, indices))
     if not p.summed:
-        return p.result(torch.embedding(w, i, padding_idx, scale_grad_by_freq, sparse))
+        same = not p.spec(p.terms[1]).varying
+        rest = (padding_idx, scale_grad_by_freq, sparse)
+        return p.result(alike(same, torch.embedding, w, i, *rest))
     rows = p.spec(("v",))
     ((first, last),) = rows.spans
     mine = (i >= first) & (i < last)

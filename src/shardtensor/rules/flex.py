@@ -28,6 +28,7 @@ from ..dispatch.rule import rule
 from ..errors import UnsupportedOpError
 from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import told
 from ..tensor.redistribute import fit, reduced
 from .attention import autocast, heads_apart, heads_fit, repeated
 from .attention_plan import Plan, plan, spans
@@ -259,4 +260,4 @@ def _agree(job: Job, p: Plan, query: Tensor) -> None:
                     f"{sum(map(bool, failed))} other ranks"
                 )
     if job.error is not None:
-        raise job.error
+        raise told(job.error)

@@ -15,6 +15,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import alike
 from ..tensor.redistribute import fit, reduced, to_dims
 from .basic_index import basic, hashable
 from .in_place import assigned
@@ -173,7 +174,7 @@ def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
         kept = [n for d, n in enumerate(dims) if d not in rest]
         varying = sorted({*axes_in(dims), *axes_in(lead)})
         (local,) = fit(x._spec.mesh, varying, (x, dims))
-        found = torch.ops.aten.index(local, local_at)
+        found = alike(not axes_in(lead), torch.ops.aten.index, local, local_at)
         return wrap(found, x._spec.with_dims([*kept[:front], *lead, *kept[front:]]))
     y, flat = _one_row_dim(x, rest, "index")
     out = read(y, flat, negative=None)
@@ -227,7 +228,7 @@ def put_at(
             wanted = [*whole[:front], *lead, *whole[front:]]
             a, b = fit(x._spec.mesh, x._spec.varying, (x, dims), (v, wanted))
             # torch.index_put itself takes no None
-            return wrap(torch.ops.aten.index_put(a, local_at, b, accumulate), x._spec)
+            return wrap(alike(True, torch.ops.aten.index_put, a, local_at, b, accumulate), x._spec)
     y, flat = _one_row_dim(x, rest, "index_put")
     v = v.movedim(tuple(range(front, front + len(shape))), tuple(range(len(shape))))
     kernel = None if accumulate else _overwrite

@@ -6,6 +6,7 @@ that of the whole tensor, so the dims that a mask covers are sharded along the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,10 +40,12 @@ def without_lead(values: Tensor, ndim: int) -> Tensor:
 
 def learnt(n: int, like: Tensor, dim: Dim, spec: Spec) -> Dim:
     """A dim of which every rank that shards `dim` has n rows of its own."""
-    if not dim.axes:
-        return Dim(n)
-    sizes = comm.counts(n, like, comm.group(spec.mesh, dim.axes))
-    return Dim(sum(sizes), dim.axes, sizes)
+    sizes = _counts(n, like, dim, spec)
+    return Dim(sum(sizes), dim.axes, sizes) if dim.axes else Dim(n)
+
+
+def _counts(n: int, like: Tensor, dim: Dim, spec: Spec) -> Sequence[int]:
+    return comm.counts(n, like, comm.group(spec.mesh, dim.axes)) if dim.axes else [n]
 
 
 def _eager(op: str, spec: Spec) -> None:
@@ -281,8 +284,16 @@ def repeat_interleave(
     spec = p.out
     _eager("repeat_interleave", spec)
     local, times = p.fit((x, repeats))
-    out = local.repeat_interleave(times, d)
-    rows = learnt(out.shape[d], out, spec.dims[d], spec)
+    error, out = None, local
+    try:
+        out = local.repeat_interleave(times, d)
+    except RuntimeError as e:
+        # of a negative number, which goes to all in the place of the size
+        error = e
+    sizes = _counts(-1 if error else out.shape[d], out, spec.dims[d], spec)
+    if min(sizes) < 0:
+        raise error or RuntimeError("repeats can not be negative")
+    rows = Dim(sum(sizes), spec.dims[d].axes, sizes) if spec.dims[d].axes else Dim(*sizes)
     if output_size is not None and output_size != rows.size:
         raise RuntimeError(f"allocated size {output_size} does not match required size {rows.size}")
     return wrap(out, spec.replace({d: rows}))

@@ -21,6 +21,7 @@ from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import alike
 from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one
 from .nodes import indexed
@@ -140,8 +141,9 @@ def read(
     out = Spec(mesh, (*dims, *rest))
     if not need and (not at.numel() or rows.size):
         # index_select refuses what counts from the end
-        alone = negative is False and at.ndim == 1
-        return wrap(local.index_select(0, at) if alone else local[at.long()], out)
+        if negative is False and at.ndim == 1:
+            return wrap(alike(not axes_in(dims), local.index_select, 0, at), out)
+        return wrap(alike(not axes_in(dims), local.__getitem__, at.long()), out)
     spec, group = Spec(mesh, dims), comm.group(mesh, rows.axes)
     if not few and not _torch.is_tracing():
         route = _route(index, at, spec, rows, negative, op)

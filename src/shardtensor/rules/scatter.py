@@ -13,6 +13,7 @@ from .. import _torch, comm
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
+from ..tensor.apart import alike
 from ..tensor.redistribute import fit, like, local_of, to_dims
 from . import flat
 from .in_place import in_place
@@ -120,7 +121,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
         for i, cut in enumerate(lead):
             if i != d and cut.axes and not dims[i].axes:
                 local = local.narrow(i, spec.offset[i], at.shape[i])
-        found = local.gather(d, at)
+        found = alike(not axes_in(lead), local.gather, d, at)
     else:
         at = normal(at, spec, dims[d].size, False, "gather").movedim(d, 0)
         rows = local.movedim(d, 0)

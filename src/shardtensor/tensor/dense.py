@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import method
+from . import apart
 from .shard_tensor import ShardTensor
 
 _NOT_DENSE = (
@@ -29,10 +30,14 @@ def refuse_not_dense(form: torch.layout) -> NoReturn:
 
 
 @method
-def explain(error: RuntimeError, func: Any, args: Any, kwargs: Any) -> None:
-    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense."""
+def explain(error: Exception, func: Any, args: Any, kwargs: Any) -> None:
+    """Raise UnsupportedOpError for torch's own error of an op with an operand that is not dense.
+
+    Of one that not all ranks may have, see `apart`.
+    """
     if isinstance(error, UnsupportedOpError):
         return
+    apart.note(error, func, args, kwargs)
     if _torch.transforming() and any(text in str(error) for text in _BY_HAND):
         raise UnsupportedOpError(
             f"torch.func or forward mode through {getattr(func, '__name__', func)}, whose way with "

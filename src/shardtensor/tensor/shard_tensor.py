@@ -64,7 +64,7 @@ class ShardTensor(torch.Tensor):
             _torch.tell_dynamo(_warn, _COMPILE)
         try:
             return handlers[func](func, args, kwargs or {})
-        except RuntimeError as e:
+        except (RuntimeError, IndexError) as e:
             methods["explain"](e, func, args, kwargs)
             raise
 
