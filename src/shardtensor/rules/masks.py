@@ -293,7 +293,7 @@ def repeat_interleave(
     sizes = _counts(-1 if error else out.shape[d], out, spec.dims[d], spec)
     if min(sizes) < 0:
         raise error or RuntimeError("repeats can not be negative")
-    rows = Dim(sum(sizes), spec.dims[d].axes, sizes) if spec.dims[d].axes else Dim(*sizes)
+    rows = Dim(sum(sizes), spec.dims[d].axes, sizes if spec.dims[d].axes else ())
     if output_size is not None and output_size != rows.size:
         raise RuntimeError(f"allocated size {output_size} does not match required size {rows.size}")
     return wrap(out, spec.replace({d: rows}))
