@@ -6,6 +6,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from raising import raised
 from torch import nn
 from torch.distributed.tensor import Partial, Shard
 
@@ -162,11 +163,21 @@ def test_an_integer_that_one_rank_cannot_take_is_refused_on_every_rank(fn):
 
 
 def test_shapes_of_nothing():
+    nothing = torch.zeros(0, 3, dtype=D)
     for fn in (
         lambda x: torch.topk(x, 2, 1)[0], lambda x: torch.kthvalue(x, 1, 1)[0], lambda x: x.sort(1)[0],
         lambda x: F.group_norm(x.mT[..., None], 1), lambda x: F.scaled_dot_product_attention(x, x, x),
     ):  # fmt: skip
-        T.hold(fn, [torch.zeros(0, 3, dtype=D)], [T.shard(1, (0, 3))], (2,))
+        refused = raised(fn, nothing)
+        if refused is None:
+            T.hold(fn, [nothing], [T.shard(1, (0, 3))], (2,))
+            continue
+
+        def run(fn=fn):
+            return fn(st.distribute_tensor(nothing, T.make_mesh((2,)), [Shard(1)]))
+
+        with pytest.raises(st.RankError, match=str(refused)):
+            st.simulate(2, run)
     T.hold(F.scaled_dot_product_attention, [torch.zeros(2, 0, dtype=D)] * 3, [T.shard(0)] * 3, (2,))
 
 
