@@ -104,11 +104,13 @@ def test_an_array_of_a_sharded_tensor_is_a_copy_that_misses_no_write(transport):
     simulate(2, run, transport=transport)
 
 
-def test_storage_offset_is_refused():
+def test_what_asks_for_memory_is_refused():
     def run():
         x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)])
         with pytest.raises(st.UnsupportedOpError, match="storage_offset"):
             x[1:].storage_offset()
+        with pytest.raises(st.UnsupportedOpError, match="as_subclass of a ShardTensor"):
+            x.as_subclass(type("Sub", (torch.Tensor,), {}))
 
     simulate(2, run)
 

@@ -54,6 +54,15 @@ def storage_offset(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
+@function_rule("as_subclass")
+def as_subclass(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A ShardTensor is of a class of its own."""
+    raise UnsupportedOpError(
+        "as_subclass of a ShardTensor, which is of one: let the subclass wrap it "
+        "(Tensor._make_wrapper_subclass), or take x.full_tensor()"
+    )
+
+
 @function_rule("apply_", "map_", "map2_")
 def apply_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A Python function of each element, in the order of one device; each rank runs all."""
