@@ -51,7 +51,7 @@ def test_the_command_asks_again_when_code_changes(tmp_path, monkeypatch, command
     model.write_text(MODEL)
     made = []
     search = cli._searched
-    monkeypatch.setattr(cli, "_searched", lambda *a: made.append(a) or search(*a))
+    monkeypatch.setattr(cli, "_searched", lambda *a, **how: made.append(a) or search(*a, **how))
 
     def rows(*more):
         args = ["plan", f"{model}:Net", "--input", "1x1x32x32", "--shard", "2", "--devices", "2"]

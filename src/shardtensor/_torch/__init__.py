@@ -75,7 +75,7 @@ from .transforms import (
     shared_dual_level,
     transforming,
 )
-from .world import all_gather_flat, at_uncaught, default_store, threaded_world
+from .world import all_gather_flat, at_uncaught, default_store, ranks_among, threaded_world
 
 __all__ = [
     "AttentionKernel",
@@ -129,6 +129,7 @@ __all__ = [
     "outside_modes",
     "overloads",
     "owns_memory",
+    "ranks_among",
     "run_after",
     "run_last",
     "same_memory",

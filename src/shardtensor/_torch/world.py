@@ -149,3 +149,12 @@ def collectives() -> dict[str, int]:
 def cuda_runs() -> bool:
     """Whether this process uses a GPU: then it waits for ranks wherever it waits for the device."""
     return torch.cuda.is_initialized()
+
+
+def ranks_among(args: Any) -> tuple[int, ...]:
+    """All ranks of the group among the arguments of one of c10d's ops; none where there is none."""
+    for a in args:
+        if isinstance(a, torch.ScriptObject):
+            with suppress(RuntimeError, TypeError, ValueError):
+                return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(a)))
+    return ()

@@ -20,10 +20,11 @@ from ..plan.parts import CPU, InParts, in_parts
 from ..plan.plans import Plans
 from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
-from .subject import Input, factory, numbers
+from .subject import Input, factory, numbers, styled
 
 GIB = 2**30
 MOST_ROWS = 12
+OPTIONS = ("fsdp", "checkpoint", "offload", "precision")
 
 
 def plan(
@@ -41,6 +42,8 @@ def plan(
     blocks: Annotated[str, typer.Option(help="classes of fsdp's units: Block,Layer")] = "",
     speeds: Annotated[str, typer.Option(help="of the devices: 1,1,0.5; sizes that fit them")] = "",
     multiple: Annotated[int, typer.Option(help="of which those sizes are: of a patch")] = 1,
+    offload: Annotated[bool, typer.Option(help="also: backward's tensors in host memory")] = False,
+    tensor: Annotated[str, typer.Option(help="weights on a tensor axis: *.fc1=col,*.fc2=row")] = "",
     tree: Annotated[bool, typer.Option(help="memory and time by module, of the best")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture here")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page here")] = None,
@@ -63,19 +66,22 @@ def plan(
         dtypes=[i.dtype for i in inputs],
         dims=numbers(shard, ",", "--shard 2,3"),
         train=not inference,
+        tensor=styled(tensor),
     )
     asked = {
-        **{k: repr(v) for k, v in task.items() if k != "make"},
+        **{k: repr(v) for k, v in task.items() if k not in ("make", "tensor")},
         "model": [model, arg, str(Path.cwd())],
         "device": asdict(hardware),
         "devices": devices,
         "links": [links and links.read_text(), sorted(_state(folder().glob("links-*")))],
-        "options": [thorough, blocks, rates, multiple],
+        "options": [thorough, blocks, rates, multiple, offload, tensor],
     }
     path = store.file_of(asked)
     known = None if fresh else store.load(path)
     if known is None:
-        known = _searched(task, devices, hardware, links, device, thorough, blocks, rates, multiple)
+        names = [name for name in blocks.split(",") if name]
+        how = dict(blocks=names, thorough=thorough, speeds=rates, multiple=multiple)
+        known = _searched(task, devices, hardware, links, device, offload=offload, **how)
         store.save(path, known[0], **known[1])
     (one, *plans), said = known
     devices = said["devices"]
@@ -108,10 +114,7 @@ def _searched(
     hardware: Device,
     links: Path | None,
     device: str,
-    thorough: bool,
-    blocks: str,
-    speeds: list[float],
-    multiple: int,
+    **how: Any,
 ) -> tuple[list[Estimate], dict[str, Any]]:
     """One device, then all configurations; and on how many devices."""
     if not devices:
@@ -127,18 +130,8 @@ def _searched(
             raise ValueError(f"it fits no number of {hardware.name} up to 512: shard more dims")
         devices = least[0]
     network = _network(links, devices, device)
-    names = [name for name in blocks.split(",") if name]
-    found = planned(
-        devices=devices,
-        device=hardware,
-        network=network,
-        thorough=thorough,
-        blocks=names,
-        speeds=speeds,
-        multiple=multiple,
-        told=_progress,
-        **task,
-    )
+    asked = {**task, **how}
+    found = planned(devices=devices, device=hardware, network=network, told=_progress, **asked)
     one = estimate(Task(**task), alone(task), hardware, network)
     parts = None
     if not one.fits(hardware) and hardware.name == CPU:
@@ -180,10 +173,13 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
         "mesh": e.layout.mesh,
         "near": e.layout.near,
         "sizes": {f"dim{d}": n for d, n in zip(e.layout.dims, e.layout.sizes, strict=False)},
-        "options": {k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "precision")},
+        "options": {
+            k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "offload", "precision")
+        },
         "fits": e.fits(device),
         "refused": e.refused,
         "memory": e.memory,
+        "host": e.host,
         "peak": e.peak,
         "seconds": e.seconds,
         "compute": e.compute,

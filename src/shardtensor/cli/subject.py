@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..later import styles
+
 
 @dataclass(frozen=True)
 class Input:
@@ -47,6 +49,18 @@ def numbers(text: str, between: str, example: str) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(between) if n)
     except ValueError:
         raise ValueError(f"{text!r} are no numbers: write {example}") from None
+
+
+def styled(text: str) -> dict[str, Any]:
+    """ "*.fc1=col,*.fc2=row": how weights lie on a tensor axis, as `tensor_parallel` takes it."""
+    known = {"col": "ColwiseParallel", "row": "RowwiseParallel"}
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, style = part.partition("=")
+        if not name or style not in known:
+            raise ValueError(f"{part!r} is no style: write *.fc1=col,*.fc2=row")
+        found[name] = getattr(styles, known[style])()
+    return found
 
 
 def factory(path: str, arguments: Sequence[str] = ()) -> Callable[[], nn.Module]:

@@ -99,7 +99,7 @@ class Device:
     efficiency: the share of the peak that products reach; launch: the least time of an op (s). Both
     are assumptions, where there are no `rates` that were measured. hides: the share of messages
     that is sent while ops run. hosted: of a host, whose memory its ranks share, what was measured
-    by how many of them were at work.
+    by how many of them were at work. host: bytes/s to host memory, and from there.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Device:
     efficiency: float = 0.5
     launch: float = 5e-6
     hides: float = 0.5
+    host: float = 64e9
     rates: Rates | None = field(default=None, repr=False)
     hosted: Mapping[int, Rates] = field(default_factory=dict, repr=False)
 
@@ -142,6 +143,8 @@ class Device:
 
     def bound(self, work: Work) -> tuple[str, float]:
         """What an op is bound by, and its seconds."""
+        if work.kind == "host":
+            return "memory", max(work.moved / self.host, self.launch)
         if self.rates is not None:
             return self._measured(work, self.rates)
         if work.kind == "nothing":
@@ -201,8 +204,8 @@ def _memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-# datasheets, SXM: fp32 without tensor cores, 16 bit dense
-A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, 16: 312e12})
+# datasheets, SXM: fp32 without tensor cores, 16 bit dense; PCIe of 16 lanes
+A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, 16: 312e12}, host=32e9)
 H100 = Device("h100", 80e9, 3.35e12, {64: 67e12, 32: 67e12, 16: 989e12})
 H200 = Device("h200", 141e9, 4.8e12, {64: 67e12, 32: 67e12, 16: 989e12})
 DEVICES = {d.name: d for d in (A100, H100, H200)}

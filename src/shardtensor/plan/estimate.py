@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,8 +31,9 @@ from ..observe.trace import trace
 from ..ranks.testing import tensors
 from ..spec import Spec
 from ..tensor import wrap
-from ..train.options import Options
-from ..train.parallelize import adapt, parallelize
+from ..train.parallelize import adapt, around, parallelize
+from ..train.tensor_parallel import tensor_parallel
+from .away import Away
 from .build import build
 from .course import Course, course
 from .device import A100, DEVICES, H100, H200, Device
@@ -54,7 +55,8 @@ class Task:
     the whole batch; a tensor in place of a shape has values that the model may read (edges, masks,
     lengths). dims: those of the first input that may be sharded; dim 0 is the batch if it is not
     among them. loss: of the model's
-    output (default: the mean square of all). optimizer: of the parameters.
+    output (default: the mean square of all). optimizer: of the parameters. tensor: how weights lie
+    on a tensor axis, as `tensor_parallel` takes it.
     """
 
     make: Callable[[], nn.Module]
@@ -64,6 +66,7 @@ class Task:
     train: bool = True
     loss: Callable[[Any], Tensor] | None = None
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW
+    tensor: Mapping[str, Any] = field(default_factory=dict)
     values: Sequence[Tensor | None] = field(default=(), init=False)
     # of the optimizer on weights alike: what its step books
     booked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -99,7 +102,7 @@ class Estimate:
 
     memory: bytes by kind when most are held. sent: its collectives. gathered: ops without a rule.
     compute, communication: seconds of a step; refused: why it cannot run. assumed: what was taken
-    for values that only inputs decide, with the lines that read them.
+    for values that only inputs decide, with the lines that read them. host: bytes in host memory.
     """
 
     layout: Layout
@@ -112,6 +115,7 @@ class Estimate:
     hides: float = 0.5
     refused: str = ""
     assumed: tuple[str, ...] = ()
+    host: int = 0
     modules: dict[str, Part] = field(default_factory=dict, repr=False, compare=False)
     # what is held by kind as the step goes on
     course: Course | None = field(default=None, repr=False, compare=False)
@@ -217,6 +221,7 @@ def _of_rank(
         flop=sum(w.flop for w in work),
         hides=device.hides,
         assumed=tuple(ledger.known.assumed),
+        host=ledger.most_away,
         modules=parts(
             (
                 (name, *bound, w.flop)
@@ -282,11 +287,15 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
             )
     model = build(task.make, ledger).train(task.train)
     ledger.mark("buffers", model.buffers())
+    options = replace(layout.options, sync=False, offload=False)
     if mesh is not None:
-        data = {"data": "data"} if layout.data > 1 else {}
-        parallelize(model, mesh, replace(layout.options, sync=False), **data)
-    elif layout.options != Options():
-        adapt(model, replace(layout.options, fsdp=None))
+        if layout.tensor > 1:
+            tensor_parallel(model, mesh["tensor"], task.tensor)
+        parallelize(model, mesh, options, **({"data": "data"} if layout.data > 1 else {}))
+    else:
+        adapt(model, replace(options, fsdp=None))
+    if layout.options.offload:
+        around(model, lambda *_: Away(ledger))
     ledger.mark("parameters", model.parameters())
     ledger.places = Places(model)
     domain = None if mesh is None else mesh[tuple(f"dim{d}" for d in layout.dims)]

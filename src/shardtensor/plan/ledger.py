@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
 from ..later import dt
@@ -78,6 +79,8 @@ class Ledger(probe.Watching):
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
         self.next = 0
+        # bytes in host memory: now, and at the most
+        self.away = self.most_away = 0
 
     def __torch_dispatch__(
         self,
@@ -107,7 +110,7 @@ class Ledger(probe.Watching):
             self.senders += [self.places.here()] * (len(self.heard) - len(self.senders))
             return out
         if op.sends and not self._sending:
-            self._note(func, given)
+            self._note(call)
         out = self.known.run(call)
         if self.turns is not None:
             self._read(func, given)
@@ -116,8 +119,7 @@ class Ledger(probe.Watching):
         # each is booked
         new = sum([self.book(x, kind) for x in made])
         if new or op.mutable:
-            self.work.append(self._cost(call, out, made))
-            self.workers.append(self.places.here())
+            self.does(self._cost(call, out, made))
         return out
 
     def _read(self, func: Any, given: list[Tensor]) -> None:
@@ -129,13 +131,19 @@ class Ledger(probe.Watching):
         if read and self.turns is not None:
             self.turns.append(read)
 
-    def _note(self, func: Any, given: list[Tensor]) -> None:
-        """A gather or scatter of FSDP2's."""
-        name = _GATHERS.get(func.overloadpacket.__name__)
+    def does(self, work: Work) -> None:
+        """Enter what the module that runs does."""
+        self.work.append(work)
+        self.workers.append(self.places.here())
+
+    def _note(self, call: Call) -> None:
+        """A gather or scatter of FSDP2's, among the ranks of its group."""
+        name = _GATHERS.get(call.func.overloadpacket.__name__)
         if name is not None:
-            small, large = sorted(x.numel() * x.element_size() for x in given)
+            small, large = sorted(x.numel() * x.element_size() for x in call.given)
             ranks = large // small if small else 1
-            self.sent.append(Sent(name, large - small, ranks - 1, ranks, "fsdp"))
+            peers = _torch.ranks_among(call.args)
+            self.sent.append(Sent(name, large - small, ranks - 1, ranks, "fsdp", peers=peers))
 
     @contextmanager
     def _inside_collective(self) -> Iterator[None]:

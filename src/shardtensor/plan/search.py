@@ -19,6 +19,7 @@ from . import caches
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
 
+_FLAGS = "checkpoint", "offload"
 Told = Callable[[int, int, str], None]
 
 
@@ -34,6 +35,7 @@ def plan(
     blocks: Sequence[str] = (),
     speeds: Sequence[float] = (),
     multiple: int = 1,
+    offload: bool = False,
     told: Told = lambda *_: None,
     **task: Any,
 ) -> Plans:
@@ -45,7 +47,9 @@ def plan(
     blocks, and with both (thorough: all of these anyway). On several nodes either the data axis or
     the dims are within nodes. told: is called before each mesh with its number, how many there are
     and its name. blocks: class names of the units of FSDP2 and of checkpointing
-    (default: see `Options`). speeds: of the devices in the order of the ranks, 1 for `device`
+    (default: see `Options`). offload: last, also with what is kept for backward in host memory.
+    With `tensor=` also a tensor axis of every size that divides the devices.
+    speeds: of the devices in the order of the ranks, 1 for `device`
     itself; then each mesh is tried with shards as torch.chunk cuts and as `balance.sizes` does, in
     multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
     fit follow by what they need, then those that
@@ -55,8 +59,9 @@ def plan(
     """
     asked = Task(make, shapes, **task)
     found = ranked(
-        asked, devices, device, network, precisions, thorough, blocks, told, speeds, multiple
-    )
+        asked, devices, device, network, precisions, thorough, blocks, told, speeds, multiple,
+        offload,
+    )  # fmt: skip
     return Plans(found, asked, devices, device, network, missing(asked, devices))
 
 
@@ -106,6 +111,7 @@ def ranked(
     told: Told = lambda *_: None,
     speeds: Sequence[float] = (),
     multiple: int = 1,
+    offload: bool = False,
 ) -> list[Estimate]:
     """As `plan`."""
     if speeds and (len(speeds) != devices or min(speeds) <= 0):
@@ -119,8 +125,12 @@ def ranked(
     for i, (base, precision) in enumerate(every):
         told(i, len(every), str(base))
         refused: list[set[str]] = []
-        for options in _options(task, base, precision, blocks):
-            chosen = {w for w in (options.fsdp, options.checkpoint and "checkpoint") if w}
+        for options in _options(task, base, precision, blocks, offload):
+            chosen = {
+                w
+                for w in (options.fsdp, *(k for k in _FLAGS if getattr(options, k)))
+                if w is not None
+            }
             if any(r <= chosen for r in refused):
                 continue
             if chosen:
@@ -144,14 +154,18 @@ def layouts(task: Task, devices: int, node: int = 0) -> Iterator[Layout]:
     # where dim 0 is cut there is no batch
     batch = 1 if 0 in dims else task.shapes[0][0]
     sizes = [task.shapes[0][d] for d in dims]
-    for data in (d for d in range(1, devices + 1) if devices % d == 0 and batch % d == 0):
-        rest = devices // data
-        divisors = [c for c in range(1, rest + 1) if rest % c == 0]
-        for cuts in product(divisors, repeat=len(dims)):
+    shares = [n for n in _divisors(devices) if n == 1 or task.tensor]
+    for tensor, data in product(shares, (d for d in _divisors(devices) if batch % d == 0)):
+        rest, left = divmod(devices // tensor, data)
+        for cuts in () if left else product(_divisors(rest), repeat=len(dims)):
             if prod(cuts) == rest and all(c <= s for c, s in zip(cuts, sizes, strict=True)):
-                yield Layout(data, dims, cuts)
+                yield Layout(data, dims, cuts, tensor=tensor)
                 if 0 < node < devices and data > 1 and rest > 1:
-                    yield Layout(data, dims, cuts, near=True)
+                    yield Layout(data, dims, cuts, near=True, tensor=tensor)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def with_speeds(
@@ -192,18 +206,23 @@ def missing(task: Task, devices: int) -> list[str]:
     return found
 
 
-def _options(task: Task, base: Layout, precision: str | None, blocks: bool) -> Iterator[Options]:
+def _options(
+    task: Task, base: Layout, precision: str | None, blocks: bool, offload: bool = False
+) -> Iterator[Options]:
     """From the fastest to the one that needs least."""
     yield Options(precision=precision)
+    if not task.train:
+        return
     # over the data axis no shard is gathered from where samples are cut
-    over = [w for w in ("data", "all") if base.ranks > 1 and (w == "all" or base.data > 1)]
-    if base.data == base.ranks:
+    apart = base.ranks // base.tensor
+    over = [w for w in ("data", "all") if apart > 1 and (w == "all" or base.data > 1)]
+    if base.data == apart:
         over = over[-1:]
-    for checkpoint in (False, True) if blocks else (False,):
-        for fsdp in (None, *over) if checkpoint else over:
-            if task.train:
-                data = "data" if fsdp == "data" else None
-                yield Options(fsdp=fsdp, checkpoint=checkpoint, precision=precision, data=data)
+    for away, checkpoint in product((False, True)[: 1 + offload], (False, True)[: 1 + blocks]):
+        for fsdp in (None, *over) if checkpoint or away else over:
+            data = "data" if fsdp == "data" else None
+            own = dict[str, Any](checkpoint=checkpoint, offload=away, precision=precision)
+            yield Options(fsdp=fsdp, data=data, **own)
 
 
 def _place(e: Estimate, device: Device) -> tuple[int, float]:

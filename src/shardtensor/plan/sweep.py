@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import log, prod
+from math import gcd, log, prod
 
 from ..observe.network import Network
 from .estimate import Device, Estimate, Layout, Task, estimate
@@ -126,11 +126,13 @@ def sweep(
 def scaled(layout: Layout, devices: int) -> Layout:
     """The same way to cut on another number of devices.
 
-    The data axis stays, or becomes smaller where it does not divide them; the dims that are cut
-    are cut by what is nearest, others where it cannot be helped; evenly, for ranks of one speed.
+    The data and tensor axes stay, or become smaller where they do not divide them; the dims that
+    are cut are cut by what is nearest, others where it cannot be helped; evenly, for ranks of one
+    speed.
     """
-    data = max(d for d in range(1, layout.data + 1) if devices % d == 0 and layout.data % d == 0)
-    rest = devices // data
+    tensor = gcd(devices, layout.tensor)
+    data = gcd(devices // tensor, layout.data)
+    rest = devices // tensor // data
     divisors = [d for d in range(1, rest + 1) if rest % d == 0]
 
     def far(cuts: tuple[int, ...]) -> tuple[int, float]:
@@ -138,7 +140,7 @@ def scaled(layout: Layout, devices: int) -> Layout:
         return sum(c > 1 == o for c, o in pairs), sum(abs(log(c / o)) for c, o in pairs)
 
     ways = (c for c in product(divisors, repeat=len(layout.cuts)) if prod(c) == rest)
-    return replace(layout, data=data, cuts=min(ways, key=far), sizes=(), speeds=())
+    return replace(layout, tensor=tensor, data=data, cuts=min(ways, key=far), sizes=(), speeds=())
 
 
 def _estimate(

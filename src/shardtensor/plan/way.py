@@ -14,7 +14,8 @@ from ..train.options import Options
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims.
+    """A mesh and options. data: groups with other samples; cuts: ranks along each of dims; tensor:
+    ranks that share weights (see `tensor_parallel`), which follow each other.
 
     near: the ranks of the data axis follow each other, so that it is within nodes as far as it
     goes; else those of the dims do. sizes: of the shards of each of dims, where they are not
@@ -28,18 +29,20 @@ class Layout:
     near: bool = False
     sizes: tuple[tuple[int, ...], ...] = ()
     speeds: tuple[float, ...] = ()
+    tensor: int = 1
 
     @property
     def ranks(self) -> int:
         """How many there are."""
-        return self.data * prod(self.cuts)
+        return self.data * prod(self.cuts) * self.tensor
 
     @property
     def mesh(self) -> dict[str, int]:
         """Axes by name, in order."""
         data = {"data": self.data}
         dims = {f"dim{d}": n for d, n in zip(self.dims, self.cuts, strict=True)}
-        return dims | data if self.near else data | dims
+        tensor = {"tensor": self.tensor} if self.tensor > 1 else {}
+        return (dims | data if self.near else data | dims) | tensor
 
     def place(self, rank: int) -> dict[str, int]:
         """Where a rank is along each axis of the mesh."""
@@ -73,6 +76,7 @@ class Layout:
         extras = [
             f"fsdp={self.options.fsdp}" if self.options.fsdp else "",
             "checkpoint" if self.options.checkpoint else "",
+            "offload" if self.options.offload else "",
             "data within nodes" if self.near else "",
             self.options.precision or "",
         ]

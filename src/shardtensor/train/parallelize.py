@@ -112,17 +112,17 @@ def adapt(model: nn.Module, options: Options) -> None:
         for block in blocks:
             _torch.checkpointed(block)
     if options.offload:
-        _around(model, lambda *_: offloaded())
+        around(model, lambda *_: offloaded())
     if options.precision is not None and options.fsdp is None:
         dtype = fsdp.DTYPES[options.precision]
         device = next((p.device.type for p in model.parameters()), "cpu")
-        _around(model, lambda *_: torch.autocast(device, dtype))
+        around(model, lambda *_: torch.autocast(device, dtype))
     if options.made_mb is not None:
         least = options.made_mb * 2**20
-        _around(model, lambda *given: made.around(given, least))
+        around(model, lambda *given: made.around(given, least))
 
 
-def _around(model: nn.Module, make: Callable[..., Any]) -> None:
+def around(model: nn.Module, make: Callable[..., Any]) -> None:
     """Run the model's forward inside the context that make(*arguments) gives."""
     entered: list[Any] = []
 
