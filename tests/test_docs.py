@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
     "index.md",
+    "api.md",
     "balance.md",
     "decode.md",
     "errors.md",

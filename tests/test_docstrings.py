@@ -65,6 +65,12 @@ def names():
 THEIRS = ("DomainParallel.", "Accelerator.")
 NAMES = {n: o for n, o in names() if not inspect.ismodule(o) and not any(t in n for t in THEIRS)}
 TOP = set(dict(listed()))
+# what functions give, what rules alone call, and loops, which are called in other examples' files
+GIVEN = re.compile(
+    r"\.(observe\.(network|whole|timeline)|plan\.(plans|estimate\.Device|estimate\.Estimate|parts\.InParts))"
+    r"|\.(Tiled|Paging|Graph|Source|Report|Mesh|DomainParallel|Accelerator)$|(Error|Warning)$|replicated$"
+    r"|comm\.(counts|window_add|spreads?|knows_values|windowed|asked|planned)$"
+)  # fmt: skip
 
 
 def raised(of):
@@ -95,3 +101,14 @@ def test_docstrings(kind):
         if kind == "cost" and asked and not COST.search(said):
             missing.append(name)
     assert not missing
+
+
+def test_each_is_in_an_example():
+    """Code of the pages runs, by tests/test_docs.py."""
+    pages = [*PAGE.parent.rglob("*.md"), PAGE.parent.parent / "CONTRIBUTING.md"]
+    code = "".join(
+        b for p in pages for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.S)
+    )
+    used = set(re.findall(r"\w+", code))
+    asked = [n for n in TOP if callable(NAMES.get(n)) and not GIVEN.search(n)]
+    assert len(asked) > 80 and not [n for n in asked if n.rpartition(".")[2] not in used]

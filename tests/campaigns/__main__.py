@@ -20,8 +20,8 @@ def _general(message: str) -> str:
     text = re.sub(r"Spec\((?:[^()]|\([^()]*\))*\)", "SPEC", message.splitlines()[0])
     text = re.sub(r"\((?:\d+, ?)*\d+,?\)|\[(?:-?\d+, ?)*-?\d*\]", "N", text)
     # which ops a view and a write to it were
-    text = re.sub(r"the result of [\w.]+", "the result of OP", text)
-    text = re.sub(r"(a view of it|written to) \([\w.]+\)", r"\1 (OP)", text)
+    text = re.sub(r"the result of [^,]+", "the result of OP", text)
+    text = re.sub(r"(a view of it|written to) \([^)]+\)", r"\1 (OP)", text)
     return re.sub(r"-?\b\d+(?:\.\d+)?\b", "N", text)
 
 
