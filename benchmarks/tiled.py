@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tiled.py [--folder out] [--only unet] [--large] > table.md
     python benchmarks/tiled.py --draw table.md tiled.png
+    python benchmarks/tiled.py --read [MIB] [--folder out]    how fast files come back
 
 Each case runs in a process of its own on a sample in a file, and the plain model beside it where
 it fits into --most MiB. MiB: resident memory that the run needs beyond that of the program with
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor.paged import pager
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bench_models import fno
@@ -119,6 +123,43 @@ def one(model: str, edge: int, train: bool, parts: int, mib: int, folder: Path) 
     if paging:
         found |= dict(spilled=paging.spilled / 2**20, most=paging.most / 2**20)
     return found
+
+
+def read(mib: int, folder: Path) -> None:
+    """Seconds in which memory in a file comes back: page by page, asked for ahead, and what is hot.
+
+    From the disk (pages that were written are dropped from the system's cache first) and from the
+    cache; the least and the most of five.
+    """
+    libc = pager._libc()
+    libc.posix_fadvise.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    n = mib * 2**20
+    print("| MiB | from | page by page, s | asked for ahead, s |")
+    print("|---|---|---|---|")
+    with tempfile.NamedTemporaryFile(dir=folder) as f:
+        x = torch.UntypedStorage.from_file(f.name, True, n)
+        torch.ByteTensor(x).random_(0, 256)
+        os.fsync(f.fileno())
+
+        def once(disk: bool, ahead: bool) -> float:
+            libc.madvise(x.data_ptr(), n, pager._MADV_DONTNEED)
+            if disk:
+                # 4: POSIX_FADV_DONTNEED
+                libc.posix_fadvise(f.fileno(), 0, n, 4)
+            begin = time.perf_counter()
+            if ahead:
+                libc.madvise(x.data_ptr(), n, pager._MADV_WILLNEED)
+            torch.ByteTensor(x).view(torch.int64).sum()
+            return time.perf_counter() - begin
+
+        for disk in (True, False):
+            found = [sorted(once(disk, ahead) for _ in range(5)) for ahead in (False, True)]
+            cells = " | ".join(f"{t[0]:.3f} to {t[-1]:.3f}" for t in found)
+            print(f"| {mib} | {'the disk' if disk else 'the cache'} | {cells} |", flush=True)
+        torch.ByteTensor(x).view(torch.int64).sum()
+        begin = time.perf_counter()
+        torch.ByteTensor(x).view(torch.int64).sum()
+        print(f"\nIn memory: {time.perf_counter() - begin:.3f} s.")
 
 
 def _warm(net: nn.Module, channels: int, ndim: int) -> None:
@@ -264,12 +305,16 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="sizes that take minutes")
     parser.add_argument("--most", type=int, default=12000, help="MiB that the plain model may take")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs="?", type=int, const=256, metavar="MIB")
     parser.add_argument("--draw", nargs=2, type=Path, metavar=("TABLE", "PICTURE"))
     options = parser.parse_args()
     if options.draw:
         draw(*options.draw)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.read:
+        read(options.read, options.folder)
+        return
     if options.one:
         print(json.dumps(one(*json.loads(options.one), options.folder)))
         return

@@ -98,8 +98,8 @@ class Pager:
             if not page.resident:
                 self.room(page.nbytes, found)
                 page.resident = True
-                # read in large pieces, while the op is at what it got first: 256 MiB of a disk took
-                # 0.18 s so, 0.3 to 2.5 s page by page; of the system's cache it costs nothing
+                # read in large pieces, while the op is at what it got first; of the system's cache
+                # that costs nothing
                 _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_WILLNEED)
                 self.done.returned += page.nbytes
                 self._hold(page.nbytes)
