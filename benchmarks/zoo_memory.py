@@ -134,7 +134,8 @@ def world(rank: int, ranks: int, ledger: Ledger) -> Iterator[Any]:
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     gc.collect()
-    with silent_world(rank, ranks), ledger.fake, ledger, not_tracing():
+    even = groups.taken_spread()
+    with silent_world(rank, ranks), even, ledger.fake, ledger, not_tracing():
         try:
             yield ledger.fake
         finally:

@@ -171,6 +171,38 @@ def test_nothing_is_gathered():
         assert all(map(torch.equal, got, want))
 
 
+@search.register_fake
+def faked(points, queries, radius, max_points=None, return_dists=False, return_points=False):
+    lead = queries.shape[:-1]
+    index = points.new_empty((*lead, max_points), dtype=torch.int32)
+    xyz = points.new_empty((*lead, max_points, 3))
+    return index, xyz, points.new_empty(index.shape), index.new_empty(lead)
+
+
+@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
+def test_programs_and_rehearsals():
+    """A graph holds the op on all points; a rank that rehearses finds what lies in its own."""
+    p, q = clouds(1, 40, 12, seed=6)
+
+    def call(x, y):
+        return search(x, y, 0.5, 4, True, True)[1] * 2
+
+    def rank():
+        mesh = make_mesh((2,))
+        x, y = (st.distribute_tensor(t, mesh, [Shard(1)], src_data_rank=None) for t in (p, q))
+        program = st.compile(call, backend="eager", fullgraph=True)
+        return program(x, y).full_tensor()
+
+    for got in st.simulate(2, rank):
+        assert torch.equal(got, call(p, q))
+
+    def prepare():
+        x = st.ShardTensor.from_local(p[:, :20], make_mesh((2,)), [Shard(1)], sizes={1: (20, 20)})
+        return lambda: call(x, x)
+
+    assert not sum(s.bytes for s in st.rehearse(prepare, ranks=2, repeats=1).sent)
+
+
 def test_nan_and_inf_hide_no_neighbour():
     p, q = clouds(0, 300, 40, seed=4)
     p[5, 0], p[100, 1], p[250] = torch.nan, torch.inf, torch.nan

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from .. import comm
+from .. import _torch, comm
+from ..dispatch.fallback import fall_back
 from ..dispatch.rule import rule
 from ..rules.empty import with_one
 from ..rules.labels import run
@@ -41,9 +42,14 @@ def radius_search(
 ) -> tuple[Tensor, ...]:
     """Indices, points, distances and counts, sharded as the queries are.
 
-    Without max_points as many as there are: entries of one sample after those of another.
+    Without max_points as many as there are: entries of one sample after those of another. Inside
+    of a compiled program, whose graph knows no values, all points are gathered.
     """
     _check(points, queries)
+    if _torch.is_tracing() and max_points is not None:
+        # which points are near is not known in a graph, which has them all
+        every = points, queries, radius, max_points, return_dists, return_points
+        return fall_back(_op(), every, {})
     flags = return_dists, return_points
     alone = points.ndim == 2
     points, queries = (x.unsqueeze(0) if alone else x for x in (points, queries))
@@ -71,13 +77,17 @@ def _check(points: Tensor, queries: Tensor) -> None:
         raise ValueError(f"points {tuple(points.shape)} and queries {tuple(queries.shape)}: not 3D")
 
 
+def _op() -> Any:
+    return torch.ops.physicsnemo.radius_search_warp.default
+
+
 def _stock(points: Tensor, queries: Tensor, of: tuple[int, int], *args: Any) -> tuple[Tensor, ...]:
     """What the kernel finds for local queries (..., m, 3) among local points (..., n, 3).
 
     of: how many of both all ranks have. Where a rank has none, it runs on a point that is nowhere,
     as the kernels and their backward take no empty tensors.
     """
-    search, lead = torch.ops.physicsnemo.radius_search_warp.default, queries.shape[:-1]
+    search, lead = _op(), queries.shape[:-1]
     if not all(of):
         return search(points, queries, *args)
     every = list(range(queries.ndim - 1))

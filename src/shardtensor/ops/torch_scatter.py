@@ -18,10 +18,16 @@ _MODULE = "torch_scatter.segment_csr.segment_"
 
 
 def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
-    """Rows indptr[i] to indptr[i + 1] as one; of no rows zeros."""
-    if out is not None or indptr.ndim != 1 or not cut_axes(dims_of(src)[0]):
+    """Rows indptr[..., i] to indptr[..., i + 1] as one; of no rows zeros."""
+    lead = indptr.ndim - 1
+    if out is not None or lead not in (0, 1) or not cut_axes(dims_of(src)[lead]):
         return function.__wrapped__(src, indptr, out)
-    return torch.segment_reduce(src, reduce, offsets=indptr, initial=0)
+    if not lead:
+        return torch.segment_reduce(src, reduce, offsets=indptr, initial=0)
+    samples = zip(src.unbind(0), indptr.expand(len(src), -1).unbind(0), strict=True)
+    return torch.stack(
+        [torch.segment_reduce(x, reduce, offsets=ends, initial=0) for x, ends in samples]
+    )
 
 
 @rule(_MODULE + "sum_csr", _MODULE + "add_csr")

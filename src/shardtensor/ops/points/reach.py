@@ -47,11 +47,10 @@ def near(met: Met, radius: float, chunk: int = _CHUNK) -> Near:
             "a search by radius depends on values and cannot be compiled: leave it out of "
             "st.compile"
         )
-    if groups.spreads(met.group):
+    if not groups.knows_values(met.group):
         # a plan takes clouds for compact, of which little lies within reach of others
         route, index = _own(met)
     else:
-        groups.check_values(met.group)
         with torch.no_grad():
             route, index = _asked(met, radius, chunk)
     return Near(fetch(met.rows, route), index)
