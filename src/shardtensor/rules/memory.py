@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOpError
+from ..registry import method
 from ..tensor import ShardTensor
 from ..tensor.offset import begins_its_memory
 from ..tensor.redistribute import replicate
@@ -54,9 +55,9 @@ def storage_offset(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
-@function_rule("as_subclass")
-def as_subclass(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A ShardTensor is of a class of its own."""
+@method
+def as_subclass(x: ShardTensor, cls: type) -> NoReturn:
+    """A ShardTensor is of a class of its own. Torch does not dispatch this one."""
     raise UnsupportedOpError(
         "as_subclass of a ShardTensor, which is of one: let the subclass wrap it "
         "(Tensor._make_wrapper_subclass), or take x.full_tensor()"

@@ -139,6 +139,9 @@ class ShardTensor(torch.Tensor):
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return layout.is_contiguous(self, memory_format)
 
+    def as_subclass(self, cls: Any) -> Any:
+        return methods["as_subclass"](self, cls)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         spec = self._spec
         if not spec.varying and not spec.partial:
