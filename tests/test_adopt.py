@@ -161,3 +161,53 @@ def guarded_writes():
 
 def test_writes_into_plain_tensors_under_the_guard():
     T.run_workers(2, guarded_writes)
+
+
+class Passing(torch.overrides.TorchFunctionMode):
+    """A user's mode, of which nobody knows what it keeps."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def under_default_device():
+    x = st.distribute_tensor(X, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)[0]
+
+    def filled(keep):
+        out = torch.zeros(3, 9, 5, dtype=D)
+        kept = (out,) if keep else ()
+        out[:, 1:] = x[:, 1:]
+        return type(kept[0] if keep else out), T.full(out)
+
+    nodes = x[:, :, 0].t().contiguous()
+    ends = st.distribute_tensor(torch.arange(20) % 9, T.make_mesh((2,)), [Shard(0)])
+
+    def added(keep):
+        values = nodes[ends]
+        out = torch.zeros(9, 3, dtype=D)
+        kept = [out] if keep else []
+        out.index_add_(0, ends, values)
+        return type(kept[0] if keep else out), T.full(out)
+
+    with torch.device("cpu"):
+        kinds = [fn(keep) for fn in (filled, added) for keep in (False, True)]
+        with Passing():
+            kinds += [filled(False)]
+        one = torch.zeros(3, 9, 5, dtype=D)
+        two = one
+        one[:, :, 0] = x[:, :, 0]
+    return kinds, two is one, T.full(one)
+
+
+def test_under_a_default_device():
+    want = X[0].clone()
+    want[:, 0] = 0
+    for kinds, same, one in st.simulate(2, under_default_device):
+        found = [kind for kind, _ in kinds]
+        assert found == [st.ShardTensor, torch.Tensor, st.ShardTensor, torch.Tensor, torch.Tensor]
+        for i in (0, 1, 4):
+            assert torch.equal(kinds[i][1], want)
+        for i in (2, 3):
+            times = torch.tensor([3.0, 3, *[2] * 7], dtype=D)[:, None]
+            torch.testing.assert_close(kinds[i][1], X[0, :, :, 0].t() * times)
+        assert same and torch.equal(one[:, :, 0], X[0, :, :, 0])

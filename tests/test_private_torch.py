@@ -96,6 +96,8 @@ USED = {
     torch.testing._internal.distributed.multi_threaded_pg._install_threaded_pg
     torch.testing._internal.distributed.multi_threaded_pg._uninstall_threaded_pg
     torch.testing._internal.distributed.multi_threaded_pg.ret_work
+    torch.utils._device.DeviceContext
+    torch.utils._device.DeviceContext.__torch_function__.__code__
     torch.utils._python_dispatch
     torch.utils.checkpoint._CheckpointFrame
     torch.utils._python_dispatch._disable_current_modes

@@ -28,6 +28,7 @@ from .autograd import (
 )
 from .checkpoint import checkpointed
 from .dispatcher import (
+    DEVICE_CONTEXT,
     composite_call,
     hide_from_dynamo,
     is_tracing,
@@ -78,6 +79,7 @@ from .transforms import (
 from .world import all_gather_flat, at_uncaught, default_store, ranks_among, threaded_world
 
 __all__ = [
+    "DEVICE_CONTEXT",
     "AttentionKernel",
     "Block",
     "OpOverload",

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
+
+# what runs between user and us under torch.set_default_device
+DEVICE_CONTEXT = DeviceContext.__torch_function__.__code__
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
 

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from inspect import CO_OPTIMIZED
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def adopt(
     if _torch.is_tracing() or not value.varying or value.partial:
         return False
     spec = _spec(tuple(x.shape), tuple(isinstance(e, slice) for e in entries), value)
-    # once dynamo has raised, every call of this thread holds its arguments once more
-    only = references == _USUAL or references == _usual()
+    only = _is_only(references, _USUAL, _usual)
     return _become(x, spec, only, value.mesh, zeros)
 
 
@@ -68,7 +68,7 @@ def adopt_rows(x: Tensor, spec: Spec) -> bool:
     references = sys.getrefcount(x)
     if _torch.is_tracing():
         return False
-    only = references == _USUAL_OF_METHOD or references == _usual_of_method()
+    only = _is_only(references, _USUAL_OF_METHOD, _usual_of_method)
     return _become(x, spec, only, spec.mesh, None)
 
 
@@ -107,9 +107,28 @@ def _become(
     return True
 
 
+def _user() -> tuple[FrameType | None, bool]:
+    """The frame of the calling code, and whether a default device stands between."""
+    frame = caller()
+    through = frame is not None and frame.f_code is _torch.DEVICE_CONTEXT
+    return frame.f_back if through and frame is not None else frame, through
+
+
+def _is_only(references: int, known: int, count: Callable[[], int]) -> bool:
+    """Whether that many references are those of one variable that is in a call.
+
+    known: how many these are; count: counts them now.
+    """
+    if _user()[1]:
+        with torch.device("cpu"):
+            return references == count()
+    # once dynamo has raised, every call of this thread holds its arguments once more
+    return references == known or references == count()
+
+
 def _is_variable(x: Tensor) -> bool:
     """Whether the calling code has x as a variable, not as an attribute or an element."""
-    frame = caller()
+    frame, _ = _user()
     if frame is None:
         return False
     names = frame.f_locals
