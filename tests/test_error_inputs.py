@@ -14,7 +14,7 @@ from shardtensor import testing as T
 KINDS = (RuntimeError, IndexError, ValueError, TypeError)
 # what of the message is held; the call, of a matrix (4, 6), a vector (8) and images (2, 3, 8, 6)
 MISTAKES = {
-    "adaptive pooling over 2 dims with output size": lambda m, v, i: F.adaptive_avg_pool2d(i, (2, 3, 4)),
+    "output_size must be 2|output with size 2": lambda m, v, i: F.adaptive_avg_pool2d(i, (2, 3, 4)),
     "at least 2-D": lambda m, v, i: F.scaled_dot_product_attention(v, v, v),
     "implicitly created only for scalar outputs": lambda m, v, i: torch.autograd.grad((m * 2).requires_grad_(), m),
     "padding='same' is not supported for strided": lambda m, v, i: F.conv2d(i, torch.ones(4, 3, 3, 3), stride=2, padding="same"),

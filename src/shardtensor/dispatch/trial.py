@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import _torch, cache
+from ..errors import UnsupportedOpError
+from ..registry import method
 from ..tensor import ShardTensor
 from ..tensor.redistribute import PLAIN
 
@@ -70,6 +72,46 @@ def vacant(values: Iterable[Any]) -> bool:
         elif (kind is list or kind is tuple) and vacant(x):
             return True
     return False
+
+
+@method
+def say_as_torch(error: Exception, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """Raise what torch raises for a call in place of an error of another type, if no values say so.
+
+    Torch is asked with tensors of the global shapes on the meta device, on which kernels raise
+    other types of errors; so, where they are small, with ones, too.
+    """
+    if isinstance(error, UnsupportedOpError) or _torch.under_modes() or _torch.transforming():
+        return
+    given = args, kwargs or {}
+    tensors = [x for x in pytree.tree_leaves(given, is_leaf=_is_tensor) if _is_tensor(x)]
+    if any(type(x) not in (ShardTensor, *PLAIN) or x.layout is not torch.strided for x in tensors):
+        return
+    said = _raised(func, pytree.tree_map(_empty, given, is_leaf=_is_tensor))
+    if said is None or "meta" in str(said):
+        return
+    if all(x.numel() <= OWN for x in tensors):
+        said = _raised(func, few(given, OWN)) or said
+    elif isinstance(error, LookupError | TypeError) and not isinstance(error, KeyError):
+        return
+    if type(said) is not type(error):
+        raise said.with_traceback(None) from None
+
+
+def _empty(x: Any) -> Any:
+    if not _is_tensor(x):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _raised(func: Any, given: Any) -> Exception | None:
+    args, kwargs = given
+    try:
+        with torch.no_grad():
+            func(*args, **kwargs)
+    except Exception as e:
+        return e
+    return None
 
 
 class _Said:

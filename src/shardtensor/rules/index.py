@@ -39,7 +39,13 @@ def _entries(index: Any, ndim: int) -> list[Any] | None:
     where = next((i for i, e in enumerate(entries) if e is Ellipsis), len(entries))
     if used > ndim:
         raise IndexError(f"too many indices for tensor of dimension {ndim}")
-    spelled = entries[:where] + [slice(None)] * (ndim - used) + entries[where + 1 :]
+    after = [e for e in entries[where + 1 :] if e is not Ellipsis]
+    if len(after) < len(entries[where + 1 :]) and used < ndim:
+        # for torch each further ellipsis stands for as many dims again
+        last = max(i for i, e in enumerate(entries) if e is Ellipsis)
+        if any(e is not None for e in entries[last + 1 :]):
+            raise IndexError(f"too many indices for tensor of dimension {ndim}")
+    spelled = entries[:where] + [slice(None)] * (ndim - used) + after
     return [int(e) if isinstance(e, Tensor) and e.ndim == 0 else e for e in spelled]
 
 

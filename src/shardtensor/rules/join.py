@@ -168,11 +168,25 @@ def flipud(input: ShardTensor) -> ShardTensor:
     return flip(input, 0)
 
 
-@rule("repeat", "tile")
+@rule("tile")
+def tile(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
+    times = _times(dims, kwargs)
+    return repeat(input, (1,) * (input.ndim - len(times)) + times)
+
+
+def _times(given: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    first = given[0] if given else kwargs.get("repeats", kwargs.get("dims"))
+    return many(first, given[1:])
+
+
+@rule("repeat")
 def repeat(input: ShardTensor, *repeats: Any, **kwargs: Any) -> ShardTensor:
-    first = repeats[0] if repeats else kwargs.get("repeats", kwargs.get("dims"))
-    times = many(first, repeats[1:])
-    times = (1,) * (input.ndim - len(times)) + times
+    times = _times(repeats, kwargs)
+    if len(times) < input.ndim:
+        raise RuntimeError(
+            "Number of dimensions of repeat dims can not be smaller than number of dimensions of "
+            "tensor"
+        )
     x = reduced(input)
     lead = len(times) - x.ndim
     local, dims = x._local, []

@@ -167,6 +167,9 @@ def _squeezed(spec: Spec, dims: tuple[int, ...] | None) -> tuple[tuple[int, ...]
     """(the dims that go, the spec of the result, whether mesh axes shard one of them)."""
     n = len(spec.dims)
     chosen = range(n) if dims is None else [_index(d, n) for d in dims if n]
+    for d in set(chosen):
+        if chosen.count(d) > 1:
+            raise RuntimeError(f"dim {d} appears multiple times in the list of dims")
     gone = tuple([d for d in chosen if spec.shape[d] == 1])
     cut = any(spec.dims[d].axes for d in gone)
     return gone, spec.drop(gone) if gone else spec, cut

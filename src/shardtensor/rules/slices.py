@@ -96,6 +96,8 @@ def selected(x: ShardTensor, dim: int, index: int) -> ShardTensor:
 
 def span(start: Any, stop: Any, step: int, n: int) -> tuple[int, int]:
     """The first row and the end of a slice, as torch clips them."""
+    if step < 1:
+        raise ValueError("step must be greater than zero")
     first, last, _ = slice(_int(start), _int(stop), step).indices(n)
     return first, max(first, last)
 
@@ -185,6 +187,11 @@ def _split(spec: Spec, dim: int, sizes: int | tuple[int, ...]) -> Parts:
     d = _index(dim, len(spec.dims))
     n = spec.dims[d].size
     sizes = _even(n, sizes) if isinstance(sizes, int) else sizes
+    if any(k < 0 for k in sizes):
+        raise RuntimeError(
+            "split_with_sizes expects split_sizes have only non-negative entries, but got "
+            f"split_sizes={list(sizes)}"
+        )
     if sum(sizes) != n:
         raise RuntimeError(f"split_with_sizes expects sizes that add up to {n}, not {list(sizes)}")
     own, specs, at = [], [], 0

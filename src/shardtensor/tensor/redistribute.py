@@ -106,8 +106,27 @@ def gradient(local: Tensor, spec: Spec) -> ShardTensor:
 
 
 @method
+def as_gradient(g: Any, spec: Spec) -> ShardTensor:
+    """What is assigned as the gradient of a tensor that lies as spec."""
+    if not isinstance(g, Tensor):
+        kind = f"type {type(g).__name__}"
+        raise TypeError(f"assigned grad expected to be a Tensor or None but got grad of {kind}")
+    if g.shape != spec.shape:
+        raise RuntimeError(
+            f"attempting to assign a gradient of size {list(g.shape)} to a tensor of size "
+            f"{list(spec.shape)}"
+        )
+    return like(g, spec.cotangent)
+
+
+@method
 def cotangent(g: Tensor, spec: Spec) -> Tensor:
     """The gradient of the local tensor from that of a tensor that lies as spec: the reverse."""
+    if g.shape != spec.shape:
+        raise RuntimeError(
+            f"Mismatch in shape: a gradient of shape {list(g.shape)} for a tensor of shape "
+            f"{list(spec.shape)}"
+        )
     local = like(g, spec.cotangent)._local
     if spec.partial:
         group, parts = _addends(spec)

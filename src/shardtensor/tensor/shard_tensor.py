@@ -67,6 +67,9 @@ class ShardTensor(torch.Tensor):
         except (RuntimeError, IndexError) as e:
             methods["explain"](e, func, args, kwargs)
             raise
+        except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as e:
+            methods["say_as_torch"](e, func, args, kwargs)
+            raise
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -129,6 +132,8 @@ class ShardTensor(torch.Tensor):
         return self._spec.dims[0].size
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._spec.dims:
+            raise TypeError("iteration over a 0-d tensor")
         return iter(self.unbind(0))
 
     def stride(self, dim: int | None = None) -> Any:
@@ -258,7 +263,7 @@ class ShardTensor(torch.Tensor):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        given = None if value is None else methods["like"](value, self._spec.cotangent)
+        given = None if value is None else methods["as_gradient"](value, self._spec)
         self._local.grad = None if given is None else given._local
 
     @property
