@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
+from torch.nn import functional as F
 
 import shardtensor as st
 from shardtensor import comm
@@ -217,3 +218,36 @@ def test_a_convolution_of_cut_channels(conv, shape, cut):
 
     args = [x, conv.weight.detach().double(), conv.bias.detach().double()]
     T.hold(run, args, [T.shard(at, cut), None, None], (len(cut),))
+
+
+def grown(x):
+    """x among many rows more: by a constant, and beside what every rank has."""
+    more = torch.linspace(-1, 1, 90, dtype=x.dtype).expand(2, 90).contiguous().requires_grad_()
+    y = torch.cat([x, more, more[:, :3]], 1)
+    pads = [F.pad(x, (0, 90)), F.pad(x, (80, 9), value=0.5), F.pad(x[..., None], (1, 2, 70, 0))]
+    around = torch.cat([more[:, :1], x.cos(), more], 1)
+    return [y.sin(), around, *[p.square() for p in pads], F.pad(x, (30, 90), value=float("inf"))]
+
+
+@pytest.mark.parametrize("cut", [(7,), (4, 3), (0, 5, 2), (2, 2, 2, 1), (7, 0, 0, 0)])
+def test_many_rows_more(cut):
+    torch.manual_seed(0)
+    T.hold(grown, [torch.randn(2, 7, dtype=torch.float64)], [T.shard(1, cut)], (len(cut),))
+
+
+def test_many_rows_more_are_cut_evenly():
+    with silent_world(RANKS - 1, RANKS):
+        x = sharded(make_mesh((RANKS,)), (2, 64), 1)
+        for y in (
+            F.pad(x, (0, 1000)),
+            F.pad(x, (500, 500), value=1.0),
+            torch.cat([x, torch.zeros(2, 1000)], 1),
+            torch.cat([torch.zeros(2, 999), x, torch.zeros(2, 1)], 1),
+        ):
+            # the last or the first rank had nearly all of them
+            assert set(y.spec.sizes[1]) == {1064 // RANKS}
+        # a few rows more move nothing
+        with st.trace() as t:
+            y = torch.cat([torch.zeros(2, 5), F.pad(x, (3, 4))], 1)
+        assert not t.messages
+        assert y.spec.sizes[1] == (16, *[8] * 6, 12)

@@ -56,6 +56,11 @@ class Dim(_Dim):
         return cls(size, tuple(axes), nested_chunk_sizes(size, [mesh.size(a) for a in axes]))
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether a shard has more than twice its share of the rows."""
+        return max(self.sizes, default=0) > 2 * -(-self.size // max(1, len(self.sizes)))
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Where every shard starts, and the end: len(sizes) + 1 ascending integers."""
         return cut(self.sizes).offsets

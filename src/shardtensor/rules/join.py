@@ -93,18 +93,20 @@ def _cat_plan(known: tuple[Known, ...], d: int) -> tuple[Spec, tuple[tuple[Dim, 
     ranks = len(main.dims[d].sizes)
     cut = [k.dims[d] if isinstance(k, Spec) and k.dims[d].axes == axes else None for k in known]
     sharded = [i for i, c in enumerate(cut) if c is not None]
+    parts = [c or Dim.chunked(n, axes, main.mesh) for c, n in zip(cut, rows, strict=True)]
+    sizes = Dim.chunked(sum(rows), axes, main.mesh).sizes
     if len(sharded) == 1:
         # it stays; what comes before it goes to the first rank, what comes after to the last
         at = sharded[0]
         edge = [(0 if i < at else ranks - 1) for i in range(len(rows))]
-        parts = [
+        ends = [
             c or Dim(n, axes, tuple(n if r == e else 0 for r in range(ranks)))
             for c, n, e in zip(cut, rows, edge, strict=True)
         ]
-        sizes = tuple(sum(p.sizes[r] for p in parts) for r in range(ranks))
-    else:
-        parts = [c or Dim.chunked(n, axes, main.mesh) for c, n in zip(cut, rows, strict=True)]
-        sizes = Dim.chunked(sum(rows), axes, main.mesh).sizes
+        found = tuple(sum(p.sizes[r] for p in ends) for r in range(ranks))
+        # unless these are so many that a rank would have more than twice its share
+        if ends[at].is_crowded or not Dim(sum(rows), axes, found).is_crowded:
+            parts, sizes = ends, found
     spec = main.replace({d: Dim(sum(rows), axes, sizes)})
     return spec, tuple(main.replace({d: p}).dims for p in parts)
 

@@ -1,8 +1,9 @@
 """Padding and cropping: the new rows go to the first and the last shard, so nothing else moves.
 
-The rows of a shard stay where they are. So constant padding sends nothing; reflect and replicate
-send rows only where the first or last shard is narrower than its padding reaches; circular
-exchanges the two ends. What is left is torch's own padding of the local tensor, one copy.
+The rows of a shard stay where they are, but where a constant would give an end more than twice its
+share of the result, which is cut evenly then. So other constant padding sends nothing; reflect and
+replicate send rows only where the first or last shard is narrower than its padding reaches;
+circular exchanges the two ends. What is left is torch's own padding of the local tensor, one copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .. import comm
 from ..cache import cached
 from ..cuts import Kept
 from ..registry import rule
-from ..spec import Spec
+from ..spec import Dim, Spec
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
@@ -73,12 +74,19 @@ def padded(
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
     if mode == "circular" and min(pad, default=0) < 0:
         x, pad = _cropped(x, pad)
-    plan = _plan(x._spec, pad, mode)
+    fill = value or 0.0
+    # a window fills with what a float holds
+    held = not isinstance(fill, complex) and float(fill) == fill
+    plan = _plan(x._spec, pad, mode, mode == "constant" and held)
     local = x._local
     for d, windows in plan.windows:
         dim = x._spec.dims[d]
         group = comm.along(x._spec, d)
-        local = comm.window(local, d, dim.sizes, windows, group, wrap=mode == "circular")
+        if mode == "circular":
+            local = comm.window(local, d, dim.sizes, windows, group, wrap=True)
+        else:
+            filled = float(fill) if held else 0.0
+            local = comm.window(local, d, dim.sizes, windows, group, fill=filled)
     if mode == "constant":
         # F.pad itself takes no complex value
         local = torch.constant_pad_nd(local, plan.amounts, value or 0.0)
@@ -124,8 +132,11 @@ def _ends(pad: Sequence[int], ndim: int) -> list[tuple[int, tuple[int, int]]]:
 
 
 @cached
-def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
-    """Which rows each cut dim fetches, what the stock op pads, and what is cut off again."""
+def _plan(spec: Spec, pad: tuple[int, ...], mode: str, moves: bool) -> Plan:
+    """Which rows each cut dim fetches, what the stock op pads, and what is cut off again.
+
+    moves: whether rows of a constant may come in place of those that a rank gives away.
+    """
     dims = list(spec.dims)
     fetched: list[tuple[int, tuple[tuple[int, int], ...]]] = []
     amounts: list[int] = []
@@ -140,6 +151,12 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str) -> Plan:
             continue
         inner = [min(max(o + low, 0), size) for o in dim.offsets[1:-1]]
         dims[d] = dim.cut_at([0, *inner, size])
+        even = Dim.chunked(size, dim.axes, spec.mesh)
+        if moves and dims[d].is_crowded and not dim.is_crowded:
+            dims[d] = even
+            fetched.append((d, tuple((a - low, b - low) for a, b in even.spans)))
+            amounts += (0, 0)
+            continue
         rows = [(a - low, b - low) for a, b in dims[d].spans]
         me = spec.index[d]
         a, b = rows[me]
