@@ -73,6 +73,8 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
         shapes = [_resized(shape, dim, k) for k in sizes]
         parts = wire.all_gather(flat, shapes, group)
         return torch.cat(parts, dim, out=empty(x, _resized(shape, dim, sizes.offsets[-1])))
+    if 2 * sizes.offsets[-1] <= (n - 1) * max(sizes):
+        return _gather_by_sum(x, dim, sizes, group)
     lead = numel_but(shape, *range(dim, len(shape)))
     if lead > 1 and rest * sizes.offsets[-1] * x.element_size() >= LARGE:
         return _gather_in_parts(flat, _resized(shape, dim, sizes.offsets[-1]), lead, sizes, group)
@@ -82,6 +84,20 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
         found = _closed_up(rows, sizes, rest)
         return found.view(_resized(shape, dim, sizes.offsets[-1])).data
     return unpacked(rows, empty(x, _resized(shape, dim, sizes.offsets[-1])), dim, sizes)
+
+
+def _gather_by_sum(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
+    """A gather where most ranks have few rows or none: padded to the longest they would be more."""
+    me, shape = groups.rank(group), _resized(x.shape, dim, sizes.offsets[-1])
+    flat = x.new_zeros(prod(shape))
+    found = flat.view(shape)
+    found.narrow(dim, sizes.offsets[me], sizes[me]).copy_(x)
+    # bits and zeros add up to the bits
+    bits = flat.view(torch.int32 if x.element_size() >= 4 else torch.uint8)
+    wire.start_all_reduce(bits, "sum", group, [bits.numel()])()
+    # results of a dispatcher op may not be views
+    kept = memory_format(x) is torch.contiguous_format
+    return found.data if kept else empty(x, shape).copy_(found)
 
 
 def _gather_in_parts(flat: Tensor, shape: Ints, lead: int, sizes: Cut, group: str) -> Tensor:
