@@ -1,13 +1,14 @@
 """Peak memory of third-party models at realistic sizes on one rank of several, over its share.
 
-    python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--ends] [--csv FILE]
+    python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--middle] [--csv FILE]
     python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md    the table of FILE
 
 Images of 2048 x 2048, volumes of 256^3, 10^6 points. A step of training, forward and backward, on
 fake tensors, which have sizes and no memory: what it holds at its peak beyond weights, buffers and
-their gradients, on a rank in the middle (--ends: or the first or last, where that holds more), over
-the same on one device divided by the ranks. 1.00 is a perfect split. Where it is more, the lines
-that hold most beyond their share.
+their gradients, on the first rank, one in the middle or the last, whichever holds most (--middle:
+that one only), over the same on one device divided by the ranks. 1.00 is a perfect split. Where it
+is more than 1.10, the lines that hold most beyond their share, and the same with
+parallelize(made_mb=16), which makes sharded what the model makes of sizes and indices.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 from shardtensor.train import parts as of_gradients
 
-FIELDS = ["model", "shape", "ranks", "peak", "share", "ratio", "weights", "where", "seconds"]
+FIELDS = [
+    "model", "shape", "ranks", "peak", "share", "ratio", "rank", "made", "weights", "where",
+    "seconds",
+]  # fmt: skip
 ROOT = Path(__file__).parent.parent
 # what is above 1.10, as far as it is known
 KINDS = """
@@ -70,8 +74,8 @@ Not above it, but more than nothing:
   Of 14 models tried at the ends, too (`--ends`), five hold more there, none of them above 1.10:
   hf.Swin 1.09, swin_tiny 1.06, Pangu 1.03, vit_tiny 1.01, Fengwu 0.99.
 """
-# MiB from which on what the model makes is made sharded
-MADE = 16.0
+# MiB from which on what the model makes is made sharded, where more than so many shares are held
+MADE, MOST = 16.0, 1.1
 WEIGHTS = {"parameters", "gradients", "buffers"}
 # bytes from which on the line that made a tensor is told
 TOLD = 2**18
@@ -178,7 +182,12 @@ class Held(NamedTuple):
 
 
 def run(
-    build: Callable[[], nn.Module], shape: tuple[int, ...], dim: int, rank: int, ranks: int
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    dim: int,
+    rank: int,
+    ranks: int,
+    made_mb: float | None = None,
 ) -> Held:
     """One rank's step."""
     ledger = Origins()
@@ -192,7 +201,7 @@ def run(
         if ranks > 1:
             with probe.outside_fake():
                 mesh = init_device_mesh("cpu", (ranks,))
-            st.parallelize(model, mesh, sync=False, made_mb=MADE)
+            st.parallelize(model, mesh, sync=False, made_mb=made_mb)
             spec = Spec.of(mesh, [Shard(dim)], shape)
             x: Any = wrap(torch.empty(spec.local_shape), spec)
         else:
@@ -230,7 +239,7 @@ def loss(out: Any) -> Tensor:
     return sum((x**2).mean() for x in found)
 
 
-def measure(name: str, ranks: int, ends: bool) -> dict[str, Any]:
+def measure(name: str, ranks: int, middle: bool) -> dict[str, Any]:
     """A row of the table."""
     build, shape, dim = LARGE[name]
     begin = time.perf_counter()
@@ -240,22 +249,27 @@ def measure(name: str, ranks: int, ends: bool) -> dict[str, Any]:
         "model": name, "shape": "x".join(map(str, shape)), "ranks": ranks,
         "weights": alone.weights, "share": round(share),
     }  # fmt: skip
+    tried = [ranks // 2] if middle else [0, ranks // 2, ranks - 1]
+
+    def largest(made_mb: float | None) -> tuple[int, Held]:
+        every = {rank: run(build, shape, dim, rank, ranks, made_mb) for rank in tried}
+        return max(every.items(), key=lambda pair: pair[1].parts.total())
+
     try:
-        tried = {0, ranks // 2, ranks - 1} if ends else {ranks // 2}
-        every = {rank: run(build, shape, dim, rank, ranks) for rank in sorted(tried)}
-        most = max(every, key=lambda rank: every[rank].parts.total())
-        found = every[most]
+        row["rank"], found = largest(None)
+        row["peak"] = found.parts.total()
+        row["ratio"] = round(row["peak"] / share, 3)
+        told = [f"gathers {' '.join(found.gathered)}"] if found.gathered else []
+        if row["ratio"] > MOST:
+            told += beyond(alone, found, share, ranks)
+            _, made = largest(MADE)
+            row["made"] = round(made.parts.total() / share, 3)
+            if row["made"] > MOST:
+                told += ["made: " + "; ".join(beyond(alone, made, share, ranks))]
     except Exception as e:
         if "-v" in sys.argv:
             traceback.print_exc()
-        row["where"] = described(e)
-        return row | {"seconds": round(time.perf_counter() - begin, 1)}
-    row["peak"] = found.parts.total()
-    row["ratio"] = round(row["peak"] / share, 3)
-    told = [f"gathers {' '.join(found.gathered)}"] if found.gathered else []
-    told += [f"rank {most}"] if most != ranks // 2 else []
-    if row["ratio"] > 1.1:
-        told += beyond(alone, found, share, ranks)
+        told = [described(e)]
     row["where"] = "; ".join(told)
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
 
@@ -322,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--ends", action="store_true", help="the first and last rank, too")
+    parser.add_argument("--middle", action="store_true", help="not the first and last rank")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--docs", type=Path, help="write the table of the rows of --csv")
     parser.add_argument("-v", action="store_true")
@@ -335,14 +349,14 @@ def main() -> None:
         if options.names and not any(name.startswith(p) for p in options.names):
             continue
         try:
-            row = measure(name, options.ranks, options.ends)
+            row = measure(name, options.ranks, options.middle)
         except Exception as e:
             if options.v:
                 traceback.print_exc()
             row = {"model": name, "where": f"one device: {described(e)}"}
         print(
             f"{name:36} {row.get('share', 0) / 2**20:10.1f} MiB {row.get('ratio', 0):6.2f} "
-            f"{row.get('seconds', 0):5.1f} s  {row.get('where', '')}",
+            f"{row.get('made', 0):6.2f} {row.get('seconds', 0):5.1f} s  {row.get('where', '')}",
             flush=True,
         )
         if options.csv:
