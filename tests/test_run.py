@@ -34,7 +34,7 @@ def started(tmp_path, *args):
 def test_ranks_of_a_script(tmp_path):
     log = tmp_path / "log"
     code, text = started(
-        tmp_path, "--domain", 2, "--log", log, tmp_path / "job.py", "go", "--lr", "3"
+        tmp_path, "--data", 1, "--domain", 2, "--log", log, tmp_path / "job.py", "go", "--lr", "3"
     )
     assert code == 0, text
     line = "mesh ('data', 'domain') (1, 2) ['go', '--lr', '3']\n"

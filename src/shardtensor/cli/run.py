@@ -28,14 +28,21 @@ PATIENCE = 5.0
 def run(
     script: Annotated[str, typer.Argument(help="train.py, or a module")],
     args: Annotated[list[str] | None, typer.Argument(help="the script's own")] = None,
-    data: Annotated[int, typer.Option(help="groups of ranks with samples of their own")] = 1,
+    data: Annotated[
+        int | None, typer.Option(help="groups of ranks with samples of their own, an axis then")
+    ] = None,
     domain: Annotated[int, typer.Option(help="ranks that share a sample; -1: all")] = -1,
     processes: Annotated[int, typer.Option(help="default: data x domain, or one a GPU")] = 0,
     log: Annotated[Path | None, typer.Option(help="a file of the output of all ranks")] = None,
     every: Annotated[bool, typer.Option("--all", help="show the output of all ranks")] = False,
 ) -> None:
-    """Start a script on data x domain processes of this host; `st.init()` there has that mesh."""
-    n = _count(data, domain, processes)
+    """Start a script on data x domain processes of this host; `st.init()` there has that mesh.
+
+    Without --data the mesh is the domain axis alone, as that of `st.init()` under torchrun.
+    """
+    groups = 1 if data is None else data
+    n = _count(groups, domain, processes)
+    axes = f"domain={n // groups}" if data is None else f"data={data},domain={n // data}"
     named = script.endswith(".py") or Path(script).is_file()
     if named and not Path(script).is_file():
         raise ValueError(f"there is no file {script}")
@@ -45,7 +52,7 @@ def run(
     threads = max(1, (os.cpu_count() or 1) // n)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
-    env |= {"LOCAL_WORLD_SIZE": str(n), "SHARDTENSOR_MESH": f"data={data},domain={n // data}"}
+    env |= {"LOCAL_WORLD_SIZE": str(n), "SHARDTENSOR_MESH": axes}
     command = [sys.executable, *([] if named else ["-m"]), script, *(args or ())]
     file = None if log is None else log.open("w")
     ranks = [Rank(r, command, env, file, r == 0 or every) for r in range(n)]
