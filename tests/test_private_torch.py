@@ -49,6 +49,8 @@ USED = {
     torch._VF
     torch._dynamo.comptime.comptime
     torch._dynamo.graph_break
+    torch._functorch.autograd_function
+    torch._functorch.autograd_function.custom_function_call
     torch._functorch.eager_transforms
     torch._functorch.eager_transforms._wrap_for_grad
     torch._functorch.vmap

@@ -3,11 +3,31 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention.flex_attention import flex_attention
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh
+
+
+class Sine(torch.autograd.Function):
+    """One that torch.func takes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
 
 CALLS = {
     "cond": lambda x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,)),
@@ -16,6 +36,9 @@ CALLS = {
     "as_nested_tensor": lambda x: torch.nested.as_nested_tensor([x, x]),
     "jit.trace": lambda x: torch.jit.trace(lambda y: y * 2, (x,)),
     "jit.trace of one": lambda x: torch.jit.trace(nn.Linear(4, 4), x),
+    "linearize": lambda x: torch.func.linearize(torch.sin, x),
+    "Function in grad": lambda x: torch.func.grad(lambda y: Sine.apply(y).sum())(x),
+    "Function in vmap": lambda x: torch.vmap(Sine.apply, 1)(x),
     "export": lambda x: torch.export.export(nn.Linear(4, 4), (x,)),
 }
 
@@ -32,6 +55,25 @@ def _on_rank(call, shard):
 def test_refused_with_advice(name):
     first, second = st.simulate(2, _on_rank, CALLS[name], True)
     assert first == second
+
+
+def test_quantized_tensors_are_not_cut():
+    calls = [
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: torch.quantize_per_tensor_dynamic(x, torch.qint8, False),
+        lambda x: torch.quantize_per_channel(x, torch.ones(4), torch.zeros(4), 1, torch.qint8),
+    ]
+
+    def run():
+        x = st.distribute_tensor(torch.ones(8, 4), make_mesh((2,)), [Shard(0)])
+        for call in calls:
+            with pytest.raises(st.UnsupportedOpError, match="quantized tensors cannot be cut"):
+                call(x)
+            call(x.redistribute(placements=[Replicate()]))
+
+    st.simulate(2, run)
+    one = torch.ones(3)
+    torch.testing.assert_close(torch.func.grad(lambda y: Sine.apply(y).sum())(one), one.cos())
 
 
 def test_plain_calls_stay():

@@ -67,6 +67,7 @@ from .ops import (
     overloads,
 )
 from .transforms import (
+    FUNCTION_OF_TRANSFORMS,
     differentiated,
     dual_level,
     followed,
@@ -80,6 +81,7 @@ from .world import all_gather_flat, at_uncaught, default_store, ranks_among, thr
 
 __all__ = [
     "DEVICE_CONTEXT",
+    "FUNCTION_OF_TRANSFORMS",
     "AttentionKernel",
     "Block",
     "OpOverload",

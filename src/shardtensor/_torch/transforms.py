@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch._C import _functorch
-from torch._functorch import eager_transforms, vmap
+from torch._functorch import autograd_function, eager_transforms, vmap
 from torch.autograd import forward_ad
 
+# what a user's autograd.Function becomes under a torch.func transform
+FUNCTION_OF_TRANSFORMS = autograd_function.custom_function_call
 # which torch.func transform surrounds the call, or None
 functorch_level = _functorch.maybe_current_level
 # how deep forward mode is, -1 outside of it. Both are no functions of Python: where each op passes,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from .. import _torch, registry
+from ..dispatch.fallback import fall_back
 from ..dispatch.rule import rule
 from ..errors import UnsupportedOpError
 
@@ -23,6 +25,7 @@ ADVICE = {
     "torch.jit.trace": "trace the model on plain tensors, then call it with ShardTensors",
     "torch.jit.trace_module": "trace the model on plain tensors, then call it with ShardTensors",
     "torch.export.export": "export the model with plain tensors",
+    "torch.func.linearize": "use torch.func.jvp",
 }
 
 
@@ -34,4 +37,25 @@ def refused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoR
     raise UnsupportedOpError(f"{where} of ShardTensors: {advice}")
 
 
+@registry.rule(_torch.FUNCTION_OF_TRANSFORMS)
+def function(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise UnsupportedOpError(
+        f"torch.func through {args[0].__name__}, an autograd.Function, of ShardTensors: take "
+        "torch.autograd.grad, or write it in torch's functions"
+    )
+
+
+@registry.rule("quantize_per_tensor", "quantize_per_tensor_dynamic", "quantize_per_channel")
+def quantized(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    spec = (*args, *kwargs.values())[0]._spec
+    if spec.varying:
+        raise UnsupportedOpError(
+            f"{func.__name__} of {spec}, as quantized tensors cannot be cut: quantize x.to_local() "
+            "or x.full_tensor(), or take torch.fake_quantize_per_tensor_affine"
+        )
+    return fall_back(func, args, kwargs)
+
+
 refused.takes_function = True  # type: ignore[attr-defined]
+function.takes_function = True  # type: ignore[attr-defined]
+quantized.takes_function = True  # type: ignore[attr-defined]

@@ -93,6 +93,8 @@ def like(x: Tensor, spec: Spec) -> ShardTensor:
         if x.shape != spec.shape:
             raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
         x = wrap(x, spec.replicated())
+    elif x._spec != spec and x.shape != spec.shape:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
     return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
 
 

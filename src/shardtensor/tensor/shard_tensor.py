@@ -362,20 +362,14 @@ class ShardTensor(torch.Tensor):
 
     def __copy__(self) -> ShardTensor:
         """A leaf of the same memory, as of any tensor."""
-        local = self._local.detach()
-        return wrap(local.requires_grad_(self.requires_grad), self._spec, self._strides)
+        return methods["shallow_copy"](self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
-        if id(self) not in memo:
-            import copy
-
-            local = copy.deepcopy(self.to_local(), memo)
-            memo[id(self)] = wrap(local, self._spec, self._strides)
-        return memo[id(self)]
+        return methods["deep_copy"](self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the full value: every rank must pickle; the copy is a plain tensor."""
-        return self.full_tensor().detach().__reduce_ex__(protocol)
+        return methods["pickled"](self, protocol)
 
     # torch.distributed.checkpoint asks a tensor for these; see `checkpoint`
 

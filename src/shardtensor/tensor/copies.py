@@ -1,0 +1,63 @@
+"""Copies of ShardTensors: shallow, deep and pickled ones.
+
+As of torch's tensors: a parameter stays one, requires_grad and attributes of the user go along.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ..registry import method
+from .shard_tensor import ShardTensor, wrap
+
+
+def _attributes(x: ShardTensor) -> dict[str, Any]:
+    """What a user has set on a tensor."""
+    return {k: v for k, v in vars(x).items() if not k.startswith("_")}
+
+
+def _marked(made: ShardTensor, x: ShardTensor) -> ShardTensor:
+    """made, a parameter if x is one."""
+    if isinstance(x, nn.Parameter):
+        made._is_param = True
+    return made
+
+
+@method
+def shallow_copy(x: ShardTensor) -> ShardTensor:
+    """A leaf of the same memory."""
+    local = x._local.detach()
+    made = wrap(local.requires_grad_(x.requires_grad), x._spec, x._strides)
+    vars(made).update(_attributes(x))
+    return _marked(made, x)
+
+
+@method
+def deep_copy(x: ShardTensor, memo: dict[int, Any]) -> ShardTensor:
+    """A copy with memory of its own; torch's of a parameter has neither gradient nor attributes."""
+    if id(x) not in memo:
+        local = x.to_local()
+        if isinstance(x, nn.Parameter):
+            local = local.detach().clone().requires_grad_(x.requires_grad)
+            made = _marked(wrap(local, x._spec, x._strides), x)
+        else:
+            made = wrap(copy.deepcopy(local, memo), x._spec, x._strides)
+            vars(made).update(copy.deepcopy(_attributes(x), memo))
+        memo[id(x)] = made
+    found: ShardTensor = memo[id(x)]
+    return found
+
+
+@method
+def pickled(x: ShardTensor, protocol: Any) -> Any:
+    """The full value as a plain tensor or parameter: every rank must pickle."""
+    whole = x.full_tensor().detach()
+    if isinstance(x, nn.Parameter):
+        whole = nn.Parameter(whole, x.requires_grad)
+    elif x.requires_grad:
+        whole.requires_grad_()
+    vars(whole).update(_attributes(x))
+    return whole.__reduce_ex__(protocol)
