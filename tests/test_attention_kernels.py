@@ -17,7 +17,7 @@ from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import blocks, counted
 from shardtensor.attention.strategy import strategy
-from shardtensor.comm import groups, ops, pack, transport
+from shardtensor.comm import groups, ops, transport
 from shardtensor.comm.pack import joined
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.rules import attention
@@ -29,7 +29,6 @@ RANKS, TOKENS = 8, 64
 def as_on_a_gpu(monkeypatch):
     """What is sent to oneself is, no digits are looked at, what does not arrive writes nothing."""
     monkeypatch.setattr(ops, "_sends_own", lambda x: True)
-    monkeypatch.setattr(pack, "COUNTED", {"cpu"})
     monkeypatch.setattr(blocks, "_looked_at", lambda lse: False)
     monkeypatch.setattr(transport, "nothing_arrives", lambda received: None)
 

@@ -68,11 +68,42 @@ class Shapes(NamedTuple):
         return Held(flat[:n].view(first), flat[n:].view(second), flat)
 
 
-class _Way(NamedTuple):
-    """What goes to whom, and the shapes of what comes from whom."""
+class _Step(NamedTuple):
+    """Whom keys go to and come from with a step, then what the step before found; None: nobody.
 
-    sends: dict[int, list[Tensor]]
-    shapes: dict[int, list[list[int]]]
+    coming: the shapes of keys that come. owners: of the block that was found for. back: the shapes
+    of what others found. large: whether they go in two exchanges.
+    """
+
+    to: int | None
+    source: int | None
+    coming: list[list[int]]
+    owners: list[int]
+    back: dict[int, list[list[int]]]
+    large: bool
+
+
+def _step(call: Call, step: int, returns: bool, like: Shapes) -> _Step:
+    lay, me = call.laid, call.me
+    to = source = None
+    coming, owners = list[list[int]](), list[int]()
+    back = dict[int, list[list[int]]]()
+    if step < call.steps:
+        arrives = call.held(me, step + 1)
+        if step < lay.hops[call.held(me, step)]:
+            to = call.rank(me + 1)
+        if step < lay.hops[arrives]:
+            source, coming = call.rank(me - 1), [[like.numel(lay.held[arrives])]]
+    if returns:
+        of, finder = call.held(me, step - 1), (me + step - 1) % call.n
+        if lay.sees(me, of):
+            owners = call.owners(of)
+        if lay.sees(finder, me):
+            sizes, mine = call.owned(me)
+            back = dict.fromkeys(call.owners(finder), like.both(sizes[mine]))
+    # alike on all ranks: those of a team may have different numbers of heads
+    large = call.team == 1 and like.numel(max(lay.held)) >= LARGE
+    return _Step(to, source, coming, owners, back, large)
 
 
 def start(
@@ -83,54 +114,54 @@ def start(
     The first of what it returns gives the keys and values of the next step, the second what another
     rank found for this one's. `found` is empty afterwards.
     """
-    lay, me = call.laid, call.me
     travels, returns = step < call.steps, bool(found)
-    keys, home = _Way({}, {}), _Way({}, {})
-    if travels:
-        coming = call.held(me, step + 1)
-        if step < lay.hops[call.held(me, step)]:
-            keys.sends[call.rank(me + 1)] = [held.flat]
-        if step < lay.hops[coming]:
-            keys.shapes[call.rank(me - 1)] = [[like.numel(lay.held[coming])]]
+    if not (travels or returns):
+        return (lambda: held), list
+    key = step, returns, like
+    plan: _Step | None = call.kept.get(key)
+    if plan is None:
+        plan = call.kept[key] = _step(call, step, returns, like)
+    to, source, coming, owners, back, large = plan
+    flat, both = held.flat, travels and returns and not large
+    sends, shapes = dict[int, list[Tensor]](), dict[int, list[list[int]]]()
+    first = second = _nothing
+    if to is not None:
+        # beside what goes home of one form with it, so that one copy joins them
+        sends[to] = [held.keys, held.values] if both else [flat]
+    if source is not None:
+        shapes[source] = coming
+    if travels and not both:
+        first = _exchange(call, flat, sends, shapes)
+        sends, shapes = {}, {}
     if returns:
-        of, finder = call.held(me, step - 1), (me + step - 1) % call.n
-        if lay.sees(me, of):
-            home.sends.update(_apart(call, of, found))
-        if lay.sees(finder, me):
-            sizes, mine = call.owned(me)
-            home.shapes.update(dict.fromkeys(call.owners(finder), like.both(sizes[mine])))
+        # to and from other ranks
+        if owners:
+            sends.update(_apart(call, call.held(call.me, step - 1), owners, found))
+        shapes.update(back)
         found.clear()
-    empty = held.flat.new_empty(0)
-    # alike on all ranks: those of a team may have different numbers of heads
-    large = call.team == 1 and like.numel(max(lay.held)) >= LARGE
-    if travels and returns and not large:
-        # to and from other ranks; of one form, so that one copy joins them
-        for r in keys.sends:
-            keys.sends[r] = [held.keys, held.values]
-        first = second = _exchange(call, empty, keys, home)
-    else:
-        first = _exchange(call, empty, keys) if travels else dict
-        second = _exchange(call, empty, home) if returns else dict
-    of_keys, of_home = list(keys.shapes), list(home.shapes)
+        second = _exchange(call, flat, sends, shapes)
+        first = second if both else first
 
     def arrived() -> Held:
-        came = first()
-        return like.held(came[of_keys[0]][0] if of_keys else empty)
+        return like.held(flat.new_empty(0) if source is None else first()[source][0])
 
     def returned() -> list[Tensor]:
         came = second()
-        return _summed([came[r] for r in of_home])
+        return _summed([came[r] for r in back])
 
     return arrived, returned
 
 
-def _exchange(call: Call, like: Tensor, *ways: _Way) -> Callable[[], dict[int, list[Tensor]]]:
-    sends = {r: parts for way in ways for r, parts in way.sends.items()}
-    shapes = {r: parts for way in ways for r, parts in way.shapes.items()}
+def _nothing() -> dict[int, list[Tensor]]:
+    return {}
+
+
+def _exchange(
+    call: Call, like: Tensor, sends: dict[int, list[Tensor]], shapes: dict[int, list[list[int]]]
+) -> Callable[[], dict[int, list[Tensor]]]:
     wait = wire.start_exchange(sends, shapes, like, call.group, "ring")
-    for way in ways:
-        # what was copied to be sent goes
-        way.sends.clear()
+    # what was copied to be sent goes
+    sends.clear()
     came: list[dict[int, list[Tensor]]] = []
 
     def arrived() -> dict[int, list[Tensor]]:
@@ -181,9 +212,10 @@ def own_part(call: Call, found: list[Tensor]) -> list[Tensor]:
     return [x.narrow(2, sizes.offsets[mine], sizes[mine]) for x in found]
 
 
-def _apart(call: Call, block: int, found: list[Tensor]) -> dict[int, list[Tensor]]:
+def _apart(
+    call: Call, block: int, owners: list[int], found: list[Tensor]
+) -> dict[int, list[Tensor]]:
     """What was found for a block's keys and values, by whom they are."""
-    owners = call.owners(block)
     if call.together == 1:
         return {r: list(found) for r in owners}
     (sizes, mine), sends = call.owned(block), dict[int, list[Tensor]]()

@@ -4,8 +4,8 @@ Shapes: q (B, H, L, E), k (B, G, S, E), v (B, G, S, F), where H is a multiple of
 broadcasts to (B, H, L, S); out (B, H, L, F); sums (2, B, H, L): for each row m and t such that its
 sum of exp(scores) is t exp(m); m is -inf where the row sees no key. Two numbers, since their
 log-sum-exp m + log t rounds t away where m is about the most negative number: in a row that a mask
-of such numbers fills. Where no mask of numbers can, and nobody looks (`_looked_at`), sums are their
-log-sum-exp alone, (B, H, L); `NOTHING` where the row sees no key.
+of such numbers fills. Where no mask of numbers can, and no digits are lost (`coarse_rows`), sums
+are their log-sum-exp alone, (B, H, L); `NOTHING` where the row sees no key.
 
 Gradients of a block need only the merged out and sums of all blocks: P = exp(scores - m) / t,
 dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
@@ -72,6 +72,8 @@ def forward(
         if mask.dtype is torch.bool:
             return _where_seen(mask, out, lse)
         return _of_numbers(q, k, block, out, lse, None if alone else top)
+    elif mask is None and coarse_rows(lse) is None:
+        return out, lse
     hidden = None
     sums = torch.stack((lse, torch.ones_like(lse)))
     if block.bias is not None:
@@ -174,10 +176,15 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     digits already, and rows of a mask of such numbers are `_counted`. Nor of a plan's tensors: they
     have no values.
     """
-    if not _looked_at(lse):
+    if not _looked_at(lse) or not lse.numel():
+        return None
+    low, high = lse.aminmax()
+    coarse = COARSE[lse.dtype]
+    # one kernel where all are fine, as they are almost always
+    if -coarse <= low.item() and high.item() <= coarse:
         return None
     size = lse.abs()
-    found = (size > COARSE[lse.dtype]) & (size < inf)
+    found = (size > coarse) & (size < inf)
     if not found.any():
         return None
     if hidden is not None:

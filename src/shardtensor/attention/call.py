@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -135,11 +136,22 @@ class Call(Facts):
         """The block that ranks of a block may hold after `step` hops."""
         return (block - step) % self.n
 
-    def seen(self, q: Tensor, block: int) -> list[Seen]:
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What was found of this call."""
+        return {}
+
+    def seen(self, q: Tensor, block: int) -> Sequence[Seen]:
         """What this rank's queries see of a block."""
         # ranks may have no queries for other reasons than tokens: an empty shard of the batch
         if not q.numel():
-            return []
+            return ()
+        found: Sequence[Seen] | None = self.kept.get(block)
+        if found is None:
+            found = self.kept[block] = self._seen(block)
+        return found
+
+    def _seen(self, block: int) -> Sequence[Seen]:
         found = list[Seen]()
         row = 0
         for first, rows in self.queries:

@@ -34,7 +34,11 @@ class Merge:
             if merge_kernel.takes(have_out, out, have, sums):
                 ends = last and have.shape == every.shape
                 both = have.new_ones((2, *have.shape)) if ends else have
-                to, put = (torch.empty_like(out), both[0]) if ends else (have_out, have)
+                to, put = (
+                    (torch.empty_like(all_out, dtype=out.dtype), both[0])
+                    if ends
+                    else (have_out, have)
+                )
                 merge_kernel.merged(have_out, have, out, sums, to, put)
                 self.found = (to, both) if ends else self.found
                 return
@@ -83,7 +87,9 @@ class Merge:
         torch.logaddexp(have, sums, out=both[0])
         if out.dtype == self.dtype:
             return have_out.lerp_(out, weight), both
-        return torch.addcmul(have_out, weight, out - have_out, out=torch.empty_like(out)), both
+        return torch.addcmul(
+            have_out, weight, out - have_out, out=torch.empty_like(have_out, dtype=out.dtype)
+        ), both
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""

@@ -39,7 +39,7 @@ from .twice import attend_plainly
 
 
 def _cut(x: Tensor, rows: Span) -> Tensor:
-    return x[:, :, rows[0] : rows[1]]
+    return x if rows == (0, x.shape[2]) else x[:, :, rows[0] : rows[1]]
 
 
 def _part(mask: Tensor | None, seen: Seen) -> Tensor | None:
@@ -146,7 +146,7 @@ def _attention_backward(
     turns = in_turns(call, q, k, mask_grad)
     if len(turns) == 1:
         return _turn_back(call, g, q, k, v, mask, out, sums, mask_grad)
-    dq, home = q.new_empty(q.shape), _home([k, v], k.dtype)
+    dq, home = _beside(q, q.dtype), _home([k, v], k.dtype)
     for heads, keys in turns:
         _turn_back(
             call, _heads(g, heads), _heads(q, heads), _heads(k, keys), _heads(v, keys),
@@ -174,7 +174,7 @@ def _turn_back(
     steps, dtype = call.steps, wide(q.dtype)
     k, v = shared(call, k, v)
     inside = into_q is not None and into_q.dtype is dtype
-    dq = into_q.zero_() if into_q is not None and inside else q.new_zeros(q.shape, dtype=dtype)
+    dq = into_q.zero_() if into_q is not None and inside else None
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     home, grads = list[Tensor](), list[Tensor]()
@@ -185,12 +185,18 @@ def _turn_back(
         alone = len(every) == 1 and every[0].keys == (0, held.keys.shape[2])
         own = [] if alone else [_beside(x, dtype).zero_() for x in (held.keys, held.values)]
         for seen in every:
+            every_row = seen.rows == (0, q.shape[2])
             found = backward(
                 _cut(g, seen.rows), _cut(q, seen.rows), _cut(held.keys, seen.keys),
                 _cut(held.values, seen.keys), _part(mask, seen), _cut(out, seen.rows),
-                sums[..., seen.rows[0] : seen.rows[1]], seen.rule, mask_grad,
+                sums if every_row else sums[..., seen.rows[0] : seen.rows[1]],
+                seen.rule, mask_grad,
             )  # fmt: skip
-            _cut(dq, seen.rows).add_(found[0])
+            if dq is None and every_row and _lies(found[0], dtype):
+                dq = found[0]
+            else:
+                dq = _beside(q, dtype).zero_() if dq is None else dq
+                _cut(dq, seen.rows).add_(found[0])
             if alone:
                 own = [found[1], found[2]]
             else:
@@ -202,7 +208,9 @@ def _turn_back(
         if step:
             _add(home, returning())
         else:
-            home = _home(own_part(call, own), dtype, into if inside else ())
+            home = own_part(call, own)
+            if inside or call.together > 1 or not all(_lies(x, dtype) for x in home):
+                home = _home(home, dtype, into if inside else ())
         if step or call.together > 1:
             grads = [x.to(k.dtype) for x in own]
         del own
@@ -211,6 +219,8 @@ def _turn_back(
         del arriving, returning
     if grads:
         _add(home, start(call, steps + 1, held, grads, like)[1]())
+    if dq is None:
+        dq = _beside(q, dtype).zero_()
     if into_q is not None and not inside:
         _add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
     dk, dv = home[0] if len(home) == 1 else home
@@ -241,6 +251,9 @@ def _home(own: list[Tensor], dtype: torch.dtype, into: Sequence[Tensor] = ()) ->
 
 
 def _add(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    if len(parts) == 1 < len(to):
+        # those of both in one tensor
+        parts = parts[0].unbind()
     for x, part in zip(to, parts, strict=False):
         x.add_(part)
 
@@ -266,13 +279,18 @@ def _fake_backward(
     *rest: Any,
 ) -> Any:
     dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
-    return q.new_empty(q.shape), _beside(k, k.dtype), _beside(v, v.dtype), dmask
+    return _beside(q, q.dtype), _beside(k, k.dtype), _beside(v, v.dtype), dmask
 
 
 def _beside(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor of x's shape, heads beside each other in memory, as kernels give them."""
     b, heads, rows, width = x.shape
     return x.new_empty([b, rows, heads, width], dtype=dtype).transpose(1, 2)
+
+
+def _lies(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x is what `_beside` gives."""
+    return x.dtype is dtype and x.transpose(1, 2).is_contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

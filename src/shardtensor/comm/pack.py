@@ -15,9 +15,6 @@ from .. import _torch
 from ..cache import cached
 from ..cuts import Cut
 
-# devices on which kernels count more than what they copy
-COUNTED = {"cuda"}
-
 
 def numel_but(shape: Sequence[int], *dims: int) -> int:
     """The elements of a tensor for one row of each of these dims."""
