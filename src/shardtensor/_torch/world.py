@@ -124,6 +124,11 @@ def group_of(ranks: list[int]) -> Any:
             everyone.bound_device_id = bound
 
 
+def is_over() -> bool:
+    """Whether there is no process group of all ranks, or none any longer."""
+    return dist.distributed_c10d._world.default_pg is None
+
+
 def is_silent(group: Any) -> bool:
     """Whether the group is one of a `silent_world`."""
     return bool(dist.get_backend(group) == "fake")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
 from .._torch import probe
+from .._torch.world import is_over
 from ..caller import call_of_user
 from .clock import DeviceClock, Marks
 from .groups import devices, members
@@ -88,25 +88,44 @@ records: list[Record] = []
 current_op = threading.local()
 
 
-class sending:
+def sending(
+    collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
+) -> AbstractContextManager[Sent | None]:
     """`with` a collective: it is told to every open record of this rank, and to who looks on.
 
     facts: what all ranks of the group must agree on, such as dtype and number of elements.
     """
+    if is_over():
+        raise RuntimeError(
+            "the process group was destroyed: make the mesh and its ShardTensors anew"
+        )
+    if records or probe.profiling() or looked_at():
+        return _Seen(facts, collective, nbytes, messages, ranks, group)
+    return _UNSEEN
 
-    def __init__(
-        self, collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
-    ) -> None:
-        self.args = collective, nbytes, messages, ranks, group
+
+class _Unseen:
+    """A collective that nobody looks at."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
+        if isinstance(error, RuntimeError):
+            _explain(error)
+
+
+_UNSEEN = _Unseen()
+
+
+class _Seen:
+    def __init__(self, facts: dict[str, Any], *args: Any) -> None:
+        self.args: Any = args
         self.facts = facts
         self.item: Sent | None = None
         self.named: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Sent | None:
-        if dist.group.WORLD is None:
-            raise RuntimeError(
-                "the process group was destroyed: make the mesh and its ShardTensors anew"
-            )
         collective, *_, group = self.args
         if looked_at():
             meeting(collective, group, self.facts)

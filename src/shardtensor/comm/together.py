@@ -67,8 +67,12 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
     """
     if not getattr(_here, "begun", False):
         return None
-    leaves = any(x.is_leaf for x in xs)
-    size = sum([x.numel() * x.element_size() for x in xs])
+    leaves, size, sources = False, 0, []
+    for x in xs:
+        leaf = x.is_leaf
+        leaves = leaves or leaf
+        size += x.numel() * x.element_size()
+        sources.append((x if leaf else x.grad_fn, x.output_nr))
     small = size <= SMALL and len(later.fsdp_classes()) == _here.fsdp
     if (leaves and not (small and _here.leaves)) or (not small and len(xs) > 1):
         return None
@@ -77,7 +81,7 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
     call = Call(group, None if small else _torch.number_of(xs[0].grad_fn))
     held = _torch.apply(Wait, call, *xs)
     call.wait = ref(held[0].grad_fn)
-    call.sources = [(x if x.is_leaf else x.grad_fn, x.output_nr) for x in xs]
+    call.sources = sources
     return _torch.apply(Start, call, *held)
 
 

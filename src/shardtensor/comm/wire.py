@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _torch
+from ..cache import cached
 from . import groups, pack, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
@@ -87,11 +88,7 @@ def start_exchange(
         gives[r] = item * sum(map(torch.Tensor.numel, sends[r]))
     for r in sorted(shapes):
         gets[r] = item * sum(map(prod, shapes[r]))
-    if like.device.type in pack.COUNTED:
-        send = pack.joined([c for r in gives for c in sends[r]], like)
-    else:
-        flat = [c.reshape(-1) for r in gives for c in sends[r]]
-        send = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
+    send = pack.joined([c for r in gives for c in sends[r]], like)
     received = like.new_empty(sum(gets.values()) // item)
     given = list(gives.values())
     if not facts and looked_at():
@@ -257,6 +254,9 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
     n = groups.size(group)
     if n == 1:
         return [x.clone() for x in xs]
+    x = xs[0]
+    if len(xs) == 1 and x.dtype in transport.REDUCED and direct(x, x.numel(), n):
+        return [_combined(x, op, group, n)]
     if len(xs) > 1:
         total = torch.cat([x.reshape(-1) for x in xs])
     else:
@@ -268,6 +268,22 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
         return [total]
     parts = total.split(lengths)
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
+
+
+def _combined(x: torch.Tensor, op: str, group: str, n: int) -> torch.Tensor:
+    """`all_reduce` of what every rank sends to every other."""
+    flat, shape = x.reshape(-1), x.shape
+    lengths = [flat.numel()]
+    found = _start_to_all(flat, lengths * n, group, "all_reduce", lengths=lengths, by=op)()
+    if op != "sum" and groups.silent(group):
+        # as if the others had the same
+        return x.clone(memory_format=torch.contiguous_format)
+    # in the order of the ranks, so that all get the same bits
+    first, second, *others = found
+    total = _COMBINE[op](first.view(shape), second.view(shape))
+    for other in others:
+        _COMBINE[op](total, other.view(shape), out=total)
+    return total
 
 
 def start_all_reduce(
@@ -286,15 +302,14 @@ def start_all_reduce(
 
         def combine() -> None:
             # in the order of the ranks, so that all get the same bits
-            first, second, *others = arrived()
+            total, *others, last = arrived()
             if op != "sum" and groups.silent(group):
                 # as if the others had the same
                 back(on_wire)
                 return
-            total = _COMBINE[op](first, second)
-            for other in others:
-                _COMBINE[op](total, other, out=total)
-            back(on_wire.copy_(total))
+            for i, other in enumerate(others):
+                total = _COMBINE[op](total, other, out=total if i else None)
+            back(_COMBINE[op](total, last, out=on_wire))
 
         return combine
     # a ring all-reduce sends each byte twice but for this rank's own part
@@ -342,6 +357,15 @@ def _stay(x: torch.Tensor) -> None:
     """The values are where they belong."""
 
 
+def of_all(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
+    """Every rank's vector, all as long as this one, on every rank."""
+    n, length = groups.size(group), flat.numel()
+    lengths = [length] * n
+    if direct(flat, length, n):
+        return _start_to_all(flat, lengths, group, "all_gather", lengths=lengths)()
+    return list(all_gather_rows(flat, lengths, length, group).unbind())
+
+
 def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
     """Vectors whose sum is that of every rank's vector, which may be written to.
 
@@ -367,23 +391,49 @@ def _start_to_all(
 
     facts: as in `start_exchange`.
     """
-    n, me, item = len(of), groups.rank(group), flat.element_size()
-    own, gets = of[me], [item * k for k in of]
-    gets[me] = 0
-    gives = [item * own] * n
-    gives[me] = 0
-    received = flat.new_empty(sum(of) - own)
+    p = _to_all(tuple(of), flat.element_size(), group)
+    n = len(p.gives)
+    received = flat.new_empty(p.length)
     send = flat if n == 2 else flat.repeat(n - 1)
-    arrived = start_all_to_all(received, send, gets, gives, group, label, **facts)
+    works: list[Any] = []
+    with sending(label, p.nbytes, p.messages, n, group, dtype=flat.dtype, **facts) as entry:
+        if p.silent:
+            transport.nothing_arrives(received)
+        else:
+            works = transport.all_to_all(received, send, p.gets, p.gives, group, label)
 
     def every() -> list[torch.Tensor]:
-        arrived()
+        _end(works, entry, group, label)
         # no views of one op, which autograd would let nobody write to
-        found = list(received.unsafe_split_with_sizes([*of[:me], *of[me + 1 :]]))
-        found.insert(me, flat)
+        found = list(received.unsafe_split_with_sizes(p.others))
+        found.insert(p.me, flat)
         return found
 
     return every
+
+
+class _ToAll(NamedTuple):
+    """How vectors go from all ranks to all others: bytes to and from each, elements that come."""
+
+    gives: list[int]
+    gets: list[int]
+    others: list[int]
+    length: int
+    me: int
+    nbytes: int
+    messages: int
+    silent: bool
+
+
+@cached
+def _to_all(of: tuple[int, ...], item: int, group: str) -> _ToAll:
+    n, me = len(of), groups.rank(group)
+    gives, gets = [item * of[me]] * n, [item * k for k in of]
+    gives[me] = gets[me] = 0
+    others = [*of[:me], *of[me + 1 :]]
+    messages = n - gives.count(0)
+    silent = groups.silent(group)
+    return _ToAll(gives, gets, others, sum(others), me, sum(gives), messages, silent)
 
 
 def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:

@@ -316,11 +316,12 @@ def beside(spec: Spec, group: str | None, *xs: Tensor | None) -> Sequence[Tensor
             given.append(x)
     if group is None or not given:
         return xs
-    found = comm.vary(given, group, spec.mesh)
-    if len(found) == len(xs):
-        return found
-    rest = iter(found)
-    return [None if x is None else next(rest) for x in xs]
+    found: list[Any] = comm.vary(given, group, spec.mesh)
+    if len(found) < len(xs):
+        for i, x in enumerate(xs):
+            if x is None:
+                found.insert(i, None)
+    return found
 
 
 # one for each number of operands: a tensor's local value is a tensor, None stays None
