@@ -52,4 +52,4 @@ def far(rows: Tensor, center: Any, slope: Any) -> bool:
     """Whether a * rows + (b - a * center), which CPUs' kernels compute, would round too much."""
     if not isinstance(center, np.ndarray) or rows.dtype != accumulated(rows.dtype):
         return False
-    return bool((np.abs(center) * slope > FAR).any())
+    return bool(np.logical_or.reduce(np.abs(center) * slope > FAR))

@@ -41,7 +41,13 @@ def normalise(
     running: Running | None = None,
 ) -> Tensor:
     """As `normalise.normalise`; where it moves running itself, nothing is added to kept."""
-    if way.scattered or way.group is None or not _has_kernels(x) or probe.is_proxied():
+    if (
+        not x.is_cuda
+        or way.scattered
+        or way.group is None
+        or not _has_kernels(x)
+        or probe.is_proxied()
+    ):
         return program.normalise(x, weight, bias, way, kept)
     weight, bias = way.parts(weight, bias)
     way = replace(way, blocks=())

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _torch, comm
 from .._torch import probe
 from .._torch.autograd import apply
+from ..cache import cached
 from .affine import affine, alike, far
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
 from .numbers import (
@@ -111,7 +112,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
     ) -> Tensor:
         """Statistics, one message, one affine map."""
-        rows = way.rows(x)
+        rows = way.rows(x) if way.last or way.apart else x
         mean, var = whole_statistics(rows, way)
         kept += [mean, var]
         slope = (var + way.eps) ** -0.5
@@ -155,7 +156,7 @@ class _Normalise(torch.autograd.Function):
                 g = torch.mul(g, own, out=torch.empty_like(x))
         else:
             times = _of_rows(weight, x, way, 1.0)
-        rows, g = way.rows(x), way.rows(g)
+        rows, g = (way.rows(x), way.rows(g)) if way.last or way.apart else (x, g)
         along, total, (dw, db) = _sums(rows, g, mean, slope, ctx.kernel, way, (dw, db))
         if not way.last:
             dw = of_channels(along, weight, x, way) if needs[1] else None
@@ -200,15 +201,19 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         return mean, var
     if len(way.counts) <= GATHERED:
         found = gathered([mean, var], way.group)
-        counts = constant(way.counts, rows).reshape(-1, 1) * (way.width / way.n)
+        most, empty, counts = _weights(way)
+        if not isinstance(mean, np.ndarray):
+            counts = constant(way.counts, rows).reshape(-1, 1) * (way.width / way.n)
+        # numpy's own `sum` is two calls of Python
+        added: Any = np.add.reduce if isinstance(mean, np.ndarray) else torch.sum
         means, vars = found[:, 0], found[:, 1]
         # relative to one of them: their weighted sum would round at the size of the mean
-        anchor = means[way.counts.index(max(way.counts))]
-        if 0 in way.counts:
+        anchor = means[most]
+        if empty:
             # zero times the square of a large number would be zero times infinity
             means = means + (counts == 0) * anchor
-        whole = anchor + ((means - anchor) * counts).sum(0)
-        return whole, ((vars + (means - whole) ** 2) * counts).sum(0)
+        whole = anchor + added((means - anchor) * counts, 0)
+        return whole, added((vars + (means - whole) ** 2) * counts, 0)
     share = n / way.n
     if accumulated(rows.dtype) is torch.float64:
         # the difference of two sums would round at the square of the mean
@@ -217,6 +222,13 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         return whole, summed(rows, [share * (var + (mean - whole) ** 2)], way.group)[0]
     whole, square = summed(rows, [share * mean, share * (var + mean**2)], way.group, wide=True)
     return whole, (square - whole**2).clip(0.0)
+
+
+@cached
+def _weights(way: Way) -> tuple[int, bool, Numbers]:
+    """The rank with most elements, whether some rank has none, each rank's share of them all."""
+    counts = np.array(way.counts, dtype=np.float64).reshape(-1, 1) * (way.width / way.n)
+    return way.counts.index(max(way.counts)), 0 in way.counts, counts
 
 
 def _sums(
@@ -240,8 +252,8 @@ def _sums(
         parts.append(fresh(total))
         # the kernel took the rounded mean
         parts[0] = parts[0] - (mean - rounded(mean, rows)) * slope * parts[1]
-    given = [w for w in own if w is not None]
-    if way.group is not None and way.blocks and given:
+    given = [w for w in own if w is not None] if way.blocks else ()
+    if way.group is not None and given:
         parts, wholes = summed_beside(rows, parts, given, way.blocks, way.group)
         found = iter([whole.to(w.dtype) for whole, w in zip(wholes, given, strict=True)])
         own = tuple(None if w is None else next(found) for w in own)

@@ -25,13 +25,15 @@ from .moments import accumulated
 Numbers = Any
 # for every rank the (start, stop) that it has of each dim
 Blocks = tuple[tuple[tuple[int, int], ...], ...]
+# types of tensors whose memory numpy reads
+READ: tuple[type, ...] = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def on_host(x: Tensor) -> bool:
     """Whether numpy can read its memory."""
     # fake tensors have no numbers
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return x.device.type == "cpu" and type(x) in READ
 
 
 class _Lent:
@@ -57,7 +59,10 @@ def numbers_of(x: Tensor) -> Numbers:
 
 def fresh(x: Tensor) -> Numbers:
     """`numbers_of` a tensor that a kernel has just made, which nobody else has."""
-    return x.numpy().astype(np.float64) if on_host(x) and x.dtype in _DTYPES else numbers_of(x)
+    # as `on_host`
+    if type(x) in READ and x.dtype in _DTYPES and x.device.type == "cpu":
+        return x.numpy().astype(np.float64)
+    return numbers_of(x)
 
 
 def rounded(values: Numbers, like: Tensor) -> Numbers:
@@ -99,7 +104,7 @@ def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: fl
 def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
-    if on_host(like):
+    if like.device.type == "cpu" and type(like) in READ:
         out = torch.empty((len(values), n), dtype=dtype)
         rows = out.numpy()
         for i, value in enumerate(values):
@@ -112,7 +117,7 @@ def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
 def gathered(values: Sequence[Numbers], group: str) -> Numbers:
     """Every rank's vectors, (ranks, len(values), n), in one message."""
     flat = _message(values, torch.float64)
-    found = wire.all_gather(flat, [flat.shape] * groups.size(group), group)
+    found = wire.of_all(flat, group)
     return _joined(found).reshape(len(found), len(values), len(values[0]))
 
 
@@ -200,15 +205,22 @@ def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
 def _message(values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values)).to(dtype)
-    flat = torch.empty(sum(map(len, values)), dtype=dtype)
-    np.concatenate(values, out=flat.numpy(), casting="same_kind")
+    flat, at = torch.empty(sum(map(len, values)), dtype=dtype), 0
+    into = flat.numpy()
+    for v in values:
+        into[at : at + len(v)] = v
+        at += len(v)
     return flat
 
 
 def _joined(found: Sequence[Tensor]) -> Numbers:
-    if on_host(found[0]):
-        return np.concatenate([f.numpy() for f in found], dtype=np.float64)
-    return torch.cat(list(found)).double()
+    first = found[0]
+    if not on_host(first):
+        return torch.cat(list(found)).double()
+    out = np.empty((len(found), len(first)))
+    for i, f in enumerate(found):
+        out[i] = f.numpy()
+    return out
 
 
 def _added(found: Sequence[Tensor]) -> Numbers:

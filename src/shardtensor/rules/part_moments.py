@@ -64,12 +64,11 @@ def _of_pieces(rows: Tensor) -> tuple[Numbers, Numbers] | None:
         flat, flat, None, None, None, zero, one, True, 0.0, [False, True, True]
     )
     shape, n = (rows.shape[0], rows.shape[1], -1), rows.shape[1] / rows.numel()
-    both = (np.add.reduce(v.numpy().reshape(shape), (0, 2), np.float64) for v in (total, squares))
-    mean, square = (v * n for v in both)
+    mean = n * np.add.reduce(total.numpy().reshape(shape), (0, 2), np.float64)
     of_mean = mean * mean
-    var = square - of_mean
+    var = n * np.add.reduce(squares.numpy().reshape(shape), (0, 2), np.float64) - of_mean
     near = (of_mean <= NEAR * var) & (var < inf)
-    return (mean, var) if near.all() else None
+    return (mean, var) if np.logical_and.reduce(near) else None
 
 
 @cached
