@@ -116,9 +116,8 @@ def apply(function: Any, *args: Any) -> Any:
     return super(_SingleLevelFunction, function).apply(*args)
 
 
-def graph_task() -> int:
-    """The number of the backward pass that runs in this thread, -1 if none does."""
-    return torch._C._current_graph_task_id()
+# the number of the backward pass that runs in this thread, -1 if none does
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def in_backward() -> bool:
@@ -126,9 +125,8 @@ def in_backward() -> bool:
     return graph_task() != -1
 
 
-def will_run(node: Any) -> bool:
-    """Whether the backward pass that runs has a node of a graph to run, or has run it."""
-    return torch._C._will_engine_execute_node(node)
+# whether the backward pass that runs has a node of a graph to run, or has run it
+will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 
 def run_last(node: Any) -> None:

@@ -60,23 +60,28 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     learning, alone = torch.is_grad_enabled(), group == groups.ALONE
     under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     by_dtype: dict[torch.dtype, list[int]] = {}
-    waiting: list[tuple[int, deferred.Slot]] = []
+    waiting: list[int] = []
+    slots: list[deferred.Slot] = []
     for i, x in enumerate(found):
         if not (x.requires_grad or (under and _torch.differentiated(x))):
             continue
         slot = getattr(x, deferred.SLOT, None)
         if slot is not None:
-            if mesh is not None:
+            alike = slot.group == group
+            if mesh is not None and not alike:
                 deferred.check_mesh(slot, group, mesh)
-            alike = slot.group == group and learning
-            if alike and (type(slot) is deferred.Twin or not _torch.is_tracing()):
-                waiting.append((i, slot))
+            if alike and learning and (type(slot) is deferred.Twin or not _torch.is_tracing()):
+                waiting.append(i)
+                slots.append(slot)
                 continue
         if not alone:
             by_dtype.setdefault(x.dtype, []).append(i)
     if waiting:
-        values = deferred.use_all([s for _, s in waiting], [found[i] for i, _ in waiting])
-        for (i, _), value in zip(waiting, values, strict=True):
+        if len(waiting) == 1:
+            values: Sequence[Tensor | None] = (slots[0].use(found[waiting[0]]),)
+        else:
+            values = deferred.use_all(slots, [found[i] for i in waiting])
+        for i, value in zip(waiting, values, strict=True):
             if value is not None:
                 found[i] = value
             elif not alone:
@@ -84,7 +89,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     if not learning or alone:
         return found
     for picked in by_dtype.values():
-        given = [found[i] for i in picked]
+        given = found if len(picked) == len(found) else [found[i] for i in picked]
         varied = together.vary(given, group)
         if varied is None:
             varied = sums.vary(given, group)

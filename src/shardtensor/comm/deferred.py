@@ -34,7 +34,7 @@ def use_all(slots: Sequence[Slot], xs: Sequence[Tensor]) -> Sequence[Tensor | No
     """`Slot.use` of several, together where their kind has a way for it."""
     first = slots[0]
     together = getattr(first, "use_all", None)
-    if together is None or len(slots) == 1 or len(set(map(type, slots))) > 1:
+    if together is None or len(set(map(type, slots))) > 1:
         return [s.use(x) for s, x in zip(slots, xs, strict=True)]
     found: Sequence[Tensor | None] = together(slots, xs)
     return found

@@ -81,14 +81,16 @@ class Message:
         self, ranks: Ranks, flat: Tensor, work: Callable[[], Any] | None, task: int
     ) -> None:
         self.ranks, self.flat, self.work, self.task = ranks, flat, work, task
+        self.under_way = True
         # what its head says
         self.key: Any = None
         self.shapes: list[Any] = []
 
     def wait(self) -> None:
         """End the sum, and average."""
-        if self not in self.ranks.sent:
+        if not self.under_way:
             return
+        self.under_way = False
         self.ranks.sent.remove(self)
         if self.work is not None:
             self.work()
@@ -110,7 +112,7 @@ class Pass:
         )
         self.parts: dict[Place, Tensor] = {}
         # what brings it, if it is not there yet
-        self.taken: dict[Place, tuple[Message | None, Tensor]] = {}
+        self.taken: dict[Place, tuple[Message | None, Tensor | None]] = {}
 
     def add(self, places: Sequence[Place], parts: Sequence[Tensor | None]) -> None:
         """Take parts; None: there is none."""
@@ -150,18 +152,16 @@ class Pass:
         for place, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
             self.taken[place] = message, view.view(shape)
 
-    def take(self, place: Place) -> Tensor | None:
-        """The whole gradient; None where no rank had a part."""
-        if place in self.parts:
-            # parts on other devices are still to come
-            self.send()
-        if place not in self.taken:
-            return None
-        message, whole = self.taken.pop(place)
-        if message is not None:
-            message.wait()
-        # where it came, but a tensor of its own: no view, whose versions are those of all
-        found = whole.new_empty(0)
-        return found.set_(
-            whole.untyped_storage(), whole.storage_offset(), whole.shape, whole.stride()
-        )
+    def take(self, places: Sequence[Place]) -> list[Tensor | None]:
+        """The whole gradients; None where no rank had a part."""
+        wholes = list[Tensor | None]()
+        for place in places:
+            if place in self.parts:
+                # parts on other devices are still to come
+                self.send()
+            message, whole = self.taken.pop(place, (None, None))
+            if message is not None and message.under_way:
+                message.wait()
+            # where it came, but a tensor of its own: no view, whose versions are those of all
+            wholes.append(None if whole is None else whole.data)
+        return wholes

@@ -121,7 +121,7 @@ class Slot:
 
     def __init__(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         self.group, self.ranks, self.index = bucket.ranks.domain, bucket.ranks, index
-        self.key = (bucket.number, index)
+        self.key, self.place = (bucket.number, index), Place(index)
         self.placements = parameter.placements if isinstance(parameter, dt.DTensor) else None
         # weak: the values of a bucket hold the parameters in C++, where Python finds no cycle
         self._bucket = ref(bucket)
@@ -139,14 +139,17 @@ class Slot:
     def use(self, x: Tensor) -> Tensor | None:
         """See `Bucket.use`; None if nobody sums any longer."""
         bucket = self._bucket()
-        return None if bucket is None else bucket.use(Place(self.index), x)
+        return None if bucket is None else bucket.use(self.place, x)
 
     def use_all(self, slots: Sequence[Any], xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """`use` of the parameters of these slots, of which this is one."""
-        bucket = self._bucket()
-        if bucket is None or {s._bucket() for s in slots} != {bucket}:
-            return [s.use(x) for s, x in zip(slots, xs, strict=True)]
-        return bucket.use_all([Place(s.index) for s in slots], xs)
+        bucket, places = self._bucket(), []
+        for s in slots:
+            if bucket is None or s._bucket() is not bucket:
+                return [s.use(x) for s, x in zip(slots, xs, strict=True)]
+            places.append(s.place)
+        assert bucket is not None
+        return bucket.use_all(places, xs)
 
     def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
         """This rank's rows of it, in memory of their own; likewise."""
@@ -155,7 +158,7 @@ class Slot:
             return None
         if self.hook is not None or len(sizes) * max(sizes) > 2 * sizes.offsets[-1]:
             # as addends: they are averaged with the others, or cheaper to send so
-            return rows(bucket.use(Place(self.index), x), dim, sizes, self.group)
+            return rows(bucket.use(self.place, x), dim, sizes, self.group)
         own = bucket.use(Place(self.index, dim, sizes), x)
         return own.clone(memory_format=torch.contiguous_format)
 
@@ -232,7 +235,7 @@ class Batch:
         """The whole gradients, made of all ranks' parts; None where there are none."""
         task = _torch.graph_task()
         found = self.passes[task]
-        wholes = [found.take(place) for place in places]
+        wholes = found.take(places)
         if not found.expected and not found.taken:
             del self.passes[task]
         for place, whole in zip(places, wholes, strict=True):
@@ -249,7 +252,7 @@ class Wait(torch.autograd.Function):
     def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.batch, ctx.places = batch, places
         ctx.set_materialize_grads(False)
-        return tuple([x.detach() for x in xs])
+        return tuple(map(Tensor.detach, xs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -266,8 +269,11 @@ class Start(torch.autograd.Function):
     def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.batch, ctx.places = batch, places
         ctx.set_materialize_grads(False)
-        domain = batch.ranks.domain
-        return tuple([p.of(x.detach(), domain) for p, x in zip(places, xs, strict=True)])
+        values = []
+        for place, x in zip(places, xs, strict=True):
+            own = x.detach()
+            values.append(place.of(own, batch.ranks.domain) if place.sizes else own)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
