@@ -290,24 +290,21 @@ class _HaloConv(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             return *(next(found) if need else None for need in needs), None
 
-        def of_strip(side: Side, s: Strip, strip: Tensor, of: int) -> Tensor:
-            """What a strip finds: its own gradient, or that of the kernel's rows that meet it."""
-            d = side.d
-            read, rim = _fitted(strip, d, s.read, s.below), _end(g, d, s.outputs, s.below)
-            taps = weight.narrow(d, s.first, s.taps)
-            asked = of == 0, of == 1, False
-            found: Tensor = _gradients(rim, read, taps, None, side.inner, asked)[of]
-            return _fitted(found, d, s.rows, s.below) if of == 0 else found
-
-        came = iter(strips)
-        each = [[(s, next(came)) for s in side.strips] for side in sides]
+        # what each strip finds: its own gradient, and that of the kernel's rows that meet it
+        outward, of_taps, came = [], [], iter(strips)
+        for side in sides:
+            own, d = list[Tensor](), side.d
+            for s in side.strips if needs[0] or needs[1] else ():
+                read = _fitted(next(came), d, s.read, s.below)
+                rim, taps = _end(g, d, s.outputs, s.below), weight.narrow(d, s.first, s.taps)
+                gs, gt, _ = _gradients(rim, read, taps, None, side.inner, (*needs[:2], False))
+                if needs[0]:
+                    own.append(_fitted(gs, d, s.rows, s.below))
+                of_taps.append((d, s, gt))
+            outward.append(own)
         owed: list[tuple[int, int, bool, Tensor]] = []
         arrive = None
         if needs[0]:
-            outward = [
-                [of_strip(side, *pair, 0) for pair in pairs]
-                for side, pairs in zip(sides, each, strict=True)
-            ]
             for i in reversed(range(len(sides))):
                 arrive = start(sides[i].back, _shaped(x, sides[:i]), outward[i])
                 owed += _shared(sides[: i + 1], arrive(), outward) if i else []
@@ -316,10 +313,8 @@ class _HaloConv(torch.autograd.Function):
             owed += _shared(sides[:1], arrive(), outward)
         for d, rows, below, back in owed:
             _end(gx, d, rows, below).add_(back)
-        for side, pairs in zip(sides, each, strict=True):
-            for s, strip in pairs if needs[1] else ():
-                # one at a time
-                gw.narrow(side.d, s.first, s.taps).add_(of_strip(side, s, strip, 1))
+        for d, s, gt in of_taps if needs[1] else ():
+            gw.narrow(d, s.first, s.taps).add_(gt)
         return gx, gw, gb, None
 
 
