@@ -34,6 +34,7 @@ from .around import Held, Shapes, in_turns, own_part, shared, start
 from .blocks import backward, forward, settled, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
 from .counted import top_of
+from .gradients import add, beside, lies, sums_of
 from .merge import Merge, relative
 from .twice import attend_plainly
 
@@ -146,7 +147,7 @@ def _attention_backward(
     turns = in_turns(call, q, k, mask_grad)
     if len(turns) == 1:
         return _turn_back(call, g, q, k, v, mask, out, sums, mask_grad)
-    dq, home = _beside(q, q.dtype), _home([k, v], k.dtype)
+    dq, home = beside(q, q.dtype), sums_of([k, v], k.dtype)
     for heads, keys in turns:
         _turn_back(
             call, _heads(g, heads), _heads(q, heads), _heads(k, keys), _heads(v, keys),
@@ -183,7 +184,7 @@ def _turn_back(
         every = call.seen(q, call.held(call.me, step))
         # what queries find for all keys at once is not added up
         alone = len(every) == 1 and every[0].keys == (0, held.keys.shape[2])
-        own = [] if alone else [_beside(x, dtype).zero_() for x in (held.keys, held.values)]
+        own = [] if alone else [beside(x, dtype).zero_() for x in (held.keys, held.values)]
         for seen in every:
             every_row = seen.rows == (0, q.shape[2])
             found = backward(
@@ -192,25 +193,25 @@ def _turn_back(
                 sums if every_row else sums[..., seen.rows[0] : seen.rows[1]],
                 seen.rule, mask_grad,
             )  # fmt: skip
-            if dq is None and every_row and _lies(found[0], dtype):
+            if dq is None and every_row and lies(found[0], dtype):
                 dq = found[0]
             else:
-                dq = _beside(q, dtype).zero_() if dq is None else dq
+                dq = beside(q, dtype).zero_() if dq is None else dq
                 _cut(dq, seen.rows).add_(found[0])
             if alone:
                 own = [found[1], found[2]]
             else:
-                _add([_cut(x, seen.keys) for x in own], found[1:3])
+                add([_cut(x, seen.keys) for x in own], found[1:3])
             part = _part(dmask, seen)
             if part is not None and found[3] is not None:
                 part.add_(found[3])
             del found
         if step:
-            _add(home, returning())
+            add(home, returning())
         else:
             home = own_part(call, own)
-            if inside or call.together > 1 or not all(_lies(x, dtype) for x in home):
-                home = _home(home, dtype, into if inside else ())
+            if inside or call.together > 1 or not all(lies(x, dtype) for x in home):
+                home = sums_of(home, dtype, into if inside else ())
         if step or call.together > 1:
             grads = [x.to(k.dtype) for x in own]
         del own
@@ -218,11 +219,11 @@ def _turn_back(
         # what was sent goes
         del arriving, returning
     if grads:
-        _add(home, start(call, steps + 1, held, grads, like)[1]())
+        add(home, start(call, steps + 1, held, grads, like)[1]())
     if dq is None:
-        dq = _beside(q, dtype).zero_()
+        dq = beside(q, dtype).zero_()
     if into_q is not None and not inside:
-        _add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
+        add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
     dk, dv = home[0] if len(home) == 1 else home
     return (
         dq.to(q.dtype),
@@ -230,32 +231,6 @@ def _turn_back(
         dv.to(v.dtype),
         q.new_empty([0]) if dmask is None or mask is None else dmask.to(mask.dtype),
     )
-
-
-def _home(own: list[Tensor], dtype: torch.dtype, into: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Sums for keys and values, heads beside each other; one tensor of both if they are alike.
-
-    into: where they are, of the same form.
-    """
-    alike = own[0].shape == own[1].shape
-    if into:
-        home = list(into)
-    elif alike:
-        b, heads, rows, width = own[0].shape
-        home = [own[0].new_empty((2, b, rows, heads, width), dtype=dtype).transpose(2, 3)]
-    else:
-        home = [_beside(x, dtype) for x in own]
-    for to, x in zip(home[0] if alike else home, own, strict=True):
-        to.copy_(x)
-    return home
-
-
-def _add(to: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    if len(parts) == 1 < len(to):
-        # those of both in one tensor
-        parts = parts[0].unbind()
-    for x, part in zip(to, parts, strict=False):
-        x.add_(part)
 
 
 # the ops -----------------------------------------------------------------------------------------
@@ -279,18 +254,7 @@ def _fake_backward(
     *rest: Any,
 ) -> Any:
     dmask = mask.new_empty(mask.shape) if mask_grad and mask is not None else q.new_empty([0])
-    return _beside(q, q.dtype), _beside(k, k.dtype), _beside(v, v.dtype), dmask
-
-
-def _beside(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of x's shape, heads beside each other in memory, as kernels give them."""
-    b, heads, rows, width = x.shape
-    return x.new_empty([b, rows, heads, width], dtype=dtype).transpose(1, 2)
-
-
-def _lies(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x is what `_beside` gives."""
-    return x.dtype is dtype and x.transpose(1, 2).is_contiguous()
+    return beside(q, q.dtype), beside(k, k.dtype), beside(v, v.dtype), dmask
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from .. import _torch
-from ..cache import cached
 from . import groups, pack, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
+from .reducible import reducible
+from .to_all import plan
 
 # CPU: bytes to all others up to which one exchange is faster than gloo's own collectives (measured
 # on 2 to 4 ranks: a third to a half of their time up to 256 KiB)
@@ -28,17 +29,6 @@ DIRECT = 2**20
 FEW = 8
 # groups whose ranks have met in a collective
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
-# dtypes that NCCL does not add up
-_WIDER = {
-    torch.int16: torch.int32,
-    torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
-    torch.float8_e4m3fn: torch.float32,
-    torch.float8_e4m3fnuz: torch.float32,
-    torch.float8_e5m2: torch.float32,
-    torch.float8_e5m2fnuz: torch.float32,
-    torch.float8_e8m0fnu: torch.float32,
-}
 # dtypes of which torch adds tensors up
 ADDED = transport.REDUCED | {torch.bool, torch.int16, torch.complex64, torch.complex128}
 _COMBINE: dict[str, Any] = {
@@ -294,7 +284,7 @@ def start_all_reduce(
     lengths: of the tensors that the vector is made of, on which ranks must agree.
     """
     n = groups.size(group)
-    on_wire, op, back = _reducible(flat, op)
+    on_wire, op, back = reducible(flat, op)
     if direct(on_wire, on_wire.numel(), n):
         arrived = _start_to_all(
             on_wire, [on_wire.numel()] * n, group, "all_reduce", lengths=lengths, by=op
@@ -326,43 +316,12 @@ def start_all_reduce(
     return ended
 
 
-def _reducible(
-    flat: torch.Tensor, op: str
-) -> tuple[torch.Tensor, str, Callable[[torch.Tensor], object]]:
-    """(a vector, an op of it, what brings its values back): of a dtype that NCCL and gloo reduce.
-
-    The vector shares the memory of `flat` where it can. Integers wrap as those of `flat` do.
-    """
-    if flat.is_complex():
-        if op != "sum":
-            raise ValueError(f"all_reduce {op} of complex numbers")
-        return torch.view_as_real(flat).view(-1), op, _stay
-    if flat.dtype is torch.bool:
-        # logical or / and: sums of booleans saturate
-        return flat.view(torch.uint8), {"sum": "max", "product": "min"}.get(op, op), _stay
-    if flat.dtype in transport.REDUCED:
-        return flat, op, _stay
-    if flat.dtype is torch.uint64:
-        signed, top = flat.view(torch.int64), torch.iinfo(torch.int64).min
-        if op in ("sum", "product"):
-            return signed, op, _stay
-        # the order of the numbers is that of the signed ones with the first bit turned over
-        return signed ^ top, op, lambda turned: signed.copy_(turned ^ top)
-    if flat.dtype not in _WIDER:
-        raise ValueError(f"all_reduce of {flat.dtype}")
-    return flat.to(_WIDER[flat.dtype]), op, lambda summed: flat.copy_(summed)
-
-
-def _stay(x: torch.Tensor) -> None:
-    """The values are where they belong."""
-
-
 def of_all(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
     """Every rank's vector, all as long as this one, on every rank."""
-    n, length = groups.size(group), flat.numel()
+    n, length, label = groups.size(group), flat.numel(), "all_gather"
     lengths = [length] * n
     if direct(flat, length, n):
-        return _start_to_all(flat, lengths, group, "all_gather", lengths=lengths)()
+        return _start_to_all(flat, lengths, group, label, lengths=lengths)()
     return list(all_gather_rows(flat, lengths, length, group).unbind())
 
 
@@ -391,7 +350,7 @@ def _start_to_all(
 
     facts: as in `start_exchange`.
     """
-    p = _to_all(tuple(of), flat.element_size(), group)
+    p = plan(tuple(of), flat.element_size(), group)
     n = len(p.gives)
     received = flat.new_empty(p.length)
     send = flat if n == 2 else flat.repeat(n - 1)
@@ -410,30 +369,6 @@ def _start_to_all(
         return found
 
     return every
-
-
-class _ToAll(NamedTuple):
-    """How vectors go from all ranks to all others: bytes to and from each, elements that come."""
-
-    gives: list[int]
-    gets: list[int]
-    others: list[int]
-    length: int
-    me: int
-    nbytes: int
-    messages: int
-    silent: bool
-
-
-@cached
-def _to_all(of: tuple[int, ...], item: int, group: str) -> _ToAll:
-    n, me = len(of), groups.rank(group)
-    gives, gets = [item * of[me]] * n, [item * k for k in of]
-    gives[me] = gets[me] = 0
-    others = [*of[:me], *of[me + 1 :]]
-    messages = n - gives.count(0)
-    silent = groups.silent(group)
-    return _ToAll(gives, gets, others, sum(others), me, sum(gives), messages, silent)
 
 
 def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:
