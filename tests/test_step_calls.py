@@ -21,10 +21,10 @@ from shardtensor.comm import groups, together
 
 # model of `benchmarks/share.py`: the most kernels and calls beyond those of the plain model
 MOST = {
-    "ConvNet": (160, 1770),
-    "ViT": (20, 3420),
-    "DiT": (120, 3710),
-    "U-Net": (185, 2830),
+    "ConvNet": (168, 1830),
+    "ViT": (30, 3650),
+    "DiT": (122, 3870),
+    "U-Net": (206, 2930),
 }
 
 
@@ -70,4 +70,4 @@ def test_attention_around_two_ranks_is_few_kernels():
         finally:
             cache.clear()
             groups.forget()
-    assert found[0] <= 37 and found[1] <= 325, found
+    assert found[0] <= 39 and found[1] <= 345, found
