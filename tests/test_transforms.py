@@ -295,3 +295,62 @@ def test_autograd_functional():
         return torch.autograd.functional.jvp(lambda a: a**3, x, x * 0 + 2, create_graph=True)[1]
 
     hold(jvp, [x], [shard(0, (2, 0, 3))], (3,))
+
+
+# functions whose statistics are dealt out to shards that lie apart
+DEALT = {
+    "softmax": lambda a: a.softmax(2),
+    "log_softmax": lambda a: a.log_softmax(2),
+    "group_norm": lambda a: F.group_norm(a, 1),
+    "rms_norm": lambda a: F.rms_norm(a, (3, 8, 6)),
+    "cross_entropy": lambda a: F.cross_entropy(a.movedim(2, 1), PLACES[:2, None, None].expand(2, 3, 6)),
+    "normalize": lambda a: F.normalize(a, dim=2),
+    "weight": lambda a: a * a.mean() + a.sum(2, keepdim=True),
+}  # fmt: skip
+
+
+def by_formula(dims):
+    """Of what torch's own second derivatives in forward mode are wrong."""
+
+    def norm(a):
+        var, mean = torch.var_mean(a, dims, correction=0, keepdim=True)
+        return (a - mean) / (var + 1e-5).sqrt()
+
+    return norm
+
+
+NORMS = {
+    "layer_norm": (lambda a: F.layer_norm(a, (8, 6)), by_formula((2, 3))),
+    "batch_norm": (lambda a: F.batch_norm(a, None, None, training=True), by_formula((0, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", [*DEALT, *NORMS])
+def test_derivatives_of_tangents(name):
+    """A tangent's own derivatives meet all ranks, forward and backward."""
+    f, formula = NORMS[name] if name in NORMS else (DEALT[name], DEALT[name])
+    x, v = (
+        torch.randn(2, 3, 8, 6, dtype=D, generator=torch.Generator().manual_seed(i)) for i in (5, 6)
+    )
+
+    def derived(a, b, f=f):
+        def tangent(z):
+            return torch.func.jvp(f, (z,), (b,))[1]
+
+        back = torch.func.grad(lambda z: tangent(z).square().sum())(a)
+        return back, torch.func.jvp(tangent, (a,), (b,))[1]
+
+    want = derived(x, v, formula)
+
+    def rank(cut):
+        mesh = make_mesh((len(cut),))
+        a, b = (
+            st.distribute_tensor(t, mesh, [Shard(2)], src_data_rank=None, sizes={2: cut})
+            for t in (x, v)
+        )
+        return [full(y) for y in derived(a, b)]
+
+    for cut in ((4, 4), (5, 1, 2)):
+        for got in simulate(len(cut), rank, cut):
+            for y, w in zip(got, want, strict=True):
+                assert torch.allclose(y, w, rtol=1e-9, atol=1e-9)

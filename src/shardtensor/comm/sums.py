@@ -66,7 +66,8 @@ class _VaryUnder(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return tuple([t.clone() for t in tangents])
+        # a tangent has derivatives, too, which are summed as those of its value are
+        return tuple(vary(tangents, ctx.group))
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], group: str, *xs: Tensor) -> Any:
