@@ -254,3 +254,16 @@ def refusals():
 
 def test_refuses():
     st.simulate(2, refusals)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_complex_matrix_that_an_op_made(form):
+    """Its values are a view of it, which has no strides."""
+    s = matrix(K, K, form).to(torch.complex128) * (1 + 2j)
+    x = torch.randn(K, C, dtype=D, generator=torch.Generator().manual_seed(3))
+
+    def product(x):
+        return torch.view_as_real(s @ x.to(torch.complex128))
+
+    for cut in ((5, 4), (0, 7, 2)):
+        T.hold(product, [x], [T.shard(0, cut)], (len(cut),))

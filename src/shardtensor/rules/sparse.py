@@ -267,7 +267,9 @@ class _Product(torch.autograd.Function):
             gv = _dots(x, g, part) if turned else _dots(g, x, part)
             gv = gv.conj() if turned else gv
         if ctx.needs_input_grad[1]:
-            gx = _Product.apply(values.conj(), g, part, not turned, twice)
+            # a view of a CSR matrix' values has no view of its own
+            conj = values.conj_physical() if values.is_complex() else values
+            gx = _Product.apply(conj, g, part, not turned, twice)
         return gv, gx, None, None, None
 
 
