@@ -161,6 +161,8 @@ def test_one_axis_and_mistakes():
             part.shard(x[:8])
         with pytest.raises(ValueError, match="weights"):
             P.partition(x, mesh, weights=x)
+        with pytest.raises(ValueError, match="axes"):
+            P.partition(x, mesh, axes=[3])
         return True
 
     assert all(st.simulate(4, on_rank))

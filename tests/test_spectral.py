@@ -128,3 +128,5 @@ def test_compiled():
 def test_wrong_modes(modes):
     with pytest.raises(ValueError, match="modes"):
         truncated_rfftn(torch.randn(12, 12), modes)
+    with pytest.raises(ValueError, match="modes in dims"):
+        truncated_rfftn(torch.randn(12, 12), (2, 2), dim=(0, 3))

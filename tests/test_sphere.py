@@ -103,6 +103,8 @@ def test_only_the_pad_is_sent(d, rows):
 def test_too_much_raises(pad, shape):
     with pytest.raises(ValueError, match="pad_sphere"):
         pad_sphere(torch.randn(shape), pad)
+    with pytest.raises(ValueError, match="dims"):
+        pad_sphere(torch.randn(4, 6), (1, 1, 0, 0), dims=(0, 3))
 
 
 @pytest.mark.parametrize("d", [2, 3])

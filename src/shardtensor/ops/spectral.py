@@ -81,6 +81,8 @@ def truncated_irfftn(
 def _arguments(
     ndim: int, modes: Sequence[Modes], dim: Sequence[int] | None
 ) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    if dim is not None and not all(-ndim <= d < ndim for d in dim):
+        raise ValueError(f"modes in dims {tuple(dim)} of a tensor of {ndim} dims")
     dims = tuple(range(ndim - len(modes), ndim) if dim is None else (d % ndim for d in dim))
     if len(dims) != len(modes) or len(set(dims)) != len(dims):
         raise ValueError(f"{len(modes)} numbers of modes for dims {dims}")

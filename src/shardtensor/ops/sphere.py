@@ -34,6 +34,8 @@ def pad_sphere(
     longitudes with rows across a pole, and for more rows or columns than there are.
     """
     north, south, west, east = (int(n) for n in pad)
+    if not all(-x.ndim <= d < x.ndim for d in dims):
+        raise ValueError(f"pad_sphere: dims {dims} of a tensor of {x.ndim} dims")
     lat, lon = (d % x.ndim for d in dims)
     rows, columns = x.shape[lat], x.shape[lon]
     if min(north, south, west, east) < 0 or lat == lon:

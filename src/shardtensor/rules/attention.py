@@ -62,6 +62,8 @@ def scaled_dot_product_attention(
     attn_mask = reduced(attn_mask)
     on_cpu = query.device.type == "cpu"
     dtype = _check(query, key, value, attn_mask)
+    if dropout_p and not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
     flash = torch.backends.cuda.flash_sdp_enabled() and not dropout_p
     flash = flash and (attn_mask is None or not attn_mask.requires_grad)
     masked = None if attn_mask is None else known(attn_mask)

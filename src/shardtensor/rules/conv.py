@@ -86,7 +86,8 @@ def conv(
     known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
     given: Any = stride, padding, dilation
     stride_, padding_, dilation_ = [
-        v if type(v) in (int, tuple, str) else each(v, 1) for v in given
+        v if type(v) in (int, tuple, str) else (v,) if isinstance(v, int) else tuple(v)
+        for v in given
     ]
     program = _conv(x._spec, known, stride_, padding_, dilation_, groups)
     dims = by_rows(x._spec, known, program.channels) if program.channels.partial else None
@@ -103,6 +104,8 @@ def _conv(
     shape = weight.shape if isinstance(weight, Spec) else weight
     n = len(shape) - 2
     _check(spec, n, "conv")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise RuntimeError(f"Invalid padding string: '{padding}'")
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(spec, tuple(shape[2:]), each(stride, n), across, each(dilation, n))
     channels = columns(weight, spec, n, groups) or channels_of(spec, n, shape[0], groups, False)

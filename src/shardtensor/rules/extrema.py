@@ -112,6 +112,7 @@ def _along(
     if x.is_complex():
         tried(torch.max if largest else torch.min, x, dim)
     if x.ndim == 0:
+        over(dim, 0)
         return wrap(x._local.clone(), x._spec), wrap(torch.zeros_like(x._local).long(), x._spec)
     (d,) = over(dim, x.ndim)
     _check(x, (d,), "max" if largest else "min")

@@ -59,6 +59,10 @@ def _rows_written(
 
 @rule("index_add")
 def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    if source.ndim != input.ndim:
+        raise RuntimeError(
+            f"index_add(): a source of {source.ndim} dims, self of {input.ndim}: expected as many"
+        )
     if alpha != 1 and source.numel():
         _try_factor(input, dim, alpha)
         # as torch converts it, to the dtype of the source

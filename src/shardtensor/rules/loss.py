@@ -53,7 +53,13 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     reduction = given.pop("reduction", MEAN)
     tensors = (given.pop("self"), given.pop("target"))
     if tensors[0].shape != tensors[1].shape:
+        given_shape = tensors[0].shape
         tensors = torch.broadcast_tensors(*tensors)
+        if each.__name__ == "soft_margin_loss" and tensors[0].shape != given_shape:
+            raise RuntimeError(
+                f"soft_margin_loss: output with shape {list(given_shape)} doesn't match the "
+                f"broadcast shape {list(tensors[0].shape)}"
+            )
     rest = {k: v for k, v in given.items() if v is not None}
     if each.__name__ != "binary_cross_entropy":
         return _reduced(pointwise(each, tensors, rest), reduction)

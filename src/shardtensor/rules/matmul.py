@@ -23,6 +23,7 @@ from ..tensor.redistribute import beside, fit, local_of
 from . import labels, sparse
 from .labels import Labels
 from .reduce import wide
+from .shape import _index
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -51,7 +52,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product = _of_sparse(weight, input, input.ndim - 1, False) if input.ndim else None
     if product is None:
         product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
-    return product if bias is None else torch.add(product, _cast(bias, product))
+    if bias is None:
+        return product
+    if torch.broadcast_shapes(product.shape, bias.shape) != product.shape:
+        raise RuntimeError(
+            f"linear: a bias of shape {list(bias.shape)} for a result of {list(product.shape)}"
+        )
+    return torch.add(product, _cast(bias, product))
 
 
 def _cast(x: Tensor, product: Tensor) -> Tensor:
@@ -251,8 +258,8 @@ def tensordot(
     input: Tensor, other: Tensor, dims_self: Sequence[int], dims_other: Sequence[int]
 ) -> Tensor:
     """The builtin below torch.tensordot, which passes two lists of dims."""
-    left = [d % input.ndim for d in dims_self]
-    right = [d % other.ndim for d in dims_other]
+    left = [_index(d, input.ndim) for d in dims_self]
+    right = [_index(d, other.ndim) for d in dims_other]
     for d, e in zip(left, right, strict=True):
         # a dim of size 1 is broadcast: the other operand's dim is summed
         if input.shape[d] == 1 != other.shape[e]:

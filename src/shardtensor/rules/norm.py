@@ -100,8 +100,12 @@ def batch_norm(
         local = autocast(local, lambda z: torch.batch_norm(
             z, None, None, None, None, True, 0.0, 1.0, False
         ))  # fmt: skip
+    if len(spec.dims) < 2:
+        raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
     running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
     channels = spec.dims[1]
+    if any(w is not None and w.numel() != channels.size for w in (weight, bias)):
+        raise RuntimeError(f"weight and bias should contain {channels.size} elements")
     axes, n, way = _batch(spec, eps)
     mine = (channels,)
     if not n and training:
@@ -295,6 +299,16 @@ def _last(name: str, spec: Spec, shape: tuple[int, ...]) -> Last:
     return Last(dims, cut, group, counts, max(1, prod(shape)), varying)
 
 
+def _check_weights(shape: Sequence[int], *weights: Tensor | None) -> None:
+    """Torch's own condition, which parts of a weight might meet that is too short or too long."""
+    for w in weights:
+        if w is not None and tuple(w.shape) != tuple(shape):
+            raise RuntimeError(
+                f"Expected weight and bias to be of same shape as normalized_shape, but got "
+                f"{list(w.shape)} and normalized_shape = {list(shape)}"
+            )
+
+
 def _elementwise(
     spec: Spec, mine: Sequence[Dim] | None, *weights: Tensor | None
 ) -> tuple[Sequence[Tensor | None], Blocks]:
@@ -345,6 +359,7 @@ def layer_norm(
             lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
         )
         return wrap(y, spec)
+    _check_weights(spec.shape[-len(dims) :], weight, bias)
     (w, b), blocks = _elementwise(spec, mine, weight, bias)
     way = Way(counts, n, group, eps, last=len(dims), blocks=blocks)
     return wrap(normalise(local, w, b, way), spec)
@@ -371,6 +386,7 @@ def rms_norm(
         lead = dims[0]
         y = stock(lambda z, w: torch.rms_norm(z, z.shape[lead:], w, eps), local.shape, local, w)
         return wrap(y, spec)
+    _check_weights(spec.shape[-len(dims) :], weight)
     if eps is None:
         eps = torch.finfo(accumulated(local.dtype)).eps
     if not local.is_complex():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .. import comm
 from ..cache import cached
 from ..cuts import Kept
+from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, layout, wrap
@@ -67,6 +68,8 @@ def padded(
     """Padding in any dims: repeated rows come from the rank that has them."""
     x = reduced(input)
     pad = tuple(int(n) for n in amounts)
+    if value and mode != "constant":
+        raise RuntimeError(f'Padding mode "{mode}" doesn\'t take in value argument')
     if value and any(pad):
         # a value that the dtype cannot hold is an error on ranks that pad nothing, too
         torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)
@@ -123,7 +126,13 @@ def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[i
     for d, (low, high) in _ends(pad, x.ndim):
         if min(low, high) < 0:
             x = sliced(x, d, max(0, -low), x.shape[d] - max(0, -high))
-    return x, tuple(max(0, n) for n in pad)
+    rest = tuple(max(0, n) for n in pad)
+    if any(ends != (0, 0) and not x.shape[d] for d, ends in _ends(rest, x.ndim)):
+        raise UnsupportedOpError(
+            f"pad: {pad} in mode circular leave no rows to repeat, which torch fills with whatever "
+            "is in memory"
+        )
+    return x, rest
 
 
 def _ends(pad: Sequence[int], ndim: int) -> list[tuple[int, tuple[int, int]]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cached
+from ..dispatch.trial import tried
 from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
 from ..registry import POINTWISE, rule
@@ -264,6 +265,8 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
 
 @rule("glu")
 def glu(input: Tensor, dim: int = -1) -> Tensor:
+    if not input.is_floating_point():
+        tried(torch.nn.functional.glu, input, dim)
     if input.shape[dim] % 2:
         raise RuntimeError(f"Halving dimension must be even, but dimension {dim} is not")
     a, b = input.chunk(2, dim)

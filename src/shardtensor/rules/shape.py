@@ -122,7 +122,17 @@ def matrix_transpose(input: ShardTensor) -> ShardTensor:
     return wrap(input._local.transpose(-2, -1), _swapped(input._spec, -2, -1))
 
 
-@rule("H", "mH", "adjoint")
+@rule("H")
+def conjugate_transpose(input: ShardTensor) -> Tensor:
+    if input.ndim not in (0, 2):
+        raise RuntimeError(
+            f"tensor.H is only supported on matrices (2-D tensors). Got {input.ndim}-D tensor: mH "
+            "takes batches of matrices"
+        )
+    return adjoint(input) if input.ndim else input.conj()
+
+
+@rule("mH", "adjoint")
 def adjoint(input: ShardTensor) -> Tensor:
     y = transpose(input, -2, -1)
     return y.conj() if y.is_complex() else y
@@ -166,10 +176,11 @@ def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
 def _squeezed(spec: Spec, dims: tuple[int, ...] | None) -> tuple[tuple[int, ...], Spec, bool]:
     """(the dims that go, the spec of the result, whether mesh axes shard one of them)."""
     n = len(spec.dims)
-    chosen = range(n) if dims is None else [_index(d, n) for d in dims if n]
+    chosen = range(n) if dims is None else [_index(d, max(n, 1)) for d in dims]
     for d in set(chosen):
         if chosen.count(d) > 1:
             raise RuntimeError(f"dim {d} appears multiple times in the list of dims")
+    chosen = chosen if n else []
     gone = tuple([d for d in chosen if spec.shape[d] == 1])
     cut = any(spec.dims[d].axes for d in gone)
     return gone, spec.drop(gone) if gone else spec, cut

@@ -220,6 +220,8 @@ def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, .
 
 @cached
 def _chunked(spec: Spec, chunks: int, dim: int) -> Parts:
+    if chunks < 1:
+        raise RuntimeError(f"chunk expects `chunks` to be greater than 0, got: {chunks}")
     n = spec.dims[_index(dim, len(spec.dims))].size
     return _split(spec, dim, _even(n, -(-n // chunks)) if n else (0,) * chunks)
 

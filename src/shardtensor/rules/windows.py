@@ -27,6 +27,8 @@ def each(v: Ints, n: int) -> tuple[int, ...]:
     """One value for each of n spatial dims."""
     if isinstance(v, int):
         return (v,) * n
+    if len(v) not in (0, 1, n):
+        raise RuntimeError(f"expected a single integer or a list of {n} values, got {list(v)}")
     return tuple(v) * n if len(v) == 1 else tuple(v)
 
 

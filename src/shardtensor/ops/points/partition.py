@@ -92,6 +92,8 @@ def partition(
         raise ValueError("partition: plain points and weights, whole on every rank: full_tensor()")
     if weights is not None and weights.shape != points.shape[:1]:
         raise ValueError(f"partition: weights {tuple(weights.shape)} of {len(points)} points")
+    if axes is not None and not all(-mesh.ndim <= a < mesh.ndim for a in axes):
+        raise ValueError(f"partition: axes {tuple(axes)} of a mesh of {mesh.ndim}")
     on = tuple(range(mesh.ndim)) if axes is None else tuple(sorted(a % mesh.ndim for a in axes))
     parts = prod(mesh.size(a) for a in on)
     if order == "kd" and speeds is not None:
