@@ -134,3 +134,28 @@ def test_a_trace_without_a_model():
         pass
     with pytest.raises(ValueError, match="model="):
         t.whole()
+
+
+class Two(nn.Module):
+    """A coarse and a fine grid; the weights of both are used as they are and by `.T`."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x, y):
+        return self.fine(x), (y @ self.coarse.weight.T).relu()
+
+
+def test_an_input_that_is_whole_is_named():
+    def step():
+        mesh = make_mesh((2,))
+        x = st.distribute_tensor(torch.randn(8, 3), mesh, [Shard(0)])
+        model, y = Two(), torch.randn(6, 3)
+        with st.trace(model=model) as t:
+            model(x, y)
+        (share,) = t.whole().shares
+        return str(share)
+
+    for told in st.simulate(2, step):
+        assert "since input of 6x3" in told and "shard it as the others" in told

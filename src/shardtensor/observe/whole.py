@@ -20,8 +20,8 @@ from ..tensor import ShardTensor
 class Origin:
     """Where something whole began: a buffer, a parameter, or an op.
 
-    kind: "buffer", "parameter", "op" (of sharded operands) or "tensor" (made by the op there). dim:
-    of a buffer its longest.
+    kind: "buffer", "parameter", "op" (of sharded operands), "tensor" (made by the op there) or
+    "input" (from outside). dim: of a buffer its longest.
     """
 
     kind: str
@@ -64,6 +64,8 @@ class Share:
             text += f"\n     shard it: st.shard_buffers(model, {named}, mesh)"
         elif self.origin.kind == "op":
             text += "\n     its result has no dim that is sharded: keep it small, or give it a rule"
+        elif self.origin.kind == "input":
+            text += "\n     shard it as the others: st.distribute_tensor"
         elif self.origin.kind == "tensor":
             text += "\n     make it sharded: st.distribute_tensor, or x.new_zeros of a sharded x"
         return text
@@ -133,6 +135,9 @@ class Watch(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         inside = getattr(counters.current_op, "name", "")
+        if name == "__get__" and isinstance(out, Tensor) and id(args[0]) in self.origins:
+            # as .T and .data, which are what they are of
+            self.origins.setdefault(id(out), (out, self.origins[id(args[0])][1]))
         if inside or name in ("__get__", "__set__", "backward"):
             return out
         seconds = time.perf_counter() - begin
@@ -157,11 +162,18 @@ class Watch(TorchFunctionMode):
         """Where a whole result of these operands began."""
         if any(map(_sharded, given)):
             return Origin("op", op, line)
-        known = [(g, self.origins.get(id(g), (g, None))[1]) for g in given]
-        found = [(g, o) for g, o in known if o is not None]
+        found = []
+        for g in given:
+            origin = self.origins[id(g)][1] if id(g) in self.origins else _from_outside(g)
+            if origin is not None:
+                found.append((g, origin))
         # weights are whole always
         found.sort(key=lambda f: (f[1].kind == "parameter", -f[0].numel()))
         return found[0][1] if found else Origin("tensor", op, line)
+
+
+def _from_outside(x: Tensor) -> Origin:
+    return Origin("input", f"of {'x'.join(map(str, x.shape)) or 'one number'}")
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
