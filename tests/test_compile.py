@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.ranks.testing import make_mesh, run_workers
+from shardtensor.ranks.testing import make_mesh, run_workers, same
 
 
 class Mlp(nn.Module):
@@ -136,3 +136,41 @@ def under_torch_compile():
 def test_stock_compile_runs_eagerly_and_says_what_to_call():
     for found in run_workers(2, under_torch_compile):
         assert any("shardtensor.compile(model)" in m for m in found)
+
+
+class Steps(nn.Module):
+    """A recurrence over a sharded dim, whose steps are gathered one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        x, h, steps = self.first(x), 0.0, []
+        for i in range(x.shape[1]):
+            h = torch.tanh(h + x[:, i])
+            steps.append(h)
+        return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 0, 2)])
+@pytest.mark.parametrize("train", [True, False])
+def test_gathers_of_ranks_that_have_nothing_to_give_stay_apart(sizes, train):
+    """Their arguments are equal on such a rank: one call may not stand for two."""
+    torch.manual_seed(0)
+    model, x = Steps().double(), torch.randn(2, 6, 4, dtype=torch.float64)
+    model.requires_grad_(train)
+    want = model(x)
+    grads = torch.autograd.grad(want.square().sum(), [model.first.weight]) if train else []
+
+    def step():
+        mesh = make_mesh((len(sizes),))
+        twin = copy.deepcopy(model)
+        given = st.distribute_tensor(x, mesh, [Shard(1)], sizes={1: sizes})
+        y = st.compile(twin, backend="aot_eager")(given)
+        same(y.full_tensor().detach(), want.detach(), "y", 1e-12)
+        if train:
+            y.square().sum().backward()
+            same(twin.first.weight.grad, grads[0], "gradient", 1e-9)
+
+    st.simulate(len(sizes), step)

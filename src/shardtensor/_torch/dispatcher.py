@@ -12,6 +12,8 @@ import torch
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
 
+from ..later import when_loaded
+
 # what runs between user and us under torch.set_default_device
 DEVICE_CONTEXT = DeviceContext.__torch_function__.__code__
 
@@ -110,3 +112,16 @@ def not_tracing() -> Iterator[None]:
         yield
     finally:
         _outer.counting = False
+
+
+def keep_apart(op: Any) -> None:
+    """Let compilers take no two calls of an op for one, as they do where all arguments are equal.
+
+    Of a collective they may be equal on one rank, where it has nothing to give, and not on another.
+    They keep two calls of what draws random numbers apart.
+    """
+
+    def enter(compiler: Any) -> None:
+        compiler.rand_ops = [*compiler.rand_ops, op.overloadpacket]
+
+    when_loaded("torch._functorch.compile_utils", enter)

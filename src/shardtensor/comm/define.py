@@ -46,6 +46,7 @@ def define(
     )
     op = getattr(torch.ops.shardtensor, name).default
     KERNELS[op] = kernel
+    _torch.keep_apart(op)
     _ALONE[op] = _alone(name, kernel, setup, adjoint)
     if under is None:
         under = linear(
