@@ -74,3 +74,22 @@ def test_batches_are_those_of_torch():
     assert collate([None, None]) == [None, None] and collate([np.array("a")] * 2)[1] == "a"
     with pytest.raises(ValueError, match=r"differ in structure: dict of \['a'\], dict of \['b'\]"):
         collate([{"a": 1}, {"b": 1}])
+
+
+class KeysOnly(dict):
+    """As a TensorDict of one sample: a mapping that nobody iterates over."""
+
+    def __iter__(self):
+        raise TypeError("iteration over a 0-d tensordict")
+
+    def keys(self):
+        return list(super().keys())
+
+
+def test_mappings_that_have_keys_only():
+    samples = [KeysOnly(a=torch.full((2,), i), b=KeysOnly(c=i)) for i in range(3)]
+    batch = collate(samples)
+    assert type(batch) is dict and batch["a"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert batch["b"]["c"].tolist() == [0, 1, 2]
+    assert moved(batch, torch.device("cpu"))["a"].equal(batch["a"])
+    assert type(moved(samples[0], torch.device("cpu"))) is dict

@@ -91,7 +91,8 @@ def _columns(samples: Sequence[Any]) -> list[list[Any]]:
 def _with_parts(like: Any, parts: list[Any]) -> Any:
     """A container like this one of other parts."""
     if isinstance(like, Mapping):
-        return dict(zip(like, parts, strict=True))
+        # a TensorDict has keys, and cannot be iterated over
+        return dict(zip(like.keys(), parts, strict=True))
     if isinstance(like, tuple | list):
         make: Callable[..., Any] = type(like)
         return make(*parts) if hasattr(like, "_fields") else make(parts)
