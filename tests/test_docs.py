@@ -105,6 +105,30 @@ def test_tests_that_pages_name_are_there():
     assert len(named) > 60 and not [n for n in named if not (ROOT / n[1]).exists()]
 
 
+def _anchors(page):
+    """What its headings are linked by, as mkdocs makes it of them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    words = (re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", t)) for t in titles)
+    return {re.sub(r"[-\s]+", "-", w.strip().lower()) for w in words}
+
+
+def test_links_lead_somewhere():
+    """Those within the repository, and to headings of pages."""
+    pages, found, lost = [*DOCS.rglob("*.md"), *ROOT.glob("*.md")], 0, []
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            if re.match(r"\w+:", link):
+                continue
+            to = (page.parent / path) if path else page
+            found += 1
+            if not to.exists() or (anchor and to.suffix == ".md" and anchor not in _anchors(to)):
+                lost.append(f"{page.name}: {link}")
+    assert found > 150 and not lost
+
+
 def test_the_rules_of_the_page_on_rules():
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "rules.md").read_text(), re.S)
     module = types.ModuleType("example_of_a_rule")

@@ -57,7 +57,7 @@ class Plans(list[Estimate], Shown):
         super().__init__(found)
         self.task, self.devices, self.device, self.network = task, devices, device, network
         # what one of them has
-        self.part = device.among(devices)
+        self.part: Device = device.among(devices)
         self.missing = list(missing)
 
     def to_html(

@@ -56,6 +56,16 @@ class Balancer:
     `random.match_single_device`.
     """
 
+    axes: tuple[int, ...]
+    changed: bool
+    every: int
+    gain: float
+    mesh: DeviceMesh
+    size: int
+    sizes: tuple[int, ...]
+    speeds: list[float]
+    steps: int
+
     def __init__(
         self,
         size: int,

@@ -32,6 +32,9 @@ class Graph:
     list to it, once: each travels to the rank of its edge.
     """
 
+    nodes: dict[str, Partition]
+    edges: dict[Edge, Topology]
+
     def __init__(self, nodes: dict[str, Partition], edges: dict[Edge, Topology]) -> None:
         self.nodes, self.edges = nodes, edges
 
