@@ -49,6 +49,8 @@ CASES = {
     "softmax of a number": (lambda x: x.sum().softmax(9), (4,)), "sum of a number": (lambda x: x.sum().sum(9), (4,)),
     "glu of integers": (lambda x: F.glu(x.long()), (2, 4)), "glu of an odd dim": (lambda x: F.glu(x), (2, 3)),
     "padding by a value": (lambda x: F.pad(x, (1, 1), "reflect", 2.0), (1, 3, 3)), "one padding": (lambda x: F.pad(x, (1,)), (1, 3, 3)),
+    "a padding of a half": (lambda x: F.pad(x, (0.5, 1)), (1, 3, 3)), "stft of integers": (lambda x: torch.stft(x.int(), 4, return_complex=True), (2, 12)),
+    "narrow from a vector": (lambda x: x.narrow(0, NONE, 1), (2, 4)), "narrow from a half": (lambda x: x.narrow(0, 0.5, 1), (2, 4)),
     "repeats": (lambda x: x.repeat(2), (2, 4)), "expand": (lambda x: x.expand(4), (2, 4)), "permute": (lambda x: x.permute(0, 0), (2, 4)),
     "dropout of attention": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=2.0), (2, 3, 4)),
 }  # fmt: skip
@@ -77,7 +79,7 @@ def test_what_torch_takes():
         (lambda x: x.sum().index_add(0, NONE, x[0]), (4,)), (lambda x: F.layer_norm(x, (3, 4), of(3, 4), of(3, 4)), (2, 3, 4)),
         (lambda x: F.rms_norm(x, (4,), of(4)), (2, 3, 4)), (lambda x: F.linear(x, of(5, 4), of(1)), (2, 4)),
         (lambda x: F.soft_margin_loss(x, of(1, 4)), (2, 4)), (lambda x: x.tile(2), (2, 4)), (lambda x: x.tile((2, 1, 2)), (2, 4)),
-        (lambda x: x.repeat((1, 2, 3)), (2, 4)), (lambda x: F.pad(x, (1, 1), "reflect", 0.0), (1, 3, 3)),
+        (lambda x: x.repeat((1, 2, 3)), (2, 4)), (lambda x: x.narrow(0, NONE[0], 1), (2, 4)), (lambda x: F.pad(x, (1, 1), "reflect", 0.0), (1, 3, 3)),
         (lambda x: F.batch_norm(x, None, None, of(4, 1)[:, 0], training=True), (2, 4, 5)),
     ):  # fmt: skip
         x = of(*shape)

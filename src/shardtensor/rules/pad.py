@@ -9,6 +9,7 @@ circular exchanges the two ends. What is left is torch's own padding of the loca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def padded(
 ) -> ShardTensor:
     """Padding in any dims: repeated rows come from the rank that has them."""
     x = reduced(input)
-    pad = tuple(int(n) for n in amounts)
+    pad = tuple(map(index, amounts))
     if value and mode != "constant":
         raise RuntimeError(f'Padding mode "{mode}" doesn\'t take in value argument')
     if value and any(pad):

@@ -121,7 +121,12 @@ def slice_(
 
 @rule("narrow")
 def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
-    first = int(start)
+    if isinstance(start, Tensor):
+        inexact = start.is_floating_point() or start.is_complex() or start.dtype is torch.bool
+        if start.ndim or inexact:
+            raise RuntimeError("start must be an 0-dim integral Tensor.")
+        start = int(start)
+    first = operator.index(start)
     if not isinstance(input, ShardTensor):
         return input.narrow(dim, first, length)
     dim, length = operator.index(dim), operator.index(length)

@@ -21,6 +21,8 @@ def stft(
     align_to_window: bool | None = None,
 ) -> Tensor:
     """(..., L) to (..., frequencies, frames); torch.stft has padded the signal by then."""
+    if not (input.is_floating_point() or input.is_complex()):
+        raise RuntimeError(f"stft of {input.dtype}: expected floating point or complex values")
     hop, width = hop_length or n_fft // 4, win_length or n_fft
     if not 0 < n_fft <= input.shape[-1] or hop <= 0 or not 0 < width <= n_fft:
         raise RuntimeError(
