@@ -53,26 +53,53 @@ FIELDS = [
     "seconds",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent
-# what is above 1.10, as far as it is known
+# what is above 1.10, and why
 KINDS = """
-What is above 1.10, as far as it was traced:
+## What a model makes by itself
 
-- What a model makes of weights or sizes alone is plain, and whole on every rank; that is the floor.
-  A bias or score of each pair of tokens and its gradient (coatnet, efficientformer, maxvit,
-  convit), a network of a window's coordinates (swinv2_cr), standardised weights (dm_nfnet), the
-  mask of shifted windows (`masked_fill`: Swin2SR, SwinUNETR), `torch.zeros` of a spectrum's size
-  until modes are written to it (neuralop's FNOs; pn.FNO adds to it).
+A bias of each pair of tokens, the mask of shifted windows, a network of a window's coordinates,
+`torch.zeros` of a spectrum's size until modes are written to it: plain code makes these of sizes,
+indices and coordinates, and they are whole on every rank before they meet a shard.
 
-Not above it, but more than nothing:
+    st.parallelize(model, mesh, made_mb=16)
+
+makes them sharded, from 16 MiB on: where forward calls a function that begins such a tensor (zeros
+and kin, an index or embedding, repeats, each pair of two operands, a linear layer of what needs no
+gradient), each rank makes its own rows. What begins is a ShardTensor, on the axes that cut the
+model's input beside its batch, so what follows has rules; a bias's gradient is never whole, and
+that of its table is summed with those of other weights. A result less than four times what it is
+made of, such as a weight in another form, stays plain, and so do random numbers. It costs 1 to 2 us
+for each op of forward, is the same in a checkpoint's recomputation, and does nothing while
+`st.compile` records. Without gradients it may send more: rows of a bias that attention wants by
+heads.
+
+## Why some are above 1.10
+
+- Without `made_mb`: the above (`zeros`, `index`, `sub`, `masked_fill`, `empty_like` of a dropout).
+- efficientformerv2, with it: a bias is cut along the tokens that ask before it is known that this
+  attention of 8 heads on 8 ranks is cut by heads; the swap to heads is a fourth tensor beside
+  scores, bias and sum.
+- SwinUNETR, with it, on the first rank: a window is whole on a rank, and of 19 windows 8 ranks have
+  3 at most, which is 1.26 of a share in these layers. That is the floor.
+- dm_nfnet: standardised weights (`native_batch_norm` of them), which every rank uses whole. That is
+  the floor, as of weights.
+- mixer: a product over the cut dim keeps its rows of the weight dense (`clone`), an eighth of it;
+  its result of 0.5 MiB is whole on every rank.
+- Pix2Pix: a transposed convolution keeps its window (`new_empty`), a copy of the input with a row
+  more, which a convolution does not.
+
+## Not above it, but more than nothing
 
 - A ring has eleven blocks in flight beside the gradients of its operands: keys and values held and
   arriving, gradients leaving and arriving, and the kernel's three; of some heads, where these take
   turns.
 - Where the cut dim of a large tensor is taken away (a reduction, a row, a product over it), what
-  cut it cuts the largest dim that is left. A swap has three copies of a share in flight.
+  cut it cuts the largest dim that is left.
+- A swap has three copies of a share in flight; from 64 MiB of a share on it goes in four parts, and
+  has 1.5.
 - The first or last rank may hold more than one in the middle, where windows are padded or shifted.
-  Of 14 models tried at the ends, too (`--ends`), five hold more there, none of them above 1.10:
-  hf.Swin 1.09, swin_tiny 1.06, Pangu 1.03, vit_tiny 1.01, Fengwu 0.99.
+
+## Table
 """
 # MiB from which on what the model makes is made sharded, where more than so many shares are held
 MADE, MOST = 16.0, 1.1
@@ -256,7 +283,8 @@ def measure(name: str, ranks: int, middle: bool) -> dict[str, Any]:
         return max(every.items(), key=lambda pair: pair[1].parts.total())
 
     try:
-        row["rank"], found = largest(None)
+        most, found = largest(None)
+        row["rank"] = "" if middle else most
         row["peak"] = found.parts.total()
         row["ratio"] = round(row["peak"] / share, 3)
         told = [f"gathers {' '.join(found.gathered)}"] if found.gathered else []
@@ -302,16 +330,22 @@ def page(file: Path) -> str:
         rows = {r["model"]: r for r in csv.DictReader(f)}
     found = [rows[n] for n in LARGE if n in rows]
     ratios = [float(r["ratio"]) for r in found if r["ratio"]]
-    good, ranks = sum(r <= 1.1 for r in ratios), next(r["ranks"] for r in found if r["ranks"])
+    good, ranks = sum(r <= MOST for r in ratios), next(r["ranks"] for r in found if r["ranks"])
+    better = sum(float(r["made"] or r["ratio"]) <= MOST for r in found if r["ratio"])
+    older = sum(bool(r["ratio"]) and not r["rank"] for r in found)
+    names = {"": "middle only", "0": "first", str(int(ranks) - 1): "last"}
     lines = [
         "# Memory of models",
         "",
         "Third-party models, unmodified, at sizes that users have: a step of training, forward and",
-        f"backward, on a rank in the middle of {ranks}, one spatial dim of the input",
-        "sharded evenly. Peak: what the rank holds beyond weights, buffers and weights' gradients",
-        "when it holds most, over its share of the same on one device; 1.00 is a perfect split.",
-        f"At most 1.10: {good} of {len(ratios)}. Counted on fake tensors, which have sizes and no",
-        f"memory (torch {importlib.metadata.version('torch')}; `benchmarks/zoo_memory.py`).",
+        f"backward, on {ranks} ranks, one spatial dim of the input sharded evenly. Peak: what a",
+        "rank holds beyond weights, buffers and weights' gradients when it holds most, over its",
+        "share of the same on one device; 1.00 is a perfect split. Of the first rank, one in the",
+        "middle and the last, the one that holds most. Made: with `parallelize(made_mb=16)`. At",
+        f"most 1.10: {good} of {len(ratios)}, with it {better}. Counted on fake tensors, which",
+        f"have sizes and no memory (torch {importlib.metadata.version('torch')};",
+        f"`benchmarks/zoo_memory.py`). Of {older} rows only the rank in the middle was measured,",
+        "at an older commit.",
         "",
         "Beyond: modules that hold more than their share at that moment, in shares of the whole,",
         "and their largest op; or why the step cannot be planned: it reads values, or torch has no",
@@ -320,14 +354,16 @@ def page(file: Path) -> str:
         "",
         *KINDS.strip().splitlines(),
         "",
-        "| model | input | share MiB | peak | beyond |",
-        "|---|---|---|---|---|",
+        "| model | input | share MiB | peak | of rank | made | beyond |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in found:
         share = f"{float(r['share']) / 2**20:,.0f}" if r["share"] else "-"
         beyond = r["where"].replace("|", "/").replace(f"{ROOT}/", "")
+        of = names.get(r["rank"], "middle") if r["ratio"] else "-"
         lines.append(
-            f"| {r['model']} | {r['shape'] or '-'} | {share} | {r['ratio'] or '-'} | {beyond} |"
+            f"| {r['model']} | {r['shape'] or '-'} | {share} | {r['ratio'] or '-'} | {of} | "
+            f"{r['made'] or '-'} | {beyond} |"
         )
     return "\n".join(lines) + "\n"
 
