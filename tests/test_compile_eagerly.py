@@ -30,6 +30,11 @@ def hooked(x):
     return y
 
 
+def differentiated(x):
+    y = torch.tanh(x)
+    return torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)[0]
+
+
 def int_of_a_buffer(x):
     n = torch.tensor(2)
     return x[: int(n)] if int(n) > 1 else x
@@ -42,6 +47,7 @@ REFUSED = {
         "use_reentrant=False",
     ),
     "hook on a tensor": (hooked, "register_hook inside a compiled program"),
+    "gradient": (differentiated, "grad inside a compiled program"),
     "a value": (lambda x: x * 2 if x.sum() > 0 else x, "needs the value of a tensor"),
 }
 
@@ -81,6 +87,7 @@ def inside_another(x):
 # by name: a program, and how many lines below its first the graph breaks
 BREAKS = {
     "branch": (by_branch, by_branch, 2), "mask": (by_mask, by_mask, 1), "hook": (hooked, hooked, 2),
+    "gradient": (differentiated, differentiated, 2),
     "Function": (by_function, by_function, 1), "inner": (inside_another, by_branch, 2),
 }  # fmt: skip
 
@@ -188,7 +195,7 @@ def test_writes_to_tensors_happen_once(way, closed_over):
                 torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
 
 
-EAGER = {k: REFUSED[k][0] for k in ("Function", "hook on a tensor", "a value")}
+EAGER = {k: REFUSED[k][0] for k in ("Function", "hook on a tensor", "gradient", "a value")}
 EAGER["counter"] = Counted()
 
 

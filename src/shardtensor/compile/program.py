@@ -37,7 +37,7 @@ from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
 from .inputs import Own, key_of, parted, parts_of, seen
-from .refused import NoHooks, NoWrites
+from .refused import NoHooks, NoWrites, check_whole
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -338,6 +338,7 @@ class Compiled:
         finally:
             torch.set_grad_enabled(grad)
             tape.close()
+        check_whole(graph)
         draws = hoist(graph, tape)
         twins = state.used(graph)
         # questions about dtypes are traced too, and Dynamo does not take them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +35,7 @@ class NoHooks(torch.overrides.TorchFunctionMode):
 
     lost = {  # noqa: RUF012
         Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward,
-        torch.autograd.backward, Tensor.retain_grad,
+        torch.autograd.backward, Tensor.retain_grad, torch.autograd.grad,
     }  # fmt: skip
 
     def __torch_function__(
@@ -86,6 +86,17 @@ class NoWrites(TorchDispatchMode):
             if memory is not None and memory not in old:
                 self.made[memory] = x
         return out
+
+
+def check_whole(graph: fx.GraphModule) -> None:
+    """Raise where a graph holds a tensor without memory: what made it was not recorded."""
+    for node in graph.graph.nodes:
+        held = getattr(graph, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, Tensor) and probe.is_fake(held):
+            raise UnsupportedOpError(
+                "a compiled program takes a tensor that it did not make in a way that can be "
+                "recorded: leave this part out of st.compile"
+            )
 
 
 def _memory(x: Any) -> int | None:
