@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators matrix bench decode tiled gpu endurance extras release clean
+.PHONY: help .venv demo resume storms vit aero gallery test lint types unit quick format docs strict apart whole nightly fuzz campaigns operators matrix bench decode tiled gpu endurance extras typed release clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -109,6 +109,9 @@ endurance: .venv/.stamp ## A thousand steps, random kills, a hundred starts; ARG
 
 extras: .venv/.stamp ## Each extra alone, from the wheel in an environment of its own
 	OMP_NUM_THREADS=1 $(BIN)/python release/extras.py --pip="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))" $(ARGS)
+
+typed: .venv/.stamp ## The types of the public API, by pyright
+	$(BIN)/python release/typed.py $(ARGS)
 
 release: .venv/.stamp ## Wheel and sdist of a tag, looked through and tried: make release TAG=v0.2.0
 	OMP_NUM_THREADS=1 $(BIN)/python release/package.py --pip="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))" $(TAG) $(ARGS)
