@@ -89,6 +89,21 @@ def test_a_rank_that_caught_what_others_know_nothing_of_meets_them_no_more(name)
         assert ("this rank raised" if raises else "wait for each other") in after
 
 
+def test_a_compiled_program_sets_its_rank_apart():
+    def run():
+        net, mesh = torch.nn.Embedding(4, 2), make_mesh((2,))
+        call, found = st.compile(net, backend="aot_eager"), []
+        for last in (3, 9):
+            t = torch.tensor([0, 1, 2, last])
+            t = st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
+            found.append(raised(call, t))
+        return [e is None for e in found], str(raised(lambda: t.sum().item()))
+
+    (one, after), (other, later) = st.simulate(2, run)
+    assert one == [True, True] and other == [True, False]
+    assert "wait for each other" in after and "this rank raised IndexError" in later
+
+
 def test_an_index_that_all_ranks_have_is_an_error_of_all():
     def run():
         x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)], src_data_rank=None)

@@ -32,6 +32,7 @@ from ..errors import UnsupportedOpError
 from ..settings import setting
 from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
+from ..tensor.apart import note
 from ..tensor.tape import Tape
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
@@ -209,7 +210,11 @@ class Compiled:
         self.traced.move_to_end(key)
         drawn = [draw() for draw in graph.draws]
         tensors = [x for x in given if isinstance(x, Tensor)]
-        flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
+        try:
+            flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
+        except (RuntimeError, IndexError) as e:
+            note(e, self.fn, leaves, {})
+            raise
         form, kinds = graph.out
         flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
         return pytree.tree_unflatten(flat, form)
