@@ -292,14 +292,13 @@ def measure(name: str, ranks: int, middle: bool) -> dict[str, Any]:
             told += beyond(alone, found, share, ranks)
             _, made = largest(MADE)
             row["made"] = round(made.parts.total() / share, 3)
-            if row["made"] > MOST:
-                told += ["made: " + "; ".join(beyond(alone, made, share, ranks))]
+            if row["made"] > MOST and (left := beyond(alone, made, share, ranks)):
+                told += ["made: " + "; ".join(left)]
     except Exception as e:
         if "-v" in sys.argv:
             traceback.print_exc()
         told = [described(e)]
-    row["where"] = "; ".join(told)
-    return row | {"seconds": round(time.perf_counter() - begin, 1)}
+    return row | {"where": "; ".join(told), "seconds": round(time.perf_counter() - begin, 1)}
 
 
 def beyond(alone: Held, found: Held, share: float, ranks: int) -> list[str]:
@@ -326,8 +325,7 @@ def described(error: Exception) -> str:
 
 def page(file: Path) -> str:
     """The rows of a CSV file as a page: the last of each model, as the tables of models order."""
-    with file.open() as f:
-        rows = {r["model"]: r for r in csv.DictReader(f)}
+    rows = {r["model"]: r for r in csv.DictReader(file.read_text().splitlines())}
     found = [rows[n] for n in LARGE if n in rows]
     ratios = [float(r["ratio"]) for r in found if r["ratio"]]
     good, ranks = sum(r <= MOST for r in ratios), next(r["ranks"] for r in found if r["ranks"])
@@ -343,9 +341,8 @@ def page(file: Path) -> str:
         "share of the same on one device; 1.00 is a perfect split. Of the first rank, one in the",
         "middle and the last, the one that holds most. Made: with `parallelize(made_mb=16)`. At",
         f"most 1.10: {good} of {len(ratios)}, with it {better}. Counted on fake tensors, which",
-        f"have sizes and no memory (torch {importlib.metadata.version('torch')};",
-        f"`benchmarks/zoo_memory.py`). Of {older} rows only the rank in the middle was measured,",
-        "at an older commit.",
+        f"have no memory (torch {importlib.metadata.version('torch')}; benchmarks/zoo_memory.py).",
+        f"Of {older} rows only the rank in the middle was measured, at an older commit.",
         "",
         "Beyond: modules that hold more than their share at that moment, in shares of the whole,",
         "and their largest op; or why the step cannot be planned: it reads values, or torch has no",
@@ -372,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--middle", action="store_true", help="not the first and last rank")
+    parser.add_argument("--middle", action="store_true", help="this rank only")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--docs", type=Path, help="write the table of the rows of --csv")
     parser.add_argument("-v", action="store_true")
