@@ -87,6 +87,13 @@ def edge_of_scalar(x):
     return torch.autograd.grad(get_gradient_edge(x.square().sum()), x)
 
 
+def edge_before_a_write(x):
+    y = x * 1
+    before = get_gradient_edge(y)
+    y.mul_(3)
+    return torch.autograd.grad(y.square().sum(), [before, get_gradient_edge(y)])
+
+
 def into_dict(x):
     y = x.exp()
     y.sum().backward(inputs={"x": x}, retain_graph=True)
@@ -106,7 +113,7 @@ def all_of_them(x):
 @pytest.mark.parametrize(
     "fn",
     [prehook, prehook_of_addends, edge_in, edge_among, edge_out, edge_of_plain_loss, edge_backward,
-     edge_of_scalar, into_dict, all_of_them],
+     edge_of_scalar, edge_before_a_write, into_dict, all_of_them],
 )  # fmt: skip
 def test_as_on_one_device(fn, on):
     want = fn(points().requires_grad_())

@@ -24,23 +24,34 @@ from .shard_tensor import ShardTensor
 class ShardNode(Node):
     """A node of a local graph.
 
-    of: the local tensor that it made, or the node; a tensor keeps a graph of Python's nodes alive.
-    spec: how what it made lies, None if that is unknown. place: which of its results that is.
+    of: the local tensor that it made, which keeps a graph of Python's nodes alive, or the node; or
+    a ShardTensor whose local tensor nobody has made yet. spec: how what it made lies, None if that
+    is unknown. place: which of its results that is.
     """
 
-    def __init__(self, of: Any, spec: Spec | None, place: int | None = None) -> None:
+    def __init__(self, of: Any, spec: Spec | None, place: int = 0) -> None:
         self._of, self.spec, self._place = of, spec, place
+        if isinstance(of, ShardTensor):
+            self._kind = type(of)
+        else:
+            # a write in place gives the tensor another node
+            self.node = of.grad_fn if isinstance(of, Tensor) else of
+            self._place = of.output_nr if isinstance(of, Tensor) else place
 
     @cached_property
     def node(self) -> Any:
         """The node itself."""
-        of = self._of._local if isinstance(self._of, ShardTensor) else self._of
-        return of.grad_fn if isinstance(of, Tensor) else of
+        if type(self._of) is not self._kind:
+            raise UnsupportedOpError(
+                f"grad_fn of a tensor of {self.spec} that was read since, and may have been "
+                "written to: take grad_fn anew"
+            )
+        return self._of._local.grad_fn
 
-    @cached_property
+    @property
     def place(self) -> int:
-        of = self._of
-        return of.output_nr if self._place is None else self._place
+        self.node  # noqa: B018
+        return self._of.output_nr if isinstance(self._of, ShardTensor) else self._place
 
     def name(self) -> str:
         return str(self.node.name())
