@@ -8,7 +8,6 @@ refused. Walking the graph works as on any node.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -31,22 +30,27 @@ class ShardNode(Node):
 
     def __init__(self, of: Any, spec: Spec | None, place: int = 0) -> None:
         self._of, self.spec, self._place = of, spec, place
+        self._node: Any = None
         if isinstance(of, ShardTensor):
             self._kind = type(of)
         else:
             # a write in place gives the tensor another node
-            self.node = of.grad_fn if isinstance(of, Tensor) else of
+            self._node = of.grad_fn if isinstance(of, Tensor) else of
             self._place = of.output_nr if isinstance(of, Tensor) else place
 
-    @cached_property
+    @property
     def node(self) -> Any:
         """The node itself."""
+        # no cached_property: until Python 3.12 it locks, while this may wait for other ranks
+        if self._node is not None:
+            return self._node
         if type(self._of) is not self._kind:
             raise UnsupportedOpError(
                 f"grad_fn of a tensor of {self.spec} that was read since, and may have been "
                 "written to: take grad_fn anew"
             )
-        return self._of._local.grad_fn
+        self._node = self._of._local.grad_fn
+        return self._node
 
     @property
     def place(self) -> int:
