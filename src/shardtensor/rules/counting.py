@@ -391,11 +391,11 @@ def _runs(
         (places + first).view(y._spec.local_shape if dim is None else -1),
         y._spec if dim is None else y._spec.with_dims([rows]),
     )
+    alone = y._spec.with_dims([kept])
     return (
         wrap(
-            values.narrow(d, int(goes_on), n),
-            y._spec.with_dims([kept]) if dim is None else y._spec.replace({d: kept}),
+            values.narrow(d, int(goes_on), n), alone if dim is None else y._spec.replace({d: kept})
         ),
         to_dims(inverse, x._spec.dims if dim is None else [x._spec.dims[d]]),
-        wrap(times, y._spec.with_dims([kept])),
+        wrap(times, alone),
     )

@@ -1,0 +1,53 @@
+"""What copies of tensors, parameters and modules keep, against plain torch."""
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+
+D = torch.float64
+
+
+def copied(place):
+    """What copies of a tensor and of a parameter keep."""
+    x = place(torch.arange(10.0, dtype=D).view(5, 2))
+    plain, weight = x * 1, nn.Parameter(x * 2)
+    plain.requires_grad_()
+    for t in (plain, weight):
+        t.tag = {"a": 1}
+        (t * t).sum().backward()
+    module = nn.Module()
+    module.weight = weight
+    ways = (copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)))
+    seen = []
+    for t in (plain, weight, copy.deepcopy(module).weight):
+        for way in ways:
+            c = way(t)
+            seen += [isinstance(c, nn.Parameter), c.requires_grad, getattr(c, "tag", None)]
+            seen += [full(c), None if c.grad is None else full(c.grad)]
+    derived = pickle.loads(pickle.dumps(x.clone().requires_grad_() * 1))
+    copy.deepcopy(module).weight = nn.Parameter(x.clone())
+    return [*seen, derived.requires_grad]
+
+
+def full(x):
+    x = x.detach()
+    return x.full_tensor() if isinstance(x, st.ShardTensor) else x
+
+
+def test_copies_are_torchs():
+    want = copied(lambda x: x)
+
+    def run():
+        mesh = init_device_mesh("cpu", (3,))
+        return copied(lambda x: st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
+
+    for found in st.simulate(3, run):
+        assert len(found) == len(want)
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
