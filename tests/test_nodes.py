@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, register_multi_grad_hook
 from torch.distributed.tensor import Replicate, Shard
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -123,6 +125,90 @@ def test_as_on_one_device(fn, on):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def conv(x):
+    w = torch.randn(5, 1, 3, dtype=D, generator=torch.Generator().manual_seed(1))
+    return F.conv1d(x[:, None], w, padding=1)
+
+
+def conv_along(x):
+    w = torch.randn(5, 6, 3, dtype=D, generator=torch.Generator().manual_seed(1))
+    return F.conv1d(x.mT[None], w, padding=1)
+
+
+OPS = {
+    "cat": lambda x: torch.cat([x, 2 * x]),
+    "stack": lambda x: torch.stack([x, 2 * x]),
+    "conv": conv,
+    "conv_along": conv_along,
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "checkpoint": lambda x: checkpoint(lambda a: a.exp().sin(), x, use_reentrant=False),
+    "reentrant": lambda x: checkpoint(lambda a: a.exp().sin(), x, use_reentrant=True),
+    "row": lambda x: x[4],
+    "spectrum": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=0), n=7, dim=0),
+}
+
+
+def hooks(x, op):
+    y = op(x)
+    node, seen = y.grad_fn, []
+    assert y.grad_fn is node and y.grad_fn == node and repr(node).startswith("<")
+    gone = node.register_prehook(lambda g: seen.append(g[0] * 7))
+    node.register_prehook(lambda g: seen.append(g[0]))
+    node.register_prehook(lambda g: (g[0] * g[0].norm(),))
+    loss = (y.sin() * y).sum()
+    # also once the tensor has been read
+    node.register_prehook(lambda g: (g[0] + g[0].square().mean(),))
+    gone.remove()
+    loss.backward()
+    return x.grad, *seen
+
+
+def edges(x, op):
+    edge = get_gradient_edge(op(x))
+    size = torch.Size(edge.node._input_metadata[edge.output_nr].shape)
+    y = op(x)
+    given = torch.arange(float(size.numel()), dtype=D).view(size)
+    return (
+        *torch.autograd.grad(edge, x, given),
+        *torch.autograd.grad((y.sin() * y).sum(), [get_gradient_edge(y), x]),
+    )
+
+
+# torch.autograd.grad of a reentrant checkpoint raises
+@pytest.mark.parametrize(
+    ("name", "fn"),
+    [(name, fn) for name in OPS for fn in (hooks, edges) if (name, fn) != ("reentrant", edges)],
+)
+def test_results_of_ops(name, fn):
+    want = fn(points().requires_grad_(), OPS[name])
+    for on in CUTS[:2]:
+        for found in ranks(fn, on, OPS[name]):
+            assert len(found) == len(want)
+            for a, b in zip(found, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda g: g[0], lambda g: list(g), lambda g: (1.0,), lambda g: g * 2], ids=str
+)
+def test_what_torch_does_not_take_of_a_hook(made):
+    def run(x):
+        y = x.exp()
+        y.grad_fn.register_prehook(made)
+        with pytest.raises(Exception) as e:
+            y.sum().backward()
+        assert not isinstance(e.value, AssertionError)
+        return type(e.value), str(e.value).replace("ShardTensor", "Tensor")
+
+    want = run(points().requires_grad_())
+
+    def same(x):
+        assert run(x) == want
+        return ()
+
+    ranks(same, CUTS[1])
+
+
 def hook_after(x):
     x.exp().grad_fn.register_hook(lambda given, made: None)
 
@@ -143,6 +229,19 @@ def of_several(x):
     x.split(3, 1)[0].grad_fn.register_prehook(lambda g: None)
 
 
+def after_a_sum(x):
+    x.sum().grad_fn.register_hook(lambda given, made: None)
+
+
+def below_a_sum(x):
+    x.exp().mean().grad_fn.next_functions[0][0].register_hook(lambda given, made: None)
+
+
+def below_a_gather(x):
+    whole = x.redistribute(placements=[Replicate()]) if isinstance(x, st.ShardTensor) else x * 1
+    return whole.exp().grad_fn.next_functions[0][0].next_functions[0][0].register_hook(print)
+
+
 def inner_edge(x):
     y = x.exp().sin()
     torch.autograd.grad(y.sum(), GradientEdge(y.grad_fn.next_functions[0][0], 0))
@@ -155,8 +254,10 @@ def old_module_hook(x):
 
 
 @pytest.mark.parametrize(
-    "fn", [hook_after, saved, below, below_a_leaf, of_several, inner_edge, old_module_hook]
-)
+    "fn",
+    [hook_after, saved, below, below_a_leaf, of_several, after_a_sum, below_a_sum,
+     below_a_gather, inner_edge, old_module_hook],
+)  # fmt: skip
 def test_what_knows_local_tensors_only_is_refused(fn):
     fn(points().requires_grad_())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..registry import handlers, method
 from ..spec import Spec
 from . import layout
 from .aliases import refuse_stale
-from .nodes import ShardNode, edge_of
+from .nodes import ShardNode, edge_of, stand_for
 from .shard_tensor import ShardTensor
 
 # torch function -> what may handle it where an operand is lazy; NotImplemented: not this one
@@ -102,6 +103,8 @@ class Lazy(ShardTensor):
 
     __module__ = ShardTensor.__module__
     _recipe: Recipe
+    # the node that stands for what will make it
+    _waiting: ref[ShardNode] | None = None
 
     @classmethod
     def __torch_function__(
@@ -134,15 +137,24 @@ class Lazy(ShardTensor):
 
     @_local.setter
     def _local(self, local: Tensor) -> None:
-        self._become(local)
+        if self._waiting is not None and self._waiting() is not None:
+            # somebody holds the node of what is replaced
+            evaluate(self)
+            self._local = local
+        else:
+            self._become(local)
 
     def _become(self, local: Tensor) -> None:
         bypassed = self._recipe.bypassed
+        node = None if self._waiting is None else self._waiting()
+        self.__dict__.pop("_waiting", None)
         del self._recipe
         self.__class__ = ShardTensor  # type: ignore[assignment]
         self._local = local
         if bypassed:
             self._bypassed = True
+        if node is not None:
+            stand_for(self, node)
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -166,7 +178,13 @@ class Lazy(ShardTensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        return None if self._recipe.grad_fn is None else ShardNode(self, self._spec)
+        if self._recipe.grad_fn is None:
+            return None
+        node = None if self._waiting is None else self._waiting()
+        if node is None:
+            node = ShardNode(self._spec, self)
+            self._waiting = ref(node)
+        return node
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]

@@ -8,10 +8,12 @@ refused. Walking the graph works as on any node.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .. import _torch
 from ..errors import UnsupportedOpError
@@ -23,46 +25,41 @@ from .shard_tensor import ShardTensor
 class ShardNode(Node):
     """A node of a local graph.
 
-    of: the local tensor that it made, which keeps a graph of Python's nodes alive, or the node; or
-    a ShardTensor whose local tensor nobody has made yet. spec: how what it made lies, None if that
-    is unknown. place: which of its results that is.
+    spec: how what it made lies, None if that is unknown. of: a ShardTensor whose local tensor
+    nobody has made yet, which `stand` is called for when somebody does.
     """
 
-    def __init__(self, of: Any, spec: Spec | None, place: int = 0) -> None:
-        self._of, self.spec, self._place = of, spec, place
+    def __init__(self, spec: Spec | None, of: ShardTensor | None = None) -> None:
+        self.spec, self._of = spec, of
         self._node: Any = None
-        if isinstance(of, ShardTensor):
-            self._kind = type(of)
-        else:
-            # a write in place gives the tensor another node
-            self._node = of.grad_fn if isinstance(of, Tensor) else of
-            self._place = of.output_nr if isinstance(of, Tensor) else place
+        self._place, self._alive = 0, None
+
+    def stand(self, node: Any, place: int, alive: Any) -> None:
+        """Stand for a node, for which of its results, and keep what keeps it alive."""
+        self._node, self._place, self._alive, self._of = node, place, alive, None
 
     @property
     def node(self) -> Any:
         """The node itself."""
         # no cached_property: until Python 3.12 it locks, while this may wait for other ranks
-        if self._node is not None:
-            return self._node
-        if type(self._of) is not self._kind:
-            raise UnsupportedOpError(
-                f"grad_fn of a tensor of {self.spec} that was read since, and may have been "
-                "written to: take grad_fn anew"
-            )
-        self._node = self._of._local.grad_fn
+        if self._of is not None:
+            self._of._local  # noqa: B018
         return self._node
 
     @property
     def place(self) -> int:
         self.node  # noqa: B018
-        return self._of.output_nr if isinstance(self._of, ShardTensor) else self._place
+        return self._place
 
     def name(self) -> str:
         return str(self.node.name())
 
     @property
     def next_functions(self) -> tuple[tuple[Any, int], ...]:
-        return tuple((_below(node), place) for node, place in self.node.next_functions)
+        below: tuple[tuple[Any, int], ...] = self.node.next_functions
+        if self._plain():
+            return below
+        return tuple((_below(node, self), place) for node, place in below)
 
     @property
     def metadata(self) -> dict[Any, Any]:  # type: ignore[override]
@@ -85,24 +82,47 @@ class ShardNode(Node):
         if len(self.node._input_metadata) > 1:
             self._refuse("register_prehook")
 
+        # torch's errors name the hook
+        @wraps(fn)
         def run(grads: Sequence[Tensor | None]) -> Any:
             new = fn(tuple(None if g is None else methods["gradient"](g, spec) for g in grads))
-            if new is None:
-                return None
-            found = (new,) if isinstance(new, Tensor) else tuple(new)
-            return tuple(None if g is None else methods["cotangent"](g, spec) for g in found)
+            if not isinstance(new, tuple):
+                # None changes nothing; of anything else torch says what is wrong
+                return new
+            return tuple(methods["cotangent"](g, spec) if isinstance(g, Tensor) else g for g in new)
 
         return self.node.register_prehook(run)
 
-    def register_hook(self, fn: Callable[..., Any]) -> NoReturn:
-        """Refused: what the node passes on are gradients of local tensors of unknown specs."""
-        self._refuse("register_hook")
+    def register_hook(self, fn: Callable[..., Any]) -> Any:
+        """As torch's where all below is whole; else what is passed on lies nobody knows how."""
+        if not self._plain():
+            self._refuse("register_hook")
+        return self.node.register_hook(fn)
 
-    def _register_hook_dict(self, tensor: Tensor) -> NoReturn:
-        self._refuse("_register_hook_dict")
+    def _register_hook_dict(self, tensor: Tensor) -> Any:
+        if not self._plain():
+            self._refuse("_register_hook_dict")
+        return self.node._register_hook_dict(tensor)
+
+    def _plain(self) -> bool:
+        """Whether all tensors below are whole: no node of the library's own cuts or joins any."""
+        if self.spec is None or self.spec.varying or self.spec.partial:
+            return False
+        waiting = [self.node]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if _torch.is_python_node(node):
+                return False
+            for other, _ in node.next_functions:
+                if other is not None and other not in seen:
+                    seen.add(other)
+                    waiting.append(other)
+        return True
 
     def known(self, what: str) -> Spec:
         """How what the node made lies; raises UnsupportedOpError where that is unknown."""
+        self.node  # noqa: B018
         return self._refuse(what) if self.spec is None else self.spec
 
     def _refuse(self, what: str) -> NoReturn:
@@ -115,8 +135,8 @@ class ShardNode(Node):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("_saved_", "_raw_saved_")):
-            getattr(self.node, name)
-            self._refuse(name)
+            found = getattr(self.node, name)
+            return found if self._plain() else self._refuse(name)
         return getattr(self.node, name)
 
     def __eq__(self, other: object) -> bool:
@@ -133,17 +153,31 @@ class _Facts:
     """What a node knows of a result, with the global shape."""
 
     def __init__(self, spec: Spec, local: Any) -> None:
-        self.shape, self._facts = spec.shape, local
+        self.shape, self._facts = list(spec.shape), local
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._facts, name)
 
 
-def _below(node: Any) -> Any:
+# the nodes that somebody holds: a node is one object, as torch's are
+_held: WeakValueDictionary[tuple[int, int, Spec | None], ShardNode] = WeakValueDictionary()
+
+
+def _stands(node: Any, place: int, spec: Spec | None, alive: Any) -> ShardNode:
+    """Ours of a node."""
+    found = _held.get((id(node), place, spec))
+    if found is None:
+        found = _held[id(node), place, spec] = ShardNode(spec)
+        found.stand(node, place, alive)
+    return found
+
+
+def _below(node: Any, above: ShardNode) -> Any:
     """A node further down: its tensors are local, but for parameters, which are whole."""
     if node is None or isinstance(getattr(node, "variable", None), nn.Parameter):
         return node
-    return ShardNode(node, None, 0)
+    # only the graph keeps a node of Python alive
+    return _stands(node, 0, None, above if _torch.is_python_node(node) else None)
 
 
 @method
@@ -153,15 +187,30 @@ def node_of(x: ShardTensor) -> Any:
     if own is not None:
         return own
     local = x._local
-    if local.grad_fn is None or not (x._spec.varying or x._spec.partial):
-        return local.grad_fn
-    return ShardNode(local, x._spec)
+    if local.grad_fn is None:
+        return None
+    node, place, alive = get_gradient_edge(local)
+    return _stands(node, place, _told(x), alive)
+
+
+def stand_for(x: ShardTensor, node: ShardNode) -> None:
+    """Let a node stand for what made x, now that its local tensor is there."""
+    found, place, alive = get_gradient_edge(x._local)
+    node.spec = _told(x)
+    node.stand(found, place, alive)
+    _held.setdefault((id(found), place, node.spec), node)
+
+
+def _told(x: ShardTensor) -> Spec | None:
+    """How a gradient of x lies; None where gradients go past it."""
+    return None if x._bypassed else x._spec
 
 
 def accumulator(x: Tensor) -> Any:
     """The node that accumulates the gradient of a leaf."""
-    node = _torch.accumulator(x._local if isinstance(x, ShardTensor) else x)
-    return ShardNode(node, x._spec, 0) if isinstance(x, ShardTensor) else node
+    if not isinstance(x, ShardTensor):
+        return _torch.accumulator(x)
+    return _stands(_torch.accumulator(x._local), 0, x._spec, None)
 
 
 def raw(x: Any) -> Any:
@@ -182,5 +231,6 @@ def spec_of(x: Any) -> Spec | None:
 def edge_of(x: Any) -> Any:
     """What the engine takes for a GradientEdge; anything else as it is."""
     if isinstance(x, GradientEdge) and isinstance(x.node, ShardNode):
+        spec_of(x)
         return x._replace(node=x.node.node)
     return x
