@@ -92,11 +92,6 @@ def accumulator(leaf: torch.Tensor) -> Any:
         return leaf.view_as(leaf).grad_fn.next_functions[0][0]
 
 
-def is_python_node(node: Any) -> bool:
-    """Whether a node is of an autograd.Function."""
-    return isinstance(node, torch._C._FunctionBase)
-
-
 def install_ddp_hook(unwrap: Callable[[Any], Any]) -> None:
     """Let DDP look for unused parameters in the graphs of local tensors."""
     import torch.nn.parallel.distributed as ddp

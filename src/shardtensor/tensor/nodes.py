@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .. import _torch
@@ -112,7 +113,7 @@ class ShardNode(Node):
         seen = set(waiting)
         while waiting:
             node = waiting.pop()
-            if _torch.is_python_node(node):
+            if isinstance(node, BackwardCFunction):
                 return False
             for other, _ in node.next_functions:
                 if other is not None and other not in seen:
@@ -177,7 +178,7 @@ def _below(node: Any, above: ShardNode) -> Any:
     if node is None or isinstance(getattr(node, "variable", None), nn.Parameter):
         return node
     # only the graph keeps a node of Python alive
-    return _stands(node, 0, None, above if _torch.is_python_node(node) else None)
+    return _stands(node, 0, None, above if isinstance(node, BackwardCFunction) else None)
 
 
 @method
