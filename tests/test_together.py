@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
@@ -259,3 +260,36 @@ def test_the_first_node_of_a_thread_comes_before_what_waits():
     with ThreadPoolExecutor(1) as pool:
         first, highest = pool.submit(numbers).result()
     assert first > highest
+
+
+@pytest.mark.parametrize("cut", [(12, 0), (0, 12), (5, 0, 7)])
+@pytest.mark.parametrize("width", [4, 128])
+def test_parts_of_one_round_are_sent_in_one_order(cut, width):
+    """Of keys and values, whose sums come in one round, those of their weights come in another.
+
+    Which is first depends on the nodes that a rank has: a shard without rows is contiguous, for
+    which a linear layer has fewer of them.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(2, sum(cut), width, dtype=torch.float64)
+    weight, bias = torch.randn(3 * width, width).double(), torch.randn(3 * width).double()
+
+    def step(x):
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        rows = x.transpose(0, 1)
+        q, k, v = (
+            F.linear(rows, *each).contiguous().view(sum(cut), 4, -1).transpose(0, 1)
+            for each in zip(w.chunk(3), b.chunk(3), strict=True)
+        )
+        torch.bmm((torch.bmm(q, k.mT) / width).softmax(-1), v).square().mean().backward()
+        return w.grad, b.grad
+
+    want = step(x)
+
+    def run():
+        mesh = T.make_mesh((len(cut),))
+        return step(st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None, sizes={1: cut}))
+
+    for got in st.simulate(len(cut), run):
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).abs().max() < 1e-9

@@ -104,31 +104,43 @@ class Call:
 class Message:
     """Parts of gradients that are sent together, then their sums.
 
-    Parts of one tensor are added up before, and their sum is the first one's.
+    Parts of one tensor are added up before, and their sum is the first one's. They are sent in the
+    order of their nodes, last ones first: which of two `Wait`s of one number runs first differs
+    from rank to rank, and so does which part comes first of those that follow from them.
     """
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
+        # the number of the `Start` of each
+        self.numbers: list[int] = []
         # the tensors are kept, so that their ids are theirs
         self.known: dict[Any, tuple[int, Any]] = {}
         self.sums: list[Tensor] | None = None
 
-    def add(self, source: tuple[Any, int], part: Tensor) -> int | None:
+    def add(self, source: tuple[Any, int], part: Tensor, number: int) -> int | None:
         """Take a part; where its sum will be, None if in the place of another."""
         key = id(source[0]), source[1]
         if key in self.known:
             at, _ = self.known[key]
             self.parts[at] = self.parts[at] + part
+            if number > self.numbers[at]:
+                self.numbers[at] = number
             return None
         at = len(self.parts)
         self.known[key] = at, source[0]
         self.parts.append(part)
+        self.numbers.append(number)
         return at
 
     def send(self, group: str) -> None:
         """Sum the parts over the ranks."""
-        self.sums = reduce_op(self.parts, "sum", group)
-        self.parts = []
+        numbers, parts, self.parts = self.numbers, self.parts, []
+        if numbers == sorted(numbers, reverse=True):
+            self.sums = reduce_op(parts, "sum", group)
+            return
+        order = sorted(range(len(parts)), key=numbers.__getitem__, reverse=True)
+        sums = reduce_op([parts[i] for i in order], "sum", group)
+        self.sums = [sums[order.index(i)] for i in range(len(parts))]
 
 
 class Backward:
@@ -140,7 +152,9 @@ class Backward:
         self.alone: dict[Any, Message] = {}
         self.bytes = self.rounds = 0
 
-    def add(self, call: Call, parts: Sequence[Tensor]) -> tuple[Message, list[int | None]]:
+    def add(
+        self, call: Call, parts: Sequence[Tensor], number: int
+    ) -> tuple[Message, list[int | None]]:
         """The message of some parts, and where in it their sums will be."""
         if call.number is not None:
             message = self.alone.setdefault(_source(call), Message())
@@ -148,20 +162,28 @@ class Backward:
             key = call.group, parts[0].dtype, parts[0].device
             message = self.waiting.setdefault(key, Message())
             self.bytes += sum([g.numel() * g.element_size() for g in parts])
-        return message, [message.add(*each) for each in zip(call.sources, parts, strict=True)]
+        pairs = zip(call.sources, parts, strict=True)
+        return message, [message.add(*each, number) for each in pairs]
 
     def send(self, call: Call | None = None) -> None:
-        """Sum all that waits, in the order in which the first of each message came.
+        """Sum all that waits, in the order of the last node of each message.
 
-        call: one whose message is sent by itself.
+        call: one whose message is sent by itself, or with those of the same node's other results.
         """
         if call is not None and call.number is not None:
-            self.alone.pop(_source(call)).send(call.group)
-            return
-        waiting, self.waiting, self.bytes = self.waiting, {}, 0
-        self.rounds += 1
-        for (group, *_), message in waiting.items():
+            node = id(call.sources[0][0])
+            sent = {key: self.alone[key] for key in list(self.alone) if key[1] == node}
+            for key in sent:
+                del self.alone[key]
+        else:
+            sent, self.waiting, self.bytes = self.waiting, {}, 0
+            self.rounds += 1
+        for (group, *_), message in sorted(sent.items(), key=_last, reverse=True):
             message.send(group)
+
+
+def _last(sent: tuple[tuple[Any, ...], Message]) -> int:
+    return max(sent[1].numbers)
 
 
 def _source(call: Call) -> tuple[Any, ...]:
@@ -206,7 +228,7 @@ class Start(Identity):
         running = _running.get(call.task)
         if running is None:
             running = _running[call.task] = Backward()
-        call.place = running, *running.add(call, parts)
+        call.place = running, *running.add(call, parts, _torch.number_of(ctx))
         wait = call.wait()
         if wait is not None:
             # those of a later round come after all that the sums of this one lead to
