@@ -302,3 +302,75 @@ def test_a_bias_takes_its_share(way):
 def test_made_mb_is_a_number(value):
     with pytest.raises(ValueError, match=r"made_mb is .* a positive number"):
         st.Options(made_mb=value)
+
+
+class Made(nn.Module):
+    """Attention with a bias that make(weight) gives."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.weight = make, nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return (tokens @ tokens.mT + self.make(self.weight)).softmax(-1) @ tokens
+
+
+N = H * W
+PAIRS = torch.arange(N)[:, None] + torch.arange(N)
+
+
+def again(make):
+    return lambda w: checkpoint(make, w, use_reentrant=False)
+
+
+def drawn(w):
+    torch.manual_seed(7)
+    layer = nn.Linear(N, N)
+    return layer(torch.empty(N, N).normal_()).detach() + torch.empty(N, N).bernoulli_(0.5) * w[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: torch.full(size=(N, N), fill_value=0.5) * w[0],
+        lambda w: torch.cat([torch.empty(0), torch.arange(N).to(D).expand(N, N)]) * w[0],
+        lambda w: F.embedding(PAIRS % 8, w[:, None], None, None, 2.0, True).squeeze(-1),
+        lambda w: w[None, :, None].expand(2, 8, 3)[..., PAIRS % 8, :, None].sum((0, 3, 4)),
+        again(lambda w: torch.full((N, N), 0.5) * w[0] + w[PAIRS % 8]),
+        lambda w: torch.repeat_interleave(input=w[:1, None].expand(N, 1), repeats=N, dim=1),
+        drawn,
+    ],
+    ids=["keywords", "legacy", "frequencies", "ellipsis", "checkpoint", "repeats", "drawn"],
+)
+def test_relatives(make):
+    torch.manual_seed(8)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(D)
+    try:
+        model, x = Made(make), torch.randn(2, 4, H, W)
+        held(model, x, (3,), [Shard(2)], {2: (3, 0, 3)})
+        held(model, x, (2, 2), [Shard(2), Shard(3)])
+    finally:
+        torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: w[PAIRS % 8 + 8 * (PAIRS == 2 * N - 2)],
+        lambda w: w[PAIRS % 8 - 16 * (PAIRS == 2 * N - 2)],
+        lambda w: F.embedding(PAIRS % 8 + 8 * (PAIRS == 2 * N - 2), w[:, None]).squeeze(-1),
+        lambda w: w.index_select(0, (PAIRS % 8 - 8 * (PAIRS == 2 * N - 2)).flatten()).view(N, N),
+    ],
+)
+def test_an_index_that_torch_refuses_is_refused_on_all_ranks(make):
+    def run():
+        on = make_mesh((2,))
+        model = st.parallelize(Made(make).to(D), on, sync=False, made_mb=ALL)
+        x = st.distribute_tensor(torch.randn(1, 4, H, W).to(D), on, [Shard(2)], src_data_rank=None)
+        with pytest.raises(IndexError):
+            model(x)
+        return True
+
+    assert st.simulate(2, run) == [True, True]

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _torch, settings
 from .._torch import probe
 from ..rules import modes
+from ..rules.index import _entries as spelled
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import like
@@ -127,7 +128,7 @@ def sharding(where: Where) -> Iterator[None]:
 def around(inputs: Sequence[Any], least: float) -> AbstractContextManager[None]:
     """`sharding` where inputs of a model's forward lie; from how many bytes on."""
     where = None if _torch.is_tracing() else Where.of(inputs, least)
-    return nullcontext() if where is None else sharding(where)
+    return sharding(where) if where else nullcontext()
 
 
 settings.contexts["made"] = _Making
@@ -139,15 +140,17 @@ def _ours() -> bool:
     while frame is not None and frame.f_code.co_name != "_call_impl":
         name = frame.f_globals.get("__name__", "")
         if name.startswith("shardtensor.") and name != __name__:
-            return True
+            # a checkpoint calls a function of the model again, within backward
+            return name != settings.__name__
         frame = frame.f_back
     return False
 
 
 # of sizes ----------------------------------------------------------------------------------------
 
-_SIZED = (torch.zeros, torch.ones, torch.full, torch.empty)
-_NEW = (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty)
+# not empty ones: these are filled with random numbers, or become parameters
+_SIZED = (torch.zeros, torch.ones, torch.full)
+_NEW = (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full)
 _KNOWN = {"size", "dtype", "device", "fill_value"}
 
 
@@ -171,37 +174,35 @@ def _blank(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         device = torch.empty(0, device=device).device
     if func in (torch.zeros, Tensor.new_zeros):
         return modes.zeros(spec, facts.dtype, device)
-    fill = kwargs.get("fill_value", args[-1]) if "full" in func.__name__ else None
-    local = torch.empty(spec.local_shape, dtype=facts.dtype, device=device)
-    if "ones" in func.__name__:
-        local.fill_(1)
-    elif fill is not None:
-        local.fill_(fill)
+    fill = kwargs.get("fill_value", [1, *args][-1]) if "full" in func.__name__ else 1
+    local = torch.full(spec.local_shape, fill, dtype=facts.dtype, device=device)
     return wrap(local, spec)
 
 
 # of indices --------------------------------------------------------------------------------------
 
 
-def _is_index(x: Any) -> bool:
-    return isinstance(x, Tensor) and not (
-        x.is_floating_point() or x.dtype in (torch.bool, torch.uint8)
-    )
-
-
-def _rows(where: Where, x: Tensor, index: Tensor, shape: Callable[[], Any]) -> ShardTensor | None:
+def _rows(
+    where: Where, x: Tensor, index: Tensor, shape: Callable[[], Any], least: int, most: int
+) -> ShardTensor | None:
     """An index, cut along its rows if there are many, if what it takes of x is large.
 
     Of each pair of tokens the rows are those that ask, along which attention is cut.
+    least, most: what is in it; of others torch raises, on all ranks.
     """
     # the most there may be
     if not where.takes(x, index) or index.numel() * x.nbytes < where.least:
         return None
+    found = where.spec(index.shape)
+    if found is None or index.dtype not in (torch.int64, torch.int32):
+        return None
     if not where.grows(shape(), x.itemsize, x) or _ours():
         return None
-    found = where.spec(index.shape)
-    if found is None:
-        return None
+    # as far as it is known without waiting for a device
+    if index.device.type == "cpu" and not probe.is_fake(index):
+        low, high = torch.aminmax(index)
+        if low < least or high > most:
+            return None
     many = index.shape[0] >= ROWS * prod(where.mesh.size(a) for a in where.axes)
     return where.cut(index, 0 if many else found[0])
 
@@ -209,27 +210,32 @@ def _rows(where: Where, x: Tensor, index: Tensor, shape: Callable[[], Any]) -> S
 @_begin(Tensor.__getitem__)
 def _at(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
-    entries = index if type(index) is tuple else (index,)
+    given = index if type(index) is tuple else (index,)
+    if not any(isinstance(e, Tensor) for e in given):
+        return NotImplemented
+    entries = spelled(index, x.ndim) or []
     at = [i for i, e in enumerate(entries) if isinstance(e, Tensor)]
-    if len(at) != 1 or not _is_index(entries[at[0]]):
+    if len(at) != 1:
         return NotImplemented
     (i,) = at
+    n = x.shape[sum(e is not None for e in entries[:i])]
 
     def shape() -> Any:
         meta = tuple(e.to("meta") if isinstance(e, Tensor) else e for e in entries)
         return x.detach().to("meta")[meta].shape
 
-    rows = _rows(where, x, entries[i], shape)
+    rows = _rows(where, x, entries[i], shape, -n, n - 1)
     return NotImplemented if rows is None else x[(*entries[:i], rows, *entries[i + 1 :])]
 
 
 @_begin(torch.index_select, Tensor.index_select)
 def _select(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 3 or not isinstance(args[2], Tensor):
+    known = not kwargs and len(args) == 3 and isinstance(args[2], Tensor)
+    if not known or not args[0].ndim or args[2].ndim > 1:
         return NotImplemented
     x, dim, index = args
     per = x.numel() // max(1, x.shape[dim])
-    rows = _rows(where, x, index, lambda: (index.numel(), per))
+    rows = _rows(where, x, index, lambda: (index.numel(), per), 0, x.shape[dim] - 1)
     return NotImplemented if rows is None else func(x, dim, rows)
 
 
@@ -238,7 +244,12 @@ def _embedding(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
         return NotImplemented
     index, weight, *rest = args
-    rows = _rows(where, weight, index, lambda: (index.numel(), weight.shape[1]))
+    # options that need all indices
+    options = (*rest[3:], kwargs.get("scale_grad_by_freq"), kwargs.get("sparse"))
+    if any(options) or weight.ndim != 2:
+        return NotImplemented
+    n, width = weight.shape
+    rows = _rows(where, weight, index, lambda: (index.numel(), width), 0, n - 1)
     return NotImplemented if rows is None else func(rows, weight, *rest, **kwargs)
 
 
@@ -246,11 +257,11 @@ def _embedding(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _again(where: Where, x: Any, shape: Sequence[int], d: int, source: Tensor) -> Any:
-    """Rows of x along d, of which each rank has its own; None where it is not large."""
-    n = shape[d]
+    """Rows of x along d, of which each rank has its own; NotImplemented where it is not large."""
     if not where.takes(x) or not where.grows(shape, x.itemsize, x) or _ours():
-        return None
-    return None if n < where.mesh.size() else x.index_select(d, where.cut(source, 0))
+        return NotImplemented
+    few = shape[d] < where.mesh.size()
+    return NotImplemented if few else x.index_select(d, where.cut(source, 0))
 
 
 @_begin(Tensor.repeat)
@@ -268,31 +279,32 @@ def _repeat(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     source = torch.arange(shape[d], device=x.device) % wide[d]
     rows = _again(where, x.expand(wide), shape, d, source)
     rest = [1 if i == d else t for i, t in enumerate(times)]
-    return NotImplemented if rows is None else rows.repeat(rest)
+    return NotImplemented if rows is NotImplemented else rows.repeat(rest)
 
 
 @_begin(torch.repeat_interleave, Tensor.repeat_interleave)
 def _interleave(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, times, *rest = args if len(args) > 1 else (*args, kwargs.get("repeats"))
-    dim = rest[0] if rest else kwargs.get("dim")
-    if not isinstance(times, int) or not isinstance(dim, int) or kwargs.get("output_size"):
+    if not args:
+        return NotImplemented
+    x, *rest = args
+    times: Any = rest[0] if rest else kwargs.get("repeats")
+    dim: Any = rest[1] if len(rest) > 1 else kwargs.get("dim")
+    known = isinstance(times, int) and isinstance(dim, int) and not kwargs.get("output_size")
+    if not known or not -x.ndim <= dim < x.ndim:
         return NotImplemented
     d = dim % x.ndim
     shape = [n * times if i == d else n for i, n in enumerate(x.shape)]
     if prod(shape) * x.itemsize < where.least:
         return NotImplemented
-    source = torch.arange(shape[d], device=x.device) // times
-    rows = _again(where, x, shape, d, source)
-    return NotImplemented if rows is None else rows
+    return _again(where, x, shape, d, torch.arange(shape[d], device=x.device) // times)
 
 
 @_begin(Tensor.contiguous, Tensor.clone, torch.clone)
 def _dense(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An expanded tensor that is made dense."""
-    x = args[0] if args else None
-    if x is None or kwargs or len(args) > 1 or not where.takes(x):
+    if kwargs or len(args) != 1 or not where.takes(*args):
         return NotImplemented
-    return _cut(where, (x,), lambda found: func(*found), x.shape)
+    return _cut(where, args, lambda found: func(*found), args[0].shape)
 
 
 @_begin(torch.stack, torch.cat)
@@ -302,6 +314,9 @@ def _joined(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if len(args) > 2 or kwargs.keys() - {"dim"} or not isinstance(given, list | tuple):
         return NotImplemented
     if not given or not where.takes(*given) or sum(x.nbytes for x in given) < where.least:
+        return NotImplemented
+    # torch.cat passes over parts of shape (0,)
+    if any(x.ndim != given[0].ndim for x in given):
         return NotImplemented
     shape = func([x.detach().to("meta") for x in given], dim).shape
     dim %= len(shape)
