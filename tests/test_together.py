@@ -131,10 +131,10 @@ PROGRAMS = [once, kept, some_of, twice, broken, recomputed]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("rounds, small", [(64, 2**16), (2, 2**16), (64, 0)])
-def test_gradients(program, rounds, small, monkeypatch):
+@pytest.mark.parametrize("calls, small", [(1024, 2**16), (2, 2**16), (1024, 0)])
+def test_gradients(program, calls, small, monkeypatch):
     """Also where one sum leads to the next, and more often than sums wait for others."""
-    monkeypatch.setattr(together, "ROUNDS", rounds)
+    monkeypatch.setattr(together, "CALLS", calls)
     monkeypatch.setattr(together, "SMALL", small)
     want, wanted = gradients(program, squeeze=True)
     for cut in ((4, 3), (0, 5, 2)):
@@ -254,7 +254,7 @@ def test_the_first_node_of_a_thread_comes_before_what_waits():
     def numbers():
         together.begin()
         weight = torch.ones(3, requires_grad=True)
-        return [weight.view_as(weight).grad_fn._sequence_nr(), together.ROUNDS]
+        return [weight.view_as(weight).grad_fn._sequence_nr(), together.CALLS]
 
     # a new thread, whose first node it is
     with ThreadPoolExecutor(1) as pool:
@@ -263,13 +263,14 @@ def test_the_first_node_of_a_thread_comes_before_what_waits():
 
 
 @pytest.mark.parametrize("cut", [(12, 0), (0, 12), (5, 0, 7)])
-@pytest.mark.parametrize("width", [4, 128])
-def test_parts_of_one_round_are_sent_in_one_order(cut, width):
+@pytest.mark.parametrize("width, calls", [(4, 1024), (4, 2), (4, 3), (4, 5), (128, 1024)])
+def test_parts_of_one_round_are_sent_in_one_order(cut, width, calls, monkeypatch):
     """Of keys and values, whose sums come in one round, those of their weights come in another.
 
     Which is first depends on the nodes that a rank has: a shard without rows is contiguous, for
     which a linear layer has fewer of them.
     """
+    monkeypatch.setattr(together, "CALLS", calls)
     torch.manual_seed(0)
     x = torch.randn(2, sum(cut), width, dtype=torch.float64)
     weight, bias = torch.randn(3 * width, width).double(), torch.randn(3 * width).double()

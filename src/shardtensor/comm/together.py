@@ -26,8 +26,8 @@ from .sums import Identity, reduce_op
 
 # bytes of the gradients of one call up to which they wait, and of all that do
 SMALL, MOST = 2**16, 2**22
-# messages of one backward that wait for others
-ROUNDS = 64
+# calls of one backward that wait for others
+CALLS = 1024
 
 _here = local()
 
@@ -35,8 +35,8 @@ _here = local()
 def begin() -> None:
     """Let gradients of what this thread computes from now on wait for one another."""
     if not getattr(_here, "begun", False):
-        # numbers up to ROUNDS are those of `Wait`; 0 is that of parameters, which come last
-        _torch.skip_numbers(ROUNDS + 1)
+        # numbers up to CALLS are those of `Wait`; 0 is that of parameters, which come last
+        _torch.skip_numbers(CALLS + 1)
         _here.begun, _here.leaves, _here.fsdp = True, False, 0
 
 
@@ -105,8 +105,8 @@ class Message:
     """Parts of gradients that are sent together, then their sums.
 
     Parts of one tensor are added up before, and their sum is the first one's. They are sent in the
-    order of their nodes, last ones first: which of two `Wait`s of one number runs first differs
-    from rank to rank, and so does which part comes first of those that follow from them.
+    order of their nodes, last ones first: which of two nodes of one number runs first differs from
+    rank to rank, and so does which part comes first of those that follow from them.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Backward:
         self.waiting: dict[Any, Message] = {}
         # of one tensor each
         self.alone: dict[Any, Message] = {}
-        self.bytes = self.rounds = 0
+        self.bytes = self.calls = 0
 
     def add(
         self, call: Call, parts: Sequence[Tensor], number: int
@@ -177,7 +177,6 @@ class Backward:
                 del self.alone[key]
         else:
             sent, self.waiting, self.bytes = self.waiting, {}, 0
-            self.rounds += 1
         for (group, *_), message in sorted(sent.items(), key=_last, reverse=True):
             message.send(group)
 
@@ -230,10 +229,16 @@ class Start(Identity):
             running = _running[call.task] = Backward()
         call.place = running, *running.add(call, parts, _torch.number_of(ctx))
         wait = call.wait()
-        if wait is not None:
-            # those of a later round come after all that the sums of this one lead to
-            later = max(1, ROUNDS - running.rounds)
-            _torch.run_after(wait, later if call.number is None else call.number)
-        if running.rounds >= ROUNDS or running.bytes > MOST:
+        number = call.number
+        if number is None and running.calls < CALLS:
+            # later ones come after all that the sums of this one lead to; no two have one number:
+            # which of these is first differs from rank to rank
+            number = CALLS - running.calls
+            running.calls += 1
+        if number is None:
+            running.send()
+        elif wait is not None:
+            _torch.run_after(wait, number)
+        if running.bytes > MOST:
             running.send()
         return None, *parts
