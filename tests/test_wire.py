@@ -140,6 +140,12 @@ def addends(dtype):
         assert equal(sum(x.to(wide) for x in found).to(dtype), reduced("sum", dtype))
 
 
+def of_all(dtype):
+    for n in (4, 5000):  # straight to each other; gathered
+        found = wire.of_all(values(dist.get_rank(), n, dtype), group())
+        assert all(equal(x, values(r, n, dtype)) for r, x in enumerate(found))
+
+
 def whole_and_cut_sums(dtype):
     """Addends of a dtype that torch itself may not add up, made whole and cut."""
     if dtype in NUMBERS:
@@ -152,7 +158,7 @@ def whole_and_cut_sums(dtype):
 
 
 FUNCTIONS = [exchange, start_exchange, start_all_to_all, all_gather, all_gather_rows, broadcast,
-             all_reduce, start_all_reduce, addends, whole_and_cut_sums]  # fmt: skip
+             all_reduce, start_all_reduce, addends, of_all, whole_and_cut_sums]  # fmt: skip
 
 
 def every_function(dtype):

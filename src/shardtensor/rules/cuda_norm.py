@@ -41,13 +41,7 @@ def normalise(
     running: Running | None = None,
 ) -> Tensor:
     """As `normalise.normalise`; where it moves running itself, nothing is added to kept."""
-    if (
-        not x.is_cuda
-        or way.scattered
-        or way.group is None
-        or not _has_kernels(x)
-        or probe.is_proxied()
-    ):
+    if not _has_kernels(x) or way.scattered or way.group is None or probe.is_proxied():
         return program.normalise(x, weight, bias, way, kept)
     weight, bias = way.parts(weight, bias)
     way = replace(way, blocks=())
