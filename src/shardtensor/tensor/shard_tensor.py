@@ -66,6 +66,8 @@ class ShardTensor(torch.Tensor):
             return handlers[func](func, args, kwargs or {})
         except (RuntimeError, IndexError) as e:
             methods["explain"](e, func, args, kwargs)
+            if isinstance(e, IndexError):
+                methods["say_as_torch"](e, func, args, kwargs)
             raise
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as e:
             methods["say_as_torch"](e, func, args, kwargs)
