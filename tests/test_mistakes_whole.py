@@ -57,6 +57,22 @@ def test_as_torch_raises(name, place):
     assert st.simulate(3, run) == [torchs.type] * 3
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_what_a_hook_raises_is_no_mistake_of_the_call(error):
+    def run():
+        x = st.distribute_tensor(torch.ones(7, 6), T.make_mesh((3,)), [Shard(0)]).requires_grad_()
+        y = x.exp()
+
+        def hook(grad):
+            raise error("mine")
+
+        y.register_hook(hook)
+        with pytest.raises(error, match="mine"):
+            torch.autograd.grad(y.sum(), x)
+
+    st.simulate(3, run)
+
+
 def test_what_torch_takes():
     x = torch.arange(42.0, dtype=D).view(7, 6)
     fns = [lambda x: x[..., ...], lambda x: x[1, ..., ...], lambda x: torch.tile(x, (2,))]

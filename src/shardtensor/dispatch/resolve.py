@@ -24,7 +24,7 @@ from .axes import NOWHERE, mesh_of, met
 from .fallback import fall_back, into_plain, is_shard
 from .follow import NOT, begins_within, follow, hides, kind_of
 from .results import keep_result, saves_result
-from .trial import is_tried, try_out, vacant
+from .trial import ENGINE, is_tried, try_out, vacant
 from .writes import check_readable, stale, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
@@ -162,10 +162,6 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     return reflect
 
 
-# each asks for gradients of its operands as they are, on whatever meshes
-_ENGINE = (torch.autograd.grad, torch.Tensor.backward)
-
-
 def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
@@ -181,7 +177,7 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
         mesh = mesh_of(args, None)
         if kwargs and mesh is not NOWHERE:
             mesh = mesh_of(kwargs.values(), mesh)
-        if mesh is NOWHERE and func not in _ENGINE:
+        if mesh is NOWHERE and func not in ENGINE:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)

@@ -20,6 +20,8 @@ from ..registry import method
 from ..tensor import ShardTensor
 from ..tensor.redistribute import PLAIN
 
+# each asks for gradients of its operands as they are, on whatever meshes
+ENGINE = (torch.autograd.grad, torch.Tensor.backward)
 # elements up to which tensors are tried in their own shape
 OWN = 2**10
 # what a message says of an error that no value changes
@@ -84,7 +86,11 @@ def say_as_torch(error: Exception, func: Any, args: tuple[Any, ...], kwargs: Any
     if isinstance(error, UnsupportedOpError) or _torch.under_modes() or _torch.transforming():
         return
     given = args, kwargs or {}
-    tensors = [x for x in pytree.tree_leaves(given, is_leaf=_is_tensor) if _is_tensor(x)]
+    leaves = pytree.tree_leaves(given, is_leaf=_is_tensor)
+    if func in ENGINE or any(map(callable, leaves)):
+        # what a user's hook or function raised is no error of the call
+        return
+    tensors = [x for x in leaves if _is_tensor(x)]
     if any(type(x) not in (ShardTensor, *PLAIN) or x.layout is not torch.strided for x in tensors):
         return
     said = _raised(func, pytree.tree_map(_empty, given, is_leaf=_is_tensor))
