@@ -189,8 +189,15 @@ def under_default_device():
         out.index_add_(0, ends, values)
         return type(kept[0] if keep else out), T.full(out)
 
+    def indexed(keep):
+        values = nodes[ends]
+        out = torch.zeros(9, 3, dtype=D)
+        kept = [out] if keep else []
+        out[ends] = values
+        return type(kept[0] if keep else out), T.full(out)
+
     with torch.device("cpu"):
-        kinds = [fn(keep) for fn in (filled, added) for keep in (False, True)]
+        kinds = [fn(keep) for fn in (filled, added, indexed) for keep in (False, True)]
         with Passing():
             kinds += [filled(False)]
         one = torch.zeros(3, 9, 5, dtype=D)
@@ -204,10 +211,11 @@ def test_under_a_default_device():
     want[:, 0] = 0
     for kinds, same, one in st.simulate(2, under_default_device):
         found = [kind for kind, _ in kinds]
-        assert found == [st.ShardTensor, torch.Tensor, st.ShardTensor, torch.Tensor, torch.Tensor]
-        for i in (0, 1, 4):
+        assert found == [*[st.ShardTensor, torch.Tensor] * 3, torch.Tensor]
+        for i in (0, 1, 6):
             assert torch.equal(kinds[i][1], want)
         for i in (2, 3):
             times = torch.tensor([3.0, 3, *[2] * 7], dtype=D)[:, None]
             torch.testing.assert_close(kinds[i][1], X[0, :, :, 0].t() * times)
+            assert torch.equal(kinds[i + 2][1], X[0, :, :, 0].t())
         assert same and torch.equal(one[:, :, 0], X[0, :, :, 0])

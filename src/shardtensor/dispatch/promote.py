@@ -56,7 +56,7 @@ def adopt_indexed(x: Tensor, spec: Spec) -> bool:
     references = sys.getrefcount(x)
     if _torch.is_tracing():
         return False
-    only = references == _USUAL or references == _usual()
+    only = _is_only(references, _USUAL, _usual)
     return _become(x, spec, only, spec.mesh, None)
 
 
