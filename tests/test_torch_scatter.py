@@ -72,5 +72,7 @@ def test_what_has_no_rule_is_the_package_s():
             torch_scatter.segment_sum(asked, (shard, torch.tensor([0, 1, 2])), {})
         with pytest.raises(TypeError):
             torch_scatter.segment_sum(asked, (shard, ENDS[None], shard), {})
+        with pytest.raises(TypeError):
+            torch_scatter.segment_sum(asked, (shard.long(), ENDS[None]), {})
 
     st.simulate(2, rank)

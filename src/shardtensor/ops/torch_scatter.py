@@ -20,7 +20,8 @@ _MODULE = "torch_scatter.segment_csr.segment_"
 def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
     """Rows indptr[..., i] to indptr[..., i + 1] as one; of no rows zeros."""
     lead = indptr.ndim - 1
-    if out is not None or lead not in (0, 1) or not cut_axes(dims_of(src)[lead]):
+    served = out is None and lead in (0, 1) and src.is_floating_point()
+    if not served or not cut_axes(dims_of(src)[lead]):
         return function.__wrapped__(src, indptr, out)
     if not lead:
         return torch.segment_reduce(src, reduce, offsets=indptr, initial=0)
