@@ -54,9 +54,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
     if bias is None:
         return product
-    if torch.broadcast_shapes(product.shape, bias.shape) != product.shape:
+    shape, usual = product.shape, bias.shape == product.shape[-1:]
+    if not usual and torch.broadcast_shapes(shape, bias.shape) != shape:
         raise RuntimeError(
-            f"linear: a bias of shape {list(bias.shape)} for a result of {list(product.shape)}"
+            f"linear: a bias of shape {list(bias.shape)} for a result of {list(shape)}"
         )
     return torch.add(product, _cast(bias, product))
 
