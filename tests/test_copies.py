@@ -19,7 +19,7 @@ def copied(place):
     plain, weight = x * 1, nn.Parameter(x * 2)
     plain.requires_grad_()
     for t in (plain, weight):
-        t.tag = {"a": 1}
+        t.tag, t._tag = {"a": 1}, "b"
         (t * t).sum().backward()
     module = nn.Module()
     module.weight = weight
@@ -28,11 +28,14 @@ def copied(place):
     for t in (plain, weight, copy.deepcopy(module).weight):
         for way in ways:
             c = way(t)
-            seen += [isinstance(c, nn.Parameter), c.requires_grad, getattr(c, "tag", None)]
+            seen += [isinstance(c, nn.Parameter), c.requires_grad]
+            seen += [getattr(c, "tag", None), getattr(c, "_tag", None)]
             seen += [full(c), None if c.grad is None else full(c.grad)]
     derived = pickle.loads(pickle.dumps(x.clone().requires_grad_() * 1))
     copy.deepcopy(module).weight = nn.Parameter(x.clone())
-    return [*seen, derived.requires_grad]
+    buffer = nn.Buffer(x.clone(), persistent=False)
+    kept = [(isinstance(c, nn.Buffer), c.persistent) for c in (way(buffer) for way in ways)]
+    return [*seen, derived.requires_grad, *kept]
 
 
 def full(x):

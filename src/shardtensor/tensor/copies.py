@@ -13,10 +13,14 @@ from torch import nn
 from ..registry import method
 from .shard_tensor import ShardTensor, wrap
 
+# what the library sets on a tensor; torch's mark of a parameter
+_OWN = {*ShardTensor.__annotations__, "_bypassed", "_recipe", "_others", "_is_param"}
+
 
 def _attributes(x: ShardTensor) -> dict[str, Any]:
     """What a user has set on a tensor."""
-    return {k: v for k, v in vars(x).items() if not k.startswith("_")}
+    given = vars(x).items()
+    return {k: v for k, v in given if k not in _OWN and not k.startswith("_shardtensor")}
 
 
 def _marked(made: ShardTensor, x: ShardTensor) -> ShardTensor:
