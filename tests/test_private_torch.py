@@ -158,13 +158,16 @@ def resolved(path):
         for name in names[n:]:
             found = getattr(found, name)
         return found
+    raise AttributeError(f"no module of {path}")
 
 
 def exists(path):
+    """Whether there is such a name, also of what is None now, as the default group before a start."""
     try:
-        return resolved(path) is not None
+        resolved(path)
     except AttributeError:
         return False
+    return True
 
 
 def imports(tree):
