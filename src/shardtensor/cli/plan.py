@@ -173,9 +173,7 @@ def facts(e: Estimate, device: Device) -> dict[str, Any]:
         "mesh": e.layout.mesh,
         "near": e.layout.near,
         "sizes": {f"dim{d}": n for d, n in zip(e.layout.dims, e.layout.sizes, strict=False)},
-        "options": {
-            k: getattr(e.layout.options, k) for k in ("fsdp", "checkpoint", "offload", "precision")
-        },
+        "options": {k: getattr(e.layout.options, k) for k in OPTIONS},
         "fits": e.fits(device),
         "refused": e.refused,
         "memory": e.memory,

@@ -12,9 +12,8 @@ from .. import _torch
 from .._torch import probe
 from ..comm.define import KERNELS
 
-_UNLIKE = {torch.Tag.inplace_view, torch.Tag.dynamic_output_shape,
-           torch.Tag.data_dependent_output}  # fmt: skip
 _DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_UNLIKE = {torch.Tag.inplace_view, *_DEPENDS}
 
 
 class Op:
