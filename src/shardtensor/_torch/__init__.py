@@ -52,6 +52,7 @@ from .memory import (
     unwrapped,
 )
 from .ops import (
+    TOUCH_NOTHING,
     OpOverload,
     OpOverloadPacket,
     asks_for_overrides,
@@ -83,6 +84,7 @@ from .world import all_gather_flat, at_uncaught, default_store, ranks_among, thr
 __all__ = [
     "DEVICE_CONTEXT",
     "FUNCTION_OF_TRANSFORMS",
+    "TOUCH_NOTHING",
     "AttentionKernel",
     "Block",
     "OpOverload",

@@ -13,6 +13,11 @@ OpOverload = torch._ops.OpOverload
 OpOverloadPacket = torch._ops.OpOverloadPacket
 # -x as a view
 neg_view = torch._neg_view
+_aten = torch.ops.aten
+# ops that touch no memory
+TOUCH_NOTHING = {
+    _aten.view.default, _aten.detach.default, _aten.alias.default, _aten._unsafe_view.default
+}  # fmt: skip
 handle_torch_function_names = (
     "has_torch_function",
     "has_torch_function_unary",

@@ -27,9 +27,6 @@ from .. import _torch
 from ..comm.define import Looking
 from ..errors import UnsupportedOpError
 
-aten = torch.ops.aten
-# they touch no memory
-_VIEWS = {aten.view.default, aten.detach.default, aten.alias.default, aten._unsafe_view.default}
 # what makes the address of a tensor's memory known to others
 _ADDRESSES = {
     Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
@@ -171,7 +168,7 @@ class Paged(Looking):
         self.pager = pager
 
     def op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _VIEWS:
+        if func in _torch.TOUCH_NOTHING:
             return func(*args, **kwargs)
         given = _strided((args, kwargs))
         used = self.pager.use(given)

@@ -34,11 +34,6 @@ class Move(NamedTuple):
 
 
 Turn = Move | tuple[int, ...] | None
-_aten = torch.ops.aten
-# they touch no memory
-_VIEWS = {
-    _aten.view.default, _aten.detach.default, _aten.alias.default, _aten._unsafe_view.default
-}  # fmt: skip
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -124,7 +119,7 @@ class Ledger(probe.Watching):
 
     def _read(self, func: Any, given: list[Tensor]) -> None:
         """Note which tensors' memory an op reads."""
-        if func in _VIEWS:
+        if func in _torch.TOUCH_NOTHING:
             return
         found = (self._numbers.get(local(x).untyped_storage()._cdata) for x in given)
         read = tuple(n for n in found if n is not None)
