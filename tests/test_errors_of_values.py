@@ -102,6 +102,8 @@ def test_a_compiled_program_sets_its_rank_apart():
     (one, after), (other, later) = st.simulate(2, run)
     assert one == [True, True] and other == [True, False]
     assert "wait for each other" in after and "this rank raised IndexError" in later
+    # a module by its class: all that it consists of would be pages
+    assert "(Embedding of " in later
 
 
 def test_an_index_that_all_ranks_have_is_an_error_of_all():

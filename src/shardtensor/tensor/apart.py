@@ -53,7 +53,7 @@ def note(error: BaseException, func: Any, args: Any, kwargs: Any) -> None:
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor))
     for x in leaves:
         if isinstance(x, ShardTensor) and _varies(x):
-            name = getattr(func, "__name__", func)
+            name = getattr(func, "__name__", type(func).__name__)
             groups.part(
                 f"this rank raised {type(error).__name__}: {str(error).splitlines()[0]} ({name} of "
                 f"{x._spec}); the others may not have: they wait, or are in another step. Check "
