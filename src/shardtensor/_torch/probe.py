@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -199,9 +200,39 @@ def allocating() -> Iterator[list[tuple[float, int]]]:
             yield found
         finally:
             prof.stop()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    moves = _moves(prof.profiler.kineto_results.experimental_event_tree())
     # by nanoseconds: as seconds, moves that follow each other closely would fall together
-    found += [(1e-9 * e.start_ns(), e.nbytes()) for e in sorted(events, key=lambda e: e.start_ns())]
+    found += [(1e-9 * ns, nbytes) for ns, nbytes in _released(sorted(moves, key=lambda m: m[0]))]
+
+
+def _moves(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """(nanoseconds, address, signed bytes) of what is allocated and released in events."""
+    for e in events:
+        if e.name == "[memory]":
+            yield e.start_time_ns, e.extra_fields.ptr, e.extra_fields.alloc_size
+        yield from _moves(e.children)
+
+
+def _released(moves: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """(nanoseconds, signed bytes) with releases that the profiler does not see.
+
+    It does not follow the threads of gloo, which may be the last to hold a message. What lay where
+    a tensor is made has gone.
+    """
+    starts: list[int] = []
+    sizes: dict[int, int] = {}
+    for ns, at, nbytes in moves:
+        if nbytes > 0:
+            first, end = bisect_right(starts, at), bisect_left(starts, at + nbytes)
+            if first and starts[first - 1] + sizes[starts[first - 1]] > at:
+                first -= 1
+            for gone in starts[first:end]:
+                yield ns, -sizes.pop(gone)
+            starts[first:end] = [at]
+            sizes[at] = nbytes
+        elif sizes.pop(at, None) is not None:
+            del starts[bisect_left(starts, at)]
+        yield ns, nbytes
 
 
 def sequence_nr() -> int:
