@@ -64,10 +64,10 @@ def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
 
 
 class _Page:
-    __slots__ = ("filed", "nbytes", "resident")
+    __slots__ = ("filed", "nbytes")
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes, self.resident, self.filed = nbytes, True, False
+        self.nbytes, self.filed = nbytes, False
 
 
 class _Files:
@@ -75,47 +75,60 @@ class _Files:
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
-        self.pages: OrderedDict[tuple[int, int], _Page] = OrderedDict()
+        # in memory, the one used longest ago first; and those that are in files alone
+        self.held: OrderedDict[tuple[int, int], _Page] = OrderedDict()
+        self.gone: dict[tuple[int, int], _Page] = {}
         self.resident = self.filed = self.spilled = self.most = 0
 
     def see(self, rank: int, event: Move | tuple[int, ...]) -> None:
         if not isinstance(event, Move):
             self._read([(rank, n) for n in event])
-        elif event.nbytes > 0:
-            self.pages[rank, event.number] = _Page(event.nbytes)
-            self.resident += event.nbytes
+            return
+        key = rank, event.number
+        if event.nbytes > 0:
+            self._hold(key, _Page(event.nbytes))
+            return
+        page = self.held.pop(key, None)
+        if page is not None:
+            self.resident -= page.nbytes
         else:
-            page = self.pages.pop((rank, event.number), None)
-            if page is not None:
-                self.resident -= page.nbytes if page.resident else 0
-                self.filed -= page.nbytes if page.filed else 0
+            page = self.gone.pop(key, None)
+        if page is not None and page.filed:
+            self.filed -= page.nbytes
+
+    def _hold(self, key: tuple[int, int], page: _Page) -> None:
+        self.held[key] = page
+        self.resident += page.nbytes
 
     def _read(self, keys: list[tuple[int, int]]) -> None:
         largest = 0
         for key in keys:
-            page = self.pages.get(key)
-            if page is None:
-                continue
-            self.pages.move_to_end(key)
-            largest = max(largest, page.nbytes)
-            if not page.resident:
+            page = self.held.get(key)
+            if page is not None:
+                self.held.move_to_end(key)
+            elif key in self.gone:
+                page = self.gone.pop(key)
                 self._room(page.nbytes, keys)
-                page.resident = True
-                self.resident += page.nbytes
+                self._hold(key, page)
+            else:
+                continue
+            largest = max(largest, page.nbytes)
         # a result like the largest argument
         self._room(largest, keys)
 
     def _room(self, nbytes: int, used: list[tuple[int, int]]) -> None:
-        if self.resident + nbytes <= self.memory:
-            return
-        for key, page in self.pages.items():
+        going = []
+        for key, page in self.held.items():
             if self.resident + nbytes <= self.memory:
-                return
-            if page.resident and key not in used:
-                page.resident = False
-                self.resident -= page.nbytes
-                if not page.filed:
-                    page.filed = True
-                    self.spilled += page.nbytes
-                    self.filed += page.nbytes
-                    self.most = max(self.most, self.filed)
+                break
+            if key in used:
+                continue
+            going.append(key)
+            self.resident -= page.nbytes
+            if not page.filed:
+                page.filed = True
+                self.spilled += page.nbytes
+                self.filed += page.nbytes
+                self.most = max(self.most, self.filed)
+        for key in going:
+            self.gone[key] = self.held.pop(key)
