@@ -355,6 +355,23 @@ def test_relatives(make):
         torch.set_default_dtype(default)
 
 
+class Again(nn.Module):
+    """A checkpoint of a function that makes its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Made(lambda w: torch.full((N, N), 0.5).to(w) * w[0] + w[PAIRS % 8])
+
+    def forward(self, x):
+        return checkpoint(lambda y: self.inner.forward(y), x * 2, use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_of_a_function():
+    torch.manual_seed(9)
+    x = torch.randn(2, 4, H, W, dtype=D, requires_grad=True)
+    held(Again(), x, (3,), [Shard(2)], {2: (3, 0, 3)})
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -140,8 +140,9 @@ def _ours() -> bool:
     while frame is not None and frame.f_code.co_name != "_call_impl":
         name = frame.f_globals.get("__name__", "")
         if name.startswith("shardtensor.") and name != __name__:
-            # a checkpoint calls a function of the model again, within backward
-            return name != settings.__name__
+            # a checkpoint calls a function of the model again, within backward; not a reentrant one
+            names = {f.f_code.co_name for f in (frame, frame.f_back) if f is not None}
+            return name != settings.__name__ or not names.isdisjoint(("forward", "backward"))
         frame = frame.f_back
     return False
 
