@@ -230,6 +230,8 @@ BEGIN = {
     "a part": lambda x: x.split(3)[1],
     "one of all": lambda x: x.unbind(1)[2],
     "a diagonal": lambda x: x.diagonal(1),
+    "a diagonal, by names": lambda x: torch.diagonal(offset=1, input=x),
+    "a part, by names": lambda x: torch.chunk(chunks=2, input=x)[1],
     "a turned slice": lambda x: x[:, 3:].t(),
     "a slice joined": lambda x: x[2:].reshape(-1),
     "a slice of what was reshaped": lambda x: x.reshape(4, 12)[1:],

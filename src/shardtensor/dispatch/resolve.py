@@ -196,8 +196,10 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
             follow(kind, func, args, kwargs, out)
         if kept:
             keep_result(out)
-        if within and args and args[0].__class__ is ShardTensor:
-            take_rows(args[0])
+        if within:
+            for x in args[:1] or kwargs.values():
+                if x.__class__ is ShardTensor:
+                    take_rows(x)
         return out
 
     return run
