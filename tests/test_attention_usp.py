@@ -13,6 +13,7 @@ import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import ring, strategy
 from shardtensor.attention.schedule import seated, teams
+from shardtensor.comm import ops
 
 D = torch.float64
 R, S2 = Replicate(), Shard(2)
@@ -143,6 +144,26 @@ def test_two_axes(causal):
     T.hold(fn, operands(), [one, other, other], (4, 2))
     T.hold(fn, operands(), [other, one, one], (4, 2))
     T.hold(fn, operands(), [T.On([R, S2]), other, other], (2, 4))
+
+
+@pytest.mark.parametrize("keys", [1, 5])
+def test_a_mask_of_a_single_query(keys):
+    """Whose rows are cut as the query is: most ranks have none."""
+    one, many = T.shard(2, (0, 1, 0, 0)), T.shard(2, (keys, 0, 0, 0))
+    given = operands(4, 4, tokens=1, keys=keys)
+    for shape in ((1, keys), (2, 4, 1, keys)):
+        mask = torch.randn(shape, dtype=D, generator=torch.manual_seed(0))
+        for rows in (None, T.shard(len(shape) - 2, (0, 1, 0, 0))):
+            T.hold(attention(), [*given, mask], [one, many, many, rows], (4,), atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_teams_of_many_and_of_few_tokens_send_as_many_messages(causal, monkeypatch):
+    """What is large for one team, and would go in parts, is small for the other."""
+    monkeypatch.setattr(ops, "LARGE_SHARE", 2000)
+    place = T.shard(2, (6, 4, 1, 1))
+    given = operands(4, 4, width=4, out=4)
+    T.hold(attention(is_causal=causal), given, [place] * 3, (4,))
 
 
 def sent(kind, ranks, causal=False, heads=12, grad=False):

@@ -292,7 +292,8 @@ def _swap(
     shape = _resized(_resized(x.shape, old, old_sizes.offsets[-1]), new, new_sizes[me])
     rest = [n if d not in (old, new) else 1 for d, n in enumerate(x.shape)]
     share = old_sizes.offsets[-1] * new_sizes.offsets[-1] * x.element_size() / len(old_sizes)
-    if prod(rest) * share < LARGE_SHARE or max(rest) < SLABS:
+    # as many messages on all ranks: some of them do not know how much the others have
+    if 0 < len(among) < groups.size(group) or prod(rest) * share < LARGE_SHARE or max(rest) < SLABS:
         return _swapped(x, old, new, old_sizes, new_sizes, shape, among, group)
     out = empty(x, shape)
     slabs = rest.index(max(rest))

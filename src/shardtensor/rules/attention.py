@@ -100,7 +100,9 @@ def scaled_dot_product_attention(
         rows = "one"
     elif goes.kind == "usp" and for_mask is not None and not isinstance(masked, Spec):
         # a mask that every rank has needs no exchange within a team
-        rows, for_mask = "whole", (*for_mask[:-2], for_mask[-2].whole, for_mask[-1])
+        rows = "whole"
+    if goes.kind == "usp" and for_mask is not None and rows != "own":
+        for_mask = (*for_mask[:-2], for_mask[-2].whole, for_mask[-1])
     if p.lies and attn_mask is None:
         # as `fit` does, at a fraction of its cost
         q, k, v, mask = query._local, key._local, value._local, None  # type: ignore[attr-defined]
