@@ -116,6 +116,19 @@ def test_an_index_that_all_ranks_have_is_an_error_of_all():
     assert st.simulate(2, run) == pytest.approx([X.sum().item()] * 2)
 
 
+@pytest.mark.parametrize("cut", [(3, 3), (3, 0, 3), (3, 3, 0)])
+@pytest.mark.parametrize("row", [6, 9, -1])
+def test_a_row_that_a_cut_table_lacks_is_an_error_of_all(cut, row):
+    def run():
+        mesh = make_mesh((len(cut),))
+        x = st.distribute_tensor(X, mesh, [Shard(0)], src_data_rank=None, sizes={0: cut})
+        error = raised(lambda: F.embedding(torch.tensor([0, row]), x))
+        assert isinstance(error, IndexError), repr(error)
+        return x.sum().item()
+
+    assert st.simulate(len(cut), run) == pytest.approx([X.sum().item()] * len(cut))
+
+
 def test_a_failure_travels_with_the_loss():
     def run():
         mesh = make_mesh((2,))

@@ -50,8 +50,8 @@ def embedding(
             "gradients need all indices on one rank; set both to False"
         )
     w, i = p.fit((weight, indices))
+    same = not p.spec(p.terms[1]).varying
     if not p.summed:
-        same = not p.spec(p.terms[1]).varying
         rest = (padding_idx, scale_grad_by_freq, sparse)
         return p.result(alike(same, torch.embedding, w, i, *rest))
     rows = p.spec(("v",))
@@ -60,10 +60,10 @@ def embedding(
     # an index that no rank has is passed on, so that torch complains
     others = (i >= 0) & (i < rows.shape[0]) & ~mine
     own = padding_idx - first if first <= padding_idx < last else -1
-    if w.shape[0]:
-        found = torch.embedding(w, torch.where(others, 0, i - first), own)
-    else:
-        found = w.new_zeros(*i.shape, w.shape[1]) + w.sum()
+    at = torch.where(others, 0, i - first)
+    if not w.shape[0]:
+        w, at = w.new_zeros(1, w.shape[1]) + w.sum(), torch.where(others, 0, -1)
+    found = alike(same, torch.embedding, w, at, own)
     return p.result(torch.where(mine.unsqueeze(-1), found, 0))
 
 
