@@ -232,6 +232,37 @@ def test_values_with_a_mask_that_hides_blocks_and_rows(cut):
     T.hold(attend, given, [*[T.shard(2, cut)] * 3, None], (len(cut),))
 
 
+def test_what_counts_keys_is_held_for_one_block():
+    """Blocks of other sizes see parts of what the largest has."""
+    top, memory = counted.Top(torch.zeros(1)), set()
+    for keys in (7, 3, 5, 7, 1):
+        more, values = top.added(torch.ones(2, 3, keys, 4))
+        memory.add(values.untyped_storage().data_ptr())
+        size = values.amax()
+        want = torch.zeros(2, 3, keys + more.shape[2], 4)
+        want[:, :, :keys, 0] = want[:, :, keys:, 1] = size
+        assert size > 0 and torch.equal(values, want) and not more.any()
+    assert len(memory) == 1
+
+
+@pytest.mark.parametrize("way", ["ring", "gather"])
+def test_rows_with_a_nan_in_their_mask_are_nan(way):
+    mask = numbers(2, 1, 8, 8)[0]
+    mask[:, :, 1, 2] = mask[:, :, 6, 7] = mask[0, :, 4] = torch.nan
+    given = numbers(2, 4, 8, 4)
+    plain = F.scaled_dot_product_attention(*given, mask)
+    assert plain.isnan().any() and plain.isfinite().any()
+
+    def run():
+        mesh = make_mesh((2,))
+        x = [st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None) for x in given]
+        with strategy(way):
+            return F.scaled_dot_product_attention(*x, mask).full_tensor()
+
+    for found in st.simulate(2, run):
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 5, 7), (2, 1, 1, 16), (2, 3, 5, 33), (1, 1, 5, 1)], ids=str
 )

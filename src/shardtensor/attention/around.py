@@ -182,9 +182,8 @@ def in_turns(call: Call, q: Tensor, k: Tensor, mask_grad: bool) -> list[tuple[Sp
     if call.team > 1 or call.drop or mask_grad or not (heads and groups and q.shape[0]):
         return [((0, heads), (0, groups))]
     times = heads // groups
-    rows = max(sum(n for _, n in spans) for spans in call.laid.queries)
     least = ROWS if q.device.type == "cpu" else 8 * ROWS
-    each = min(groups, max(1, -(-least // max(1, q.shape[0] * times * rows))))
+    each = min(groups, max(1, -(-least // max(1, q.shape[0] * times * call.rows))))
     # as even as can be
     each = -(-groups // -(-groups // each))
     ends = [(a, min(a + each, groups)) for a in range(0, groups, each)]

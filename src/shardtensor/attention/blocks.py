@@ -106,13 +106,14 @@ def _of_numbers(
     """out and sums of a block with a mask of numbers; top: None where it is the only block."""
     assert block.bias is not None
     most = _most(block.bias)
-    sees = most > -inf
+    # a row with a NaN sees it
+    sees = most != -inf
     torch.where(sees.unsqueeze(-1), out, numbers(out).zero, out=out)
     if top is None:
         torch.where(sees, lse, numbers(lse).hidden, out=lse)
         return out, torch.stack((lse, torch.ones_like(lse)))
     # a kernel may take numbers of such size for -inf, and gives 0 then
-    torch.where(most >= HUGE, lse, numbers(lse).nothing, out=lse)
+    torch.where(most < HUGE, numbers(lse).nothing, lse, out=lse)
     return out, counted(q, k, block, top, lse)
 
 
@@ -173,7 +174,7 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     """Rows with a log-sum-exp that has lost digits, None without any.
 
     Not on CUDA, where the question would wait for the device: scores of such size have lost as many
-    digits already, and rows of a mask of such numbers are `_counted`. Nor of a plan's tensors: they
+    digits already, and rows of a mask of such numbers are `counted`. Nor of a plan's tensors: they
     have no values.
     """
     if not _looked_at(lse) or not lse.numel():

@@ -121,6 +121,12 @@ class Call(Facts):
         return laid(self.n, self.q_starts, self.q_sizes, starts, sizes, self.causal)
 
     @cached_property
+    def rows(self) -> int:
+        """The most queries that a rank has."""
+        each = len(self.q_sizes) // (self.n * self.together)
+        return max(sum(self.q_sizes[i : i + each]) for i in range(0, len(self.q_sizes), each))
+
+    @cached_property
     def queries(self) -> tuple[Span, ...]:
         """The spans of this rank's queries."""
         each = len(self.q_starts) // (self.n * self.together)

@@ -34,7 +34,8 @@ class Top:
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
         self.rows: tuple[Tensor, Tensor, Tensor] | None = None
-        self.values: dict[int, tuple[Tensor, Tensor]] = {}
+        # of the largest block so far
+        self.values: list[tuple[Tensor, Tensor]] = []
 
     def cut(self, rows: tuple[int, int]) -> Top:
         """Those of some rows."""
@@ -56,13 +57,14 @@ class Top:
     def added(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """(keys to add, values that tell the block's keys and those apart) for so many keys."""
         keys = k.shape[2]
-        if keys not in self.values:
+        if not self.values or self.values[0][1].shape[2] < keys + _MORE:
             # as wide as keys, which kernels for CPUs ask for
             values = k.new_zeros((*k.shape[:2], keys + _MORE, k.shape[-1]))
             values[:, :, :keys, 0] = _SIZE
             values[:, :, keys:, 1] = _SIZE
-            self.values[keys] = torch.zeros_like(values[:, :, :_MORE]), values
-        return self.values[keys]
+            self.values[:] = [(torch.zeros_like(values[:, :, :_MORE]), values)]
+        more, values = self.values[0]
+        return more, values[:, :, -(keys + _MORE) :]
 
 
 def top_of(mask: Tensor | None) -> Top | None:

@@ -41,5 +41,5 @@ def beside(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lies(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x is what `_beside` gives."""
+    """Whether x is what `beside` gives."""
     return x.dtype is dtype and x.transpose(1, 2).is_contiguous()
