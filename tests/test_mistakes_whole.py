@@ -73,6 +73,22 @@ def test_what_a_hook_raises_is_no_mistake_of_the_call(error):
     st.simulate(3, run)
 
 
+def test_a_bias_with_rows():
+    """As torch takes it: of the rows of the whole, not of those of a shard."""
+    x, weight = torch.arange(42.0, dtype=D).view(7, 6), torch.arange(12.0, dtype=D).view(2, 6)
+    for bias in (torch.arange(14.0, dtype=D).view(7, 2), torch.arange(7.0, dtype=D).view(7, 1)):
+        for cut in T.cuts(7):
+            T.hold(F.linear, [x, weight, bias], [T.shard(0, cut), None, None], (len(cut),))
+
+    def run():
+        place = {"src_data_rank": None, "sizes": {0: (4, 3)}}
+        shard = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(0)], **place)
+        with pytest.raises(RuntimeError):
+            F.linear(shard, weight, torch.ones(4, 2, dtype=D))
+
+    st.simulate(2, run)
+
+
 def test_what_torch_takes():
     x = torch.arange(42.0, dtype=D).view(7, 6)
     fns = [lambda x: x[..., ...], lambda x: x[1, ..., ...], lambda x: torch.tile(x, (2,))]

@@ -35,7 +35,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b; a weight that is the same on all ranks gets its whole gradient."""
     if isinstance(input, ShardTensor) and not isinstance(weight, ShardTensor):
         spec = input._spec
-        if not spec.dims[-1].axes and not spec.partial and not isinstance(bias, ShardTensor):
+        # a bias with rows is cut as these are
+        row = bias is None or (not isinstance(bias, ShardTensor) and bias.ndim < 2)
+        if row and not spec.dims[-1].axes and not spec.partial:
             out, group = _linear(spec, weight.shape)
             whole: Any = beside(spec, group, weight, bias)
             if whole is not None:
