@@ -29,7 +29,7 @@ from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from . import flat
 from .empty import stock
-from .pool import result_dtype, some_channels
+from .pool import hold_to_dims, result_dtype, some_channels
 
 _MAX: dict[int, Callable[..., Any]] = {
     1: torch.adaptive_max_pool1d,
@@ -303,6 +303,7 @@ def _define_adaptive(n: int) -> None:
 
     @rule(f"adaptive_avg_pool{n}d")
     def adaptive_avg_pool(input: ShardTensor, output_size: Any) -> Any:
+        hold_to_dims(input, n, getattr(F, f"adaptive_avg_pool{n}d"), output_size)
         x = _floating(input, f"adaptive_avg_pool{n}d")
         targets = _targets(x, n, output_size)
         if all(m == 1 for m in targets):
@@ -315,6 +316,7 @@ def _define_adaptive(n: int) -> None:
 
     @rule(f"adaptive_max_pool{n}d")
     def adaptive_max_pool(input: ShardTensor, output_size: Any) -> Any:
+        hold_to_dims(input, n, getattr(F, f"adaptive_max_pool{n}d"), output_size)
         x = _floating(input, f"adaptive_max_pool{n}d")
         targets = _targets(x, n, output_size)
         spec, here, plans = _split_up(x, n, targets)

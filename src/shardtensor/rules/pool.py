@@ -41,6 +41,12 @@ def _stencils(
     return found
 
 
+def hold_to_dims(x: ShardTensor, n: int, op: Callable[..., Any], size: Any) -> None:
+    """Raises torch's own error for an input of other than n dims, channels and perhaps a batch."""
+    if x.ndim not in (n + 1, n + 2):
+        op(x._local.new_zeros([1] * x.ndim), size)
+
+
 def _kernels(found: dict[int, Stencil]) -> tuple[list[int], list[int]]:
     return [s.size for s in found.values()], [s.stride for s in found.values()]
 
@@ -82,6 +88,7 @@ def _max_pool(
     indices: bool,
 ) -> tuple[ShardTensor, ShardTensor | None]:
     """(largest values, their flat places where asked for) of windows."""
+    hold_to_dims(input, n, _MAX[n], [1] * n)
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
@@ -193,6 +200,7 @@ def _avg_pool(
     """Means of windows; those at the edges count what torch counts."""
     if divisor == 0:
         raise RuntimeError("divisor must be not zero")
+    hold_to_dims(input, n, _AVG[n], [1] * n)
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, 1, ceil_mode)
     first = x.ndim - n
