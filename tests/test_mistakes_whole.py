@@ -78,6 +78,12 @@ def test_what_a_hook_raises_is_no_mistake_of_the_call(error):
     st.simulate(3, run)
 
 
+def test_pieces_of_no_rows():
+    x = torch.empty(0, 6, dtype=D)
+    T.hold(lambda x: x.split(0)[0], [x], [T.shard(0)], (2,))
+    T.hold(lambda x: x.split(3)[0], [x], [T.shard(0)], (2,))
+
+
 def test_a_bias_with_rows():
     """As torch takes it: of the rows of the whole, not of those of a shard."""
     x, weight = torch.arange(42.0, dtype=D).view(7, 6), torch.arange(12.0, dtype=D).view(2, 6)

@@ -209,7 +209,8 @@ def _split(spec: Spec, dim: int, sizes: int | tuple[int, ...]) -> Parts:
 
 
 def _even(n: int, size: int) -> tuple[int, ...]:
-    return tuple([min(size, n - i) for i in range(0, n, size)]) or (0,)
+    # of no rows torch takes pieces of none
+    return tuple([min(size, n - i) for i in range(0, n, size)]) if n else (0,)
 
 
 def _parts(x: ShardTensor, parts: Parts) -> tuple[ShardTensor, ...]:
