@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import comm
+from shardtensor.attention import around
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import ops, wire
 from shardtensor.comm.exchanges import FILL, exchange, pieces
@@ -57,6 +58,37 @@ def held():
 @pytest.mark.gloo
 def test_messages_to_those_that_are_named():
     run_workers(4, by_messages)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("large", [1, 2**40])
+def test_every_message_of_a_ring_is_waited_for(causal, large, monkeypatch):
+    """By those that only send, too: what they send is lost if nobody holds it."""
+    started, ended, start = [], [], wire.start_exchange
+
+    def counted(*args, **kwargs):
+        arrived = start(*args, **kwargs)
+        started.append(arrived)
+
+        def wait():
+            ended.append(arrived)
+            return arrived()
+
+        return wait
+
+    monkeypatch.setattr(wire, "start_exchange", counted)
+    monkeypatch.setattr(around, "LARGE", large)
+
+    def run(x):
+        with strategy("ring"):
+            return F.scaled_dot_product_attention(x, x, x, is_causal=causal)
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 9, 6, dtype=torch.float64)
+    for sizes in ((4, 0, 4, 1), (3, 3, 3)):
+        hold(run, [x], [shard(2, sizes)], (len(sizes),))
+        assert started
+        assert set(started) == set(ended)
 
 
 def test_a_plan_names_what_ranks_need_of_each_other():
