@@ -34,6 +34,9 @@ from .overlap import Route, resized, route, start
 from .sliding import Reads
 from .windows import Reach, Stencil, fetch
 
+# bytes of a kernel up to which what strips find for it is kept, so that a kernel finds both
+SMALL_KERNEL = 2**20
+
 
 class Settings(NamedTuple):
     """The convolution of the shard between zeros."""
@@ -290,18 +293,23 @@ class _HaloConv(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             return *(next(found) if need else None for need in needs), None
 
-        # what each strip finds: its own gradient, and that of the kernel's rows that meet it
-        outward, of_taps, came = [], [], iter(strips)
-        for side in sides:
-            own, d = list[Tensor](), side.d
-            for s in side.strips if needs[0] or needs[1] else ():
-                read = _fitted(next(came), d, s.read, s.below)
-                rim, taps = _end(g, d, s.outputs, s.below), weight.narrow(d, s.first, s.taps)
-                gs, gt, _ = _gradients(rim, read, taps, None, side.inner, (*needs[:2], False))
-                if needs[0]:
-                    own.append(_fitted(gs, d, s.rows, s.below))
-                of_taps.append((d, s, gt))
-            outward.append(own)
+        def of_strip(side: Side, s: Strip, strip: Tensor, *asked: bool) -> tuple[Any, Any]:
+            """What a strip finds: its own gradient, and that of the kernel's rows that meet it."""
+            d = side.d
+            read, rim = _fitted(strip, d, s.read, s.below), _end(g, d, s.outputs, s.below)
+            taps = weight.narrow(d, s.first, s.taps)
+            gs, gt, _ = _gradients(rim, read, taps, None, side.inner, (*asked, False))
+            return None if gs is None else _fitted(gs, d, s.rows, s.below), gt
+
+        came = iter(strips)
+        each = [[(s, next(came)) for s in side.strips] for side in sides]
+        # those of a large kernel are found one at a time, not kept while that of the shard is found
+        both = needs[0] and needs[1] and weight.nbytes <= SMALL_KERNEL
+        outward, of_taps = list[list[Tensor]](), list[Tensor]()
+        for side, pairs in zip(sides, each, strict=True) if needs[0] else ():
+            every = [of_strip(side, *pair, True, both) for pair in pairs]
+            outward.append([gs for gs, _ in every])
+            of_taps += [gt for _, gt in every if both]
         owed: list[tuple[int, int, bool, Tensor]] = []
         arrive = None
         if needs[0]:
@@ -313,8 +321,11 @@ class _HaloConv(torch.autograd.Function):
             owed += _shared(sides[:1], arrive(), outward)
         for d, rows, below, back in owed:
             _end(gx, d, rows, below).add_(back)
-        for d, s, gt in of_taps if needs[1] else ():
-            gw.narrow(d, s.first, s.taps).add_(gt)
+        kept = iter(of_taps)
+        for side, pairs in zip(sides, each, strict=True) if needs[1] else ():
+            for s, strip in pairs:
+                taps = gw.narrow(side.d, s.first, s.taps)
+                taps.add_(next(kept) if both else of_strip(side, s, strip, False, True)[1])
         return gx, gw, gb, None
 
 
