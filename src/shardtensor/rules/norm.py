@@ -104,8 +104,9 @@ def batch_norm(
         raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
     running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
     channels = spec.dims[1]
-    if any(w is not None and w.numel() != channels.size for w in (weight, bias)):
-        raise RuntimeError(f"weight and bias should contain {channels.size} elements")
+    for w in (weight, bias):
+        if w is not None and w.numel() != channels.size:
+            raise RuntimeError(f"weight and bias should contain {channels.size} elements")
     axes, n, way = _batch(spec, eps)
     mine = (channels,)
     if not n and training:
