@@ -35,9 +35,8 @@ def _settled(x: Any) -> Any:
 
 def _back(found: ShardTensor, own: Dims) -> ShardTensor:
     """found cut as `own` where it is whole since another operand was larger."""
-    taken = found._spec.varying
     dims = [
-        o if o.axes and not set(o.axes) & set(taken) else f
+        o if o.axes and not set(o.axes) & set(found._spec.varying) else f
         for o, f in zip(own, found._spec.dims, strict=True)
     ]
     return to_dims(found, dims)

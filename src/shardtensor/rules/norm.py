@@ -296,8 +296,7 @@ def _last(name: str, spec: Spec, shape: tuple[int, ...]) -> Last:
     axes, counts = spread(spec, dims)
     group = comm.group(spec.mesh, axes) if axes else None
     varying = comm.group(spec.mesh, spec.varying) if spec.varying else None
-    cut = mine if axes_in(mine) else None
-    return Last(dims, cut, group, counts, max(1, prod(shape)), varying)
+    return Last(dims, mine if axes_in(mine) else None, group, counts, max(1, prod(shape)), varying)
 
 
 def _check_weights(shape: Sequence[int], *weights: Tensor | None) -> None:
@@ -305,8 +304,8 @@ def _check_weights(shape: Sequence[int], *weights: Tensor | None) -> None:
     for w in weights:
         if w is not None and tuple(w.shape) != tuple(shape):
             raise RuntimeError(
-                f"Expected weight and bias to be of same shape as normalized_shape, but got "
-                f"{list(w.shape)} and normalized_shape = {list(shape)}"
+                "Expected weight and bias to be of same shape as normalized_shape, but got "
+                f"{[*w.shape]} and normalized_shape = {[*shape]}"
             )
 
 
