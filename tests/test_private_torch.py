@@ -75,6 +75,7 @@ USED = {
     torch.distributed._composable_state._get_module_state
     torch.distributed._composable_state._module_state_mapping
     torch.distributed.distributed_c10d._get_default_store
+    torch.distributed.distributed_c10d._world.default_pg
     torch.distributed.distributed_c10d._world.pg_names
     torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers
     torch.distributed.tensor._api._FromTorchTensor
