@@ -189,7 +189,9 @@ def test_results_of_ops(name, fn):
 
 
 @pytest.mark.parametrize(
-    "made", [lambda g: g[0], lambda g: list(g), lambda g: (1.0,), lambda g: g * 2], ids=str
+    "made",
+    [lambda g: g[0], lambda g: list(g), lambda g: (1.0,), lambda g: g * 2],
+    ids=["tensor", "list", "number", "numbers"],
 )
 def test_what_torch_does_not_take_of_a_hook(made):
     def run(x):
