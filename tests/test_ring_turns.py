@@ -87,7 +87,7 @@ def test_turns_of_a_gpu_have_more_rows(monkeypatch):
     """Its host would else be late with each."""
     monkeypatch.setattr(around, "ROWS", 16)
     spans = (0, 32, 64, 96), (32, 32, 32, 32)
-    call = Call(*spans, *spans, 0, False, True, 1.0, 0.0, 0, (), 1, False, "")
+    call = Call(*spans, *spans, 0, False, True, 1.0, 0.0, 0, (), 1, 1, "")
     monkeypatch.setattr(Call, "n", 4)
     found = {}
     for device in ("cpu", "meta"):
