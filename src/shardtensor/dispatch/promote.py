@@ -48,28 +48,17 @@ def adopt(
     return _become(x, spec, only, value.mesh, zeros)
 
 
-def adopt_indexed(x: Tensor, spec: Spec) -> bool:
-    """Turn the plain x of `x[index] = value`, index a tensor, into one that lies as spec.
+def adopt_rows(x: Tensor, spec: Spec, *, indexed: bool) -> bool:
+    """Turn the plain x whose rows are written by global index into one that lies as spec.
 
-    As `adopt`: from a handler that has x in one local variable; one message to agree.
+    indexed: by `x[index] = value`, index a tensor, not by `x.scatter_add_(...)` and its kin. As
+    `adopt`: from a handler that has x in one local variable; one message to agree.
     """
     references = sys.getrefcount(x)
     if _torch.is_tracing():
         return False
-    only = _is_only(references, _USUAL, _usual)
-    return _become(x, spec, only, spec.mesh, None)
-
-
-def adopt_rows(x: Tensor, spec: Spec) -> bool:
-    """Turn the plain x of `x.scatter_add_(...)` and its kin into a ShardTensor that lies as spec.
-
-    As `adopt`: from a handler that has x in one local variable; one message to agree.
-    """
-    references = sys.getrefcount(x)
-    if _torch.is_tracing():
-        return False
-    only = _is_only(references, _USUAL_OF_METHOD, _usual_of_method)
-    return _become(x, spec, only, spec.mesh, None)
+    known, count = (_USUAL, _usual) if indexed else (_USUAL_OF_METHOD, _usual_of_method)
+    return _become(x, spec, _is_only(references, known, count), spec.mesh, None)
 
 
 def _become(

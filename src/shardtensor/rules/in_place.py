@@ -40,7 +40,7 @@ def in_place(fn: Any) -> None:
         if not isinstance(x, ShardTensor):
             target = _of_nodes(x.shape, rest, kwargs)
             if target is not None:
-                adopt_rows(x, target)
+                adopt_rows(x, target, indexed=False)
         before = x
         if "reduce" in name and torch.is_grad_enabled():
             # its gradient needs what the write overwrites

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch.fallback import fall_back
 from ..dispatch.follow import PART, follow, hides
-from ..dispatch.promote import adopt, adopt_indexed
+from ..dispatch.promote import adopt, adopt_rows
 from ..dispatch.writes import check_writable, refuse_overlap, slice_of
 from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
@@ -295,7 +295,7 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         target = None if places is None else rows_written(x.shape, places, value)
         # adopting counts the references to x: this must be its only name here
         if target is not None:
-            adopted = adopt_indexed(x, target)
+            adopted = adopt_rows(x, target, indexed=True)
         elif isinstance(value, ShardTensor) and places is not None:
             adopted = adopt(x, places, value._spec, zeros)
             if adopted and written(x, index, value):
