@@ -89,21 +89,34 @@ def test_a_rank_that_caught_what_others_know_nothing_of_meets_them_no_more(name)
         assert ("this rank raised" if raises else "wait for each other") in after
 
 
-def test_a_compiled_program_sets_its_rank_apart():
+class Rows(torch.nn.Embedding):
+    """Those that a buffer of it names, if no others are asked for."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.register_buffer("index", torch.tensor([0, 1, 2, 3]))
+
+    def forward(self, index=None):
+        return super().forward(self.index if index is None else index)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_compiled_program_sets_its_rank_apart(given):
     def run():
-        net, mesh = torch.nn.Embedding(4, 2), make_mesh((2,))
+        net, mesh = Rows(), make_mesh((2,))
         call, found = st.compile(net, backend="aot_eager"), []
         for last in (3, 9):
             t = torch.tensor([0, 1, 2, last])
             t = st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
-            found.append(raised(call, t))
+            net.index = net.index if given else t
+            found.append(raised(call, *[t] * given))
         return [e is None for e in found], str(raised(lambda: t.sum().item()))
 
     (one, after), (other, later) = st.simulate(2, run)
     assert one == [True, True] and other == [True, False]
     assert "wait for each other" in after and "this rank raised IndexError" in later
     # a module by its class: all that it consists of would be pages
-    assert "(Embedding of " in later
+    assert "(Rows of " in later
 
 
 def test_an_index_that_all_ranks_have_is_an_error_of_all():

@@ -213,7 +213,7 @@ class Compiled:
         try:
             flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
         except (RuntimeError, IndexError) as e:
-            note(e, self.fn, leaves, {})
+            note(e, self.fn, leaves, state)
             raise
         form, kinds = graph.out
         flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
