@@ -93,6 +93,8 @@ AS_TENSORS = {
     "as_tensor": lambda x: torch.as_tensor(x) * x,
     "of another dtype": lambda x: torch.as_tensor(x, dtype=torch.float32) * 2,
     "a copy": lambda x: torch.tensor(x) * x,
+    "by its name": lambda x: torch.as_tensor(data=x) * x,
+    "a copy by its name": lambda x: torch.tensor(data=x) * x,
     "asarray": lambda x: torch.asarray(x) * x,
 }
 

@@ -15,14 +15,15 @@ from ..tensor import ShardTensor
 from ..tensor.tape import Tape
 
 
-def _as_tensor(x: Tensor, dtype: Any = None, device: Any = None) -> Tensor:
-    return x if dtype is None and device is None else x.to(device or x.device, dtype or x.dtype)
+def _as_tensor(data: Tensor, dtype: Any = None, device: Any = None) -> Tensor:
+    plain = dtype is None and device is None
+    return data if plain else data.to(device or data.device, dtype or data.dtype)
 
 
 def _tensor(
-    x: Tensor, dtype: Any = None, device: Any = None, requires_grad: bool = False, **_: Any
+    data: Tensor, dtype: Any = None, device: Any = None, requires_grad: bool = False, **_: Any
 ) -> Tensor:
-    y = _as_tensor(x.detach(), dtype, device).clone()
+    y = _as_tensor(data.detach(), dtype, device).clone()
     return y.requires_grad_() if requires_grad else y
 
 
@@ -46,9 +47,10 @@ class NoHooks(torch.overrides.TorchFunctionMode):
                 f"{func.__name__} inside a compiled program, which keeps no tensors to call it "
                 "for: call it on the result, or leave this part out of st.compile"
             )
-        if func in _OF_MODES and args and isinstance(args[0], ShardTensor):
+        kwargs = kwargs or {}
+        if func in _OF_MODES and isinstance(args[0] if args else kwargs.get("data"), ShardTensor):
             func = _OF_MODES[func]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class NoWrites(TorchDispatchMode):
