@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import shardtensor as st
 from shardtensor.observe.network import DGX_H100
-from shardtensor.plan.estimate import H100, Layout, Task, estimate
+from shardtensor.plan.estimate import H100, Device, Layout, Task, estimate
 from shardtensor.plan.search import layouts, plan
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh, run_workers
@@ -156,6 +156,17 @@ def test_offload_is_tried_last():
     assert any(o.offload for o in options) and any(o.offload and o.checkpoint for o in options)
     rows = plan(Mixer, [(2, 96, 64)], 2, **asked)
     assert rows and not any(e.layout.options.offload for e in rows)
+
+
+def test_offload_moves_nothing_on_a_cpu():
+    cpu = Device("cpu", 1e4, 1e10, {64: 2e10, 32: 4e10, 16: 4e10}, 1.0, 2e-6)
+    given, rows = Task(Mixer, [(2, 96, 64)], dims=(1,)), Layout(1, (1,), (2,))
+    plain = estimate(given, rows, cpu)
+    found = estimate(given, replace(rows, options=Options(offload=True)), cpu)
+    assert not found.refused and found.host == 0
+    assert (found.memory, found.seconds) == (plain.memory, plain.seconds)
+    tried = plan(Mixer, [(2, 96, 64)], 2, cpu, dims=(1,), precisions=(None,), offload=True)
+    assert tried and not any(e.layout.options.offload for e in tried)
 
 
 def test_messages_of_fsdp_name_their_ranks():

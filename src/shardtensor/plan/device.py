@@ -15,6 +15,8 @@ import torch
 from ..observe.network import folder
 from .kinds import Work
 
+CPU = "cpu"
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -196,7 +198,7 @@ def device_of(rates: Rates) -> Device:
     (a, s), (b, t) = rates.classes["pointwise"].points[-2:]
     across = (b - a) / max(t - s, 1e-9)
     part = _memory() / rates.ranks
-    return Device("cpu", part, across, speed, 1.0, rates.launch, hides=0.0, rates=rates)
+    return Device(CPU, part, across, speed, 1.0, rates.launch, hides=0.0, rates=rates)
 
 
 def _memory() -> float:

@@ -36,7 +36,7 @@ from ..train.tensor_parallel import tensor_parallel
 from .away import Away
 from .build import build
 from .course import Course, course
-from .device import A100, DEVICES, H100, H200, Device
+from .device import A100, CPU, DEVICES, H100, H200, Device
 from .known import Known
 from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
@@ -195,7 +195,7 @@ def _of_rank(
     drawn = torch.random.fork_rng(devices=[])
     with drawn, probe.fake_world(rank, layout.ranks, ledger), chosen, groups.taken_spread():
         try:
-            step = _prepared(task, layout, ledger)
+            step = _prepared(task, layout, ledger, device)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
             begin = len(ledger.turns or ())
             with trace() as t:
@@ -267,7 +267,7 @@ def _reason(e: Exception) -> str:
 def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:
     """What attention is chosen by: two FLOP a multiply-add, 26 bytes a merged element."""
     link = network.inner if ranks <= network.node else network.outer
-    alike = RATES["cpu" if device.name == "cpu" else "cuda"][4]
+    alike = RATES["cpu" if device.name == CPU else "cuda"][4]
     return {
         bits // 8: alike._replace(
             multiply=flops * device.efficiency / 2, merge=device.bandwidth / 26,
@@ -277,7 +277,7 @@ def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, R
     }  # fmt: skip
 
 
-def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
+def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Callable[[], None]:
     """The step on this rank; the ledger is told what memory is for."""
     mesh = None
     if layout.ranks > 1:
@@ -294,7 +294,8 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger) -> Callable[[], None]:
         parallelize(model, mesh, options, **({"data": "data"} if layout.data > 1 else {}))
     else:
         adapt(model, replace(options, fsdp=None))
-    if layout.options.offload:
+    # a CPU's memory is the host's: nothing leaves it
+    if layout.options.offload and device.name != CPU:
         around(model, lambda *_: Away(ledger))
     ledger.mark("parameters", model.parameters())
     ledger.places = Places(model)

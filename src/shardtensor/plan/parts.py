@@ -15,7 +15,6 @@ FITS = 3
 # parts beyond which nothing is proposed
 MOST = 1024
 # the device of which it is proposed: `tiled` runs there
-CPU = "cpu"
 # what is there once, whatever the parts
 _ONCE = ("parameters", "gradients", "optimizer", "buffers")
 

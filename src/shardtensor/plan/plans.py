@@ -23,8 +23,9 @@ from ..page.blocks import (
 )
 from ..page.document import Page, Shown
 from .details import COLOURS, course, messages, modules, size, unit_of
+from .device import CPU
 from .estimate import Device, Estimate, Layout, Task, estimate
-from .parts import CPU, InParts, in_parts
+from .parts import InParts, in_parts
 from .sweep import Sweep, sweep
 
 # configurations whose details the page has

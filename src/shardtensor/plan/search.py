@@ -16,6 +16,7 @@ from ..observe.network import DGX_H100, Network
 from ..shares import balanced
 from ..train.options import Options
 from . import caches
+from .device import CPU
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
 
@@ -47,7 +48,8 @@ def plan(
     blocks, and with both (thorough: all of these anyway). On several nodes either the data axis or
     the dims are within nodes. told: is called before each mesh with its number, how many there are
     and its name. blocks: class names of the units of FSDP2 and of checkpointing
-    (default: see `Options`). offload: last, also with what is kept for backward in host memory.
+    (default: see `Options`). offload: last, also with what is kept for backward in host memory,
+    but for CPUs, whose memory it is.
     With `tensor=` also a tensor axis of every size that divides the devices.
     speeds: of the devices in the order of the ranks, 1 for `device`
     itself; then each mesh is tried with shards as torch.chunk cuts and as `balance.sizes` does, in
@@ -118,6 +120,7 @@ def ranked(
         raise ValueError(f"speeds {list(speeds)} of {devices} devices: one above 0 for each")
     found: list[Estimate] = []
     blocks = bool(names) or has_blocks(task)
+    offload = offload and device.name != CPU
     bases = list(layouts(task, devices, network.node))
     if speeds:
         bases = [other for base in bases for other in with_speeds(task, base, speeds, multiple)]
