@@ -2,6 +2,8 @@
 
 import copy
 import io
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, run_workers
-from shardtensor.train.parallelize import restore
+from shardtensor.train.parallelize import around, restore
 
 D = torch.float64
 
@@ -182,6 +184,33 @@ def edges():
 
 def test_edges():
     st.simulate(2, edges)
+
+
+def test_a_context_is_left_by_the_thread_that_entered_it():
+    """The first of two threads in forward leaves first."""
+    entered, go = ({name: threading.Event() for name in "ab"} for _ in range(2))
+    left = {}
+
+    @contextmanager
+    def context(name):
+        yield
+        left[name] = threading.current_thread().name
+
+    class Model(nn.Module):
+        def forward(self, name):
+            entered[name].set()
+            assert go[name].wait(60)
+
+    model = Model()
+    around(model, context)
+    threads = {name: threading.Thread(target=model, args=name, name=name) for name in "ab"}
+    for name, thread in threads.items():
+        thread.start()
+        assert entered[name].wait(60)
+    for name, thread in threads.items():
+        go[name].set()
+        thread.join()
+    assert left == {"a": "a", "b": "b"}
 
 
 def compiled():

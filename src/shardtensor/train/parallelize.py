@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -124,15 +125,16 @@ def adapt(model: nn.Module, options: Options) -> None:
 
 def around(model: nn.Module, make: Callable[..., Any]) -> None:
     """Run the model's forward inside the context that make(*arguments) gives."""
-    entered: list[Any] = []
+    # contexts are left where they were entered: threads may be in forward at once
+    here = threading.local()
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
         context = make(*args, *kwargs.values())
         context.__enter__()
-        entered.append(context)
+        here.__dict__.setdefault("entered", []).append(context)
 
     def leave(_: nn.Module, __: Any, out: Any) -> Any:
-        entered.pop().__exit__(None, None, None)
+        here.entered.pop().__exit__(None, None, None)
         return out
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
