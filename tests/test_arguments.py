@@ -1,5 +1,6 @@
 """Arguments that torch refuses: refused here, too, on every rank, whatever dim is cut."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ CASES = {
     "tensordot": (lambda x: torch.tensordot(x, of(3, 5), dims=([1], [0])), (2, 4)),
     "tensordot of one": (lambda x: torch.tensordot(x, of(1, 5), dims=([2], [0])), (2, 4)),
     "einsum": (lambda x: torch.einsum("ij,jk->ik", x, of(3, 5)), (2, 4)), "bmm": (lambda x: torch.bmm(x, of(1, 4, 5)), (2, 3, 4)),
-    "linear": (lambda x: F.linear(x, of(1, 4), of(5)), (2, 4)), "addmm": (lambda x: torch.addmm(of(3, 3), x, of(4, 5)), (2, 4)),
+    "linear": (lambda x: F.linear(x, of(1, 4), of(5)), (2, 4)), "rows of a bias": (lambda x: F.linear(x, of(5, 4), of(2, 5)), (4,)), "bias of a vector": (lambda x: F.linear(x, of(5, 4), of(1, 1)), (4,)), "addmm": (lambda x: torch.addmm(of(3, 3), x, of(4, 5)), (2, 4)),
     "soft_margin_loss": (lambda x: F.soft_margin_loss(x, of(2, 2, 4)), (2, 4)), "mse_loss": (lambda x: F.mse_loss(x, of(3, 4)), (2, 4)),
     "no chunks": (lambda x: x.chunk(0), (4, 4)), "fewer chunks": (lambda x: x.unsafe_chunk(-1), (4, 4)), "split": (lambda x: x.split([1, 2]), (4, 4)),
     "max of a number": (lambda x: x.sum().max(9), (4,)), "min of a number": (lambda x: x.sum().min(1), (4,)),
@@ -81,6 +82,8 @@ def test_what_torch_takes():
         (lambda x: F.soft_margin_loss(x, of(1, 4)), (2, 4)), (lambda x: x.tile(2), (2, 4)), (lambda x: x.tile((2, 1, 2)), (2, 4)),
         (lambda x: x.repeat((1, 2, 3)), (2, 4)), (lambda x: x.narrow(0, NONE[0], 1), (2, 4)), (lambda x: F.pad(x, (1, 1), "reflect", 0.0), (1, 3, 3)),
         (lambda x: F.batch_norm(x, None, None, of(4, 1)[:, 0], training=True), (2, 4, 5)),
+        (lambda x: F.linear(x, of(5, 4), of(1, 5)), (4,)), (lambda x: torch.stack(x.tensor_split(np.int64(2))), (4,)),
+        (lambda x: x.sum().mT, (4,)), (lambda x: x.sum().mH, (4,)), (lambda x: (x.sum() * 1j).adjoint(), (4,)), (lambda x: (x.sum() * 1j).H, (4,)),
     ):  # fmt: skip
         x = of(*shape)
         want = fn(x)

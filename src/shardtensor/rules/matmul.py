@@ -56,6 +56,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = labels.run(((*free, "k"), lw, (*free, *lw[:-1])), F.linear, input, weight)
     if bias is None:
         return product
+    if input.ndim == 1 and bias.ndim == 2 and bias.shape == (1, *product.shape):
+        # torch takes a vector for the only row of a matrix
+        bias = bias[0]
     shape, usual = product.shape, bias.shape == product.shape[-1:]
     if not usual and torch.broadcast_shapes(shape, bias.shape) != shape:
         raise RuntimeError(

@@ -119,6 +119,9 @@ def _reversed(spec: Spec) -> Order:
 
 @rule("mT")
 def matrix_transpose(input: ShardTensor) -> ShardTensor:
+    # torch takes a number for its own transpose, as of mH
+    if not input.ndim:
+        return input
     return wrap(input._local.transpose(-2, -1), _swapped(input._spec, -2, -1))
 
 
@@ -129,12 +132,12 @@ def conjugate_transpose(input: ShardTensor) -> Tensor:
             f"tensor.H is only supported on matrices (2-D tensors). Got {input.ndim}-D tensor: mH "
             "takes batches of matrices"
         )
-    return adjoint(input) if input.ndim else input.conj()
+    return adjoint(input)
 
 
 @rule("mH", "adjoint")
 def adjoint(input: ShardTensor) -> Tensor:
-    y = transpose(input, -2, -1)
+    y = transpose(input, -2, -1) if input.ndim else input
     return y.conj() if y.is_complex() else y
 
 

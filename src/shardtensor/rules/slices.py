@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -250,9 +250,10 @@ def tensor_split(
         return torch.tensor_split(input, at, dim)
     d = _index(dim, input.ndim)
     n = input.shape[d]
-    if not isinstance(at, int):
+    if not isinstance(at, SupportsIndex):
         ends = zip([0, *at], [*at, n], strict=True)
         return tuple(sliced(input, d, *span(a, b, 1, n)) for a, b in ends)
+    at = operator.index(at)
     if at <= 0:
         raise RuntimeError(f"number of sections must be larger than 0, got {at}")
     sizes = tuple([n // at + (i < n % at) for i in range(at)])
