@@ -50,6 +50,10 @@ class Where(NamedTuple):
                 return cls(x._spec.mesh, tuple(axes), least) if axes else None
         return None
 
+    @property
+    def ranks(self) -> int:
+        return prod(self.mesh.size(a) for a in self.axes)
+
     def takes(self, *found: Tensor) -> bool:
         """Whether all are plain tensors where the mesh is."""
         kind = self.mesh.device_type
@@ -60,17 +64,15 @@ class Where(NamedTuple):
         """The largest dim, not that one, and the spec that cuts it; None where it is too small."""
         free = [d for d in range(len(shape)) if d != but]
         d = max(free, key=lambda d: shape[d], default=None)
-        if d is None or shape[d] < prod(self.mesh.size(a) for a in self.axes):
-            return None
-        dims = list(whole_dims(shape))
-        dims[d] = Dim.chunked(shape[d], self.axes, self.mesh)
-        return d, Spec(self.mesh, tuple(dims))
+        return None if d is None or shape[d] < self.ranks else (d, self._cut_along(shape, d))
 
     def cut(self, x: Tensor, d: int) -> ShardTensor:
         """This rank's rows of a plain tensor."""
-        dims = list(whole_dims(x.shape))
-        dims[d] = Dim.chunked(x.shape[d], self.axes, self.mesh)
-        return like(x, Spec(self.mesh, tuple(dims)))
+        return like(x, self._cut_along(x.shape, d))
+
+    def _cut_along(self, shape: Sequence[int], d: int) -> Spec:
+        whole = Spec(self.mesh, whole_dims(shape))
+        return whole.replace({d: Dim.chunked(shape[d], self.axes, self.mesh)})
 
     def grows(self, shape: Sequence[int], itemsize: int, *of: Tensor) -> bool:
         """Whether a result is large, and much larger than the memory of what it is made of."""
@@ -78,6 +80,13 @@ class Where(NamedTuple):
         return nbytes >= self.least and nbytes >= TIMES * sum(
             x.untyped_storage().nbytes() for x in of
         )
+
+    def begins(
+        self, shape: Sequence[int], itemsize: int, *of: Tensor, but: int | None = None
+    ) -> tuple[int, Spec] | None:
+        """`spec` where a result `grows` and the model asks for it; None: it stays plain."""
+        found = self.spec(shape, but) if self.grows(shape, itemsize, *of) else None
+        return None if found is None or _ours() else found
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -165,10 +174,8 @@ def _blank(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     device = torch.device(kwargs.get("device") or like)
     # torch raises here what it has to say of the arguments
     facts = func(*args, **{**kwargs, "device": "meta"})
-    if device.type != where.mesh.device_type or not where.grows(facts.shape, facts.itemsize):
-        return NotImplemented
-    found = where.spec(facts.shape)
-    if found is None or _ours():
+    found = where.begins(facts.shape, facts.itemsize)
+    if found is None or device.type != where.mesh.device_type:
         return NotImplemented
     _, spec = found
     if device.index is None:
@@ -204,7 +211,7 @@ def _rows(
         low, high = torch.aminmax(index)
         if low < least or high > most:
             return None
-    many = index.shape[0] >= ROWS * prod(where.mesh.size(a) for a in where.axes)
+    many = index.shape[0] >= ROWS * where.ranks
     return where.cut(index, 0 if many else found[0])
 
 
@@ -257,12 +264,12 @@ def _embedding(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 # of a few numbers, many times ---------------------------------------------------------------------
 
 
-def _again(where: Where, x: Any, shape: Sequence[int], d: int, source: Tensor) -> Any:
-    """Rows of x along d, of which each rank has its own; NotImplemented where it is not large."""
-    if not where.takes(x) or not where.grows(shape, x.itemsize, x) or _ours():
+def _again(where: Where, x: Any, shape: Sequence[int], d: int, source: Any) -> Any:
+    """Rows source(i) of x along d as rows i, cut; NotImplemented where these are not large."""
+    large = shape[d] >= where.ranks and where.takes(x) and where.grows(shape, x.itemsize, x)
+    if not large or _ours():
         return NotImplemented
-    few = shape[d] < where.mesh.size()
-    return NotImplemented if few else x.index_select(d, where.cut(source, 0))
+    return x.index_select(d, where.cut(source(torch.arange(shape[d], device=x.device)), 0))
 
 
 @_begin(Tensor.repeat)
@@ -277,8 +284,7 @@ def _repeat(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if found is None:
         return NotImplemented
     d, _ = found
-    source = torch.arange(shape[d], device=x.device) % wide[d]
-    rows = _again(where, x.expand(wide), shape, d, source)
+    rows = _again(where, x.expand(wide), shape, d, lambda at: at % wide[d])
     rest = [1 if i == d else t for i, t in enumerate(times)]
     return NotImplemented if rows is NotImplemented else rows.repeat(rest)
 
@@ -295,9 +301,7 @@ def _interleave(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return NotImplemented
     d = dim % x.ndim
     shape = [n * times if i == d else n for i, n in enumerate(x.shape)]
-    if prod(shape) * x.itemsize < where.least:
-        return NotImplemented
-    return _again(where, x, shape, d, torch.arange(shape[d], device=x.device) // times)
+    return _again(where, x, shape, d, lambda at: at // times)
 
 
 @_begin(Tensor.contiguous, Tensor.clone, torch.clone)
@@ -321,11 +325,10 @@ def _joined(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         return NotImplemented
     shape = func([x.detach().to("meta") for x in given], dim).shape
     dim %= len(shape)
-    found = where.spec(shape, dim) if where.grows(shape, given[0].itemsize, *given) else None
-    if found is None or _ours():
+    found = where.begins(shape, given[0].itemsize, *given, but=dim)
+    if found is None:
         return NotImplemented
-    d, _ = found
-    at = d - (func is torch.stack and d > dim)
+    at = found[0] - (func is torch.stack and found[0] > dim)
     return func([where.cut(x, at) for x in given], dim)
 
 
@@ -372,9 +375,8 @@ def _cut(
     shape: Sequence[int],
 ) -> Any:
     """The op on operands that are cut along the result's largest dim, where they have it."""
-    itemsize = max(x.itemsize for x in given)
-    found = where.spec(shape) if where.grows(shape, itemsize, *given) else None
-    if found is None or _ours():
+    found = where.begins(shape, max(x.itemsize for x in given), *given)
+    if found is None:
         return NotImplemented
     d, cut = found[0] - len(shape), []
     for x in given:
@@ -395,7 +397,7 @@ def _linear(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if x.requires_grad or isinstance(x, nn.Parameter) or not where.takes(x, weight):
         return NotImplemented
     shape = (*x.shape[:-1], weight.shape[0])
-    found = where.spec(shape, len(shape) - 1) if where.grows(shape, x.itemsize, x) else None
-    if found is None or _ours():
+    found = where.begins(shape, x.itemsize, x, but=len(shape) - 1)
+    if found is None:
         return NotImplemented
     return func(where.cut(x, found[0]), weight, *rest, **kwargs)
