@@ -330,6 +330,12 @@ def drawn(w):
     return layer(torch.empty(N, N).normal_()).detach() + torch.empty(N, N).bernoulli_(0.5) * w[0]
 
 
+def drawn_into(w):
+    torch.manual_seed(7)
+    with st.random.match_single_device():
+        return torch.zeros(N, N).normal_() * torch.bernoulli(torch.full((N, N), 0.3)) * w[0]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -340,8 +346,9 @@ def drawn(w):
         again(lambda w: torch.full((N, N), 0.5) * w[0] + w[PAIRS % 8]),
         lambda w: torch.repeat_interleave(input=w[:1, None].expand(N, 1), repeats=N, dim=1),
         drawn,
+        drawn_into,
     ],
-    ids=["keywords", "legacy", "frequencies", "ellipsis", "checkpoint", "repeats", "drawn"],
+    ids=["keywords", "legacy", "frequencies", "ellipsis", "checkpoint", "repeats", "drawn", "into"],
 )
 def test_relatives(make):
     torch.manual_seed(8)
