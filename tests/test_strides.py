@@ -1,5 +1,7 @@
 """Strides of the whole, where shards of one row, or gaps of some ranks, do not show them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,6 +240,11 @@ BEGIN = {
     "a slice without history": lambda x: x[3:].detach(),
     "an expanded row": lambda x: x[3:4].expand(6, 8),
     "imaginary parts": lambda x: torch.complex(x, x).imag,
+    "a copy of all memory": lambda x: copy.deepcopy(x * 1),
+    "a copy of a slice and its memory": lambda x: copy.deepcopy(x[2:]),
+    "a copy of columns and their memory": lambda x: copy.deepcopy(x.chunk(2, 1)[1]),
+    "a copy of what was reshaped and sliced": lambda x: copy.deepcopy(x.reshape(4, 12)[1:]),
+    "a copy beside its slice": lambda x: copy.deepcopy((x, x[2:]))[1],
     "a row of a transform": lambda x: torch.fft.fft2(x)[2:],
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..registry import method
+from .offset import copy_place
 from .shard_tensor import ShardTensor, wrap
 
 # what the library sets on a tensor; torch's mark of a parameter
@@ -49,6 +50,7 @@ def deep_copy(x: ShardTensor, memo: dict[int, Any]) -> ShardTensor:
             made = _marked(wrap(local, x._spec, x._strides), x)
         else:
             made = wrap(copy.deepcopy(local, memo), x._spec, x._strides)
+            copy_place(x, made)
             vars(made).update(copy.deepcopy(_attributes(x), memo))
         memo[id(x)] = made
     found: ShardTensor = memo[id(x)]

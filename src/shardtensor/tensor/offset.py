@@ -23,6 +23,13 @@ def take_rows(x: ShardTensor) -> None:
             memory._shardtensor_whole = x.numel(), x.dtype  # type: ignore[attr-defined]
 
 
+def copy_place(x: ShardTensor, copy: ShardTensor) -> None:
+    """Note of a copy of all memory of x, not of its rows alone, that it begins where x does."""
+    if not begins_its_memory(x):
+        # no tensor of this memory is known to be the whole
+        _torch.storage(copy._local)._shardtensor_whole = ()  # type: ignore[attr-defined]
+
+
 def begins_its_memory(x: ShardTensor) -> bool:
     """Whether the whole begins its memory on one device; False where that is not known."""
     return (
