@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from raising import raised
 from test_watch import launched
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh
@@ -127,6 +127,51 @@ def test_an_index_that_all_ranks_have_is_an_error_of_all():
         return x.sum().item()
 
     assert st.simulate(2, run) == pytest.approx([X.sum().item()] * 2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 2), (0, 0, 4)])
+@pytest.mark.parametrize(
+    "way", [lambda x, at: x.index_select(0, at), lambda x, at: F.embedding(at, x)]
+)
+def test_rows_that_are_empty_on_a_rank_raise_there_what_others_raise(way, sizes):
+    """Torch raises errors of two types, of which a program may catch one."""
+    index = torch.tensor([0, 9])
+    assert isinstance(raised(way, X, index), IndexError)
+
+    def run():
+        x = st.distribute_tensor(
+            X, make_mesh((3,)), [Shard(1)], src_data_rank=None, sizes={1: sizes}
+        )
+        error = raised(way, x, index)
+        assert isinstance(error, IndexError), repr(error)
+        return x.sum().item()
+
+    assert st.simulate(3, run) == pytest.approx([X.sum().item()] * 3)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "kinds"), [(False, {IndexError}), (True, {IndexError, RuntimeError})]
+)
+def test_an_index_of_some_ranks_sets_those_with_empty_rows_apart_too(compiled, kinds):
+    def run():
+        mesh, error = make_mesh((2, 2)), None
+        x = st.distribute_tensor(
+            X, mesh, [Replicate(), Shard(1)], src_data_rank=None, sizes={1: (0, 4)}
+        )
+        call = lambda t: F.embedding(t, x)  # noqa: E731
+        call = st.compile(call, backend="aot_eager") if compiled else call
+        for last in (3, 9):
+            assert error is None
+            t = torch.tensor([0, last])
+            t = st.distribute_tensor(t, mesh, [Shard(0), Replicate()], src_data_rank=None)
+            error = raised(call, t)
+        return error, str(raised(lambda: t.sum().item()))
+
+    found = st.simulate(4, run)
+    assert [e is None for e, _ in found] == [True, True, False, False]
+    assert {type(e) for e, _ in found[2:]} == kinds
+    for error, after in found:
+        assert ("wait for each other" if error is None else "this rank raised") in after
 
 
 @pytest.mark.parametrize("cut", [(3, 3), (3, 0, 3), (3, 3, 0)])

@@ -15,7 +15,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule, takes_plain
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..tensor.apart import alike
+from ..tensor.apart import of_rows
 from ..tensor.redistribute import local_of, reduced
 from . import labels
 from .agreed import agreed
@@ -53,7 +53,7 @@ def embedding(
     same = not p.spec(p.terms[1]).varying
     if not p.summed:
         rest = (padding_idx, scale_grad_by_freq, sparse)
-        return p.result(alike(same, torch.embedding, w, i, *rest))
+        return p.result(of_rows(weight, same, torch.embedding, w, i, *rest))
     rows = p.spec(("v",))
     ((first, last),) = rows.spans
     mine = (i >= first) & (i < last)
@@ -63,7 +63,7 @@ def embedding(
     at = torch.where(others, 0, i - first)
     if not w.shape[0]:
         w, at = w.new_zeros(1, w.shape[1]) + w.sum(), torch.where(others, 0, -1)
-    found = alike(same, torch.embedding, w, at, own)
+    found = of_rows(weight, same, torch.embedding, w, at, own)
     return p.result(torch.where(mine.unsqueeze(-1), found, 0))
 
 

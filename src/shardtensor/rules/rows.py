@@ -21,7 +21,7 @@ from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
-from ..tensor.apart import alike
+from ..tensor.apart import alike, of_rows
 from ..tensor.redistribute import fit, like, reduced
 from .empty import with_one
 from .nodes import indexed
@@ -142,7 +142,7 @@ def read(
     if not need and (not at.numel() or rows.size):
         # index_select refuses what counts from the end
         if negative is False and at.ndim == 1:
-            return wrap(alike(not axes_in(dims), local.index_select, 0, at), out)
+            return wrap(of_rows(x, not axes_in(dims), local.index_select, 0, at), out)
         return wrap(alike(not axes_in(dims), local.__getitem__, at.long()), out)
     spec, group = Spec(mesh, dims), comm.group(mesh, rows.axes)
     if not few and not _torch.is_tracing():

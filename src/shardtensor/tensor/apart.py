@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..comm import groups
@@ -22,7 +23,7 @@ E = TypeVar("E", bound=BaseException)
 T = TypeVar("T")
 _OF_VALUES = re.compile(
     r"^(\w+\(\): )?index (-?\d+ is )?out of (range|bounds)|tried to access index|^Target .* bounds|"
-    r"target\b.* out of range|elements of input should|invalid max index"
+    r"target\b.* out of range|^INDICES element is out|elements of input should|invalid max index"
 )
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -41,6 +42,21 @@ def alike(same: bool, fn: Callable[..., T], *args: Any) -> T:
         if same:
             told(e)
         raise
+
+
+def of_rows(table: Tensor, same: bool, fn: Callable[..., T], *args: Any) -> T:
+    """`alike` of fn, which looks up this rank's rows of a table: an IndexError on every rank.
+
+    Where a rank's rows are empty, torch raises a RuntimeError.
+    """
+    try:
+        return alike(same, fn, *args)
+    except RuntimeError as e:
+        if "out of DATA bounds" not in str(e) or not table.numel():
+            raise
+        # with the place where it was raised, which `note` looks at
+        error = IndexError("index out of range in self").with_traceback(e.__traceback__)
+        raise told(error) if same else error from None
 
 
 def note(error: BaseException, func: Any, args: Any, kwargs: Any) -> None:
