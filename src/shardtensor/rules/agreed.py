@@ -23,6 +23,7 @@ def agreed(
 ) -> Any:
     """run(), where an error of one rank is raised on all: a matrix may be singular on one only.
 
+    As error_type, or as the RuntimeError that some factorizations raise.
     The ranks tell each other in one small all-gather; not in traced graphs.
     """
     if not varying or _torch.is_tracing():
@@ -30,15 +31,17 @@ def agreed(
     error, found = None, None
     try:
         found = run()
-    except error_type as e:
+    except RuntimeError as e:
         error = e
     like = torch.empty(0, device=spec.mesh.device_type)
-    failed = comm.counts(int(error is not None), like, comm.group(spec.mesh, varying))
+    code = 0 if error is None else 1 if isinstance(error, error_type) else 2
+    failed = comm.counts(code, like, comm.group(spec.mesh, varying))
     if error is not None:
         raise told(error)
     if any(failed):
         first = next(i for i, f in enumerate(failed) if f)
-        raise error_type(what.format(sum(failed), first))
+        kind = error_type if failed[first] == 1 else RuntimeError
+        raise kind(what.format(sum(map(bool, failed)), first))
     return found
 
 
