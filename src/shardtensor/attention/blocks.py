@@ -55,11 +55,10 @@ def forward(
     mask: Tensor | None,
     rule: Rule,
     top: Top | None = None,
-    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of a block, by a fused kernel where one takes it.
 
-    top: what an additive mask is for the keys of all blocks. alone: whether this is the only block.
+    top: what an additive mask is for the keys of all blocks; None where this is the only one.
     """
     kernel = _fused(q, k, v, mask, rule)
     if kernel is None:
@@ -71,7 +70,7 @@ def forward(
             return out, lse
         if mask.dtype is torch.bool:
             return _where_seen(mask, out, lse)
-        return _of_numbers(q, k, block, out, lse, None if alone else top)
+        return _of_numbers(q, k, block, out, lse, top)
     elif mask is None and coarse_rows(lse) is None:
         return out, lse
     hidden = None

@@ -95,16 +95,17 @@ def _turn(
     steps = call.steps
     k, v = shared(call, k, v)
     total = Merge(q, v)
-    top = top_of(mask)
+    # a block that no other is merged with needs no more than its own
+    single = alone and not steps and len(call.seen(q, call.me)) == 1
+    top = None if single else top_of(mask)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     for step in range(steps + 1):
         arriving, _ = start(call, step, held, [], like)
         every = call.seen(q, call.held(call.me, step))
-        single = alone and len(every) + steps == 1
         for i, seen in enumerate(every):
             found = forward(
                 _cut(q, seen.rows), _cut(held.keys, seen.keys), _cut(held.values, seen.keys),
-                _part(mask, seen), seen.rule, top.cut(seen.rows) if top else None, single,
+                _part(mask, seen), seen.rule, top.cut(seen.rows) if top else None,
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
             del found
