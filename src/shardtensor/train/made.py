@@ -56,13 +56,12 @@ class Where(NamedTuple):
 
     def takes(self, *found: Tensor) -> bool:
         """Whether all are plain tensors where the mesh is."""
-        kind = self.mesh.device_type
         plain = all(type(x) in _PLAIN or probe.is_fake(x) for x in found)
-        return plain and all(x.device.type == kind for x in found)
+        return plain and all(x.device.type == self.mesh.device_type for x in found)
 
     def spec(self, shape: Sequence[int], but: int | None = None) -> tuple[int, Spec] | None:
         """The largest dim, not that one, and the spec that cuts it; None where it is too small."""
-        free = [d for d in range(len(shape)) if d != but]
+        free = (d for d in range(len(shape)) if d != but)
         d = max(free, key=lambda d: shape[d], default=None)
         return None if d is None or shape[d] < self.ranks else (d, self._cut_along(shape, d))
 
@@ -219,7 +218,7 @@ def _rows(
 def _at(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
     given = index if type(index) is tuple else (index,)
-    if not any(isinstance(e, Tensor) for e in given):
+    if not any(isinstance(e, Tensor) and e.ndim for e in given):
         return NotImplemented
     entries = spelled(index, x.ndim) or []
     at = [i for i, e in enumerate(entries) if isinstance(e, Tensor)]
