@@ -54,3 +54,35 @@ def test_copies_are_torchs():
         assert len(found) == len(want)
         for a, b in zip(found, want, strict=True):
             assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
+
+
+def test_deep_copies_made_together_are_views_of_one_another_or_refused():
+    def run(x):
+        y = x.clone()
+        v = y.reshape(2, 5)
+        lone = copy.deepcopy(v)
+        found = []
+        for written in (0, 1):
+            pair = copy.deepcopy((y, v))
+            pair[written].mul_(3)
+            try:
+                other = full(pair[1 - written])
+            except st.UnsupportedOpError:
+                other = None
+            found.append([full(pair[written]), other, full(y).clone(), full(v).clone()])
+        y.mul_(2)
+        return found, full(lone)
+
+    plain = torch.arange(10.0, dtype=D).view(5, 2)
+    want, want_lone = run(plain)
+
+    def sharded():
+        mesh = init_device_mesh("cpu", (3,))
+        return run(st.distribute_tensor(plain, mesh, [Shard(0)], src_data_rank=None))
+
+    for found, lone in st.simulate(3, sharded):
+        assert torch.equal(lone, want_lone)
+        for (a, other, *originals), (b, _, *others) in zip(found, want, strict=True):
+            # moved between ranks: it has memory of its own, which the write misses
+            assert other is None and torch.equal(a, b)
+            assert all(map(torch.equal, originals, others))

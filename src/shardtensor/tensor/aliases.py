@@ -44,6 +44,12 @@ class Piece:
         self.part: Part | None = None
         self.begins = made_by in _OF_ALL and (base is None or begins(_torch.storage(base)))
 
+    def of_copy(self, x: Tensor) -> Piece:
+        """What a copy of all of this storage is among copies of its family."""
+        made = Piece(x, self.made_by)
+        made.part, made.begins = self.part, self.begins
+        return made
+
     def follow(self, view: Tensor) -> None:
         """Let the version of a view move too, which autograd does not know as one."""
         if not self.tracked:
@@ -210,6 +216,21 @@ def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
     piece = Piece(copy, op, base)
     family.add(piece)
     return piece
+
+
+def relate_copies(local: Tensor, copied: Tensor, memo: dict[int, Any]) -> None:
+    """Let deep copies with one memo be of one family if what they are copies of is."""
+    family = family_of(local)
+    if family is None:
+        return
+    if id(family) not in memo:
+        memo[id(family)] = Family()
+        # as `copy` does, so that its id stays its own
+        memo.setdefault(id(memo), []).append(family)
+    own, copies = _torch.storage(copied), memo[id(family)]
+    own._shardtensor_family = copies  # type: ignore[attr-defined]
+    if own._cdata not in copies.pieces:
+        copies.add(family.pieces[_torch.storage(local)._cdata].of_copy(copied))
 
 
 def begins(memory: torch.UntypedStorage, whole: tuple[int, torch.dtype] | None = None) -> bool:

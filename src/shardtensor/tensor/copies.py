@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..registry import method
+from .aliases import relate_copies
 from .offset import copy_place
 from .shard_tensor import ShardTensor, wrap
 
@@ -50,7 +52,9 @@ def deep_copy(x: ShardTensor, memo: dict[int, Any]) -> ShardTensor:
             made = _marked(wrap(local, x._spec, x._strides), x)
         else:
             made = wrap(copy.deepcopy(local, memo), x._spec, x._strides)
-            copy_place(x, made)
+            if local.layout is torch.strided:
+                copy_place(x, made)
+                relate_copies(local, made._local, memo)
             vars(made).update(copy.deepcopy(_attributes(x), memo))
         memo[id(x)] = made
     found: ShardTensor = memo[id(x)]
