@@ -140,7 +140,8 @@ class Message:
             return
         order = sorted(range(len(parts)), key=numbers.__getitem__, reverse=True)
         sums = reduce_op([parts[i] for i in order], "sum", group)
-        self.sums = [sums[order.index(i)] for i in range(len(parts))]
+        found = dict(zip(order, sums, strict=True))
+        self.sums = [found[i] for i in range(len(parts))]
 
 
 class Backward:
