@@ -243,7 +243,7 @@ def histogramdd(
 def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> ShardTensor:
     given = [_settled(t) for t in (input, weights) if t is not None]
     whole = weights is not None and weights.shape != input.shape
-    if whole or input.ndim != 1 or input.is_floating_point():
+    if whole or input.ndim != 1 or input.is_floating_point() or minlength < 0:
         return fall_back(torch.bincount, (input, weights, minlength), {})
     spec, wanted = align(*given)
     _eager("bincount", spec)

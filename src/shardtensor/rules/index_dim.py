@@ -13,7 +13,7 @@ from ..spec import Spec
 from ..tensor import wrap
 from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
-from .rows import Kernel, dims_of, in_order, integers, lifted, mesh_of, read, summed, write
+from .rows import Kernel, dims_of, in_order, lifted, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
 from .shape import _index
 
@@ -57,12 +57,16 @@ def _rows_written(
     return out if input.ndim else out.reshape(())
 
 
-@rule("index_add")
-def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+def _as_many_dims(op: str, input: Tensor, source: Tensor) -> None:
     if source.ndim != input.ndim:
         raise RuntimeError(
-            f"index_add(): a source of {source.ndim} dims, self of {input.ndim}: expected as many"
+            f"{op}(): a source of {source.ndim} dims, self of {input.ndim}: expected as many"
         )
+
+
+@rule("index_add")
+def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    _as_many_dims("index_add", input, source)
     if alpha != 1 and source.numel():
         _try_factor(input, dim, alpha)
         # as torch converts it, to the dtype of the source
@@ -126,6 +130,7 @@ def index_reduce(
             "index_reduce(): Expected reduce to be one of prod, mean, amax or amin but got "
             f"{reduce}."
         )
+    _as_many_dims("index_reduce", input, source)
     by_element = reduce_kernel(reduce, include_self)
     assert by_element is not None
     # index_reduce itself fails for one column of halves in torch 2.13
@@ -136,9 +141,14 @@ def index_reduce(
 # in the flattened tensor -------------------------------------------------------------------------
 
 
+def _hold_to_long(op: str, index: Tensor) -> None:
+    if index.dtype is not torch.int64:
+        raise RuntimeError(f"{op}(): Expected a long tensor for index, but got {index.dtype}")
+
+
 @rule("take")
 def take(input: Tensor, index: Tensor) -> Tensor:
-    index = integers(index, "take")
+    _hold_to_long("take", index)
     x = reduced(input)
     out = read(x.reshape(-1), summed(index), op="take")
     return out if index.ndim else out.reshape(())
@@ -146,7 +156,7 @@ def take(input: Tensor, index: Tensor) -> Tensor:
 
 @rule("put")
 def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
-    index = integers(index, "put")
+    _hold_to_long("put", index)
     if index.numel() != source.numel():
         raise IndexError("put_(): Expected source and index to have the same number of elements")
     if input.dtype != source.dtype:

@@ -245,7 +245,12 @@ def tensor_split(
     """At indices, or into a number of sections; either may be a tensor."""
     given = (indices_or_sections, indices, sections, tensor_indices_or_sections)
     at = next(g for g in given if g is not None)
-    at = at.tolist() if isinstance(at, Tensor) else at
+    if isinstance(at, Tensor):
+        if at.dtype is not torch.long or at.ndim > 1:
+            raise RuntimeError(
+                f"tensor_split at {at.dtype} of {at.ndim} dims: expected a long vector"
+            )
+        at = at.tolist()
     if not isinstance(input, ShardTensor):
         return torch.tensor_split(input, at, dim)
     d = _index(dim, input.ndim)
