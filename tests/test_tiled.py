@@ -3,7 +3,9 @@
 import copy
 import errno
 import gc
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ import shardtensor as st
 from shardtensor._torch.world import AllToAll
 from shardtensor.errors import RankError, UnsupportedOpError
 from shardtensor.paged import pager
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from growth import python_calls
 
 BUDGET = 2**14
 
@@ -288,6 +293,25 @@ def test_what_comes_back_is_asked_for_ahead(tmp_path, monkeypatch):
     run(torch.randn(1, 2, 32, 16)).sum().backward()
     ahead = sum(n for n, advice in asked if advice == pager._MADV_WILLNEED)
     assert ahead == run.paging.returned > 0
+
+
+def test_an_op_does_not_look_at_what_is_in_files(tmp_path):
+    """What a place in memory takes does not grow with what has gone, or has ended."""
+    found = []
+    for count in (8, 64):
+        pages = pager.Pager(4 * 2**10, tmp_path)
+        with pager.Paged(pages):
+            kept = [torch.full((256,), float(i)) for i in range(count)]
+            ends = [x + 1 for x in kept]
+            calls = python_calls(lambda kept=kept: kept[0] + kept[1], ["call"])
+            assert all(bool((x == i).all()) for i, x in enumerate(kept))
+        assert len(pages.pages) + len(pages.gone) >= 2 * count
+        filed = pages.filed
+        del ends
+        pages.room(2**12)
+        assert filed - pages.filed >= (count - 4) * 2**10
+        found.append(calls)
+    assert found[0] == found[1]
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):

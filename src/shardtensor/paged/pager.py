@@ -11,10 +11,11 @@ import ctypes
 import os
 import sys
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ _MALLOPT_MMAP_THRESHOLD, _MADV_WILLNEED, _MADV_DONTNEED = -3, 3, 4
 
 @dataclass(slots=True)
 class Page:
-    """A storage: where it is, its bytes, whether they are in memory, whether it has a file."""
+    """A storage: where it is, what is called at its end, its bytes, whether it has a file."""
 
     ref: Any
+    end: Any
     nbytes: int
-    resident: bool = True
     filed: bool = False
 
 
@@ -66,7 +67,11 @@ class Pager:
 
     def __init__(self, budget: int, folder: Path) -> None:
         self.budget, self.folder = budget, folder
+        # in memory, the one used longest ago first; and those that are in files alone
         self.pages: OrderedDict[int, Page] = OrderedDict()
+        self.gone: dict[int, Page] = {}
+        # storages that nobody has any longer, as their ends say at any time, in any thread
+        self.ended: list[int] = []
         self.resident = self.filed = 0
         self.done = Paging()
         _small_chunks()
@@ -77,24 +82,24 @@ class Pager:
             return
         self._sweep()
         kept = set(used)
-        for key, page in list(self.pages.items()):
+        for key in [*self.pages]:
             if self.resident + nbytes <= self.budget:
                 return
-            if page.resident and key not in kept:
-                self._let_go(key, page)
+            # a mode around this one makes room for the copies of it, too
+            if key in self.pages and key not in kept:
+                self._let_go(key)
 
     def use(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count the storages of these as in memory, with room for them; the names of all."""
         storages = [x.untyped_storage() for x in tensors]
         found = [s._cdata for s in storages]
         for key, storage in zip(found, storages, strict=True):
-            page = self.pages.get(key)
-            if page is None:
-                continue
-            self.pages.move_to_end(key)
-            if not page.resident:
+            if key in self.pages:
+                self.pages.move_to_end(key)
+            elif key in self.gone:
+                page = self.gone[key]
                 self.room(page.nbytes, found)
-                page.resident = True
+                self.pages[key] = self.gone.pop(key)
                 # read in large pieces, while the op is at what it got first; of the system's cache
                 # that costs nothing
                 _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_WILLNEED)
@@ -108,9 +113,11 @@ class Pager:
         for x in tensors:
             storage = x.untyped_storage()
             key, n = storage._cdata, storage.nbytes()
-            if n >= LEAST and key not in known and key not in self.pages:
-                self.pages[key] = Page(_torch.storage_ref(x), n)
-                self._hold(n)
+            if n < LEAST or key in known or key in self.pages or key in self.gone:
+                continue
+            end = weakref.ref(storage, partial(_ended, self.ended, key))
+            self.pages[key] = Page(_torch.storage_ref(x), end, n)
+            self._hold(n)
 
     def settle(self, x: Tensor) -> None:
         """Put the memory of x where it stays for as long as there is any."""
@@ -123,19 +130,24 @@ class Pager:
         self.done.peak = max(self.done.peak, self.resident)
 
     def _sweep(self) -> None:
-        for key in [k for k, p in self.pages.items() if p.ref.expired()]:
-            page = self.pages.pop(key)
-            self.resident -= page.nbytes if page.resident else 0
+        while self.ended:
+            key = self.ended.pop()
+            page = self.pages.pop(key, None)
+            if page is not None:
+                self.resident -= page.nbytes
+            else:
+                page = self.gone.pop(key)
             self.filed -= page.nbytes if page.filed else 0
 
-    def _let_go(self, key: int, page: Page) -> None:
+    def _let_go(self, key: int) -> None:
+        page = self.pages[key]
         storage = _torch.storage_of(page.ref)
         if storage is None:
             return
         self._file(storage, page)
         if _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_DONTNEED):
             raise OSError(ctypes.get_errno(), "madvise of a file in " + str(self.folder))
-        page.resident = False
+        self.gone[key] = self.pages.pop(key)
         self.resident -= page.nbytes
 
     def _file(self, storage: torch.UntypedStorage, page: Page) -> None:
@@ -192,6 +204,10 @@ class Settled(TorchFunctionMode):
         if func in _ADDRESSES and type(args[0]) is Tensor:
             self.pager.settle(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _ended(ended: list[int], key: int, _: Any) -> None:
+    ended.append(key)
 
 
 def _strided(tree: Any) -> list[Tensor]:
