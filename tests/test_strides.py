@@ -246,6 +246,8 @@ BEGIN = {
     "a copy of what was reshaped and sliced": lambda x: copy.deepcopy(x.reshape(4, 12)[1:]),
     "a copy beside its slice": lambda x: copy.deepcopy((x, x[2:]))[1],
     "a row of a transform": lambda x: torch.fft.fft2(x)[2:],
+    "a row of a transform without history": lambda x: torch.fft.fft2(x)[2:].detach(),
+    "a copy of a row of a transform": lambda x: copy.copy(torch.fft.rfft(x, dim=0)[1:]),
 }
 
 

@@ -24,6 +24,7 @@ from ..spec import Dim, axes_in
 from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import relate
 from ..tensor.lazy import Lazy, Recipe, lazy, takes_lazy
+from ..tensor.offset import take_rows
 from ..tensor.random import matching
 from ..tensor.redistribute import to_dims
 from .index_dim import index_select
@@ -273,12 +274,13 @@ class Spectrum(Recipe):
                 spans = {d: (rows.first, rows.stop) for d, rows in enumerate(self.at)}
                 piece.part = ("rows of a spectrum", spans)
         else:
-            y = root.finish(self.token)
+            whole = y = root.finish(self.token)
             for d, rows in enumerate(self.at):
                 if rows != (0, root.spec.shape[d], 1):
                     stop = rows.first + rows.number * rows.step
                     y = sliced(y, d, rows.first, stop, rows.step)
             if y._slice is not None:
+                take_rows(whole)
                 # slices of one object are known to be apart
                 base = root.of()
                 x._slice = (y._slice[0] if base is None else base, *y._slice[1:])
