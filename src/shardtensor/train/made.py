@@ -251,9 +251,8 @@ def _embedding(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
         return NotImplemented
     index, weight, *rest = args
-    # options that need all indices
-    options = (*rest[3:], kwargs.get("scale_grad_by_freq"), kwargs.get("sparse"))
-    if any(options) or weight.ndim != 2:
+    need_all = (*rest[3:], kwargs.get("scale_grad_by_freq"), kwargs.get("sparse"))
+    if any(need_all) or weight.ndim != 2:
         return NotImplemented
     n, width = weight.shape
     rows = _rows(where, weight, index, lambda: (index.numel(), width), 0, n - 1)
@@ -317,10 +316,9 @@ def _joined(where: Where, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     given, dim = args[0] if args else (), args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if len(args) > 2 or kwargs.keys() - {"dim"} or not isinstance(given, list | tuple):
         return NotImplemented
-    if not given or not where.takes(*given) or sum(x.nbytes for x in given) < where.least:
-        return NotImplemented
     # torch.cat passes over parts of shape (0,)
-    if any(x.ndim != given[0].ndim for x in given):
+    alike = bool(given) and where.takes(*given) and len({x.ndim for x in given}) == 1
+    if not alike or sum(x.nbytes for x in given) < where.least:
         return NotImplemented
     shape = func([x.detach().to("meta") for x in given], dim).shape
     dim %= len(shape)
