@@ -327,3 +327,31 @@ def test_an_index_out_of_bounds_raises_on_empty_shards():
                 x[wrong]
 
     st.simulate(2, run)
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 4), (0, 2, 4), (0, 0, 6), (4, 2)])
+def test_windows_are_a_view_on_ranks_without_rows_too(sizes):
+    """One that took them for a copy would raise alone, or leave the others' backward."""
+    rows = torch.linspace(-1, 1, 48, dtype=D).view(6, 8)
+
+    def run(x, whole):
+        x.requires_grad_()
+        w = torch.tensor([0.3, 0.7], dtype=x.dtype, requires_grad=True)
+        y = x * 1
+        v = y.unfold(0, 2, 2)
+        y.mul_(3)
+        v.mul_(w).add_(w * w)
+        loss = y.sin().sum() + v.square().sum()
+        first = torch.autograd.grad(loss, [x, w], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, w])
+        return [whole(t.detach()) for t in (y, v, *first, *second)]
+
+    want = run(rows.clone(), lambda t: t)
+
+    def sharded():
+        mesh = T.make_mesh((len(sizes),))
+        x = st.distribute_tensor(rows, mesh, [Shard(0)], src_data_rank=None, sizes={0: sizes})
+        return run(x, lambda t: t.full_tensor() if isinstance(t, st.ShardTensor) else t)
+
+    for found in st.simulate(len(sizes), sharded):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)

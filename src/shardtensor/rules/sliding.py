@@ -139,6 +139,10 @@ def sliding(
             # rows of which only the specs of all ranks could tell that they share memory; a rank
             # that needs no others' has a copy, as all have
             y = y.clone()
+        elif inside and not y.numel():
+            # no rows: a view as those of the others are
+            d, _, _ = reaches[0]
+            y = x._local.narrow(d, 0, 0).view(y.shape)
         stands_for_view(y, x._local, view)
     new = dict(dims)
     kept = [new.get(i, dim) for i, dim in enumerate(spec.dims)]
