@@ -41,13 +41,6 @@ CHOICES = [(2, 12), (4, 12), (8, 12), (16, 24), (64, 12), (512, 12)]
 TOKENS = [64, 256, 1024, 4096, 16384]
 
 
-def possible(kind, ranks, heads, causal):
-    """Whether a strategy can be forced."""
-    if kind == "usp":
-        return any(ranks % u == 0 and fits(heads, heads, u) for u in range(2, ranks))
-    return heads >= ranks if kind == "all_to_all" else causal or kind != "zigzag"
-
-
 def measured(heads, tokens, causal):
     """{kind: (ms, CPU ms, bytes sent forward by this rank, its collectives)}."""
     n = dist.get_world_size()
@@ -59,7 +52,8 @@ def measured(heads, tokens, causal):
     ]
     for x in qkv:
         x.requires_grad_()
-    kinds = [k for k in KINDS if possible(k, n, heads, causal)]
+    ways = {"gather", "auto", *(w.kind for w in ways_of(n, heads, causal))}
+    kinds = [k for k in KINDS if k in ways]
     times, busy, sent = {k: [] for k in kinds}, {k: [] for k in kinds}, {}
     for _ in range(REPEATS):
         for kind in kinds:
