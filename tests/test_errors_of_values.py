@@ -102,23 +102,31 @@ class Rows(torch.nn.Embedding):
         return super().forward(self.index if index is None else index)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_compiled_program_sets_its_rank_apart(given):
+def of_rows(net, t):
+    """It sums what it closes over, and gives no shard."""
+    return lambda: net.forward(t).sum()
+
+
+@pytest.mark.parametrize("way", ["argument", "buffer", "closed over"])
+def test_a_compiled_program_sets_its_rank_apart(way):
     def run():
         net, mesh = Rows(), make_mesh((2,))
-        call, found = st.compile(net, backend="aot_eager"), []
+        how = {"backend": "aot_eager"}
+        call, found = st.compile(net, **how), []
         for last in (3, 9):
             t = torch.tensor([0, 1, 2, last])
             t = st.distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)
-            net.index = net.index if given else t
-            found.append(raised(call, *[t] * given))
+            net.index = t if way == "buffer" else net.index
+            call = st.compile(of_rows(net, t), **how) if way == "closed over" else call
+            found.append(raised(call, *[t] * (way == "argument")))
         return [e is None for e in found], str(raised(lambda: t.sum().item()))
 
     (one, after), (other, later) = st.simulate(2, run)
-    assert one == [True, True] and other == [True, False]
+    # what gives shards sends nothing itself
+    assert one == [True, way != "closed over"] and other == [True, False]
     assert "wait for each other" in after and "this rank raised IndexError" in later
     # a module by its class: all that it consists of would be pages
-    assert "(Rows of " in later
+    assert ("(<lambda> of " if way == "closed over" else "(Rows of ") in later
 
 
 def test_an_index_that_all_ranks_have_is_an_error_of_all():

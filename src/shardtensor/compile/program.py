@@ -139,7 +139,8 @@ def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> No
 class _Graph:
     """A compiled program, what it reads, the form of its result, what it draws.
 
-    twins: the parameters whose gradients are summed later, by name.
+    twins: the parameters whose gradients are summed later, by name. specs: of all that its
+    functions took.
     """
 
     run: Callable[..., Any]
@@ -147,6 +148,7 @@ class _Graph:
     out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
     draws: list[Draw]
     twins: list[str]
+    specs: list[Spec]
 
 
 class Compiled:
@@ -213,7 +215,7 @@ class Compiled:
         try:
             flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
         except (RuntimeError, IndexError) as e:
-            note(e, self.fn, leaves, state)
+            note(e, self.fn, graph.specs, {})
             raise
         form, kinds = graph.out
         flat = [x if s is None else wrap(x, *s) for x, s in zip(flat, kinds, strict=True)]
@@ -278,7 +280,7 @@ class Compiled:
     def _trace(self, leaves: list[Any], tree: pytree.TreeSpec, state: Own) -> tuple[_Graph, str]:
         """The graph of a call, and what of the state that it reads it changed."""
         form: list[Any] = []
-        changed, tape = "", Tape()
+        changed, tape, hooks = "", Tape(), NoHooks()
 
         def local(*tensors: Tensor) -> list[Any]:
             """The call on local tensors alone, which is traced; notes specs and state."""
@@ -296,7 +298,7 @@ class Compiled:
                 _using(self.fn, own),
                 recording(inputs, tape, lambda: (self.fn, args, kwargs)) as reads,
                 setting("tape", tape),
-                NoHooks(),
+                hooks,
                 NoWrites(tape),
             ):
                 try:
@@ -352,7 +354,7 @@ class Compiled:
         # forward: hooks of all modules are part of the graph already
         modes = _modes(self.fn)
         run = self.programs.of(graph, (modes[0], *modes[2:]), self.options)
-        return _Graph(run, form[0], form[1], draws, twins), changed
+        return _Graph(run, form[0], form[1], draws, twins, [*hooks.specs]), changed
 
 
 def _name(fn: Any) -> str:

@@ -10,7 +10,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import probe
+from ..dispatch.fallback import is_shard
 from ..errors import UnsupportedOpError
+from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.tape import Tape
 
@@ -32,7 +34,14 @@ _OF_MODES = {torch.as_tensor: _as_tensor, torch.tensor: _tensor}
 
 
 class NoHooks(torch.overrides.TorchFunctionMode):
-    """Raises for what runs in backward and would be lost with the traced tensors."""
+    """Raises for what runs in backward and would be lost with the traced tensors.
+
+    specs: those of all ShardTensors that functions took, as of one that is closed over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[Spec, None] = {}
 
     lost = {  # noqa: RUF012
         Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.backward,
@@ -48,6 +57,9 @@ class NoHooks(torch.overrides.TorchFunctionMode):
                 "for: call it on the result, or leave this part out of st.compile"
             )
         kwargs = kwargs or {}
+        for x in pytree.tree_leaves((args, kwargs), is_leaf=is_shard):
+            if isinstance(x, ShardTensor):
+                self.specs[x._spec] = None
         if func in _OF_MODES and isinstance(args[0] if args else kwargs.get("data"), ShardTensor):
             func = _OF_MODES[func]
         return func(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..comm import groups
 from ..comm.observers import Hooks
+from ..spec import Spec
 from .shard_tensor import ShardTensor
 
 E = TypeVar("E", bound=BaseException)
@@ -60,7 +61,10 @@ def of_rows(table: Tensor, same: bool, fn: Callable[..., T], *args: Any) -> T:
 
 
 def note(error: BaseException, func: Any, args: Any, kwargs: Any) -> None:
-    """Set this rank apart if torch raised for a value of which other ranks may know nothing."""
+    """Set this rank apart if torch raised for a value of which other ranks may know nothing.
+
+    Among the arguments may be Specs of what else the call took.
+    """
     if not _OF_VALUES.search(str(error)) or _agreed(error):
         return
     if Hooks.meeting is not None:
@@ -68,18 +72,19 @@ def note(error: BaseException, func: Any, args: Any, kwargs: Any) -> None:
         return
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor))
     for x in leaves:
-        if isinstance(x, ShardTensor) and _varies(x):
+        spec = x._spec if isinstance(x, ShardTensor) else x
+        if isinstance(spec, Spec) and _varies(spec):
             name = getattr(func, "__name__", type(func).__name__)
             groups.part(
                 f"this rank raised {type(error).__name__}: {str(error).splitlines()[0]} ({name} of "
-                f"{x._spec}); the others may not have: they wait, or are in another step. Check "
+                f"{spec}); the others may not have: they wait, or are in another step. Check "
                 "such values on all ranks before, or let the error end the program"
             )
             return
 
 
-def _varies(x: ShardTensor) -> bool:
-    return any(x._spec.mesh.size(axis) > 1 for axis in x._spec.varying)
+def _varies(spec: Spec) -> bool:
+    return any(spec.mesh.size(axis) > 1 for axis in spec.varying)
 
 
 def _agreed(error: BaseException) -> bool:
