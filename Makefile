@@ -47,9 +47,10 @@ gallery: .venv/.stamp ## Seven families of models, sharded and on one device
 test: lint ## The gate: lint, then types and docs beside unit, which leaves the cores time
 	$(MAKE) --no-print-directory -j 2 unit types docs
 
-lint: .venv/.stamp ## Style, formatting and the order of imports
+lint: .venv/.stamp ## Style, formatting, spelling and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
 
 types: .venv/.stamp ## mypy
