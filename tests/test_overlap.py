@@ -191,6 +191,24 @@ def test_rows_of_one_neighbour_only(kernel, cut, taken):
     assert taken
 
 
+IN_PLACE = {
+    "conv": lambda x, w: F.relu_(F.conv2d(x, w, stride=2)),
+    "conv, 2 taps": lambda x, w: F.conv2d(x, w[:, :, :2]).mul_(2).sigmoid_(),
+    "max pool": lambda x, w: F.max_pool2d(x, 3, 2).add_(w.sum()),
+    "avg pool": lambda x, w: F.avg_pool2d(x * x, 2, 1).exp_(),
+}
+
+
+@pytest.mark.parametrize("cut", [(6, 6), (4, 4, 4), (8, 0, 4)])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_result_is_written_to_where_no_rows_came(name, cut, taken):
+    """Rows of the next rank only are read: the last one has its result as the others have."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*s, dtype=D, generator=g) for s in ((2, 1, 12, 5), (2, 1, 3, 3)))
+    T.hold(IN_PLACE[name], [x, w], [T.shard(2, cut), None], (len(cut),))
+    assert taken
+
+
 def read_after_a_write(x):
     y = x * 1
     windows = y.unfold(0, 2, 1)

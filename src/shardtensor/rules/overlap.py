@@ -235,7 +235,8 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, d: int, tie: Tensor, *parts: Tensor) -> Tensor:
         ctx.d, ctx.tie, ctx.sizes = d, tie, [p.shape[d] for p in parts]
-        return torch.cat(parts, d) if len(parts) > 1 else parts[0].view_as(parts[0])
+        # no view, which refuses to be written to, of a rank that receives nothing
+        return torch.cat(parts, d) if len(parts) > 1 else parts[0].detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
