@@ -1,4 +1,4 @@
-"""Caches of pure functions of specs, which a new simulated world empties."""
+"""Caches of pure functions of specs and of numbers, which a new simulated world empties."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 V = TypeVar("V")
@@ -30,7 +31,10 @@ _of_tensors: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {
 
 
 def of_tensor(x: Tensor, key: Hashable, make: Callable[[], V]) -> V:
-    """make(), kept under the key while the tensor object x lives and torch does not write to it."""
+    """make(), kept under the key while the tensor object x lives and torch does not write to it.
+
+    Not kept in a CUDA graph's capture, where tensors have no values yet.
+    """
     if x.is_inference():
         # torch counts no writes to it
         return make()
@@ -41,7 +45,10 @@ def of_tensor(x: Tensor, key: Hashable, make: Callable[[], V]) -> V:
         gone = weakref.ref(x, lambda ref: _forget(at, ref))
         _of_tensors[at] = (gone, x._version, kept)
     if key not in kept:
-        kept[key] = make()
+        made = make()
+        if capturing(x.device):
+            return made
+        kept[key] = made
     return kept[key]
 
 
@@ -54,6 +61,59 @@ def _forget(at: int, ref: Any) -> None:
     # another tensor may lie there by now
     if at in _of_tensors and _of_tensors[at][0] is ref:
         del _of_tensors[at]
+
+
+# small tensors of numbers that the host knows: a copy from there waits for the device, and a CUDA
+# graph forbids it while it is captured
+_MOST = 4096
+
+
+class _Numbers(dict[Any, Tensor]):
+    def cache_clear(self) -> None:
+        self.clear()
+
+
+_numbers = _Numbers()
+register(_numbers)
+
+
+def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """The tensor of some numbers, or of one without dims, on the device of `like`; not to write to.
+
+    Of a tensor that is not plain, such as a fake one, it is made anew: it belongs to who looks on.
+    """
+    if type(like) is not Tensor:
+        return like.new_tensor(values, dtype=dtype)
+    device = like.device
+    # 0.0 and False are equal, and so are 0.0 and -0.0, whose signs differ
+    key = repr(values), dtype, device
+    found = _numbers.get(key)
+    if found is not None:
+        return found
+    # what is made in inference mode could not be saved for backward
+    with torch.inference_mode(False):
+        if capturing(device):
+            return _filled(values, dtype, device)
+        found = torch.tensor(values, dtype=dtype, device=device)
+    if type(found) is Tensor:
+        if len(_numbers) >= _MOST:
+            _numbers.clear()
+        _numbers[key] = found
+    return found
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _filled(values: tuple[float, ...] | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same by kernels alone, which take numbers as their arguments."""
+    each = values if isinstance(values, tuple) else (values,)
+    found = torch.empty(len(each), dtype=dtype, device=device)
+    for to, value in zip(found.unbind(), each, strict=True):
+        to.fill_(value)
+    return found if isinstance(values, tuple) else found[0]
 
 
 def clear() -> None:

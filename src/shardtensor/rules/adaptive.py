@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import comm
 from .._torch import kernels
-from ..cache import cached
+from ..cache import cached, constant
 from ..comm.define import run
 from ..comm.ops import window_add_op
 from ..errors import UnsupportedOpError
@@ -173,7 +173,7 @@ def _averages(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
             local = comm.reduce(local, _name(x, d))
         rows = range(*spec.spans[d])
         counts = [b - a for a, b in (_bin(j, size, m) for j in rows)]
-        by = torch.tensor(counts, dtype=local.dtype, device=local.device)
+        by = constant(tuple(counts), local.dtype, local)
         local = local / by.view([-1] + [1] * (local.ndim - 1 - d))
     return _as_image(wrap(local.to(dtype), spec), x, n)
 
@@ -286,7 +286,7 @@ def _merged(values: Tensor, index: Tensor, d: int, order: Sequence[int]) -> tupl
 
 
 def _rows(like: Tensor, at: Sequence[int]) -> Tensor:
-    return torch.tensor(at, dtype=torch.int64, device=like.device)
+    return constant(tuple(at), torch.int64, like)
 
 
 # rules -------------------------------------------------------------------------------------------

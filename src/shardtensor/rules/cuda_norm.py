@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import probe
-from ..cache import cached
+from ..cache import constant
 from ..comm import wire
 from . import normalise as program
 from .moments import GATHERED, accumulated
@@ -116,7 +116,7 @@ class _Normalise(torch.autograd.Function):
             w = None
             both = torch.stack((total, along)).view(2, -1, way.width).sum(2)
             total, along = (per_row(v, way) for v in both)
-        counts = _counts(way, x.device, torch.int32)
+        counts = _counts(way, x, torch.int32)
         dx = torch.batch_norm_backward_elemt(
             g, rows, ctx.mean, ctx.slope, w, total, along, counts
         ).view(x.shape)
@@ -148,7 +148,7 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
         # the kernel divides by their number of elements
         found = torch.cat([found[i : i + 1] for i, c in enumerate(way.counts) if c])
     moving, moved, by = running or (None, None, 0.0)
-    counts = _counts(way, rows.device, dtype)
+    counts = _counts(way, rows, dtype)
     return torch.batch_norm_gather_stats_with_counts(
         found, found[:, :n], found[:, n:], moving, moved, by, way.eps, counts
     )
@@ -190,14 +190,9 @@ def _sums(
     return flat[:n], flat[n:]
 
 
-@cached
-def _dealt(counts: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(counts, device=device, dtype=dtype)
-
-
-def _counts(way: Way, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _counts(way: Way, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The number of elements of a statistic on each rank that has some."""
-    return _dealt(tuple(way.width * c for c in way.counts if c), str(device), dtype)
+    return constant(tuple([way.width * c for c in way.counts if c]), dtype, like)
 
 
 def _of_rows(weight: Tensor | None, x: Tensor, way: Way) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..cache import cached
+from ..cache import cached, constant
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
@@ -245,7 +245,7 @@ def _fetched(
     x = comm.window(x, d, dim.sizes, inner, group)
     mine = sources[spec.index[d]]
     if mine != list(range(*inner[spec.index[d]])):
-        x = x.index_select(d, torch.tensor(mine, device=x.device) - min(mine))
+        x = x.index_select(d, constant(tuple([s - min(mine) for s in mine]), torch.int64, x))
     return x, start, stop
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..cache import cached
+from ..cache import cached, constant
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.lazy import Lazy, Recipe, lazy, takes_lazy
@@ -59,8 +59,8 @@ class Joined(Recipe):
         firsts, shifts = _numbers(self.parts, self.rows)
         n = self.rows.size
         at = index.long()
-        found = torch.bucketize(at, torch.tensor(firsts, device=at.device), right=True) - 1
-        moved = at + torch.tensor(shifts, device=at.device)[found.clamp(min=0)]
+        found = torch.bucketize(at, constant(tuple(firsts), torch.int64, at), right=True) - 1
+        moved = at + constant(tuple(shifts), torch.int64, at)[found.clamp(min=0)]
         # what is out of bounds stays so
         return torch.where((at >= 0) & (at < n), moved, at)
 

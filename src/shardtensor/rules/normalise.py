@@ -21,13 +21,12 @@ from torch import Tensor
 from .. import _torch, comm
 from .._torch import probe
 from .._torch.autograd import apply
-from ..cache import cached
+from ..cache import cached, constant
 from .affine import affine, alike, far
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
 from .numbers import (
     Blocks,
     Numbers,
-    constant,
     fresh,
     gathered,
     numbers_of,
@@ -203,7 +202,7 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         found = gathered([mean, var], way.group)
         most, empty, counts = _weights(way)
         if not isinstance(mean, np.ndarray):
-            counts = constant(way.counts, rows).reshape(-1, 1) * (way.width / way.n)
+            counts = constant(way.counts, torch.float64, rows).reshape(-1, 1) * (way.width / way.n)
         # numpy's own `sum` is two calls of Python
         added: Any = np.add.reduce if isinstance(mean, np.ndarray) else torch.sum
         means, vars = found[:, 0], found[:, 1]

@@ -231,18 +231,3 @@ def _added(found: Sequence[Tensor]) -> Numbers:
     for f in found[1:]:
         total += f.numpy()
     return total
-
-
-@cached
-def _constant(values: tuple[int, ...], device: str) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def constant(values: tuple[int, ...], like: Tensor) -> Numbers:
-    """Numbers that all ranks know."""
-    if on_host(like):
-        return np.array(values, dtype=np.float64)
-    if type(like) is not Tensor:
-        # fake: it has a shape only
-        return like.new_ones(len(values), dtype=torch.float64)
-    return _constant(values, str(like.device))

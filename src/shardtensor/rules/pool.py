@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import kernels
+from ..cache import constant
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
@@ -229,10 +230,10 @@ def _avg_pool(
         counts = _counts(s, rows, x.shape[d], count_include_pad)
         shape = [-1] + [1] * (x.ndim - 1 - d)
         if not x.is_floating_point():
-            whole = torch.tensor(counts, dtype=out.dtype, device=out.device)
+            whole = constant(tuple(counts), out.dtype, out)
             out = torch.div(out, whole.view(shape), rounding_mode="trunc")
         elif any(c != s.size for c in counts):
-            more = torch.tensor([s.size / c for c in counts], dtype=out.dtype, device=out.device)
+            more = constant(tuple([s.size / c for c in counts]), out.dtype, out)
             out = out * more.view(shape)
     return wrap(out, spec, pooled._strides)
 

@@ -1,0 +1,72 @@
+"""Small tensors of numbers that the host knows: made once, but not while a graph is captured."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from shardtensor import cache
+from shardtensor.cache import constant
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    cache.clear()
+    yield
+    cache.clear()
+
+
+def test_it_is_made_once():
+    like = torch.zeros(3)
+    found = constant((1, 2, 5), torch.float64, like)
+    assert found.tolist() == [1.0, 2.0, 5.0] and found.dtype is torch.float64
+    assert constant((1, 2, 5), torch.float64, torch.ones(1)) is found
+    assert constant((1, 2, 5), torch.float32, like) is not found
+    assert constant(0.0, torch.float32, like).ndim == 0
+    # equal, but another number
+    assert constant(-0.0, torch.float32, like).signbit()
+    cache.clear()
+    assert constant((1, 2, 5), torch.float64, like) is not found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_capture_makes_is_not_kept(device, monkeypatch):
+    """Its memory is the graph's, and eager code would read there what no replay has written yet."""
+    like = torch.zeros(1, device=device)
+    kept = constant((7.0, 8.0), torch.float32, like)
+    monkeypatch.setattr(cache, "capturing", lambda device: True)
+    # of the host, nothing is copied meanwhile
+    monkeypatch.setattr(cache.torch, "tensor", None)
+    inside = [constant(v, torch.float32, like) for v in ((1.0, 2.0), 3.0, (), (4.0,))]
+    assert constant((7.0, 8.0), torch.float32, like) is kept
+    monkeypatch.undo()
+    outside = [constant(v, torch.float32, like) for v in ((1.0, 2.0), 3.0, (), (4.0,))]
+    for a, b in zip(inside, outside, strict=True):
+        assert a is not b and a.shape == b.shape
+        assert device == "cuda" or torch.equal(a, b)
+
+
+def test_inference_leaves_nothing_that_training_cannot_save():
+    with torch.inference_mode():
+        made = constant((2.0, 3.0), torch.float32, torch.zeros(1))
+    x = torch.ones(2, requires_grad=True)
+    (x * made).sum().backward()
+    assert x.grad.tolist() == [2.0, 3.0]
+
+
+def test_a_fake_one_is_not_kept():
+    with FakeTensorMode() as mode:
+        fake = constant((2, 3), torch.int64, mode.from_tensor(torch.zeros(1)))
+        assert type(fake) is not torch.Tensor and fake.shape == (2,)
+    found = constant((2, 3), torch.int64, torch.zeros(1))
+    assert type(found) is torch.Tensor and found.tolist() == [2, 3]
+
+
+def test_what_a_capture_makes_of_a_tensor_is_not_kept(monkeypatch):
+    x, made = torch.zeros(1), []
+    monkeypatch.setattr(cache, "capturing", lambda device: True)
+    for n in (1, 2):
+        assert cache.of_tensor(x, "key", lambda: made.append(1) or len(made)) == n
+    monkeypatch.undo()
+    assert [cache.of_tensor(x, "key", lambda: made.append(1) or len(made)) for _ in "ab"] == [3, 3]
