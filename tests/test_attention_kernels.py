@@ -129,11 +129,13 @@ def test_boolean_masks_with_few_kernels(shape, cut):
 
 
 @pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (1, 1, 1, TOKENS)], ids=str)
-@pytest.mark.parametrize("dtype, each", [(torch.bool, 4), (torch.float32, 23)], ids=str)
-def test_a_mask_costs_few_kernels_a_hop(dtype, each, shape):
+@pytest.mark.parametrize(
+    "dtype, each, once", [(torch.bool, 4, 1), (torch.float32, 14, 25)], ids=str
+)
+def test_a_mask_costs_few_kernels_a_hop(dtype, each, once, shape):
     """The numbers to add, which rows see a key, and nothing where they see none, of out and sums.
 
-    Of a mask of numbers a block is counted once more, and merged by two numbers a row.
+    Of a mask of numbers a block is counted once more, from the largest number of each row on.
     """
     ways = []
     for mask in (None, torch.ones(shape, dtype=dtype)):
@@ -154,7 +156,7 @@ def test_a_mask_costs_few_kernels_a_hop(dtype, each, shape):
             finally:
                 cache.clear()
                 groups.forget()
-    assert ways[1] - ways[0] <= each * RANKS + 1
+    assert ways[1] - ways[0] <= each * RANKS + once
 
 
 @pytest.mark.parametrize("causal", [False, True])

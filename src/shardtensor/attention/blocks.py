@@ -4,8 +4,9 @@ Shapes: q (B, H, L, E), k (B, G, S, E), v (B, G, S, F), where H is a multiple of
 broadcasts to (B, H, L, S); out (B, H, L, F); sums (2, B, H, L): for each row m and t such that its
 sum of exp(scores) is t exp(m); m is -inf where the row sees no key. Two numbers, since their
 log-sum-exp m + log t rounds t away where m is about the most negative number: in a row that a mask
-of such numbers fills. Where no mask of numbers can, and no digits are lost (`coarse_rows`), sums
-are their log-sum-exp alone, (B, H, L); `NOTHING` where the row sees no key.
+of such numbers fills. Where no mask of numbers can, and no digits are lost (`coarse_rows`), or
+where they are taken from a base (`counted`), sums are their log-sum-exp alone, (B, H, L);
+`NOTHING` where the row sees no key.
 
 Gradients of a block need only the merged out and sums of all blocks: P = exp(scores - m) / t,
 dP = g v^T, dS = P (dP - rowsum(g out)) (Dao 2022, arXiv 2205.14135, B.4).
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
-from .counted import COARSE, HUGE, Top, counted, numbers
+from ..cache import constant
+from .counted import COARSE, HUGE, NOTHING, Top, counted, from_base
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
@@ -58,11 +60,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, sums) of a block, by a fused kernel where one takes it.
 
-    top: what an additive mask is for the keys of all blocks; None where this is the only one.
+    top: what an additive mask is for the keys of all blocks; None where this is the only one. Sums
+    are then log-sum-exps from its base on where no digits are looked at (`is_based`).
     """
     kernel = _fused(q, k, v, mask, rule)
     if kernel is None:
-        return _plain_forward(q, k, v, mask, rule)
+        out, sums = _plain_forward(q, k, v, mask, rule)
+        return out, from_base(top, sums) if top is not None and is_based(top, q) else sums
     block = _block(mask, q.dtype, rule)
     out, lse = kernel.forward(q, k, v, block)
     if not _looked_at(lse):
@@ -94,8 +98,9 @@ def _where_seen(mask: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]
     """out and lse where a row sees a key; elsewhere, whatever a kernel gives there, nothing."""
     sees = mask.any(-1)
     sees = sees.view(*[1] * (3 - sees.ndim), *sees.shape)
-    torch.where(sees, lse, numbers(lse).nothing, out=lse)
-    torch.where(sees.unsqueeze(-1), out, numbers(out).zero, out=out)
+    nothing, zero = constant(NOTHING, lse.dtype, lse), constant(0.0, out.dtype, out)
+    torch.where(sees, lse, nothing, out=lse)
+    torch.where(sees.unsqueeze(-1), out, zero, out=out)
     return out, lse
 
 
@@ -106,14 +111,13 @@ def _of_numbers(
     assert block.bias is not None
     most = _most(block.bias)
     # a row with a NaN sees it
-    sees = most != -inf
-    torch.where(sees.unsqueeze(-1), out, numbers(out).zero, out=out)
+    unseen = most == -inf
+    out.masked_fill_(unseen.unsqueeze(-1), 0.0)
     if top is None:
-        torch.where(sees, lse, numbers(lse).hidden, out=lse)
+        lse.masked_fill_(unseen, -inf)
         return out, torch.stack((lse, torch.ones_like(lse)))
     # a kernel may take numbers of such size for -inf, and gives 0 then
-    torch.where(most < HUGE, numbers(lse).nothing, lse, out=lse)
-    return out, counted(q, k, block, top, lse)
+    return out, counted(q, k, block, top, lse, most < HUGE)
 
 
 def _most(bias: Tensor) -> Tensor:
@@ -162,6 +166,11 @@ def settled(sums: Tensor) -> Tensor:
     top = torch.nan_to_num(sums[0], nan=nan, posinf=inf, neginf=inf)
     total = sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
     return torch.stack((top, total, top + total.log()))
+
+
+def is_based(top: Top | None, q: Tensor) -> bool:
+    """Whether sums of blocks are log-sum-exps from the base of their mask's rows on."""
+    return top is not None and not _looked_at(q)
 
 
 def _looked_at(lse: Tensor) -> bool:
@@ -219,8 +228,8 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     make = mask.new_zeros if more else mask.new_empty
     # rows that begin where kernels ask for it
     made = make((*mask.shape[:-1], mask.shape[-1] + more), dtype=dtype)[..., : mask.shape[-1]]
-    kept = numbers(made)
-    return torch.where(mask, kept.zero, kept.hidden, out=made)
+    zero, hidden = (constant(n, dtype, made) for n in (0.0, -inf))
+    return torch.where(mask, zero, hidden, out=made)
 
 
 def _fused(

@@ -1,8 +1,10 @@
 """What the keys of a block weigh in rows that a mask of large numbers fills; nothing is looked at.
 
-There the log-sum-exp that a kernel gives has lost the digits with which blocks are merged. So the
-kernel counts once more: what the keys weigh beside one more key whose score is the largest number
-that the mask has in the row. Scores are rounded as in the attention itself.
+There the log-sum-exp that a kernel gives has lost the digits with which blocks are merged. So it is
+taken from a base, the largest number that the mask has in the row for all keys: the kernel counts
+once more what the keys weigh beside one more key of that score. Scores are rounded as in the
+attention itself. Those that lie farther from the base than weights reach are not counted: their
+log-sum-exp has the digits that they have themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..cache import cached
 
 # log-sum-exps beyond this have lost digits of the sums that they stand for
 COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
@@ -21,6 +22,8 @@ COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
 NOTHING = -1e30
 # scores to which kernels, which compute powers of two, may add up none
 HUGE = -1e38
+# powers of e that weights have digits for
+_REACH = {torch.float16: 8.0, torch.float64: 700.0}
 # keys that are added, of which one counts: rows of a mask begin where kernels ask for it
 _MORE, _SIZE = 16, float(1 << 14)
 
@@ -33,7 +36,9 @@ class Top:
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
-        self.rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self.made: tuple[Tensor, Tensor] | None = None
+        # of which rows of another these are
+        self.part: tuple[Top, tuple[int, int]] | None = None
         # of the largest block so far
         self.values: list[tuple[Tensor, Tensor]] = []
 
@@ -42,17 +47,21 @@ class Top:
         if self.numbers.shape[-1] == 1 or rows == (0, self.numbers.shape[-1]):
             return self
         made = Top(self.numbers[..., rows[0] : rows[1]])
-        made.values = self.values
+        made.values, made.part = self.values, (self, rows)
         return made
 
-    def coarse(self, dtype: torch.dtype, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows that are counted, their numbers, the bias of the keys that are added)."""
-        if self.rows is None:
-            rows = (self.numbers.abs() > COARSE[dtype]) & (self.numbers > -inf)
-            last = bias.new_full((*rows.shape, _MORE), -inf)
-            last[..., 0] = self.numbers.to(bias.dtype).masked_fill(~rows, -inf)
-            self.rows = rows, self.numbers.to(dtype), last
-        return self.rows
+    def based(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(the base of each row, 0 where keys are not counted; the bias of keys that are added)."""
+        if self.made is None and self.part is not None:
+            of, (a, b) = self.part
+            base, last = of.based(dtype)
+            self.made = base[..., a:b], last[..., a:b, :]
+        elif self.made is None:
+            fine = (self.numbers.abs() <= COARSE[dtype]) | (self.numbers == -inf)
+            last = self.numbers.new_full((*fine.shape, _MORE), -inf)
+            last[..., 0] = self.numbers.masked_fill(fine, -inf)
+            self.made = self.numbers.to(dtype).masked_fill(fine, 0.0), last
+        return self.made
 
     def added(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """(keys to add, values that tell the block's keys and those apart) for so many keys."""
@@ -75,11 +84,13 @@ def top_of(mask: Tensor | None) -> Top | None:
     return Top(top.view(*[1] * (3 - top.ndim), *top.shape))
 
 
-def counted(q: Tensor, k: Tensor, block: _torch.Block, top: Top, lse: Tensor) -> Tensor:
-    """sums that have their digits in the rows that the mask fills; elsewhere lse."""
+def counted(
+    q: Tensor, k: Tensor, block: _torch.Block, top: Top, lse: Tensor, hidden: Tensor
+) -> Tensor:
+    """The log-sum-exps of a block from the base of each row on; hidden: rows that see no key."""
     bias = block.bias
     assert bias is not None
-    rows, largest, last = top.coarse(lse.dtype, bias)
+    base, last = top.based(lse.dtype)
     more, values = top.added(k)
     keys = torch.cat((k, more), 2)
     lead = torch.broadcast_shapes(bias.shape[:-1], last.shape[:-1])
@@ -88,31 +99,32 @@ def counted(q: Tensor, k: Tensor, block: _torch.Block, top: Top, lse: Tensor) ->
     assert counter is not None
     found, _ = counter.forward(q, keys, values, _torch.Block(block.scale, both))
     own, other = found[..., :2].to(lse.dtype).unbind(-1)
+    # infinite, or no number, in rows that are not counted
+    weight = torch.div(own, other).log_()
+    lse = lse.sub_(base).masked_fill_(hidden, NOTHING)
+    return torch.where(weight.abs() <= reach(q.dtype), weight, lse, out=lse)
+
+
+def reach(dtype: torch.dtype) -> float:
+    """How many powers of e weights of a dtype have digits for."""
+    return _REACH.get(dtype, 80.0)
+
+
+def absolute(top: Top, lse: Tensor) -> Tensor:
+    """sums (2, B, H, L) of log-sum-exps that are taken from a base; -inf where no key was seen."""
+    base, _ = top.based(lse.dtype)
+    # what is more than a number can hold stays a logarithm
+    few = lse.masked_fill(lse.abs() > reach(lse.dtype), 0.0)
     sums = lse.new_empty((2, *lse.shape))
-    torch.where(rows, largest, lse, out=sums[0])
-    # nothing of nothing: the kernel takes numbers of such size for -inf
-    weight = torch.div(own, other).nan_to_num_(nan=0.0, posinf=inf)
-    torch.where(rows, weight, numbers(lse).one, out=sums[1])
+    torch.add(base, lse - few, out=sums[0])
+    torch.exp(few, out=sums[1])
+    nothing = lse < NOTHING / 2
+    sums[0].masked_fill_(nothing, -inf)
+    sums[1].masked_fill_(nothing, 0.0)
     return sums
 
 
-class Numbers:
-    """Some numbers as tensors of a dtype."""
-
-    def __init__(self, like: Tensor) -> None:
-        least = torch.finfo(like.dtype).min
-        values = 0.0, 1.0, max(NOTHING, least), -inf
-        self.zero, self.one, self.nothing, self.hidden = (
-            torch.full((), v, dtype=like.dtype, device=like.device) for v in values
-        )
-
-
-def numbers(like: Tensor) -> Numbers:
-    """Those of a tensor's dtype, on its device; made once."""
-    # fake ones belong to what looks on
-    return Numbers(like) if type(like) is not Tensor else _numbers(like.dtype, str(like.device))
-
-
-@cached
-def _numbers(dtype: torch.dtype, device: str) -> Numbers:
-    return Numbers(torch.empty(0, dtype=dtype, device=device))
+def from_base(top: Top, sums: Tensor) -> Tensor:
+    """Log-sum-exps taken from a base, of sums as two numbers."""
+    base, _ = top.based(sums.dtype)
+    return sums[0].sub(base).add_(sums[1].log()).clamp_min_(NOTHING)

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from . import merge_kernel
 from .blocks import wide
+from .counted import Top, absolute
 
 
 class Merge:
     """Out and sums over the keys of all blocks added so far; NaN-safe, in fp32 or fp64."""
 
-    def __init__(self, q: Tensor, v: Tensor) -> None:
+    def __init__(self, q: Tensor, v: Tensor, top: Top | None = None) -> None:
+        """top: from whose base the blocks' log-sum-exps are taken."""
+        self.top = top
         self.like, self.shape = q, [*q.shape[:-1], v.shape[-1]]
         self.dtype = wide(q.dtype)
         self.found: tuple[Tensor, Tensor] | None = None
@@ -94,6 +97,9 @@ class Merge:
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, sums); zeros and -inf where no key was seen. In fp32 or fp64 but after a last."""
         out, sums = self._nothing(lone=False) if self.found is None else self.found
+        if self.top is not None and self.found is not None:
+            sums = absolute(self.top, sums if sums.ndim == 3 else sums[0])
+            return out.masked_fill_((sums[1] == 0).unsqueeze(-1), 0.0), sums
         if self.paired:
             nothing = sums[1] == 0
             out.masked_fill_(nothing.unsqueeze(-1), 0.0)

@@ -31,7 +31,7 @@ from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .around import Held, Shapes, in_turns, own_part, shared, start
-from .blocks import backward, forward, settled, wide
+from .blocks import backward, forward, is_based, settled, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
 from .counted import top_of
 from .gradients import add, beside, lies, sums_of
@@ -94,10 +94,10 @@ def _turn(
     """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
     steps = call.steps
     k, v = shared(call, k, v)
-    total = Merge(q, v)
     # a block that no other is merged with needs no more than its own
     single = alone and not steps and len(call.seen(q, call.me)) == 1
     top = None if single else top_of(mask)
+    total = Merge(q, v, top if is_based(top, q) else None)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     for step in range(steps + 1):
         arriving, _ = start(call, step, held, [], like)
