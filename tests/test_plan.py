@@ -9,20 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.attention import assume
 from shardtensor.observe.network import DGX_H100, Link
 from shardtensor.plan.estimate import A100, H100, Layout, Task, attention_rates, estimate
 from shardtensor.plan.search import fewest, layouts, plan
-from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh, run_workers
 from shardtensor.train.options import Options
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from bench_models import MODELS  # noqa: E402
+from measured import held_and_sent  # noqa: E402
 
 ROWS = 96
 
@@ -30,10 +29,6 @@ ROWS = 96
 def task(name, batch=2, dims=(2, 3)):
     build, shape = MODELS[name]
     return Task(lambda: build(ROWS), [(batch, *shape(ROWS)[1:])], dims=dims)
-
-
-def held(tensors):
-    return sum(t.nbytes for t in ((x.to_local() if isinstance(x, DTensor) else x) for x in tensors))
 
 
 def measured(name, batch, cuts, options, data):
@@ -51,27 +46,8 @@ def measured(name, batch, cuts, options, data):
         x = st.ShardTensor.from_local(
             x.to_local().clone(), x.device_mesh, x.placements, sizes=x.spec.sizes
         )
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def step():
-        model(x).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     # as it would be done on the devices that the plan is for
-    limits = attention_rates(H100, DGX_H100, dist.get_world_size())
-    with assume(limits):
-        for _ in range(2):
-            step()
-        with st.trace() as t:
-            step()
-    local = x.to_local() if isinstance(x, st.ShardTensor) else x
-    states = [v for s in optimizer.state.values() for v in s.values()]
-    alive = held([*model.parameters(), *model.buffers(), *states, local])
-    # other threads of the process allocate, too
-    with assume(limits):
-        peak = sorted(peak_bytes(step) for _ in range(3))[1]
-    return alive + peak, [(s.collective, s.bytes, s.messages) for s in t.sent]
+    return held_and_sent(model, x, attention_rates(H100, DGX_H100, dist.get_world_size()))
 
 
 CASES = [("U-Net", c, Options(), 1) for c in ((1, 1), (2, 2))]
@@ -112,7 +88,7 @@ def test_what_is_planned_is_what_is_measured(name, cuts, options, data):
 def test_kinds():
     found = estimate(task("ViT"), Layout(1, (2,), (2,)))
     model = task("ViT").make()
-    weights = held(model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     assert found.memory["parameters"] == weights
     # AdamW: two moments of each, and the number of steps
     assert found.memory["optimizer"] == 2 * weights + 4 * len(list(model.parameters()))
