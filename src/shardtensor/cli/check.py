@@ -12,12 +12,14 @@ import typer
 
 from ..later import dt
 from ..plan.check import check as checked
-from .subject import Input, factory, numbers
+from .subject import factory, given, numbers
 
 
 def check(
     model: Annotated[str, typer.Argument(help="package.module:name or folder/file.py:name")],
-    input: Annotated[list[str], typer.Option(help="1x3x64x64 or 1x3x64x64:int64; small will do")],
+    input: Annotated[
+        list[str], typer.Option(help="1x3x64x64:int64, or name=1x3x64x64; small will do")
+    ],
     arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
     shard: Annotated[str, typer.Option(help="dims, one for each mesh axis: 2 or 2,3")] = "2",
     mesh: Annotated[list[str], typer.Option(help="ranks along the axes: 3 or 2x2")] = [],  # noqa: B006
@@ -30,7 +32,12 @@ def check(
     """Hold a model, sharded, against itself on one device. Status 1: it is not right."""
     torch.manual_seed(0)
     made = factory(model, arg)().train(train)
-    inputs = [Input.parse(text).make() for text in input]
+    named = given(input)
+    inputs = (
+        {k: i.make() for k, i in named.items()}
+        if isinstance(named, dict)
+        else [i.make() for i in named]
+    )
     shapes = [numbers(text, "x", "--mesh 2x2") for text in mesh] or None
     placements = [dt.Shard(d) for d in numbers(shard, ",", "--shard 2,3")]
     size = numbers(at, "x", "--at 1x3x4096x4096") if at else None

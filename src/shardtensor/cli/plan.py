@@ -20,7 +20,7 @@ from ..plan.parts import InParts, in_parts
 from ..plan.plans import Plans
 from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
-from .subject import Input, factory, numbers, styled
+from .subject import factory, given, numbers, styled
 
 GIB = 2**30
 MOST_ROWS = 12
@@ -29,7 +29,7 @@ OPTIONS = ("fsdp", "checkpoint", "offload", "precision")
 
 def plan(
     model: Annotated[str, typer.Argument(help="package.module:name or folder/file.py:name")],
-    input: Annotated[list[str], typer.Option(help="1x3x512x512 or 1x3x512x512:bfloat16")],
+    input: Annotated[list[str], typer.Option(help="1x3x512x512:bfloat16, or name=1x3x512x512")],
     arg: Annotated[list[str], typer.Option(help="an argument of the model: width=64")] = [],  # noqa: B006
     devices: Annotated[int, typer.Option(help="0: the fewest on which it fits")] = 0,
     device: Annotated[str, typer.Option(help=" | ".join([*DEVICES, "cpu"]))] = "h100",
@@ -53,7 +53,8 @@ def plan(
 
     Answers are kept for the same question, while no source file that was loaded has changed.
     """
-    inputs = [Input.parse(text) for text in input]
+    inputs = given(input)
+    each = list(inputs.values() if isinstance(inputs, dict) else inputs)
     try:
         rates = [float(s) for s in speeds.split(",") if s]
     except ValueError:
@@ -62,8 +63,10 @@ def plan(
     hardware = _device(device, memory, devices)
     task = dict(
         make=factory(model, arg),
-        shapes=[i.shape for i in inputs],
-        dtypes=[i.dtype for i in inputs],
+        shapes={k: i.shape for k, i in inputs.items()}
+        if isinstance(inputs, dict)
+        else [i.shape for i in inputs],
+        dtypes=[i.dtype for i in each],
         dims=numbers(shard, ",", "--shard 2,3"),
         train=not inference,
         tensor=styled(tensor),
@@ -248,7 +251,9 @@ def _print(found: list[Estimate], device: Device, devices: int, thorough: bool, 
         console.print(f"These ops have no rule and gather their operands: {', '.join(gathered)}")
     for told in sorted({a for e in found for a in e.assumed}):
         console.print(f"Depends on the input: {told}", style="dim", highlight=False)
-    if not any(e.fits(device) for e in found):
+    if all(e.refused for e in found):
+        console.print("All are refused: see the reasons above.")
+    elif not any(e.fits(device) for e in found):
         console.print("None fits: take more devices, or let more dims be cut (--shard).")
 
 

@@ -43,6 +43,16 @@ class Input:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
+def given(texts: Sequence[str]) -> list[Input] | dict[str, Input]:
+    """Inputs in order, or by name: "1x3x64x64", or "static=1x2x64x64" for every one of them."""
+    named = [text.partition("=") for text in texts]
+    if not any(equals for _, equals, _ in named):
+        return [Input.parse(text) for text in texts]
+    if not all(equals and name for name, equals, _ in named):
+        raise ValueError(f"--input {' '.join(texts)}: give all inputs names, or none")
+    return {name: Input.parse(text) for name, _, text in named}
+
+
 def numbers(text: str, between: str, example: str) -> tuple[int, ...]:
     """ "2,3" or "2x2". Raises ValueError, which shows the example."""
     try:

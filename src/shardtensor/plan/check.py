@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..later import dt
 from .judge import Case
 from .layouts import Layout
 from .report import Finding, Report
-from .trees import tensors
+from .trees import called, dims_like, leaves, tensors
 
 __all__ = ["Finding", "Report", "assert_parallel", "check"]
 
@@ -30,10 +30,12 @@ def check(
 ) -> Report:
     """Hold a model, sharded, against itself on one device: outputs, gradients, buffers.
 
-    inputs: what forward takes: a tensor, a tuple or list of arguments, or a dict of them by name;
-    tensors in dicts, tuples and dataclasses are found. Small ones will do. placements: one for each
-    mesh axis, `Shard(dim)`, for every tensor that has this dim in the size of the first one's;
-    others stay plain. Default: the first dim after batch and channels, or tokens, or points.
+    inputs: what forward takes: a tensor, a tuple or list of arguments, a dict of them by name, or
+    the one dict that it takes; tensors in dicts, tuples and dataclasses are found. Small ones will
+    do. placements: one for each mesh axis, `Shard(dim)` of the first tensor, and of every other
+    that has this dim in the same size, counted from the front or else from the back; others stay
+    plain, and the report names those that are as large as the first. Default: the first dim after
+    batch and channels, or tokens, or points.
     mesh_shapes: default (2,) and (3,) for one axis, (2, 2) for two. Each is tried with even shards
     and with uneven ones, of which one is empty where there are three. loss: of the output; default:
     a fixed random combination of it.
@@ -45,7 +47,7 @@ def check(
     Raises ValueError for inputs without a tensor, placements and shapes that do not go together,
     and an output without a gradient; what the sharded model raises is in the report.
     """
-    args, kwargs = _called(inputs)
+    args, kwargs = called(model, inputs)
     found = tensors((args, kwargs))
     if not found:
         raise ValueError("check: inputs has no tensor")
@@ -72,6 +74,7 @@ def check(
         if (layout := Layout.of(first, placements, shape, uneven)) is not None
     ]
     case = Case(model, args, kwargs, loss or combination, rtol, double)
+    case.notes += _plain(inputs, first, layouts[0].dims)
     findings = case.findings(layouts)
     return Report(findings, case.notes, tuple(at or ()), scale, case.rtol or 0.0)
 
@@ -95,12 +98,17 @@ def assert_parallel(
         raise AssertionError(str(report))
 
 
-def _called(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if type(inputs) in (list, tuple):
-        return tuple(inputs), {}
-    if isinstance(inputs, Mapping) and all(isinstance(k, str) for k in inputs):
-        return (), dict(inputs)
-    return (inputs,), {}
+def _plain(inputs: Any, first: Tensor, dims: tuple[int, ...]) -> list[str]:
+    """Notes of large inputs that no rank has a part of."""
+    return [
+        f"inputs{path} {tuple(x.shape)} is whole on every rank: it has no dim like "
+        f"{' and '.join(f'dim {d} of size {first.shape[d]}' for d in dims)} of the first tensor"
+        for path, x in leaves(inputs)
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and x.numel() >= first.numel()
+        and dims_like(x.shape, first.shape, dims) is None
+    ]
 
 
 def _usual(x: Tensor) -> int:

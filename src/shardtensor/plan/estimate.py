@@ -40,6 +40,7 @@ from .device import A100, CPU, DEVICES, H100, H200, Device
 from .known import Known
 from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
+from .trees import At, called, dims_like, filled, formed
 from .turns import paged
 from .update import Update
 from .way import Layout, looked_at
@@ -52,33 +53,40 @@ class Task:
     """What is to run: a step of training or, with train=False, of inference.
 
     make: gives the model; it runs on fake tensors. shapes, dtypes: of the inputs of forward, for
-    the whole batch; a tensor in place of a shape has values that the model may read (edges, masks,
-    lengths). dims: those of the first input that may be sharded; dim 0 is the batch if it is not
-    among them. loss: of the model's
-    output (default: the mean square of all). optimizer: of the parameters. tensor: how weights lie
-    on a tensor axis, as `tensor_parallel` takes it.
+    the whole batch, in a list, or a dict by name or that forward takes, nested as forward takes
+    them; a tensor in place of a shape has values that the model may read (edges, masks, lengths).
+    dims: those of the first input that may be sharded (default: all from 2, else 0), and of others
+    with dims of these sizes, counted from the front or else the back; dim 0 is the batch if it is
+    not among them. loss: of the model's output (default: the mean square of all). optimizer: of
+    the parameters. tensor: how weights lie on a tensor axis, as `tensor_parallel` takes it.
+    form: how shapes are nested; found from them.
     """
 
     make: Callable[[], nn.Module]
-    shapes: Sequence[Any]
+    shapes: Any
     dtypes: Sequence[torch.dtype] = ()
     dims: Sequence[int] = ()
     train: bool = True
     loss: Callable[[Any], Tensor] | None = None
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW
     tensor: Mapping[str, Any] = field(default_factory=dict)
+    form: Any = field(default=None, repr=False)
     values: Sequence[Tensor | None] = field(default=(), init=False)
     # of the optimizer on weights alike: what its step books
     booked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = tuple(s.detach() if isinstance(s, Tensor) else None for s in self.shapes)
+        form, found = formed(self.shapes) if self.form is None else (self.form, self.shapes)
+        if not found or isinstance(form, At):
+            raise ValueError(
+                f"shapes {self.shapes!r}: that of each input, as [(1, 3, 64, 64)] or by name"
+            )
+        values = tuple(s.detach() if isinstance(s, Tensor) else None for s in found)
+        object.__setattr__(self, "form", form)
         object.__setattr__(self, "values", values)
-        object.__setattr__(
-            self, "shapes", tuple(tuple(getattr(s, "shape", s)) for s in self.shapes)
-        )
+        object.__setattr__(self, "shapes", tuple(tuple(getattr(s, "shape", s)) for s in found))
         first = self.shapes[0]
-        dims = tuple(self.dims) or tuple(range(2, len(first)))
+        dims = tuple(self.dims) or tuple(range(2, len(first))) or (0,)
         if not dims or not all(0 <= d < len(first) for d in dims) or len({*dims}) < len(dims):
             raise ValueError(
                 f"dims to shard are {dims} of an input {first}: name them, as dims=(1,)"
@@ -107,7 +115,7 @@ class Estimate:
 
     layout: Layout
     memory: dict[str, int]
-    sent: tuple[Sent, ...] = ()
+    sent: tuple[Sent, ...] = field(default=(), repr=False)
     gathered: tuple[str, ...] = ()
     compute: float = 0.0
     communication: float = 0.0
@@ -302,14 +310,15 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Cal
     domain = None if mesh is None else mesh[tuple(f"dim{d}" for d in layout.dims)]
     inputs = [_input(task, layout, domain, i, ledger.known) for i in range(len(task.shapes))]
     ledger.mark("inputs", inputs)
+    args, kwargs = called(model, filled(task.form, inputs))
     if not task.train:
-        return lambda: _infer(model, inputs)
+        return lambda: _infer(model, args, kwargs)
     trained = [p for p in model.parameters() if p.requires_grad]
     update = Update(task.optimizer, trained, ledger, task.booked)
 
     def step() -> None:
         ledger.phase("forward")
-        loss = _loss(task, model(*inputs))
+        loss = _loss(task, model(*args, **kwargs))
         ledger.phase("backward")
         loss.backward()
         del loss
@@ -321,8 +330,8 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Cal
 
 
 @torch.no_grad()
-def _infer(model: nn.Module, inputs: list[Any]) -> None:
-    model(*inputs)
+def _infer(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    model(*args, **kwargs)
 
 
 def _loss(task: Task, out: Any) -> Tensor:
@@ -343,22 +352,29 @@ def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known:
     given = task.values[i]
     if shape and first and shape[0] == first[0] and layout.data > 1:
         shape[0] //= layout.data
-        given = None if given is None else given[: shape[0]]
-    alike = all(d < len(shape) and shape[d] == task.shapes[0][d] for d in layout.dims if d)
-    alike = alike and (0 not in layout.dims or (bool(shape) and shape[0] == first[0]))
+        given = _narrowed(given, 0, 0, shape[0])
+    dims = dims_like(task.shapes[i], first, layout.dims)
     spec = None
-    if domain is not None and alike:
+    if domain is not None and dims is not None:
         sizes = {
-            d: layout.cut(task.shapes[0])[d]
-            for d, _ in zip(layout.dims, layout.sizes, strict=False)
+            e: layout.cut(first)[d]
+            for d, e, _ in zip(layout.dims, dims, layout.sizes, strict=False)
         }
-        spec = Spec.of(domain, [dt.Shard(d) for d in layout.dims], shape, sizes)
+        spec = Spec.of(domain, [dt.Shard(d) for d in dims], shape, sizes)
         shape = list(spec.local_shape)
-        for d in layout.dims if given is not None else ():
-            given = given.narrow(d, spec.dims[d].offsets[spec.index[d]], shape[d])  # type: ignore[union-attr]
+        for d in dims:
+            given = _narrowed(given, d, spec.dims[d].offsets[spec.index[d]], shape[d])
     if given is None:
         x = torch.empty(shape, dtype=task.dtypes[i])
         known.forget(x)
     else:
         x = known.fake(given)
     return x if spec is None else wrap(x, spec)
+
+
+def _narrowed(x: Tensor | None, dim: int, start: int, length: int) -> Tensor | None:
+    """A part of an input's values; a view would count as all that it is of."""
+    if x is None or probe.is_fake(x):
+        return None if x is None else x.narrow(dim, start, length)
+    with probe.outside_fake():
+        return x.narrow(dim, start, length).clone()

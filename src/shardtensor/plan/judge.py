@@ -30,7 +30,7 @@ from .copies import casts, copied, left_alone, seed, states
 from .layouts import Layout, in_job
 from .record import Held, Run, Widened, doubled, run
 from .report import Finding
-from .trees import mapped, tensors
+from .trees import dims_like, mapped, tensors
 
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
          torch.complex64: torch.complex128}  # fmt: skip
@@ -230,13 +230,14 @@ class Case:
         lead = tensors((args, kwargs))[0]
 
         def place(x: Any) -> Any:
-            alike = isinstance(x, Tensor) and all(
-                d < x.ndim and x.shape[d] == lead.shape[d] for d in layout.dims
-            )
-            if not alike:
+            if not isinstance(x, Tensor):
                 return x
-            on = [dt.Shard(d) for d in layout.dims]
-            put = distribute_tensor(x.detach(), mesh, on, src_data_rank=None, sizes=layout.sizes)
+            if (dims := dims_like(x.shape, lead.shape, layout.dims)) is None:
+                return x
+            on = [dt.Shard(d) for d in dims]
+            of = dict(zip(layout.dims, dims, strict=True))
+            sizes = {of[d]: n for d, n in layout.sizes.items()}
+            put = distribute_tensor(x.detach(), mesh, on, src_data_rank=None, sizes=sizes)
             return put.requires_grad_(x.requires_grad)
 
         seed(0)

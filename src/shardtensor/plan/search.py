@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..observe.network import DGX_H100, Network
 from ..shares import balanced
@@ -26,7 +26,7 @@ Told = Callable[[int, int, str], None]
 
 def plan(
     make: Callable[[], nn.Module],
-    shapes: Sequence[tuple[int, ...] | Tensor],
+    shapes: Sequence[Any] | Mapping[str, Any],
     devices: int,
     device: Device = H100,
     network: Network = DGX_H100,
@@ -42,21 +42,22 @@ def plan(
 ) -> Plans:
     """Every sensible configuration of a model on so many devices, the fastest that fit first.
 
-    make, shapes and further arguments: see `estimate.Task`. Meshes: the batch over the data axis as
-    far as it divides, the rest over the dims of the task in every way. Each as it is; where it does
-    not fit the device, then with FSDP2 over the data axis or all ranks, with checkpointing of
-    blocks, and with both (thorough: all of these anyway). On several nodes either the data axis or
-    the dims are within nodes. told: is called before each mesh with its number, how many there are
-    and its name. blocks: class names of the units of FSDP2 and of checkpointing
-    (default: see `Options`). offload: last, also with what is kept for backward in host memory,
-    but for CPUs, whose memory it is.
-    With `tensor=` also a tensor axis of every size that divides the devices.
-    speeds: of the devices in the order of the ranks, 1 for `device`
+    make: gives the model. shapes: of its inputs for the whole batch, in a list, or a dict by name
+    or that forward takes: `{"x": (1, 4, 721, 1440), "static": (2, 721, 1440)}`; a tensor has values
+    that the model may read. dims= of the first input may be cut. More: `estimate.Task`. Meshes: the
+    batch over the data axis as far as it divides, the rest over the dims of the task in every way.
+    Each as it is; where it does not fit the device, then with FSDP2 over the data axis or all
+    ranks, with checkpointing of blocks, and with both (thorough: all of these anyway). On several
+    nodes either the data axis or the dims are within nodes. told: is called before each mesh with
+    its number, how many there are and its name. blocks: class names of the units of FSDP2 and of
+    checkpointing (default: see `Options`). offload: last, also with what is kept for backward in
+    host memory, but for CPUs, whose memory it is. With `tensor=` also a tensor axis of every size
+    that divides the devices. speeds: of the devices in the order of the ranks, 1 for `device`
     itself; then each mesh is tried with shards as torch.chunk cuts and as `balance.sizes` does, in
     multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
-    fit follow by what they need, then those that
-    are refused. A notebook shows them as a table; `.html(path)` writes a page. Runs in this
-    process, on fake tensors, and sends nothing. Raises RuntimeError where torch.distributed is
+    fit follow by what they need, then those that are refused. Printed they are a table, in a
+    notebook too; `.html(path)` writes a page. Runs in this process, on fake tensors, and sends
+    nothing. Raises RuntimeError where torch.distributed is
     initialised.
     """
     asked = Task(make, shapes, **task)
@@ -69,7 +70,7 @@ def plan(
 
 def fewest(
     make: Callable[[], nn.Module],
-    shapes: Sequence[tuple[int, ...] | Tensor],
+    shapes: Sequence[Any] | Mapping[str, Any],
     device: Device = H100,
     network: Network = DGX_H100,
     *,

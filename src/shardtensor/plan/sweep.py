@@ -10,6 +10,7 @@ from math import gcd, log, prod
 
 from ..observe.network import Network
 from .estimate import Device, Estimate, Layout, Task, estimate
+from .trees import dims_like
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,10 @@ def _resized(task: Task, factors: Sequence[float]) -> Iterator[tuple[tuple[int, 
 
         def other(shape: tuple[int, ...], sizes: dict[int, float] = sizes) -> tuple[int, ...]:
             # as inputs are cut: those that have these dims
-            if not all(d < len(shape) and shape[d] == first[d] for d in sizes):
+            if (dims := dims_like(shape, first, tuple(sizes))) is None:
                 return shape
-            return tuple(int(sizes.get(d, n)) for d, n in enumerate(shape))
+            made = dict(zip(dims, sizes.values(), strict=True))
+            return tuple(int(made.get(d, n)) for d, n in enumerate(shape))
 
         made = task if factor == 1 else replace(task, shapes=[other(s) for s in task.shapes])
         yield tuple(int(s) for s in sizes.values()), made
