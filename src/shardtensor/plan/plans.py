@@ -35,7 +35,7 @@ SHOWN = 12
 
 
 class Plans(list[Estimate], Shown):
-    """The configurations, the best first; a list, which notebooks show as a table.
+    """The configurations, the best first; a list, which is a table where it is shown.
 
     task, devices, device, network: what was asked; missing: meshes that were not tried, and why.
     """
@@ -60,6 +60,31 @@ class Plans(list[Estimate], Shown):
         # what one of them has
         self.part: Device = device.among(devices)
         self.missing = list(missing)
+
+    def __str__(self) -> str:
+        runs = [e for e in self if not e.refused]
+        unit, name = unit_of(max((e.peak for e in runs), default=0))
+        kinds = [k for k in COLOURS if any(e.memory.get(k, 0) > e.peak / 500 for e in runs)]
+        rows = [["configuration", "fits", "peak", *kinds, "MB sent", "step ms"]]
+        for e in runs[:SHOWN]:
+            held = (f"{n / unit:.2f}" for n in (e.peak, *(e.memory[k] for k in kinds)))
+            fits = "yes" if e.fits(self.device) else "no"
+            sent = f"{_sent(e) / 1e6:.2f}"
+            rows.append([str(e.layout), fits, *held, sent, number(1e3 * e.seconds)])
+        memory = size(self.part.memory)
+        lines = [f"{self.devices} x {self.part.name} of {memory}: {name} of a rank at its peak"]
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for first, *others in rows if runs else []:
+            cells = [c.rjust(w) for c, w in zip(others, wide[1:], strict=True)]
+            lines.append("  ".join([first.ljust(wide[0]), *cells]))
+        if len(runs) > SHOWN:
+            lines.append(f"and {len(runs) - SHOWN} more")
+        lines += (f"refused, {e.layout}: {e.refused}" for e in self if e.refused)
+        lines += (f"not tried, {told}" for told in self.missing)
+        return "\n".join(lines)
+
+    # a list's would show all that each of them sends
+    __repr__ = __str__
 
     def to_html(
         self,
