@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from models import UNet, ViT
 from torch import nn
 from torch.distributed.tensor import Shard
+from torch.profiler import record_function
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, run_workers, same
@@ -63,6 +64,18 @@ def eager_and_compiled(make, shape, dim, backend, others=True):
 
 def test_traced_graph():
     st.simulate(2, eager_and_compiled, Mlp, (2, 7, 6), 1, "aot_eager")
+
+
+class Named(Mlp):
+    def forward(self, x):
+        with record_function("all"):
+            y = super().forward(x)
+            with record_function("inner"):
+                return y * 2
+
+
+def test_names_for_the_profiler():
+    st.simulate(2, eager_and_compiled, Named, (2, 7, 6), 1, "aot_eager", False)
 
 
 @pytest.mark.gloo

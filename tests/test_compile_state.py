@@ -5,6 +5,7 @@ import collections
 import contextvars
 import dataclasses
 import functools
+import io
 import itertools
 import os
 import random
@@ -27,6 +28,8 @@ FACTOR = 2.0
 TABLE = {"k": 2.0}
 LOG = []
 HANDLES = []
+# a file that has no position
+ERRORS = io.BufferedWriter(io.FileIO(os.devnull, "w"))
 
 
 class Names:
@@ -271,6 +274,15 @@ CASES = {
               lambda m, i: m.c.__setitem__(0, i), 4),
     "numbers": (lambda m, x: m.lin(x) * m.c[0], lambda m: put(c=array.array("d", [2.0]))(m),
                 lambda m, i: m.c.__setitem__(0, 3.0 + i), 4),
+    "bytes of a file": (lambda m, x: m.lin(x) * m.c.getvalue()[0], lambda m: put(c=io.BytesIO(b"2"))(m),
+                        lambda m, i: (m.c.seek(0), m.c.write(bytes([3 + i]))), 4),
+    "where a file stands": (lambda m, x: m.lin(x) * m.c.tell(), lambda m: put(c=io.StringIO("123456"))(m),
+                            lambda m, i: m.c.seek(1 + i), 4),
+    "a file that is not read": (lambda m, x: m.lin(x) if ERRORS else x, put(), lambda m, i: None, 1),
+    "read from a file": (lambda m, x: m.lin(x) * m.c.read(1)[0], lambda m: put(c=io.BytesIO(bytes(range(9))))(m),
+                         lambda m, i: None, 0),
+    "written to a file": (lambda m, x: m.lin(x) * m.c.write("1"), lambda m: put(c=io.StringIO())(m),
+                          lambda m, i: None, 0),
     "counter of the class": (class_counter, put(), lambda m, i: None, 0),
     "counter of names": (names_counter, put(), lambda m, i: None, 0),
     "counter in an array": (array_counter, lambda m: put(c=np.ones(2))(m), lambda m, i: None, 0),

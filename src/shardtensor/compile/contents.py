@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import random
 import sys
 import threading
@@ -55,6 +56,8 @@ def _is_array(x: Any) -> bool:
 
 def is_described(x: Any) -> bool:
     """Whether `describe` knows the contents; UnsupportedOpError for what a trace would spend."""
+    if _is_stream(x):
+        return True
     if isinstance(x, Iterator) and not isinstance(x, Tensor):
         raise UnsupportedOpError(
             f"a compiled program reads {type(x).__name__} {x!r:.60}, which a trace would advance: "
@@ -64,8 +67,25 @@ def is_described(x: Any) -> bool:
     return isinstance(x, kinds) or _is_array(x) or _generator(x) is not None
 
 
+def _is_stream(x: Any) -> bool:
+    """Whether x is a file that says where it stands, or from which nothing is read."""
+    if type(x).__module__ != "_io":
+        return False
+    return x.closed or not x.readable() or (x.seekable() and not isinstance(x, io.TextIOWrapper))
+
+
+def _stream(x: Any) -> tuple[Any, ...]:
+    """Where a file stands, and what it holds if it is in memory."""
+    if x.closed or not x.readable():
+        return (x.closed,)
+    memory = isinstance(x, io.BytesIO | io.StringIO)
+    return (False, x.tell(), x.getvalue() if memory else None)
+
+
 def describe(x: Any) -> Any:
     """What an object holds, comparable by ==."""
+    if _is_stream(x):
+        return _stream(x)
     if isinstance(x, Tensor):
         return (tuple(x.shape), x.dtype, x.device, x.requires_grad)
     if isinstance(x, set):
@@ -95,7 +115,14 @@ def held(x: Any) -> Any:
 
 def put_back(x: Any, had: Any) -> None:
     """Let an object hold again what `describe` said."""
-    if isinstance(x, set):
+    if _is_stream(x):
+        if not x.closed and len(had) == 3:
+            if had[2] is not None and x.getvalue() != had[2]:
+                x.seek(0)
+                x.truncate()
+                x.write(had[2])
+            x.seek(had[1])
+    elif isinstance(x, set):
         x.clear()
         x.update(had)
     elif isinstance(x, ContextVar):

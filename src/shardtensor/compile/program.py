@@ -348,7 +348,10 @@ class Compiled:
         check_whole(graph)
         draws = hoist(graph, tape)
         twins = state.used(graph)
-        # questions about dtypes are traced too, and Dynamo does not take them
+        # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
+        for node in reversed(graph.graph.nodes):
+            if getattr(node.target, "namespace", "") == "profiler":
+                graph.graph.erase_node(node)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         # forward: hooks of all modules are part of the graph already
