@@ -11,9 +11,16 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import io
 from shardtensor import testing as T
+from shardtensor.io import chunks
 
 zarr = pytest.importorskip("zarr")
 xr = pytest.importorskip("xarray")
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_count(monkeypatch):
+    monkeypatch.setattr(chunks, "SMALL", 0)
+    monkeypatch.setattr(chunks, "_warned", set())
 
 
 def told(n, fn):
@@ -29,7 +36,7 @@ def told(n, fn):
     return st.simulate(n, alone)
 
 
-def store(path, chunks, shape=(81, 12, 16)):
+def store(path, cut, shape=(81, 12, 16)):
     values = np.arange(np.prod(shape), dtype="f4").reshape(shape)
     group = zarr.open_group(str(path), mode="w", zarr_format=3)
     axes = {"time": np.arange(shape[0]), "latitude": np.linspace(60, -60, shape[1])}
@@ -37,7 +44,7 @@ def store(path, chunks, shape=(81, 12, 16)):
         group.create_array(name, data=v, dimension_names=[name])
     group["time"].attrs["units"] = "hours since 2000-01-01"
     made = group.create_array(
-        "t", shape=shape, dtype="f4", chunks=chunks, dimension_names=[*axes, "longitude"]
+        "t", shape=shape, dtype="f4", chunks=cut, dimension_names=[*axes, "longitude"]
     )
     made[:] = values
     return str(path)
@@ -117,3 +124,22 @@ def test_chunks_of_the_well(tmp_path):
     first, second = told(2, run)
     assert len(first[0]) == 1 and not second[0]
     assert "8.0 times as many: 1 of 8 rows in its dim 1" in first[0][0]
+
+
+def test_variables_alike_are_told_of_once_and_small_ones_never(tmp_path, monkeypatch):
+    """A store of eight variables and its coordinates is one warning, not ten."""
+    url = store(tmp_path / "e.zarr", (1, 12, 16))
+    group = zarr.open_group(url, mode="r+")
+    for i in range(7):
+        group.create_array(f"t{i}", data=group["t"][:], chunks=(1, 12, 16))
+
+    def run():
+        mesh = T.make_mesh((2,))
+        for name in ("t", *(f"t{i}" for i in range(7))):
+            io.read(io.open_array(url, name), mesh, [Shard(0)], index={0: 3})
+
+    texts = [t for found, _ in told(2, run) for t in found]
+    assert len(texts) == 1 and "2.0 times as many" in texts[0]
+    monkeypatch.setattr(chunks, "_warned", set())
+    monkeypatch.setattr(chunks, "SMALL", 12 * 16 * 4 + 1)
+    assert all(not found for found, _ in told(2, run))

@@ -12,9 +12,12 @@ from ..caller import caller
 
 # bytes touched over bytes wanted from which on a warning is due
 AMPLIFIED = 1.5
+# bytes of chunks below which a read takes as long, whatever is wanted of it
+SMALL = 2**16
 # how much larger than the mean the largest shard may be that is advised
 EVEN = 1.25
-_warned: set[str] = set()
+# what arrays were told of: those that lie alike, as the variables of a store do, are told of once
+_warned: set[tuple[object, ...]] = set()
 
 
 class Cut(NamedTuple):
@@ -51,18 +54,22 @@ def heed(
     ranges: Sequence[tuple[int, int]],
     cuts: Mapping[int, Cut],
 ) -> None:
-    """Warn once of an array of whose chunks this rank reads much more than it wants.
+    """Warn of an array of whose chunks this rank reads much more than it wants.
 
-    cuts: by the dim of the sample that is cut.
+    Once for all arrays of one shape that are stored and cut alike. cuts: by the dim of the sample
+    that is cut.
     """
     wanted = [b - a for a, b in ranges]
-    if name in _warned or not chunks or not prod(wanted):
+    if not chunks or not prod(wanted):
+        return
+    kind = (*shape, *chunks, item, *cuts.items())
+    if kind in _warned:
         return
     touched = covered(shape, chunks, ranges)
     times = prod(touched) / prod(wanted)
-    if times <= AMPLIFIED:
+    if times <= AMPLIFIED or prod(touched) * item < SMALL:
         return
-    _warned.add(name)
+    _warned.add(kind)
     whole = ", ".join(
         f"{n} of {m} rows in its dim {d}"
         for d, (n, m) in enumerate(zip(wanted, touched, strict=True))
