@@ -1,4 +1,4 @@
-"""Docstrings of the public names: there, with the errors that are raised, and what is sent."""
+"""Docstrings of the public names: there, with shapes, the errors that are raised, and what is sent."""
 
 import ast
 import importlib
@@ -20,8 +20,12 @@ COST = re.compile(
     r"|exchange[ds]?|in this process|(each|every|this|one) rank|whole|summed)\b",
     re.I,
 )  # fmt: skip
-# values, which nothing is asked for, and the collectives, of which docs/design.md has a table
-FREE = re.compile(r"shardtensor\.(comm|errors|spec|testing|ranks|plan\.\w+\.[A-Z]\w+|observe\.\w+\.[A-Z]\w+"
+# (C, latitude, longitude), (n,), or a shape in words
+SHAPE = re.compile(r"shapes?\b|\bdims?\b|\((\.\.\.|\w+)(, ?\*?(\.\.\.|\w+( [-+*/] \w+)*))*,?\)")
+# of `comm` and `torch.distributed`, what only asks
+SILENT = re.compile(r"^(rank|size|group|along|planned|spread|knows|is_|get_|silent)")
+# values, which nothing is asked for
+FREE = re.compile(r"shardtensor\.(comm.(knows_values|rank|size|spreads?|along)|errors|spec|testing|ranks|plan\.\w+\.[A-Z]\w+|observe\.\w+\.[A-Z]\w+"
                   r"|Dim|Spec|Options|.*(Error|Warning)$|.*\.(Mesh|Points|Tiled|Paging)$)")  # fmt: skip
 
 
@@ -73,22 +77,61 @@ GIVEN = re.compile(
 )  # fmt: skip
 
 
-def raised(of):
-    """The errors that a function raises itself."""
+def own(of):
+    """The function of a method or property, of a class what makes it; none of other libraries."""
     of = getattr(of, "__func__", None) or getattr(of, "fget", None) or of
-    of = inspect.unwrap(of)
-    if not inspect.isfunction(of) or "shardtensor" not in (inspect.getsourcefile(of) or ""):
-        return set()
-    tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
-    calls = (n.exc for n in ast.walk(tree) if isinstance(n, ast.Raise))
+    found = [inspect.unwrap(of)] if callable(of) else []
+    if inspect.isclass(of):
+        found = [vars(of).get(name) for name in ("__init__", "__post_init__")]
+    return [f for f in found if inspect.isfunction(f) and "/shardtensor/" in f.__code__.co_filename]
+
+
+def code(of, far=False):
+    """(function, tree) of it and all functions of its module, or of any, that it names, and so on."""
+    seen, todo = set(), own(of)
+    while todo:
+        f = todo.pop()
+        if f in seen:
+            continue
+        seen.add(f)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+        yield f, tree
+        names = (n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+        near = (h for n in names for h in own(f.__globals__.get(n)) if h.__name__ == n)
+        todo += [h for h in near if far or h.__module__ == f.__module__]
+
+
+def raised(of):
+    """The errors that it raises."""
+    calls = (n.exc for _, tree in code(of) for n in ast.walk(tree) if isinstance(n, ast.Raise))
     return {getattr(c.func, "id", "") for c in calls if isinstance(c, ast.Call)} & RAISED
+
+
+def sends(of):
+    """Whether it calls a collective."""
+    calls = (
+        n.func for _, tree in code(of, True) for n in ast.walk(tree) if isinstance(n, ast.Call)
+    )
+    named = {(getattr(f.value, "id", ""), f.attr) for f in calls if isinstance(f, ast.Attribute)}
+    return any(of in ("comm", "dist", "wire") and not SILENT.search(n) for of, n in named)
+
+
+def tensors(of):
+    """Whether a tensor is taken or given, by the annotations."""
+    said = [s for f in own(of) for s in f.__annotations__.values()]
+    return any(re.search(r"Tensor\b", str(s)) for s in said)
 
 
 def test_there_are_many():
     assert len(NAMES) > 200 and raised(st.fallback) == {"ValueError"}
+    # in a function that it calls, and where it is made
+    assert "UnsupportedOpError" in raised(st.sparse.submanifold_conv)
+    assert raised(st.io.DomainSampler) == {"ValueError"}
+    assert sends(NAMES["shardtensor.graph.Topology.original"]) and not sends(st.Spec.of)
+    assert sum(map(tensors, NAMES.values())) > 50
 
 
-@pytest.mark.parametrize("kind", ["there", "errors", "cost"])
+@pytest.mark.parametrize("kind", ["there", "errors", "shapes", "cost"])
 def test_docstrings(kind):
     missing = []
     for name, of in NAMES.items():
@@ -97,7 +140,9 @@ def test_docstrings(kind):
             missing.append(name)
         if kind == "errors":
             missing += [f"{name}: {e}" for e in sorted(raised(of)) if e not in said]
-        asked = name in TOP and callable(of) and not FREE.match(name)
+        if kind == "shapes" and tensors(of) and not SHAPE.search(said):
+            missing.append(name)
+        asked = not FREE.match(name) and ((name in TOP and callable(of)) or sends(of))
         if kind == "cost" and asked and not COST.search(said):
             missing.append(name)
     assert not missing

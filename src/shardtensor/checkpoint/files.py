@@ -74,8 +74,9 @@ def save(state: dict[str, Any], folder: str | Path, name: str, *, keep: int = 2)
     and `Randomness`): tensors, numbers, text and containers of these.
     It gets its name only when it is complete: a run that is killed while it saves leaves the last
     good one. Each rank writes its own shards; what ranks send is the plan: names, sizes and
-    checksums. Raises on all ranks alike: ValueError for a name that is not one of a file,
-    FileExistsError for one that is taken, RuntimeError where the checkpoint could not be written.
+    checksums. Raises on all ranks alike: TypeError for a state that is no dict with text as keys,
+    ValueError for a name that is not one of a file and a `keep` below 0, FileExistsError for a name
+    that is taken, RuntimeError where the checkpoint could not be written.
     """
     keep = _checked(state, name, keep)
     finish()
@@ -89,7 +90,8 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
 
     One at a time: this waits for the one before, as do `save`, `finish` and the end of the program.
     What went wrong in the thread is raised then. Every rank calls this; what is sent is as in
-    `save`, by a process group of its own.
+    `save`, by a process group of its own. Raises at once TypeError for a state and ValueError for
+    a name or `keep` that `save` does not take.
     """
     global _pending, _group
     keep = _checked(state, name, keep)
@@ -158,7 +160,8 @@ def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dic
     No code of the file is executed: only tensors, numbers, text, bytes and containers of them are
     loaded. What a rank reads is held against the checksums that `save` wrote. Raises RuntimeError
     on every rank, which names the file, where a checkpoint is cut, damaged or has anything else;
-    tensors of the state may then be filled in part.
+    tensors of the state may then be filled in part. TypeError for a state that is no dict with text
+    as keys.
     """
     _is_dict(state)
     path = Path(path)

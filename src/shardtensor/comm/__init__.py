@@ -53,7 +53,8 @@ __all__ = [
 def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> list[Tensor]:
     """Replicated tensors for use beside shards: the same values; gradients are summed over ranks.
 
-    The gradients of one call travel in one message per dtype. mesh: on which the shards lie.
+    xs: of any shapes. Forward sends nothing; the gradients of one call travel in one all-reduce per
+    dtype. mesh: on which the shards lie.
     Raises ValueError for a parameter whose gradient is summed over ranks outside of it.
     """
     found = list(xs)
@@ -99,32 +100,42 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
 
 
 def reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """The reduction of every rank's addend by "sum", "max", "min" or "product".
+    """The reduction of every rank's addend by "sum", "max", "min" or "product", in its shape.
 
-    Only the sum has a gradient.
+    One all-reduce; backward sends nothing. Only the sum has a gradient.
     """
     return x if size(group) == 1 else sums.reduce([x], op, group)[0]
 
 
 def addend(x: Tensor, group: str) -> Tensor:
-    """This rank's addend of a replicated value: all of it on the first rank, zeros on others."""
+    """This rank's addend of a replicated value: all of it on the first rank, zeros on others.
+
+    In the shape of x. Nothing is sent, in backward neither.
+    """
     return x if size(group) == 1 else run(addend_op, x, group)
 
 
 def alike(x: Tensor, group: str) -> Tensor:
-    """The cotangent of addends, which every rank has, as one replicated value."""
+    """The cotangent of addends, which every rank has, as one replicated value of x's shape.
+
+    Nothing is sent: its own gradient counts on the first rank only.
+    """
     return run(alike_op, x, group) if size(group) > 1 and _torch.differentiated(x) else x
 
 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    """The whole tensor from its shards along dim."""
+    """The whole tensor, sum(sizes) rows along dim, from its shards of `sizes`.
+
+    One all-gather of uneven shards; backward sends nothing, as each rank takes its own rows.
+    """
     return x if len(sizes) == 1 else ops.gather(x, dim, cut(sizes), group)
 
 
 def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    """This rank's shard of a replicated tensor.
+    """This rank's shard, sizes[rank] rows along dim, of a replicated tensor.
 
-    The gradient of a parameter that is summed with others (see `vary`) is gathered with others.
+    Forward sends nothing, backward is an all-gather. The gradient of a parameter that is summed
+    with others (see `vary`) is gathered with others.
     """
     if len(sizes) == 1:
         return x
@@ -140,7 +151,7 @@ def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
 def planned(
     sizes: Sequence[int], windows: Sequence[tuple[int, int]], group: str, *, wrap: bool = False
 ) -> Exchange:
-    """How `window` moves rows, for `windowed`: what is asked often keeps it."""
+    """How `window` moves rows, for `windowed`: what is asked often keeps it. Sends nothing."""
     if type(windows) is not Kept:
         windows = tuple(windows)
     return exchange(cut(sizes), windows, wrap, rank(group))
@@ -168,7 +179,7 @@ def window(
 
 
 def windowed(x: Tensor, dim: int, plan: Exchange, group: str, fill: float = 0.0) -> Tensor:
-    """`window` by its plan."""
+    """`window` by its plan, of x cut along dim as the plan has it; what that sends."""
     return x if plan.identity else ops.window(x, dim, plan, fill, group)
 
 
@@ -181,14 +192,18 @@ def window_add(
 ) -> Tensor:
     """This rank's shard of the sum of all windows, each rank's own being x: window's adjoint.
 
-    What lies outside the global range is dropped.
+    x: stop - start rows of windows[rank] along dim; what comes has sizes[rank]. Rows are sent to
+    the ranks that hold them; backward is a `window`. What lies outside the global range is dropped.
     """
     plan = planned(sizes, windows, group)
     return x if plan.identity else ops.window_add(x, dim, plan, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    """This rank's shard of the sum of every rank's addend."""
+    """This rank's shard, sizes[rank] rows along dim, of the sum of every rank's addend.
+
+    Each rank sends every other one its rows of the addend; backward is an all-gather.
+    """
     return window_add(x, dim, sizes, whole(cut(sizes)), group)
 
 
@@ -201,8 +216,9 @@ def swap(
     group: str,
     among: tuple[int, ...] = (),
 ) -> Tensor:
-    """A tensor sharded along dim `old` as one sharded along dim `new`.
+    """A tensor sharded along dim `old` as one sharded along dim `new`, of `new_sizes`.
 
+    x: old_sizes[rank] rows along `old`, all along `new`. One all-to-all, backward another.
     among: the ranks of the group, ascending, that share the tensor out; the others have tensors of
     their own, and every rank calls this.
     """
@@ -217,6 +233,7 @@ def ring(
     """The block that the rank `shift` places before this one holds.
 
     Rank r holds block r - held of `sizes` along dim before the call, and r - held - shift after.
+    One message to one rank; the gradient goes back.
     """
     return x if len(sizes) == 1 else ops.ring(x, dim, cut(sizes), held, shift, group)
 
@@ -224,8 +241,8 @@ def ring(
 def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
     """A number of every rank, where sizes depend on values; waits for the device.
 
-    like: a tensor on the device to communicate from. Raises UnsupportedOpError while a graph is
-    traced, which could not hold for other values.
+    One small all-gather. like: a tensor, of any shape, on the device to communicate from. Raises
+    UnsupportedOpError while a graph is traced, which could not hold for other values.
     """
     if size(group) == 1:
         return (n,)
@@ -238,12 +255,18 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
 
 
 def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """Rows of a tensor sharded along dim 0, by global index (int64, 1-D, each rank its own)."""
+    """Rows (n, ...) of a tensor sharded along dim 0, by global index (n,), each rank its own.
+
+    Sends int64 indices to the ranks that hold the rows, and those back; backward is a `put`.
+    """
     return x[index] if len(sizes) == 1 else run(take_op, x, index, sizes, group)
 
 
 def put(rows: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:
-    """Rows added at global indices of a tensor of zeros sharded along dim 0."""
+    """Rows (n, ...) added at global indices (n,) of a tensor of zeros sharded along dim 0.
+
+    Sends indices and rows to the ranks that hold them; backward is a `take`.
+    """
     if len(sizes) == 1:
         return rows.new_zeros([sizes[0], *rows.shape[1:]]).index_add(0, index, rows)
     return run(put_op, rows, index, sizes, group)
@@ -254,8 +277,9 @@ def asked(
 ) -> tuple[Tensor, Tensor]:
     """What all ranks' indices name of this rank's rows: (row, number of the index entry).
 
-    index: global rows, each rank its own `entries[rank]` of them; rows come back local, entries are
-    numbered over all ranks in order, so that `take` fetches what belongs to them.
+    index: of shape (entries[rank],): global rows, each rank its own; rows come back local, entries
+    are numbered over all ranks in order, so that `take` fetches what belongs to them. Two
+    exchanges, of the rows and of the numbers.
     """
     order, per_owner, per_rank, rows = requests(index, sizes, group)
     numbers = order + sum(entries[: rank(group)])

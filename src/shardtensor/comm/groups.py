@@ -71,7 +71,8 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     """The name of the group of ranks that differ from this one along mesh axes only.
 
     Ranks are numbered row-major over `axes`. A group over several axes is made on first use by its
-    members. Raises ValueError for a mesh whose ranks do not ascend along the axes.
+    members, which communicate then, never again. Raises ValueError for a mesh whose ranks do not
+    ascend along the axes.
     """
     if prod(mesh.size(a) for a in axes) == 1:
         return ALONE
@@ -81,7 +82,10 @@ def group(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
 
 @cached
 def along(spec: Spec, *dims: int) -> str:
-    """The name of the group of ranks that share out dims of a tensor."""
+    """The name of the group of ranks that share out dims of a tensor.
+
+    As of `group`, which raises ValueError for a mesh whose ranks do not ascend.
+    """
     return group(spec.mesh, axes_in([spec.dims[d] for d in dims]))
 
 

@@ -40,7 +40,8 @@ def read(
     goes away) or a slice of step 1, for instance {"time": 3}. placements, sizes: of what is left;
     `aligned_sizes` gives cuts at the borders of chunks. dtype: default the file's. Warns once for a
     source of whose chunks this rank reads 1.5 times as many bytes as it wants. Raises ValueError
-    for a placement that is Partial, a dim that is not there, and sizes that do not fit.
+    for a placement that is Partial, a dim that is not there, and sizes that do not fit, IndexError
+    for a row that is not there, UnsupportedOpError in a worker of torch's DataLoader.
     """
     source = source if isinstance(source, Source) else open_array(source)
     spec = spec_of(source, mesh, placements, index, sizes)
@@ -81,7 +82,8 @@ def read_block(
 
     halo: for some dims of the spec, how many rows more before and after; fewer come at the ends of
     the array, where there are none. Raises ValueError for a spec of another shape than the array's
-    (what `index` leaves of it) and for values that are no numbers.
+    (what `index` leaves of it) and for values that are no numbers, IndexError for a row that is not
+    there.
     """
     picked, kept = _kept(source, index)
     shape = tuple(b - a for _, (a, b) in kept)
@@ -106,7 +108,8 @@ def spec_of(
 ) -> Spec:
     """The spec of what `read` gives; nothing is read or sent.
 
-    Raises ValueError for an index or sizes that do not fit the array, and for Partial.
+    Raises ValueError for an index or sizes that do not fit the array, and for Partial; IndexError
+    for a row that is not there.
     """
     _, kept = _kept(source, index)
     spec = Spec.of(mesh, placements, [b - a for _, (a, b) in kept], sizes)
@@ -125,7 +128,7 @@ def aligned_sizes(
     """Sizes of shards that end where chunks end, as equal as chunks allow: for `read`.
 
     So no chunk is read by two ranks. With fewer chunks than ranks some shards are empty. Nothing is
-    sent: the same array gives the same sizes.
+    sent: the same array gives the same sizes. Raises ValueError and IndexError as `spec_of` does.
     """
     spec = spec_of(source, mesh, placements, index)
     _, kept = _kept(source, index)
@@ -155,7 +158,11 @@ class Report:
 
 
 def report(source: Source, spec: Spec, *, index: Index | None = None) -> Report:
-    """What this rank would read of the array."""
+    """What this rank would read of the array: nothing is read or sent.
+
+    Raises ValueError for a spec of another shape than what `index` leaves, IndexError for a row
+    that is not there.
+    """
     ranges = _ranges(source, spec, index, None)
     wanted = prod(b - a for a, b in ranges) * source.item
     aligned = aligned_sizes(source, spec.mesh, spec.placements, index=index)

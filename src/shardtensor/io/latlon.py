@@ -52,7 +52,8 @@ class LatLon:
 
     channels: names, as "geopotential@500"; of one state, forcings not among them. times:
     datetime64. latitude, longitude: degrees, as stored. bytes_read: by this rank so far. A sample
-    is read without communication.
+    is read without communication. Raises ValueError for variables, times and units that are not
+    in the schema, a history below 1, a lead below 0, and placements that shard the channels.
     """
 
     fill: float | None

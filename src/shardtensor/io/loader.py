@@ -35,10 +35,12 @@ class DomainSampler(DistributedSampler[int]):
     Ranks that differ along other axes only get the same samples. data: the name of the data axis;
     a mesh without it has one domain group. Every group gets equally many: with drop_last the rest
     of an epoch is left out, else its first samples fill up the last round. Epochs are shuffled by
-    seed + epoch, the same way for any number of groups. weights: of all samples; an epoch is then
-    `length` draws by them, with replacement, drawn anew each epoch. Works with torch's DataLoader,
-    too, and sends nothing; being torch's own kind of sampler, it is not replaced by one that deals
-    samples to single ranks, as Lightning does with others.
+    seed + epoch, the same way for any number of groups. weights: (length,), of all samples; an
+    epoch is then `length` draws by them, with replacement, drawn anew each epoch. Works with
+    torch's DataLoader, too, and sends nothing; being torch's own kind of sampler, it is not
+    replaced by one that deals samples to single ranks, as Lightning does with others. Raises
+    ValueError for fewer samples than groups, weights that are not one number of 0 or more a sample,
+    and a mesh without this rank.
     """
 
     group: int

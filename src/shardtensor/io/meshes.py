@@ -209,8 +209,8 @@ def convert(
     fields to the names of arrays. Rows are ordered along Hilbert's curve, so that neighbours in
     space lie on the same rank. Each array is a .npy file, float32; integers that float32 does not
     hold stay integers. One rank calls this. The folder appears when it is complete; one that is
-    there is kept. Raises
-    ValueError for numbers that are too large, text, and names that are no names of files.
+    there is kept. Raises ValueError for numbers that are too large, text, and names that are no
+    names of files, ImportError that names the extra where `read_mesh` does.
     """
 
     folder = Path(folder)
@@ -270,7 +270,8 @@ class Points:
     axes: the mesh axes that shard the rows, by name or number (default all). names: the arrays
     (default all of the first folder). most: at most so many rows, drawn by seed + the number of the
     sample, the same on all ranks; they keep their order. shares: of the rows for each rank, for
-    instance its relative speed. Each rank reads its rows only; nothing is communicated.
+    instance its relative speed. Each rank reads its rows only; nothing is communicated. Raises
+    ValueError for arrays that the first folder has not.
     """
 
     bytes_read: int

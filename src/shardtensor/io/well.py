@@ -52,7 +52,8 @@ class WellFile:
 
     path: or an open binary file, for instance a remote one of fsspec. shape: the spatial shape.
     fields: name -> Field. boundary_conditions: name -> bc_type. bytes_read: bytes of fields read so
-    far; a dataset stored in chunks costs whole chunks on top.
+    far; a dataset stored in chunks costs whole chunks on top. Raises ImportError that names the
+    extra where h5py is not installed.
     """
 
     boundary_conditions: dict[str, str]
@@ -203,7 +204,7 @@ def write_well(
     domain in each spatial dim (default 1; to be given where there is no scalar, which tells the
     dims of space from those of components). boundary: periodic, wall or open, in every dim.
     One rank calls this, with whole fields. The file appears under its name when it is complete.
-    Raises ValueError for shapes that differ.
+    Raises ValueError for shapes that differ, ImportError where h5py is not installed.
     """
     first = next(iter(fields.values()))
     ndim = len(lengths) if lengths else min(f.ndim for f in fields.values()) - 2

@@ -62,7 +62,8 @@ def submanifold_conv(
     As a dense convolution of odd kernel sizes, padded to the size of its input, at active sites.
     Sends the rows of features that other ranks' sites neighbour, each once; backward their summed
     gradients, and an all-reduce of the weight's. Memory: features of all pairs of neighbours of own
-    sites. Raises ValueError for shapes that do not fit, even kernels and sites that occur twice.
+    sites. Raises ValueError for shapes that do not fit, even kernels and sites that occur twice,
+    UnsupportedOpError for features and coordinates that are not sharded along dim 0 alike.
     """
     d = coords.shape[1]
     kernel, dilate = _many(kernel_size, d), _many(dilation, d)
@@ -90,8 +91,9 @@ def sparse_conv(
     Input site stride * o - padding + dilation * k reaches output o through offset k of the kernel.
     shape: of the dense grid, which bounds the outputs as in a dense convolution; None: the grid has
     no bounds. An output site lies on the first rank that reaches it, sorted there.
-    Cost and errors as in `submanifold_conv`; the first call with some coordinates also exchanges
-    the numbers of output sites that several ranks may reach.
+    Cost as of `submanifold_conv`; the first call with some coordinates also exchanges the numbers
+    of output sites that several ranks may reach. Raises ValueError for shapes that do not fit and
+    sites that occur twice, UnsupportedOpError for rows that are not sharded along dim 0 alike.
     """
     d = coords.shape[1]
     sizes = (_many(kernel_size, d), _many(stride, d), _many(padding, d), _many(dilation, d))

@@ -58,9 +58,10 @@ def truncated_irfftn(
 ) -> Tensor:
     """The inverse for the modes that `truncated_rfftn` kept, all others zero, with lengths `s`.
 
-    like: a ShardTensor in whose sharding the result is wanted along `dim` (and along other dims of
-    the same size); else it is as torch.fft.irfftn leaves it. Modes are sent as by
-    `truncated_rfftn`. Raises ValueError for lengths, modes or a `like` that do not fit.
+    y: (..., *modes), as `truncated_rfftn` gives it. like: a ShardTensor in whose sharding the
+    result is wanted along `dim` (and along other dims of the same size); else it is as
+    torch.fft.irfftn leaves it. Modes are sent as by `truncated_rfftn`. Raises ValueError for
+    lengths, modes or a `like` that do not fit.
     """
     dims, kept = _arguments(y.ndim, modes, dim)
     if len(s) != len(dims):

@@ -57,7 +57,10 @@ def tiled(
 
 
 class Tiled:
-    """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`)."""
+    """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`).
+
+    Raises ValueError for arguments that `tiled` does not take.
+    """
 
     dims: tuple[int, ...]
     memory: int

@@ -91,7 +91,8 @@ def assert_parallel(
     """Raise AssertionError with the report of `check`, unless the model is right when sharded.
 
     For tests of models; arguments as of `shardtensor.check`. gathers: whether ops without a rule
-    may gather their operands, which is right, but grows with the global size.
+    may gather their operands, which is right, but grows with the global size. Raises ValueError for
+    arguments that `check` does not take.
     """
     report = check(model, inputs, placements, mesh_shapes, **options)
     if not report.ok or (not gathers and any(f.gathered for f in report.findings)):

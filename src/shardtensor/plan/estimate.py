@@ -59,7 +59,8 @@ class Task:
     with dims of these sizes, counted from the front or else the back; dim 0 is the batch if it is
     not among them. loss: of the model's output (default: the mean square of all). optimizer: of
     the parameters. tensor: how weights lie on a tensor axis, as `tensor_parallel` takes it.
-    form: how shapes are nested; found from them.
+    form: how shapes are nested; found from them. Raises ValueError for dims that the first input
+    has not, or twice.
     """
 
     make: Callable[[], nn.Module]
@@ -173,9 +174,12 @@ def estimate(
 
     Of a rank in the middle, which has neighbours on all sides, and where shards are uneven also of
     the first, which has the largest: what needs more. Where the layout has sizes or speeds, memory
-    is of the rank with the most rows, and time of the one that takes longest. What
-    depends on values (sort, masks, indices) is refused: `rehearse` it on a device. Nothing is sent:
+    is of the rank with the most rows, and time of the one that takes longest. Nothing is sent:
     fake tensors run in this process. turns: whether to note them, too.
+
+    What fails is told in `refused` and not raised: UnsupportedOpError of the model; what depends on
+    values (sort, masks, indices), which can be had by `rehearse`; ValueError where the output has
+    no gradient.
     """
     device = device.among(layout.ranks)
     found = []

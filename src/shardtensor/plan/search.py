@@ -57,8 +57,8 @@ def plan(
     multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
     fit follow by what they need, then those that are refused. Printed they are a table, in a
     notebook too; `.html(path)` writes a page. Runs in this process, on fake tensors, and sends
-    nothing. Raises RuntimeError where torch.distributed is
-    initialised.
+    nothing. Raises ValueError for speeds that are not one above 0 for each device, RuntimeError
+    where torch.distributed is initialised.
     """
     asked = Task(make, shapes, **task)
     found = ranked(

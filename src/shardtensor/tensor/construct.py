@@ -40,7 +40,8 @@ def distribute_tensor(
     the others hold is lost: under `guard` it must be the same, or one value throughout. None:
     every rank slices its own copy and nothing is sent.
     sizes: for a sharded dim the sizes of all shards (default: torch.chunk's).
-    Raises ValueError where placements, sizes and shape do not fit.
+    Raises ValueError where placements, sizes and shape do not fit, TypeError for what is no tensor
+    and no mesh.
     """
     _check(tensor, device_mesh, "distribute_tensor")
     if isinstance(tensor, ShardTensor):

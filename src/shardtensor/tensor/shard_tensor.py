@@ -179,7 +179,7 @@ class ShardTensor(torch.Tensor):
         return methods["from_local"](local, mesh, placements, sizes)
 
     def to_local(self, *, grad_placements: Sequence[dt.Placement] | None = None) -> Tensor:
-        """This rank's local tensor; differentiable.
+        """This rank's local tensor, of `spec.local_shape`; differentiable. Forward sends nothing.
 
         grad_placements: how its gradient lies, if not as the tensor: Partial() for each mesh axis
         along which the tensor is whole and ranks have addends of its gradient, which are summed.
@@ -191,9 +191,10 @@ class ShardTensor(torch.Tensor):
         return methods["graded"](self._local, self._spec, grad_placements)
 
     def full_tensor(self, *, grad_placements: Sequence[dt.Placement] | None = None) -> Tensor:
-        """The whole tensor as a plain one, on every rank; differentiable. All-gathers.
+        """The whole tensor, of the global shape, as a plain one on every rank; differentiable.
 
-        grad_placements: as in `to_local`.
+        Sends an all-gather for each sharded dim and an all-reduce of addends; backward sends
+        nothing but what `grad_placements` asks for, as in `to_local`.
         """
         self.to_local()
         return methods["replicate"](self).to_local(grad_placements=grad_placements)
@@ -225,7 +226,7 @@ class ShardTensor(torch.Tensor):
 
     @staticmethod
     def from_dtensor(d: Any) -> ShardTensor:
-        """The ShardTensor of a DTensor's shards; nothing is communicated."""
+        """The ShardTensor of a DTensor's shards, of its shape; nothing is communicated."""
         return methods["from_dtensor"](d)
 
     # autograd: everything lives on the local tensor ----------------------------------------------

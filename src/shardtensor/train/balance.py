@@ -53,7 +53,7 @@ class Balancer:
     sizes: those to be taken now; speeds: as far as known; changed: whether the last step, or call
     of `note`, changed the sizes. Every rank of the mesh makes it with the same arguments, and calls
     the same. Numbers do not depend on how a dim is cut; draws of random numbers do, but in
-    `random.match_single_device`.
+    `random.match_single_device`. Raises ValueError for arguments that do not fit.
     """
 
     axes: tuple[int, ...]

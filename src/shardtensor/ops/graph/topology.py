@@ -115,6 +115,7 @@ class Topology:
         """(2, E): the edges in the topology's order, for models that index with them.
 
         Sharded along dim 1 as edges are: what a model sums at their targets stays where it is.
+        Nothing is sent.
         """
         to = self._rows + self._to.spans[comm.rank(self._group)][0]
         local = torch.stack([self._source, to])
@@ -130,7 +131,10 @@ class Topology:
         return values[self.order]
 
     def original(self, values: Tensor) -> Tensor:
-        """Values (E, ...) of the edges, in the order of edge_index."""
+        """Values (E, ...) of the edges, in the order of edge_index.
+
+        Each is sent to the rank that has its place in even shards of all; its gradient comes back.
+        """
         if self.mesh is None:
             return torch.zeros_like(values).index_add(0, self._order, values)
         local, rest = self._local(values, self._edges)
