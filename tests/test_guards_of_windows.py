@@ -318,13 +318,6 @@ def test_nothing_is_by_strips_in_a_graph(by_strips):
     assert not by_strips
 
 
-@pytest.mark.parametrize("cut", [(3, 4), (1, 5, 0, 1)])
-def test_transposed_convolutions_are_not_by_strips(cut, by_strips):
-    module = nn.ConvTranspose2d(2, 3, 3, 2, 1, dtype=D)
-    T.hold(module, [numbers(1, 2, 7, 3)], [T.shard(2, cut)], (len(cut),))
-    assert not by_strips
-
-
 def test_padding_in_one_shard_is_left_to_the_op():
     def run():
         x = st.distribute_tensor(numbers(1, 1, 6, 6), T.make_mesh((1,)), [Shard(2)])

@@ -26,10 +26,11 @@ from ..tensor.redistribute import beside, fit, to_dims
 from .channels import Channels, by_rows, channels_of, columns
 from .empty import some
 from .halo import Halo, Settings, halo_conv, laid
+from .halo_transposed import laid_transposed
 from .norm import sharded
 from .overlap import pays
 from .sliding import Plan, Reads, fetched, plan, slide, whole
-from .windows import Ints, Stencil, checked, each, spread, trim
+from .windows import Ints, Reach, Stencil, checked, each, spread, trim
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
@@ -127,19 +128,12 @@ def conv_transpose(
     dilation: Ints = 1,
 ) -> ShardTensor:
     """The rows that reach this rank's rows of the result, the stock op, a crop."""
-    n = weight.ndim - 2
     x = sharded(input, weight, bias)
-    _check(x._spec, n, "conv_transpose")
-    local = _transposed(
-        x._spec,
-        tuple(weight.shape[2:]),
-        each(stride, n),
-        each(padding, n),
-        each(output_padding, n),
-        each(dilation, n),
-    )
-    channels = channels_of(x._spec, n, weight.shape[1] * groups, groups, True)
-    program = _program(x._spec, weight.shape, local, channels)
+    n = weight.ndim - 2
+    given: Any = stride, padding, output_padding, dilation
+    stride_, padding_, more, dilation_ = [v if type(v) is int else each(v, n) for v in given]
+    program = _conv_transpose(x._spec, weight.shape, stride_, padding_, more, dilation_, groups)
+    channels = program.channels
     known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
     dims = by_rows(x._spec, known, channels) if channels.partial else None
     if dims is not None:
@@ -147,6 +141,22 @@ def conv_transpose(
             to_dims(x, dims), weight, bias, stride, padding, output_padding, groups, dilation
         )
     return _run(x, weight, bias, program, stride, dilation, True)
+
+
+@cached
+def _conv_transpose(
+    spec: Spec, weight: torch.Size, stride: Ints, padding: Ints, output_padding: Ints,
+    dilation: Ints, groups: int,
+) -> Program:  # fmt: skip
+    n = len(weight) - 2
+    _check(spec, n, "conv_transpose")
+    given = [each(v, n) for v in (stride, padding, output_padding, dilation)]
+    local = _transposed(spec, tuple(weight[2:]), *given)
+    channels = channels_of(spec, n, weight[1] * groups, groups, True)
+    program = _program(spec, weight, local._replace(halo=None), channels)
+    if local.halo is None or channels.output.axes:
+        return program
+    return program._replace(local=local._replace(halo=local.halo.grouped(channels.groups)))
 
 
 @rule("convolution", "_convolution")
@@ -221,7 +231,8 @@ def _transposed(
 ) -> Local:
     """What a transposed convolution fetches in each dim, what the op gets, the crop."""
     lead = len(spec.dims) - len(kernel)
-    reaches, pads, more, crops, dims = [], [], [], [], []
+    reads: list[tuple[int, Stencil | None, Reach]] = []
+    pads, more, crops, dims = [], [], [], []
     every = zip(kernel, stride, padding, output_padding, dilation, strict=True)
     for i, (k, s, p, o, d) in enumerate(every, lead):
         stencil = checked(Stencil(k, s, p, d))
@@ -252,10 +263,16 @@ def _transposed(
             pads.append(even)
             more.append(max(0, -behind))
             crops.append((i, first - even, length))
-        reaches.append((i, None, reach))
+        reads.append((i, stencil, reach))
         dims.append(reach.dim)
-    lies = Plan(tuple(enumerate(dims, lead)), tuple(reaches), tuple(pads))
-    return Local(lies, tuple(dims), lies.left, tuple(more), crops=tuple(crops))
+    reaches: Reads = tuple([(d, None, reach) for d, _, reach in reads])
+    lies = Plan(tuple(enumerate(dims, lead)), reaches, tuple(pads))
+    halo: Halo | None = None
+    rest: Reads = reaches
+    if reads and lead == 2:
+        joined = Settings(stride, lies.left, dilation, 1, tuple(more), tuple(crops))
+        halo, rest = laid_transposed(spec, tuple(reads), joined)
+    return Local(lies, tuple(dims), lies.left, tuple(more), tuple(crops), halo, rest)
 
 
 @cached

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .._torch.autograd import apply
 from ..cache import cached
+from ..comm.formats import compact
 from ..cuts import table
 from ..spec import Spec
 from .overlap import Route, resized, route, start
@@ -39,12 +40,18 @@ SMALL_KERNEL = 2**20
 
 
 class Settings(NamedTuple):
-    """The convolution of the shard between zeros."""
+    """A convolution, of the shard between zeros, say.
+
+    more, crops: of a transposed one the output padding, None: of the usual one, and (dim, first,
+    length) of the rows of its result that count.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    more: tuple[int, ...] | None = None
+    crops: tuple[tuple[int, int, int], ...] = ()
 
 
 class Strip(NamedTuple):
@@ -61,6 +68,7 @@ class Strip(NamedTuple):
     first: int
     taps: int
     read: int
+    inner: Settings
 
 
 class Rims(NamedTuple):
@@ -110,7 +118,7 @@ class Side(NamedTuple):
     way, back: the strips' exchange, and their gradients'. up, down: how many rows of either end the
     neighbours before and behind are given. above, below: how many are read beyond the shard, of a
     neighbour or of zeros. strips: those that come here; along the dims of sides before they have
-    what lies beside the shard there. inner: how they are convolved.
+    what lies beside the shard there.
     """
 
     d: int
@@ -121,7 +129,6 @@ class Side(NamedTuple):
     above: int
     below: int
     strips: tuple[Strip, ...]
-    inner: Settings
 
     @property
     def ends(self) -> list[tuple[int, bool]]:
@@ -148,18 +155,25 @@ class Halo(NamedTuple):
     """A convolution with strips, of a shard of a spec, of which `reaches` are read.
 
     settings: of the shard. sides: one for each dim in which ranks read others' rows, in order.
+    joined: of the shard with all that is read beside it.
     """
 
     spec: Spec
     reaches: tuple[tuple[int, Reach], ...]
     settings: Settings
     sides: tuple[Side, ...]
+    joined: Settings
 
     def grouped(self, groups: int) -> Halo:
         """That of a convolution of channels in groups."""
-        sides = [s._replace(inner=s.inner._replace(groups=groups)) for s in self.sides]
-        settings = self.settings._replace(groups=groups)
-        return self._replace(settings=settings, sides=tuple(sides))
+        settings, joined = (s._replace(groups=groups) for s in (self.settings, self.joined))
+        sides = [
+            side._replace(strips=tuple(
+                [s._replace(inner=s.inner._replace(groups=groups)) for s in side.strips]
+            ))
+            for side in self.sides
+        ]  # fmt: skip
+        return self._replace(settings=settings, sides=tuple(sides), joined=joined)
 
 
 def laid(
@@ -189,21 +203,24 @@ def laid(
         _, way, _ = route(spec, d, reach)
         # whether there is a neighbour, and what it has is read
         comes = own.above > 0 and me > 0, own.below > 0 and me < last
+        inner = settings._replace(padding=tuple(padding))
         strips = [
-            _strip(bool(i), rows, kernel[d - 2], settings.stride[d - 2], settings.dilation[d - 2])
+            _strip(bool(i), rows, d - 2, kernel[d - 2], inner)
             for i, rows in enumerate((own.above, own.below))
             if comes[i]
         ]
         reaches.append((d, reach))
         sides.append(Side(d, way, way.back(), own.up, own.down, own.above, max(0, own.below),
-                          tuple(strips), settings._replace(padding=tuple(padding))))  # fmt: skip
-    return Halo(spec, tuple(reaches), settings, tuple(sides)), tuple(rest)
+                          tuple(strips)))  # fmt: skip
+    joined = settings._replace(padding=tuple(padding))
+    return Halo(spec, tuple(reaches), settings, tuple(sides), joined), tuple(rest)
 
 
-def _strip(below: bool, rows: int, kernel: int, stride: int, dilation: int) -> Strip:
+def _strip(below: bool, rows: int, i: int, kernel: int, inner: Settings) -> Strip:
+    stride, dilation = inner.stride[i], inner.dilation[i]
     outputs, taps = -(-rows // stride), min(kernel, -(-rows // dilation))
     read = (outputs - 1) * stride + (taps - 1) * dilation + 1
-    return Strip(below, rows, outputs, kernel - taps if below else 0, taps, read)
+    return Strip(below, rows, outputs, kernel - taps if below else 0, taps, read, inner)
 
 
 def halo_conv(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
@@ -248,8 +265,18 @@ def _shaped(x: Tensor, sides: Sequence[Side]) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
-    fn = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-    return fn(x, weight, bias, *settings)
+    stride, padding, dilation, groups, more, crops = settings
+    if more is None:
+        return _FORWARD[weight.ndim - 3](x, weight, bias, stride, padding, dilation, groups)
+    y = _TRANSPOSED[weight.ndim - 3](x, weight, bias, stride, padding, more, groups, dilation)
+    part = y
+    for d, first, length in crops:
+        part = part if length == part.shape[d] else part.narrow(d, first, length)
+    return compact(part, y)
+
+
+_FORWARD = F.conv1d, F.conv2d, F.conv3d
+_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
 class _HaloConv(torch.autograd.Function):
@@ -268,7 +295,7 @@ class _HaloConv(torch.autograd.Function):
         for side, strips in zip(sides, came, strict=True):
             for s, strip in zip(side.strips, strips, strict=True):
                 taps = weight.narrow(side.d, s.first, s.taps)
-                part = _conv(_fitted(strip, side.d, s.read, s.below), taps, None, side.inner)
+                part = _conv(_fitted(strip, side.d, s.read, s.below), taps, None, s.inner)
                 _end(y, side.d, s.outputs, s.below).add_(part)
         ctx.save_for_backward(x, weight, bias, *chain.from_iterable(came))
         ctx.halo = halo
@@ -289,7 +316,7 @@ class _HaloConv(torch.autograd.Function):
             rows = x
             for d, reach in halo.reaches:
                 rows = fetch(rows, d, halo.spec, reach)
-            y = _conv(rows, weight, bias, sides[-1].inner)
+            y = _conv(rows, weight, bias, halo.joined)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             return *(next(found) if need else None for need in needs), None
 
@@ -298,7 +325,7 @@ class _HaloConv(torch.autograd.Function):
             d = side.d
             read, rim = _fitted(strip, d, s.read, s.below), _end(g, d, s.outputs, s.below)
             taps = weight.narrow(d, s.first, s.taps)
-            gs, gt, _ = _gradients(rim, read, taps, None, side.inner, (*asked, False))
+            gs, gt, _ = _gradients(rim, read, taps, None, s.inner, (*asked, False))
             return None if gs is None else _fitted(gs, d, s.rows, s.below), gt
 
         came = iter(strips)
@@ -350,9 +377,19 @@ def _shared(
 def _gradients(
     g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, needs: Any
 ) -> tuple[Any, Any, Any]:
-    stride, padding, dilation, groups = settings
+    stride, padding, dilation, groups, more, crops = settings
     sizes = None if bias is None else list(bias.shape)
+    if crops and more is not None:
+        pads = [0, 0] * g.ndim
+        for d, first, length in crops:
+            i = d - 2
+            span = dilation[i] * (weight.shape[d] - 1)
+            full = (x.shape[d] - 1) * stride[i] - 2 * padding[i] + span + more[i] + 1
+            at = 2 * (g.ndim - 1 - d)
+            pads[at : at + 2] = first, full - first - length
+        g = F.pad(g, pads)
     zeros = [0] * len(stride)
     return torch.ops.aten.convolution_backward(
-        g, x, weight, sizes, stride, padding, dilation, False, zeros, groups, list(needs)
-    )
+        g, x, weight, sizes, stride, padding, dilation, more is not None, more or zeros, groups,
+        list(needs),
+    )  # fmt: skip
