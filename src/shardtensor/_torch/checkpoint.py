@@ -32,6 +32,9 @@ def install(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
 def install_inputs(apart: Callable[[Any], tuple[Any, Any]], joined: Callable[..., Any]) -> None:
     """Let checkpoints keep apart(x)[0] for an input x, and recompute with joined(*apart(x))."""
     frame = checkpoint._CheckpointFrame
+    if not hasattr(frame, "save_inputs"):
+        _install_saver(checkpoint._NoopSaveInputs, apart, joined)
+        return
     save, get = frame.save_inputs, frame.get_inputs
 
     def save_inputs(self: Any, *args: Any) -> None:
@@ -43,6 +46,23 @@ def install_inputs(apart: Callable[[Any], tuple[Any, Any]], joined: Callable[...
         return [joined(*pair) for pair in zip(get(self), self._shardtensor_rest, strict=True)]
 
     frame.save_inputs, frame.get_inputs = save_inputs, get_inputs
+
+
+def _install_saver(
+    saver: Any, apart: Callable[[Any], tuple[Any, Any]], joined: Callable[..., Any]
+) -> None:
+    """The same of torch 2.11, whose checkpoints keep inputs in a node of autograd."""
+    save = saver.setup_context
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        parts = [apart(x) for x in inputs]
+        save(ctx, tuple([kept for kept, _ in parts]), output)
+        get = ctx.get_args
+        # the first input is not one of the user's
+        rests = [rest for _, rest in parts[1:]]
+        ctx.get_args = lambda saved: [joined(*pair) for pair in zip(get(saved), rests, strict=True)]
+
+    saver.setup_context = staticmethod(setup)
 
 
 def install_recomputed(again: Callable[[Any], Any]) -> None:
