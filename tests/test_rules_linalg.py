@@ -44,7 +44,10 @@ def errors():
     A = spd(3)
     A[2] = -A[2]
     s = st.distribute_tensor(A, mesh, [Shard(0)], src_data_rank=None)
-    for fn in (L.cholesky, lambda x: L.inv(x * 0), torch.cholesky, lambda x: L.eigvalsh(x / 0)):
+    failing = [L.cholesky, lambda x: L.inv(x * 0), lambda x: L.eigvalsh(x / 0)]
+    # torch 2.14 has one that only says that it is gone
+    failing += [torch.cholesky] * (type(torch.cholesky) is type(torch.add))
+    for fn in failing:
         with pytest.raises(torch.linalg.LinAlgError):
             fn(s)
     assert full(L.cholesky_ex(s).info).tolist()[:2] == [0, 0]

@@ -75,6 +75,25 @@ def attention_kernel(
     return _able(params)
 
 
+def takes_flash_on_cpus(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    mask: Sequence[int] | None,
+    grouped: bool,
+) -> bool:
+    """Whether plain attention of such shapes takes its fused kernel on CPUs, where that is allowed.
+
+    Up to torch 2.13 of four dims, of 2.14 of three, too.
+    """
+    choose: Any = torch._fused_sdp_choice
+    # rows that lie in one piece, of no more memory than one
+    every = [torch.empty(s[-1:], device="cpu").expand(*s) for s in (q, k, v)]
+    seen = None if mask is None else torch.empty(1, device="cpu").expand(*mask)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        return int(choose(*every, seen, 0.0, False, enable_gqa=grouped)) == _FLASH_CHOICE
+
+
 def _able(params: Any) -> AttentionKernel | None:
     if torch.backends.cuda.can_use_flash_attention(params):
         return _FLASH_CUDA
@@ -87,8 +106,8 @@ def _of_dropout(params: Any) -> AttentionKernel | None:
         return _able(params)
 
 
-# SDPBackend.CUDNN_ATTENTION
-_CUDNN_CHOICE = 3
+# SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+_FLASH_CHOICE, _CUDNN_CHOICE = 1, 3
 
 
 def _width(q: torch.Tensor, v: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import comm
+from .. import _torch, comm
 from ..cache import cached
 from ..cuts import Kept
 from ..errors import UnsupportedOpError
@@ -71,19 +71,11 @@ class Plan:
     def flash(self) -> bool:
         """Whether one device takes torch's fused kernel for CPUs, of which some gradients differ.
 
-        Where it may, without dropout or a learned mask. The conditions are those of torch 2.11 to
-        2.13, in sdp_utils_cpp.h.
+        Where it may, without dropout or a learned mask.
         """
-        q, k, v = ([d.size for d in dims_of(x)] for x in self.operands[:3])
-        mask = self.operands[3]
-        return (
-            len(q) == len(k) == len(v) == 4
-            and q[0] == k[0] == v[0]
-            and (self.grouped or q[1] == k[1] == v[1])
-            and q[-1] == v[-1]
-            and bool(q[-2] and k[-2])
-            and (mask is None or len(dims_of(mask)) in (2, 4))
-        )
+        q, k, v, *mask = ([d.size for d in dims_of(x)] for x in self.operands if x is not None)
+        with _torch.outside_modes():
+            return _torch.takes_flash_on_cpus(q, k, v, mask[0] if mask else None, self.grouped)
 
 
 def dims_of(x: Known) -> Dims:
