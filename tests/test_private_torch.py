@@ -65,6 +65,7 @@ USED = {
     torch._subclasses.fake_tensor.FakeTensorMode
     torch._subclasses.fake_tensor.unset_fake_temporarily
     torch._unique2
+    torch.autograd.Variable._execution_engine.queue_callback
     torch.autograd._engine_run_backward
     torch.autograd._get_sequence_nr
     torch.autograd.function._SingleLevelFunction
@@ -106,16 +107,12 @@ USED = {
     torch.utils._python_dispatch._disable_current_modes
     torch.utils._python_dispatch._pop_mode
     torch.utils._python_dispatch._push_mode
-    """,
-    ("2.13", "2.14"): """
     torch.Tensor._make_subclass
     torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
     torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
-    torch._C.DispatchKey.PreDispatch
     torch._C.DispatchKeySet
     torch._C._DisableTorchDispatch
     torch._C._ExcludeDispatchKeyGuard
-    torch._C._dispatch_tls_is_dispatch_key_included
     torch._C._functorch
     torch._C._functorch.get_unwrapped
     torch._C._functorch.is_batchedtensor
@@ -132,6 +129,9 @@ USED = {
     torch.nn.attention.flex_attention._apply_kernel_options
     torch.nn.attention.flex_attention._get_mod_type
     torch.nn.attention.flex_attention._identity
+    """,
+    ("2.11", "2.11"): """
+    torch.utils.checkpoint._NoopSaveInputs
     """,
 }
 # used beside the package for private APIs: ops of the dispatcher, and what is read in every call
@@ -225,7 +225,8 @@ def everywhere():
 @pytest.mark.parametrize("name", [*RANGES, *ELSEWHERE])
 def test_it_is_there(name):
     first, last = RANGES.get(name, ("2.11", "2.14"))
-    assert exists(name), f"used as in torch {first} to {last}, not in {torch.__version__}"
+    gone = last != "2.14" and not torch.__version__.startswith(f"{last}.")
+    assert exists(name) or gone, f"used as in torch {first} to {last}, not in {torch.__version__}"
 
 
 def test_every_use_is_listed_and_in_its_place():

@@ -5,9 +5,10 @@ name.
 """
 
 from . import flex
-from .attention import AttentionKernel, Block, attention_kernel
+from .attention import AttentionKernel, Block, attention_kernel, takes_flash_on_cpus
 from .autograd import (
     accumulator,
+    after_backward,
     apply,
     c_grad_fn,
     first_hook,
@@ -90,6 +91,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "accumulator",
+    "after_backward",
     "all_gather_flat",
     "apply",
     "asks_for_overrides",
@@ -148,6 +150,7 @@ __all__ = [
     "storage_of",
     "storage_ref",
     "swap_memory",
+    "takes_flash_on_cpus",
     "tell_dynamo",
     "threaded_world",
     "transforming",

@@ -129,6 +129,11 @@ def in_backward() -> bool:
 will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 
+def after_backward(call: Callable[[], None]) -> None:
+    """Let the backward that runs in this thread call this when it has come to its end."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def run_last(node: Any) -> None:
     """Let backward run a node when nothing else is left to do."""
     node._set_sequence_nr(0)

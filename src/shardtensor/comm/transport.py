@@ -9,9 +9,7 @@ in the same order, and buffers are those that NCCL takes.
 from __future__ import annotations
 
 import os
-import random
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -23,8 +21,9 @@ import torch.distributed as dist
 from .. import _torch
 from .._torch import all_gather_flat
 from ..caller import call_of_user, op_of
-from ..errors import DivergenceError, TransportError, UnsupportedOpError
-from . import groups
+from ..errors import DivergenceError, UnsupportedOpError
+from . import flights, groups
+from .flights import as_bytes
 from .mismatch import difference, position
 from .observers import simulated_rank, thread
 
@@ -39,10 +38,6 @@ REDUCE = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
-# of integers that nothing arrived for: no index of anything
-_PATTERN = 0x5A
-# seconds that a wait takes at most, and how often simulated ranks let others go first
-_DELAY, _OFTEN = 2e-3, 0.3
 # post(what is received, what is sent) starts a collective
 Post = Callable[[torch.Tensor, torch.Tensor], list[Any]]
 
@@ -158,84 +153,7 @@ def nothing_arrives(received: torch.Tensor) -> None:
     received.zero_()
 
 
-def as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    """A vector's bytes, as a view where its elements lie one after the other."""
-    flat = flat.resolve_conj().resolve_neg()
-    if flat.stride(0) != 1:
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8)
-
-
 # the strict ones ---------------------------------------------------------------------------------
-
-
-class Flight:
-    """A collective under way: its buffers are its own until `wait`."""
-
-    def __init__(self, received: torch.Tensor, send: torch.Tensor, what: str, kept: Any) -> None:
-        # nothing is under way before the end
-        self.what, self.kept, self.done = what, kept, True
-        self.works: list[Any] = []
-        self.received = as_bytes(received.data)
-        # what arrives does so out of sight
-        self.arriving = torch.empty_like(received)
-        self.arrived = as_bytes(self.arriving)
-        self.arrived.copy_(self.received)
-        self.sent = None if send is received else Sent(send)
-        poison(received.data)
-        self.poison = _checksum(self.received)
-        self.done = False
-
-    def wait(self) -> None:
-        """What was received is there, if nothing touched the buffers meanwhile."""
-        if self.done:
-            return
-        self.done = True
-        delay()
-        for work in self.works:
-            work.wait()
-        if self.sent is not None and self.sent.changed():
-            raise TransportError(f"{self.what}: what is sent was written to before the wait")
-        if _checksum(self.received) != self.poison:
-            raise TransportError(f"{self.what}: what is received was written to before the wait")
-        self.received.copy_(self.arrived)
-
-    def __del__(self) -> None:
-        if not self.done:
-            if self.sent is not None:
-                self.sent.let_go()
-            self.kept.append((self.what, _torch.storage_ref(self.received), self.sent))
-
-
-class Sent:
-    """What is sent, and whether it changed since."""
-
-    def __init__(self, send: torch.Tensor) -> None:
-        self.bytes: torch.Tensor | None = as_bytes(send.data)
-        self.sum = _checksum(self.bytes)
-        # written to and back again may have been read in between; what was copied is read no more
-        counted = self.bytes.data_ptr() == send.data_ptr() and not send.is_inference()
-        self.source = send if counted else None
-        self.version = send._version if counted else 0
-
-    def changed(self) -> bool:
-        """Whether it was written to; not of what is gone."""
-        found = self.bytes
-        if found is None:
-            memory = _torch.storage_of(self.memory)
-            if memory is None:
-                return False
-            found = torch.empty(0, dtype=torch.uint8, device=memory.device)
-            found.set_(memory, *self.place)
-        moved = self.source is not None and self.source._version != self.version
-        return moved or _checksum(found) != self.sum
-
-    def let_go(self) -> None:
-        """Keep the memory no longer than others do."""
-        assert self.bytes is not None
-        self.memory = _torch.storage_ref(self.bytes)
-        self.place = self.bytes.storage_offset(), self.bytes.shape, self.bytes.stride()
-        self.bytes = self.source = None
 
 
 def _start(
@@ -260,21 +178,21 @@ def _start(
         return post(received, send)
     record = _record(label, send, facts)
     what = position(record)
-    all_waited_for()
+    flights.check()
     _check(received, group, what, reduces="by" in facts)
     _check(send, group, what, reduces="by" in facts, parts=received is not send)
     if received.dtype is not send.dtype:
-        raise TransportError(f"{what}: what is received is taken for {received.dtype}")
+        raise flights.failed(f"{what}: what is received is taken for {received.dtype}")
     _same_everywhere(record, group, send.device)
     if wait:
-        delay()
+        flights.delay()
         return post(received, send)
-    flight = Flight(received, send, what, _kept())
+    flight = flights.Flight(received, send, what)
     # what is sent is what was there at the start, whatever is done to it
     sent = flight.arriving
     if flight.sent is not None and flight.sent.bytes is not None:
         sent = flight.sent.bytes.clone()
-    flight.works = post(flight.arriving, sent)
+    flight.begun(post(flight.arriving, sent))
     return [flight]
 
 
@@ -292,13 +210,13 @@ def _check(x: torch.Tensor, group: str, what: str, *, reduces: bool, parts: bool
     """
     devices = groups.devices(group)
     if devices and x.device.type not in devices:
-        raise TransportError(f"{what}: a {x.device.type} tensor on a mesh of {'/'.join(devices)}")
+        raise flights.failed(f"{what}: a {x.device.type} tensor on a mesh of {'/'.join(devices)}")
     if not (parts or x.is_contiguous()):
-        raise TransportError(f"{what}: a buffer of strides {x.stride()}, which is not contiguous")
+        raise flights.failed(f"{what}: a buffer of strides {x.stride()}, which is not contiguous")
     if x.data_ptr() % x.element_size():
-        raise TransportError(f"{what}: a buffer that is not aligned to its {x.dtype} elements")
+        raise flights.failed(f"{what}: a buffer that is not aligned to its {x.dtype} elements")
     if reduces and x.dtype not in REDUCED:
-        raise TransportError(f"{what}: NCCL does not reduce {x.dtype}")
+        raise flights.failed(f"{what}: NCCL does not reduce {x.dtype}")
 
 
 def _same_everywhere(record: dict[str, Any], group: str, device: torch.device) -> None:
@@ -324,61 +242,6 @@ def _same_everywhere(record: dict[str, Any], group: str, device: torch.device) -
     raise DivergenceError(difference(dict(zip(groups.members(group), records, strict=True))))
 
 
-def poison(x: torch.Tensor) -> None:
-    """Values that no result can be mistaken for: NaN, of integers a pattern."""
-    if x.is_floating_point() or x.is_complex():
-        # of all floating-point types, those of 8 bits, too
-        as_bytes(x).fill_(0xFF)
-    elif x.dtype is torch.bool:
-        x.fill_(True)
-    else:
-        as_bytes(x).fill_(_PATTERN)
-
-
-def _checksum(flat: torch.Tensor) -> int:
-    return zlib.crc32(flat.cpu().numpy().data)
-
-
-def delay() -> None:
-    """Let a collective take its time: others run first, in an order that a seed fixes."""
-    dice = _dice()
-    pause = thread.__dict__.get("pause")
-    if pause is None:
-        time.sleep(dice.random() * _DELAY)
-    elif dice.random() < _OFTEN:
-        pause()
-
-
-_delays = random.Random(0)
-_dropped: list[tuple[str, Any, Sent | None]] = []
-
-
-def _dice() -> random.Random:
-    if simulated_rank() is None:
-        return _delays
-    found: random.Random = thread.__dict__.setdefault("dice", random.Random(simulated_rank()))
-    return found
-
-
-def _kept() -> list[tuple[str, Any, Sent | None]]:
-    """Collectives of this rank that nobody waited for: what they are, received and sent."""
-    if simulated_rank() is None:
-        return _dropped
-    found: list[tuple[str, Any, Sent | None]] = thread.__dict__.setdefault("kept", [])
-    return found
-
-
-def all_waited_for() -> None:
-    """Raise TransportError if a buffer of what was not waited for is in use."""
-    kept = _kept()
-    if not kept:
-        return
-    forgotten = [what for what, memory, _ in kept if not memory.expired()]
-    written = [what for what, _, sent in kept if sent is not None and sent.changed()]
-    # what is sent may be written to later
-    kept[:] = [x for x in kept if x[2] is not None and not x[2].memory.expired()]
-    if forgotten:
-        raise TransportError(f"{forgotten[0]}: never waited for, and what it received is in use")
-    if written:
-        kept.clear()
-        raise TransportError(f"{written[0]}: never waited for, and what it sends was written to")
+if os.environ.get("SHARDTENSOR_TRANSPORT") == "strict":
+    # before others are registered, which run earlier then
+    flights.look_at_exit()

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from .. import _torch, cache
 from ..caller import call_of_user, described, op_of
-from ..comm import counters, groups, observers
-from ..comm import transport as wire
+from ..comm import counters, flights, groups, observers
 from ..comm.mismatch import Record, difference, position
+from ..comm.transport import chosen
 from ..errors import DivergenceError, RankError
 from .seen import seen
 
@@ -182,7 +182,7 @@ class World:
         turns: Turns,
         transport: str | None = None,
     ) -> None:
-        self.transport = wire.chosen(transport)
+        self.transport = chosen(transport)
         self.turns = turns
         self.results: list[Any] = [None] * world_size
         self.store = dist.HashStore()
@@ -244,7 +244,7 @@ class World:
                     "threaded", rank=rank, world_size=world_size, store=self.store
                 )
                 self.results[rank] = fn(*args)
-                wire.all_waited_for()
+                flights.all_waited_for()
                 if dist.is_initialized():
                     dist.destroy_process_group()
         except BaseException as e:

@@ -109,6 +109,8 @@ def _work(
     import torch
     import torch.distributed as dist
 
+    from ..comm.flights import all_waited_for
+
     # what was there before the fork need not be gone through for garbage
     gc.freeze()
     # a fork has the environment of the first pool
@@ -128,7 +130,9 @@ def _work(
         except EOFError:
             return
         try:
-            end.send((True, fn(*args)))
+            result = fn(*args)
+            all_waited_for()
+            end.send((True, result))
         except BaseException:
             end.send((False, traceback.format_exc()))
 
