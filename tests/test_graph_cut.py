@@ -119,6 +119,21 @@ def unwritten(tmp_path):
     return st.graph.cut({"grid": grid((9, 8)), "mesh": M}, EDGES, folder=tmp_path / "file" / "x")
 
 
+def test_edges_of_equal_sums_are_other_edges(tmp_path):
+    """9 to 6 and 0 to 5, whose weighted sums by place are the same."""
+    x = torch.randn(12, 2, dtype=D, generator=torch.Generator().manual_seed(0))
+    for a, b in ((0, 9), (5, 6)):
+        e = torch.tensor([[a, b, 3], [1, 2, 3]])
+
+        def rank(e=e):
+            shards = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(0)], src_data_rank=None)
+            graph = st.graph.cut({"a": shards}, {("a", "a"): e}, folder=tmp_path).edges["a", "a"]
+            return graph.scatter(graph.gather(shards)).full_tensor()
+
+        want = torch.zeros_like(x).index_add(0, e[1], x[e[0]])
+        assert all(torch.equal(y, want) for y in st.simulate(2, rank))
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(st.RankError, match="cannot be written"):

@@ -107,6 +107,10 @@ USED = {
     torch.utils._python_dispatch._disable_current_modes
     torch.utils._python_dispatch._pop_mode
     torch.utils._python_dispatch._push_mode
+    torch._C._VariableFunctions._pack_padded_sequence
+    torch._C._VariableFunctions._pad_packed_sequence
+    torch._C._nn.pad_sequence
+    torch._nested_tensor_from_mask_left_aligned
     torch.Tensor._make_subclass
     torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
     torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode

@@ -4,7 +4,7 @@ Here is what many modules use; `probe`, `dtensor`, `script`, `modules` and `kern
 name.
 """
 
-from . import flex
+from . import flex, ragged
 from .attention import AttentionKernel, Block, attention_kernel, takes_flash_on_cpus
 from .autograd import (
     accumulator,
@@ -32,6 +32,7 @@ from .dispatcher import (
     DEVICE_CONTEXT,
     composite_call,
     hide_from_dynamo,
+    inside_composite,
     is_tracing,
     keep_apart,
     leaf_call,
@@ -113,6 +114,7 @@ __all__ = [
     "has_composable_modules",
     "hide_from_dynamo",
     "in_backward",
+    "inside_composite",
     "install_ddp_hook",
     "install_engine_hook",
     "install_function_hook",
@@ -139,6 +141,7 @@ __all__ = [
     "outside_modes",
     "overloads",
     "owns_memory",
+    "ragged",
     "ranks_among",
     "run_after",
     "run_last",

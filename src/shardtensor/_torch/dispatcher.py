@@ -60,6 +60,11 @@ def composite_call() -> Iterator[None]:
             _outer.state = before
 
 
+def inside_composite() -> bool:
+    """Whether a C++ composite is under way, by whose leaf ops this thread came here."""
+    return getattr(_outer, "state", None) is not None
+
+
 @contextmanager
 def leaf_call() -> Iterator[None]:
     """Around the local program of a leaf op: autograd, autocast, tracing as at the outer call.

@@ -21,7 +21,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.layout import turned
 from ..tensor.offset import take_rows
 from .axes import NOWHERE, mesh_of, met
-from .fallback import fall_back, into_plain, is_shard
+from .fallback import fall_back, into_plain, is_shard, op_name
 from .follow import NOT, begins_within, follow, hides, kind_of
 from .results import keep_result, saves_result
 from .trial import ENGINE, is_tried, try_out, vacant
@@ -228,9 +228,22 @@ def _onto(handler: Handler) -> Handler:
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plain = args and isinstance(args[0], Tensor) and not is_shard(args[0])
+        if plain and isinstance(func, _torch.OpOverload) and _torch.inside_composite():
+            _refuse_history(func, args)
         return (into_plain if plain else handler)(func, args, kwargs)
 
     return run
+
+
+def _refuse_history(func: Any, args: tuple[Any, ...]) -> None:
+    """Raise where C++, which made the plain tensor that is written to, would lose a gradient."""
+    given = [x for x in args if is_shard(x)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise UnsupportedOpError(
+            f"{op_name(func)} of {given[0]._spec} into a plain tensor, which torch's C++ does "
+            "inside of a function: its gradient would be lost. Write the function in Python, or "
+            "gather its operands (full_tensor())"
+        )
 
 
 def _local_attribute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from ..dispatch.rule import rule
 from ..errors import UnsupportedOpError
 from ..tensor import ShardTensor
 from .flex import Now, flex_attention
+from .rows import lifted
 
 NAME = "torch.nn.attention.varlen.varlen_attn"
 TILE = 128
@@ -70,7 +71,9 @@ def varlen_attn(
         return same if left < 0 else same & (apart >= -left)
 
     mask = Hidden(seen, (TILE, TILE), ends[0], (1, 1, *lengths))
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    given = query, key, value, cu_seq_q, cu_seq_k
+    # of plain tokens too, where only their lengths are sharded
+    q, k, v = (lifted(x, *given).transpose(0, 1).unsqueeze(0) for x in given[:3])
     out, lse = flex_attention(q, k, v, None, mask, scale, enable_gqa, return_lse=True)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_aux is not None and return_aux.lse else out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,19 @@ def refuse_not_dense(form: torch.layout) -> NoReturn:
     """Raise for an operand whose rows no collective can move."""
     kind = str(form).removeprefix("torch.").strip("_")
     raise UnsupportedOpError(_NOT_DENSE.format(kind))
+
+
+@method
+def meet(types: Iterable[type]) -> None:
+    """Raise for a function of ShardTensors and jagged tensors: whichever class comes first.
+
+    Inside of a jagged tensor shards would be values that autograd does not follow.
+    """
+    if ShardTensor in types and any(map(_torch.ragged.is_jagged, types)):
+        refuse_not_dense(torch.jagged)
+
+
+_torch.ragged.watch_jagged(meet)
 
 
 @method

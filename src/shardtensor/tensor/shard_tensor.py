@@ -62,6 +62,8 @@ class ShardTensor(torch.Tensor):
     ) -> Any:
         if torch.compiler.is_dynamo_compiling():
             _torch.tell_dynamo(_warn, _COMPILE)
+        if types[1:] not in ((), (Tensor,)):
+            methods["meet"](types)
         try:
             return handlers[func](func, args, kwargs or {})
         except (RuntimeError, IndexError) as e:
@@ -140,8 +142,7 @@ class ShardTensor(torch.Tensor):
 
     def stride(self, dim: int | None = None) -> Any:
         """The strides of the whole."""
-        found = layout.stride(self)
-        return found if dim is None else found[dim]
+        return layout.stride(self) if dim is None else layout.stride(self)[dim]
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         return layout.is_contiguous(self, memory_format)
