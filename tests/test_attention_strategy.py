@@ -1,17 +1,21 @@
 """Attention by an all-to-all of tokens for heads, against plain torch, and when it is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.attention import cheapest, fits, rates, strategy
+from shardtensor.attention import around, cheapest, fits, rates, strategy
 from shardtensor.attention.cost import Rates, Way, Work, cost, pairs
 from shardtensor.attention.strategy import assume
 from shardtensor.attention.zigzag import chunks
+from shardtensor.cuts import cut as cut_of
 
 D = torch.float64
 torch.manual_seed(0)
@@ -181,6 +185,32 @@ def test_some_ranks_gather_keys_and_pass_them_on_together(cut, places, causal):
             masked = lambda q, k, v, m, fn=fn: fn(q, k, v, m)  # noqa: E731
             T.hold(masked, [*operands(5, 5), mask], [*[T.shard(2, cut)] * 3, None], n)
     assert "all_gather" not in seen and {"window", "ring"} <= seen
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that copies and concatenations write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("cat", "copy_", "clone", "stack"):
+            self.elements += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_what_goes_to_those_who_share_a_block_is_copied_once(width):
+    """Of keys and values that are alike, too: joined and parted in one."""
+    sizes = cut_of([3, 2, 0, 4])
+    call = SimpleNamespace(together=4, owned=lambda block: (sizes, 1))
+    k, v = (torch.randn(2, 5, 9, w, dtype=D) for w in (3, width))
+    with Written() as written:
+        sends = around._apart(call, 0, [0, 2, 3], [k, v])
+    for r, start, n in [(0, 0, 3), (2, 5, 0), (3, 5, 4)]:
+        want = torch.cat([x[:, :, start : start + n].reshape(-1) for x in (k, v)])
+        assert torch.equal(torch.cat([x.reshape(-1) for x in sends[r]]), want)
+    assert written.elements == sum(x.numel() for parts in sends.values() for x in parts)
 
 
 def test_gather_over_two_axes_and_beside_a_batch():

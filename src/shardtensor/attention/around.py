@@ -220,9 +220,14 @@ def _apart(
     if call.together == 1:
         return {r: list(found) for r in owners}
     (sizes, mine), sends = call.owned(block), dict[int, list[Tensor]]()
+    if found[0].shape == found[1].shape:
+        # one kernel for each owner, which joins keys and values and takes its rows
+        others = [(sizes.offsets[i], n) for i, n in enumerate(sizes) if i != mine]
+        for r, (first, n) in zip(owners, others, strict=True):
+            sends[r] = [torch.cat([x.narrow(2, first, n) for x in found]).reshape(-1)]
+        return sends
     tokens = [n for i, n in enumerate(sizes) if i != mine]
-    both = [torch.cat(found)] if found[0].shape == found[1].shape else found
-    for x in both:
+    for x in found:
         rest = numel_but(x.shape, 2)
         parts = packed(x, 2, sizes, mine).split([rest * n for n in tokens])
         for r, part in zip(owners, parts, strict=True):
