@@ -5,6 +5,7 @@ import errno
 import gc
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,32 @@ def test_an_op_does_not_look_at_what_is_in_files(tmp_path):
         assert filed - pages.filed >= (count - 4) * 2**10
         found.append(calls)
     assert found[0] == found[1]
+
+
+class Looked(OrderedDict):
+    """Counts the keys that are looked at."""
+
+    keys_seen = 0
+
+    def __iter__(self):
+        for key in super().__iter__():
+            self.keys_seen += 1
+            yield key
+
+
+def test_making_room_looks_at_what_goes_and_what_is_used(tmp_path):
+    """Not at all that stays, which may be many."""
+    pages = pager.Pager(64 * 2**10, tmp_path)
+    pages.pages = looked = Looked()
+    with pager.Paged(pages):
+        kept = [torch.full((256,), float(i)) for i in range(200)]
+        assert looked.keys_seen <= 2 * 200
+        for i, x in enumerate(kept):
+            # those used longest ago come back, others go, and not what the op reads
+            before = looked.keys_seen
+            assert bool((x + kept[-i] == i + (200 - i) % 200).all())
+            assert looked.keys_seen - before <= 24
+    assert pages.done.returned > 0 and pages.done.peak <= 66 * 2**10
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):

@@ -81,13 +81,18 @@ class Pager:
         if self.resident + nbytes <= self.budget:
             return
         self._sweep()
-        kept = set(used)
-        for key in [*self.pages]:
-            if self.resident + nbytes <= self.budget:
+        kept, passed = set(used), set[int]()
+        # looks at those that go and those in use, not at all: there may be many
+        while self.pages and self.resident + nbytes > self.budget:
+            key = next(iter(self.pages))
+            if key in passed:
                 return
             # a mode around this one makes room for the copies of it, too
-            if key in self.pages and key not in kept:
+            if key not in kept:
                 self._let_go(key)
+            if key in self.pages:
+                passed.add(key)
+                self.pages.move_to_end(key)
 
     def use(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count the storages of these as in memory, with room for them; the names of all."""
