@@ -2,10 +2,11 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
-from forked import Program, free_port, torchrun
+from forked import Program, free_port, ranks, torchrun
 
 RESUME = Path(__file__).parent.parent / "examples" / "resume.py"
 # one host of `torchrun --nnodes 3:4 --nproc-per-node 1 --rdzv-backend c10d`
@@ -74,3 +75,21 @@ def test_shardtensor_run_with_fewer_ranks(tmp_path, whole):
     code, text = Program(main, "run", "--domain", 1, *given).ended()
     assert code == 0 and re.search(r"resumed at step [36] from", text), text
     held(whole, some)
+
+
+@pytest.mark.gloo
+def test_six_ranks_go_on_where_eight_were(tmp_path, whole):
+    """Shards of 4 rows become those of 6 rows on five ranks and of 2 on the last."""
+    given = [RESUME, "--double", "--folder", tmp_path]
+
+    def run(count, *more):
+        return [p.ended() for p in [*ranks(given[0], count, *given[1:], *more)]]
+
+    found = run(8, "--kill-at", "7")
+    # the one that was killed, and those that were told of it
+    assert found[1][0] == -signal.SIGKILL and all(code for code, _ in found), found
+    assert not (tmp_path / "step9").exists()
+    found = run(6)
+    assert [code for code, _ in found] == [0] * 6, found
+    assert re.search(r"resumed at step [36] from", found[0][1])
+    held(whole, tmp_path)
