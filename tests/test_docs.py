@@ -96,13 +96,36 @@ def test_pages_are_what_their_scripts_make(name, to):
     assert made.stdout == (DOCS / f"{name}.{to}").read_text()
 
 
+NAMED = re.compile(r"`(?:python )?((?:tests|examples|benchmarks)/[\w/.]+)(?:::(\w+))?[^`]*`")
+
+
 def test_tests_that_pages_name_are_there():
+    """Their files, and in these the test that is named."""
     named = [
-        (page.name, path)
+        (page.name, *named)
         for page in DOCS.rglob("*.md")
-        for path in re.findall(r"`((?:tests|examples|benchmarks)/[\w/.]+)`", page.read_text())
+        for named in NAMED.findall(page.read_text())
     ]
-    assert len(named) > 60 and not [n for n in named if not (ROOT / n[1]).exists()]
+    lost = [n for n in named if not (ROOT / n[1]).exists()]
+    lost += [n for n in named if n[2] and f"\ndef {n[2]}(" not in (ROOT / n[1]).read_text()]
+    assert len(named) > 100 and len([n for n in named if n[2]]) > 20 and not lost
+
+
+CLAIM = re.compile(
+    r"\b(never|always|exact|exactly|bit-equal|bit by bit|nothing of|no hang)\b", re.I
+)
+
+
+def test_a_page_that_claims_names_what_holds_it():
+    """A test, or the benchmark that measured it. Pages that scripts make of the code claim nothing."""
+    made = {"layers.md", "operators.md", "zoo.md"}
+    claiming = [
+        (page.name, text)
+        for page in DOCS.rglob("*.md")
+        if page.name not in made
+        and CLAIM.search(text := re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    ]
+    assert len(claiming) > 15 and not [name for name, text in claiming if not NAMED.search(text)]
 
 
 def _anchors(page):
