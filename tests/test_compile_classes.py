@@ -1,11 +1,14 @@
 """What compile asks of classes, and what a process shares, does not change what a program does."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor.compile import guards
 from shardtensor.ranks.testing import make_mesh
 
 
@@ -77,3 +80,35 @@ def test_ranks_of_one_process_that_share_a_cache_run_alike():
 
     for found in st.simulate(2, run):
         assert found == [([8.0] * 4, n) for n in (0, 1, 1)]
+
+
+class Scales:
+    k = 1e300
+
+
+TABLE = {"k": 2.0}
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x * float(os.environ["SCALE"]) * TABLE["k"] * Scales.k
+
+
+def compared_in_full():
+    """How many of the calls after the first compare all that was read one by one."""
+    os.environ["SCALE"], TABLE["k"], Scales.k = "2", 2.0, 1e300
+    fn = st.compile(Scaled(), backend="eager")
+    x = st.distribute_tensor(torch.ones(4, 4), make_mesh((1,)), [Shard(0)])
+    found = [fn(x)]
+    # equal, but other objects
+    os.environ["SCALE"], TABLE["k"], Scales.k = "".join(["2"]), float("2"), float("1e300")
+    with pytest.MonkeyPatch.context() as patch:
+        times, changed = [], guards.Reads.changed
+        patch.setattr(guards.Reads, "changed", lambda self: times.append(1) or changed(self))
+        found += [fn(x) for _ in range(5)]
+    assert fn.traces == 1 and all(torch.equal(y.to_local(), found[0].to_local()) for y in found)
+    return len(times)
+
+
+def test_equal_state_is_compared_once():
+    assert st.simulate(1, compared_in_full) == [1]

@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import random
+import sys
 import threading
 import types
 import warnings
@@ -28,8 +29,8 @@ FACTOR = 2.0
 TABLE = {"k": 2.0}
 LOG = []
 HANDLES = []
-# a file that has no position
-ERRORS = io.BufferedWriter(io.FileIO(os.devnull, "w"))
+# a file from which nothing is read
+ERRORS = sys.__stderr__
 
 
 class Names:

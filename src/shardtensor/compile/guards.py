@@ -225,17 +225,27 @@ class Reads:
 
     def close(self) -> None:
         """Make the comparison fast; nothing is noted any more."""
-        plain = [s for s in self.slots.values() if isinstance(s[0], dict)]
-        self.other = [s for s in self.slots.values() if not isinstance(s[0], dict)]
-        self.fast = tuple(map(list, zip(*plain, strict=True))) if plain else ([], [], [])
+        slots = self.slots.values()
+        self.fast: list[Any] = [
+            (kind.get, *map(list, zip(*found, strict=True)))
+            for kind in (dict, types.MappingProxyType)
+            if (found := [s for s in slots if isinstance(s[0], kind)])
+        ]
+        self.other = [s for s in slots if not isinstance(s[0], dict | types.MappingProxyType)]
         self.maps = [d for d, _, _ in self.dicts]
         self.rows = [x for x, _, _ in self.lists if isinstance(x, list | deque)]
-        self.sizes = [len(x) for x in (*self.maps, *self.rows)]
-        self.held = [*self._held()]
+        self._know()
         self.typed = [[x for x, _ in self.kinds], [k for _, k in self.kinds]]
         self.known.clear()
         self.owners.clear()
         self.draws = None
+
+    def _know(self) -> None:
+        """Take what is there now as that which is compared by identity."""
+        self.sizes = [len(x) for x in (*self.maps, *self.rows)]
+        self.held = [*self._held()]
+        for get, mappings, names, values in self.fast:
+            values[:] = map(get, mappings, names, repeat(MISSING))
 
     def _held(self) -> Iterator[Any]:
         yield from chain.from_iterable(self.maps)
@@ -246,15 +256,20 @@ class Reads:
 
     def hold(self) -> bool:
         """Whether all is as it was when it was read."""
-        mappings, names, values = self.fast
         same = (
-            all(map(is_, map(dict.get, mappings, names, repeat(MISSING)), values))
+            all(
+                all(map(is_, map(get, mappings, names, repeat(MISSING)), values))
+                for get, mappings, names, values in self.fast
+            )
             and [len(x) for x in (*self.maps, *self.rows)] == self.sizes
             and all(map(is_, self._held(), self.held))
             and all(map(is_, map(type, self.typed[0]), self.typed[1]))
         )
-        if not same and self.changed():
-            return False
+        if not same:
+            if self.changed():
+                return False
+            # equal ones in place of those that were: the next comparison is fast again
+            self._know()
         return all(_same(m.get(n, MISSING), v) for m, n, v in self.other) and all(
             describe(x) == had for x, had, _ in self.described
         )
