@@ -1,12 +1,14 @@
 """Every third-party model of the zoo with every tool: what works, as a table.
 
     python benchmarks/matrix.py [NAME ...] [--tools runs check ...] [--limit 150] [--again]
+    python benchmarks/matrix.py --drawn 25 --seed 1 --rows out/drawn.jsonl
     python benchmarks/matrix.py --docs docs/zoo.md
 
 Needs the extra `zoo`. Each cell is a process of its own, a fork of one that has the libraries
 loaded, which is ended after --limit seconds of the processor; its row is appended to --rows, a file
-of JSON lines. What has a row of this commit there is skipped, so that a run can be taken up again;
---any: a row of any commit. Models whose cells took least time before come first.
+of JSON lines, by default that of the project. What has a row of this commit there is skipped, so
+that a run can be taken up again; --any: a row of any commit. Models whose cells took least time
+before come first.
 """
 
 from __future__ import annotations
@@ -25,21 +27,25 @@ from typing import Any
 import torch
 from apart import apart
 from tables import add, lines
-from zoo_cells import CELLS, timed
+from zoo_cells import CELLS, SETTINGS, timed
+from zoo_drawn import enter
 from zoo_models import MODELS, declare_torchvision_ops
 from zoo_page import page
 
 Row = dict[str, Any]
-ROWS = Path("out/zoo.jsonl")
+ROWS = Path(__file__).with_name("zoo_rows.jsonl")
+# by how names of models begin: the package, and what to import of it
 LIBRARIES = {
-    "torchvision": "torchvision", "timm": "timm", "diffusers": "diffusers",
-    "transformers": "transformers", "monai": "monai.networks.nets", "vit-pytorch": "vit_pytorch",
-    "segmentation-models-pytorch": "segmentation_models_pytorch", "neuraloperator": "neuralop",
-    "nvidia-physicsnemo": "physicsnemo",
+    "tv": ("torchvision", "torchvision"), "timm": ("timm", "timm"),
+    "diffusers": ("diffusers", "diffusers"), "hf": ("transformers", "transformers"),
+    "monai": ("monai", "monai.networks.nets"), "vit_pytorch": ("vit-pytorch", "vit_pytorch"),
+    "smp": ("segmentation-models-pytorch", "segmentation_models_pytorch"),
+    "neuralop": ("neuraloperator", "neuralop"), "pn": ("nvidia-physicsnemo", "physicsnemo"),
 }  # fmt: skip
+KEPT = ("model", "tool", "version", "with", "result", "how", "gathers", "seconds", "when")
 # what takes long to import, once for all cells
 SLOW = [
-    "timm.models", "torchvision.models", "zoo_memory", *(f"physicsnemo.models.{m}" for m in (
+    "timm.models", "torchvision.models", *(f"physicsnemo.models.{m}" for m in (
         "afno", "diffusion_unets", "dit", "dpot", "fengwu", "flare", "fno", "geotransolver",
         "pangu", "pix2pix", "srrn", "transolver", "unet")),
 ]  # fmt: skip
@@ -53,9 +59,9 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def versions() -> str:
-    """Of torch, Python and the libraries."""
-    names = ["torch", *LIBRARIES]
+def versions(name: str) -> str:
+    """Of torch, the model's library and Python."""
+    names = ["torch", LIBRARIES[name.removeprefix("drawn.").split(".")[0]][0]]
     found = [f"{n} {importlib.metadata.version(n)}" for n in names]
     return ", ".join([*found, f"Python {platform.python_version()}"])
 
@@ -63,6 +69,12 @@ def versions() -> str:
 def known(path: Path) -> dict[tuple[str, str], Row]:
     """The last row of each cell."""
     return {(r["model"], r["tool"]): r for r in lines(path)}
+
+
+def kept(row: Row) -> Row:
+    """What the page says of a cell."""
+    found = {k: row[k] for k in KEPT if row.get(k)}
+    return found | {k: {"result": row[k]["result"]} for k in SETTINGS if k in row}
 
 
 def main() -> None:
@@ -75,18 +87,25 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=150.0, help="seconds for one cell")
     parser.add_argument("--again", action="store_true", help="also what has a row")
     parser.add_argument("--any", action="store_true", help="skip what has a row of any commit")
-    parser.add_argument("--docs", type=Path, help="write the table of --rows to this file")
+    parser.add_argument("--drawn", type=int, default=0, help="so many models that the zoo has not")
+    parser.add_argument("--seed", type=int, default=0, help="of --drawn")
+    parser.add_argument("--docs", type=Path, help="write the table of --rows here, drop old rows")
     options = parser.parse_args()
     done, at = known(options.rows), commit()
     if options.docs:
-        options.docs.write_text(page(list(done.values()), list(MODELS), list(CELLS)))
+        done = {k: done[k] for k in sorted(done) if k[0] in MODELS and k[1] in CELLS}
+        options.rows.unlink()
+        for row in done.values():
+            add(options.rows, kept(row))
+        options.docs.write_text(page(list(done.values()), list(MODELS)))
         return
     warnings.simplefilter("ignore")
     declare_torchvision_ops()
-    for module in (*LIBRARIES.values(), *SLOW):
+    for module in (*(module for _, module in LIBRARIES.values()), *SLOW):
         importlib.import_module(module)
     torch.set_num_threads(1)
-    picked = [n for n in MODELS if not options.names or any(n.startswith(p) for p in options.names)]
+    models = enter(options.drawn, options.seed) if options.drawn else MODELS
+    picked = [n for n in models if not options.names or any(n.startswith(p) for p in options.names)]
     took = {
         n: [r["seconds"] for (m, _), r in done.items() if m == n and "seconds" in r] for n in picked
     }
@@ -98,7 +117,7 @@ def main() -> None:
         if old and not options.again and (options.any or old["version"] == at):
             continue
         begin = time.perf_counter()
-        row = {"model": name, "tool": tool, "version": at, "with": versions()}
+        row = {"model": name, "tool": tool, "version": at, "with": versions(name)}
         how = None if tool == "runs" else done.get((name, "runs"), {}).get("how")
         row |= apart(partial(timed, tool, name, how), options.limit)
         done[name, tool] = row

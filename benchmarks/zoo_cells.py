@@ -253,17 +253,8 @@ def rehearse(name: str, how: str | None) -> Row:
     return {"result": result, "bytes": sum(b for _, b in got), "messages": len(got)}
 
 
-def memory(name: str, how: str | None) -> Row:
-    """Peak over share on 8 ranks at a size that users have, and what is gathered there."""
-    from zoo_memory import measure
-
-    row = measure(name, 8)
-    ratio = row.get("ratio")
-    return {"result": "refused: " + row["where"] if ratio is None else f"{ratio:.2f}", **row}
-
-
 CELLS: dict[str, Callable[[str, str | None], Row]] = {
-    f.__name__: f for f in (runs, trains, check, compiled, plan, rehearse, bf16, memory, inductor)
+    f.__name__: f for f in (runs, trains, check, compiled, plan, rehearse, bf16, inductor)
 }
 
 

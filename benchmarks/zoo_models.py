@@ -2,6 +2,7 @@
 
 MODELS: name -> (builder, input shape, dim to shard). A builder imports its library when called.
 LARGE: the same at sizes that users have: 2048 x 2048, 256 x 256 x 256, 10^6 points.
+REDUCED: how those of MODELS that are too large for every tool differ from what is published.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ import shardtensor as st
 Entry = tuple[Callable[[], nn.Module], tuple[int, ...], int]
 MODELS: dict[str, Entry] = {}
 LARGE: dict[str, Entry] = {}
+REDUCED = {
+    "tv.vgg11_bn": "its first two linear layers, of 4096, are one of 64",
+    "timm.beit_base_patch16_224": "2 of 12 blocks",
+    "timm.dm_nfnet_f0": "1 block in each of its 4 stages, of 1, 2, 6 and 3",
+}
 IMAGE = (1, 3, 128, 64)
 SQUARE = (1, 3, 64, 64)
 
@@ -81,16 +87,23 @@ def _torchvision() -> None:
     def features() -> nn.Module:
         return nn.Sequential(*list(torchvision("resnet18").children())[:-2])
 
+    def vgg(shape: Sequence[int]) -> nn.Module:
+        model = torchvision("vgg11_bn")
+        if tuple(shape) == IMAGE:
+            model.classifier = nn.Sequential(nn.Linear(25088, 64), nn.ReLU(True), nn.Dropout(),
+                                             nn.Linear(64, 1000))  # fmt: skip
+        return model
+
     def segmentation(name: str) -> nn.Module:
         model = torchvision(f"segmentation.{name}", weights=None, weights_backbone=None)
         return Picked(model, lambda m, x: m(x)["out"])
 
     add("tv.resnet18.features", IMAGE, features)
     for name in ("convnext_tiny", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1",
-                 "densenet121", "regnet_y_400mf", "efficientnet_b0", "googlenet", "mnasnet0_5",
-                 "vgg11_bn"):  # fmt: skip
+                 "densenet121", "regnet_y_400mf", "efficientnet_b0", "googlenet", "mnasnet0_5"):  # fmt: skip
         extra = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
         add(f"tv.{name}", IMAGE, lambda n=name, e=extra: torchvision(n, **e))
+    add("tv.vgg11_bn", IMAGE, vgg)
     add("tv.swin_t", SQUARE, lambda: torchvision("swin_t"))
     add(
         "tv.vit", SQUARE, lambda shape: torchvision("VisionTransformer", shape[2], 8, 2, 4, 64, 128)
@@ -110,8 +123,9 @@ def _timm() -> None:
 
     def resized(name: str, side: int) -> nn.Module:
         """The model for images of another size than its own, if its size is fixed at all."""
+        fewer = {"depth": 2} if name.startswith("beit") else {}
         try:
-            return build(name, **({"img_size": side} if side > 256 else {}))
+            return build(name, **({"img_size": side} if side > 256 else fewer))
         except TypeError:
             return build(name)
 
@@ -124,12 +138,14 @@ def _timm() -> None:
         add(f"timm.{name}", (1, 3, side, side), lambda shape, n=name: resized(n, shape[2]))
     for name in ("efficientnet_b0", "poolformer_s12", "resnet50", "convnextv2_atto", "regnetx_002",
                  "mobilenetv3_small_100", "edgenext_xx_small", "hrnet_w18_small", "focalnet_tiny_srf",
-                 "davit_tiny", "dm_nfnet_f0", "res2net50_14w_8s", "repvgg_a0", "fastvit_t8",
+                 "davit_tiny", "res2net50_14w_8s", "repvgg_a0", "fastvit_t8",
                  "mobilenetv4_conv_small", "ghostnet_100", "resnest14d", "starnet_s1",
                  "botnet26t_256", "caformer_s18", "rexnet_100", "dla34", "sknet18"):  # fmt: skip
         side = (1, 3, 256, 256) if name.endswith("256") else IMAGE
         name = "skresnet18" if name == "sknet18" else name
         add(f"timm.{name}", side, lambda n=name: build(n))
+    add("timm.dm_nfnet_f0", IMAGE, lambda shape: build("dm_nfnet_f0",
+        **({"depths": (1, 1, 1, 1)} if tuple(shape) == IMAGE else {})))  # fmt: skip
 
 
 def _diffusers() -> None:

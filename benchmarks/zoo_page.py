@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tables import short
+from zoo_models import REDUCED
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -25,12 +28,13 @@ COLUMNS = (
     "gathers",
 )
 GOOD = ("right", "planned", "rounding", "whole", "blocks")
-TOOLS = {"2": "runs", "uneven": "runs", "3": "runs", "compile": "compiled", "peak": "memory"}
+TOOLS = {"2": "runs", "uneven": "runs", "3": "runs", "compile": "compiled"}
 HEAD = """# Models that run unmodified
 
 Third-party models, as their packages have them, with random weights and one spatial dim of the
 input sharded, held against the same model on one device. Each cell is a process of its own; ranks
-are simulated. Made by `make matrix`.
+are simulated. Made by `make matrix` from benchmarks/zoo_rows.jsonl, which has the last row of each
+cell.
 
 - **2**, **uneven**, **3**: value within 1e-9 and every gradient within 1e-7 of one device's, in
   float64, on 2 ranks, on 2 with shards of odd and different sizes, on 3. Casts inside a model are
@@ -54,9 +58,11 @@ Not among the models: xcit, levit and tiny_vit, whose gradient on one CPU is wro
 """
 
 
-def page(rows: Sequence[Row], models: Sequence[str], tools: Sequence[str]) -> str:
+def page(rows: Sequence[Row], models: Sequence[str]) -> str:
     """rows: the last of each cell."""
-    found = {(r["model"], r["tool"]): r for r in rows}
+    found = {(r["model"], r["tool"]): r for r in rows if r["model"] in models}
+    found |= {(name, "peak"): row for name, row in _peaks().items()}
+    rows = [r for (_, tool), r in found.items() if tool != "peak"]
     table, bad = [], []
     good, tried = dict.fromkeys(COLUMNS, 0), dict.fromkeys(COLUMNS, 0)
     for name in models:
@@ -73,13 +79,18 @@ def page(rows: Sequence[Row], models: Sequence[str], tools: Sequence[str]) -> st
             table.append("| " + " | ".join([name, *cells]) + " |")
     counted = [c for c in COLUMNS if c not in ("peak", "gathers")]
     counts = ", ".join(f"{c}: {good[c]} of {tried[c]}" for c in counted if tried[c])
-    last = max(rows, key=lambda r: r.get("when", 0))
     lines = [
         HEAD,
         f"An empty cell was not tried. Right, planned or compiled, of those tried: {counts};",
         f"peak at most 1.10: {good['peak']} of {tried['peak']}.",
         "",
-        f"{last['with']}; CPU. Rows of {len({r.get('version') for r in rows})} commits.",
+        f"{_versions(rows)}; CPU. {_commits(rows)}",
+        "",
+        *(
+            f"- {name} is not as published: {how} (**peak** is of the published one)."
+            for name, how in REDUCED.items()
+            if name in models
+        ),
         "",
         "| model | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -101,9 +112,48 @@ def _cell(column: str, row: Row, runs: Row) -> tuple[str, bool, str]:
     result = row["result"]
     if column == "peak":
         ratio = row.get("ratio")
-        return f"{ratio:.2f}" if ratio else "-", bool(ratio) and ratio <= 1.1, ""
+        return "" if ratio is None else f"{ratio:.2f}", bool(ratio) and ratio <= 1.1, ""
     if result in GOOD:
         how = [h for h in ("fp32", "rounding") if h in row.get("how", "")]
         text = {"right": "yes", "planned": "yes"}.get(result, result)
         return " ".join([text, *how]), True, ""
     return "no", False, short(result.replace(f"{ROOT}/", ""), 300)
+
+
+def _peaks() -> dict[str, Row]:
+    """What docs/memory.md says of each model: peak over share, or why there is none."""
+    found: dict[str, Row] = {}
+    names: list[str] = []
+    for line in (ROOT / "docs/memory.md").read_text().splitlines():
+        cells = [c.strip() for c in line.strip("| ").split(" | ")] if line[:1] == "|" else []
+        if "peak" in cells:
+            names = cells
+        elif names and len(cells) > names.index("peak") and "---" not in cells[0]:
+            peak = cells[names.index("peak")]
+            found[cells[0]] = {"result": "", "ratio": float(peak) if peak != "-" else None}
+    return found
+
+
+def _versions(rows: Sequence[Row]) -> str:
+    """Of all libraries with which cells were made; several of one, if they differ."""
+    return ", ".join(sorted({v for r in rows for v in r["with"].split(", ")}, key=str.lower))
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    """The commits of which the cells are: the first that has the sources that ran."""
+    log = subprocess.run(
+        ["git", "log", "--format=%h %cs"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    days = dict(line.split() for line in log.stdout.splitlines())
+    asked = "".join(f"{at}:src\n" for at in days)
+    trees = subprocess.run(
+        ["git", "cat-file", "--batch-check=%(objectname)"], cwd=ROOT, input=asked,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # the log begins with the last
+    first = dict(zip(trees.stdout.split("\n"), days, strict=False))
+    told = []
+    for tree, n in Counter(r["version"] for r in rows).most_common():
+        at = next((at for full, at in first.items() if full.startswith(tree)), None)
+        told.append(f"{n} {at} ({days[at]})" if at else f"{n} of sources {tree} that are gone")
+    return f"Cells by the commit whose sources ran: {', '.join(told)}."
