@@ -171,7 +171,7 @@ def architecture() -> None:
     text = (HERE.parent.parent / "pyproject.toml").read_text()
     contracts = tomllib.loads(text)["tool"]["importlinter"]["contracts"]
     layers = next(c["layers"] for c in contracts if c["containers"] == ["shardtensor"])
-    fig, ax = plt.subplots(figsize=(9, 6.6))
+    fig, ax = plt.subplots(figsize=(9, 0.7 * len(layers) + 0.5))
     on_the_way = dict(CALL)
     for row, layer in enumerate(reversed(layers)):
         names = layer.split(" | ")
@@ -183,10 +183,10 @@ def architecture() -> None:
             ax.add_patch(box)
             middle = i * w + w / 2
             ax.text(middle, row + 0.68, name, ha="center", va="center", weight="bold")
-            ax.text(middle, row + (0.38 if hot else 0.3), PACKAGES[name], ha="center", va="center",
+            ax.text(middle, row + (0.4 if hot else 0.3), PACKAGES[name], ha="center", va="center",
                     fontsize=7.5, linespacing=0.95)  # fmt: skip
             if hot:
-                ax.text(middle, row + 0.1, on_the_way[name], ha="center", va="center",
+                ax.text(middle, row + 0.14, on_the_way[name], ha="center", va="center",
                         fontsize=7.5, color="#a04a00")  # fmt: skip
     ax.text(4.5, -0.25, "A package imports only those below it. Orange: the way of F.conv2d(x, w); "
             "5: the stock kernel on local tensors.", ha="center", va="top", fontsize=9)  # fmt: skip
