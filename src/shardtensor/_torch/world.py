@@ -26,6 +26,7 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
     of every rank's data) once and then return on every rank. May be left, and entered again, while
     no thread is in a collective.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
     class Collective:
@@ -51,6 +52,9 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
     if not hasattr(world, "comms"):
         # torch 2.11 asks for it, but its threaded world lacks it
         world.comms = []
+        # and what its first fake mode makes ends with the thread that it was made in
+        with FakeTensorMode():
+            pass
     try:
         yield
     finally:
