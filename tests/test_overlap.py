@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.ranks.measure import saved_bytes
-from shardtensor.rules import overlap
+from shardtensor.rules import overlap, sliding
 
 D = torch.float64
 
@@ -54,6 +54,86 @@ def test_two_axes_and_the_last_dim(name, taken):
     T.hold(POOLS[name], [x], [T.shard(3, (2, 3, 3))], (3,))
     T.hold(POOLS[name], [x], [T.On([Shard(2), Shard(2)], {2: (3, 2, 0, 4)})], (2, 2))
     assert taken
+
+
+@pytest.fixture
+def twice(monkeypatch):
+    """What is overlapped along two dims."""
+    calls = []
+    plain = sliding.overlapped_twice
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(overlap, "WORTH", 0)
+    monkeypatch.setattr(sliding, "overlapped_twice", counted)
+    return calls
+
+
+TWO = [
+    ((2, 2), {2: (6, 6), 3: (5, 7)}),
+    ((3, 2), {2: (4, 0, 8), 3: (1, 11)}),
+    ((2, 3), {3: (6, 6), 2: (5, 2, 5)}),
+]
+
+
+@pytest.mark.parametrize("mesh, cut", TWO)
+@pytest.mark.parametrize("name", [*POOLS, "lp"])
+def test_pools_along_two_dims(name, mesh, cut, twice):
+    """Corners come with what travels along the second; a rank may have no interior, or no rows."""
+    pool = POOLS.get(name) or (lambda x: F.lp_pool2d(x.abs() + 1, 2, 3, 1))
+    x = torch.randn(2, 3, 12, 12, dtype=D, generator=torch.Generator().manual_seed(0))
+    place = T.On([Shard(d) for d in cut], cut)
+    T.hold(pool, [x], [place], mesh)
+    T.hold(pool, [x.contiguous(memory_format=torch.channels_last)], [place], mesh)
+    # of kernels that begin where shards do nothing travels along a dim
+    assert twice or name in ("max 2 by 3", "max 5 dilated")
+
+
+@pytest.mark.parametrize("mesh, cut", TWO)
+def test_pools_along_two_dims_derived_twice_and_written_to(mesh, cut, twice):
+    g = torch.Generator().manual_seed(0)
+    x, place = torch.randn(1, 2, 12, 12, dtype=D, generator=g), T.On([Shard(d) for d in cut], cut)
+
+    def penalty(x):
+        (g,) = torch.autograd.grad(POOLS["max 3"](x * x).sum(), x, create_graph=True)
+        return g.square() * F.max_pool2d(x, 3, 1, 1).mul_(x)
+
+    T.hold(penalty, [x], [place], mesh)
+    T.hold(lambda x: F.avg_pool2d(x, 3, 2).relu_(), [x], [place], mesh)
+    T.hold(lambda x: F.avg_pool3d(x.unsqueeze(1), (2, 3, 3), 1, (0, 1, 1)), [x], [place], mesh)
+    assert twice
+
+
+def cost_of_two(pool):
+    x = st.distribute_tensor(torch.randn(1, 2, 40, 64), T.make_mesh((2, 2)), [Shard(2), Shard(3)])
+    x.requires_grad_()
+    own, kept = x._local.untyped_storage().data_ptr(), {}
+
+    def pack(t):
+        storage = getattr(t, "_local", t).untyped_storage()
+        if storage.data_ptr() != own and t.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), st.trace() as t:
+        y = pool(x)
+    with st.trace() as back:
+        y.sum().backward()
+    sent = [[s.bytes for s in of.sent if s.collective == "halo"] for of in (t, back)]
+    return sent, sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["max 3", "avg 3"])
+def test_what_is_sent_and_kept_along_two_dims(name, twice):
+    """A row, and a column with its ends, each way; beside the shard three of each by the rims."""
+    row, column = 4 * 2 * 32, 4 * 2 * 22
+    for (there, back), kept in st.simulate(4, cost_of_two, POOLS[name]):
+        assert (there, back) == ([row, column], [column, row])
+        # of two rims each; the window was a copy of the shard with two rows and columns more
+        assert kept == 2 * 3 * (row + column) < 4 * 2 * 22 * 34 // 2
+    assert len(twice) == 4
 
 
 CONVS = {

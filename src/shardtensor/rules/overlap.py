@@ -72,7 +72,7 @@ def overlapped(
     first, last = _interior(spec, d, reach, stencil)
     ends = reach.dim.spans[me]
     ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
-    pieces = apply(_Cut, x, d, (*sent, *ranges))
+    pieces = apply(_Cut, x, tuple([((d, a, b - a),) for a, b in (*sent, *ranges)]))
     parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
     coming = apply(_Begin, way, x, x, *parts)
     middle = op(inner) if first < last else None
@@ -150,28 +150,39 @@ def _around(
     return before, after
 
 
+# (dim, first row, rows) of each dim in which a box is not all of a tensor
+Box = tuple[tuple[int, int, int], ...]
+
+
+def _boxed(x: Tensor, box: Box) -> Tensor:
+    for d, first, rows in box:
+        x = x.narrow(d, first, rows)
+    return x
+
+
 class _Cut(torch.autograd.Function):
-    """Ranges of rows, which may overlap; the adjoint adds them up in one buffer."""
+    """Boxes of a tensor, which may overlap; the adjoint adds them up in one buffer."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, d: int, ranges: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.d, ctx.ranges, ctx.form = x.shape, d, ranges, memory_format(x)
-        return tuple(x.narrow(d, a, b - a) for a, b in ranges)
+    def forward(ctx: Any, x: Tensor, boxes: tuple[Box, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.boxes, ctx.form = x.shape, boxes, memory_format(x)
+        return tuple(_boxed(x, box) for box in boxes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        d, n = ctx.d, ctx.shape[ctx.d]
         if torch.is_grad_enabled():
             total: Any = 0
-            for (a, b), g in zip(ctx.ranges, grads, strict=True):
-                total = total + F.pad(g, [0, 0] * (g.ndim - 1 - d) + [a, n - b])
-            return total, None, None
+            for box, g in zip(ctx.boxes, grads, strict=True):
+                pads = [0, 0] * g.ndim
+                for d, first, rows in box:
+                    at = 2 * (g.ndim - 1 - d)
+                    pads[at : at + 2] = first, ctx.shape[d] - first - rows
+                total = total + F.pad(g, pads)
+            return total, None
         out = empty(grads[0], ctx.shape, ctx.form).zero_()
-        for (a, b), g in zip(ctx.ranges, grads, strict=True):
-            out.narrow(d, a, b - a).add_(g)
-        return out, None, None
+        for box, g in zip(ctx.boxes, grads, strict=True):
+            _boxed(out, box).add_(g)
+        return out, None
 
 
 def start(route: Route, like: Tensor, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
@@ -194,7 +205,8 @@ class _Begin(torch.autograd.Function):
     """A tensor that stands for what is on its way.
 
     tie: what gets a gradient of zeros, by which this is differentiated again on every rank; one
-    that gets nothing back sends all the same then.
+    that gets nothing back sends all the same then. One of a row, as of an exchange before this one,
+    gets it always: so that one's backward comes after this one's.
     """
 
     @staticmethod
@@ -208,7 +220,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> Any:
         came, *rows = apply(_End, ctx.route.back(), token)
-        again = torch.is_grad_enabled()
+        again = torch.is_grad_enabled() or ctx.shape == (1,)
         tied = came.reshape([1] * len(ctx.shape)).expand(ctx.shape) if again else None
         return None, None, tied, *rows
 
@@ -240,9 +252,14 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        tie = g.new_zeros(1)
-        if torch.is_grad_enabled():
-            # of the cotangent and of what came, on every rank: one that has no rows of others, or
-            # of which the kernel's adjoint asks for no rows, is differentiated again all the same
-            tie = tie + g.narrow(ctx.d, 0, 0).sum() + ctx.tie * 0
-        return None, tie, *g.split(ctx.sizes, ctx.d)
+        return None, _tie(ctx.tie, g), *g.split(ctx.sizes, ctx.d)
+
+
+def _tie(tie: Tensor, g: Tensor) -> Tensor:
+    """The gradient of the tie."""
+    zero = g.new_zeros(1)
+    if not torch.is_grad_enabled():
+        return zero
+    # of the cotangent and of what came, on every rank: one that has no rows of others, or of which
+    # the kernel's adjoint asks for no rows, is differentiated again all the same
+    return zero + g.narrow(0, 0, 0).sum() + tie * 0

@@ -8,7 +8,8 @@
   as behind.
 - A rank without outputs runs op on rows of fill, enough for one, and drops it: its weights take
   part in the backward.
-- In large shards the rows of the last cut dim travel while op computes what needs none of them.
+- In large shards the rows of the last cut dim travel while op computes what needs none of them; of
+  the last two no copy of the shard is made.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .overlap import overlapped, pays
+from .overlap_twice import overlapped_twice
 from .windows import Reach, Stencil, fetch, strided, trim
 
 __all__ = ["Stencil", "sliding"]
@@ -97,8 +99,14 @@ def slide(
         return run(local)
     *others, (d, stencil, reach) = plan.reaches
     if stencil is not None and pays(spec):
-        rows = fetched(local, spec, others, fill)
-        y = overlapped(rows, d, spec, reach, stencil, run, fill)
+        e, other, read = others[-1] if others else (d, None, reach)
+        if other is None or read.inside or reach.inside:
+            rows = fetched(local, spec, others, fill)
+            y = overlapped(rows, d, spec, reach, stencil, run, fill)
+        else:
+            rows = fetched(local, spec, others[:-1], fill)
+            both = (e, other, read), (d, stencil, reach)
+            y = overlapped_twice(rows, spec, both, run, fill)
     else:
         y = run(fetched(local, spec, plan.reaches, fill))
     for d, _, reach in plan.reaches:
