@@ -186,7 +186,7 @@ def _count(x: Tensor) -> None:
 
 def _usual() -> int:
     """How many references there are to a tensor that one variable holds."""
-    with probe.outside_fake():
+    with _torch.outside_modes():
         out = torch.zeros(1)
         out[0:1] = torch.zeros(1).as_subclass(_Probe)
     return _Probe.seen
@@ -194,7 +194,7 @@ def _usual() -> int:
 
 def _usual_of_method() -> int:
     """The same where a method of it is called."""
-    with probe.outside_fake():
+    with _torch.outside_modes():
         out = torch.zeros(1)
         out.scatter_add_(0, torch.zeros(1).as_subclass(_Probe), torch.zeros(1))
     return _Probe.seen
