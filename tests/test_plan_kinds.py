@@ -1,5 +1,7 @@
 """Plans of models whose code reads values: schedules, constants, masks, indices, points."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -271,8 +273,13 @@ class Several(nn.Module):
         self.norms = nn.Sequential(nn.BatchNorm2d(6), nn.GroupNorm(2, 6), nn.LayerNorm(16))
         self.linear = nn.Linear(16, 16)
         self.still = nn.BatchNorm2d(6).eval()
+        self.convs = nn.Sequential(
+            nn.Conv2d(6, 6, 3, padding=1, groups=3), nn.ReLU(), nn.Conv2d(6, 6, (2, 3), 1, (2, 1))
+        )
 
     def forward(self, x):
+        wide = x.permute(0, 2, 3, 1).contiguous().movedim(-1, 1)
+        x = x + self.convs(x)[:, :, :-3] + self.convs[0](wide)
         y = self.linear(self.norms(x)).permute(0, 2, 3, 1)
         y = self.still(F.silu(y).movedim(-1, 1)) + F.gelu(x) + F.relu(x) * torch.sigmoid(x)
         a, b = y.reshape(len(y), 6, -1).chunk(2, 1)
@@ -296,6 +303,20 @@ def test_kernels_for_meta_give_what_a_fake_mode_gives(ranks, precision, monkeypa
     # a fake mode's results of some ops cannot be kept
     assert {k: e for k, e in quick.items() if slow.get(k)} == {k: e for k, e in slow.items() if e}
     assert len(quick) > 100
+
+
+def test_a_plan_does_not_depend_on_the_garbage_collector(monkeypatch):
+    found, before = [], gc.get_threshold()
+    try:
+        for threshold in (0, 5):
+            gc.set_threshold(threshold)
+            monkeypatch.setattr(replay, "_entries", {})
+            task = Task(Several, [(2, 6, 16, 16)], dims=(2,))
+            one = estimate(task, Layout(1, (2,), (3,)))
+            found.append((one.memory, one.course))
+    finally:
+        gc.set_threshold(*before)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)])

@@ -10,3 +10,5 @@ functions: Any = torch._VF
 unique2: Any = torch._unique2
 # the library that a convolution takes
 conv_backend: Any = torch._C._select_conv_backend
+# how what it gives lies in memory
+conv_format: Any = torch._C._conv_determine_backend_memory_format

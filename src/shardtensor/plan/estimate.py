@@ -7,7 +7,6 @@ real rank. Only time is a model: ops by the device's peaks, messages by the netw
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from ..train.parallelize import adapt, around, parallelize
 from ..train.tensor_parallel import tensor_parallel
 from .away import Away
 from .build import build
+from .collector import collect
 from .course import Course, course
 from .device import A100, CPU, DEVICES, H100, H200, Device
 from .known import Known
@@ -202,7 +202,7 @@ def _of_rank(
     ledger = Ledger(turns=turns)
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
-    gc.collect()
+    collect()
     chosen = assume(attention_rates(device, network, layout.ranks))
     drawn = torch.random.fork_rng(devices=[])
     with drawn, probe.fake_world(rank, layout.ranks, ledger), chosen, groups.taken_spread():

@@ -22,12 +22,13 @@ class Op:
     collective: what it runs, if it is one of ours; lifts: makes a tensor of numbers. kept: what it
     gives is the same each time that its arguments are alike; resizes: but where this is so only if
     its result had its size already. depends: what it gives depends on values. view: of an argument;
+    single: gives one result;
     written: places and names of the arguments that it writes to.
     """
 
     __slots__ = (
         "collective", "depends", "drawn", "func", "kept", "lifts", "mutable", "name", "resizes",
-        "sends", "view", "written",
+        "sends", "single", "view", "written",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -43,6 +44,7 @@ class Op:
         self.resizes = torch.Tag.out in tags
         self.drawn = torch.Tag.nondeterministic_seeded in tags
         self.view = bool(getattr(func, "is_view", False))
+        self.single = len(func._schema.returns) == 1
         self.mutable = _torch.is_mutable(func)
         self.kept = (
             own

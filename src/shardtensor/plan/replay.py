@@ -7,6 +7,8 @@ dictionary's look-up and the tensors it gives.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from torch import Tensor
 
 from .._torch import probe
+from .forms import forms
 from .ops import facts, leaves, mapped
 
 MOST = 2**17
 # a number equals another of another type; what is not listed cannot be part of a key
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, str, type(None))
-_NUMBERS = (int, float, bool, complex)
+_NUMBERS = {int, float, bool, complex}
+_SEQUENCES = {list, tuple, torch.Size}
+_FAKE, _STRIDED = probe.FakeTensor, torch.strided
 # of these the kernels for "meta" give what a fake mode gives, in a hundredth of its time
 _NAMES = """
     view _unsafe_view reshape unflatten movedim slice select narrow transpose t permute expand
@@ -77,17 +82,21 @@ class Call:
 
     def _part(self, a: Any) -> Any:
         kind = type(a)
-        if kind is probe.FakeTensor or isinstance(a, Tensor):
+        if kind is _FAKE:
             self.given.append(a)
-            if not probe.is_fake(a):
-                raise Unknown
-            if a.layout is not torch.strided or a.is_conj() or a.is_neg():
+            if a.layout is not _STRIDED or a.is_conj() or a.is_neg():
                 raise Unknown
             return a.shape, a.stride(), a.storage_offset(), a.dtype, a.fake_device
         if kind in _NUMBERS:
             return kind, a
-        if kind in (list, tuple) or kind is torch.Size:
+        if kind in _SEQUENCES:
             return tuple([self._part(x) for x in a])
+        if isinstance(a, Tensor):
+            # a weight is a fake of another class
+            self.given.append(a)
+            if not probe.is_fake(a) or a.layout is not _STRIDED or a.is_conj() or a.is_neg():
+                raise Unknown
+            return a.shape, a.stride(), a.storage_offset(), a.dtype, a.fake_device  # type: ignore[attr-defined]
         if isinstance(a, _PLAIN):
             return a
         raise Unknown
@@ -106,6 +115,8 @@ class Call:
             self._keep(direct)
             return self._made(direct, fakes)
         out = self.func(*self.args, **self.kwargs)
+        # closures of the fake mode refer to themselves, and hold what the op took
+        gc.collect(0)
         if self.key not in _entries:
             self._keep(self._entry(out, self.given))
         return out
@@ -120,15 +131,18 @@ class Call:
         _entries[self.key] = self.entry = entry
 
     def _direct(self, fakes: probe.Fakes) -> Entry | None:
-        """What a kernel for "meta" gives; None where a fake mode might give something else."""
-        if self.func is torch.ops.aten.native_batch_norm.default:
-            return self._batch_norm()
-        if self.func is torch.ops.aten.batch_norm_update_stats.default:
-            return self._statistics()
-        if self.op.name not in _DIRECT or not self.given or self.kwargs.get("device") is not None:
+        """What a rule or a kernel for "meta" says; None where a fake mode might say otherwise."""
+        if not self.given:
             return None
-        device = self.given[0].fake_device  # type: ignore[attr-defined]
+        device, asked = self.given[0].fake_device, self.kwargs.get("device")  # type: ignore[attr-defined]
+        if asked is not None and asked != device:
+            return None
         if any(x.fake_device != device for x in self.given):  # type: ignore[attr-defined]
+            return None
+        ruled = forms(self.op.name, self.given, self.args, self.kwargs)
+        if ruled is not None:
+            return self._ruled(ruled, device)
+        if self.op.name not in _DIRECT or asked is not None:
             return None
         metas = {id(x): fakes.apart(x) for x in self.given}
         args, kwargs = mapped((self.args, self.kwargs), lambda x: metas[id(x)])
@@ -139,22 +153,14 @@ class Call:
             return None
         return self._entry(out, [metas[id(x)] for x in self.given], device)
 
-    def _batch_norm(self) -> Entry | None:
-        """Of a batch norm on a CPU, whose decomposition is forty ops."""
-        x, *_, training, _, _ = self.args
-        if x.ndim < 2 or not x.is_contiguous():
-            return None
-        of = 0, x.dtype, x.fake_device
-        kept = -1, (x.shape[1] if training else 0,), (1,), *of
-        return Entry([(-1, tuple(x.shape), x.stride(), *of), kept, kept], tuple)
-
-    def _statistics(self) -> Entry:
-        """Of the statistics of a batch norm. There is no kernel for "meta": a fake mode would run
-        it on real zeros, of the size that the input has."""
-        x, kept, *_ = self.args
-        dtype = x.dtype if kept is None else torch.promote_types(x.dtype, kept.dtype)
-        each = -1, (x.shape[1],), (1,), 0, dtype, x.fake_device
-        return Entry([each, each], tuple)
+    def _ruled(self, ruled: Sequence[Any], device: torch.device) -> Entry:
+        results: list[Any] = []
+        for r in ruled:
+            if isinstance(r, Tensor):
+                results.append((next(i for i, g in enumerate(self.given) if g is r), None))
+            else:
+                results.append(None if r is None else (-1, *r, device))
+        return Entry(results, None if self.op.single else tuple)
 
     def _made(self, entry: Entry, fakes: probe.Fakes) -> Any:
         out: list[Any] = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -15,7 +13,7 @@ from torch import nn
 from ..observe.network import DGX_H100, Network
 from ..shares import balanced
 from ..train.options import Options
-from . import caches
+from .collector import quick_collector
 from .device import CPU
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
@@ -88,21 +86,7 @@ def fewest(
     return None
 
 
-@contextmanager
-def _quick_collector() -> Iterator[None]:
-    """Inside, the garbage collector looks at what is made there only; no cache keeps any of it."""
-    frozen = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        caches.forget()
-        if not frozen:
-            gc.unfreeze()
-
-
-@_quick_collector()
+@quick_collector()
 def ranked(
     task: Task,
     devices: int,

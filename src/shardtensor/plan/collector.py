@@ -1,0 +1,38 @@
+"""The garbage collector during a plan: what is booked ends when it does, and old objects wait."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import caches
+
+_quick = False
+
+
+@contextmanager
+def quick_collector() -> Iterator[None]:
+    """Inside, `collect` looks at what was made since it was last called; no cache keeps any of it.
+
+    Where somebody has frozen objects already it looks at all others.
+    """
+    global _quick
+    gc.collect()
+    before, _quick = _quick, not gc.get_freeze_count()
+    if _quick:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        caches.forget()
+        if _quick:
+            gc.unfreeze()
+        _quick = before
+
+
+def collect() -> None:
+    """Release what nobody holds."""
+    gc.collect()
+    if _quick:
+        gc.freeze()
