@@ -120,6 +120,7 @@ CASES = {
     "conv by 2": Case(lambda x: F.conv2d(x, W, stride=2, padding=1), (2, 16, 256, 64), 2),
     "conv large": Case(lambda x: F.conv2d(x, W, padding=1), (2, 16, 512, 256), 2),
     "conv by 2 large": Case(lambda x: F.conv2d(x, W, stride=2, padding=1), (2, 16, 512, 256), 2),
+    "max_pool by 2 large": Case(lambda x: F.max_pool2d(x, 3, 2, 1), (2, 16, 512, 256), 2),
 }  # fmt: skip
 
 
