@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributed import _composable_state
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .dispatcher import no_torch_function
+from .memory import storage
 
 
 def c_grad_fn(x: torch.Tensor) -> Any:
@@ -178,3 +181,50 @@ def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
     # `swap_tensors` keeps the dict, but C++ forgets it (torch 2.13)
     leaf._backward_hooks = hooks
     return handle
+
+
+def is_only_gradient(grads: tuple[Any, ...]) -> bool:
+    """Whether nobody else holds the one gradient that a Function's backward got, or its memory.
+
+    Called in backward with its `*grads`; `count_gradients` was called before.
+    """
+    kind = type(grads[0])
+    if (
+        kind is not torch.Tensor
+        or not grads[0].is_contiguous()
+        or not storage(grads[0]).resizable()
+    ):
+        return False
+    usual = count_gradients()[grads[0]._is_view()]
+    return all(n <= most for n, most in zip(_holders(grads), usual, strict=True))
+
+
+@functools.cache
+def count_gradients() -> tuple[tuple[int, ...], ...]:
+    """The references to a gradient that only a Function's backward got; then if it is a view."""
+    found: list[tuple[int, ...]] = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> None:
+            found.append(_holders(grads))
+
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones(1, 1)
+        x = one.clone().requires_grad_()
+        # the kernel makes it, nothing else in the graph has it
+        (apply(Seen, x) * one).backward(one)
+        (apply(Seen, x).t() * one).backward(one)
+    return tuple(found)
+
+
+def _holders(grads: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    """References of Python and of C++: to the first, its memory, and what it is a view of."""
+    base, own = grads[0]._base, storage(grads[0])
+    of_base = () if base is None else (sys.getrefcount(base), base._use_count())
+    of_memory = sys.getrefcount(own), torch._C._storage_Use_Count(own._cdata)
+    return sys.getrefcount(grads[0]), grads[0]._use_count(), *of_memory, *of_base

@@ -114,30 +114,32 @@ class Pass:
         # what brings it, if it is not there yet
         self.taken: dict[Place, tuple[Message | None, Tensor | None]] = {}
 
-    def add(self, places: Sequence[Place], parts: Sequence[Tensor | None]) -> None:
-        """Take parts; None: there is none."""
+    def add(
+        self, places: Sequence[Place], parts: Sequence[Tensor | None], owned: bool = False
+    ) -> None:
+        """Take parts; None: there is none. owned: nobody else has what the one part is in."""
         for place, part in zip(places, parts, strict=True):
             if part is not None:
                 self.parts[place] = part
         self.expected.difference_update(places)
         if not self.expected:
-            self.send()
+            self.send(owned)
 
-    def send(self) -> None:
+    def send(self, owned: bool = False) -> None:
         """Begin to sum what is there, and gather it."""
         parts = dict(sorted(self.parts.items()))
         self.parts.clear()
         addends = {p: g for p, g in parts.items() if not p.sizes}
         rows = {p: g for p, g in parts.items() if p.sizes}
         if addends:
-            self._sum(addends)
+            self._sum(addends, owned and not rows and len(addends) == 1)
         if rows:
             dims, sizes = [p.dim for p in rows], [p.sizes for p in rows]
             parts.clear()
             wholes = gathered(list(rows.values()), dims, sizes, self.ranks.domain)
             self.taken.update({p: (None, whole) for p, whole in zip(rows, wholes, strict=True)})
 
-    def _sum(self, parts: dict[Place, Tensor]) -> None:
+    def _sum(self, parts: dict[Place, Tensor], in_place: bool) -> None:
         shapes = [p.shape for p in parts.values()]
         vectors = [p.reshape(-1) for p in parts.values()]
         key = None
@@ -147,7 +149,8 @@ class Pass:
             self.ranks.heads.begin()
             vectors.append(self.ranks.heads.of(key, vectors[0]))
         lengths = [v.numel() for v in vectors]
-        message = self.ranks.send(torch.cat(vectors), lengths, self.task)
+        flat = vectors[0] if in_place and key is None else torch.cat(vectors)
+        message = self.ranks.send(flat, lengths, self.task)
         message.key, message.shapes = key, shapes
         for place, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
             self.taken[place] = message, view.view(shape)

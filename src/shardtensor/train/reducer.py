@@ -28,10 +28,21 @@ from ..tensor import ShardTensor
 from .checksum import LENGTH
 from .parts import Pass, Place, Ranks
 
+# a gradient of this part of a message is one by itself, summed where it lies, not copied
+ALONE = 8
+
 
 @cache
 def _watch_calls() -> None:
     modules.install(_stand_ins)
+
+
+def _nbytes(parameter: nn.Parameter) -> int:
+    """The bytes of a parameter that this rank has."""
+    local = parameter.detach()
+    if isinstance(local, dt.DTensor):
+        local = local.to_local()
+    return local.numel() * local.element_size()
 
 
 class Reducer:
@@ -47,17 +58,26 @@ class Reducer:
             return
         if self.ranks.copies > 1:
             _watch_calls()
+        # which takes a backward
+        _torch.count_gradients()
         waiting: dict[Any, Bucket] = {}
         # backward makes the last parameters' gradients first
         for p in reversed(list(parameters)):
             if not (p.is_floating_point() or p.is_complex()):
                 continue
+            if self.ranks.copies == 1 and _nbytes(p) * ALONE >= self.most:
+                self._bucket().add(p)
+                continue
             key = (p.dtype, p.device)
             if key not in waiting:
-                waiting[key] = Bucket(self.ranks)
-                self.buckets.append(waiting[key])
+                waiting[key] = self._bucket()
             if waiting[key].add(p) >= self.most:
                 del waiting[key]
+
+    def _bucket(self) -> Bucket:
+        bucket = Bucket(self.ranks)
+        self.buckets.append(bucket)
+        return bucket
 
     def remove(self) -> None:
         """Leave the sums to the ops again."""
@@ -84,10 +104,7 @@ class Bucket:
         slot = Slot(self, len(self.slots), parameter)
         self.slots.append(slot)
         parameter._shardtensor_slot = slot  # type: ignore[attr-defined]
-        local = parameter.detach()
-        if isinstance(local, dt.DTensor):
-            local = local.to_local()
-        self.nbytes += local.numel() * local.element_size()
+        self.nbytes += _nbytes(parameter)
         return self.nbytes
 
     def use(self, place: Place, x: Tensor) -> Tensor:
@@ -218,8 +235,13 @@ class Batch:
             self.starts[place] = node
         return values
 
-    def add(self, places: Sequence[Place], parts: Sequence[Tensor | None]) -> None:
-        """Take this rank's parts of gradients; send all parts if they are the last."""
+    def add(
+        self, places: Sequence[Place], parts: Sequence[Tensor | None], owned: bool = False
+    ) -> None:
+        """Take this rank's parts of gradients; send all parts if they are the last.
+
+        owned: whether nobody else has what the one part is in.
+        """
         bucket = self._bucket()
         if bucket is not None:
             bucket.close(self)
@@ -229,7 +251,7 @@ class Batch:
             nodes = {i: node() for i, node in self.starts.items()}
             expected = {i for i, n in nodes.items() if n is not None and _torch.will_run(n)}
             found = self.passes[task] = Pass(self, expected, task)
-        found.add(places, parts)
+        found.add(places, parts, owned)
 
     def take(self, places: Sequence[Place]) -> list[Tensor | None]:
         """The whole gradients, made of all ranks' parts; None where there are none."""
@@ -278,7 +300,8 @@ class Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            ctx.batch.add(ctx.places, grads)
+            owned = len(ctx.batch.slots) == len(grads) == 1 and _torch.is_only_gradient(grads)
+            ctx.batch.add(ctx.places, grads, owned)
             # torch would keep them for `Wait` until all other nodes have run
             return None, None, *[None] * len(grads)
         domain = ctx.batch.ranks.domain
