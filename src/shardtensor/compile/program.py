@@ -34,11 +34,13 @@ from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
 from ..tensor.apart import note
 from ..tensor.tape import Tape
+from . import varied
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
 from .inputs import Own, key_of, parted, parts_of, seen
 from .refused import NoHooks, NoWrites, check_whole
+from .varied import Varied
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -139,8 +141,8 @@ def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> No
 class _Graph:
     """A compiled program, what it reads, the form of its result, what it draws.
 
-    twins: the parameters whose gradients are summed later, by name. specs: of all that its
-    functions took.
+    twins: the parameters whose gradients are summed later, by name. varied: inputs whose gradients
+    are summed over ranks. specs: of all that its functions took.
     """
 
     run: Callable[..., Any]
@@ -148,6 +150,7 @@ class _Graph:
     out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
     draws: list[Draw]
     twins: list[str]
+    varied: list[Varied]
     specs: list[Spec]
 
 
@@ -213,7 +216,8 @@ class Compiled:
         drawn = [draw() for draw in graph.draws]
         tensors = [x for x in given if isinstance(x, Tensor)]
         try:
-            flat = graph.run(*own.tensors, *own.twins(graph.twins), *tensors, *drawn)
+            inputs = [*own.tensors, *own.twins(graph.twins), *tensors, *drawn]
+            flat = graph.run(*inputs, *varied.values(graph.varied, inputs))
         except (RuntimeError, IndexError) as e:
             note(e, self.fn, graph.specs, {})
             raise
@@ -347,7 +351,7 @@ class Compiled:
             tape.close()
         check_whole(graph)
         draws = hoist(graph, tape)
-        twins = state.used(graph)
+        twins, further = state.used(graph), varied.hoist(graph)
         # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
         for node in reversed(graph.graph.nodes):
             if getattr(node.target, "namespace", "") == "profiler":
@@ -357,7 +361,7 @@ class Compiled:
         # forward: hooks of all modules are part of the graph already
         modes = _modes(self.fn)
         run = self.programs.of(graph, (modes[0], *modes[2:]), self.options)
-        return _Graph(run, form[0], form[1], draws, twins, [*hooks.specs]), changed
+        return _Graph(run, form[0], form[1], draws, twins, further, [*hooks.specs]), changed
 
 
 def _name(fn: Any) -> str:
