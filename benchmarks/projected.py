@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -39,27 +39,14 @@ from torch import Tensor, nn
 
 from shardtensor.comm.counters import Sent
 from shardtensor.observe.network import DGX_H100, Link, Network
-from shardtensor.plan.estimate import H100, Device, Layout, Task, estimate
-from shardtensor.plan.kinds import Work
+from shardtensor.plan.estimate import H100, Layout, Task, estimate
 from shardtensor.train.options import Options
 
 WIDTH, LAYERS = 128, 15
 
 
-@dataclass(frozen=True)
-class Watched(Device):
-    """A device that remembers what ops would take without a least time."""
-
-    asked: list[float] = field(default_factory=list)
-
-    @property
-    def work(self) -> list[float]:
-        """Of a step: an estimate asks once for all of it, and again for its course."""
-        return self.asked[: len(self.asked) // 2]
-
-    def seconds(self, work: Work) -> float:
-        self.asked.append(replace(H100, launch=0.0).seconds(work))
-        return super().seconds(work)
+# what ops would take that are launched in no time
+AT_ONCE = replace(H100, launch=0.0)
 
 
 class Spectral3d(nn.Module):
@@ -155,12 +142,16 @@ def wire(sent: Sequence[Sent]) -> tuple[float, float]:
     return latency, sum(DGX_H100.seconds(s) for s in sent) - latency
 
 
-def parts(
-    work: Sequence[float], sent: Sequence[Sent], compute: float, jitter: float, peak: float
-) -> Parts:
-    share = compute / max(1, len(sent))
+def parts(task: Task, layout: Layout, jitter: float, sent: Sequence[Sent] | None = None) -> Parts:
+    """Of one rank's step; sent: in place of what the task sends."""
+    found, least = (estimate(task, layout, device) for device in (H100, AT_ONCE))
+    if found.refused:
+        raise RuntimeError(found.refused)
+    sent = found.sent if sent is None else sent
+    share = found.compute / max(1, len(sent))
     waiting = sum(jitter * share * slowest(min(s.ranks, s.messages + 1)) for s in sent)
-    return Parts(sum(work), compute - sum(work), *wire(sent), waiting, len(sent), peak)
+    launches = found.compute - least.compute
+    return Parts(least.compute, launches, *wire(sent), waiting, len(sent), found.peak)
 
 
 def cut(n: int, dims: int) -> tuple[int, ...]:
@@ -170,15 +161,13 @@ def cut(n: int, dims: int) -> tuple[int, ...]:
 
 
 def rank_of(case: Case, shape: tuple[int, ...], n: int, jitter: float) -> Parts:
-    """What one rank of n does in a step of an input of this shape."""
-    cuts = cut(n, case.dims)
-    device = Watched(**{k: getattr(H100, k) for k in H100.__dataclass_fields__})
+    """What one rank of n does in a step of an input of this shape, cut as takes least time."""
     task = Task(lambda: case.make(shape[2:]), [(1, case.channels, *shape[2:])])
-    layout = Layout(1, tuple(range(2, 2 + len(cuts))), cuts, Options(precision=case.precision))
-    found = estimate(task, layout, device)
-    if found.refused:
-        raise RuntimeError(found.refused)
-    return parts(device.work, found.sent, found.compute, jitter, found.peak)
+    options = Options(precision=case.precision)
+    # one dim has rows for so many ranks only
+    ways = {cut(n, case.dims), (n,)} if n <= 64 else {cut(n, case.dims)}
+    layouts = (Layout(1, tuple(range(2, 2 + len(way))), way, options) for way in ways)
+    return min((parts(task, layout, jitter) for layout in layouts), key=lambda p: p.slow)
 
 
 # graph -------------------------------------------------------------------------------------------
@@ -244,10 +233,7 @@ def graph(nodes: int, n: int, jitter: float) -> Parts:
     # the part of a rank among many is that of one among fewer, of a cube that fits here
     among = min(n, 10**7 * n // nodes)
     rows, foreign, peers = (nodes, 0, 0) if n == 1 else halo(nodes * among // n, among)
-    device = Watched(**{k: getattr(H100, k) for k in H100.__dataclass_fields__})
-    found = estimate(
-        Task(lambda: Net(rows, 26), [(1, rows, WIDTH)], dims=(1,)), Layout(1, (), ()), device
-    )
+    task = Task(lambda: Net(rows, 26), [(1, rows, WIDTH)], dims=(1,))
     size = 4 * WIDTH * foreign
     weights = sum(p.numel() for p in Net(1, 1).parameters())
     # rows there, their gradients back; weights' gradients in one bucket
@@ -255,7 +241,7 @@ def graph(nodes: int, n: int, jitter: float) -> Parts:
     sent = [each] * (2 * LAYERS) + [
         Sent("all_reduce", 8 * weights * (n - 1) // n, 2 * (n - 1), n, "bucket")
     ]
-    return parts(device.work, sent if n > 1 else [], found.compute, jitter, found.peak)
+    return parts(task, Layout(1, (), ()), jitter, sent if n > 1 else [])
 
 
 # tables ------------------------------------------------------------------------------------------
