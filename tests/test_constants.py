@@ -1,11 +1,18 @@
 """Small tensors of numbers that the host knows: made once, but not while a graph is captured."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import Shard
 
+import shardtensor as st
 from shardtensor import cache
-from shardtensor.cache import constant
+from shardtensor import testing as T
+from shardtensor.comm import constants
+from shardtensor.comm.constants import constant
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
@@ -37,7 +44,7 @@ def test_what_a_capture_makes_is_not_kept(device, monkeypatch):
     kept = constant((7.0, 8.0), torch.float32, like)
     monkeypatch.setattr(cache, "capturing", lambda device: True)
     # of the host, nothing is copied meanwhile
-    monkeypatch.setattr(cache.torch, "tensor", None)
+    monkeypatch.setattr(constants.torch, "tensor", None)
     inside = [constant(v, torch.float32, like) for v in ((1.0, 2.0), 3.0, (), (4.0,))]
     assert constant((7.0, 8.0), torch.float32, like) is kept
     monkeypatch.undo()
@@ -70,3 +77,22 @@ def test_what_a_capture_makes_of_a_tensor_is_not_kept(monkeypatch):
         assert cache.of_tensor(x, "key", lambda: made.append(1) or len(made)) == n
     monkeypatch.undo()
     assert [cache.of_tensor(x, "key", lambda: made.append(1) or len(made)) for _ in "ab"] == [3, 3]
+
+
+def test_what_a_transform_makes_is_not_kept():
+    """It is the transform's, whatever level another one has."""
+    pooled = partial(F.avg_pool2d, kernel_size=3, stride=2, padding=1, count_include_pad=False)
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = torch.func.jvp(pooled, (x,), (x,))
+
+    def run():
+        y = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(2)], src_data_rank=None)
+        found = [torch.func.jvp(pooled, (y,), (y,)) for _ in "ab"]
+        values = [pooled(y).full_tensor(), *(z.full_tensor() for pair in found for z in pair)]
+        kept = list(constants._numbers.values())
+        assert kept and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, kept))
+        return values
+
+    for got in st.simulate(2, run):
+        for g, w in zip(got, [want[0], *want, *want], strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)

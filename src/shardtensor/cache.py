@@ -1,4 +1,4 @@
-"""Caches of pure functions of specs and of numbers, which a new simulated world empties."""
+"""Caches of pure functions of specs, which a new simulated world empties."""
 
 from __future__ import annotations
 
@@ -63,57 +63,9 @@ def _forget(at: int, ref: Any) -> None:
         del _of_tensors[at]
 
 
-# small tensors of numbers that the host knows: a copy from there waits for the device, and a CUDA
-# graph forbids it while it is captured
-_MOST = 4096
-
-
-class _Numbers(dict[Any, Tensor]):
-    def cache_clear(self) -> None:
-        self.clear()
-
-
-_numbers = _Numbers()
-register(_numbers)
-
-
-def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """The tensor of some numbers, or of one without dims, on the device of `like`; not to write to.
-
-    Of a tensor that is not plain, such as a fake one, it is made anew: it belongs to who looks on.
-    """
-    if type(like) is not Tensor:
-        return like.new_tensor(values, dtype=dtype)
-    device = like.device
-    # 0.0 and False are equal, and so are 0.0 and -0.0, whose signs differ
-    key = repr(values), dtype, device
-    found = _numbers.get(key)
-    if found is not None:
-        return found
-    # what is made in inference mode could not be saved for backward
-    with torch.inference_mode(False):
-        if capturing(device):
-            return _filled(values, dtype, device)
-        found = torch.tensor(values, dtype=dtype, device=device)
-    if type(found) is Tensor:
-        if len(_numbers) >= _MOST:
-            _numbers.clear()
-        _numbers[key] = found
-    return found
-
-
 def capturing(device: torch.device) -> bool:
     """Whether what is launched there now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _filled(values: tuple[float, ...] | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same by kernels alone, which take numbers as their arguments."""
-    each = values if isinstance(values, tuple) else (values,)
-    found = torch.empty(len(each), dtype=dtype, device=device)
-    for to, value in zip(found.unbind(), each, strict=True):
-        to.fill_(value)
-    return found if isinstance(values, tuple) else found[0]
 
 
 def clear() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
-from ..cache import constant
+from ..comm.constants import constant
 from .counted import COARSE, HUGE, NOTHING, Top, counted, from_base
 
 # scores that plain matrix products hold at a time, in elements

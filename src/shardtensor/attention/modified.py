@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm import groups
+from ..comm.constants import constant
 from . import blocks
 from .blocks import CHUNK, Rule, wide
 from .mods import Recording
@@ -119,7 +120,7 @@ def _modified(job: Job, captured: Sequence[Tensor], at: list[Tensor], s: Tensor)
         s = job.score.run(job.split(captured)[0], s, *at)
     if seen is None:
         return s
-    return torch.where(seen, s, torch.tensor(-inf, dtype=s.dtype, device=s.device))
+    return torch.where(seen, s, constant(-inf, s.dtype, s))
 
 
 def forward(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cuts import cut
 from . import groups, wire
+from .constants import constant
 from .define import define, run
 from .pack import numel_but
 
@@ -53,7 +54,7 @@ def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int],
     rows that they ask for, in the order of the ranks.
     """
     groups.check_values(group)
-    ends = torch.tensor(cut(sizes).offsets, device=index.device)
+    ends = constant(cut(sizes).offsets, torch.int64, index)
     owner = torch.bucketize(index, ends[1:], right=True)
     order = torch.argsort(owner, stable=True)
     counts = torch.bincount(owner, minlength=len(sizes))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import comm
 from .._torch import kernels
-from ..cache import cached, constant
+from ..cache import cached
+from ..comm.constants import constant
 from ..comm.define import run
 from ..comm.ops import window_add_op
 from ..errors import UnsupportedOpError

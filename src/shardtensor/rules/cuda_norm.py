@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .._torch import probe
-from ..cache import constant
 from ..comm import wire
+from ..comm.constants import constant
 from . import normalise as program
 from .moments import GATHERED, accumulated
 from .normalise import Way, of_channels, per_row

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..cache import cached, constant
+from ..cache import cached
+from ..comm.constants import constant
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..cache import cached, constant
+from ..cache import cached
+from ..comm.constants import constant
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.lazy import Lazy, Recipe, lazy, takes_lazy

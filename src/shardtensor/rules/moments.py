@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _torch, comm
 from .._torch import kernels
 from ..cache import cached
+from ..comm.constants import constant
 from ..spec import Spec
 from .reduce import axes_of
 
@@ -74,7 +75,7 @@ def merged(mean: Tensor, m2: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
     if len(set(counts)) == 1:
         whole = anchor + (mean - anchor).mean(0)
         return whole, m2.sum(0) + counts[0] * (mean - whole).square().sum(0)
-    n = mean.new_tensor(counts).view(-1, *[1] * (mean.ndim - 1))
+    n = constant(tuple(counts), mean.dtype, mean).view(-1, *[1] * (mean.ndim - 1))
     if 0 in counts:
         # zero times the square of a large number would be zero times infinity
         mean = torch.where(n == 0, anchor, mean)

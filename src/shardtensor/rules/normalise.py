@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import _torch, comm
 from .._torch import probe
 from .._torch.autograd import apply
-from ..cache import cached, constant
+from ..cache import cached
+from ..comm.constants import constant
 from .affine import affine, alike, far
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
 from .numbers import (

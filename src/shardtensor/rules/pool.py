@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import kernels
-from ..cache import constant
+from ..comm.constants import constant
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
