@@ -403,6 +403,18 @@ def test_tensors_of_a_cpu_are_refused_on_a_mesh_of_gpus():
         strict(2, on_a_mesh_of_gpus)
 
 
+def agrees_on_the_host():
+    name = group(2)
+    groups._devices[name] = {"cuda"}
+    mine = torch.tensor([dist.get_rank() + 2**40])
+    return wire.agreed_number(mine, torch.device("cuda"), name).tolist()
+
+
+def test_a_number_of_the_host_is_agreed_on_there():
+    """A seed on its way through a GPU would wait for it twice."""
+    assert strict(2, agrees_on_the_host) == [[2**40 + 1]] * 2
+
+
 def test_waits_are_delayed_alike_at_every_run():
     def order(kind):
         found = []

@@ -133,6 +133,12 @@ def devices(name: str) -> list[str]:
     return sorted(_devices.get(name, ()))
 
 
+def meets_on_host(name: str) -> bool:
+    """Whether the group takes tensors of the host, as those of `st.init` do; alike on all ranks."""
+    made = resolve(name)
+    return silent(name) or "cpu" in dist.get_backend_config(made)
+
+
 def size(name: str) -> int:
     """How many ranks the group has."""
     return 1 if name == ALONE else _facts[name].size

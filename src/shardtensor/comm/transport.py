@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -153,6 +154,16 @@ def nothing_arrives(received: torch.Tensor) -> None:
     received.zero_()
 
 
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Tensors of the host are meant, whatever the mesh's devices are."""
+    thread.on_host = True
+    try:
+        yield
+    finally:
+        thread.on_host = False
+
+
 # the strict ones ---------------------------------------------------------------------------------
 
 
@@ -208,7 +219,7 @@ def _check(x: torch.Tensor, group: str, what: str, *, reduces: bool, parts: bool
 
     parts: what is not contiguous is copied before it is sent.
     """
-    devices = groups.devices(group)
+    devices = () if thread.__dict__.get("on_host") else groups.devices(group)
     if devices and x.device.type not in devices:
         raise flights.failed(f"{what}: a {x.device.type} tensor on a mesh of {'/'.join(devices)}")
     if not (parts or x.is_contiguous()):

@@ -260,6 +260,14 @@ def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Te
     return [p.view(x.shape) for p, x in zip(parts, xs, strict=True)]
 
 
+def agreed_number(number: torch.Tensor, device: torch.device, group: str) -> torch.Tensor:
+    """The largest of every rank's number, given on the host; no device is waited for, if can be."""
+    if device.type == "cpu" or not groups.meets_on_host(group):
+        return all_reduce([number.to(device)], "max", group)[0]
+    with transport.on_host():
+        return all_reduce([number], "max", group)[0]
+
+
 def _combined(x: torch.Tensor, op: str, group: str, n: int) -> torch.Tensor:
     """`all_reduce` of what every rank sends to every other."""
     flat, shape = x.reshape(-1), x.shape

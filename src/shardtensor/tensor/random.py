@@ -83,7 +83,7 @@ def generator_for(
     name = comm.group(spec.mesh, alike)
     if comm.size(name) > 1:
         # replicas may have seeded differently, and must draw the same
-        (seed,) = wire.all_reduce([seed.to(device)], "max", name)
+        seed = wire.agreed_number(seed, device, name)
     number = 0
     for axis in spec.varying:
         number = number * spec.mesh.size(axis) + spec.coordinate[axis]
