@@ -171,6 +171,49 @@ for name in sys.argv[2:]:
 """
 
 
+AGREED = (
+    SCRIPT.partition("def alone")[0]
+    + """
+class Gathers(Task):
+    def validation_step(self, batch, i):
+        super().validation_step(batch, i)
+        error = (self(batch["x"]) - batch["y"]).square().mean()
+        self.log("square", error)
+        self.log("gathered", self.all_gather(error).sum())
+        self.log("labels", self.all_gather(batch["label"].sum().double()).sum())
+
+
+torch.manual_seed(0)
+task = Gathers().double()
+# the best one alone: what ranks agree on at the end of each epoch
+saved = ModelCheckpoint(folder, "{epoch}", monitor="error", save_top_k=1)
+trainer = L.Trainer(
+    accelerator="cpu", devices=ranks, strategy=st.lightning.DomainParallel(shard=-2), max_epochs=3,
+    callbacks=[saved], logger=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(task, *(DataLoader(Data(*n), batch_size=2) for n in ((0, 10), (50, 4))))
+m = {k: float(v) for k, v in trainer.callback_metrics.items()}
+assert m["gathered"] == m["square"] and m["labels"] == ((0 + 1) + (2 + 3)) / 2, m
+# errors fall: the last epoch is the best
+assert float(saved.best_model_score) == m["error"], (saved.best_model_score, m)
+assert os.path.basename(saved.best_model_path) == "epoch=2.ckpt"
+# the first rank writes them
+assert trainer.global_rank or os.listdir(folder) == ["epoch=2.ckpt"]
+os.write(1, b"agreed\\n")
+"""
+)
+
+
+@pytest.mark.gloo
+def test_the_best_checkpoint_and_what_is_gathered(tmp_path):
+    if not find_spec("lightning"):
+        pytest.skip("lightning is not installed")
+    script, folder = tmp_path / "job.py", tmp_path / "best"
+    script.write_text(AGREED)
+    code, text = torchrun(tmp_path, 2, script, folder, loads="import lightning")
+    assert code == 0 and text.count("agreed") == 2, text[-4000:]
+
+
 @pytest.mark.gloo
 def test_twenty_steps_of_a_trainer(tmp_path):
     if not find_spec("lightning"):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..tensor import ShardTensor
@@ -144,6 +145,20 @@ class DomainParallel(DDPStrategy):
         if isinstance(tensor, ShardTensor):
             tensor = tensor.full_tensor()
         return super().reduce(tensor, group or self._mesh.get_group("data"), reduce_op)
+
+    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """As `reduce`: (groups, ...), each sample once and whole; the module asks for the world."""
+        if isinstance(tensor, ShardTensor):
+            tensor = tensor.full_tensor()
+        if group is None or group is dist.group.WORLD:
+            group = self._mesh.get_group("data")
+        return super().all_gather(tensor, group, sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Of all ranks, which Lightning counts beside `world_size`, and not of the groups."""
+        told = torch.tensor(int(decision), device=self.root_device)
+        agreed = int(super().reduce(told, reduce_op="sum"))
+        return agreed == self.world_size if all else agreed > 0
 
     # checkpoints: as of one device
 
