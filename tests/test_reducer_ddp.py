@@ -133,3 +133,48 @@ def test_fsdp_after_an_error_that_was_caught():
     want = broken_fsdp(None)
     for got in run_workers(2, broken_fsdp_on_rank):
         same(got, want)
+
+
+class Critic(nn.Linear):
+    """A unit of its own where it is named."""
+
+
+class Judged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.critic = nn.Linear(3, 4), Critic(4, 1)
+
+    def forward(self, x):
+        return self.body(x).tanh()
+
+
+def critic_alone(mesh, blocks):
+    """Weights after steps of a part of the model that is called by itself, on what is detached."""
+    torch.manual_seed(0)
+    model = Judged().double()
+    x = torch.randn(2, 7, 3, dtype=D)
+    if mesh is not None:
+        st.parallelize(model, mesh, fsdp="all", blocks=blocks)
+        x = st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None)
+    body, critic = (torch.optim.SGD(m.parameters(), 0.1) for m in (model.body, model.critic))
+    for _ in range(3):
+        body.zero_grad()
+        (model(x).square().mean() - model.critic(model(x)).mean()).backward()
+        body.step()
+        critic.zero_grad()
+        (model.critic(model(x).detach()) - 1).square().mean().backward()
+        critic.step()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+
+
+def check_critic():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",))
+    with pytest.raises(ValueError, match=r"could not step critic\.weight, critic\.bias"):
+        critic_alone(mesh, ("Linear",))
+    for a, b in zip(critic_alone(mesh, ("Linear", "Critic")), critic_alone(None, ()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gloo
+def test_a_part_that_fsdp_does_not_see_called_is_refused_or_a_unit():
+    run_workers(2, check_critic)

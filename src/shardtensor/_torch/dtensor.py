@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,16 +24,29 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._get_root_mesh()
 
 
-def is_kept_by_fsdp(x: dt.DTensor) -> bool:
-    """Whether x is a parameter in the shards that FSDP2 keeps of it outside of forward."""
+def _fsdp_params() -> Iterator[Any]:
     for module in list(_module_state_mapping):
         state = _get_module_state(module)
         # one group until torch 2.12
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]:
-            if any(p.sharded_param is x for p in getattr(group, "fsdp_params", ())):
-                return True
-    return False
+            yield from getattr(group, "fsdp_params", ())
+
+
+def is_kept_by_fsdp(x: dt.DTensor) -> bool:
+    """Whether x is a parameter in the shards that FSDP2 keeps of it outside of forward."""
+    return any(p.sharded_param is x for p in _fsdp_params())
+
+
+def whole_gradients(parameters: Iterable[torch.Tensor]) -> list[str]:
+    """Names of parameters of FSDP2 whose gradient is at the whole one: none came to the shards."""
+    own = {id(p) for p in parameters}
+    return [
+        p._param_fqn or "a parameter"
+        for p in _fsdp_params()
+        if id(p.sharded_param) in own
+        and getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+    ]
 
 
 def is_broken_fsdp(root: torch.nn.Module) -> bool:

@@ -8,14 +8,17 @@ sample counts as often as there are parts. Gradients that are whole on every ran
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import comm
-from .._torch.dtensor import is_broken_fsdp, mend_fsdp
+from .._torch.dtensor import is_broken_fsdp, mend_fsdp, whole_gradients
 from ..comm.deferred import rows
 from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
@@ -81,6 +84,7 @@ def shard(
         fsdp2.fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
     # before FSDP2's own
     model.register_forward_pre_hook(_mend, prepend=True)
+    _watch()
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
         slot = Part(domain)
@@ -97,6 +101,23 @@ def _mend(model: nn.Module, _: Any) -> None:
         # an optimizer that was made since holds the whole parameters of the pass that broke
         with replacing(model, "the next call of the FSDP2 model whose pass broke off"):
             mend_fsdp(model)
+
+
+@cache
+def _watch() -> None:
+    register_optimizer_step_post_hook(_reduced)
+
+
+def _reduced(optimizer: Optimizer, *_: Any) -> None:
+    """Raise ValueError where FSDP2 saw no backward of a parameter, which so was not stepped."""
+    left = whole_gradients(p for group in optimizer.param_groups for p in group["params"])
+    if left:
+        raise ValueError(
+            f"{type(optimizer).__name__} could not step {', '.join(left[:3])}: FSDP2 brings "
+            "gradients to their shards where the result of a call of the model, or of a unit, "
+            "leads to the loss, and a part of the model was called by itself. Call it in forward, "
+            "or make it a unit: blocks=('ClassName',)"
+        )
 
 
 def _replicate(
