@@ -96,6 +96,8 @@ BODIES = {
 }  # fmt: skip
 # what no graph holds
 EAGER = {f.__name__: f for f in (seeded, forked, own_generator, seeded_generator)}
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    EAGER["two_generators"] = BODIES.pop("two_generators")
 
 
 def calls(body, place, compiled):

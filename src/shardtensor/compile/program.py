@@ -39,7 +39,7 @@ from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
 from .inputs import Own, key_of, parted, parts_of, seen
-from .refused import NoHooks, NoWrites, check_whole
+from .refused import NoHooks, NoWrites, check_whole, without_generators
 from .varied import Varied
 
 M = TypeVar("M", bound=nn.Module)
@@ -336,10 +336,10 @@ class Compiled:
         ]  # fmt: skip
         # what is traced sets the mode; an error would leave it so
         grad = torch.is_grad_enabled()
+        trace = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
         try:
-            graph = make_fx(
-                local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
-            )(*tensors)
+            with without_generators():
+                graph = trace(*tensors)
         except probe.depends_on_values() as e:
             raise UnsupportedOpError(
                 f"Python in {_name(self.fn)} needs the value of a tensor (int, item, if), which a "

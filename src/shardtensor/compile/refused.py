@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +102,20 @@ class NoWrites(TorchDispatchMode):
             if memory is not None and memory not in old:
                 self.made[memory] = x
         return out
+
+
+@contextmanager
+def without_generators() -> Iterator[None]:
+    """Refuse draws from generators of the user's, which no graph of torch up to 2.12 holds."""
+    try:
+        yield
+    except NotImplementedError as e:
+        if "Generator" not in str(e):
+            raise
+        raise UnsupportedOpError(
+            "a compiled program that draws from a generator of its own, on torch before 2.13: draw "
+            "from torch's default one, or leave it out of st.compile"
+        ) from e
 
 
 def check_whole(graph: fx.GraphModule) -> None:
