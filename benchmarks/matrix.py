@@ -17,7 +17,6 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
-import subprocess
 import time
 import warnings
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from apart import apart
-from tables import add, lines
+from tables import add, lines, sources
 from zoo_cells import CELLS, SETTINGS, timed
 from zoo_drawn import enter
 from zoo_models import MODELS, declare_torchvision_ops
@@ -49,14 +48,6 @@ SLOW = [
         "afno", "diffusion_unets", "dit", "dpot", "fengwu", "flare", "fno", "geotransolver",
         "pangu", "pix2pix", "srrn", "transolver", "unet")),
 ]  # fmt: skip
-
-
-def commit() -> str:
-    """The commit of what is measured."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD:src"], capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
 
 
 def versions(name: str) -> str:
@@ -91,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --drawn")
     parser.add_argument("--docs", type=Path, help="write the table of --rows here, drop old rows")
     options = parser.parse_args()
-    done, at = known(options.rows), commit()
+    done, at = known(options.rows), sources()
     if options.docs:
         done = {k: done[k] for k in sorted(done) if k[0] in MODELS and k[1] in CELLS}
         options.rows.unlink()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 
 def append(path: Path, fields: Sequence[str], row: dict[str, Any]) -> None:
@@ -37,3 +41,32 @@ def short(message: str, most: int) -> str:
     said = " ".join(message.split()).replace("|", "/")
     before, found, after = said.rpartition("site-packages/")
     return (before.rpartition("(")[0] + "(" + after if found else said)[:most]
+
+
+def sources() -> str:
+    """What tells the library's sources that are measured from others."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD:src"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    return found.stdout.strip()
+
+
+def commits(rows: Sequence[dict[str, Any]]) -> str:
+    """The numbers of rows by the first commit that has the sources that ran."""
+    log = subprocess.run(
+        ["git", "log", "--format=%h %cs"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    days = dict(line.split() for line in log.stdout.splitlines())
+    asked = "".join(f"{at}:src\n" for at in days)
+    trees = subprocess.run(
+        ["git", "cat-file", "--batch-check=%(objectname)"], cwd=ROOT, input=asked,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # the log begins with the last
+    first = dict(zip(trees.stdout.split("\n"), days, strict=False))
+    told = []
+    for tree, n in Counter(r["version"] for r in rows).most_common():
+        at = next((at for full, at in first.items() if full.startswith(tree)), None)
+        told.append(f"{n} {at} ({days[at]})" if at else f"{n} of sources {tree} that are gone")
+    return ", ".join(told)

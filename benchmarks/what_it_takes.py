@@ -1,6 +1,6 @@
 """What published models take at their resolution and at four times it: docs/what_it_takes.md.
 
-    python benchmarks/what_it_takes.py [NAME ...] [--limit 200] [--rows out/takes.jsonl]
+    python benchmarks/what_it_takes.py [NAME ...] [--again] [--limit 200] [--rows FILE]
     python benchmarks/what_it_takes.py --docs docs/what_it_takes.md
 
 Needs the extra `zoo`. Nothing is run: each model, built by its own package at a width and
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from apart import apart
-from tables import add, lines, short
+from tables import add, commits, lines, short, sources
 from torch import Tensor, nn
 from zoo_models import Picked, declare_torchvision_ops, new
 
 import shardtensor as st
 
 Row = dict[str, Any]
-ROWS = Path("out/takes.jsonl")
+ROWS = Path(__file__).with_name("takes_rows.jsonl")
 PN, MONAI = "physicsnemo.models.", "monai.networks.nets."
 Shape = tuple[int, ...]
 # GPUs tried at most
@@ -181,7 +181,8 @@ def fewest(
     """A row for one GPU, then for more until it fits. last: the row after which to go on."""
     devices = following(last)
     while 0 < devices <= MOST:
-        row = {"model": model.name, "at": label, "shape": shape, "devices": devices}
+        row = {"model": model.name, "at": label, "shape": shape, "devices": devices,
+               "version": sources()}  # fmt: skip
         row |= apart(partial(planned, model, shape, devices), limit)
         yield row
         devices = following(row)
@@ -214,7 +215,9 @@ def page(rows: Sequence[Row]) -> str:
             cells += [f"not on {last['devices']}: {short(last['result'], 160)}", "", "", ""]
         told.append("| " + " | ".join(cells) + " |")
     gathers = {r["model"]: r["gathers"] for r in rows if r.get("gathers")}
-    told += ["", *(f"{k} gathers: {', '.join(v)}." for k, v in gathers.items())]
+    told += ["", *(f"{k} gathers: {', '.join(v)}.\n" for k, v in gathers.items())]
+    last = [one[-1] for one in _grouped(rows).values()]
+    told += [f"Rows by the commit whose sources ran: {commits(last)}."]
     return "\n".join(told).rstrip() + "\n"
 
 
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--limit", type=float, default=200.0, help="seconds for one plan")
+    parser.add_argument("--again", action="store_true", help="what has rows, too")
     parser.add_argument("--docs", type=Path, help="write the table of --rows to this file")
     options = parser.parse_args()
     rows = lines(options.rows)
@@ -240,10 +244,14 @@ def main() -> None:
         options.docs.write_text(page(rows))
         return
     declare_torchvision_ops()
+    asked = [m for m in MODELS if m.name.startswith(tuple(options.names) or "")]
+    if options.again and rows:
+        options.rows.unlink()
+        rows = [r for r in rows if r["model"] not in {m.name for m in asked}]
+        for row in rows:
+            add(options.rows, row)
     done = {(r["model"], r["at"]): r for r in rows}
-    for model in MODELS:
-        if options.names and not any(model.name.startswith(n) for n in options.names):
-            continue
+    for model in asked:
         for label, shape in model.at:
             for row in fewest(model, label, shape, options.limit, done.get((model.name, label))):
                 add(options.rows, row)

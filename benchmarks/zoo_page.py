@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import short
+from tables import commits, short
 from zoo_models import REDUCED
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +82,7 @@ def page(rows: Sequence[Row], models: Sequence[str]) -> str:
         f"An empty cell was not tried. Right, planned or compiled, of those tried: {counts};",
         f"peak at most 1.10: {good['peak']} of {tried['peak']}.",
         "",
-        f"{_versions(rows)}; CPU. {_commits(rows)}",
+        f"{_versions(rows)}; CPU. Cells by the commit whose sources ran: {commits(rows)}.",
         "",
         *(
             f"- {name} is not as published: {how} (**peak** is of the published one)."
@@ -137,23 +135,3 @@ def _peaks() -> dict[str, Row]:
 def _versions(rows: Sequence[Row]) -> str:
     """Of all libraries with which cells were made; several of one, if they differ."""
     return ", ".join(sorted({v for r in rows for v in r["with"].split(", ")}, key=str.lower))
-
-
-def _commits(rows: Sequence[Row]) -> str:
-    """The commits of which the cells are: the first that has the sources that ran."""
-    log = subprocess.run(
-        ["git", "log", "--format=%h %cs"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    days = dict(line.split() for line in log.stdout.splitlines())
-    asked = "".join(f"{at}:src\n" for at in days)
-    trees = subprocess.run(
-        ["git", "cat-file", "--batch-check=%(objectname)"], cwd=ROOT, input=asked,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    # the log begins with the last
-    first = dict(zip(trees.stdout.split("\n"), days, strict=False))
-    told = []
-    for tree, n in Counter(r["version"] for r in rows).most_common():
-        at = next((at for full, at in first.items() if full.startswith(tree)), None)
-        told.append(f"{n} {at} ({days[at]})" if at else f"{n} of sources {tree} that are gone")
-    return f"Cells by the commit whose sources ran: {', '.join(told)}."
