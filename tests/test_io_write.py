@@ -200,3 +200,32 @@ def test_a_death_among_the_moves(tmp_path, monkeypatch):
     monkeypatch.setattr(staged, "_replace", replace)
     st.simulate(2, store, 1, VALUES * 3)
     np.testing.assert_array_equal(found(url), torch.stack([VALUES * 2, VALUES * 3]))
+
+
+def test_an_array_has_one_writer_at_a_time(tmp_path):
+    """As two groups of ranks beside a data axis would be: raised, with what to do, on all ranks."""
+    url = str(tmp_path / "a.zarr")
+
+    def write():
+        x = st.distribute_tensor(torch.arange(6.0), T.make_mesh((2,)), [Shard(0)])
+        io.write_zarr(x, url, "t")
+
+    def refused():
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            write()
+        return str(raised.value)
+
+    st.simulate(2, write)
+    with staged.alone(staged.place(url, "t")):
+        first, second = st.simulate(2, refused)
+        st.simulate(
+            2,
+            lambda: io.write_zarr(
+                st.distribute_tensor(torch.ones(4), T.make_mesh((2,)), [Shard(0)]), url, "other"
+            ),
+        )
+    assert "let one group write, or give each its own store" in first and "a.zarr.t" in first
+    assert "could not be made by the first rank" in second
+    st.simulate(2, write)
+    assert zarr.open_group(url, mode="r")["t"][:].tolist() == [0, 1, 2, 3, 4, 5]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.zarr"}

@@ -7,11 +7,13 @@ Object stores have no renames: there an array is written in place.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _META = ("zarr.json", ".zarray", ".zattrs")
@@ -24,6 +26,38 @@ def place(url: str, name: str) -> Path | None:
         return None
     store = Path(os.path.abspath(url))
     return store.with_name(f".{store.name}.{name.replace('/', '.')}.part")
+
+
+@contextmanager
+def alone(part: Path) -> Iterator[None]:
+    """Hold an array while it is written. Raises ValueError if somebody else holds it.
+
+    A lock of a file, which ends with its process. File systems without locks do not tell.
+    """
+    lock = part.with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(lock, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise ValueError(
+                f"{part.stem[1:]}: another writer is in this array, as another group of ranks "
+                "beside a data axis would be: let one group write, or give each its own store"
+            ) from None
+        except OSError:
+            break
+        # the one before may have taken its file away meanwhile
+        with suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == os.stat(lock).st_ino:
+                break
+        os.close(file)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
 
 
 def settle(part: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def write_zarr(
     and no shard of Zarr 3, is written by two. On a file system the array changes when all ranks
     have written, see `staged`; object stores are written in place. All ranks return when everything
     is written. Raises ValueError on every rank for an array or a coordinate that is there with
-    another shape, dtype, other chunks or values, RuntimeError where another rank could not write,
-    and TypeError for a plain tensor.
+    another shape, dtype, other chunks or values, or that somebody else is writing, RuntimeError
+    where another rank could not write, and TypeError for a plain tensor.
     """
     zarr = need("zarr")
     if not isinstance(x, ShardTensor):
@@ -72,40 +73,47 @@ def write_zarr(
     axes = [Coordinate(k, v, dims or (), shape, step, own) for k, v in (coords or {}).items()]
     mesh, first = x.device_mesh, _first(x.device_mesh)
     part = staged.place(url, name)
-    error, unit = None, [1] * (x.ndim + 1)
-    if first:
+    with ExitStack() as held:
+        error, unit = None, [1] * (x.ndim + 1)
+        if first:
+            try:
+                if part is not None:
+                    held.enter_context(staged.alone(part))
+                unit = _prepare(
+                    zarr, url, name, part, x, step, chunks, dims, attrs, axes, zarr_format
+                )
+            except Exception as e:
+                error = e
+        unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
+        aligned: dict[int, Sequence[int]] = {
+            d: chunked(0, dim.size, unit[1 + d], len(dim.sizes))
+            for d, dim in enumerate(x.spec.dims)
+            if dim.axes
+        }
+        x = x.redistribute(placements=x.placements, sizes=aligned)
         try:
-            unit = _prepare(zarr, url, name, part, x, step, chunks, dims, attrs, axes, zarr_format)
+            if _owner(x) and x.to_local().numel():
+                array = zarr.open_group(part or url, mode="r+", use_consolidated=False)[name]
+                at: list[Any] = [] if step is None else [step]
+                at += [
+                    slice(a, a + n) for a, n in zip(x.spec.offset, x.spec.local_shape, strict=True)
+                ]
+                array[tuple(at)] = _numbers(x.to_local())
         except Exception as e:
             error = e
-    unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
-    aligned: dict[int, Sequence[int]] = {
-        d: chunked(0, dim.size, unit[1 + d], len(dim.sizes))
-        for d, dim in enumerate(x.spec.dims)
-        if dim.axes
-    }
-    x = x.redistribute(placements=x.placements, sizes=aligned)
-    try:
-        if _owner(x) and x.to_local().numel():
-            array = zarr.open_group(part or url, mode="r+", use_consolidated=False)[name]
-            at: list[Any] = [] if step is None else [step]
-            at += [slice(a, a + n) for a, n in zip(x.spec.offset, x.spec.local_shape, strict=True)]
-            array[tuple(at)] = _numbers(x.to_local())
-    except Exception as e:
-        error = e
-    _agree(mesh, error, f"{name} could not be written by another rank")
-    if first:
-        try:
-            if part is not None:
-                row = None if step is None else step // unit[0]
-                staged.commit(part, name, _array_folder(url, name), row)
-            group = zarr.open_group(url, mode="r+", use_consolidated=False)
-            for axis in axes:
-                axis.write(_beside(group, name))
-            consolidate(zarr, url)
-        except Exception as e:
-            error = e
-    _agree(mesh, error, f"{name} could not be completed by the first rank")
+        _agree(mesh, error, f"{name} could not be written by another rank")
+        if first:
+            try:
+                if part is not None:
+                    row = None if step is None else step // unit[0]
+                    staged.commit(part, name, _array_folder(url, name), row)
+                group = zarr.open_group(url, mode="r+", use_consolidated=False)
+                for axis in axes:
+                    axis.write(_beside(group, name))
+                consolidate(zarr, url)
+            except Exception as e:
+                error = e
+        _agree(mesh, error, f"{name} could not be completed by the first rank")
 
 
 def _array_folder(url: str, name: str) -> Path:
