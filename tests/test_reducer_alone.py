@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor import _torch
 from shardtensor.ranks.testing import make_mesh
 
 D = torch.float64
@@ -125,3 +127,39 @@ def test_steps_one_after_the_other():
             torch.testing.assert_close(got, want)
 
     st.simulate(2, run)
+
+
+class Asked(torch.autograd.Function):
+    """The identity, which notes whether only it got its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, found):
+        ctx.found = found
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.found.append(_torch.is_only_gradient(grads))
+        return None, None
+
+
+@pytest.mark.parametrize(
+    ("op", "alone"),
+    [
+        (lambda x, w, v: F.linear(x, w), [True]),
+        (lambda x, w, v: x @ w, [True]),
+        (lambda x, w, v: x @ w + (x @ w).sin(), [True]),
+        (lambda x, w, v: torch.cat([w, torch.ones(90, 4)]), [False]),
+        (lambda x, w, v: torch.stack([w, v]), [False, False]),
+        (lambda x, w, v: w.t() + v.t(), [False, True]),
+        (lambda x, w, v: w + v, [False, True]),
+        (lambda x, w, v: w.sum(), [False]),
+    ],
+)
+def test_who_holds_a_gradient(op, alone):
+    # the one that was asked last has it alone: the other has let it go, or made another of it
+    _torch.count_gradients()
+    found = []
+    w, v = (Asked.apply(torch.randn(4, 4, requires_grad=True), found) for _ in range(2))
+    op(torch.randn(3, 4), w, v).square().sum().backward()
+    assert found == alone

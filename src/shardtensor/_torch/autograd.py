@@ -186,14 +186,10 @@ def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
 def is_only_gradient(grads: tuple[Any, ...]) -> bool:
     """Whether nobody else holds the one gradient that a Function's backward got, or its memory.
 
-    Called in backward with its `*grads`; `count_gradients` was called before.
+    And it is all that this memory is for. Called in backward with its `*grads`; `count_gradients`
+    was called before.
     """
-    kind = type(grads[0])
-    if (
-        kind is not torch.Tensor
-        or not grads[0].is_contiguous()
-        or not storage(grads[0]).resizable()
-    ):
+    if type(grads[0]) is not torch.Tensor or not _fills_memory(grads[0]):
         return False
     usual = count_gradients()[grads[0]._is_view()]
     return all(n <= most for n, most in zip(_holders(grads), usual, strict=True))
@@ -220,6 +216,11 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
         (apply(Seen, x) * one).backward(one)
         (apply(Seen, x).t() * one).backward(one)
     return tuple(found)
+
+
+def _fills_memory(x: torch.Tensor) -> bool:
+    own = storage(x)
+    return x.is_contiguous() and own.resizable() and own.nbytes() == x.nbytes
 
 
 def _holders(grads: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
