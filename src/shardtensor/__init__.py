@@ -16,6 +16,7 @@ from .observe.guard import guard, start_from_environment
 from .observe.trace import trace
 from .ops import graph, points, sparse, spectral, sphere
 from .ops import harmonics as _harmonics  # noqa: F401
+from .ops import mambapy as _mambapy  # noqa: F401
 from .ops import natten as _natten  # noqa: F401
 from .ops import physicsnemo as _physicsnemo  # noqa: F401
 from .ops import torch_geometric as _torch_geometric  # noqa: F401
