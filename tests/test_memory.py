@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardtensor as st
 from shardtensor import comm
@@ -14,6 +15,7 @@ from shardtensor._torch.world import silent_world
 from shardtensor.comm import ops, route, wire
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh, run_workers
+from shardtensor.rules import pointwise
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -296,3 +298,68 @@ def test_rows_of_one_rank_of_many_are_gathered_as_they_are():
         # they were 31 and 33: as if every rank had as many
         assert t.bytes < 2 * x._local.nbytes
         assert peak < 1.3 * x._local.nbytes
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Sums that were made in what came, however small."""
+    found, plain = [], pointwise._summed_into
+
+    def counted(*args):
+        result = plain(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(pointwise, "LARGE", 0)
+    monkeypatch.setattr(pointwise, "_summed_into", counted)
+    return found
+
+
+SUMS = {
+    "moved second": (lambda x, y: x + y, (6, 8, 3), (6, 8, 3), (0, 1)),
+    "moved first": (lambda x, y: torch.add(y, x), (6, 8, 3), (6, 8, 3), (0, 1)),
+    "a bias of scores": (
+        lambda x, y: (x.exp() + y.exp()).softmax(-1),
+        (1, 1, 6, 8),
+        (6, 8),
+        (2, 1),
+    ),
+    "written to": (lambda x, y: (x * y.sum() + y).mul_(2), (1, 1, 6, 8), (6, 8), (2, 1)),
+    "operands used again": (lambda x, y: (x + y) * x * y, (6, 8), (6, 8), (0, 1)),
+    "saved by what made them": (lambda x, y: x.exp() + y.sigmoid(), (6, 8), (6, 8), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("cut", [(3, 3), (1, 5), (0, 6)])
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_in_what_came(name, cut, sums):
+    fn, *shapes, dims = SUMS[name]
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, dtype=torch.float64, generator=g) for shape in shapes)
+    T.hold(fn, [x, y], [T.shard(dims[0], cut), T.shard(dims[1])], (2,))
+    assert any(sums)
+
+
+class Made(TorchDispatchMode):
+    """The ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_sum_takes_no_memory_beside_what_came(sums):
+    with silent_world(0, RANKS):
+        mesh = make_mesh((RANKS,))
+        x, y = (sharded(mesh, (64, 64), d) for d in (0, 1))
+        with Made() as moved:
+            x + y
+        # nothing came: a result of its own
+        with Made() as beside:
+            x + torch.ones(64, 64)
+    assert moved.ops.count("add_") == 1 and "add" not in moved.ops
+    assert "add" in beside.ops and "add_" not in beside.ops

@@ -7,11 +7,13 @@ An operand that has the dim is cut the same way; one that is broadcast there sta
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..cache import cached
 from ..dispatch.trial import tried
 from ..dispatch.writes import check_writable
@@ -23,6 +25,11 @@ from ..tensor.layout import takes_format
 from ..tensor.redistribute import fit, local_of, reduced, replicate
 from . import labels
 from .agreed import agreed
+
+# two operands, no more: gradients of a sum need neither
+_SUMS = {"add", "__add__", "__radd__"}
+# bytes from which on a sum is made in the memory of an operand that came from other ranks
+LARGE = 2**20
 
 
 @rule(POINTWISE)
@@ -91,12 +98,41 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, ShardTensor):
             spec, wanted = align_to(target._spec, *tensors)
     values = fit(spec.mesh, spec.varying, *zip(tensors, wanted, strict=True))
+    if name in _SUMS and len(args) == len(values) == 2 and not kwargs:
+        result = _summed_into(values, tensors, wanted, spec)
+        if result is not None:
+            return wrap(result, spec)
     args = tuple(values[at.index(i)] if i in at else a for i, a in enumerate(args))
     kwargs = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
     result = func(*args, **kwargs)
     if in_place:
         return target
     return _wrap_all(result, spec)
+
+
+def _summed_into(values: Any, tensors: list[Tensor], wanted: Any, spec: Spec) -> Tensor | None:
+    """The sum, where an operand was moved for it: in what came, which nobody else has.
+
+    So a large bias cut along other dims than the scores takes no memory beside the two and the sum.
+    None: none was, or it is small, or of another shape, dtype or format than the sum.
+    """
+    for x, dims, local, other in zip(tensors, wanted, values, values[::-1], strict=True):
+        if (
+            isinstance(x, ShardTensor)
+            and x._spec.dims != dims
+            and local.nbytes >= LARGE
+            and local.numel() == prod(spec.local_shape)
+            and local.dtype == torch.result_type(local, other)
+            and local.is_contiguous()
+            and other.is_contiguous()
+            and not local._is_view()
+            and _torch.storage(local)._cdata != _torch.storage(x._local)._cdata
+        ):
+            # of the larger number of dims the first have one row
+            other = other.reshape(other.shape[max(0, other.ndim - local.ndim) :])
+            # no view, which writes to it would have to go through
+            return torch.ops.aten._unsafe_view(local.add_(other), spec.local_shape)
+    return None
 
 
 @cache
