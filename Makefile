@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/.stamp ## Run the demonstration
+demo: .venv/.demo ## Run the demonstration
 	$(BIN)/python examples/demo.py $(ARGS)
 
 resume: .venv/.stamp ## Kill a rank of a run and see it resume with the same losses
@@ -123,12 +123,20 @@ clean: ## Remove what the tools leave behind; .venv stays
 
 .venv: .venv/.stamp
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.torch: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
+
+# the demonstration needs a third of the packages that tests do
+.venv/.demo: .venv/.torch
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/.stamp: .venv/.torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch .venv/.demo $@
 
 .venv/.zoo: .venv/.stamp
 	$(PIP) install -c constraints.txt -e '.[zoo]'
