@@ -44,6 +44,7 @@ def spread(spec: Spec, dims: Dims) -> tuple[tuple[int, ...], Counts]:
 def squares(x: Tensor, center: Tensor, dims: Dims) -> Tensor:
     """The sum over dims of (x - center)^2 in the dtype of center; keeps only x for backward."""
     with torch.autocast(x.device.type, enabled=False):
+        x = x if kernels.MIXED_LOSS else x.to(center.dtype)
         return kernels.nn.mse_loss(x, center.expand_as(x), 0).sum(dims, keepdim=True)
 
 
