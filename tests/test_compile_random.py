@@ -96,8 +96,10 @@ BODIES = {
 }  # fmt: skip
 # what no graph holds
 EAGER = {f.__name__: f for f in (seeded, forked, own_generator, seeded_generator)}
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-    EAGER["two_generators"] = BODIES.pop("two_generators")
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+for name, since in (("two_generators", (2, 13)), ("recomputed", (2, 12))):
+    if since > VERSION:
+        EAGER[name] = BODIES.pop(name)
 
 
 def calls(body, place, compiled):
