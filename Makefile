@@ -129,7 +129,7 @@ clean: ## Remove what the tools leave behind; .venv stays
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	touch $@
 
-# the demonstration needs a third of the packages that tests do
+# the demonstration needs a quarter of the packages that tests do
 .venv/.demo: .venv/.torch
 	$(PIP) install -c constraints.txt -e '.[demo]'
 	touch $@
