@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shardtensor as st
 from shardtensor.ranks.testing import run_workers
+from shardtensor.train import whole
 
 D = torch.float64
 
@@ -178,3 +179,33 @@ def check_critic():
 @pytest.mark.gloo
 def test_a_part_that_fsdp_does_not_see_called_is_refused_or_a_unit():
     run_workers(2, check_critic)
+
+
+def looked_at(look):
+    """Weights after steps, the optimizer's state having been looked at, and put back, before the first."""
+    torch.manual_seed(0)
+    mesh, x = init_device_mesh("cpu", (2,), mesh_dim_names=("domain",)), torch.randn(2, 7, 3)
+    model = Judged()
+    st.parallelize(model, mesh, fsdp="all", blocks=("Linear",))
+    x = st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    if look:
+        state = whole.optimizer_state(model, optimizer)
+        assert not optimizer.state and (state == {} or not state["state"])
+        whole.load_optimizer(
+            model, optimizer, torch.optim.AdamW(Judged().parameters(), 0.1).state_dict()
+        )
+        assert not optimizer.state
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+@pytest.mark.gloo
+def test_a_state_that_is_saved_before_the_first_step_changes_nothing():
+    for got, want in zip(
+        run_workers(2, looked_at, True), run_workers(2, looked_at, False), strict=True
+    ):
+        assert all(map(torch.equal, got, want))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -37,6 +38,10 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """The optimizer's state_dict as torch numbers it, on the ranks that `model_state` names."""
     state: Any
+    if not optimizer.state:
+        # torch (2.13) would make one by a step of nothing, which counts in the bias of moments
+        mine = dist.get_rank() == 0 if here is None else here
+        return optimizer.state_dict() if mine else {}
     if here is not None:
         state = _on_cpu(states.get_optimizer_state_dict(model, optimizer), here)
     else:
@@ -49,6 +54,9 @@ def optimizer_state(
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Put a whole state, as torch numbers it, which every rank has, into the shards."""
+    if not state["state"]:
+        optimizer.load_state_dict(dict(state))
+        return
     named = _renamed(state, dict(enumerate(_names(model, optimizer))))
     states.set_optimizer_state_dict(model, optimizer, named, options=_options())
     for p, mine in optimizer.state.items():
