@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import os
 import sys
 import sysconfig
@@ -21,6 +23,10 @@ _OURS = tuple(
 )
 # the folder in which Inductor writes what it compiles
 _COMPILED = f"{os.sep}torchinductor_"
+# what runs a model without its values
+_STEPS = tuple(
+    os.path.join("shardtensor", *p) for p in (("plan", "estimate.py"), ("ranks", "rehearse.py"))
+)
 _SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
@@ -62,6 +68,39 @@ def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:
         called = frame.f_code.co_name if file.startswith(_OURS[0]) else ""
         frame = frame.f_back
     return "", ""
+
+
+@lru_cache(maxsize=64)
+def _conditions(file: str) -> tuple[tuple[int, int], ...]:
+    """First and last lines of the conditions that end a loop which has no bound."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    found = []
+    for loop in ast.walk(tree):
+        if not isinstance(loop, ast.While):
+            continue
+        tests = [loop.test]
+        if isinstance(loop.test, ast.Constant):
+            inner = (n for n in ast.walk(loop) if isinstance(n, ast.If))
+            ends = ast.Break | ast.Return
+            tests = [n.test for n in inner if any(isinstance(b, ends) for b in n.body)]
+        found += [(t.lineno, t.end_lineno or t.lineno) for t in tests]
+    return tuple(found)
+
+
+def loop_of_user() -> str:
+    """ "file:line" of a `while` loop of the user's that what is read now may end, else ""."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith(_STEPS):
+        file = frame.f_code.co_filename
+        if _of_user(file):
+            line = frame.f_lineno
+            if any(first <= line <= last for first, last in _conditions(file)):
+                return f"{file}:{line}"
+        frame = frame.f_back
+    return ""
 
 
 def within_package(but: tuple[str, ...] = ()) -> bool:

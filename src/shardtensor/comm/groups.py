@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from .._torch.world import group_of, is_silent
 from ..cache import cached, clear
+from ..caller import call_of_user, loop_of_user, op_of
 from ..errors import DivergenceError, UnsupportedOpError
 from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank, thread
@@ -202,8 +204,22 @@ def spreads(name: str) -> bool:
 def check_values(name: str) -> None:
     """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
     if not knows_values(name) and not _Spread.taken:
+        op = op_of(sys._getframe(1)) or "this op"
+        line = call_of_user()[0]
         raise UnsupportedOpError(
-            "what is sent here depends on values (sort, masks, indices), so it cannot be rehearsed"
+            f"{op}: what is sent depends on values (sort, masks, indices), so it cannot be "
+            f"rehearsed{f' ({line})' if line else ''}; `plan` takes them as if spread evenly"
+        )
+
+
+def check_loop() -> None:
+    """Raise UnsupportedOpError where a rehearsal reads what ends a loop: it might take no end."""
+    if _Spread.taken or not dist.is_initialized() or not is_silent(dist.group.WORLD):
+        return
+    if line := loop_of_user():
+        raise UnsupportedOpError(
+            f"how many turns a loop takes depends on values, so it cannot be rehearsed ({line}): "
+            "bound it by a number, as in `for _ in range(turns)`"
         )
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import probe
-from ..caller import call_of_user, within_package
+from ..caller import call_of_user, loop_of_user, within_package
+from ..errors import UnsupportedOpError
 from .ops import leaves, mapped
 from .replay import Call
 
 aten = torch.ops.aten
+_READ = aten._local_scalar_dense.default
 # elements of a tensor up to which its values are computed; of random ones and of empty memory,
 # which weights are made from
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
@@ -45,6 +47,8 @@ class Known:
         self.storages: dict[int, Tensor] = {}
         self._ends: dict[int, Any] = {}
         self.assumed: dict[str, None] = {}
+        # memory of conditions that were taken to be so, and of what was made of them
+        self._guessed = set[int]()
 
     def run(self, call: Call) -> Any:
         """What the call gives, on fake tensors."""
@@ -58,6 +62,8 @@ class Known:
         if call.key is not None or not op.depends:
             out = call.run(self.fakes)
         elif known:
+            if self._guessed and func is _READ and id_of(args[0]) in self._guessed:
+                _refuse_loop()
             return mapped(self._real(func, args, kwargs), self.fake)
         else:
             return self._bounded(func, args, kwargs)
@@ -69,8 +75,11 @@ class Known:
                 self._note(f"{op.name} is taken to be {guess}")
                 with probe.outside_fake():
                     self._like(out, torch.full(out.shape, guess, dtype=out.dtype))
+                self._guessed.add(id_of(out))
         elif not op.view:
             self._follow(call, out)
+            if self._guessed and any(id_of(x) in self._guessed for x in call.given):
+                self._guessed |= {*map(id_of, leaves(out))}
         return out
 
     def has(self, x: Tensor) -> bool:
@@ -159,6 +168,7 @@ class Known:
         memory = fake.untyped_storage()
         at = memory._cdata
         self.storages[at] = x
+        self._guessed.discard(at)
         # it is called when the memory is released
         self._ends[at] = weakref.ref(memory, lambda _: self._released(at))
 
@@ -179,7 +189,7 @@ class Known:
 
     def _bounded(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an op can give at most, or a stand-in for a number that it reads."""
-        if func is aten._local_scalar_dense.default:
+        if func is _READ:
             return self._number(args[0])
         if func is aten.equal.default:
             self._note("equal is taken to be True")
@@ -207,6 +217,7 @@ class Known:
 
     def _number(self, x: Tensor) -> Any:
         if x.dtype is torch.bool:
+            _refuse_loop()
             self._note("a condition is taken to be False")
             return False
         if x.dtype.is_floating_point:
@@ -218,6 +229,20 @@ class Known:
 
     def _note(self, what: str) -> None:
         self.assumed[f"{what} ({call_of_user()[0] or 'in backward'})"] = None
+
+
+def id_of(x: Tensor) -> int:
+    """The number of a tensor's memory."""
+    return x.untyped_storage()._cdata
+
+
+def _refuse_loop() -> None:
+    """A loop that values end takes no turn, or all there are: a plan of neither is one."""
+    if line := loop_of_user():
+        raise UnsupportedOpError(
+            f"how many turns a loop takes depends on values ({line}): bound it by a number, "
+            "as in `for _ in range(turns)`, to plan so many"
+        )
 
 
 def _form(x: Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch, comm
 from ..cache import cached
+from ..comm import groups
 from ..comm.formats import FORMATS
 from ..cuts import Cut, cut
 from ..errors import UnsupportedOpError
@@ -45,6 +46,8 @@ _DTENSOR = "a DTensor beside a ShardTensor: use ShardTensor.from_dtensor(d), or 
 @method
 def replicate(x: ShardTensor) -> ShardTensor:
     """The tensor whole on every rank."""
+    if x.numel() == 1:
+        groups.check_loop()
     return _formatted(to_dims(x, x._spec.replicated().dims), x)
 
 
