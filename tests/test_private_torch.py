@@ -55,6 +55,7 @@ USED = {
     torch._functorch.eager_transforms._wrap_for_grad
     torch._functorch.vmap
     torch._functorch.vmap._add_batch_dim
+    torch.fx._symbolic_trace._create_wrapped_func
     torch._fused_sdp_choice
     torch._library.custom_ops.CustomOpDef
     torch._ops.OpOverload
