@@ -148,6 +148,8 @@ class Spec:
         Raises ValueError where placements, shape, mesh and sizes do not fit each other.
         """
         ndim = len(shape)
+        if isinstance(placements, dt.Placement):
+            raise ValueError(f"placements {placements!r}: one for each mesh axis, in a list")
         if len(placements) != mesh.ndim:
             raise ValueError(f"{len(placements)} placements for a mesh of {mesh.ndim} axes")
         axes: list[list[int]] = [[] for _ in shape]

@@ -14,6 +14,16 @@ def too_many_placements(r):
     st.distribute_tensor(whole(), r.mesh, [Shard(0), Shard(1)])
 
 
+@refused(ValueError, "one for each mesh axis, in a list")
+def a_placement_alone(r):
+    st.distribute_tensor(whole(), r.mesh, Shard(0))
+
+
+@refused(TypeError, "call it for each tensor, with the dims that each has")
+def a_batch_of_tensors(r):
+    st.distribute_tensor({"x": whole(), "y": whole()}, r.mesh, [Shard(0)])
+
+
 @refused(ValueError, "for a tensor of 2 dims")
 def dim_out_of_range(r):
     st.distribute_tensor(whole(), r.mesh, [Shard(2)])

@@ -79,6 +79,9 @@ def _check(tensor: Any, mesh: Any, what: str) -> None:
     """Raise TypeError or ValueError for what cannot lie on a mesh."""
     groups.renew()
     together.begin()
+    if isinstance(tensor, Mapping | list | tuple) and _has_tensor(tensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"{what} of a {kind}: call it for each tensor, with the dims that each has")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} of a {type(tensor).__name__}: make it a torch.Tensor first")
     if not isinstance(mesh, DeviceMesh):
@@ -94,6 +97,11 @@ def _check(tensor: Any, mesh: Any, what: str) -> None:
             f"{what} of a tensor on {tensor.device} and a mesh of {mesh.device_type} devices: use "
             f"tensor.to({mesh.device_type!r})"
         )
+
+
+def _has_tensor(tree: Any) -> bool:
+    values = tree.values() if isinstance(tree, Mapping) else tree
+    return any(isinstance(x, Tensor) for x in values)
 
 
 def _same_everywhere(x: Tensor, name: str) -> list[torch.memory_format]:
