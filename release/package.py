@@ -4,9 +4,10 @@
     python release/package.py TAG [--out DIR] [--pip="ARGUMENTS"]
     python release/package.py --tree [--out DIR]
 
-Both are built from what the tag holds, not from the working tree. Their contents and metadata are
-checked, and the wheel runs the example of the README on one and two ranks, in an environment of its
-own. --tree: of the working tree, without the last.
+Both are built from what the tag holds, not from the working tree; links of the README become those
+of the repository that [project.urls] names. Their contents and metadata are checked, and the wheel
+runs the example of the README on one and two ranks, in an environment of its own. --tree: of the
+working tree, without the last, and with the README as it is.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -52,7 +54,32 @@ def files_of(tag, folder):
     )
     if day is None or not re.fullmatch(r"\d{4}-\d\d-\d\d", day[1]):
         print(f"warning: CHANGELOG.md of {tag} has no day for {version}: {day and day[1]}")
+    describe(folder, tag)
     return folder
+
+
+LINK = re.compile(r"(!?)(\[[^\]]*\])\((?!\w+:|#)([^)\s]+)\)")
+
+
+def absolute(text, source, tag):
+    """A README whose links into the repository lead there from an index, too."""
+    return LINK.sub(
+        lambda m: f"{m[1]}{m[2]}({source.rstrip('/')}/{'raw' if m[1] else 'blob'}/{tag}/{m[3]})",
+        text,
+    )
+
+
+def describe(folder, tag):
+    """Write the README of a tag for an index, by the repository that [project.urls] names."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    source, readme = project.get("urls", {}).get("Source"), folder / "README.md"
+    if source is None:
+        print(
+            f"warning: {len(LINK.findall(readme.read_text()))} links of README.md lead nowhere on "
+            'an index: name the repository in pyproject.toml, [project.urls] Source = "https://..."'
+        )
+        return
+    readme.write_text(absolute(readme.read_text(), source, tag))
 
 
 def build(source, out):

@@ -55,6 +55,19 @@ def test_the_version_is_the_same_wherever_it_stands():
     assert f"\nVersion {minor}, for" in said["README.md"]
 
 
+def test_a_readme_for_an_index(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "release"))
+    package = importlib.import_module("package")
+    text = "![a map](docs/demo.png) [x](docs/plan.md#one) [y](https://a.b/c) [z](#here) `[1](2 3)`"
+    assert package.absolute(text, "https://host/who/it/", "v1.2.0") == (
+        "![a map](https://host/who/it/raw/v1.2.0/docs/demo.png) "
+        "[x](https://host/who/it/blob/v1.2.0/docs/plan.md#one) [y](https://a.b/c) [z](#here) `[1](2 3)`"
+    )
+    readme = (ROOT / "README.md").read_text()
+    assert len(package.LINK.findall(readme)) > 10
+    assert not package.LINK.search(package.absolute(readme, "https://host/who/it", "v1.2.0"))
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist(tmp_path, monkeypatch):
     # which looks through both
