@@ -29,6 +29,7 @@ USED = {
     torch._C._autograd._get_sequence_nr
     torch._C._autograd._profiler_enabled
     torch._C._autograd._top_saved_tensors_default_hooks
+    torch._C._conv_determine_backend_memory_format
     torch._C._create_function_from_graph
     torch._C._increment_version
     torch._C._current_autograd_node
