@@ -148,6 +148,7 @@ ELSEWHERE = [
     "torch.ops.aten._adaptive_avg_pool2d",
     "torch.ops.aten._adaptive_avg_pool3d",
     "torch.ops.aten._linalg_check_errors",
+    "torch.ops.aten._unsafe_view",
 ]
 # which torch's own documentation uses
 KNOWN = ("torch.utils._pytree", "torch.utils._python_dispatch.TorchDispatchMode")
