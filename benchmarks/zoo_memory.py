@@ -1,7 +1,7 @@
 """Peak memory of third-party models at realistic sizes on one rank of several, over its share.
 
     python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--middle] [--csv FILE]
-    python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md    the table of FILE
+    python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md    the page with its table
 
 Images of 2048 x 2048, volumes of 256^3, 10^6 points. A step of training, forward and backward, on
 fake tensors, which have sizes and no memory: what it holds at its peak beyond weights, buffers and
@@ -53,54 +53,6 @@ FIELDS = [
     "seconds",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent
-# what is above 1.10, and why
-KINDS = """
-## What a model makes by itself
-
-A bias of each pair of tokens, the mask of shifted windows, a network of a window's coordinates,
-`torch.zeros` of a spectrum's size until modes are written to it: plain code makes these of sizes,
-indices and coordinates, and they are whole on every rank before they meet a shard.
-
-    st.parallelize(model, mesh, made_mb=16)
-
-makes them sharded, from 16 MiB on: where forward calls a function that begins such a tensor (zeros
-and kin, an index or embedding, repeats, each pair of two operands, a linear layer of what needs no
-gradient), each rank makes its own rows. What begins is a ShardTensor, on the axes that cut the
-model's input beside its batch, so what follows has rules; a bias's gradient is never whole, and
-that of its table is summed with those of other weights. A result less than four times what it is
-made of, such as a weight in another form, stays plain, and so do random numbers. It costs 1 to 2 us
-for each op of forward, is the same in a checkpoint's recomputation, and does nothing while
-`st.compile` records. Without gradients it may send more: rows of a bias that attention wants by
-heads.
-
-## Why some are above 1.10
-
-- Without `made_mb`: the above (`zeros`, `index`, `sub`, `masked_fill`, `empty_like` of a dropout).
-- efficientformerv2, with it: a bias is cut along the tokens that ask before it is known that this
-  attention of 8 heads on 8 ranks is cut by heads; the swap to heads is a fourth tensor beside
-  scores, bias and sum.
-- SwinUNETR, with it, on the first rank: a window is whole on a rank, and of 19 windows 8 ranks have
-  3 at most, which is 1.26 of a share in these layers. That is the floor.
-- dm_nfnet: standardised weights (`native_batch_norm` of them), which every rank uses whole. That is
-  the floor, as of weights.
-- mixer: a product over the cut dim keeps its rows of the weight dense (`clone`), an eighth of it;
-  its result of 0.5 MiB is whole on every rank.
-- Pix2Pix: a transposed convolution keeps its window (`new_empty`), a copy of the input with a row
-  more, which a convolution does not.
-
-## Not above it, but more than nothing
-
-- A ring has eleven blocks in flight beside the gradients of its operands: keys and values held and
-  arriving, gradients leaving and arriving, and the kernel's three; of some heads, where these take
-  turns.
-- Where the cut dim of a large tensor is taken away (a reduction, a row, a product over it), what
-  cut it cuts the largest dim that is left.
-- A swap has three copies of a share in flight; from 64 MiB of a share on it goes in four parts, and
-  has 1.5.
-- The first or last rank may hold more than one in the middle, where windows are padded or shifted.
-
-## Table
-"""
 # MiB from which on what the model makes is made sharded, where more than so many shares are held
 MADE, MOST = 16.0, 1.1
 WEIGHTS = {"parameters", "gradients", "buffers"}
@@ -249,9 +201,9 @@ def booked(ledger: Ledger) -> Iterator[None]:
     """Parts of weights' gradients that wait for their bucket are gradients, too."""
     add = of_gradients.Pass.add
 
-    def marked(self: Any, places: Any, parts: Any) -> None:
+    def marked(self: Any, places: Any, parts: Any, *more: Any) -> None:
         ledger.mark("gradients", parts)
-        add(self, places, parts)
+        add(self, places, parts, *more)
 
     of_gradients.Pass.add = marked  # type: ignore[method-assign]
     try:
@@ -323,8 +275,12 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]} ({line})"
 
 
-def page(file: Path) -> str:
-    """The rows of a CSV file as a page: the last of each model, as the tables of models order."""
+def page(file: Path, before: str) -> str:
+    """The page with the rows of a CSV file: the last of each model, as the tables of models order.
+
+    What it says before between its head and the table stays.
+    """
+    said = before[before.index("## What") : before.index("## Table")].rstrip().splitlines()
     rows = {r["model"]: r for r in csv.DictReader(file.read_text().splitlines())}
     found = [rows[n] for n in LARGE if n in rows]
     ratios = [float(r["ratio"]) for r in found if r["ratio"]]
@@ -349,7 +305,9 @@ def page(file: Path) -> str:
         "kernel of such shapes for fake tensors; or why one device cannot run the model at this",
         "size. In backward torch tells no line.",
         "",
-        *KINDS.strip().splitlines(),
+        *said,
+        "",
+        "## Table",
         "",
         "| model | input | share MiB | peak | of rank | made | beyond |",
         "|---|---|---|---|---|---|---|",
@@ -375,7 +333,7 @@ def main() -> None:
     parser.add_argument("-v", action="store_true")
     options = parser.parse_args()
     if options.docs:
-        options.docs.write_text(page(options.csv))
+        options.docs.write_text(page(options.csv, options.docs.read_text()))
         return
     warnings.simplefilter("ignore")
     for name in LARGE:
