@@ -53,6 +53,9 @@ cell.
 
 Not among the models: xcit, levit and tiny_vit, whose gradient on one CPU is wrong in torch 2.13
 (batch norm misreads a transposed one).
+
+What Inductor makes of diffusers.DiT is 4e-9 from eager also of the plain model on one device: its
+timesteps are float32 inside.
 """
 
 
