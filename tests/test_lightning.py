@@ -9,7 +9,7 @@ SCRIPT = """
 import os, sys, warnings, logging, torch, lightning as L, torchmetrics, shardtensor as st
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -168,6 +168,14 @@ for name in sys.argv[2:]:
             trainer.validate(task, DataLoader(data, 1, sampler=dealt))
         except ValueError as e:
             os.write(1, f"refused {'DomainSampler' in str(e)}\\n".encode())
+        average = StochasticWeightAveraging(swa_lrs=0.01)
+        try:
+            L.Trainer(
+                accelerator="cpu", devices=ranks, strategy=strategy(), max_epochs=2, callbacks=[average],
+                logger=False, enable_model_summary=False, enable_checkpointing=False,
+            ).fit(made(), *loaders())
+        except ValueError as e:
+            os.write(1, f"averaged {'Leave fsdp out' in str(e)}\\n".encode())
 """
 
 
@@ -228,3 +236,4 @@ def test_twenty_steps_of_a_trainer(tmp_path):
         assert text.count(f"{way} True True") == 2, text[-3000:]
     assert text.count("predicted True") == 2, text[-3000:]
     assert text.count("refused True") == text.count("alike True") == 2, text[-3000:]
+    assert text.count("averaged True") == 2, text[-3000:]

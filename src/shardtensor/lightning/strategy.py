@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,8 +41,8 @@ class DomainParallel(DDPStrategy):
     Ranks of a domain get the same samples, so random transforms of a dataset must draw the same on
     them. `self.log` takes sharded losses; a reduction over ranks is one over samples. Checkpoints
     are those of one device, with FSDP2 too: weights and moments are gathered on the first rank.
-    Raises ValueError where the ranks do not make up whole domains, and for a sampler that deals
-    samples to single ranks of one.
+    Raises ValueError where the ranks do not make up whole domains, for a sampler that deals samples
+    to single ranks of one, and for callbacks that average weights under fsdp.
     """
 
     domain: int
@@ -85,6 +85,8 @@ class DomainParallel(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         module = self._module
+        if self.options.fsdp is not None:
+            _check_averages(trainer.callbacks)
         if not self._sharded:
             parallelize(module, self._mesh, self.options)
         once(module, self._mesh)
@@ -182,6 +184,17 @@ class DomainParallel(DDPStrategy):
             return super().load_optimizer_state_dict(checkpoint)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             whole.load_optimizer(self._module, optimizer, state)
+
+
+def _check_averages(callbacks: Sequence[Any]) -> None:
+    """Raise ValueError for a callback that copied the model before its weights are in shards."""
+    for callback in callbacks:
+        for base in type(callback).__mro__:
+            if base.__name__ in ("WeightAveraging", "StochasticWeightAveraging"):
+                raise ValueError(
+                    f"{type(callback).__name__} under fsdp: it averages whole weights beside "
+                    "those in shards. Leave fsdp out, or average checkpoints afterwards"
+                )
 
 
 def _called(module: Any, method: str, args: Any, kwargs: Any) -> Any:
