@@ -26,6 +26,20 @@ def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
     The constructor runs on fake tensors. One that cannot runs for real, without filling weights,
     which then lose their memory: UnsupportedOpError where they would take too much of it.
     """
+    return _built(lambda: _made(make), ledger)
+
+
+def _made(make: Callable[[], nn.Module]) -> nn.Module:
+    model = make()
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise UnsupportedOpError(
+                f"{name} is made by the model's first forward: let `make` call it once, of any size"
+            )
+    return model
+
+
+def _built(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
     begun = len(ledger.moves)
     try:
         return make()

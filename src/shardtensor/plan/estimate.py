@@ -27,7 +27,6 @@ from ..errors import UnsupportedOpError
 from ..later import dt
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
-from ..ranks.testing import tensors
 from ..spec import Spec
 from ..tensor import wrap
 from ..train.parallelize import adapt, around, parallelize
@@ -40,7 +39,7 @@ from .device import A100, CPU, DEVICES, H100, H200, Device
 from .known import Known
 from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
-from .trees import At, called, dims_like, filled, formed
+from .trees import At, called, dims_like, filled, formed, tensors
 from .turns import paged
 from .update import Update
 from .way import Layout, looked_at
@@ -260,7 +259,11 @@ def has_blocks(task: Task) -> bool:
     """Whether the model has blocks that can be checkpointed."""
     ledger = Ledger()
     with probe.fake_world(0, 1, ledger):
-        return bool(blocks_of(build(task.make, ledger), ()))
+        try:
+            return bool(blocks_of(build(task.make, ledger), ()))
+        except UnsupportedOpError:
+            # every configuration tells it
+            return False
 
 
 def _reason(e: Exception) -> str:
@@ -318,6 +321,11 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Cal
     if not task.train:
         return lambda: _infer(model, args, kwargs)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UnsupportedOpError(
+            "the model has no weights to train: plan it with train=False or, where its first "
+            "forward makes them, let `make` call it once"
+        )
     update = Update(task.optimizer, trained, ledger, task.booked)
 
     def step() -> None:
