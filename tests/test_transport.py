@@ -1,8 +1,5 @@
 """The strict transport: what NCCL would do to careless code is found on any machine."""
 
-import os
-import subprocess
-import sys
 import threading
 from functools import partial
 
@@ -12,29 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard
+from transports import group, sent_early, strict, sums_without_a_wait, swap
 
 import shardtensor as st
-from shardtensor import comm
 from shardtensor import testing as T
 from shardtensor.comm import flights, groups, transport, wire
 from shardtensor.errors import TransportError
 
-strict = partial(st.simulate, transport="strict")
 N = 3
 
 
-def group(n=N):
-    return comm.group(T.make_mesh((n,)), (0,))
-
-
 # planted races -----------------------------------------------------------------------------------
-
-
-def sent_early(x):
-    arrived = wire.start_exchange(
-        {1 - dist.get_rank(): [x]}, {1 - dist.get_rank(): [x.shape]}, x, group(2), "halo"
-    )
-    return arrived
 
 
 def reuses_what_it_sends():
@@ -87,11 +72,6 @@ def a_dtype_of_its_own():
     transport.all_reduce(torch.ones(2, dtype=torch.int16), "sum", group(2))
 
 
-def swap(send, received):
-    nbytes = [send.nbytes * (r != dist.get_rank()) for r in range(2)]
-    return wire.start_all_to_all(received, send, nbytes, nbytes, group(2), "swap")
-
-
 def writes_through_a_view():
     memory = torch.ones(8)
     end = swap(memory[2:6], torch.empty(4))
@@ -139,7 +119,7 @@ def receives_another_dtype():
 
 
 RACES = {
-    reuses_what_it_sends: r"`?halo.*at .*test_transport.py:\d+: what is sent was written to",
+    reuses_what_it_sends: r"`?halo.*at .*transports.py:\d+: what is sent was written to",
     writes_where_it_receives: r"swap of float32.*test_transport.py:\d+: what is received was written",
     writes_to_a_sum_under_way: r"all-reduce of float32.*: what is received was written to",
     every_second_of_a_buffer: r"all-reduce.*strides \(2,\), which is not contiguous",
@@ -228,119 +208,6 @@ def test_a_wait_that_is_forgotten_is_found(forgets):
     ):
         strict(2, forgets, found)
     assert all(x.isnan().all() for x in found)
-
-
-def drops_what_it_receives():
-    sent_early(torch.ones(4))
-    wire.all_reduce([torch.ones(1)], "sum", group(2))
-
-
-def keeps_a_wait_that_it_never_calls(kept=[]):  # noqa: B006
-    kept.append(sent_early(torch.ones(4)))
-
-
-def sums_without_a_wait():
-    wire.start_all_reduce(torch.ones(3), "sum", group(2), [3])
-
-
-class Sends(torch.autograd.Function):
-    """Sends its gradient, and waits in the backward of another, or never."""
-
-    @staticmethod
-    def forward(ctx, x, ends):
-        ctx.ends = ends
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        ctx.ends.append(swap(g.contiguous(), torch.empty_like(g)))
-        return g, None
-
-
-class Waits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, ends, does):
-        ctx.rest = ends, does
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        ends, does = ctx.rest
-        if does == "raises":
-            raise ValueError("on the way")
-        if does == "waits":
-            ends.pop()()
-        ends.clear()
-        return g, None, None
-
-
-def backward_that(does):
-    ends = []
-    x = torch.ones(4, requires_grad=True)
-    y = Sends.apply(Waits.apply(x, ends, does), ends)
-    if does == "raises":
-        with pytest.raises(ValueError, match="on the way"):
-            y.sum().backward()
-    else:
-        y.sum().backward()
-
-
-FORGOTTEN = {
-    drops_what_it_receives: r"halo of float32, 16 bytes.*test_transport.py:\d+: nobody waited for it",
-    keeps_a_wait_that_it_never_calls: r"halo of float32.*: nobody waited for it",
-    sums_without_a_wait: r"all-reduce of float32 \[3\].*: nobody waited for it",
-    partial(backward_that, "drops"): r"`backward` \(swap of float32.*: nobody waited for it",
-}
-
-
-@pytest.mark.parametrize("forgets", FORGOTTEN)
-def test_what_nobody_waits_for_is_found_at_the_end(forgets):
-    st.simulate(2, forgets, transport="plain")
-    with pytest.raises(st.RankError, match=FORGOTTEN[forgets]) as error:
-        strict(2, forgets)
-    assert isinstance(error.value.__cause__, TransportError)
-
-
-@pytest.mark.parametrize("does", ["waits", "raises"])
-def test_a_backward_that_waits_or_breaks_off_forgets_nothing(does):
-    strict(2, backward_that, does)
-
-
-def raises_after_a_start():
-    sent_early(torch.ones(4))
-    raise ValueError("of its own")
-
-
-def test_an_error_is_told_before_what_it_left_behind():
-    with pytest.raises(st.RankError, match="of its own"):
-        strict(2, raises_after_a_start)
-    # another world has forgotten it
-    strict(2, group, 2)
-
-
-ALONE = """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-from shardtensor.comm import groups, transport
-groups._groups[groups.ALONE] = world = dist.group.WORLD
-works = transport.all_reduce(torch.ones(3), "sum", groups.ALONE)
-if {waits}:
-    works[0].wait()
-print("all is done", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_what_nobody_waits_for_is_found_when_a_process_ends():
-    environment = os.environ | {"SHARDTENSOR_TRANSPORT": "strict"}
-    for waits in (True, False):
-        found = subprocess.run(
-            [sys.executable, "-c", ALONE.format(waits=waits)],
-            capture_output=True, text=True, env=environment, timeout=100,
-        )  # fmt: skip
-        assert "all is done" in found.stdout
-        assert found.returncode == (not waits), found.stderr
-        assert ("all-reduce of float32 [3]" in found.stderr) == (not waits)
 
 
 @pytest.mark.parametrize(
