@@ -340,6 +340,18 @@ def test_a_sum_in_what_came(name, cut, sums):
     assert any(sums)
 
 
+def test_sums_of_a_batch_of_vmap_have_memory_of_their_own(sums):
+    # what came has no batch, the sum has
+    def batch(x, y):
+        each = torch.arange(3.0, dtype=torch.float64)
+        return torch.func.vmap(lambda s: (x * s + y, y + x * s, x + y * s))(each)
+
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 8, dtype=torch.float64, generator=g) for _ in range(2))
+    T.hold(batch, [x, y], [T.shard(0, (2, 4)), T.shard(1)], (2,))
+    assert sums and not any(sums)
+
+
 class Made(TorchDispatchMode):
     """The ops that were called."""
 

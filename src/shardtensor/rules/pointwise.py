@@ -121,6 +121,7 @@ def _summed_into(values: Any, tensors: list[Tensor], wanted: Any, spec: Spec) ->
             isinstance(x, ShardTensor)
             and x._spec.dims != dims
             and local.nbytes >= LARGE
+            and not _torch.transforming()
             and local.numel() == prod(spec.local_shape)
             and local.dtype == torch.result_type(local, other)
             and local.is_contiguous()
