@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -306,4 +308,29 @@ def test_windows_are_copies_on_all_ranks_or_none(cut, taken):
             read_after_a_write(s)
 
     st.simulate(len(cut), run)
+    assert taken
+
+
+class Again(nn.Module):
+    """Computed again in backward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x.tanh(), use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [max_pool(3, (2, 1), (0, 1)), avg_pool(2, 3), nn.Conv2d(3, 2, 3, 2, 1, padding_mode="circular", dtype=D)],
+    ids=["max", "avg", "conv"],
+)  # fmt: skip
+def test_a_checkpoint_computes_again_before_any_rank_sends_back(inner, taken):
+    # ranks that read no others' rows had sent gradients before they computed the op again
+    x = torch.randn(2, 3, 11, 12, dtype=D, generator=torch.Generator().manual_seed(0))
+    T.hold(Again(inner), [x], [T.shard(2, (3, 4, 4))], (3,))
+    T.hold(Again(inner), [x], [T.shard(3, (9, 3))], (2,))
+    T.hold(Again(inner), [x], [T.On([Shard(2), Shard(3)], {2: (4, 7)})], (2, 2))
     assert taken

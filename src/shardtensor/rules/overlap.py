@@ -249,25 +249,28 @@ class _End(torch.autograd.Function):
 class _Join(torch.autograd.Function):
     """Rows one after the other, and a tie to the exchange: its backward runs on every rank.
 
-    A rank that receives nothing still sends gradients back.
+    A rank that receives nothing still sends gradients back. What a checkpoint computes again, and
+    sends for it, comes before anything that backward sends, on every rank: see `_tie`.
     """
 
     @staticmethod
     def forward(ctx: Any, d: int, tie: Tensor, *parts: Tensor) -> Tensor:
         ctx.d, ctx.tie, ctx.sizes = d, tie, [p.shape[d] for p in parts]
+        ctx.save_for_backward(tie.new_empty(0))
         # no view, which refuses to be written to, of a rank that receives nothing
         return torch.cat(parts, d) if len(parts) > 1 else parts[0].detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return None, _tie(ctx.tie, g), *g.split(ctx.sizes, ctx.d)
+        return None, _tie(ctx, g), *g.split(ctx.sizes, ctx.d)
 
 
-def _tie(tie: Tensor, g: Tensor) -> Tensor:
-    """The gradient of the tie."""
+def _tie(ctx: Any, g: Tensor) -> Tensor:
+    """The gradient of the tie, once a checkpoint has computed again what was saved."""
+    _ = ctx.saved_tensors
     zero = g.new_zeros(1)
     if not torch.is_grad_enabled():
         return zero
     # of the cotangent and of what came, on every rank: one that has no rows of others, or of which
     # the kernel's adjoint asks for no rows, is differentiated again all the same
-    return zero + g.narrow(0, 0, 0).sum() + tie * 0
+    return zero + g.narrow(0, 0, 0).sum() + ctx.tie * 0

@@ -179,6 +179,7 @@ class _Grid(torch.autograd.Function):
         ctx: Any, boxes: tuple[Box, ...], shape: list[int], tie: Tensor, *parts: Tensor
     ) -> Tensor:
         ctx.boxes, ctx.tie = boxes, tie
+        ctx.save_for_backward(tie.new_empty(0))
         out = empty(parts[0], shape)
         for box, part in zip(boxes, parts, strict=True):
             _boxed(out, box).copy_(part)
@@ -186,4 +187,4 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return None, None, _tie(ctx.tie, g), *[_boxed(g, box) for box in ctx.boxes]
+        return None, None, _tie(ctx, g), *[_boxed(g, box) for box in ctx.boxes]
