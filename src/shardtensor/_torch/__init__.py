@@ -26,6 +26,7 @@ from .autograd import (
     run_after,
     run_last,
     saving_elsewhere,
+    saving_here,
     skip_numbers,
     will_run,
 )
@@ -151,6 +152,7 @@ __all__ = [
     "run_last",
     "same_memory",
     "saving_elsewhere",
+    "saving_here",
     "shared_dual_level",
     "skip_numbers",
     "storage",

@@ -6,10 +6,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -26,6 +28,15 @@ def c_grad_fn(x: torch.Tensor) -> Any:
 def saving_elsewhere() -> bool:
     """Whether what autograd saves goes through hooks (a checkpoint, saving on the CPU)."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def saving_here() -> AbstractContextManager[Any]:
+    """Inside, what autograd saves stays as it is, and a checkpoint outside does not count it."""
+    return saved_tensors_hooks(_same, _same) if saving_elsewhere() else nullcontext()
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:

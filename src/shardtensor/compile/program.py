@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .. import attention
+from .. import _torch, attention
 from .._torch import probe
 from ..cache import register
 from ..caller import error_line
@@ -338,7 +338,8 @@ class Compiled:
         grad = torch.is_grad_enabled()
         trace = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
         try:
-            with without_generators():
+            # a checkpoint that runs the call again finds its graph
+            with without_generators(), _torch.saving_here():
                 graph = trace(*tensors)
         except probe.depends_on_values() as e:
             raise UnsupportedOpError(

@@ -83,19 +83,13 @@ class Recipe:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if _torch.saving_elsewhere():
-                # a checkpoint that runs the reader again finds it made
-                kept = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-                stack.enter_context(kept)
+            # a checkpoint that runs the reader again finds it made
+            stack.enter_context(_torch.saving_here())
             stack.enter_context(counters.named(f"shardtensor::{self.name}"))
             if counters.records:
                 running = counters.running(self.name, "lazy", device=self.device)
                 stack.enter_context(running)
             yield
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 class Lazy(ShardTensor):
