@@ -163,3 +163,16 @@ def test_who_holds_a_gradient(op, alone):
     w, v = (Asked.apply(torch.randn(4, 4, requires_grad=True), found) for _ in range(2))
     op(torch.randn(3, 4), w, v).square().sum().backward()
     assert found == alone
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g: torch._efficientzerotensor(g.shape),
+        lambda g: g.to_sparse(),
+    ],
+    ids=["zero", "sparse"],
+)
+def test_memory_that_does_not_hold_the_values(make):
+    _torch.count_gradients()
+    assert not _torch.is_only_gradient((make(torch.ones(4, 4)),))

@@ -230,6 +230,9 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
 
 
 def _fills_memory(x: torch.Tensor) -> bool:
+    """Whether its values are what its memory holds, and all of that."""
+    if x.layout is not torch.strided or x._is_zerotensor() or x.is_neg() or x.is_conj():
+        return False
     own = storage(x)
     return x.is_contiguous() and own.resizable() and own.nbytes() == x.nbytes
 
