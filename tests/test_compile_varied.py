@@ -1,6 +1,7 @@
 """Weights that meet shards are inputs of a compiled graph, not copied in it; gradients as eagerly."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -146,5 +147,50 @@ def test_a_checkpoint_around_the_first_call(backend):
                 assert g is None or not g.any()
             else:
                 torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+    st.simulate(2, run)
+
+
+class Halved(nn.Module):
+    """A parameter that forward writes to."""
+
+    def __init__(self, out):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.scale, self.out = nn.Linear(4, 4), nn.Parameter(torch.randn(4)), out
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.out:
+                torch.mul(self.scale, 0.5, out=self.scale)
+            else:
+                self.scale[:2].mul_(0.5)
+        return self.linear(x + self.scale)
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_parameter_that_is_written_to(out, parallel, backend):
+    x = torch.randn(2, 6, 4, dtype=D, generator=torch.Generator().manual_seed(1))
+    plain = Halved(out).double()
+    want = steps(plain, plain, x)
+
+    def run():
+        net = Halved(out).double()
+        mesh = make_mesh((2,))
+        s = st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None)
+        if parallel:
+            st.parallelize(net, mesh)
+            strict = st.compile(net, backend=backend, fullgraph=True)
+            with pytest.raises(st.UnsupportedOpError, match="outside of st"):
+                strict(s)
+            net.load_state_dict(Halved(out).double().state_dict())
+        compiled = st.compile(net, backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = steps(net, compiled, s)
+        for got, w in zip(found, want, strict=True):
+            torch.testing.assert_close(got, w, rtol=1e-9, atol=1e-12)
 
     st.simulate(2, run)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..comm.deferred import Twin, slot_of
 from ..comm.sums import vary
 from ..dispatch.axes import as_shards
+from ..errors import UnsupportedOpError
 from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
@@ -54,11 +55,20 @@ class Own:
             for (name, x), seen in zip(local.items(), self.seen, strict=True)
         }
 
-    def used(self, graph: GraphModule) -> list[str]:
-        """The names whose second inputs the graph needs; it has no others afterwards."""
-        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"][len(self.names) :]
+    def used(self, graph: GraphModule, written: set[Node]) -> list[str]:
+        """The names whose second inputs the graph needs; it has no others afterwards.
+
+        written: the nodes that the graph writes to.
+        """
+        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        first = dict(zip(self.names, inputs, strict=False))
         found = []
-        for name, node in zip(self.slots, inputs, strict=False):
+        for name, node in zip(self.slots, inputs[len(self.names) :], strict=False):
+            if node.users and first[name] in written:
+                raise UnsupportedOpError(
+                    f"a compiled program that writes to {name}, whose gradient parallelize sums: "
+                    "write to parameters outside of st.compile"
+                )
             if node.users:
                 found.append(name)
             else:

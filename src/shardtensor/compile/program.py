@@ -352,7 +352,8 @@ class Compiled:
             tape.close()
         check_whole(graph)
         draws = hoist(graph, tape)
-        twins, further = state.used(graph), varied.hoist(graph)
+        twins = state.used(graph, varied.written(graph.graph.nodes))
+        further = varied.hoist(graph)
         # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
         for node in reversed(graph.graph.nodes):
             if getattr(node.target, "namespace", "") == "profiler":

@@ -30,12 +30,12 @@ def hoist(graph: fx.GraphModule) -> list[Varied]:
     """
     nodes = list(graph.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
-    places, written, found = {n: i for i, n in enumerate(inputs)}, _written(nodes), []
+    places, writes, found = {n: i for i, n in enumerate(inputs)}, written(nodes), []
     for node in nodes:
         if node.op != "call_function" or node.target is not vary_op:
             continue
         xs, group = node.args
-        alone = {node, *xs}.isdisjoint(written) and places.keys() >= set(xs)
+        alone = {node, *xs}.isdisjoint(writes) and places.keys() >= set(xs)
         if not alone or any(user.target is not operator.getitem for user in node.users):
             continue
         own = []
@@ -82,9 +82,9 @@ class _Vary(Identity):
         return None, *reduce(parts, "sum", ctx.about)
 
 
-def _written(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def written(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes whose memory, or a view of it, is written to."""
-    written: set[fx.Node] = set()
+    found: set[fx.Node] = set()
     # what the result of a node may share memory with
     shared: dict[fx.Node, set[fx.Node]] = {}
     for node in nodes:
@@ -95,11 +95,12 @@ def _written(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         ):
             for x in node.all_input_nodes:
                 shared[node] |= shared[x]
-        for argument, given in zip(schema.arguments if schema else (), node.args, strict=False):
+        for i, argument in enumerate(schema.arguments if schema else ()):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
                 for n in _nodes(given):
-                    written |= shared[n]
-    return written
+                    found |= shared[n]
+    return found
 
 
 def _nodes(x: Any) -> list[fx.Node]:
