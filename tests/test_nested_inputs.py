@@ -1,6 +1,10 @@
 """`check` and `plan` of models that take dicts, whose fields have the cut dims at other places."""
 
 import re
+from collections import namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +36,30 @@ class Weather(nn.Module):
 class ByName(Weather):
     def forward(self, surface, upper, land, hour):
         return super().forward({"surface": surface, "upper": upper, "land": land, "hour": hour})
+
+
+@dataclass(frozen=True)
+class Record:
+    surface: Any
+    upper: Any
+    land: Any
+    hour: Any
+    source: str = "here"
+
+
+Row = namedtuple("Row", list(SHAPES))
+
+
+class OfRecord(Weather):
+    """What a batch holds by name, and what it has no tensors in."""
+
+    def forward(self, batch):
+        return super().forward({k: getattr(batch, k) for k in SHAPES})
+
+
+class InTwo(Weather):
+    def forward(self, surface, upper, rest):
+        return super().forward({"surface": surface, "upper": upper, **rest})
 
 
 def sample():
@@ -69,6 +97,28 @@ def test_a_plan_of_a_dict_is_that_of_the_arguments():
     assert one.memory == nested.memory == named.memory == values.memory and not one.refused
     whole = sum(torch.Size(s).numel() for s in SHAPES.values()) - 1
     assert one.memory["inputs"] == 4 * (whole // 2 + 1)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("make", [Record, Row])
+def test_a_plan_follows_what_a_check_follows(make, values):
+    fields = sample() if values else SHAPES
+    layout = Layout(1, (2,), (2,))
+    want = estimate(Task(Weather, SHAPES, dims=(2,)), layout)
+    batch = make(**fields)
+    assert st.check(OfRecord(), make(**sample())).ok
+    for given in (batch, [batch]):
+        found = estimate(Task(OfRecord, given, dims=(2,)), layout)
+        assert found.memory == want.memory and not found.refused
+    rest = MappingProxyType({k: fields[k] for k in ("land", "hour")})
+    found = estimate(Task(InTwo, [fields["surface"], fields["upper"], rest], dims=(2,)), layout)
+    assert found.memory == want.memory and not found.refused
+
+
+def test_inputs_alike_are_several():
+    pair = ((1, 2, 8, 8), (1, 2, 8, 8))
+    task = Task(nn.Identity, [pair, pair], dtypes=[torch.float32] * 4, train=False)
+    assert len(task.shapes) == 4
 
 
 def test_other_sizes_are_of_all_fields():

@@ -79,7 +79,7 @@ class Task:
         form, found = formed(self.shapes) if self.form is None else (self.form, self.shapes)
         if not found or isinstance(form, At):
             raise ValueError(
-                f"shapes {self.shapes!r}: that of each input, as [(1, 3, 64, 64)] or by name"
+                f"shapes {self.shapes!r:.60}: that of each input, as [(1, 3, 64, 64)] or by name"
             )
         values = tuple(s.detach() if isinstance(s, Tensor) else None for s in found)
         object.__setattr__(self, "form", form)

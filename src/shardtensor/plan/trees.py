@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ def mapped(fn: Callable[[Any], Any], tree: Any, made: dict[int, Any] | None = No
     made = {} if made is None else made
     if id(tree) not in made:
         # the original is kept, too: another object must not get its id
-        made[id(tree)] = tree, _mapped(fn, tree, made)
+        made[id(tree)] = tree, _mapped(fn, tree, lambda x: mapped(fn, x, made))
     return made[id(tree)][1]
 
 
-def _mapped(fn: Callable[[Any], Any], tree: Any, made: dict[int, Any]) -> Any:
+def _mapped(fn: Callable[[Any], Any], tree: Any, inside: Callable[[Any], Any]) -> Any:
     if isinstance(tree, Tensor):
         return fn(tree)
     if isinstance(tree, Mapping):
-        items = {k: mapped(fn, v, made) for k, v in tree.items()}
-        if type(tree) is dict:
+        items = {k: inside(v) for k, v in tree.items()}
+        if type(tree) is dict or not isinstance(tree, MutableMapping):
             return items
         held: Any = copy.copy(tree)
         for k, v in items.items():
@@ -35,10 +35,10 @@ def _mapped(fn: Callable[[Any], Any], tree: Any, made: dict[int, Any]) -> Any:
         other: Any = copy.copy(tree)
         for f in fields(tree):
             if hasattr(tree, f.name):
-                object.__setattr__(other, f.name, mapped(fn, getattr(tree, f.name), made))
+                object.__setattr__(other, f.name, inside(getattr(tree, f.name)))
         return other
     if isinstance(tree, list | tuple):
-        values = [mapped(fn, v, made) for v in tree]
+        values = [inside(v) for v in tree]
         if hasattr(tree, "_fields"):
             return type(tree)(*values)
         return type(tree)(values) if type(tree) in (list, tuple) else tree
@@ -108,7 +108,7 @@ class At(int):
 
 
 def formed(inputs: Any) -> tuple[Any, list[Any]]:
-    """(form, inputs): shapes and tensors in lists, tuples and dicts; in their form `At` in place.
+    """(form, inputs): shapes and tensors, however nested; in their form `At` in place.
 
     What is neither a shape nor a tensor stays in the form.
     """
@@ -118,24 +118,14 @@ def formed(inputs: Any) -> tuple[Any, list[Any]]:
         if isinstance(x, Tensor) or _is_shape(x):
             found.append(x)
             return At(len(found) - 1)
-        if isinstance(x, Mapping):
-            return {k: of(v) for k, v in x.items()}
-        if type(x) in (list, tuple):
-            return type(x)(of(v) for v in x)
-        return x
+        return _mapped(lambda kept: kept, x, of)
 
     return of(inputs), found
 
 
 def filled(form: Any, made: Sequence[Any]) -> Any:
     """What forward takes, of its form and the inputs that were made."""
-    if isinstance(form, At):
-        return made[form]
-    if isinstance(form, dict):
-        return {k: filled(v, made) for k, v in form.items()}
-    if type(form) in (list, tuple):
-        return type(form)(filled(v, made) for v in form)
-    return form
+    return mapped(lambda x: made[x] if isinstance(x, At) else x, form)
 
 
 def _is_shape(x: Any) -> bool:
