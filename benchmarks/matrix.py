@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from apart import apart
-from tables import add, lines, sources
+from tables import add, lines, short, sources
 from zoo_cells import CELLS, SETTINGS, timed
 from zoo_drawn import enter
 from zoo_models import MODELS, declare_torchvision_ops
@@ -41,7 +41,7 @@ LIBRARIES = {
     "smp": ("segmentation-models-pytorch", "segmentation_models_pytorch"),
     "neuralop": ("neuraloperator", "neuralop"), "pn": ("nvidia-physicsnemo", "physicsnemo"),
 }  # fmt: skip
-KEPT = ("model", "tool", "version", "with", "result", "how", "gathers", "seconds", "when")
+KEPT = ("model", "tool", "version", "with", "result", "how", "gathers", "seconds")
 # what takes long to import, once for all cells
 SLOW = [
     "timm.models", "torchvision.models", *(f"physicsnemo.models.{m}" for m in (
@@ -63,9 +63,10 @@ def known(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def kept(row: Row) -> Row:
-    """What the page says of a cell."""
-    found = {k: row[k] for k in KEPT if row.get(k)}
-    return found | {k: {"result": row[k]["result"]} for k in SETTINGS if k in row}
+    """What the page says of a cell; of settings, those with another result than the cell has."""
+    found = {k: row[k] for k in KEPT if row.get(k)} | {"result": short(row["result"], 300)}
+    others = {k: short(row[k]["result"], 300) for k in SETTINGS if k in row}
+    return found | {k: {"result": r} for k, r in others.items() if r != found["result"]}
 
 
 def main() -> None:
@@ -112,9 +113,9 @@ def main() -> None:
         how = None if tool == "runs" else done.get((name, "runs"), {}).get("how")
         row |= apart(partial(timed, tool, name, how), options.limit)
         done[name, tool] = row
-        row |= {"wall": round(time.perf_counter() - begin, 1), "when": round(time.time())}
         add(options.rows, row)
-        print(f"{tool:9} {name:36} {row['wall']:6.1f} s  {row['result'][:150]}", flush=True)
+        wall = time.perf_counter() - begin
+        print(f"{tool:9} {name:36} {wall:6.1f} s  {row['result'][:150]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -37,10 +38,9 @@ def add(path: Path, row: dict[str, Any]) -> None:
 
 
 def short(message: str, most: int) -> str:
-    """A message in a cell of Markdown, without the path to what is installed."""
-    said = " ".join(message.split()).replace("|", "/")
-    before, found, after = said.rpartition("site-packages/")
-    return (before.rpartition("(")[0] + "(" + after if found else said)[:most]
+    """A message in a cell of Markdown, without the paths to this checkout and what is installed."""
+    said = " ".join(message.split()).replace("|", "/").replace(f"{ROOT}/", "")
+    return re.sub(r"/[^\s()]*site-packages/", "", said)[:most]
 
 
 def sources() -> str:

@@ -171,7 +171,7 @@ def planned(model: Model, shape: Shape, devices: int) -> Row:
     return {
         "result": "fits" if fits else "does not fit", "layout": str(best.layout), "peak": best.peak,
         "weights": best.memory["parameters"], "bytes": sum(s.bytes for s in best.sent),
-        "gathers": list(best.gathered), "assumed": list(best.assumed),
+        "gathers": list(best.gathered),
     }  # fmt: skip
 
 
@@ -184,6 +184,7 @@ def fewest(
         row = {"model": model.name, "at": label, "shape": shape, "devices": devices,
                "version": sources()}  # fmt: skip
         row |= apart(partial(planned, model, shape, devices), limit)
+        row["result"] = short(row["result"], 400)
         yield row
         devices = following(row)
 

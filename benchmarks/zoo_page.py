@@ -118,7 +118,7 @@ def _cell(column: str, row: Row, runs: Row) -> tuple[str, bool, str]:
         how = [h for h in ("fp32", "rounding") if h in row.get("how", "")]
         text = {"right": "yes", "planned": "yes"}.get(result, result)
         return " ".join([text, *how]), True, ""
-    return "no", False, short(result.replace(f"{ROOT}/", ""), 300)
+    return "no", False, short(result, 300)
 
 
 def _peaks() -> dict[str, Row]:

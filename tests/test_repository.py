@@ -26,6 +26,14 @@ def test_no_large_files():
     assert len(found) > 100 and not large
 
 
+def test_rows_of_benchmarks_hold_no_path_of_a_machine():
+    files = sorted((ROOT / "benchmarks").glob("*_rows.jsonl"))
+    rows = [line for p in files for line in p.read_text().splitlines()]
+    path = re.compile(r"""["'\s(]/\w""")
+    assert path.search('"result": "ValueError: (/a/b.py:1)"') and len(files) == 2
+    assert len(rows) > 800 and not [line for line in rows if path.search(line)]
+
+
 def test_no_test_is_long():
     found = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
     lines = {str(p.relative_to(ROOT)): p.read_text().count("\n") for p in found}
