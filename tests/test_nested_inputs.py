@@ -115,6 +115,26 @@ def test_a_plan_follows_what_a_check_follows(make, values):
     assert found.memory == want.memory and not found.refused
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, mask):
+        return self.mix(x) * mask
+
+
+@pytest.mark.parametrize("samples", [4, 8])
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_a_mask_are_no_samples(samples, data, ranks):
+    """However many samples there are."""
+    task = Task(Masked, [(samples, 3, 4, 8), (4, 8)], dims=(2,))
+    found = estimate(task, Layout(data, (2,), (ranks,)))
+    assert not found.refused
+    assert found.memory["inputs"] == 4 * (samples * 3 * 4 * 8 // data + 4 * 8) // ranks
+
+
 def test_inputs_alike_are_several():
     pair = ((1, 2, 8, 8), (1, 2, 8, 8))
     task = Task(nn.Identity, [pair, pair], dtypes=[torch.float32] * 4, train=False)

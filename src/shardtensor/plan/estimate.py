@@ -362,7 +362,9 @@ def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known:
     """This rank's part of input i: sharded where its dims are those of the first input."""
     first, shape = task.shapes[0], list(task.shapes[i])
     given = task.values[i]
-    if shape and first and shape[0] == first[0] and layout.data > 1:
+    # the first dim of a mask (H, W) is not that of samples, though there be H of them
+    rows = 0 not in task.dims and 0 in (dims_like(shape, first, task.dims) or ())
+    if shape and first and shape[0] == first[0] and layout.data > 1 and not rows:
         shape[0] //= layout.data
         given = _narrowed(given, 0, 0, shape[0])
     dims = dims_like(task.shapes[i], first, layout.dims)
