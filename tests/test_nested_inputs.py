@@ -115,6 +115,10 @@ def test_a_plan_follows_what_a_check_follows(make, values):
     assert found.memory == want.memory and not found.refused
 
 
+def test_a_check_of_a_mapping_that_cannot_be_written_to():
+    assert st.check(Weather(), MappingProxyType(sample())).ok
+
+
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()
