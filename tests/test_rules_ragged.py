@@ -35,6 +35,9 @@ def again(x):
 CALLS = {
     "pad": lambda x: rnn.pad_sequence([x[:4], x[4:], x[5:6]], True, 2.5),
     "pad from the left": lambda x: rnn.pad_sequence([x[:4], x[4:4]], padding_side="left"),
+    "pad to the dtype of the first": lambda x: rnn.pad_sequence([x[:4].float(), x[4:]]),
+    "pad to whole numbers": lambda x: rnn.pad_sequence([(9 * x[4:]).long(), 9 * x[:4]]) + x.sum(),
+    "pad with one feature for all": lambda x: rnn.pad_sequence([x[:4], x[4:, :1]]),
     "pad twice differentiated": again,
     "pack": lambda x: packed(x).data,
     "unpack": lambda x: rnn.pad_packed_sequence(

@@ -31,9 +31,12 @@ def pad_sequence(
 ) -> Tensor:
     # what torch refuses
     ragged.pad_sequence([_meta(x) for x in sequences], batch_first, padding_value, padding_side)  # type: ignore[arg-type]
-    longest = max(len(x) for x in sequences)
+    longest, features = max(len(x) for x in sequences), sequences[0].shape[1:]
     rows = []
     for x in sequences:
+        # torch writes each into a tensor like the first
+        x = x.to(sequences[0].dtype)
+        x = x if x.shape[1:] == features else x.expand(len(x), *features)
         ahead = longest - len(x)
         at = (ahead, 0) if padding_side == "left" else (0, ahead)
         rows.append(F.pad(x, (*[0] * 2 * (x.ndim - 1), *at), value=padding_value))
