@@ -25,7 +25,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import beside, fit, to_dims
 from .channels import Channels, by_rows, channels_of, columns
 from .empty import some
-from .halo import Halo, Settings, halo_conv, laid
+from .halo import Halo, Settings, cropped, halo_conv, laid
 from .halo_transposed import laid_transposed
 from .norm import sharded
 from .overlap import pays
@@ -349,9 +349,7 @@ def _convolved(
         # neither samples nor output channels where this rank has none
         y = y if rows.ndim == n + 1 or rows.shape[0] else y.narrow(0, 0, 0)
         y = y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)
-        for d, start, length in program.crops:
-            y = _cropped(y, d, start, length)
-        return y
+        return cropped(y, program.crops)
 
     lies = program.plan
     if not lies.reaches and not lies.uneven:
@@ -372,12 +370,3 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype is torch.float32 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-
-def _cropped(y: Tensor, d: int, start: int, length: int) -> Tensor:
-    """Rows of y in its memory format, not as a view: what follows may want to view it."""
-    if start == 0 and length == y.shape[d]:
-        return y
-    if y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
-        return y.narrow(d, start, length).contiguous(memory_format=torch.channels_last)
-    return y.narrow(d, start, length).contiguous()

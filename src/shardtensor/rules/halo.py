@@ -31,7 +31,7 @@ from ..cache import cached
 from ..comm.formats import compact
 from ..cuts import table
 from ..spec import Spec
-from .overlap import Route, resized, route, start
+from .overlap import Box, Route, among_zeros, resized, route, start
 from .sliding import Reads
 from .windows import Reach, Stencil, fetch
 
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
     more: tuple[int, ...] | None = None
-    crops: tuple[tuple[int, int, int], ...] = ()
+    crops: Box = ()
 
 
 class Strip(NamedTuple):
@@ -269,6 +269,11 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) ->
     if more is None:
         return _FORWARD[weight.ndim - 3](x, weight, bias, stride, padding, dilation, groups)
     y = _TRANSPOSED[weight.ndim - 3](x, weight, bias, stride, padding, more, groups, dilation)
+    return cropped(y, crops)
+
+
+def cropped(y: Tensor, crops: Box) -> Tensor:
+    """A part of y in its memory format, not as a view: what follows may want to view it."""
     part = y
     for d, first, length in crops:
         part = part if length == part.shape[d] else part.narrow(d, first, length)
@@ -380,14 +385,12 @@ def _gradients(
     stride, padding, dilation, groups, more, crops = settings
     sizes = None if bias is None else list(bias.shape)
     if crops and more is not None:
-        pads = [0, 0] * g.ndim
-        for d, first, length in crops:
+        full = list(g.shape)
+        for d, _, _ in crops:
             i = d - 2
             span = dilation[i] * (weight.shape[d] - 1)
-            full = (x.shape[d] - 1) * stride[i] - 2 * padding[i] + span + more[i] + 1
-            at = 2 * (g.ndim - 1 - d)
-            pads[at : at + 2] = first, full - first - length
-        g = F.pad(g, pads)
+            full[d] = (x.shape[d] - 1) * stride[i] - 2 * padding[i] + span + more[i] + 1
+        g = among_zeros(g, crops, full)
     zeros = [0] * len(stride)
     return torch.ops.aten.convolution_backward(
         g, x, weight, sizes, stride, padding, dilation, more is not None, more or zeros, groups,

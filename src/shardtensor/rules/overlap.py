@@ -160,6 +160,15 @@ def _boxed(x: Tensor, box: Box) -> Tensor:
     return x
 
 
+def among_zeros(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape: x in the box, zeros elsewhere."""
+    pads = [0, 0] * x.ndim
+    for d, first, rows in box:
+        at = 2 * (x.ndim - 1 - d)
+        pads[at : at + 2] = first, shape[d] - first - rows
+    return F.pad(x, pads)
+
+
 class _Cut(torch.autograd.Function):
     """Boxes of a tensor, which may overlap; the adjoint adds them up in one buffer."""
 
@@ -173,11 +182,7 @@ class _Cut(torch.autograd.Function):
         if torch.is_grad_enabled():
             total: Any = 0
             for box, g in zip(ctx.boxes, grads, strict=True):
-                pads = [0, 0] * g.ndim
-                for d, first, rows in box:
-                    at = 2 * (g.ndim - 1 - d)
-                    pads[at : at + 2] = first, ctx.shape[d] - first - rows
-                total = total + F.pad(g, pads)
+                total = total + among_zeros(g, box, ctx.shape)
             return total, None
         out = rest = empty(grads[0], ctx.shape, ctx.form)
         # the interior, which is nearly all of it, is written once, not added to zeros
