@@ -59,6 +59,13 @@ def test_two_dims(name, dims, taken):
     assert taken
 
 
+def test_groups_that_lie_on_one_rank_each(taken):
+    place = T.On([Shard(1), Shard(2)], {1: (1, 3), 2: (3, 5)})
+    conv = module(4, 8, **KINDS["3 by 2"], groups=4)
+    T.hold(conv, [numbers(2, 4, 8, 6)], [place], (2, 2))
+    assert taken
+
+
 @pytest.mark.parametrize("name", ["3 by 2", "4 by 1"])
 def test_twice_derived(name, taken):
     kinds = {k: v for k, v in KINDS[name].items() if k != "kernel_size"}

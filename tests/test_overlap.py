@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.ranks.measure import saved_bytes
-from shardtensor.rules import overlap, sliding
+from shardtensor.rules import halo, overlap, sliding
 
 D = torch.float64
 
@@ -163,6 +163,16 @@ def test_convs_on_two_axes(name, taken):
     T.hold(conv, [x], [T.On([Shard(2), Shard(3)], {2: (5, 4), 3: (3, 8)})], (2, 2))
     T.hold(conv, [x], [T.On([Shard(1), Shard(3)], {1: (1, 2), 3: (4, 7)})], (2, 2))
     T.hold(conv, [x], [T.On([Shard(2), Shard(2)], {2: (3, 2, 0, 4)})], (2, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_rank_without_output_channels(channels, in_flight):
+    """Its kernel would take no weight; all ranks go the other way."""
+    taken = in_flight(halo._HaloConv)
+    x, w = (torch.randn(*s, dtype=D) for s in ((2, 4, 8, 6), (channels, 4, 3, 3)))
+    rows, columns = T.On([Shard(2), Replicate()]), T.On([Replicate(), Shard(0)])
+    T.hold(lambda x, w: F.conv2d(x, w, padding=1), [x, w], [rows, columns], (2, 2))
+    assert bool(taken) == (channels > 1)
 
 
 @pytest.mark.parametrize("halo", [True, False])

@@ -110,10 +110,7 @@ def _conv(
     across = padding if isinstance(padding, str) else each(padding, n)
     local = _forward(spec, tuple(shape[2:]), each(stride, n), across, each(dilation, n))
     channels = columns(weight, spec, n, groups) or channels_of(spec, n, shape[0], groups, False)
-    if local.halo is None:
-        return _program(spec, shape, local, channels)
-    program = _program(spec, shape, local._replace(halo=None), channels)
-    return program._replace(local=local._replace(halo=local.halo.grouped(channels.groups)))
+    return _program(spec, shape, local, channels)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -153,10 +150,7 @@ def _conv_transpose(
     given = [each(v, n) for v in (stride, padding, output_padding, dilation)]
     local = _transposed(spec, tuple(weight[2:]), *given)
     channels = channels_of(spec, n, weight[1] * groups, groups, True)
-    program = _program(spec, weight, local._replace(halo=None), channels)
-    if local.halo is None or channels.output.axes:
-        return program
-    return program._replace(local=local._replace(halo=local.halo.grouped(channels.groups)))
+    return _program(spec, weight, local, channels)
 
 
 @rule("convolution", "_convolution")
@@ -275,9 +269,13 @@ def _transposed(
     return Local(lies, tuple(dims), lies.left, tuple(more), tuple(crops), halo, rest)
 
 
-@cached
 def _program(spec: Spec, weight: torch.Size, local: Local, channels: Channels) -> Program:
     n = len(weight) - 2
+    if local.halo is not None:
+        # kernels take no weight without output channels
+        some_empty = 0 in channels.output.sizes
+        halo = None if some_empty else local.halo.grouped(channels.groups)
+        local = local._replace(halo=halo)
     at = len(spec.dims) - n - 1
     moved = spec
     if channels.input != spec.dims[at]:
