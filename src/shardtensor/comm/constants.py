@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import _torch, cache
 
 _MOST = 4096
+# dtypes whose zero has no sign
+_WHOLE = {torch.int32, torch.int64}
 
 
 class _Numbers(dict[Any, Tensor]):
@@ -33,8 +35,8 @@ def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor
     if type(like) not in (Tensor, torch.nn.Parameter):
         return like.new_tensor(values, dtype=dtype)
     device = like.device
-    # 0.0 and False are equal, and so are 0.0 and -0.0, whose signs differ
-    key = repr(values), dtype, device
+    # 0.0 and -0.0 are equal, but their signs differ; of many numbers a text takes long
+    key = (values if dtype in _WHOLE else repr(values)), dtype, device
     found = _numbers.get(key)
     if found is not None:
         return found
