@@ -13,9 +13,8 @@ import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .dispatcher import no_torch_function
+from .dispatcher import no_torch_function, outside_modes
 from .memory import storage
 
 
@@ -220,7 +219,7 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
         def backward(ctx: Any, *grads: torch.Tensor) -> None:
             found.append(_holders(grads))
 
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    with outside_modes(), torch.inference_mode(False), torch.enable_grad():
         one = torch.ones(1, 1)
         x = one.clone().requires_grad_()
         # the kernel makes it, nothing else in the graph has it

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _torch, comm
 from .._torch import probe
+from ..cache import capturing
 from ..comm import wire
 from ..errors import UnsupportedOpError
 from ..settings import current, setting
@@ -70,7 +71,7 @@ def generator_for(
             f"a draw for {spec} that depends on values cannot be compiled: leave it out of "
             "st.compile"
         )
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise UnsupportedOpError(
             f"a draw for {spec} (dropout, noise) while a CUDA graph is captured: its seed is a "
             "number of the host, so every replay would draw the same. Draw before, into a tensor "
