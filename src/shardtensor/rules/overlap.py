@@ -54,6 +54,81 @@ def pays(spec: Spec) -> bool:
     return spec.shard_numel >= WORTH and not (_torch.is_tracing() or _torch.transforming())
 
 
+class Along(NamedTuple):
+    """A stencil along one dim: the exchange, and the own rows that outputs read.
+
+    sent: to others. own: all. parts: by the outputs before the interior, in it and after it. inner:
+    whether there is any. ahead, behind: whether there are outputs before and after.
+    """
+
+    d: int
+    plan: Exchange
+    way: Route
+    me: int
+    sent: list[tuple[int, int]]
+    own: tuple[int, int]
+    parts: list[tuple[int, int]]
+    inner: bool
+    ahead: bool
+    behind: bool
+
+    @staticmethod
+    def of(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Along:
+        plan, way, sent = route(spec, d, reach)
+        me = spec.index[d]
+        own, ends = _own(plan, me), reach.dim.spans[me]
+        first, last = _interior(spec, d, reach, stencil)
+        parts = _ranges(own, spec.offset[d], ends, first, last, stencil)
+        return Along(d, plan, way, me, sent, (own.start, own.stop), parts, first < last,
+                     first > ends[0], last < ends[1])  # fmt: skip
+
+    def box(self, rows: tuple[int, int]) -> tuple[int, int, int]:
+        return self.d, rows[0], rows[1] - rows[0]
+
+    def start(self, like: Tensor, tie: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        token: Tensor = apply(_Begin, self.way, like, tie, *parts)
+        return token
+
+    def arrived(self, token: Tensor, like: Tensor, fill: float) -> tuple[Tensor, Around]:
+        """(a tie to the exchange, what came)."""
+        tie, *rows = apply(_End, self.way, token)
+        return tie, Around(self.d, *_around(self.plan, self.me, rows, like, self.d, fill))
+
+    def parted(
+        self, op: Callable[[Tensor], Tensor], around: Around, top: Tensor, middle: Tensor,
+        bottom: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """The outputs before the interior, those in it, which are there, and those after it."""
+        found = [middle]
+        if self.ahead:
+            found.insert(0, op(around.joined(top, behind=False)))
+        if self.behind:
+            found.append(op(around.joined(bottom, ahead=False)))
+        return found
+
+
+class Around(NamedTuple):
+    """What lies before and after the own rows along a dim."""
+
+    d: int
+    before: list[Tensor]
+    after: list[Tensor]
+
+    def joined(self, x: Tensor, ahead: bool = True, behind: bool = True) -> Tensor:
+        rows = [
+            *self.before[: ahead * len(self.before)],
+            x,
+            *self.after[: behind * len(self.after)],
+        ]
+        return torch.cat(rows, self.d) if len(rows) > 1 else x
+
+    def within(self, box: tuple[int, int, int]) -> Around:
+        """Of some rows of another dim."""
+        return self._replace(
+            before=[x.narrow(*box) for x in self.before], after=[x.narrow(*box) for x in self.after]
+        )
+
+
 def overlapped(
     x: Tensor,
     d: int,
@@ -66,26 +141,15 @@ def overlapped(
     """op of this rank's window along dim d, where op makes its output rows as the stencil says."""
     if reach.inside:
         return op(fetch(x, d, spec, reach, fill))
-    me = spec.index[d]
-    plan, way, sent = route(spec, d, reach)
-    own = _own(plan, me)
-    first, last = _interior(spec, d, reach, stencil)
-    ends = reach.dim.spans[me]
-    ranges = _ranges(own, spec.offset[d], ends, first, last, stencil)
-    pieces = apply(_Cut, x, tuple([((d, a, b - a),) for a, b in (*sent, *ranges)]))
-    parts, (top, inner, bottom) = pieces[: len(sent)], pieces[len(sent) :]
-    coming = apply(_Begin, way, x, x, *parts)
-    middle = op(inner) if first < last else None
-    came, *rows = apply(_End, way, coming)
-    before, after = _around(plan, me, rows, x, d, fill)
+    along = Along.of(spec, d, stencil, reach)
+    pieces = apply(_Cut, x, tuple([(along.box(rows),) for rows in (*along.sent, *along.parts)]))
+    given, (top, inner, bottom) = pieces[: len(along.sent)], pieces[len(along.sent) :]
+    token = along.start(x, x, given)
+    middle = op(inner) if along.inner else None
+    came, around = along.arrived(token, x, fill)
     if middle is None:
-        return apply(_Join, d, came, op(torch.cat([*before, top, *after], d)))
-    found = [middle]
-    if first > ends[0]:
-        found.insert(0, op(torch.cat([*before, top], d)))
-    if last < ends[1]:
-        found.append(op(torch.cat([bottom, *after], d)))
-    return apply(_Join, d, came, *found)
+        return apply(_Join, d, came, op(around.joined(top)))
+    return apply(_Join, d, came, *along.parted(op, around, top, middle, bottom))
 
 
 def _ranges(

@@ -9,94 +9,16 @@ second travel, the rims of small copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch.autograd import apply
-from ..comm.exchanges import Exchange
 from ..comm.formats import empty
 from ..spec import Spec
-from .overlap import (
-    Box,
-    Route,
-    _around,
-    _Begin,
-    _boxed,
-    _Cut,
-    _End,
-    _interior,
-    _Join,
-    _own,
-    _ranges,
-    _tie,
-    resized,
-    route,
-)  # fmt: skip
+from .overlap import Along, Box, _boxed, _Cut, _Join, _tie, resized
 from .windows import Reach, Stencil
-
-
-class _Along(NamedTuple):
-    """A stencil along one of two dims: the exchange, and the own rows that outputs read.
-
-    sent: to others. own: all. parts: by the outputs before the interior, in it and after it. inner:
-    whether there is any. ahead, behind: whether there are outputs before and after.
-    """
-
-    d: int
-    plan: Exchange
-    way: Route
-    me: int
-    sent: list[tuple[int, int]]
-    own: tuple[int, int]
-    parts: list[tuple[int, int]]
-    inner: bool
-    ahead: bool
-    behind: bool
-
-    @staticmethod
-    def of(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> _Along:
-        plan, way, sent = route(spec, d, reach)
-        me = spec.index[d]
-        own, ends = _own(plan, me), reach.dim.spans[me]
-        first, last = _interior(spec, d, reach, stencil)
-        parts = _ranges(own, spec.offset[d], ends, first, last, stencil)
-        return _Along(d, plan, way, me, sent, (own.start, own.stop), parts, first < last,
-                      first > ends[0], last < ends[1])  # fmt: skip
-
-    def box(self, rows: tuple[int, int]) -> tuple[int, int, int]:
-        return self.d, rows[0], rows[1] - rows[0]
-
-    def start(self, like: Tensor, tie: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        token: Tensor = apply(_Begin, self.way, like, tie, *parts)
-        return token
-
-    def around(self, came: list[Tensor], like: Tensor, fill: float) -> _Around:
-        before, after = _around(self.plan, self.me, came, like, self.d, fill)
-        return _Around(self.d, before, after)
-
-
-class _Around(NamedTuple):
-    """What lies before and after the own rows along a dim."""
-
-    d: int
-    before: list[Tensor]
-    after: list[Tensor]
-
-    def joined(self, x: Tensor, ahead: bool = True, behind: bool = True) -> Tensor:
-        rows = [
-            *self.before[: ahead * len(self.before)],
-            x,
-            *self.after[: behind * len(self.after)],
-        ]
-        return torch.cat(rows, self.d) if len(rows) > 1 else x
-
-    def within(self, box: tuple[int, int, int]) -> _Around:
-        """Of some rows of another dim."""
-        return self._replace(
-            before=[x.narrow(*box) for x in self.before], after=[x.narrow(*box) for x in self.after]
-        )
 
 
 def overlapped_twice(
@@ -111,7 +33,7 @@ def overlapped_twice(
     The strips of the second, which have those of the first at their ends, travel while the interior
     of both is computed.
     """
-    one, two = (_Along.of(spec, *read) for read in reads)
+    one, two = (Along.of(spec, *read) for read in reads)
     inner = one.inner and two.inner
     boxes: list[Box] = [(one.box((a, b)),) for a, b in one.sent]
     boxes += [(one.box(one.own), two.box(rows)) for rows in two.sent]
@@ -122,26 +44,20 @@ def overlapped_twice(
         boxes.append((one.box(one.own), two.box(two.own)))
     pieces = list(apply(_Cut, x, tuple(boxes)))
     given, pieces = pieces[: len(one.sent)], pieces[len(one.sent) :]
-    token, *rows = apply(_End, one.way, one.start(x, x, given))
-    first = one.around(rows, x, fill)
+    token, first = one.arrived(one.start(x, x, given), x, fill)
     given, pieces = pieces[: len(two.sent)], pieces[len(two.sent) :]
     strips = [first.within(two.box(of)).joined(p) for of, p in zip(two.sent, given, strict=True)]
     none = (two.d, 0, 0)
     like = first.within(none).joined(_boxed(x, (one.box(one.own), none))).detach()
     coming = two.start(like, token, strips)
     if not inner:
-        came, *rows = apply(_End, two.way, coming)
+        came, second = two.arrived(coming, like, fill)
         whole = first.within(two.box(two.own)).joined(pieces[0])
-        return apply(_Join, two.d, came, op(two.around(rows, like, fill).joined(whole)))
+        return apply(_Join, two.d, came, op(second.joined(whole)))
     top, middle, bottom, left, right = pieces
     beside = first.within(two.box(two.parts[1]))
-    column = [op(middle)]
-    if one.ahead:
-        column.insert(0, op(beside.joined(top, behind=False)))
-    if one.behind:
-        column.append(op(beside.joined(bottom, ahead=False)))
-    came, *rows = apply(_End, two.way, coming)
-    second = two.around(rows, like, fill)
+    column = one.parted(op, beside, top, op(middle), bottom)
+    came, second = two.arrived(coming, like, fill)
     ends: list[list[Tensor]] = [[], []]
     for i, (asked, piece) in enumerate(((two.ahead, left), (two.behind, right))):
         if asked:
