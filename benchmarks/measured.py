@@ -33,11 +33,11 @@ def held_and_sent(model: nn.Module, x: Tensor, limits: Any) -> tuple[int, list[A
         # other threads of the process allocate, too
         peak = sorted(peak_bytes(step) for _ in range(3))[1]
     states = [v for s in optimizer.state.values() for v in s.values()]
-    alive = _bytes([*model.parameters(), *model.buffers(), *states, x])
+    alive = held([*model.parameters(), *model.buffers(), *states, x])
     return alive + peak, [(s.collective, s.bytes, s.messages) for s in t.sent]
 
 
-def _bytes(tensors: list[Tensor]) -> int:
-    """Of this rank."""
+def held(tensors: list[Tensor]) -> int:
+    """Bytes of tensors on this rank."""
     sharded = (DTensor, st.ShardTensor)
     return sum((t.to_local() if isinstance(t, sharded) else t).nbytes for t in tensors)

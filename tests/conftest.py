@@ -12,7 +12,9 @@ import torch
 
 from shardtensor.ranks import testing
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def pytest_addoption(parser):

@@ -1,15 +1,9 @@
 """What a call costs on one rank, in calls of Python functions, which no other program disturbs."""
 
-import sys
-from pathlib import Path
-
+import growth
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import growth
 
 from shardtensor.spec import hollow
 from shardtensor.tensor import aliases, layout

@@ -4,10 +4,10 @@ import gc
 import os
 import pickle
 import random
-import sys
 import weakref
 from pathlib import Path
 
+import endurance
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import endurance
 
 
 def long_training(steps):

@@ -1,13 +1,7 @@
 """The cost of an op on one rank of 4096 is that on one of 64, by counts: `benchmarks/growth.py`."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import growth
+import pytest
 
 # what every rank has something for all others in: an all-to-all, an all-gather, an all-reduce
 TO_ALL = {

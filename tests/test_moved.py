@@ -1,18 +1,12 @@
 """Bytes that the kernels of a rank read and write, over its share of plain: `benchmarks/moved.py`."""
 
-import sys
-from pathlib import Path
-
+import moved
 import pytest
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardtensor import cache
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import moved
 
 RANKS = 8
 

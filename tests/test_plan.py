@@ -1,13 +1,14 @@
 """A plan on fake tensors, held against steps that really run."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from bench_models import MODELS
+from measured import held_and_sent
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -19,9 +20,6 @@ from shardtensor.ranks.testing import make_mesh, run_workers
 from shardtensor.train.options import Options
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from bench_models import MODELS  # noqa: E402
-from measured import held_and_sent  # noqa: E402
 
 ROWS = 96
 

@@ -1,12 +1,11 @@
 """What a plan says of `tiled`, beside what it then moves."""
 
 import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench_models import fno
 from models import UNet, ViT
 from torch import nn
 
@@ -15,9 +14,6 @@ from shardtensor.paged import pager
 from shardtensor.plan.estimate import Device, Task
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from bench_models import fno
 
 cli = importlib.import_module("shardtensor.cli.plan")
 CPU = Device("cpu", 2**22, 1e10, {64: 2e10, 32: 4e10, 16: 4e10}, 1.0, 2e-6)

@@ -1,16 +1,11 @@
 """What sharding adds to a step on one of two ranks, in kernels and calls of Python."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
+import share
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import share
 from growth import kernels, python_calls, shards
 from torch.distributed.device_mesh import init_device_mesh
 

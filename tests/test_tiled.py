@@ -3,15 +3,14 @@
 import copy
 import errno
 import gc
-import sys
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from growth import python_calls
 from models import UNet, ViT
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -20,9 +19,6 @@ import shardtensor as st
 from shardtensor._torch.world import AllToAll
 from shardtensor.errors import RankError, UnsupportedOpError
 from shardtensor.paged import pager
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from growth import python_calls
 
 BUDGET = 2**14
 

@@ -196,6 +196,7 @@ def test_no_function_is_left_out():
     tested = {f.__name__ for f in FUNCTIONS} - {"whole_and_cut_sums"}
     # of whole numbers; of no data
     assert {k for k in public if k[0] != "_"} == tested | {
+        "agreed_number",
         "all_gather_numbers",
         "all_gather_table",
         "direct",

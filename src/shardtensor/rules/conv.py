@@ -347,7 +347,7 @@ def _convolved(
         # neither samples nor output channels where this rank has none
         y = y if rows.ndim == n + 1 or rows.shape[0] else y.narrow(0, 0, 0)
         y = y if w.shape[int(transposed)] else y.narrow(-n - 1, 0, 0)
-        return cropped(y, program.crops)
+        return cropped(y, program.crops) if program.crops else y
 
     lies = program.plan
     if not lies.reaches and not lies.uneven:
