@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
 from shardtensor.comm.counters import Sent
 from shardtensor.ranks.rehearse import Link, Network, Rehearsal, rehearse
 
@@ -111,3 +113,9 @@ def test_alone_in_its_process(tmp_path):
     script.write_text(code)
     ended, text = Program(script).ended()
     assert ended == 1 and ("already" in text or "initialised" in text)
+
+
+def test_a_silent_world_has_meshes_of_its_own():
+    for rank in range(3):
+        with silent_world(rank, 3):
+            assert list(T.make_mesh((3,)).get_coordinate()) == [rank]

@@ -9,10 +9,12 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils import _pytree as pytree
 
+from .._torch.world import is_silent
 from ..comm.observers import simulated_rank
 from ..dispatch.fallback import fallback
 from ..later import dt
@@ -191,10 +193,14 @@ def _serial(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], grad: bool) ->
 def make_mesh(
     mesh_shape: Sequence[int], device: str = "cpu", names: Sequence[str] = NAMES
 ) -> DeviceMesh:
-    """A mesh over all ranks, its axes named a, b, c or as given; a process keeps its meshes."""
+    """A mesh over all ranks, its axes named a, b, c or as given.
+
+    A process keeps its meshes, but for those of simulated and of silent worlds, which end before.
+    """
     shape = tuple(mesh_shape)
     key = device, shape, tuple(names[: len(shape)])
-    kept = _meshes if simulated_rank() is None else {}
+    ends = dist.is_initialized() and is_silent(dist.group.WORLD)
+    kept = _meshes if simulated_rank() is None and not ends else {}
     if key not in kept:
         kept[key] = init_device_mesh(device, shape, mesh_dim_names=key[2])
     return kept[key]
