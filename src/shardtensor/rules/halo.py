@@ -102,14 +102,15 @@ def rims(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Rims | None:
     # of zeros alone, which an empty shard's first outputs may read, kernels make nothing
     if not served.all() or 0 in dim.sizes:
         return None
-    last = me + 1 == len(dim.sizes)
-    return Rims(
-        int(above[me]),
-        int(below[me]),
-        0 if me == 0 else max(0, int(below[me - 1])),
-        0 if last else int(above[me + 1]),
-        bool((above[1:] > 0).any() or (below[:-1] > 0).any()),
-    )
+    return Rims(*beside(above, below, me))
+
+
+def beside(above: Any, below: Any, me: int) -> tuple[int, int, int, int, bool]:
+    """The fields of `Rims` of one rank, of the rows before and behind the shards of all."""
+    up = max(0, int(below[me - 1])) if me else 0
+    down = int(above[me + 1]) if me + 1 < len(above) else 0
+    travel = bool((above[1:] > 0).any() or (below[:-1] > 0).any())
+    return int(above[me]), int(below[me]), up, down, travel
 
 
 class Side(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from ..cache import cached
 from ..cuts import table
 from ..spec import Spec
-from .halo import Halo, Settings, Side, Strip
+from .halo import Halo, Settings, Side, Strip, beside
 from .overlap import route
 from .sliding import Reads
 from .windows import Reach, Stencil
@@ -56,16 +56,7 @@ def reached(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Reached | Non
     served &= stencil.extent >= stride
     if not served.all() or (above[1:] > sizes[:-1]).any() or (below[:-1] > sizes[1:]).any():
         return None
-    last = me + 1 == len(sizes)
-    return Reached(
-        int(start[me]),
-        int(behind[me]),
-        int(above[me]),
-        int(below[me]),
-        0 if me == 0 else int(below[me - 1]),
-        0 if last else int(above[me + 1]),
-        bool(above.any() or below.any()),
-    )
+    return Reached(int(start[me]), int(behind[me]), *beside(above, below, me))
 
 
 def laid_transposed(spec: Spec, reads: Reads, joined: Settings) -> tuple[Halo | None, Reads]:
