@@ -7,6 +7,8 @@ With `out=` the package's own kernel runs, which gathers.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +24,40 @@ _CSR = "torch_scatter.segment_csr."
 _COO = "torch_scatter.segment_coo."
 
 
-def _takes_function(fn: Any) -> Any:
-    fn.takes_function = True
-    return fn
+def _kernel(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A rule for kernels of these names: what is decorated is called as they are, without `out`."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(fn)
+
+        def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = signature.bind(function, *args, **kwargs).arguments
+            if given.get("out") is not None:
+                return function.__wrapped__(*args, **kwargs)
+            return fn(function, *args, **kwargs)
+
+        run.takes_function = True  # type: ignore[attr-defined]
+        return rule(*names)(run)
+
+    return register
 
 
-def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
+@_kernel(_CSR + "segment_sum_csr", _CSR + "segment_add_csr")
+def segment_sum(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
+    return _reduced("sum", function, src, indptr)
+
+
+@_kernel(_CSR + "segment_mean_csr")
+def segment_mean(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
+    return _reduced("mean", function, src, indptr)
+
+
+def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor) -> Any:
     """Rows indptr[..., i] to indptr[..., i + 1] as one; of no rows zeros."""
     lead = indptr.ndim - 1
-    served = out is None and lead in (0, 1) and src.is_floating_point()
+    served = lead in (0, 1) and src.is_floating_point()
     if not served or not cut_axes(dims_of(src)[lead]):
-        return function.__wrapped__(src, indptr, out)
+        return function.__wrapped__(src, indptr)
     if not lead:
         return torch.segment_reduce(src, reduce, offsets=indptr, initial=0)
     samples = zip(src.unbind(0), indptr.expand(len(src), -1).unbind(0), strict=True)
@@ -41,29 +66,11 @@ def _reduced(reduce: str, function: Any, src: Tensor, indptr: Tensor, out: Any =
     )
 
 
-@rule(_CSR + "segment_sum_csr", _CSR + "segment_add_csr")
-@_takes_function
-def segment_sum(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _reduced("sum", function, *args, **kwargs)
-
-
-@rule(_CSR + "segment_mean_csr")
-@_takes_function
-def segment_mean(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _reduced("mean", function, *args, **kwargs)
-
-
 # extrema ------------------------------------------------------------------------------------------
 
 
-@rule(_SCATTER + "max", _SCATTER + "min")
-@_takes_function
-def scatter_extremum(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """(extrema, where the first of them is along dim; the size of dim for what has none)."""
-    return _scattered(function, *args, **kwargs)
-
-
-def _scattered(
+@_kernel(_SCATTER + "max", _SCATTER + "min")
+def scatter_extremum(
     function: Any,
     src: Tensor,
     index: Tensor,
@@ -71,36 +78,21 @@ def _scattered(
     out: Tensor | None = None,
     dim_size: int | None = None,
 ) -> Any:
-    if out is not None:
-        return function.__wrapped__(src, index, dim, out, dim_size)
+    """(extrema, where the first of them is along dim; the size of dim for what has none)."""
     d = dim % src.ndim
     return _extremum(function.__name__, src, _along(index, src, d), d, dim_size)
 
 
-@rule(_COO + "segment_max_coo", _COO + "segment_min_coo")
-@_takes_function
-def segment_extremum_coo(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _sorted_extremum(function, *args, **kwargs)
-
-
-def _sorted_extremum(
+@_kernel(_COO + "segment_max_coo", _COO + "segment_min_coo")
+def segment_extremum_coo(
     function: Any, src: Tensor, index: Tensor, out: Any = None, dim_size: int | None = None
 ) -> Any:
-    if out is not None:
-        return function.__wrapped__(src, index, out, dim_size)
     d = index.ndim - 1
     return _extremum(function.__name__, src, _along(index, src, d), d, dim_size)
 
 
-@rule(_CSR + "segment_max_csr", _CSR + "segment_min_csr")
-@_takes_function
-def segment_extremum_csr(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _extremum_of_runs(function, *args, **kwargs)
-
-
-def _extremum_of_runs(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
-    if out is not None:
-        return function.__wrapped__(src, indptr, out)
+@_kernel(_CSR + "segment_max_csr", _CSR + "segment_min_csr")
+def segment_extremum_csr(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
     d, n = indptr.ndim - 1, indptr.shape[-1] - 1
     # rows before the first run and after the last are in one more
     number = _numbers(src, indptr)
@@ -138,17 +130,10 @@ def _extremum(
 # sorted indices -----------------------------------------------------------------------------------
 
 
-@rule(_COO + "segment_sum_coo", _COO + "segment_add_coo", _COO + "segment_mean_coo")
-@_takes_function
-def segment_coo(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _sorted_sum(function, *args, **kwargs)
-
-
-def _sorted_sum(
+@_kernel(_COO + "segment_sum_coo", _COO + "segment_add_coo", _COO + "segment_mean_coo")
+def segment_coo(
     function: Any, src: Tensor, index: Tensor, out: Any = None, dim_size: int | None = None
 ) -> Any:
-    if out is not None:
-        return function.__wrapped__(src, index, out, dim_size)
     d, shape = index.ndim - 1, list(src.shape)
     shape[d] = _count(index) if dim_size is None else dim_size
     at = _along(index, src, d)
@@ -160,16 +145,9 @@ def _sorted_sum(
     return sums / count if src.is_floating_point() else sums.div(count, rounding_mode="floor")
 
 
-@rule(_CSR + "gather_csr")
-@_takes_function
-def gather_csr(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@_kernel(_CSR + "gather_csr")
+def gather_csr(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
     """Row i as often as its run is long."""
-    return _repeated(function, *args, **kwargs)
-
-
-def _repeated(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> Any:
-    if out is not None:
-        return function.__wrapped__(src, indptr, out)
     ends = _whole(indptr)
     last = ends[..., -1:]
     places = torch.arange(int(last.flatten()[0]), device=ends.device).expand(*last.shape[:-1], -1)
@@ -177,14 +155,9 @@ def _repeated(function: Any, src: Tensor, indptr: Tensor, out: Any = None) -> An
     return _taken(src, number)
 
 
-@rule(_COO + "gather_coo")
-@_takes_function
-def gather_coo(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _picked(function, *args, **kwargs)
-
-
-def _picked(function: Any, src: Tensor, index: Tensor, out: Any = None) -> Any:
-    return _taken(src, index) if out is None else function.__wrapped__(src, index, out)
+@_kernel(_COO + "gather_coo")
+def gather_coo(function: Any, src: Tensor, index: Tensor, out: Any = None) -> Any:
+    return _taken(src, index)
 
 
 def _taken(src: Tensor, index: Tensor) -> Tensor:
