@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributions import Exponential, Laplace
 from torch.nn import functional as F
 
 import shardtensor as st
@@ -28,6 +29,9 @@ DRAWS = {
     "exponential_": lambda x: (x * 1).exponential_(2.0),
     "bernoulli_": lambda x: (x * 1).bernoulli_(0.3),
     "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "new": lambda x: x.new(x.shape).uniform_(-1, 2),
+    "a distribution": lambda x: Laplace(x, x.abs() + 1).rsample(),
+    "several of each": lambda x: Exponential(x.abs() + 1).sample((2,)),
     "normal of means": lambda x: torch.normal(x, 2.0),
     "normal of deviations": lambda x: torch.normal(1.0, x.abs()),
     "twice": lambda x: torch.randn_like(x) + F.dropout(x),

@@ -39,6 +39,7 @@ ROUGH = {
 COUNTS = {
     "logical": lambda a: ((a > 0).all(1), (a > 2).any(1), (a > 9).any(), (a < 9).all(), (a > 0).any(
         (0, 1)), (a > 0).all(dim=()), a.bool().to(torch.uint8).all(1), torch.allclose(a, a + 1e-9)),
+    "of distributions": lambda a: (torch._is_all_true(a < 9), torch._is_any_true(a > 2)),
     "count": lambda a: (a.count_nonzero(), a.count_nonzero(1), (a > 0).sum(1)),
     "arg": lambda a: (a.argmax(), a.argmin(), a.argmax(1), a.argmin(1, keepdim=True), a.argmax(0)),
     "ints": lambda a: ((a * 9).long().sum(1), (a * 9).long().amax(1), *(a * 9).long().min(1),

@@ -41,6 +41,17 @@ def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShardTensor
     return _made(x, shape, lambda local: func(x._local, local, **kwargs))
 
 
+@function_rule("new")
+def legacy_new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`x.new(size)`, which distributions fill: a `torch.Size` is a size, another tuple values."""
+    x, *given = args
+    if given and isinstance(given[0], torch.Size | int) and not kwargs:
+        return handlers[Tensor.new_empty](Tensor.new_empty, args, {})
+    if given and isinstance(given[0], ShardTensor):
+        return given[0].detach()
+    return func(getattr(x, "_local", x), *given, **kwargs)
+
+
 @rule("new_full")
 def new_full(input: ShardTensor, size: Any, fill_value: Any, **kwargs: Any) -> ShardTensor:
     check_number(input, fill_value, kwargs.get("dtype"))
