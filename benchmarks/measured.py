@@ -18,7 +18,8 @@ def held_and_sent(model: nn.Module, x: Tensor, limits: Any) -> tuple[int, list[A
 
     limits: what attention is to take its device for (`plan.estimate.attention_rates`).
     """
-    optimizer = torch.optim.AdamW(model.parameters())
+    # as torch does by default on GPUs
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
 
     def step() -> None:
         model(x).float().square().mean().backward()

@@ -41,7 +41,8 @@ class Mixer(nn.Module):
 
 def stepped(model, x):
     """A step of training, as a plan takes it, and the optimizer's states."""
-    optimizer = torch.optim.AdamW(model.parameters())
+    # as torch does by default on GPUs
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
 
     def step():
         model(x).float().square().mean().backward()

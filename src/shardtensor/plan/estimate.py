@@ -326,7 +326,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Cal
             "the model has no weights to train: plan it with train=False or, where its first "
             "forward makes them, let `make` call it once"
         )
-    update = Update(task.optimizer, trained, ledger, task.booked)
+    update = Update(task.optimizer, trained, ledger, task.booked, device.name != CPU)
 
     def step() -> None:
         ledger.phase("forward")

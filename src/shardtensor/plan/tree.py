@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from .._torch import probe
 # what limits a module, in the order of tables
 LIMITS = ("compute", "memory", "launch", "wire")
 GRADIENTS = "(gradients of weights)"
+OPTIMIZER = "(optimizer)"
 # nodes that add up a weight's gradient have the highest number that there is
 _LEAVES = 2**62
 
@@ -40,6 +41,15 @@ class Places:
         if len(self.inside) > 1:
             self.inside.pop()
         self._note()
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """Inside, that is where it runs."""
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._leave()
 
     def _note(self) -> None:
         self.starts.append(probe.sequence_nr())
@@ -133,7 +143,7 @@ class Tree:
         return told
 
     def _help(self, part: Part, held: float, time: float) -> str:
-        if part.module == GRADIENTS:
+        if part.module in (GRADIENTS, OPTIMIZER):
             return "more samples a step, or fsdp"
         if held >= time and not self.checkpoint:
             outer = _paths(part.module)[min(1, len(_paths(part.module)) - 1)]

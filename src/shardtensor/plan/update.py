@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..later import dt
 from .ledger import Ledger, local
+from .tree import OPTIMIZER
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Update:
     """Called at the end of a step, it updates weights and drops their gradients.
 
     known: by weights' forms, what a step books; ones with an entry are not run. A step that sends,
-    keeps more than before or reads values gets none.
+    keeps more than before or reads values gets none. lists: whether it works on lists of weights,
+    as torch does by default on GPUs.
     """
 
     def __init__(
@@ -38,13 +40,16 @@ class Update:
         weights: Sequence[nn.Parameter],
         ledger: Ledger,
         known: dict[Any, Booked],
+        lists: bool,
     ) -> None:
         self.weights, self.ledger, self.known = weights, ledger, known
-        self.key = tuple(map(_form, weights))
+        self.key = lists, *map(_form, weights)
         self.assumed = len(ledger.known.assumed)
         found = known.get(self.key)
         if found is None:
             self.optimizer = optimizer(weights)
+            if lists:
+                _on_lists(self.optimizer)
             self._begin()
         else:
             for nbytes in found.states:
@@ -67,10 +72,11 @@ class Update:
 
     def __call__(self) -> None:
         found = self.known.get(self.key)
-        if found is not None:
-            self.ledger.repeat(found.moves, found.work)
-        else:
-            self._run()
+        with self.ledger.places.at(OPTIMIZER):
+            if found is not None:
+                self.ledger.repeat(found.moves, found.work)
+            else:
+                self._run()
         for p in self.weights:
             p.grad = None
 
@@ -90,6 +96,14 @@ class Update:
                 [(n - first, b, t) for (n, b), t in zip(booked, when, strict=True)],
                 ledger.work[work:],
             )
+
+
+def _on_lists(optimizer: torch.optim.Optimizer) -> None:
+    """Where the user chose no way, that of weights on a GPU."""
+    for group in optimizer.param_groups:
+        chosen = group.get("fused") or group.get("differentiable")
+        if group.get("foreach", False) is None and not chosen:
+            group["foreach"] = True
 
 
 def _form(p: nn.Parameter) -> Any:
