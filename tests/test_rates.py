@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from shardtensor.observe.network import DGX_H100, Link, Measured, Network
 from shardtensor.plan import device as devices
 from shardtensor.plan import rates as timing
+from shardtensor.plan import renewed
 from shardtensor.plan.calibrate import SHAPE, Found, calibrated, chain, launch_of
 from shardtensor.plan.device import Rate, Rates, device_of, measured_here
 from shardtensor.plan.estimate import H100, Layout, Task, estimate
@@ -151,6 +153,32 @@ def test_memory_that_is_new():
     assert forward.fresh == forward.inside and backward.fresh == 2 * backward.inside > 2**26
     held = works_of(lambda: torch.ones(2**23).add_(1))
     assert held[-1].fresh == 0
+
+
+def test_columns_that_are_new_now_and_then():
+    """Those below 32 MiB, by the share that was measured; no other op's."""
+
+    def step():
+        w = torch.rand(1, 8, 3, 3, 3, requires_grad=True)
+        F.conv3d(torch.rand(1, 8, 8, 8, 8), w, padding=1).sum().backward()
+
+    found = works_of(step)
+    forward, backward = (w for w in found if w.kind.startswith("conv"))
+    assert forward.renewed == forward.inside > 0 and backward.renewed == 2 * backward.inside
+    assert sum(w.renewed for w in found) == 3 * forward.inside
+    kept, new = (replace(planted(), fresh=1e-9, renewed=r) for r in (0.0, 0.5))
+    more = device_of(new).seconds(forward) - device_of(kept).seconds(forward)
+    assert more == pytest.approx(0.5e-9 * forward.inside)
+
+
+def test_ranks_wait_if_any_of_them_has_to(monkeypatch):
+    monkeypatch.setattr(renewed, "_of", lambda _: 0.25 * 2**25)
+    pages = itertools.count()
+    monkeypatch.setattr(renewed, "_faults", lambda: next(pages))
+    # a page is what each of the last block's is
+    assert renewed.share(1) == 1.0
+    monkeypatch.setattr(renewed, "_of", lambda _: 0.25 / 2**25)
+    assert renewed.share(1) == pytest.approx(0.25) and renewed.share(2) == pytest.approx(0.4375)
 
 
 def test_operands_that_are_copied_first():
@@ -303,8 +331,9 @@ def test_measured_by_class(monkeypatch):
     few = [s for s in timing._samples() if s[0] == "gemm"][2:8:2]
     few += [s for s in timing._samples() if s[0] == "reduce"][1:3]
     monkeypatch.setattr(timing, "_samples", lambda: few)
-    found, fresh, why = timing.measure()
-    assert set(found) == {"gemm", "reduce"} and fresh >= 0 and all(isinstance(w, str) for w in why)
+    found, new, why = timing.measure()
+    assert set(found) == {"gemm", "reduce"} and all(isinstance(w, str) for w in why)
+    assert new.seconds >= 0 and 0 <= new.share <= 1
     # a hundred times the arithmetic takes longer
     assert found["gemm"].seconds(1e11, 1e6) > 3 * found["gemm"].seconds(1e9, 1e6)
 
@@ -315,7 +344,7 @@ def test_what_python_adds_is_what_is_left_of_a_step(monkeypatch):
             self.ranks, self.closed = ranks, False
 
         def run(self, _, timeout):
-            return [((planted().classes, 2e-10, ["slow"]), 5e-2)] * self.ranks
+            return [((planted().classes, timing.New(2e-10, 0.25), ["slow"]), 5e-2)] * self.ranks
 
         def close(self):
             self.closed = True
@@ -323,7 +352,7 @@ def test_what_python_adds_is_what_is_left_of_a_step(monkeypatch):
     for ranks in (1, 2):
         pool = Pool(ranks)
         found = calibrated(ranks, DGX_H100, pool)
-        assert found.rates.fresh == 2e-10
+        assert (found.rates.fresh, found.rates.renewed) == (2e-10, 0.25)
         assert found.why == ("slow",) and not pool.closed and found.rates.ranks == ranks
         device = device_of(found.rates)
         one = estimate(Task(chain, [SHAPE], dims=(1,)), Layout(1, (1,), (ranks,)), device)

@@ -17,7 +17,7 @@ from ..tensor.construct import distribute_tensor
 from ..train.parallelize import parallelize
 from .device import Device, Rate, Rates, device_of
 from .estimate import Layout, Task, estimate
-from .rates import busy, load, measure, most, rates, steady
+from .rates import New, busy, load, measure, most, rates, steady
 
 SHAPE = (2, 32, 16)
 # seconds, on a machine that is busy
@@ -55,11 +55,11 @@ def calibrated(ranks: int, network: Network = DGX_H100, pool: Pool | None = None
     """
     mine = pool or Pool(ranks)
     try:
-        (classes, fresh, why), step = mine.run(_measured, timeout=TIMEOUT)[0]
+        (classes, new, why), step = mine.run(_measured, timeout=TIMEOUT)[0]
     finally:
         if pool is None:
             mine.close()
-    bare = rates(classes, ranks, fresh=fresh)
+    bare = rates(classes, ranks, new)
     return Found(replace(bare, launch=launch_of(bare, step, network)), tuple(why))
 
 
@@ -76,7 +76,7 @@ def launch_of(bare: Rates, step: float, network: Network) -> float:
     return max(1e-6, (step - found.compute - sent) / kernels)
 
 
-def _measured() -> tuple[tuple[dict[str, Rate], float, list[str]], float]:
+def _measured() -> tuple[tuple[dict[str, Rate], New, list[str]], float]:
     """On a rank of the pool: rates, why they are not to be kept, and seconds of a step."""
     torch.manual_seed(0)
     found = measure()

@@ -44,7 +44,8 @@ class Rates:
     """What ops take here, with so many ranks at work on this host, each of so many threads.
 
     classes: by class of op, fp32; launch: what Python and autograd take on top of an op, on a
-    ShardTensor where there are several ranks; fresh: of a byte of memory that is new to a process.
+    ShardTensor where there are several ranks; fresh: of a byte of memory that is new to a process;
+    renewed: of columns that are made and given back the share that is new all the same.
     """
 
     host: str
@@ -53,6 +54,7 @@ class Rates:
     classes: dict[str, Rate]
     launch: float
     fresh: float = 0.0
+    renewed: float = 0.0
 
     def of(self, kind: str) -> Rate:
         """Of a class, or of the one that it is a part of."""
@@ -158,7 +160,7 @@ class Device:
         return self._limit(compute, memory), max(compute, memory, self.launch)
 
     def _measured(self, work: Work, rates: Rates) -> tuple[str, float]:
-        memory = work.fresh * rates.fresh
+        memory = (work.fresh + work.renewed * rates.renewed) * rates.fresh
         if work.kind == "nothing":
             return self._limit(0.0, memory), memory + self.launch
         rate = rates.of(work.kind)

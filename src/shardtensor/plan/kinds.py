@@ -53,7 +53,8 @@ class Work(NamedTuple):
 
     moved: bytes of what it reads and writes; kind: its class; inside: bytes that it makes on a CPU
     besides its results, columns of a convolution or scores of attention; fresh: bytes of new memory
-    in blocks that the system has to provide each time; copied: of operands that it first copies.
+    in blocks that the system has to provide each time; copied: of operands that it first copies;
+    renewed: of smaller columns, which it has to provide now and then.
     """
 
     flop: int
@@ -63,6 +64,7 @@ class Work(NamedTuple):
     inside: float = 0
     fresh: float = 0
     copied: float = 0
+    renewed: float = 0
 
 
 def class_of(func: Any, args: Sequence[Any], made: Sequence[Tensor] = ()) -> str:
@@ -113,10 +115,14 @@ def inside(func: Any, args: Sequence[Any], kind: str) -> float:
     return float(x.element_size() * x.shape[0] * prod(places) * prod(weight.shape[1:]))
 
 
-def fresh(kind: str, besides: float, blocks: Iterable[float]) -> float:
-    """Of blocks that an op makes, and of columns for each product, the bytes that are new."""
-    columns = [besides] * (1 + ("backward" in kind)) if kind.endswith(", columns") else []
-    return float(sum(n for n in (*blocks, *columns) if n >= LARGE))
+def fresh(kind: str, besides: float, blocks: Iterable[float]) -> tuple[float, float]:
+    """Of blocks that an op makes, and of columns for each product, the bytes that are new.
+
+    And those of smaller columns, which are at times.
+    """
+    columns = besides * (1 + ("backward" in kind)) if kind.endswith(", columns") else 0.0
+    large = float(sum(n for n in blocks if n >= LARGE))
+    return (large + columns, 0.0) if besides >= LARGE else (large, columns)
 
 
 def copied(kind: str, args: Sequence[Any]) -> float:

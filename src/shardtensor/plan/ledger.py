@@ -163,9 +163,9 @@ class Ledger(probe.Watching):
         kind = class_of(call.func, call.args, made)
         besides = inside(call.func, call.args, kind)
         old = {*map(_block, call.given)}
-        new = fresh(kind, besides, (n for at, n in {*map(_block, made)} - old))
+        new, renewed = fresh(kind, besides, (n for at, n in {*map(_block, made)} - old))
         moved = sum(map(_bytes, every))
-        cost = Work(flop, moved, dtype, kind, besides, new, copied(kind, call.args))
+        cost = Work(flop, moved, dtype, kind, besides, new, copied(kind, call.args), renewed)
         if call.entry is not None:
             call.entry.cost = cost
         return cost

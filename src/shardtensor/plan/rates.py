@@ -9,13 +9,14 @@ from functools import partial
 from itertools import combinations
 from math import prod
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import renewed
 from .device import Rate, Rates
 from .kinds import LARGE, class_of, inside
 
@@ -104,17 +105,23 @@ def busy(times: Sequence[float], wall: float, cpu: float) -> str:
     return ""
 
 
-def measure() -> tuple[dict[str, Rate], float, list[str]]:
-    """Rates by class, of all ranks at work at once, and seconds of a byte of memory that is new.
+class New(NamedTuple):
+    """Memory that is new: seconds of a byte; of columns that are made and given back its share."""
 
-    And why they are not to be kept.
+    seconds: float
+    share: float
+
+
+def measure() -> tuple[dict[str, Rate], New, list[str]]:
+    """Rates by class, of all ranks at work at once; of new memory; why they are not to be kept.
 
     Called on every rank; the same on all.
     """
+    # before memory is at hand
+    share = renewed.share(dist.get_world_size() if _several() else 1)
     reasons = [busy(*load())]
     found: dict[str, list[tuple[float, float, float]]] = {}
     unstable, count = 0, 0
-    # before memory is at hand
     fresh = _of_fresh()
     _keep_memory()
     for kind, (make, flop, moved) in _samples():
@@ -124,7 +131,7 @@ def measure() -> tuple[dict[str, Rate], float, list[str]]:
     reasons.append(busy(*load()))
     if unstable > count / 5:
         reasons.append(f"{unstable} of {count} measurements did not become stable")
-    *worst, fresh = most([s for rows in found.values() for _, _, s in rows] + [fresh])
+    *worst, fresh, share = most([s for rows in found.values() for _, _, s in rows] + [fresh, share])
     told = most([float(bool(r)) for r in reasons])
     times = iter(worst)
     rates = {}
@@ -132,7 +139,7 @@ def measure() -> tuple[dict[str, Rate], float, list[str]]:
         rows = [(flop, moved, next(times)) for flop, moved, _ in rows]
         rates[kind] = fitted(rows) if any(flop for flop, _, _ in rows) else between(rows)
     why = [r or "another rank's core is busy" for r, t in zip(reasons, told, strict=False) if t]
-    return rates, fresh, list(dict.fromkeys(why))
+    return rates, New(fresh, share), list(dict.fromkeys(why))
 
 
 def _keep_memory() -> None:
@@ -366,6 +373,6 @@ def _attention(shape: tuple[int, ...]) -> Iterator[tuple[str, Work]]:
     yield "attention backward", (back, 5 * product, 8 * size + scores)
 
 
-def rates(classes: dict[str, Rate], ranks: int, launch: float = 0.0, fresh: float = 0.0) -> Rates:
+def rates(classes: dict[str, Rate], ranks: int, new: New, launch: float = 0.0) -> Rates:
     """These, of this host and as many threads as this process has."""
-    return Rates(socket.gethostname(), ranks, torch.get_num_threads(), classes, launch, fresh)
+    return Rates(socket.gethostname(), ranks, torch.get_num_threads(), classes, launch, *new)
