@@ -165,3 +165,11 @@ def into_shards():
 
 def test_plain_operands_into_shards():
     st.simulate(2, into_shards)
+
+
+@pytest.mark.filterwarnings("ignore::shardtensor.FallbackWarning")
+def test_other_names_of_writes_into_plain_tensors():
+    def written(a, b):
+        return (a * 1).multiply_(b).arctan2_(b).subtract_(b)
+
+    T.hold(written, [x, x + 5], [None, T.shard(1)], (2,), gather=True)

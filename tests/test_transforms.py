@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import Partial, Shard
 
 import shardtensor as st
-from shardtensor.ranks.testing import full, hold, make_mesh, shard, simulate
+from shardtensor.ranks.testing import On, full, hold, make_mesh, shard, simulate
 
 D = torch.float64
 W = torch.randn(3, 3, 3, 3, dtype=D, generator=torch.Generator().manual_seed(2))
@@ -354,3 +354,12 @@ def test_derivatives_of_tangents(name):
         for got in simulate(len(cut), rank, cut):
             for y, w in zip(got, want, strict=True):
                 assert torch.allclose(y, w, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_of_addends_that_is_captured():
+    def product(a, w):
+        return torch.func.grad(lambda q: (q.sin() * a).sum())(w)
+
+    a, w = torch.randn(2, 4, 6, dtype=D).unbind()
+    for places in ([On([Partial()]), None], [On([Partial()]), shard(1)]):
+        hold(product, [a, w], places, (2,))

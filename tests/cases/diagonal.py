@@ -22,6 +22,8 @@ COPIES = {
     "unfold_copy": lambda x: torch.unfold_copy(x, 0, 3, 1),
     "alias_copy": lambda x: torch.alias_copy(x),
     "select_copy": lambda x: torch.select_copy(x, 0, 2),
+    "complex_copy": lambda x: torch.view_as_complex_copy(x[..., :2].detach().contiguous()),
+    "real_copy": lambda x: torch.view_as_real_copy(torch.complex(x, x + 1)),
     "slice_copy": lambda x: torch.slice_copy(x, 0, 1, 3),
     "unbind_copy": lambda x: torch.unbind_copy(x, 1),
     "split_copy": lambda x: torch.split_copy(x, 2),

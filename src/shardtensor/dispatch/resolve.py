@@ -36,7 +36,8 @@ _REFLECTED |= {"rand", "ror", "rxor", "rlshift", "rrshift"}
 _PLAIN_DUNDER = {"add", "sub", "mul", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "neg"}
 _PLAIN_DUNDER |= {"abs", "getitem", "setitem", "pos"}
 _ALIASES = {"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
-_ALIASES |= {"_is_all_true": "all", "_is_any_true": "any"}
+_ALIASES |= {"arctan2": "atan2", "_is_all_true": "all", "_is_any_true": "any"}
+_ALIASES |= {f"{name}_": f"{op}_" for name, op in _ALIASES.items()}
 # elementwise, though torch does not tag them so
 _UNTAGGED = {"hardswish", "hardswish_", "log_sigmoid", "complex", "polar", "floor_divide"}
 # they change what the tensor looks like, not what it holds

@@ -96,7 +96,8 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 _VIEWS = (
     "view", "expand", "permute", "t", "transpose", "squeeze", "unsqueeze", "diagonal", "unfold",
-    "select", "unbind", "split", "split_with_sizes", "detach", "slice", "alias",
+    "select", "unbind", "split", "split_with_sizes", "detach", "slice", "alias", "view_as_real",
+    "view_as_complex",
 )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
-        view = getattr(torch.Tensor, name, torch.ops.aten.slice.Tensor)
+        view = getattr(torch.Tensor, name, getattr(torch, name, torch.ops.aten.slice.Tensor))
         made = handlers[view](view, args, kwargs)
     rows = torch.contiguous_format
     if isinstance(made, Tensor):

@@ -214,7 +214,7 @@ def check_number(x: Tensor, value: Any, dtype: torch.dtype | None = None) -> Non
 
 # ops that keep every element in place and depend on nothing else
 @function_rule(
-    "clone", "contiguous", "detach", "detach_", "alias", "view_as_real_copy", "requires_grad_",
+    "clone", "contiguous", "detach", "detach_", "alias", "requires_grad_",
     "_conj", "conj", "resolve_conj", "resolve_neg", "pin_memory", "lift_fresh", "positive", "real",
     "imag", "_conj_physical", "_neg_view",
 )  # fmt: skip

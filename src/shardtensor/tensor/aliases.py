@@ -201,7 +201,8 @@ def relate(copy: Tensor, base: Tensor, op: str = "") -> Piece | None:
 
     op: "" where the copy is the base with its partial sums added up.
     """
-    if base.requires_grad and not (copy.requires_grad or torch.is_inference_mode_enabled()):
+    untracked = torch.is_inference_mode_enabled() or _torch.functorch_level() is not None
+    if base.requires_grad and not (copy.requires_grad or untracked):
         # as of a view that was made without gradients
         copy.requires_grad_()
     own, other = _torch.storage(copy), _torch.storage(base)
