@@ -45,8 +45,7 @@ class Written(nn.Module):
         self.register_buffer("seen", torch.zeros(4))
 
     def forward(self, x):
-        # added: of a factor torch 2.13's own compiler would save what is written later
-        x = x + self.seen
+        x = x * (self.seen + 1)
         with torch.no_grad():
             self.seen.add_(1).mul_(0.5)
         return self.linear(x + self.seen).relu_()

@@ -31,6 +31,8 @@ from .world import silent_world
 _aten = torch.ops.aten
 # set while modes look on above autograd
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+# what a graph calls to record gradients or not
+SET_GRAD = torch._C._set_grad_enabled
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
 # attention's kernels on CPUs, of which torch counts none, and those that compute as much
 _COUNTED_AS = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..comm.deferred import Twin, slot_of
@@ -55,7 +56,7 @@ class Own:
             for (name, x), seen in zip(local.items(), self.seen, strict=True)
         }
 
-    def used(self, graph: GraphModule, written: set[Node]) -> list[str]:
+    def used(self, graph: GraphModule, written: Container[Node]) -> list[str]:
         """The names whose second inputs the graph needs; it has no others afterwards.
 
         written: the nodes that the graph writes to.
@@ -118,3 +119,20 @@ def _value(x: Any) -> Any:
         # what it holds is among what is read
         return type(x), id(x)
     return type(x), x
+
+
+def state_of(fn: Any) -> dict[str, Tensor]:
+    if not isinstance(fn, nn.Module):
+        return {}
+    return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+
+
+def using(fn: Any, own: dict[str, Tensor]) -> Any:
+    return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
+
+
+def replaced(fn: Any, own: dict[str, Tensor]) -> str:
+    """A parameter or buffer that is another tensor than it was given as."""
+    now = state_of(fn)
+    found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
+    return f"the parameter or buffer {found[0]}" if found else ""

@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -34,13 +33,14 @@ from ..spec import Spec
 from ..tensor import ShardTensor, random, wrap
 from ..tensor.apart import note
 from ..tensor.tape import Tape
-from . import varied
+from . import varied, writes
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
-from .inputs import Own, key_of, parted, parts_of, seen
+from .inputs import Own, key_of, parted, parts_of, replaced, seen, state_of, using
 from .refused import NoHooks, NoWrites, check_whole, without_generators
 from .varied import Varied
+from .writes import Before
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class _Graph:
     """A compiled program, what it reads, the form of its result, what it draws.
 
     twins: the parameters whose gradients are summed later, by name. varied: inputs whose gradients
-    are summed over ranks. specs: of all that its functions took.
+    are summed over ranks. before: inputs that it takes copies of. specs: of all its functions took.
     """
 
     run: Callable[..., Any]
@@ -151,6 +151,7 @@ class _Graph:
     draws: list[Draw]
     twins: list[str]
     varied: list[Varied]
+    before: list[Before]
     specs: list[Spec]
 
 
@@ -194,7 +195,7 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
-        state = _state(self.fn)
+        state = state_of(self.fn)
         try:
             parts = parts_of(state, leaves)
         except UnsupportedOpError as e:
@@ -217,7 +218,8 @@ class Compiled:
         tensors = [x for x in given if isinstance(x, Tensor)]
         try:
             inputs = [*own.tensors, *own.twins(graph.twins), *tensors, *drawn]
-            flat = graph.run(*inputs, *varied.values(graph.varied, inputs))
+            copies = writes.values(graph.before, inputs)
+            flat = graph.run(*inputs, *varied.values(graph.varied, inputs), *copies)
         except (RuntimeError, IndexError) as e:
             note(e, self.fn, graph.specs, {})
             raise
@@ -299,7 +301,7 @@ class Compiled:
             kept = [x._local if isinstance(x, ShardTensor) else x for x in given]
             args, kwargs = pytree.tree_unflatten(given, tree)
             with (
-                _using(self.fn, own),
+                using(self.fn, own),
                 recording(inputs, tape, lambda: (self.fn, args, kwargs)) as reads,
                 setting("tape", tape),
                 hooks,
@@ -312,7 +314,7 @@ class Compiled:
                     # what was done so far will be done again
                     reads.restore()
                     raise
-                changed = reads.changed() or _replaced(self.fn, own)
+                changed = reads.changed() or replaced(self.fn, own)
                 if changed:
                     reads.restore()
             if any(
@@ -351,9 +353,12 @@ class Compiled:
             torch.set_grad_enabled(grad)
             tape.close()
         check_whole(graph)
+        places = (n for n in graph.graph.nodes if n.op == "placeholder")
+        graded = {n for n, x in zip(places, tensors, strict=True) if grad and x.requires_grad}
         draws = hoist(graph, tape)
-        twins = state.used(graph, varied.written(graph.graph.nodes))
+        twins = state.used(graph, writes.written(graph.graph.nodes))
         further = varied.hoist(graph)
+        before = writes.hoist(graph, graded)
         # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
         for node in reversed(graph.graph.nodes):
             if getattr(node.target, "namespace", "") == "profiler":
@@ -363,28 +368,11 @@ class Compiled:
         # forward: hooks of all modules are part of the graph already
         modes = _modes(self.fn)
         run = self.programs.of(graph, (modes[0], *modes[2:]), self.options)
-        return _Graph(run, form[0], form[1], draws, twins, further, [*hooks.specs]), changed
+        return _Graph(run, form[0], form[1], draws, twins, further, before, [*hooks.specs]), changed
 
 
 def _name(fn: Any) -> str:
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
-
-
-def _state(fn: Any) -> dict[str, Tensor]:
-    if not isinstance(fn, nn.Module):
-        return {}
-    return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
-
-
-def _using(fn: Any, own: dict[str, Tensor]) -> Any:
-    return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
-
-
-def _replaced(fn: Any, own: dict[str, Tensor]) -> str:
-    """A parameter or buffer that is another tensor than it was given as."""
-    now = _state(fn)
-    found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
-    return f"the parameter or buffer {found[0]}" if found else ""
 
 
 def _modes(fn: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .. import _torch
 from ..comm.sums import Identity, reduce, vary_op
+from .writes import written
 
 
 class Varied(NamedTuple):
@@ -80,30 +81,3 @@ class _Vary(Identity):
             for g, shape in zip(grads, ctx.shapes, strict=True)
         ]
         return None, *reduce(parts, "sum", ctx.about)
-
-
-def written(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes whose memory, or a view of it, is written to."""
-    found: set[fx.Node] = set()
-    # what the result of a node may share memory with
-    shared: dict[fx.Node, set[fx.Node]] = {}
-    for node in nodes:
-        schema = getattr(node.target, "_schema", None)
-        shared[node] = {node}
-        if node.target is operator.getitem or (
-            schema and any(r.alias_info for r in schema.returns)
-        ):
-            for x in node.all_input_nodes:
-                shared[node] |= shared[x]
-        for i, argument in enumerate(schema.arguments if schema else ()):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                for n in _nodes(given):
-                    found |= shared[n]
-    return found
-
-
-def _nodes(x: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(x, found.append)
-    return found
