@@ -15,10 +15,10 @@ largest of so many draws takes. limit: the largest of what a rank spends beyond 
     latency, bytes    of messages
     waiting     for the slowest rank
 
-Fake tensors have no device: batch norm and attention count with the kernels of their programs in
-plain ops, of which GPUs run fewer. The graph is a cube of 27-point stencils in parts of equal size
-along a Morton curve: the rows that `Topology.gather` sends and `scatter` sends back are counted
-from it, and its layers run on a shard.
+Fake tensors have no device: batch norm, and the merges of a ring's blocks, count with the kernels
+of their programs in plain ops, of which GPUs run fewer. The graph is a cube of 27-point stencils in
+parts of equal size along a Morton curve: the rows that `Topology.gather` sends and `scatter` sends
+back are counted from it, and its layers run on a shard.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def shape_of(case: Case, n: int, kind: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=[*CASES, "graph"])
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "graph"], default=[*CASES, "graph"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64, 512, 4096])
     parser.add_argument("--jitter", type=float, default=0.02)
     parser.add_argument("--csv", type=Path)
