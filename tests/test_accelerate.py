@@ -221,6 +221,12 @@ for options in ({}, {"fsdp": "all"}):
         state = found["state"]
         assert [s["step"] for s in state.values()] == [1] * len(had)
         assert all(torch.equal(s["exp_avg"], m) for s, m in zip(state.values(), had, strict=True))
+from accelerate.local_sgd import LocalSGD
+try:
+    with LocalSGD(accelerator, net, 4):
+        raise AssertionError
+except ValueError as e:
+    assert "accumulate() needs none" in str(e)
 net, optimizer, _ = made()
 accelerator.prepare(net)
 # made before the parameters were replaced, and not prepared with them

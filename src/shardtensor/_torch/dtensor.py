@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -99,6 +100,43 @@ def let_styles_pass(ours: type[torch.Tensor]) -> None:
             style._prepare_output_fn = staticmethod(through(style._prepare_output_fn))
 
     when_loaded("torch.distributed.tensor.parallel", let_pass)
+
+
+class _ByRank(dict[Any, Any]):
+    """What torch keeps for the process, kept for each of the ranks that are its threads."""
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__((_rank(), key))
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__((_rank(), key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__((_rank(), key), value)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def plan_by_rank() -> None:
+    """Let each rank plan for itself how DTensors are cut anew, where ranks are threads.
+
+    torch (2.13, 2.14) keeps plans for the process; those of uneven shards depend on the rank.
+    """
+
+    def replace(_: Any) -> None:
+        from torch.distributed.tensor import _redistribute as module
+
+        if hasattr(module, "_planner_cache"):
+            plans = functools.cache(
+                lambda rank, *specs: module._gen_transform_infos_non_cached(*specs)
+            )
+            module._planner_cache = _ByRank()
+            module._gen_transform_infos = lambda *specs: plans(_rank(), *specs)
+            module._gen_transform_infos.cache_clear = plans.cache_clear
+
+    when_loaded("torch.distributed.tensor", replace)
 
 
 def agree_on_overflow() -> None:

@@ -173,8 +173,13 @@ class Accelerator(accelerate.Accelerator):
             return model
         assert self.mesh is not None
         model = parallelize(model, self.mesh, self.options)
-        vars(model)["_trains_on_shards"] = True
+        vars(model).update(_trains_on_shards=True, no_sync=_no_sync)
         return model
+
+    @contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        # each backward averages what it adds: accumulated, that is the mean of all
+        yield
 
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
         if getattr(optimizer, "_is_accelerate_prepared", False) or self.options.fsdp is None:
@@ -345,6 +350,14 @@ class Scheduler(AcceleratedScheduler):
             most = getattr(self.scheduler, "total_steps", None)
             if most is None or self.scheduler._step_count <= most:
                 super().step(*args, **kwargs)
+
+
+def _no_sync() -> None:
+    raise ValueError(
+        "no_sync: gradients are averaged as backward makes them, and accumulate() needs none. In "
+        "place of LocalSGD parallelize over the domain alone, and average weights over the data "
+        "axis by torch's PostLocalSGDOptimizer"
+    )
 
 
 def full(tree: Any) -> Any:

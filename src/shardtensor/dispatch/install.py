@@ -41,3 +41,4 @@ def install() -> None:
     checkpoint.install_recomputed(functions.recomputed_from)
     dtensor.let_styles_pass(ShardTensor)
     dtensor.agree_on_overflow()
+    dtensor.plan_by_rank()

@@ -72,6 +72,7 @@ def shard(
     samples. Returns the 0-dim parameters, which FSDP2 does not take: replicated DTensors whose
     gradients are still to be summed.
     """
+    _check_dense(model)
     over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
     policy = fsdp2.MixedPrecisionPolicy()
     if options.precision is not None:
@@ -94,6 +95,17 @@ def shard(
                 # after FSDP2's own hook, which puts whole parameters in place
                 module.register_forward_pre_hook(lambda m, _: _mark(m, tensor, slot))
     return kept
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Raise ValueError for embeddings whose gradients are sparse."""
+    for name, module in model.named_modules():
+        table = getattr(module, "weight", None)
+        if getattr(module, "sparse", False) is True and getattr(table, "requires_grad", False):
+            raise ValueError(
+                f"parallelize(fsdp=...): {name or 'the model'} ({type(module).__name__}) has "
+                "sparse gradients, which FSDP2 does not sum; make it with sparse=False"
+            )
 
 
 def _mend(model: nn.Module, _: Any) -> None:

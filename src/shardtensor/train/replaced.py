@@ -13,6 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .optimizers import check_sharded
+
 # how often parameters were replaced; for each optimizer, when it was looked at
 _times = 0
 _seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -50,13 +52,13 @@ def _watch() -> None:
 def _check(optimizer: Optimizer, *_: Any) -> None:
     if _seen.get(optimizer) == _times:
         return
-    _seen[optimizer] = _times
     for by in _replaced(p for group in optimizer.param_groups for p in group["params"]):
-        del _seen[optimizer]
         raise ValueError(
             f"this {type(optimizer).__name__} holds parameters that {by} has replaced in their "
             f"model, so it would step nothing: make the optimizer after {by}"
         )
+    check_sharded(optimizer)
+    _seen[optimizer] = _times
 
 
 def _replaced(parameters: Iterable[nn.Parameter]) -> Iterator[str]:
