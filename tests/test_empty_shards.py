@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, same, simulate
@@ -110,6 +110,22 @@ def held(fn, x, sizes):
 @pytest.mark.parametrize("name", OPS)
 def test_derivatives_of_every_order(name, sizes):
     held(OPS[name], rand(5, 4), sizes)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 0), (0, 4)])
+@pytest.mark.parametrize("rows", [[Replicate()], [Shard(1)]])
+def test_derivatives_of_a_table(sizes, rows):
+    wants = programs(lambda table: F.embedding(INDEX, table), W.clone().requires_grad_())
+
+    def run():
+        mesh = make_mesh((len(sizes),))
+        index = st.distribute_tensor(INDEX, mesh, [Shard(0)], sizes={0: sizes})
+        table = st.distribute_tensor(W, mesh, rows, src_data_rank=None).requires_grad_()
+        found = programs(lambda table: F.embedding(index, table), table)
+        for i, (got, want) in enumerate(zip(found, wants, strict=True)):
+            same(got.detach(), want.detach(), f"order {i}", 1e-9, 1e-11)
+
+    simulate(len(sizes), run)
 
 
 # torch.cat leaves the graph of a vector without elements out

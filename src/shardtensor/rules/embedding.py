@@ -19,6 +19,7 @@ from ..tensor.apart import of_rows
 from ..tensor.redistribute import local_of, reduced
 from . import labels
 from .agreed import agreed
+from .empty import cut
 from .pointwise import function_rule
 
 
@@ -53,7 +54,7 @@ def embedding(
     same = not p.spec(p.terms[1]).varying
     if not p.summed:
         rest = (padding_idx, scale_grad_by_freq, sparse)
-        return p.result(of_rows(weight, same, torch.embedding, w, i, *rest))
+        return p.result(of_rows(weight, same, _looked_up, w, i, *rest))
     rows = p.spec(("v",))
     ((first, last),) = rows.spans
     mine = (i >= first) & (i < last)
@@ -63,8 +64,17 @@ def embedding(
     at = torch.where(others, 0, i - first)
     if not w.shape[0]:
         w, at = w.new_zeros(1, w.shape[1]) + w.sum(), torch.where(others, 0, -1)
-    found = of_rows(weight, same, torch.embedding, w, at, own)
+    found = of_rows(weight, same, _looked_up, w, at, own)
     return p.result(torch.where(mine.unsqueeze(-1), found, 0))
+
+
+def _looked_up(weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    """torch.embedding; where no index is there, of one: torch's second derivative needs some."""
+    if indices.numel() or not weight.shape[0]:
+        return torch.embedding(weight, indices, *rest)
+    shape = (*indices.shape, weight.shape[1])
+    one = indices.new_zeros([max(1, n) for n in indices.shape])
+    return cut(torch.embedding(weight, one, *rest), shape)
 
 
 @rule("embedding_renorm_")
