@@ -3,6 +3,7 @@
 import importlib
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -179,6 +180,26 @@ def test_ranks_wait_if_any_of_them_has_to(monkeypatch):
     assert renewed.share(1) == 1.0
     monkeypatch.setattr(renewed, "_of", lambda _: 0.25 / 2**25)
     assert renewed.share(1) == pytest.approx(0.25) and renewed.share(2) == pytest.approx(0.4375)
+
+
+def test_products_of_fp32_are_of_tf32_where_torch_lets_them():
+    square = partial(torch.rand, 4096, 4096)
+    conv = works_of(lambda: F.conv2d(torch.rand(8, 64, 256, 256), torch.rand(64, 64, 3, 3)))[-1]
+    product = works_of(lambda: square() @ square())[-1]
+    half = works_of(lambda: square().bfloat16() @ square().bfloat16())[-1]
+    peaks = [2 * w.flop / H100.seconds(w) for w in (conv, product, half)]
+    assert peaks == pytest.approx([494.5e12, 67e12, 989e12])
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            peaks = [2 * w.flop / H100.seconds(w) for w in (conv, product)]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert peaks == pytest.approx([67e12, 494.5e12])
+    # with no table of its own for TF32
+    assert replace(H100, flops={32: 1e12}).seconds(product) == pytest.approx(
+        2 * product.flop / 1e12
+    )
 
 
 def test_operands_that_are_copied_first():

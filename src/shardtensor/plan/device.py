@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from ..observe.network import folder
 from .kinds import Work
 
 CPU = "cpu"
+# bits of a number in TF32, of which tensor cores make products of fp32
+TF32 = 19
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,11 @@ class Rates:
 class Device:
     """Memory (bytes), memory bandwidth (bytes/s) and dense FLOP/s by bits of the dtype.
 
-    efficiency: the share of the peak that products reach; launch: the least time of an op (s). Both
-    are assumptions, where there are no `rates` that were measured. hides: the share of messages
-    that is sent while ops run. hosted: of a host, whose memory its ranks share, what was measured
-    by how many of them were at work. host: bytes/s to host memory, and from there.
+    Of fp32 there are two, by 32 bits and by those of TF32. efficiency: the share of the peak that
+    products reach; launch: the least time of an op (s). Both are assumptions, where there are no
+    `rates` that were measured. hides: the share of messages that is sent while ops run. hosted: of
+    a host, whose memory its ranks share, what was measured by how many of them were at work. host:
+    bytes/s to host memory, and from there.
     """
 
     name: str
@@ -153,7 +157,7 @@ class Device:
             return self._measured(work, self.rates)
         if work.kind == "nothing":
             return "launch", self.launch
-        wide = 8 * work.dtype.itemsize
+        wide = _bits(work)
         bits = min((b for b in self.flops if b >= wide), default=max(self.flops))
         compute = work.flop / (self.flops[bits] * self.efficiency)
         memory = work.moved / self.bandwidth
@@ -176,6 +180,16 @@ class Device:
         """What takes longest."""
         longest = max(compute, memory, self.launch)
         return "launch" if longest == self.launch else "compute" if longest == compute else "memory"
+
+
+def _bits(work: Work) -> int:
+    """Of what products multiply: of fp32 those of TF32, where torch lets kernels round to it."""
+    if work.dtype is torch.float32:
+        backends: Any = torch.backends
+        is_conv = work.kind.startswith("conv")
+        if (backends.cudnn.conv if is_conv else backends.cuda.matmul).fp32_precision == "tf32":
+            return TF32
+    return 8 * work.dtype.itemsize
 
 
 def measured_here(ranks: int = 0) -> Device:
@@ -208,8 +222,9 @@ def _memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-# datasheets, SXM: fp32 without tensor cores, 16 bit dense; PCIe of 16 lanes
-A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, 16: 312e12}, host=32e9)
-H100 = Device("h100", 80e9, 3.35e12, {64: 67e12, 32: 67e12, 16: 989e12})
-H200 = Device("h200", 141e9, 4.8e12, {64: 67e12, 32: 67e12, 16: 989e12})
+# datasheets, SXM: fp32 without tensor cores, TF32 and 16 bit dense; PCIe of 16 lanes
+A100 = Device("a100", 80e9, 2.0e12, {64: 19.5e12, 32: 19.5e12, TF32: 156e12, 16: 312e12}, host=32e9)
+HOPPER = {64: 67e12, 32: 67e12, TF32: 494.5e12, 16: 989e12}
+H100 = Device("h100", 80e9, 3.35e12, HOPPER)
+H200 = Device("h200", 141e9, 4.8e12, HOPPER)
 DEVICES = {d.name: d for d in (A100, H100, H200)}

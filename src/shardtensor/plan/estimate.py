@@ -289,6 +289,7 @@ def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, R
             latency=link.latency, bandwidth=link.bandwidth,
         )
         for bits, flops in device.flops.items()
+        if bits % 8 == 0
     }  # fmt: skip
 
 
