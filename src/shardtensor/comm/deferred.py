@@ -69,6 +69,11 @@ def slot_of(x: Tensor) -> Slot | None:
     return getattr(x, SLOT, None)
 
 
+def slots_of(tensors: Sequence[Tensor]) -> list[Slot | None]:
+    """The slot of each of them."""
+    return [getattr(x, SLOT, None) for x in tensors]
+
+
 def check_mesh(slot: Slot, group: str, mesh: DeviceMesh) -> None:
     """Raise ValueError if a parameter's gradient is the sum over more ranks than share the sample.
 

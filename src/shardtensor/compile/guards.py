@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
-from itertools import chain, repeat
-from operator import is_
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ..tensor.tape import Tape
 from .attributes import HOOKS, MISSING, Slots, noting, put_attribute, watch
 from .code import names_of, of_user, operators
 from .contents import HOLDERS, describe, held, is_described, put_back
+from .identity import Identity, content_of
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
@@ -202,8 +202,8 @@ class Reads:
         if names & {"type", "__class__"}:
             self._of_classes(names_of(x.__code__, strings=True), self.owners)
         for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
-            self.cells.append((cell, _content(cell), name))
-            self.reach(_content(cell), name)
+            self.cells.append((cell, content_of(cell), name))
+            self.reach(content_of(cell), name)
         for default in (x.__defaults__, x.__kwdefaults__):
             self.reach(default, "a default")
         for name in names:
@@ -226,51 +226,22 @@ class Reads:
 
     def close(self) -> None:
         """Make the comparison fast; nothing is noted any more."""
-        slots = self.slots.values()
-        self.fast: list[Any] = [
-            (kind.get, *map(list, zip(*found, strict=True)))
-            for kind in (dict, types.MappingProxyType)
-            if (found := [s for s in slots if isinstance(s[0], kind)])
+        self.other = [
+            s for s in self.slots.values() if not isinstance(s[0], dict | types.MappingProxyType)
         ]
-        self.other = [s for s in slots if not isinstance(s[0], dict | types.MappingProxyType)]
-        self.maps = [d for d, _, _ in self.dicts]
-        self.rows = [x for x, _, _ in self.lists if isinstance(x, list | deque)]
-        self._know()
-        self.typed = [[x for x, _ in self.kinds], [k for _, k in self.kinds]]
+        noted = (self.dicts, self.lists, self.cells, self.kinds)
+        self.identity = Identity(self.slots, *([x for x, *_ in some] for some in noted))
         self.known.clear()
         self.owners.clear()
         self.draws = None
 
-    def _know(self) -> None:
-        """Take what is there now as that which is compared by identity."""
-        self.sizes = [len(x) for x in (*self.maps, *self.rows)]
-        self.held = [*self._held()]
-        for get, mappings, names, values in self.fast:
-            values[:] = map(get, mappings, names, repeat(MISSING))
-
-    def _held(self) -> Iterator[Any]:
-        yield from chain.from_iterable(self.maps)
-        yield from chain.from_iterable(map(_values, self.maps))
-        yield from chain.from_iterable(self.rows)
-        for cell, _, _ in self.cells:
-            yield _content(cell)
-
     def hold(self) -> bool:
         """Whether all is as it was when it was read."""
-        same = (
-            all(
-                all(map(is_, map(get, mappings, names, repeat(MISSING)), values))
-                for get, mappings, names, values in self.fast
-            )
-            and [len(x) for x in (*self.maps, *self.rows)] == self.sizes
-            and all(map(is_, self._held(), self.held))
-            and all(map(is_, map(type, self.typed[0]), self.typed[1]))
-        )
-        if not same:
+        if not self.identity.same():
             if self.changed():
                 return False
             # equal ones in place of those that were: the next comparison is fast again
-            self._know()
+            self.identity.take()
         return all(_same(m.get(n, MISSING), v) for m, n, v in self.other) and all(
             describe(x) == had for x, had, _ in self.described
         )
@@ -290,8 +261,8 @@ class Reads:
             if len(x) != len(had) or not all(map(_same, x, had)):
                 return f"what {name} holds"
         for cell, had, name in self.cells:
-            if not _same(_content(cell), had):
-                return f"{name}: {_short(had)} -> {_short(_content(cell))}"
+            if not _same(content_of(cell), had):
+                return f"{name}: {_short(had)} -> {_short(content_of(cell))}"
         for x, kind in self.kinds:
             if type(x) is not kind:
                 return f"the class of a {kind.__name__}"
@@ -340,23 +311,12 @@ def _unhooked(attributes: Any) -> dict[str, Any]:
     return {k: v for k, v in attributes.items() if k not in HOOKS}
 
 
-def _values(x: Any) -> Any:
-    return x.values()
-
-
 def _dict_of(x: Any) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = object.__getattribute__(x, "__dict__")
     except AttributeError:
         return None
     return found
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return MISSING
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..comm.deferred import Twin, slot_of
+from ..comm.deferred import Twin, slots_of
 from ..comm.sums import vary
 from ..dispatch.axes import as_shards
 from ..errors import UnsupportedOpError
 from ..later import dt
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
+from .members import Members, members_of
+
+_form = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 class Own:
@@ -26,35 +30,55 @@ class Own:
     it meets a shard it is the second, which leaves the sum to its slot.
     """
 
-    def __init__(self, state: dict[str, Tensor], parts: list[tuple[Any, Tensor]]) -> None:
-        self.names = list(state)
-        self.seen = [seen for seen, _ in parts]
-        self.tensors = [x for _, x in parts]
+    def __init__(self, members: Members, parts: list[tuple[Any, Tensor]] | None) -> None:
+        # parts: None where all are plain
+        self.names, self.form = members.names, members.form
+        self.originals = members.tensors
+        self.seen, self.tensors, self.places = None, members.tensors, members.places
+        if parts is not None:
+            self.seen = [seen for seen, _ in parts]
+            self.tensors = [x for _, x in parts]
+            self.places = {id(x): i for i, x in enumerate(self.tensors)}
         self.slots: dict[str, tuple[Any, Tensor]] = {}
         if torch.is_grad_enabled():
-            for name, p, x in zip(self.names, state.values(), self.tensors, strict=True):
-                slot = slot_of(p)
-                if slot is not None and x.requires_grad:
-                    self.slots[name] = slot, x
+            slots = slots_of(self.originals)
+            self.slots = {
+                names[0]: (slot, x)
+                for names, slot, x in zip(self.names, slots, self.tensors, strict=True)
+                if slot is not None and x.requires_grad
+            }
 
     def key(self) -> tuple[Any, ...]:
         """What a graph is for."""
-        groups = tuple((name, slot.group) for name, (slot, _) in self.slots.items())
-        return key_of(self.tensors), tuple(self.seen), groups
+        groups = tuple([(name, slot.group) for name, (slot, _) in self.slots.items()])
+        forms = tuple(map(_form, self.tensors)), tuple(map(Tensor.stride, self.tensors))
+        return self.form, forms, self.seen and tuple(self.seen), groups
 
     def doubles(self) -> list[Tensor]:
         """What to trace the second inputs with."""
         return [x.detach().requires_grad_() for _, x in self.slots.values()]
 
-    def inside(self, given: Iterator[Tensor]) -> dict[str, Tensor]:
-        """The state that a traced module has, of the first inputs of a graph."""
-        local = {name: next(given) for name in self.names}
+    def inside(
+        self, given: Iterator[Tensor], leaves: Sequence[Any], again: Iterable[tuple[int, int]]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """What a traced call has of the inputs of a graph: its module's state, and its leaves."""
+        local = [next(given) for _ in self.names]
+        first = {names[0]: x for names, x in zip(self.names, local, strict=True)}
         for name, (slot, _) in self.slots.items():
-            local[name]._shardtensor_slot = Twin(slot.group, next(given))  # type: ignore[attr-defined]
-        return {
-            name: x if seen is None else wrap(x, *seen)
-            for (name, x), seen in zip(local.items(), self.seen, strict=True)
-        }
+            first[name]._shardtensor_slot = Twin(slot.group, next(given))  # type: ignore[attr-defined]
+        kinds = self.seen or [None] * len(local)
+        own = [x if seen is None else wrap(x, *seen) for x, seen in zip(local, kinds, strict=True)]
+        # what the caller has once is one object inside, too
+        made = dict(zip(map(id, self.originals), own, strict=True))
+        repeated = dict(again)
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and id(x) not in made:
+                if i not in repeated:
+                    local.append(next(given))
+                y = local[repeated.get(i, -1)]
+                made[id(x)] = wrap(y, x._spec, x._strides) if isinstance(x, ShardTensor) else y
+        state = {name: x for names, x in zip(self.names, own, strict=True) for name in names}
+        return state, [made[id(x)] if isinstance(x, Tensor) else x for x in leaves]
 
     def used(self, graph: GraphModule, written: Container[Node]) -> list[str]:
         """The names whose second inputs the graph needs; it has no others afterwards.
@@ -62,7 +86,7 @@ class Own:
         written: the nodes that the graph writes to.
         """
         inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        first = dict(zip(self.names, inputs, strict=False))
+        first = {names[0]: x for names, x in zip(self.names, inputs, strict=False)}
         found = []
         for name, node in zip(self.slots, inputs[len(self.names) :], strict=False):
             if node.users and first[name] in written:
@@ -94,19 +118,37 @@ def parted(x: Any) -> tuple[Any, Any]:
     return seen(x), x.to_local() if isinstance(x, ShardTensor) else x
 
 
-def parts_of(state: dict[str, Tensor], leaves: list[Any]) -> list[tuple[Any, Tensor]]:
-    """(spec and strides, local tensor) of parameters and buffers beside activations."""
+def parts_of(tensors: list[Tensor], leaves: list[Any]) -> list[tuple[Any, Tensor]] | None:
+    """(spec and strides, local tensor) of parameters and buffers beside activations.
+
+    None where all are plain.
+    """
+    kinds = set(map(type, tensors))
+    if not any(issubclass(kind, ShardTensor | dt.DTensor) for kind in kinds):
+        return None
     meshes = (x._spec.mesh for x in leaves if isinstance(x, ShardTensor))
-    mesh = next(meshes, None) if any(isinstance(x, dt.DTensor) for x in state.values()) else None
-    return [parted(as_shards(x, mesh) if isinstance(x, dt.DTensor) else x) for x in state.values()]
+    mesh = next(meshes, None) if any(isinstance(x, dt.DTensor) for x in tensors) else None
+    return [parted(as_shards(x, mesh) if isinstance(x, dt.DTensor) else x) for x in tensors]
 
 
-def key_of(leaves: Any) -> tuple[Any, ...]:
-    return tuple(
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor)
-        else _value(x)
-        for x in leaves
-    )  # fmt: skip
+def further(
+    given: Sequence[Any], places: Mapping[int, int]
+) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """The tensors that are no inputs yet; of the others (place here, place among the inputs)."""
+    found, where, again = list[Tensor](), dict[int, int](), list[tuple[int, int]]()
+    for i, x in enumerate(given):
+        if isinstance(x, Tensor):
+            at = places.get(id(x), where.get(id(x)))
+            if at is not None:
+                again.append((i, at))
+            else:
+                where[id(x)] = len(places) + len(found)
+                found.append(x)
+    return found, tuple(again)
+
+
+def key_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple([(_form(x), x.stride()) if isinstance(x, Tensor) else _value(x) for x in leaves])
 
 
 def _value(x: Any) -> Any:
@@ -121,18 +163,12 @@ def _value(x: Any) -> Any:
     return type(x), x
 
 
-def state_of(fn: Any) -> dict[str, Tensor]:
-    if not isinstance(fn, nn.Module):
-        return {}
-    return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
-
-
 def using(fn: Any, own: dict[str, Tensor]) -> Any:
     return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
 
 
 def replaced(fn: Any, own: dict[str, Tensor]) -> str:
     """A parameter or buffer that is another tensor than it was given as."""
-    now = state_of(fn)
+    now = members_of(fn)
     found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
     return f"the parameter or buffer {found[0]}" if found else ""

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ from . import varied, writes
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
-from .inputs import Own, key_of, parted, parts_of, replaced, seen, state_of, using
+from .inputs import Own, further, key_of, parted, parts_of, replaced, seen, using
+from .members import Members
 from .refused import NoHooks, NoWrites, check_whole, without_generators
 from .varied import Varied
 from .writes import Before
@@ -46,7 +47,8 @@ M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
 # what a graph is for
 _PARTS = (
-    "specs", "tensors", "parameters", "arguments", "gradients", "training", "autocast", "contexts",
+    "specs", "tensors", "repeated", "parameters", "arguments", "gradients", "training", "autocast",
+    "contexts",
 )  # fmt: skip
 
 # Shard sizes differ from rank to rank; an order of collectives that depends on them would hang
@@ -137,6 +139,20 @@ def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> No
         module.__dict__["forward"] = Compiled(module, options, call, programs)
 
 
+class Call(NamedTuple):
+    """A call that is traced: its leaves and their tree, state, further tensors, and modes.
+
+    again: of leaves that are an input already, (their place, that of the input).
+    """
+
+    leaves: list[Any]
+    tree: pytree.TreeSpec
+    own: Own
+    tensors: list[Tensor]
+    again: tuple[tuple[int, int], ...]
+    modes: tuple[Any, ...]
+
+
 @dataclass
 class _Graph:
     """A compiled program, what it reads, the form of its result, what it draws.
@@ -175,6 +191,7 @@ class Compiled:
     ) -> None:
         # call: how fn is called, where fn itself calls this
         self.fn, self.call = fn, call or fn
+        self.members = Members(fn)
         self.programs = Programs() if programs is None else programs
         self.options = dict(options)
         if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
@@ -195,27 +212,29 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
-        state = state_of(self.fn)
+        self.members.find()
         try:
-            parts = parts_of(state, leaves)
+            parts = parts_of(self.members.tensors, leaves)
         except UnsupportedOpError as e:
             if self.options.get("fullgraph"):
                 raise
             self._warn(f"runs eagerly where no graph holds it: {e}")
             return self.call(*args, **kwargs)
-        own = Own(state, parts)
+        own = Own(self.members, parts)
         specs, given = zip(*map(parted, leaves), strict=True) if leaves else ((), ())
-        key = (specs, key_of(given), own.key(), str(tree), *_modes(self.fn))
+        tensors, again = further(given, own.places)
+        modes = _modes(self.members)
+        key = (specs, key_of(given), again, own.key(), str(tree), *modes)
         found = self.traced.get(key, ())
         graph = next((g for g in found if g.reads.hold()), None)
         if graph is None:
             why = self._eager(key, found)
-            graph = None if why else self._make(key, leaves, tree, own)
+            call = Call(leaves, tree, own, tensors, again, modes)
+            graph = None if why else self._make(key, call)
             if graph is None:
                 return self.call(*args, **kwargs)
         self.traced.move_to_end(key)
         drawn = [draw() for draw in graph.draws]
-        tensors = [x for x in given if isinstance(x, Tensor)]
         try:
             inputs = [*own.tensors, *own.twins(graph.twins), *tensors, *drawn]
             copies = writes.values(graph.before, inputs)
@@ -237,13 +256,11 @@ class Compiled:
     def _warn(self, why: str) -> None:
         warnings.warn(f"{_name(self.fn)} {why}", stacklevel=4)
 
-    def _make(
-        self, key: tuple[Any, ...], leaves: list[Any], tree: pytree.TreeSpec, own: Own
-    ) -> _Graph | None:
+    def _make(self, key: tuple[Any, ...], call: Call) -> _Graph | None:
         """A graph for a call, None if it changes what it reads, or does what no graph holds."""
         self._note(key)
         try:
-            graph, changed = self._trace(leaves, tree, own)
+            graph, changed = self._trace(call)
         except UnsupportedOpError as e:
             line = error_line(e.__cause__ or e)
             text = f"{e} ({line})" if line and line not in str(e) else str(e)
@@ -283,23 +300,18 @@ class Compiled:
             )  # fmt: skip
         self.traced.popitem(last=False)
 
-    def _trace(self, leaves: list[Any], tree: pytree.TreeSpec, state: Own) -> tuple[_Graph, str]:
+    def _trace(self, call: Call) -> tuple[_Graph, str]:
         """The graph of a call, and what of the state that it reads it changed."""
+        leaves, state = call.leaves, call.own
         form: list[Any] = []
         changed, tape, hooks = "", Tape(), NoHooks()
 
         def local(*tensors: Tensor) -> list[Any]:
             """The call on local tensors alone, which is traced; notes specs and state."""
             nonlocal changed
-            inside = iter(tensors)
-            own = state.inside(inside)
-            given = [
-                wrap(next(inside), x._spec, x._strides) if isinstance(x, ShardTensor)
-                else next(inside) if isinstance(x, Tensor) else x
-                for x in leaves
-            ]  # fmt: skip
+            own, given = state.inside(iter(tensors), leaves, call.again)
             kept = [x._local if isinstance(x, ShardTensor) else x for x in given]
-            args, kwargs = pytree.tree_unflatten(given, tree)
+            args, kwargs = pytree.tree_unflatten(given, call.tree)
             with (
                 using(self.fn, own),
                 recording(inputs, tape, lambda: (self.fn, args, kwargs)) as reads,
@@ -330,12 +342,8 @@ class Compiled:
             form.extend([reads, (spec, [seen(x) for x in flat])])
             return [x._local if isinstance(x, ShardTensor) else x for x in flat]
 
-        modules = self.fn.modules() if isinstance(self.fn, nn.Module) else ()
-        inputs = frozenset(map(id, modules))
-        tensors = [
-            *state.tensors, *state.doubles(),
-            *(parted(x)[1] for x in leaves if isinstance(x, Tensor)),
-        ]  # fmt: skip
+        inputs = frozenset(map(id, self.members.modules))
+        tensors = [*state.tensors, *state.doubles(), *call.tensors]
         # what is traced sets the mode; an error would leave it so
         grad = torch.is_grad_enabled()
         trace = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
@@ -366,8 +374,8 @@ class Compiled:
         graph.graph.eliminate_dead_code()
         graph.recompile()
         # forward: hooks of all modules are part of the graph already
-        modes = _modes(self.fn)
-        run = self.programs.of(graph, (modes[0], *modes[2:]), self.options)
+        modes = (call.modes[0], *call.modes[2:])
+        run = self.programs.of(graph, modes, self.options)
         return _Graph(run, form[0], form[1], draws, twins, further, before, [*hooks.specs]), changed
 
 
@@ -375,8 +383,7 @@ def _name(fn: Any) -> str:
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
 
 
-def _modes(fn: Any) -> tuple[Any, ...]:
-    training = tuple(m.training for m in fn.modules()) if isinstance(fn, nn.Module) else ()
+def _modes(members: Members) -> tuple[Any, ...]:
     casts = tuple(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     )
@@ -384,4 +391,4 @@ def _modes(fn: Any) -> tuple[Any, ...]:
         attention.chosen(), limit(), random.matching(), torch.get_default_dtype(),
         torch.is_inference_mode_enabled(),
     )  # fmt: skip
-    return torch.is_grad_enabled(), training, casts, contexts
+    return torch.is_grad_enabled(), members.training(), casts, contexts
