@@ -68,6 +68,21 @@ class Double(torch.autograd.Function):
         return 2 * g
 
 
+class Sigmoid(torch.autograd.Function):
+    """It saves what it gives."""
+
+    @staticmethod
+    def forward(ctx, a):
+        y = a.sigmoid()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * y * (1 - y)
+
+
 apply_before_any_wrapper = Square.apply
 
 
@@ -98,13 +113,14 @@ def double_backward():
     x = sample()
     s, r = sharded(x), x.clone().requires_grad_()
     w = torch.linspace(-1, 1, 6, dtype=D).requires_grad_()
-    seconds = []
-    for a in (s, r):
-        y = Square.apply((a * w).sin(), 1.0).sum()
-        (g,) = torch.autograd.grad(y, [a], create_graph=True)
-        seconds.append((g, *torch.autograd.grad((g * g).sum(), [a, w])))
-    for a, b in zip(*seconds, strict=True):
-        close(a, b)
+    for function in (lambda h: Square.apply(h, 1.0), Sigmoid.apply):
+        seconds = []
+        for a in (s, r):
+            y = function((a * w).sin()).sum()
+            (g,) = torch.autograd.grad(y, [a], create_graph=True)
+            seconds.append((g, *torch.autograd.grad((g * g).sum(), [a, w])))
+        for a, b in zip(*seconds, strict=True):
+            close(a, b)
 
 
 class Block(nn.Module):

@@ -189,6 +189,9 @@ def _unchanged(node: Any) -> Any:
                 f"inplace operation: ShardTensor {list(x.shape)} is at version "
                 f"{x._local._version}; expected version {then} instead"
             )
+        if then is not None and torch.is_grad_enabled() and not x._local.requires_grad:
+            # a result that was saved: C++ gives it history, of which its local tensor knows nothing
+            _continue(x, {})
     return found
 
 
