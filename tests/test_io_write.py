@@ -229,3 +229,54 @@ def test_an_array_has_one_writer_at_a_time(tmp_path):
     st.simulate(2, write)
     assert zarr.open_group(url, mode="r")["t"][:].tolist() == [0, 1, 2, 3, 4, 5]
     assert {p.name for p in tmp_path.iterdir()} == {"a.zarr"}
+
+
+BESIDE = """
+import sys, time, torch, zarr
+from pathlib import Path
+import shardtensor as st
+from shardtensor import io, testing as T
+from shardtensor.io import write
+from torch.distributed.tensor import Shard
+
+url, name, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
+listed, ended = Path(url + ".listed"), Path(url + ".ended")
+consolidate = write.consolidate
+
+def slowly(zarr, url):
+    # what is found now is written when the other has ended; one that waits its turn does not
+    consolidate(zarr, url)
+    found = (Path(url) / "zarr.json").read_text()
+    listed.touch()
+    until = time.monotonic() + 0.5
+    while not ended.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    (Path(url) / "zarr.json").write_text(found)
+
+def run():
+    x = st.distribute_tensor(torch.full((4,), step + 1.0), T.make_mesh((1,)), [Shard(0)])
+    io.write_zarr(x, url, name, step=step, dims=("time", "x"), coords={"time": 6 * step})
+
+if name == "slow":
+    write.consolidate = slowly
+else:
+    while not listed.exists():
+        time.sleep(0.01)
+st.simulate(1, run)
+if name == "fast":
+    ended.touch()
+"""
+
+
+def test_writers_of_two_arrays_share_a_store(tmp_path):
+    """As two groups of ranks beside a data axis: neither's metadata are lost, nor coordinates."""
+    url, script = str(tmp_path / "a.zarr"), tmp_path / "job.py"
+    script.write_text(BESIDE)
+    both = [Program(script, url, "slow", 0), Program(script, url, "fast", 1)]
+    for program in both:
+        code, text = program.ended()
+        assert code == 0, text
+    data = zarr.open_group(url, mode="r", use_consolidated=True)
+    assert data["time"][:].tolist() == [0, 6]
+    assert data["slow"][0].tolist() == [1] * 4 and data["fast"][1].tolist() == [2] * 4
+    assert not list(tmp_path.glob(".*"))

@@ -30,29 +30,57 @@ def place(url: str, name: str) -> Path | None:
 
 @contextmanager
 def alone(part: Path) -> Iterator[None]:
-    """Hold an array while it is written. Raises ValueError if somebody else holds it.
-
-    A lock of a file, which ends with its process. File systems without locks do not tell.
-    """
+    """Hold an array while it is written. Raises ValueError if somebody else holds it."""
     lock = part.with_suffix(".lock")
+    try:
+        file = _held(lock, wait=False)
+    except BlockingIOError:
+        raise ValueError(
+            f"{part.stem[1:]}: another writer is in this array, as another group of ranks "
+            "beside a data axis would be: let one group write, or give each its own store"
+        ) from None
+    with _released(lock, file):
+        yield
+
+
+@contextmanager
+def in_turn(url: str, part: Path | None) -> Iterator[None]:
+    """Hold what the arrays of a store share: groups, coordinates and consolidated metadata.
+
+    Writers of its other arrays wait; nothing is sent meanwhile. Object stores have no locks.
+    """
+    if part is None:
+        yield
+        return
+    lock = part.with_name(f".{Path(url).name}.lock")
+    with _released(lock, _held(lock, wait=True)):
+        yield
+
+
+def _held(lock: Path, wait: bool) -> int:
+    """A lock of a file, which ends with its process. File systems without locks do not tell.
+
+    Raises BlockingIOError if somebody else has it and this one does not wait.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = os.open(lock, os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(file)
-            raise ValueError(
-                f"{part.stem[1:]}: another writer is in this array, as another group of ranks "
-                "beside a data axis would be: let one group write, or give each its own store"
-            ) from None
+            raise
         except OSError:
-            break
+            return file
         # the one before may have taken its file away meanwhile
         with suppress(FileNotFoundError):
             if os.fstat(file).st_ino == os.stat(lock).st_ino:
-                break
+                return file
         os.close(file)
+
+
+@contextmanager
+def _released(lock: Path, file: int) -> Iterator[None]:
     try:
         yield
     finally:

@@ -44,10 +44,11 @@ def write_zarr(
     rank makes the group (of `zarr_format`), the array, coordinates and metadata, which are
     consolidated; what is there is written into. Rows are sent to other ranks only so that no chunk,
     and no shard of Zarr 3, is written by two. On a file system the array changes when all ranks
-    have written, see `staged`; object stores are written in place. All ranks return when everything
-    is written. Raises ValueError on every rank for an array or a coordinate that is there with
-    another shape, dtype, other chunks or values, or that somebody else is writing, RuntimeError
-    where another rank could not write, and TypeError for a plain tensor.
+    have written, see `staged`, and writers of other arrays of the store take turns; object stores
+    are written in place. All ranks return when everything is written. Raises ValueError on every
+    rank for an array or a coordinate that is there with another shape, dtype, other chunks or
+    values, or that somebody else is writing, RuntimeError where another rank could not write, and
+    TypeError for a plain tensor.
     """
     zarr = need("zarr")
     if not isinstance(x, ShardTensor):
@@ -79,9 +80,10 @@ def write_zarr(
             try:
                 if part is not None:
                     held.enter_context(staged.alone(part))
-                unit = _prepare(
-                    zarr, url, name, part, x, step, chunks, dims, attrs, axes, zarr_format
-                )
+                with staged.in_turn(url, part):
+                    unit = _prepare(
+                        zarr, url, name, part, x, step, chunks, dims, attrs, axes, zarr_format
+                    )
             except Exception as e:
                 error = e
         unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
@@ -104,13 +106,17 @@ def write_zarr(
         _agree(mesh, error, f"{name} could not be written by another rank")
         if first:
             try:
-                if part is not None:
-                    row = None if step is None else step // unit[0]
-                    staged.commit(part, name, _array_folder(url, name), row)
-                group = zarr.open_group(url, mode="r+", use_consolidated=False)
-                for axis in axes:
-                    axis.write(_beside(group, name))
-                consolidate(zarr, url)
+                with staged.in_turn(url, part):
+                    beside = _beside(zarr.open_group(url, mode="r+", use_consolidated=False), name)
+                    for axis in axes:
+                        # another array's writer may have made it since
+                        axis.check(beside)
+                    if part is not None:
+                        row = None if step is None else step // unit[0]
+                        staged.commit(part, name, _array_folder(url, name), row)
+                    for axis in axes:
+                        axis.write(beside)
+                    consolidate(zarr, url)
             except Exception as e:
                 error = e
         _agree(mesh, error, f"{name} could not be completed by the first rank")
