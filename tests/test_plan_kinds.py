@@ -332,9 +332,12 @@ def test_kernels_for_meta_give_what_a_fake_mode_gives(ranks, precision, monkeypa
         kept.append({k: e and (e.results, e.kind, e.cost) for k, e in replay._entries.items()})
         task.booked.clear()
     quick, slow = kept
+    # no kernel gives the gradients of a batch norm that nobody asked for, but a fake mode does
+    more = {k for k, e in quick.items() if e and None in e[0] and "batch" in e[2].kind}
     # a fake mode's results of some ops cannot be kept
-    assert {k: e for k, e in quick.items() if slow.get(k)} == {k: e for k, e in slow.items() if e}
-    assert len(quick) > 100
+    same = {k for k, e in slow.items() if e} - more
+    assert {k: quick[k] for k in same} == {k: slow[k] for k in same}
+    assert len(same) > 100
 
 
 def test_a_plan_does_not_depend_on_the_garbage_collector(monkeypatch):

@@ -31,6 +31,8 @@ def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
 
 def _made(make: Callable[[], nn.Module]) -> nn.Module:
     model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make gives a {type(model).__name__}, not a module")
     for name, p in model.named_parameters():
         if nn.parameter.is_lazy(p):
             raise UnsupportedOpError(

@@ -53,13 +53,14 @@ class Task:
 
     make: gives the model; it runs on fake tensors. shapes, dtypes: of the inputs of forward, for
     the whole batch, in a list, or a dict by name or that forward takes, nested as forward takes
-    them; a tensor in place of a shape has values that the model may read (edges, masks, lengths).
+    them; that of the only one as it is. A tensor in place of a shape has values that the model may
+    read (edges, masks, lengths).
     dims: those of the first input that may be sharded (default: all from 2, else 0), and of others
     with dims of these sizes, counted from the front or else the back; dim 0 is the batch if it is
     not among them. loss: of the model's output (default: the mean square of all). optimizer: of
     the parameters. tensor: how weights lie on a tensor axis, as `tensor_parallel` takes it.
     form: how shapes are nested; found from them. Raises ValueError for dims that the first input
-    has not, or twice.
+    has not, or twice, and for a model in place of what makes it.
     """
 
     make: Callable[[], nn.Module]
@@ -76,7 +77,11 @@ class Task:
     booked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.make, nn.Module):
+            raise ValueError("make is a model: give what makes it, as in `lambda: Net()`")
         form, found = formed(self.shapes) if self.form is None else (self.form, self.shapes)
+        if isinstance(form, At) and tuple(getattr(self.shapes, "shape", self.shapes)):
+            form = [form]
         if not found or isinstance(form, At):
             raise ValueError(
                 f"shapes {self.shapes!r:.60}: that of each input, as [(1, 3, 64, 64)] or by name"

@@ -79,11 +79,11 @@ def _batch_norm(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:
 
 def _batch_norm_backward(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:
     grad, x, weight, *_, mask = args
-    if x.ndim < 2 or not _alike((grad, x)):
+    if x.ndim < 2 or (mask[0] and not _alike((grad, x))):
         return None
     each = contiguous((x.shape[1],), x.dtype if weight is None else weight.dtype)
     own = (tuple(x.shape), x.stride(), 0, x.dtype)
-    return [own, each if mask[1] else None, each if mask[2] else None]
+    return [form if m else None for form, m in zip((own, each, each), mask, strict=True)]
 
 
 def _statistics(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:

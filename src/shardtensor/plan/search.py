@@ -41,9 +41,10 @@ def plan(
     """Every sensible configuration of a model on so many devices, the fastest that fit first.
 
     make: gives the model. shapes: of its inputs for the whole batch, in a list, or a dict by name
-    or that forward takes: `{"x": (1, 4, 721, 1440), "static": (2, 721, 1440)}`; a tensor has values
-    that the model may read. dims= of the first input may be cut. More: `estimate.Task`. Meshes: the
-    batch over the data axis as far as it divides, the rest over the dims of the task in every way.
+    or that forward takes: `{"x": (1, 4, 721, 1440), "static": (2, 721, 1440)}`, or the only one; a
+    tensor has values that the model may read. dims= of the first input may be cut. More:
+    `estimate.Task`. Meshes: the batch over the data axis as far as it divides, the rest over the
+    dims of the task in every way.
     Each as it is; where it does not fit the device, then with FSDP2 over the data axis or all
     ranks, with checkpointing of blocks, and with both (thorough: all of these anyway). On several
     nodes either the data axis or the dims are within nodes. told: is called before each mesh with
@@ -55,8 +56,8 @@ def plan(
     multiples of `multiple`, and times are those of the rank that takes longest. Those that do not
     fit follow by what they need, then those that are refused. Printed they are a table, in a
     notebook too; `.html(path)` writes a page. Runs in this process, on fake tensors, and sends
-    nothing. Raises ValueError for speeds that are not one above 0 for each device, RuntimeError
-    where torch.distributed is initialised.
+    nothing. Raises ValueError for no devices and speeds that are not one above 0 for each,
+    RuntimeError where torch.distributed is initialised.
     """
     asked = Task(make, shapes, **task)
     found = ranked(
@@ -101,6 +102,8 @@ def ranked(
     offload: bool = False,
 ) -> list[Estimate]:
     """As `plan`."""
+    if devices < 1:
+        raise ValueError(f"{devices} devices: one or more")
     if speeds and (len(speeds) != devices or min(speeds) <= 0):
         raise ValueError(f"speeds {list(speeds)} of {devices} devices: one above 0 for each")
     found: list[Estimate] = []

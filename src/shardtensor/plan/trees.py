@@ -130,5 +130,5 @@ def filled(form: Any, made: Sequence[Any]) -> Any:
 
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple | list) and all(
-        isinstance(n, int) and not isinstance(n, bool) for n in x
+        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in x
     )
