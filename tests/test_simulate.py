@@ -2,7 +2,9 @@
 
 import copy
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -224,3 +226,13 @@ def test_ranks_may_share_what_gets_no_gradient():
 
     for got in st.simulate(2, run):
         assert torch.equal(got[1], torch.full((3,), 4.0))
+
+
+def test_ranks_begin_with_the_random_states_of_their_program():
+    """Those of Python and numpy, too; the program goes on from where it was."""
+    random.seed(3)
+    np.random.seed(3)
+    before = random.getstate()
+    found = st.simulate(3, lambda: (random.random(), float(np.random.rand())))
+    assert random.getstate() == before
+    assert found == [(random.random(), float(np.random.rand()))] * 3

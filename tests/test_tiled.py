@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor._torch.world import AllToAll
 from shardtensor.errors import RankError, UnsupportedOpError
-from shardtensor.paged import pager
+from shardtensor.paged import files, pager
 
 BUDGET = 2**14
 
@@ -261,8 +261,10 @@ def test_mistakes(tmp_path):
         st.tiled(model, 2, 2, memory=0, spill=tmp_path)
     with pytest.raises(ValueError, match="needs them"):
         st.tiled(model, 2, 4, **good)(x)
-    with pytest.raises(UnsupportedOpError, match="runs on the CPU"):
+    with pytest.raises(UnsupportedOpError, match="runs on CPUs and CUDA GPUs"):
         st.tiled(model, 2, 2, **good)(x.to("meta"))
+    with pytest.raises(ValueError, match="on a CPU give a folder"):
+        st.tiled(model, 2, 2, memory=BUDGET, spill="cpu")(x)
     run = st.tiled(model, 2, 2, **good)
     with pytest.raises(RankError, match="rank 0: ValueError: the step returned a ShardTensor"):
         run.run(lambda model, mesh: st.distribute_tensor(x, mesh, [Shard(2)]))
@@ -278,17 +280,17 @@ def test_mistakes(tmp_path):
 
 def test_what_comes_back_is_asked_for_ahead(tmp_path, monkeypatch):
     """Of the system, in one piece before an op touches it."""
-    libc, asked = pager._libc(), []
+    libc, asked = files._libc(), []
 
     class Recorded:
         def madvise(self, at, nbytes, advice):
             asked.append((nbytes, advice))
             return libc.madvise(at, nbytes, advice)
 
-    monkeypatch.setattr(pager, "_libc", Recorded)
+    monkeypatch.setattr(files, "_libc", Recorded)
     run = st.tiled(UNet(2, 1, width=4), 4, 2, memory=BUDGET, spill=tmp_path)
     run(torch.randn(1, 2, 32, 16)).sum().backward()
-    ahead = sum(n for n, advice in asked if advice == pager._MADV_WILLNEED)
+    ahead = sum(n for n, advice in asked if advice == files._MADV_WILLNEED)
     assert ahead == run.paging.returned > 0
 
 
@@ -296,7 +298,7 @@ def test_an_op_does_not_look_at_what_is_in_files(tmp_path):
     """What a place in memory takes does not grow with what has gone, or has ended."""
     found = []
     for count in (8, 64):
-        pages = pager.Pager(4 * 2**10, tmp_path)
+        pages = pager.Pager(4 * 2**10, files.Files(tmp_path))
         with pager.Paged(pages):
             kept = [torch.full((256,), float(i)) for i in range(count)]
             ends = [x + 1 for x in kept]
@@ -324,7 +326,7 @@ class Looked(OrderedDict):
 
 def test_making_room_looks_at_what_goes_and_what_is_used(tmp_path):
     """Not at all that stays, which may be many."""
-    pages = pager.Pager(64 * 2**10, tmp_path)
+    pages = pager.Pager(64 * 2**10, files.Files(tmp_path))
     pages.pages = looked = Looked()
     with pager.Paged(pages):
         kept = [torch.full((256,), float(i)) for i in range(200)]
@@ -341,7 +343,7 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pager.os, "posix_fallocate", full)
+    monkeypatch.setattr(files.os, "posix_fallocate", full)
     run = st.tiled(UNet(1, 1, width=4), 2, 2, memory=BUDGET, spill=tmp_path)
     with pytest.raises(RankError, match="No space left"):
         run(torch.randn(1, 1, 32, 16))

@@ -48,6 +48,7 @@ from .dispatcher import (
     under_modes,
 )
 from .memory import (
+    dense_parts,
     owns_memory,
     same_memory,
     storage,
@@ -72,6 +73,7 @@ from .ops import (
     neg_view,
     ops_of,
     overloads,
+    written_to,
 )
 from .transforms import (
     FUNCTION_OF_TRANSFORMS,
@@ -107,6 +109,7 @@ __all__ = [
     "composite_call",
     "count_gradients",
     "default_store",
+    "dense_parts",
     "differentiated",
     "dual_level",
     "first_hook",
@@ -166,4 +169,5 @@ __all__ = [
     "under_modes",
     "unwrapped",
     "will_run",
+    "written_to",
 ]

@@ -30,6 +30,22 @@ def storage(x: torch.Tensor) -> torch.UntypedStorage:
     return x.untyped_storage()
 
 
+def dense_parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold the elements of one of any layout or class."""
+    flatten: Any = getattr(x, "__tensor_flatten__", None)
+    if flatten is not None:
+        return [y for name in flatten()[0] for y in dense_parts(getattr(x, name))]
+    if x.layout is torch.strided:
+        return [x]
+    if x.layout is torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return []
+
+
 def storage_ref(x: torch.Tensor) -> Any:
     """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
     from torch.multiprocessing.reductions import StorageWeakRef

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import types
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,6 +80,26 @@ def is_view(packet: Any) -> bool:
 def is_mutable(overload: Any) -> bool:
     """Whether the op writes to an argument."""
     return bool(overload._schema.is_mutable)
+
+
+def written_to(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments whose memory the op changes; all of an op that does not say."""
+    if not hasattr(op, "_schema"):
+        return [args, kwargs]
+    places, names = _written(op)
+    found = [args[i] for i in places if i < len(args)]
+    return found + [kwargs[name] for name in names if name in kwargs]
+
+
+@cache
+def _written(op: Any) -> tuple[list[int], list[str]]:
+    # norms of batches write running statistics and do not say so
+    found = [
+        (i, a.name)
+        for i, a in enumerate(op._schema.arguments)
+        if (a.alias_info is not None and a.alias_info.is_write) or a.name.startswith("running_")
+    ]
+    return [i for i, _ in found], [name for _, name in found]
 
 
 def ops_of(key: Any) -> list[Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..settings import current
+
 ASKED = os.environ.get("SHARDTENSOR_MERGE") == "triton"
 # elements of out that a program has
 TILE = 1 << 12
@@ -63,7 +65,8 @@ if ASKED:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernel merges these."""
-    if _kernel is None:
+    # where memory is paged it would find what was put away
+    if _kernel is None or current("paged", False):
         return False
     return all(
         type(x) is Tensor and (x.is_cuda or triton.knobs.runtime.interpret) and x.numel()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..settings import current
 from .tiles import Line, attend
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -181,8 +182,13 @@ def _stands_alone(line: Line, p: Place) -> bool:
 
 
 def installed(query: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
-    """NATTEN's function for such tensors, None where it is not installed or has no kernel."""
+    """NATTEN's function for such tensors, None where it is not installed or has no kernel.
+
+    Nor where memory is paged: it is no op of torch, so it would find memory that was put away.
+    """
     fits = query.shape[-1] == value.shape[-1] and query.dtype is not torch.float64
+    if current("paged", False):
+        return None
     if query.device.type not in NATTEN_DEVICES or not fits:
         return None
     try:

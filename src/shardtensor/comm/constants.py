@@ -12,19 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch, cache
+from .._torch import probe
 
-_MOST = 4096
+_MOST, _FEW = 4096, 4096
 # dtypes whose zero has no sign
 _WHOLE = {torch.int32, torch.int64}
 
 
-class _Numbers(dict[Any, Tensor]):
-    def cache_clear(self) -> None:
-        self.clear()
-
-
-_numbers = _Numbers()
-cache.register(_numbers)
+# of no mesh: worlds that follow one another find them, as ranks do that take turns in one memory
+_numbers: dict[Any, Tensor] = {}
 
 
 def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -48,7 +44,8 @@ def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor
         if cache.capturing(device):
             return _filled(values, dtype, device)
         found = torch.tensor(values, dtype=dtype, device=device)
-    if type(found) is Tensor:
+    # a mode that looks on, a pager, may put large ones away, while others read them
+    if type(found) is Tensor and (found.numel() <= _FEW or not probe.dispatch_modes()):
         if len(_numbers) >= _MOST:
             _numbers.clear()
         _numbers[key] = found

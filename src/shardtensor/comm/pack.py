@@ -102,12 +102,14 @@ def _adjacent(parts: list[Tensor]) -> bool:
         if type(x) is not Tensor:
             # fake ones lie nowhere
             return False
+        # by name, not address: what a pager put away has none
+        own, begin = x.untyped_storage()._cdata, int(x.storage_offset()) * x.element_size()
         if at < 0:
-            memory, at = x.untyped_storage().data_ptr(), x.data_ptr()
-        if x.data_ptr() != at or not x.is_contiguous() or x.is_conj() or x.is_neg():
+            memory, at = own, begin
+        if begin != at or not x.is_contiguous() or x.is_conj() or x.is_neg():
             return False
         at += x.numel() * x.element_size()
-        if x.untyped_storage().data_ptr() != memory:
+        if own != memory:
             return False
     return True
 

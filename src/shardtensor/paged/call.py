@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .. import _torch
-from ..errors import RankError, UnsupportedOpError
+from ..errors import RankError
 from ..later import dt
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
-from .ranks import Ranks
+from .ranks import Ranks, kept
 
 # sessions whose outputs went where ranks could not be ended
 _left: list[Session] = []
@@ -88,7 +88,10 @@ class Session(Ranks):
     def _placed(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
         """This rank's part of a given tensor, or all of it, with gradients of its own."""
         lead = self.tensors[0]
-        if any(d >= x.ndim or x.shape[d] != lead.shape[d] for d in self.dims):
+        alike = x.device == lead.device and all(
+            d < x.ndim and x.shape[d] == lead.shape[d] for d in self.dims
+        )
+        if not alike:
             return x.detach().requires_grad_(x.requires_grad and self.grad)
         made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
         return made.requires_grad_(x.requires_grad and self.grad)
@@ -107,14 +110,13 @@ class Session(Ranks):
         """Write this rank's part of a tensor that is cut like another into the i-th whole one."""
         if not isinstance(y, ShardTensor):
             if first:
-                with _torch.outside_modes():
-                    wholes[i] = y.detach().clone()
+                wholes[i] = kept(y.detach())
             return
         if isinstance(like, ShardTensor) and y._spec != like._spec:
             y = y.redistribute(like.device_mesh, like.placements)
         if wholes[i] is None:
             with _torch.outside_modes():
-                wholes[i] = torch.empty(y.shape, dtype=y.dtype)
+                wholes[i] = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         wholes[i][y._spec.block].copy_(y.to_local())
 
     def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
@@ -181,8 +183,6 @@ def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(f"tiled along dim {dims}: the first tensor that is given needs them")
     if any(isinstance(x, ShardTensor) for x in tensors):
         raise ValueError("tiled takes plain tensors: it cuts them itself")
-    if any(x.device.type != "cpu" for x in tensors):
-        raise UnsupportedOpError("tiled runs on the CPU: its parts' memory is mapped to files")
     return tuple(d % tensors[0].ndim for d in dims)
 
 

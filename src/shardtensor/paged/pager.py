@@ -1,59 +1,58 @@
-"""Memory of tensors beyond a budget lies in files, which the system reads when an op touches it.
-
-A storage that has to go moves into a file that is mapped to memory, once; from then on letting it
-go is one call, and coming back is what the system does at the first touch. So an access that the
-pager does not see is not counted, but never wrong.
-"""
+"""Which memory of tensors stays, of a budget: that which was used last; the rest is on a shelf."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-import tempfile
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import _torch
 from ..comm.define import Looking
-from ..errors import UnsupportedOpError
+from ..comm.observers import simulated_rank
+from .shelf import Shelf
 
 # what makes the address of a tensor's memory known to others
 _ADDRESSES = {
     Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
     Tensor.untyped_storage, Tensor._typed_storage, Tensor.storage,
+    Tensor.__cuda_array_interface__.__get__,
 }  # fmt: skip
 # bytes of the smallest storage that is followed
 LEAST = 2**16
-_MALLOPT_MMAP_THRESHOLD, _MADV_WILLNEED, _MADV_DONTNEED = -3, 3, 4
 
 
 @dataclass(slots=True)
 class Page:
-    """A storage: where it is, what is called at its end, its bytes, whether it has a file."""
+    """A storage: where it is, what is called at its end, its bytes, its copy on the shelf.
+
+    rank: who used it last. before: the page that its maker made before it. coming: whether it was
+    fetched for an op that has not come yet.
+    """
 
     ref: Any
     end: Any
     nbytes: int
-    filed: bool = False
+    rank: int | None
+    before: int
+    copy: Any = None
+    coming: bool = False
 
 
 @dataclass
 class Paging:
     """What was moved, in bytes.
 
-    peak: held in memory at once, of storages that are followed. spilled: moved to files, most: in
-    files at once. returned: touched again after they had gone.
+    peak: held in memory at once, of storages that are followed. spilled: copied to files or pinned
+    memory, most: in copies at once. returned: touched again after they had gone.
     """
 
     peak: int = 0
@@ -65,16 +64,23 @@ class Paging:
 class Pager:
     """Storages of at least LEAST bytes; those used last stay in memory, `budget` bytes of them."""
 
-    def __init__(self, budget: int, folder: Path) -> None:
-        self.budget, self.folder = budget, folder
-        # in memory, the one used longest ago first; and those that are in files alone
+    def __init__(self, budget: int, shelf: Shelf) -> None:
+        self.budget, self.shelf = budget, shelf
+        self.share = int(budget * shelf.share)
+        # in memory, the one used longest ago first: all else; what was used before all these, and
+        # is copied; what stays. And those that are on the shelf alone
         self.pages: OrderedDict[int, Page] = OrderedDict()
+        self.clean: OrderedDict[int, Page] = OrderedDict()
+        self.fixed: dict[int, Page] = {}
         self.gone: dict[int, Page] = {}
+        # what each rank used, the last last, and made last
+        self.recent: dict[int | None, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        self.made: dict[int | None, int] = {}
         # storages that nobody has any longer, as their ends say at any time, in any thread
         self.ended: list[int] = []
-        self.resident = self.filed = 0
+        # bytes in memory, of these in `clean`, fetched for ops to come, and copied
+        self.resident = self.ready = self.coming = self.filed = 0
         self.done = Paging()
-        _small_chunks()
 
     def room(self, nbytes: int, used: Iterable[int] = ()) -> None:
         """Let those go that were used longest ago, until so many bytes fit; not the used ones."""
@@ -83,52 +89,168 @@ class Pager:
         self._sweep()
         kept, passed = set(used), set[int]()
         # looks at those that go and those in use, not at all: there may be many
-        while self.pages and self.resident + nbytes > self.budget:
-            key = next(iter(self.pages))
+        while self.resident + nbytes > self.budget and (among := self.clean or self.pages):
+            key = next(iter(among))
             if key in passed:
                 return
             # a mode around this one makes room for the copies of it, too
             if key not in kept:
                 self._let_go(key)
-            if key in self.pages:
+            if key in among:
                 passed.add(key)
-                self.pages.move_to_end(key)
+                among.move_to_end(key)
 
-    def use(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Count the storages of these as in memory, with room for them; the names of all."""
+    def use(self, tensors: Iterable[Tensor], written: Iterable[Tensor] = ()) -> list[int]:
+        """Bring what these lie in to memory, with room for it; the names of all storages.
+
+        written: those of them whose memory changes.
+        """
         storages = [x.untyped_storage() for x in tensors]
         found = [s._cdata for s in storages]
+        came = None
+        self.shelf.here()
         for key, storage in zip(found, storages, strict=True):
-            if key in self.pages:
-                self.pages.move_to_end(key)
-            elif key in self.gone:
-                page = self.gone[key]
-                self.room(page.nbytes, found)
-                self.pages[key] = self.gone.pop(key)
-                # read in large pieces, while the op is at what it got first; of the system's cache
-                # that costs nothing
-                _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_WILLNEED)
-                self.done.returned += page.nbytes
-                self._hold(page.nbytes)
+            if key in self.gone:
+                self._bring(key, storage, found)
+                came = self.pages[key]
+            page = self._touched(key)
+            if page is not None and page.copy is not None and not self.shelf.is_memory:
+                self.shelf.ready(page.copy)
+                came = page if page.coming else came
+                self._came(page)
+        if not self.shelf.is_memory:
+            for x in written:
+                self._changed(x.untyped_storage()._cdata)
+        if came is not None and self.share and _torch.graph_task() != -1:
+            self._expect(came.before, found)
         return found
 
     def follow(self, tensors: Iterable[Tensor], used: Iterable[int]) -> None:
         """Know the storages of results; those of arguments are known, or not the pager's."""
-        known = set(used)
+        known, rank = set(used), simulated_rank()
         for x in tensors:
             storage = x.untyped_storage()
             key, n = storage._cdata, storage.nbytes()
-            if n < LEAST or key in known or key in self.pages or key in self.gone:
+            if n < LEAST or key in known or not self.shelf.takes(storage):
+                continue
+            if key in self.pages or key in self.gone or key in self.clean or key in self.fixed:
                 continue
             end = weakref.ref(storage, partial(_ended, self.ended, key))
-            self.pages[key] = Page(_torch.storage_ref(x), end, n)
+            page = Page(_torch.storage_ref(x), end, n, rank, self.made.get(rank, 0))
+            self.pages[key] = page
+            self.recent[rank][key] = None
+            self.made[rank] = key
             self._hold(n)
+        self._copy_ahead()
 
     def settle(self, x: Tensor) -> None:
         """Put the memory of x where it stays for as long as there is any."""
-        page = self.pages.get(x.untyped_storage()._cdata)
-        if page is not None:
-            self._file(x.untyped_storage(), page)
+        key = x.untyped_storage()._cdata
+        if self.shelf.is_memory:
+            page = self.pages.get(key)
+            if page is not None:
+                self._copy(x.untyped_storage(), page)
+        else:
+            self.use([x], [x])
+            page = self.pages.pop(key, None)
+            if page is not None:
+                self.fixed[key] = page
+
+    def resume(self, rank: int) -> None:
+        """Bring back what a rank that goes on used last, before it asks."""
+        if not self.share:
+            return
+        self._sweep()
+        wanted, left = [], self.share
+        for key in reversed(self.recent[rank]):
+            page = self.gone.get(key)
+            left -= page.nbytes if page is not None else self._of(key).nbytes
+            if left < 0:
+                break
+            if page is not None:
+                wanted.append(key)
+        with _torch.no_torch_function_at_all():
+            self.shelf.here()
+            for key in wanted:
+                self._prefetch(key, wanted)
+
+    def close(self) -> None:
+        """Bring back what somebody has still, and leave the shelf."""
+        if not self.shelf.is_memory:
+            with _torch.no_torch_function_at_all(), _torch.outside_modes():
+                self.shelf.here()
+                for page in self.gone.values():
+                    storage = _torch.storage_of(page.ref)
+                    if storage is not None:
+                        self.shelf.fetch(storage, page.copy)
+        self.shelf.join()
+        for pages in (self.pages, self.clean, self.fixed, self.gone):
+            for page in pages.values():
+                if page.copy is not None:
+                    self.shelf.drop(page.copy)
+            pages.clear()
+
+    def _of(self, key: int) -> Page:
+        return next(t[key] for t in (self.pages, self.clean, self.fixed, self.gone) if key in t)
+
+    def _touched(self, key: int) -> Page | None:
+        """A page in memory, as used last."""
+        if key in self.clean:
+            page = self.pages[key] = self.clean.pop(key)
+            self.ready -= page.nbytes
+        else:
+            if key not in self.pages:
+                return None
+            page = self.pages[key]
+            self.pages.move_to_end(key)
+        if self.share:
+            rank = simulated_rank()
+            if page.rank != rank:
+                self.recent[page.rank].pop(key, None)
+                page.rank = rank
+            self.recent[rank][key] = None
+            self.recent[rank].move_to_end(key)
+        return page
+
+    def _came(self, page: Page) -> None:
+        self.coming -= page.nbytes if page.coming else 0
+        page.coming = False
+
+    def _changed(self, key: int) -> None:
+        page = self.pages.get(key)
+        if page is not None and page.copy is not None:
+            self._drop(page)
+
+    def _drop(self, page: Page) -> None:
+        self.shelf.drop(page.copy)
+        page.copy = None
+        self.filed -= page.nbytes
+
+    def _bring(self, key: int, storage: torch.UntypedStorage, used: Iterable[int]) -> None:
+        page = self.gone[key]
+        self.room(page.nbytes, used)
+        with _torch.outside_modes():
+            self.shelf.fetch(storage, page.copy)
+        self.pages[key] = self.gone.pop(key)
+        self.done.returned += page.nbytes
+        self._hold(page.nbytes)
+
+    def _prefetch(self, key: int, used: Iterable[int]) -> None:
+        page = self.gone.get(key)
+        storage = None if page is None else _torch.storage_of(page.ref)
+        if page is not None and storage is not None:
+            self._bring(key, storage, used)
+            page.coming = True
+            self.coming += page.nbytes
+
+    def _expect(self, key: int, used: list[int]) -> None:
+        """Fetch what backward reads next: what was made before, in turn."""
+        while (page := self.gone.get(key)) and self.coming + page.nbytes <= self.share:
+            used.append(key)
+            self._prefetch(key, used)
+            if key in self.gone:
+                return
+            key = page.before
 
     def _hold(self, nbytes: int) -> None:
         self.resident += nbytes
@@ -137,44 +259,58 @@ class Pager:
     def _sweep(self) -> None:
         while self.ended:
             key = self.ended.pop()
-            page = self.pages.pop(key, None)
-            if page is not None:
+            page = self._of(key)
+            if self.gone.pop(key, None) is None:
                 self.resident -= page.nbytes
-            else:
-                page = self.gone.pop(key)
-            self.filed -= page.nbytes if page.filed else 0
+                self.ready -= page.nbytes if self.clean.pop(key, None) else 0
+                self.pages.pop(key, None)
+                self.fixed.pop(key, None)
+            self._came(page)
+            self.recent[page.rank].pop(key, None)
+            if page.copy is not None:
+                self._drop(page)
+
+    def _copy_ahead(self) -> None:
+        """Begin to copy those that would go next, so that they can go at once."""
+        if not self.share or self.resident - self.ready <= self.budget - self.share:
+            return
+        self._sweep()
+        while self.pages and self.resident - self.ready > self.budget - self.share:
+            key = next(iter(self.pages))
+            storage = _torch.storage_of(self.pages[key].ref)
+            if storage is None:
+                return
+            self._copy(storage, self.pages[key])
+            page = self.clean[key] = self.pages.pop(key)
+            self.ready += page.nbytes
 
     def _let_go(self, key: int) -> None:
-        page = self.pages[key]
+        among = self.clean if key in self.clean else self.pages
+        page = among[key]
         storage = _torch.storage_of(page.ref)
         if storage is None:
             return
-        self._file(storage, page)
-        if _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_DONTNEED):
-            raise OSError(ctypes.get_errno(), "madvise of a file in " + str(self.folder))
-        self.gone[key] = self.pages.pop(key)
-        self.resident -= page.nbytes
-
-    def _file(self, storage: torch.UntypedStorage, page: Page) -> None:
-        if page.filed:
+        if not self.shelf.takes(storage):
+            # others have seen it since
+            self.fixed[key] = among.pop(key)
+            self.ready -= page.nbytes if among is self.clean else 0
             return
-        _torch.swap_memory(storage, self._copied(storage))
-        page.filed = True
+        self._copy(storage, page)
+        with _torch.outside_modes():
+            self.shelf.free(storage, page.copy)
+        self._came(page)
+        self.gone[key] = among.pop(key)
+        self.resident -= page.nbytes
+        self.ready -= page.nbytes if among is self.clean else 0
+
+    def _copy(self, storage: torch.UntypedStorage, page: Page) -> None:
+        if page.copy is not None:
+            return
+        with _torch.outside_modes():
+            page.copy = self.shelf.put(storage)
         self.filed += page.nbytes
         self.done.spilled += page.nbytes
         self.done.most = max(self.done.most, self.filed)
-
-    def _copied(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """The same bytes in a file without a name, which goes with the memory."""
-        fd, name = tempfile.mkstemp(dir=self.folder)
-        try:
-            # a full disk is an error here, at the first touch of a page it would end the process
-            os.posix_fallocate(fd, 0, storage.nbytes())
-            made = torch.UntypedStorage.from_file(name, True, storage.nbytes())
-        finally:
-            os.close(fd)
-            os.unlink(name)
-        return made.copy_(storage)
 
 
 class Paged(Looking):
@@ -188,7 +324,7 @@ class Paged(Looking):
         if func in _torch.TOUCH_NOTHING:
             return func(*args, **kwargs)
         given = _strided((args, kwargs))
-        used = self.pager.use(given)
+        used = self.pager.use(given, _strided(_torch.written_to(func, args, kwargs)))
         # room for a result like the largest argument
         self.pager.room(max((x.numel() * x.element_size() for x in given), default=0), used)
         out = func(*args, **kwargs)
@@ -216,24 +352,8 @@ def _ended(ended: list[int], key: int, _: Any) -> None:
 
 
 def _strided(tree: Any) -> list[Tensor]:
-    return [
-        x
-        for x in pytree.tree_leaves(tree)
-        if isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
-    ]
-
-
-@cache
-def _libc() -> Any:
-    found = ctypes.CDLL(None, use_errno=True)
-    found.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return found
-
-
-@cache
-def _small_chunks() -> None:
-    """Memory of 256 KiB or more goes back to the system when it is freed, not to a heap."""
-    if sys.platform != "linux":
-        raise UnsupportedOpError("tiled needs Linux: it maps files to the memory of tensors")
-    if hasattr(_libc(), "mallopt"):
-        _libc().mallopt(_MALLOPT_MMAP_THRESHOLD, 2**18)
+    """The tensors whose memory those of a tree lie in."""
+    found = [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    if all(type(x) in (Tensor, Parameter) and x.layout is torch.strided for x in found):
+        return found
+    return [y for x in found for y in _torch.dense_parts(x)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
-from ..ranks.simulate import Turns, World
+from ..ranks.simulate import Turns, World, random_states, restore
 from ..ranks.testing import make_mesh
-from ..settings import bringing
+from ..settings import bringing, setting
 from ..tensor.random import match_single_device
 from ..train.parallelize import parallelize
 from .pager import Paged, Pager, Settled
@@ -25,11 +26,12 @@ class Ranks:
     """Ranks of a world that share a pager and the parameters' memory."""
 
     def __init__(self, model: nn.Module, parts: tuple[int, ...], pager: Pager) -> None:
-        self.model = model
+        self.model, self.pager = model, pager
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad = torch.is_grad_enabled()
-        self.random: Tensor | None = None
-        modes, n = _modes_of_caller(), prod(parts)
+        self.random: Any = None
+        device, n = pager.shelf.device, prod(parts)
+        modes = _modes_of_caller(device)
 
         def rank() -> None:
             with ExitStack() as stack:
@@ -38,8 +40,10 @@ class Ranks:
                 stack.enter_context(_torch.not_tracing())
                 stack.enter_context(Settled(pager))
                 stack.enter_context(Paged(pager))
-                stack.enter_context(match_single_device())
-                mesh = make_mesh(parts)
+                if device.type == "cpu":
+                    stack.enter_context(match_single_device())
+                stack.enter_context(setting("paged", True))
+                mesh = make_mesh(parts, device.type)
                 mine = _replica(model)
                 if self.grad and self.parameters:
                     parallelize(mine, mesh, sync=False)
@@ -53,15 +57,19 @@ class Ranks:
 
     def go_on(self) -> None:
         """Run all ranks until they end, or leave to wait for what is outside."""
-        self.world.go_on()
+        try:
+            self.world.go_on()
+        finally:
+            if self.world.ended:
+                self.pager.close()
         if self.random is not None:
             # as the plain call leaves it
-            torch.set_rng_state(self.random)
+            restore(self.random)
             self.random = None
 
     def ended_forward(self, model: nn.Module) -> None:
         """On the first rank: what the plain call leaves behind, beside its outputs."""
-        self.random = torch.get_rng_state()
+        self.random = random_states()
         mine = dict(model.named_buffers())
         with torch.no_grad():
             for name, b in self.model.named_buffers():
@@ -71,8 +79,7 @@ class Ranks:
     def gradients(self, model: nn.Module) -> list[Tensor | None]:
         """Of the model's trained parameters, in memory of their own."""
         found = [p.grad for p in model.parameters() if p.requires_grad]
-        with _torch.outside_modes():
-            return [None if g is None else g.detach().clone() for g in found]
+        return [None if g is None else kept(g) for g in found]
 
 
 class _Latest(Turns):
@@ -88,21 +95,45 @@ class _Latest(Turns):
         self.stopped.append(rank)
         return [*self.stopped[-2::-1], rank]
 
+    def wait(self, rank: int, ready: Callable[[], bool], what: Any) -> None:
+        super().wait(rank, ready, what)
+        self.pager.resume(rank)
+
     def work(self, collective: Any, datas: list[Any]) -> None:
         with Paged(self.pager):
             collective.work(datas)
 
 
-def _modes_of_caller() -> list[Callable[[], AbstractContextManager[Any]]]:
+@torch.no_grad()
+def kept(x: Tensor) -> Tensor:
+    """The values of x in memory that the pager does not know."""
+    with _torch.outside_modes():
+        made = torch.empty_like(x)
+    return made.copy_(x)
+
+
+def _modes_of_caller(device: torch.device) -> list[Callable[[], AbstractContextManager[Any]]]:
     """What makes this thread's autograd and autocast in another one."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    kept = torch.is_autocast_cache_enabled()
-    return [
-        lambda: torch.inference_mode(inference),
-        lambda: torch.set_grad_enabled(grad),
-        lambda: torch.autocast("cpu", dtype=dtype, enabled=cast, cache_enabled=kept),
+    default, cached = torch.get_default_device(), torch.is_autocast_cache_enabled()
+    casts = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in {"cpu", device.type}
     ]
+    modes: list[Callable[[], AbstractContextManager[Any]]] = [
+        lambda: torch.inference_mode(inference),
+        # which the one above enables: backward of a rank runs in its own thread, as that of the
+        # device waits for it
+        lambda: torch.autograd.set_multithreading_enabled(False),
+        lambda: torch.set_grad_enabled(grad),
+    ]
+    for kind, on, dtype in casts:
+        modes.append(partial(torch.autocast, kind, dtype, on, cached))
+    if default.type != "cpu":
+        modes.append(lambda: default)
+    if device.type == "cuda":
+        modes.append(partial(torch.cuda.stream, torch.cuda.current_stream(device)))
+    return modes
 
 
 def _replica(model: nn.Module) -> nn.Module:

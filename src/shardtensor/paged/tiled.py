@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .. import _torch
+from ..errors import UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
 from .call import Call, Session, end_left
+from .files import Files
 from .pager import Pager, Paging
+from .pinned import Pinned
 from .ranks import Ranks
+from .shelf import Shelf
+from .streams import Streams
 
 T = TypeVar("T")
 
@@ -45,13 +50,14 @@ def tiled(
     given, as those that have it in the same size are cut; the others are given whole. memory:
     bytes of the ranks' tensors of 64 KiB or more that stay in memory together; beside them are
     weights, inputs and outputs, and what an op needs while it runs. spill: a folder on a disk, not
-    in memory (tmpfs); what is there has no name and goes with the process.
+    in memory (tmpfs); what is there has no name and goes with the process. Tensors of a GPU go to
+    pinned memory of the host first, `memory` bytes of it; with spill="cpu" all of them stay there.
 
     `run` gives a step the sharded model itself, for inputs and outputs in files. Python state that
     forward changes, and new buffers, stay with the ranks' copies of the model; buffers come back.
-    Raises ValueError for arguments that do not fit, UnsupportedOpError for tensors that are not on
-    the CPU and on other systems than Linux, and what `simulate` raises for errors of the model. A
-    second derivative raises RuntimeError.
+    Raises ValueError for arguments that do not fit, UnsupportedOpError for tensors of other devices
+    than CPUs and CUDA GPUs, and for folders on other systems than Linux, and what `simulate` raises
+    for errors of the model. A second derivative raises RuntimeError.
     """
     return Tiled(model, parts, dim, memory, spill)
 
@@ -66,7 +72,7 @@ class Tiled:
     memory: int
     paging: Paging
     parts: tuple[int, ...]
-    spill: Path
+    spill: Path | None
 
     def __init__(
         self,
@@ -79,21 +85,24 @@ class Tiled:
         self.model = model
         self.parts = (parts,) if isinstance(parts, int) else tuple(parts)
         self.dims = (dim,) if isinstance(dim, int) else tuple(dim)
-        self.memory, self.spill = memory, Path(spill)
+        self.memory, self.spill = memory, None if spill == "cpu" else Path(spill)
         self.paging = Paging()
+        self._shelves: dict[torch.device, Shelf] = {}
         if len(self.parts) != len(self.dims) or not self.parts or min(self.parts) < 1:
             raise ValueError(f"{parts} parts along dim {dim}: one number of parts for each dim")
         if any(isinstance(p, ShardTensor | dt.DTensor) for p in model.parameters()):
             raise ValueError("tiled takes a model of plain parameters: it runs on one device")
         if memory <= 0:
             raise ValueError(f"memory is {memory}: bytes that parts may hold together")
-        if not self.spill.is_dir():
+        if self.spill is not None and not self.spill.is_dir():
             raise ValueError(f"spill: there is no folder {self.spill}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
         end_left()
-        session = Session(self.model, self.parts, self.dims, self._pager(), (args, kwargs))
+        first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+        pager = self._pager(first)
+        session = Session(self.model, self.parts, self.dims, pager, (args, kwargs))
         given = [*session.tensors, *(session.parameters if session.grad else [])]
         outputs = Call.apply(session, *given)
         return session.rebuilt(outputs)
@@ -107,15 +116,31 @@ class Tiled:
         is to be plain (a ShardTensor raises ValueError).
         """
         end_left()
-        work = _Step(self.model, self.parts, self._pager(), step)
+        pager = self._pager(next(self.model.parameters(), None))
+        work = _Step(self.model, self.parts, pager, step)
         work.go_on()
         result: Any = work.result
         return result
 
-    def _pager(self) -> Pager:
-        pager = Pager(self.memory, self.spill)
+    def _pager(self, first: Tensor | None) -> Pager:
+        """A pager of the device that this tensor is on."""
+        device = torch.device("cpu") if first is None else first.device
+        if device not in self._shelves:
+            self._shelves[device] = shelf(device, self.spill, self.memory)
+        pager = Pager(self.memory, self._shelves[device])
         self.paging = pager.done
         return pager
+
+
+def shelf(device: torch.device, folder: Path | None, memory: int) -> Shelf:
+    """Where storages of a device go. Raises for devices that there is no place for."""
+    if device.type == "cuda":
+        return Pinned(Streams(device), folder, None if folder is None else memory)
+    if device.type != "cpu":
+        raise UnsupportedOpError(f"tiled runs on CPUs and CUDA GPUs: {device.type} has no pager")
+    if folder is None:
+        raise ValueError('spill="cpu" is where memory of a GPU goes: on a CPU give a folder')
+    return Files(folder)
 
 
 class _Step(Ranks):

@@ -85,16 +85,13 @@ class Turns:
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
         """Let other ranks run until ready()."""
-        state, python = torch.get_rng_state(), random.getstate()
-        other = numpy.random.get_state()
+        states = random_states()
         self.waiting[rank] = (ready, what)
         self.next_after(rank)
         self.go[rank].wait()
         self.go[rank].clear()
         del self.waiting[rank]
-        torch.set_rng_state(state)
-        random.setstate(python)
-        numpy.random.set_state(other)
+        restore(states)
         if not ready():
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
@@ -142,6 +139,21 @@ class Turns:
         collective.work(datas)
 
 
+def random_states() -> tuple[Any, ...]:
+    """Of all generators that a program draws from unless it says another; no device is asked."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state(), gpus
+
+
+def restore(states: tuple[Any, ...]) -> None:
+    """Let all of them go on from there."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    numpy.random.set_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
 def _called() -> str:
     """The function of torch.distributed that is running in this thread."""
     frame = sys._getframe(2)
@@ -186,7 +198,7 @@ class World:
         self.turns = turns
         self.results: list[Any] = [None] * world_size
         self.store = dist.HashStore()
-        self.random = torch.get_rng_state()
+        self.random = random_states()
         ranks = range(world_size)
         self.threads = [
             threading.Thread(target=self._run, args=(r, fn, args), daemon=True) for r in ranks
@@ -202,7 +214,7 @@ class World:
         """Run all ranks until they end or leave; raises what `simulate` does, once they ended."""
         if counters.simulated_rank() is not None:
             raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
-        turns, before, hook = self.turns, torch.get_rng_state(), sys.excepthook
+        turns, before, hook = self.turns, random_states(), sys.excepthook
         # a mesh of an earlier world may equal one of this
         cache.clear()
         turns.outside.clear()
@@ -218,7 +230,7 @@ class World:
                 for t in self.threads:
                     t.join()
         cache.clear()
-        torch.set_rng_state(before)
+        restore(before)
         # init_process_group puts "[rank0]" before every later traceback of this process
         sys.excepthook = hook
         if self.ended:
@@ -236,7 +248,7 @@ class World:
         observers.thread.transport = self.transport
         observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
-        torch.set_rng_state(self.random)
+        restore(self.random)
         try:
             with torch.autograd.set_multithreading_enabled(False):
                 world_size = len(self.threads)

@@ -184,10 +184,11 @@ def _stacked(xs: list[Tensor]) -> Tensor:
     other = any(type(y) is not Tensor or y.is_neg() for y in xs)
     if step < 0 or followed or other or _torch.transforming() or _torch.is_tracing():
         return torch.stack(xs, -3)
-    memory, strides = x.untyped_storage().data_ptr(), x.stride()
+    # by name, not address: what a pager put away has none
+    memory, strides = x.untyped_storage()._cdata, x.stride()
     for i, y in enumerate(xs):
         lies = y.stride(), y.storage_offset()
-        if lies != (strides, first + i * step) or y.untyped_storage().data_ptr() != memory:
+        if lies != (strides, first + i * step) or y.untyped_storage()._cdata != memory:
             return torch.stack(xs, -3)
     shape = (*x.shape[:-2], len(xs), *x.shape[-2:])
     return x.as_strided(shape, (*strides[:-2], step, *strides[-2:]))

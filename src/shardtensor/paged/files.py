@@ -1,0 +1,88 @@
+"""Files that are mapped to memory, which the system reads when an op touches it.
+
+A storage that has to go moves into such a file, once; from then on letting it go is one call, and
+coming back is what the system does at the first touch. So an access that the pager does not see is
+not counted, but never wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _torch
+from ..errors import UnsupportedOpError
+from .shelf import Shelf
+
+_MALLOPT_MMAP_THRESHOLD, _MADV_WILLNEED, _MADV_DONTNEED = -3, 3, 4
+
+
+class Files(Shelf):
+    """For storages of the CPU."""
+
+    device = torch.device("cpu")
+    is_memory = True
+
+    def __init__(self, folder: Path) -> None:
+        if sys.platform != "linux":
+            raise UnsupportedOpError("tiled needs Linux: it maps files to the memory of tensors")
+        self.folder = folder
+        _small_chunks()
+
+    def put(self, storage: torch.UntypedStorage) -> Any:
+        made = mapped(self.folder, storage.nbytes())
+        _torch.swap_memory(storage, made.copy_(storage))
+        return True
+
+    def free(self, storage: torch.UntypedStorage, copy: Any) -> None:
+        let_go(storage)
+
+    def fetch(self, storage: torch.UntypedStorage, copy: Any) -> None:
+        # read in large pieces, while the op is at what it got first; of the system's cache that
+        # costs nothing
+        ask_for(storage)
+
+
+def mapped(folder: Path, nbytes: int) -> torch.UntypedStorage:
+    """Memory of a file without a name, which goes with the memory."""
+    fd, name = tempfile.mkstemp(dir=folder)
+    try:
+        # a full disk is an error here, at the first touch of a page it would end the process
+        os.posix_fallocate(fd, 0, nbytes)
+        made: Any = torch.UntypedStorage.from_file(name, True, nbytes)
+    finally:
+        os.close(fd)
+        os.unlink(name)
+    return made
+
+
+def let_go(storage: torch.UntypedStorage) -> None:
+    """Leave what is mapped to its file."""
+    if _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise of a file that is mapped")
+
+
+def ask_for(storage: torch.UntypedStorage) -> None:
+    """Let the system read what is mapped."""
+    _libc().madvise(storage.data_ptr(), storage.nbytes(), _MADV_WILLNEED)
+
+
+@cache
+def _libc() -> Any:
+    found = ctypes.CDLL(None, use_errno=True)
+    found.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return found
+
+
+@cache
+def _small_chunks() -> None:
+    """Memory of 256 KiB or more goes back to the system when it is freed, not to a heap."""
+    if hasattr(_libc(), "mallopt"):
+        _libc().mallopt(_MALLOPT_MMAP_THRESHOLD, 2**18)
