@@ -215,3 +215,44 @@ def test_what_no_graph_holds_runs_eagerly(name):
         assert traces == 0
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
+
+
+class Careful(nn.Module):
+    """Raises after it has written to a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        if x.shape[0] > 4:
+            raise KeyError("too many")
+        return x * self.seen
+
+
+def calls_with_errors(call, net, place):
+    found = []
+    for n in (4, 5, 4, 5, 5, 4):
+        try:
+            found.append(call(place(torch.ones(n, 2))))
+        except KeyError:
+            found.append(net.seen.clone())
+    return found
+
+
+def test_what_is_written_before_an_error_is_written():
+    plain = Careful()
+    want = calls_with_errors(plain, plain, lambda x: x)
+
+    def run():
+        net = Careful()
+        found = calls_with_errors(
+            st.compile(net, backend="eager"),
+            net,
+            lambda x: st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None),
+        )
+        for f, w in zip(found, want, strict=True):
+            assert torch.equal(f.full_tensor() if isinstance(f, st.ShardTensor) else f, w)
+
+    st.simulate(2, run)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .. import attention
 from ..comm.deferred import Twin, slots_of
 from ..comm.sums import vary
 from ..dispatch.axes import as_shards
+from ..dispatch.fallback import limit
 from ..errors import UnsupportedOpError
 from ..later import dt
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, random, wrap
 from .members import Members, members_of
 
 _form = attrgetter("shape", "dtype", "device", "requires_grad")
@@ -172,3 +174,15 @@ def replaced(fn: Any, own: dict[str, Tensor]) -> str:
     now = members_of(fn)
     found = [name for name in {**own, **now} if now.get(name) is not own.get(name)]
     return f"the parameter or buffer {found[0]}" if found else ""
+
+
+def modes_of(members: Members) -> tuple[Any, ...]:
+    """Gradients or not, train or eval of each module, autocast, and settings."""
+    casts = tuple(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    )
+    contexts = (
+        attention.chosen(), limit(), random.matching(), torch.get_default_dtype(),
+        torch.is_inference_mode_enabled(),
+    )  # fmt: skip
+    return torch.is_grad_enabled(), members.training(), casts, contexts

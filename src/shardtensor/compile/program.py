@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .. import _torch, attention
+from .. import _torch
 from .._torch import probe
 from ..cache import register
-from ..caller import error_line
+from ..caller import described, error_line
 from ..comm import observers
-from ..dispatch.fallback import is_shard, limit
+from ..dispatch.fallback import is_shard
 from ..errors import UnsupportedOpError
 from ..settings import setting
 from ..spec import Spec
-from ..tensor import ShardTensor, random, wrap
+from ..tensor import ShardTensor, wrap
 from ..tensor.apart import note
 from ..tensor.tape import Tape
 from . import varied, writes
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
-from .inputs import Own, further, key_of, parted, parts_of, replaced, seen, using
+from .inputs import Own, further, key_of, modes_of, parted, parts_of, replaced, seen, using
 from .members import Members
 from .refused import NoHooks, NoWrites, check_whole, without_generators
 from .varied import Varied
@@ -59,6 +59,7 @@ _STATE = (
     "runs eagerly where Python state that it reads {}: keep such state in buffers, or out of what "
     "is compiled"
 )
+_NONE = "runs eagerly where no graph holds it: {}"
 # traces in which the program changes the state: a cache is filled by the first
 _TRIES = 2
 
@@ -218,12 +219,12 @@ class Compiled:
         except UnsupportedOpError as e:
             if self.options.get("fullgraph"):
                 raise
-            self._warn(f"runs eagerly where no graph holds it: {e}")
+            self._warn(_NONE.format(e))
             return self.call(*args, **kwargs)
         own = Own(self.members, parts)
         specs, given = zip(*map(parted, leaves), strict=True) if leaves else ((), ())
         tensors, again = further(given, own.places)
-        modes = _modes(self.members)
+        modes = modes_of(self.members)
         key = (specs, key_of(given), again, own.key(), str(tree), *modes)
         found = self.traced.get(key, ())
         graph = next((g for g in found if g.reads.hold()), None)
@@ -253,8 +254,8 @@ class Compiled:
             return True
         return self.changing[key] >= _TRIES
 
-    def _warn(self, why: str) -> None:
-        warnings.warn(f"{_name(self.fn)} {why}", stacklevel=4)
+    def _warn(self, why: str, level: int = 4) -> None:
+        warnings.warn(f"{_name(self.fn)} {why}", stacklevel=level)
 
     def _make(self, key: tuple[Any, ...], call: Call) -> _Graph | None:
         """A graph for a call, None if it changes what it reads, or does what no graph holds."""
@@ -267,18 +268,28 @@ class Compiled:
             if self.options.get("fullgraph"):
                 raise UnsupportedOpError(text) from e
             self.changing[key] = _TRIES
-            self._warn(f"runs eagerly where no graph holds it: {text}")
+            self._warn(_NONE.format(text))
+            return None
+        except Exception as e:
+            # the caller's own: the eager call raises it, and does before what it does
+            if self.options.get("fullgraph"):
+                raise
+            self._tried(key, _NONE.format(described(e)))
             return None
         changed = _found.by_all(changed)
         if changed:
-            self.changing[key] += 1
-            if self.changing[key] == _TRIES:
-                self._warn(_STATE.format(f"is changed by it ({changed})"))
-            log.info("a call of %s runs eagerly, as it changes %s", _name(self.fn), changed)
+            self._tried(key, _STATE.format(f"is changed by it ({changed})"))
             return None
         self.traced.setdefault(key, []).append(graph)
         self.traces += 1
         return graph
+
+    def _tried(self, key: Any, why: str) -> None:
+        """Note that a call was traced in vain; warn where none like it will be again."""
+        self.changing[key] += 1
+        if self.changing[key] == _TRIES:
+            self._warn(why, 5)
+        log.info("a call of %s %s", _name(self.fn), why)
 
     def _note(self, key: tuple[Any, ...]) -> None:
         """Log what a new graph is for; drop those that were not used for longest, if too many."""
@@ -381,14 +392,3 @@ class Compiled:
 
 def _name(fn: Any) -> str:
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
-
-
-def _modes(members: Members) -> tuple[Any, ...]:
-    casts = tuple(
-        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-    )
-    contexts = (
-        attention.chosen(), limit(), random.matching(), torch.get_default_dtype(),
-        torch.is_inference_mode_enabled(),
-    )  # fmt: skip
-    return torch.is_grad_enabled(), members.training(), casts, contexts
