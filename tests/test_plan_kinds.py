@@ -1,8 +1,6 @@
 """Plans of models whose code reads values: schedules, constants, masks, indices, points."""
 
 import gc
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardtensor.plan import replay
-from shardtensor.plan.estimate import H100, Layout, Task, estimate
+from shardtensor.plan.estimate import Layout, Task, estimate
 from shardtensor.plan.ledger import Ledger
 from shardtensor.plan.search import plan
 from shardtensor.ranks.measure import peak_bytes
@@ -266,35 +264,6 @@ def test_what_repeats_is_run_once():
         one = estimate(task, e.layout)
         assert (one.memory, one.compute) == (e.memory, pytest.approx(e.compute))
         assert one.collectives() == e.collectives()
-
-
-def weighty():
-    return nn.Sequential(*(nn.Conv2d(3 if i == 0 else 64, 64, 3, padding=1) for i in range(6)))
-
-
-def test_an_optimizer_s_step_is_that_of_the_device():
-    """On GPUs torch works on lists of weights: few kernels, and temporaries as large as all."""
-    torch.manual_seed(0)
-    model, x = weighty(), torch.randn(1, 3, 8, 8)
-    peaks, layout = {}, Layout(1, (2,), (1,))
-    for foreach in (True, False):
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
-
-        def step(optimizer=optimizer):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        step()
-        peaks[foreach] = peak_bytes(step) + x.nbytes + 3 * sum(p.nbytes for p in model.parameters())
-    task = Task(weighty, [(1, 3, 8, 8)])
-    gpu, cpu = (estimate(task, layout, device) for device in (H100, replace(H100, name="cpu")))
-    assert gpu.peak == pytest.approx(peaks[True], rel=0.05)
-    assert cpu.peak == pytest.approx(peaks[False], rel=0.05) and cpu.peak < 0.9 * gpu.peak
-    kernels = [e.tree()["(optimizer)"].kernels for e in (gpu, cpu)]
-    assert kernels[0] < 20 < 12 * 5 < kernels[1]
-    chosen = replace(task, optimizer=partial(torch.optim.AdamW, foreach=False))
-    assert estimate(chosen, layout).tree()["(optimizer)"].kernels == kernels[1]
 
 
 class Several(nn.Module):

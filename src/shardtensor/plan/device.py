@@ -156,7 +156,8 @@ class Device:
         if self.rates is not None:
             return self._measured(work, self.rates)
         if work.kind == "nothing":
-            return "launch", self.launch
+            # an allocation runs no kernel
+            return "launch", 0.0
         wide = _bits(work)
         bits = min((b for b in self.flops if b >= wide), default=max(self.flops))
         compute = work.flop / (self.flops[bits] * self.efficiency)

@@ -1,7 +1,8 @@
 """A few numbers between kernels, in float64: numpy's on CPUs, where torch's cost three times that.
 
 `Numbers` are an array or, on other devices, a tensor; what is written with operators, `sum`, `mean`
-and `reshape` runs on both. They have no gradients.
+and `reshape` runs on both. They have no gradients. Those of fake tensors, of which a plan is made,
+are zeros: as many kernels run as of real ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from .._torch import probe
 from ..cache import cached
 from ..comm import groups, wire
 from ..comm.pack import unpacked
@@ -31,9 +33,15 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether numpy can read its memory."""
-    # fake tensors have no numbers
-    return x.device.type == "cpu" and type(x) in READ
+    """Whether numpy can read its memory, or would, if it had some."""
+    return x.device.type == "cpu" and (type(x) in READ or probe.is_fake(x))
+
+
+def memory(x: Tensor) -> Any:
+    """What numpy reads, and writes to; zeros that nobody else sees for a fake tensor."""
+    if type(x) in READ:
+        return x.numpy()
+    return np.zeros(tuple(x.shape), _DTYPES[x.dtype])
 
 
 class _Lent:
@@ -54,6 +62,8 @@ def numbers_of(x: Tensor) -> Numbers:
     x = x.detach()
     if not on_host(x):
         return x.double()
+    if type(x) not in READ:
+        return np.zeros(tuple(x.shape))
     return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
 
 
@@ -77,8 +87,11 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
     """A tensor of numbers."""
     if isinstance(values, Tensor):
         return values.to(dtype)
-    known = _DTYPES.get(dtype)
-    return torch.from_numpy(values.astype(known)) if known else torch.from_numpy(values).to(dtype)
+    if dtype not in _DTYPES:
+        return tensor_of(values, torch.float64).to(dtype)
+    out = torch.empty(values.shape, dtype=dtype)
+    memory(out)[...] = values
+    return out
 
 
 def move(x: Tensor, values: Numbers, by: float) -> None:
@@ -86,7 +99,7 @@ def move(x: Tensor, values: Numbers, by: float) -> None:
     if isinstance(values, Tensor) or x.dtype not in _DTYPES or not on_host(x):
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
-    into: Any = np.from_dlpack(x.detach())
+    into: Any = np.from_dlpack(x.detach()) if type(x) in READ else memory(x)
     if not into.flags.writeable:
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype), by)
         return
@@ -104,9 +117,9 @@ def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: fl
 def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
-    if like.device.type == "cpu" and type(like) in READ:
+    if on_host(like):
         out = torch.empty((len(values), n), dtype=dtype)
-        rows = out.numpy()
+        rows = memory(out)
         for i, value in enumerate(values):
             rows[i] = value
         return list(out.unbind())
@@ -197,7 +210,7 @@ def slices(block: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
 def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
     shape = [b - a for a, b in block]
     if on_host(whole):
-        whole.numpy()[slices(block)] = flat.numpy().reshape(shape)
+        memory(whole)[slices(block)] = memory(flat).reshape(shape)
     else:
         whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
@@ -206,7 +219,7 @@ def _message(values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values)).to(dtype)
     flat, at = torch.empty(sum(map(len, values)), dtype=dtype), 0
-    into = flat.numpy()
+    into = memory(flat)
     for v in values:
         into[at : at + len(v)] = v
         at += len(v)
@@ -219,7 +232,7 @@ def _joined(found: Sequence[Tensor]) -> Numbers:
         return torch.cat(list(found)).double()
     out = np.empty((len(found), len(first)))
     for i, f in enumerate(found):
-        out[i] = f.numpy()
+        out[i] = memory(f)
     return out
 
 
@@ -227,7 +240,7 @@ def _added(found: Sequence[Tensor]) -> Numbers:
     """Their sum, in the order of the ranks, so that all get the same bits."""
     if not on_host(found[0]):
         return torch.stack(list(found)).double().sum(0) if len(found) > 1 else found[0].double()
-    total = found[0].numpy().astype(np.float64)
+    total = memory(found[0]).astype(np.float64)
     for f in found[1:]:
-        total += f.numpy()
+        total += memory(f)
     return total
