@@ -133,17 +133,18 @@ class Neighbours(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Attention of all tokens to all, by this way."""
+    """Attention of all tokens to all, by this way; biased: by a mask of numbers for each head."""
 
-    def __init__(self, way: str, heads: int = 12) -> None:
+    def __init__(self, way: str, biased: int = 0, heads: int = 12) -> None:
         super().__init__()
         self.way, self.heads, self.qkv = way, heads, nn.Linear(64 * heads, 3 * 64 * heads)
+        self.register_buffer("bias", torch.zeros(heads, biased, biased) if biased else None)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, 64)).permute(2, 0, 3, 1, 4).unbind()
         # one device has none but its own
         with strategy(self.way):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, self.bias)
 
 
 # name -> (model, shape of an input, dim that is cut, unit of uneven cuts)
@@ -158,6 +159,7 @@ STEPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "RMS norm": (lambda: nn.RMSNorm((64, 32)), (2, 64, 32), 1, 1),
     "few keys, ring": (lambda: Tokens("ring"), (1, 128, 768), 1, 1),
     "few keys, gather": (lambda: Tokens("gather"), (1, 128, 768), 1, 1),
+    "biased heads": (lambda: Tokens("auto", 1024), (1, 1024, 768), 1, 1),
 }
 
 

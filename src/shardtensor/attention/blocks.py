@@ -173,6 +173,13 @@ def is_based(top: Top | None, q: Tensor) -> bool:
     return top is not None and not _looked_at(q)
 
 
+def is_counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether several blocks with such a mask have log-sum-exps of a kernel, which are counted."""
+    if mask is None or mask.dtype is torch.bool or _looked_at(q):
+        return False
+    return _torch.attention_kernel(q, k, v, mask, False) is not None
+
+
 def _looked_at(lse: Tensor) -> bool:
     """Whether the digits of log-sum-exps are asked for."""
     return lse.device.type == "cpu" and not probe.is_fake(lse)

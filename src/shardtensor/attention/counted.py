@@ -4,12 +4,13 @@ There the log-sum-exp that a kernel gives has lost the digits with which blocks 
 taken from a base, the largest number that the mask has in the row for all keys: the kernel counts
 once more what the keys weigh beside one more key of that score. Scores are rounded as in the
 attention itself. Those that lie farther from the base than weights reach are not counted: their
-log-sum-exp has the digits that they have themselves.
+log-sum-exp has the digits that they have themselves. Where the base leaves them too few of those,
+the row is NaN (`refused`).
 """
 
 from __future__ import annotations
 
-from math import inf
+from math import exp, inf, nan
 
 import torch
 from torch import Tensor
@@ -18,12 +19,16 @@ from .. import _torch
 
 # log-sum-exps beyond this have lost digits of the sums that they stand for
 COARSE = {torch.float32: 1 << 8, torch.float64: 1 << 20}
+# scores beside numbers beyond this are rounded to more than a thirtieth
+LOST = {torch.float32: 1 << 19, torch.float64: 1 << 48}
 # the log-sum-exp of a row that sees no key of a block: finite, so that merges need not ask for it
 NOTHING = -1e30
 # scores to which kernels, which compute powers of two, may add up none
 HUGE = -1e38
 # powers of e that weights have digits for
 _REACH = {torch.float16: 8.0, torch.float64: 700.0}
+# a block just beyond those weighs nothing beside what is nearer by this
+_NEAR = 10.0
 # keys that are added, of which one counts: rows of a mask begin where kernels ask for it
 _MORE, _SIZE = 16, float(1 << 14)
 
@@ -36,7 +41,7 @@ class Top:
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers = numbers
-        self.made: tuple[Tensor, Tensor] | None = None
+        self.made: tuple[Tensor, Tensor, Tensor] | None = None
         # of which rows of another these are
         self.part: tuple[Top, tuple[int, int]] | None = None
         # of the largest block so far
@@ -50,17 +55,23 @@ class Top:
         made.values, made.part = self.values, (self, rows)
         return made
 
-    def based(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(the base of each row, 0 where keys are not counted; the bias of keys that are added)."""
+    def based(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(the base of each row, 0 where keys are not counted; the bias of keys that are added).
+
+        And by how much at most a log-sum-exp beside it is rounded, where that is much.
+        """
         if self.made is None and self.part is not None:
             of, (a, b) = self.part
-            base, last = of.based(dtype)
-            self.made = base[..., a:b], last[..., a:b, :]
+            base, last, coarse = of.based(dtype)
+            self.made = base[..., a:b], last[..., a:b, :], coarse[..., a:b]
         elif self.made is None:
             fine = (self.numbers.abs() <= COARSE[dtype]) | (self.numbers == -inf)
             last = self.numbers.new_full((*fine.shape, _MORE), -inf)
             last[..., 0] = self.numbers.masked_fill(fine, -inf)
-            self.made = self.numbers.to(dtype).masked_fill(fine, 0.0), last
+            base = self.numbers.to(dtype).masked_fill(fine, 0.0)
+            size = base.abs()
+            coarse = size.mul(4 * torch.finfo(dtype).eps).masked_fill_(size <= LOST[dtype], 0.0)
+            self.made = base, last, coarse
         return self.made
 
     def added(self, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +101,7 @@ def counted(
     """The log-sum-exps of a block from the base of each row on; hidden: rows that see no key."""
     bias = block.bias
     assert bias is not None
-    base, last = top.based(lse.dtype)
+    base, last, coarse = top.based(lse.dtype)
     more, values = top.added(k)
     keys = torch.cat((k, more), 2)
     lead = torch.broadcast_shapes(bias.shape[:-1], last.shape[:-1])
@@ -101,7 +112,8 @@ def counted(
     own, other = found[..., :2].to(lse.dtype).unbind(-1)
     # infinite, or no number, in rows that are not counted
     weight = torch.div(own, other).log_()
-    lse = lse.sub_(base).masked_fill_(hidden, NOTHING)
+    # not nearer to the base than it is
+    lse = lse.sub_(base).add_(torch.copysign(coarse, weight)).masked_fill_(hidden, NOTHING)
     return torch.where(weight.abs() <= reach(q.dtype), weight, lse, out=lse)
 
 
@@ -112,9 +124,11 @@ def reach(dtype: torch.dtype) -> float:
 
 def absolute(top: Top, lse: Tensor) -> Tensor:
     """sums (2, B, H, L) of log-sum-exps that are taken from a base; -inf where no key was seen."""
-    base, _ = top.based(lse.dtype)
-    # what is more than a number can hold stays a logarithm
-    few = lse.masked_fill(lse.abs() > reach(lse.dtype), 0.0)
+    base, _, coarse = top.based(lse.dtype)
+    most = reach(lse.dtype)
+    # what is more than a number can hold stays a logarithm, which `refused` knows by the number
+    held = torch.where(coarse > 0, most, most - 2 * _NEAR).to(lse.dtype)
+    few = lse.clamp(-held, held)
     sums = lse.new_empty((2, *lse.shape))
     torch.add(base, lse - few, out=sums[0])
     torch.exp(few, out=sums[1])
@@ -124,7 +138,17 @@ def absolute(top: Top, lse: Tensor) -> Tensor:
     return sums
 
 
+def refused(out: Tensor, sums: Tensor) -> Tensor:
+    """out with NaN in rows of large numbers whose blocks were weighed by sums of few digits.
+
+    Those that `absolute` has found beyond reach; what other ranks have found is added already.
+    """
+    total, most = sums[1], exp(reach(sums.dtype) - _NEAR)
+    far = (total > most) | ((total < 1 / most) & (total > 0))
+    return out.masked_fill(far.unsqueeze(-1), nan)
+
+
 def from_base(top: Top, sums: Tensor) -> Tensor:
     """Log-sum-exps taken from a base, of sums as two numbers."""
-    base, _ = top.based(sums.dtype)
+    base, *_ = top.based(sums.dtype)
     return sums[0].sub(base).add_(sums[1].log()).clamp_min_(NOTHING)

@@ -31,9 +31,9 @@ from ..comm import groups, wire
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .around import Held, Shapes, in_turns, own_part, shared, start
-from .blocks import backward, forward, is_based, settled, wide
+from .blocks import backward, forward, is_based, is_counted, settled, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
-from .counted import top_of
+from .counted import refused, top_of
 from .gradients import add, beside, lies, sums_of
 from .merge import Merge, relative
 from .twice import attend_plainly
@@ -94,9 +94,7 @@ def _turn(
     """(out, sums) of some heads; alone: whether no other rank has keys for these queries."""
     steps = call.steps
     k, v = shared(call, k, v)
-    # a block that no other is merged with needs no more than its own
-    single = alone and not steps and len(call.seen(q, call.me)) == 1
-    top = None if single else top_of(mask)
+    top = None if _single(call, q, alone) else top_of(mask)
     total = Merge(q, v, top if is_based(top, q) else None)
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     for step in range(steps + 1):
@@ -113,6 +111,11 @@ def _turn(
         # what was sent goes
         del arriving
     return total.result()
+
+
+def _single(call: Call, q: Tensor, alone: bool) -> bool:
+    """Whether this rank computes one block, which no other is merged with."""
+    return alone and not call.steps and len(call.seen(q, call.me)) == 1
 
 
 def over_ranks(out: Tensor, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -372,4 +375,9 @@ def attend(
     call = make(
         q_spans, k_spans, mask_start, causal, exact, scale, drop, seed, order, team, together, group
     )
-    return run(attention_op, q, k, v, mask, call, merged)[0]
+    out, sums = run(attention_op, q, k, v, mask, call, merged)
+    # torch.func's products weigh all keys at once
+    if sums is None or _single(call, q, groups.size(merged) == 1):
+        return out
+    # out of the op: gradients of rows that nothing reads are zeros
+    return refused(out, sums) if is_counted(q, k, v, mask) else out

@@ -63,7 +63,20 @@ def way(
     if kind == "zigzag":
         return balanced
     gathers = not dropout and _in_order(p)
+    if gathers and _exceeds_keys(p, work, items[1]):
+        # each row in one block, as on one device: several would be counted, each by a second call
+        return cheapest(work, [*whole, Way("gather", n)], rates)
     return cheapest(work, [RING, balanced, *several, *whole], rates, gathers=gathers)
+
+
+def _exceeds_keys(p: Plan, work: Work, item: int) -> bool:
+    """Whether a rank of a GPU has more bytes of a mask of numbers than all keys and values are."""
+    mask = p.wanted[3]
+    # a boolean one has numbers of one byte
+    if mask is None or item == 1 or p.machines[0] == "cpu":
+        return False
+    keys = work.batch * work.key_heads * (work.width + work.value_width) * sum(work.keys)
+    return item * prod(max(_sizes(d)) for d in mask) >= work.item * keys
 
 
 def _in_order(p: Plan) -> bool:
