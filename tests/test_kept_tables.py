@@ -47,7 +47,7 @@ def on_a_gpu(monkeypatch):
     """Tables are taken to lie where comparing them waits; the comparisons."""
     compared = []
     equal = torch.equal
-    monkeypatch.setattr(routes, "_waits", lambda x: True)
+    monkeypatch.setattr(routes, "waits", lambda x: True)
     monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or equal(a, b))
     return compared
 

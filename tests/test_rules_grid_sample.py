@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import full, hold, make_mesh, shard
+from shardtensor.rules import grid_sample
 
 
 def random(*shape, seed=3):
@@ -113,6 +114,20 @@ def test_a_small_displacement_moves_few_rows():
     """Rows shifted by 2.5: the last of the four ranks' shards lends nothing, the others 3 rows."""
     rows = [sum(b) / (3 * 8 * 4) for b in st.simulate(4, sent)]
     assert rows == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_all_rows_of_a_small_image_come_where_a_look_would_wait(how, monkeypatch):
+    """As on a GPU: nothing is told."""
+    monkeypatch.setattr(grid_sample, "waits", lambda x: True)
+    monkeypatch.setattr(grid_sample, "tell", None)
+    for dim, cut in ((2, (3, 0, 4)), (3, (1, 6))):
+        hold(
+            sampled(*how),
+            [random(2, 2, 7, 7), places(2, 4, 6, 2)],
+            [shard(dim, cut), None],
+            (len(cut),),
+        )
 
 
 def compiled():

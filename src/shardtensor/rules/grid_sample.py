@@ -4,7 +4,8 @@ The output is cut as the grid is; where that is whole, as the input is. Where sp
 input are sharded, each rank turns its coordinates into rows of the whole image as torch does, pads
 (clips, reflects) them there, and the ranks tell each other the first and the last row that they
 need. So a small displacement moves a few rows. Torch's own op then runs on that window with the
-coordinates of the window; in a traced graph, which must hold for other grids, on all rows.
+coordinates of the window; in a traced graph, which must hold for other grids, and of small images
+on a GPU, which would be waited for, on all rows.
 
 A coordinate of the window is rounded once more than torch's, by no more than torch rounds on the
 whole image. So that this cannot change the row below a sample, whose slope is the gradient, samples
@@ -14,6 +15,7 @@ keep a distance of that rounding from whole rows; nearest rounds on the whole im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from ..tensor.redistribute import fit, reduced
 from . import labels
 from .empty import stock
 from .extents import Window, by_shard, extent, tell
+from .routes import waits
 from .rows import dims_of
 
 NEAREST, BICUBIC = 1, 2
@@ -36,6 +39,8 @@ ZEROS, BORDER, REFLECTION = range(3)
 # torch refuses an image without rows: two outside, which nobody sends
 _NONE = (-2, 0)
 _HALVES = (torch.float16, torch.bfloat16)
+# bytes of an image up to which a GPU gets all of its rows
+WHOLE = 2**22
 
 
 class Way(NamedTuple):
@@ -136,23 +141,28 @@ def _windowed(x: Tensor, at: Tensor, spec: Spec, way: Way) -> tuple[Tensor, Tens
     # of torch's kernels only the one of volumes on CPUs does not fuse multiplication and addition
     fused = n == 2 or x.device.type != "cpu"
     rows = {d: _rows(coordinates[n + 1 - d].detach(), spec.dims[d].size, way, fused) for d in cut}
-    tracing = _torch.is_tracing()
+    every = _torch.is_tracing() or _few(x, spec)
     # the last extent is empty where all coordinates are finite
     known, bad = [], torch.stack([r.bad for r in rows.values()]).any(0)
-    if not tracing:
+    if not every:
         needs = [extent(*_needs(rows[d], way)) for d in cut]
         known = tell([*needs, (bad.new_zeros((), dtype=torch.int64), bad.sum())], spec, axes)
-    keep = way.padding != ZEROS and (tracing or any(k[-1][1] for k in known))
+    keep = way.padding != ZEROS and (every or any(k[-1][1] for k in known))
     for i, d in enumerate(cut):
         size = spec.dims[d].size
         low, high = (-4, 4) if way.mode == BICUBIC else (-1, 1) if way.padding == ZEROS else (0, 0)
         windows = ((low, size + high),) * len(spec.dims[d].sizes)
-        if not tracing:
+        if not every:
             windows = by_shard(known, spec, axes, d, i, _NONE)
         x, start, stop = _fetched(x, d, spec, windows, way)
         c, where = n + 1 - d, rows[d]
         coordinates[c] = _local(coordinates[c], where, start, stop - start, size, way)
     return x, torch.stack(coordinates, -1), bad if keep else None
+
+
+def _few(x: Tensor, spec: Spec) -> bool:
+    """Whether all rows come sooner than a GPU is waited for, to learn which are needed."""
+    return waits(x) and x.element_size() * prod(spec.shape) <= WHOLE
 
 
 class Rows(NamedTuple):

@@ -150,10 +150,15 @@ def _front(at: list[int]) -> int:
     return at[0] if at == list(range(at[0], at[-1] + 1)) else 0
 
 
-def _one_row_dim(x: ShardTensor, rest: dict[int, Tensor], op: str) -> tuple[ShardTensor, Tensor]:
-    """The indexed dims as one, the first, and the index into it."""
+def _one_row_dim(
+    x: ShardTensor, rest: dict[int, Tensor], op: str
+) -> tuple[ShardTensor, Tensor, bool | None]:
+    """The indexed dims as one, the first; the index into it; `negative` of `read` and `write`."""
     at = sorted(rest)
     y: Any = _permuted(x, at + [d for d in range(x.ndim) if d not in rest])
+    if len(at) == 1:
+        # as it was given: what is found of it is kept, its bounds among that
+        return y, rest[at[0]].to(x.device), True
     flat: Any = 0
     for d in at:
         e, n = rest[d], x.shape[d]
@@ -162,7 +167,7 @@ def _one_row_dim(x: ShardTensor, rest: dict[int, Tensor], op: str) -> tuple[Shar
         else:
             e = normal(e.to(x.device), Spec(x._spec.mesh, dims_of(e)), n, True, op)
         flat = flat * n + e if d != at[0] else e
-    return (y.flatten(0, len(at) - 1) if len(at) > 1 else y), flat
+    return y.flatten(0, len(at) - 1), flat, None
 
 
 def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
@@ -182,8 +187,8 @@ def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
         (local,) = fit(x._spec.mesh, varying, (x, dims))
         found = alike(not axes_in(lead), torch.ops.aten.index, local, local_at)
         return wrap(found, x._spec.with_dims([*kept[:front], *lead, *kept[front:]]))
-    y, flat = _one_row_dim(x, rest, "index")
-    out = read(y, flat, negative=None)
+    y, flat, negative = _one_row_dim(x, rest, "index")
+    out = read(y, flat, negative=negative)
     n = flat.ndim
     order = [*range(n, n + front), *range(n), *range(n + front, out.ndim)]
     return in_order(_permuted(out, order)) if front else out
@@ -235,10 +240,10 @@ def put_at(
             a, b = fit(x._spec.mesh, x._spec.varying, (x, dims), (v, wanted))
             # torch.index_put itself takes no None
             return wrap(alike(True, torch.ops.aten.index_put, a, local_at, b, accumulate), x._spec)
-    y, flat = _one_row_dim(x, rest, "index_put")
+    y, flat, negative = _one_row_dim(x, rest, "index_put")
     v = v.movedim(tuple(range(front, front + len(shape))), tuple(range(len(shape))))
     kernel = None if accumulate else _overwrite
-    out: Any = write(y, flat, v, kernel, negative=None)
+    out: Any = write(y, flat, v, kernel, negative=negative, op="index_put")
     order = at + [d for d in range(x.ndim) if d not in rest]
     out = out.reshape([dims[d].size for d in order]) if len(at) > 1 else out
     back = sorted(range(x.ndim), key=lambda i: order[i])

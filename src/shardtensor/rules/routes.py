@@ -2,8 +2,9 @@
 
 An index is known by its memory and compared with what it was, so that no way of writing to it goes
 unseen; all ranks agree, in one small message, that theirs is still the same. Tables that are alike
-on all ranks need no message; on a GPU, where comparing waits for it, they are not compared while
-they are the same objects and torch has counted no write to them.
+on all ranks need no message. On a GPU, where comparing waits for it, neither is compared while they
+are the same objects, or views of them, and torch has counted no write to them; a plain index, to
+which all ranks write alike, then needs no message either.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor
 
 from .. import _torch, cache, comm
-from ..comm.route import Route
+from ..comm import wire
 from ..tensor.redistribute import local_of
 
 _MOST = 64
 V = TypeVar("V")
 
 
-def _waits(x: Tensor) -> bool:
+def waits(x: Tensor) -> bool:
     """Whether to read a tensor's numbers is to wait for its device."""
     return x.device.type != "cpu"
 
@@ -55,10 +56,13 @@ class _Kept:
     def __init__(self) -> None:
         self.found: OrderedDict[Any, tuple[Any, tuple[Tensor, ...], Any]] = OrderedDict()
         self.stamps: dict[Any, _Stamp] = {}
+        # how often anything was asked for; until when all ranks have what was found
+        self.asked, self.until = 0, dict[Any, int]()
 
     def cache_clear(self) -> None:
         self.found.clear()
         self.stamps.clear()
+        self.until.clear()
 
     def get(self, key: Any, at: Sequence[Tensor], owners: Sequence[Tensor] = ()) -> Any:
         """owners: what is asked for by the count of writes to it, where comparing waits."""
@@ -67,7 +71,7 @@ class _Kept:
         ref, was, found = self.found[key]
         if ref.expired():
             return None
-        stamped = bool(owners) and _waits(at[0])
+        stamped = bool(owners) and waits(at[0])
         if not (stamped and key in self.stamps and self.stamps[key].holds(owners)):
             if not all(map(torch.equal, was, at)):
                 return None
@@ -75,6 +79,18 @@ class _Kept:
                 self.stamps[key] = _Stamp(owners)
         self.found.move_to_end(key)
         return found
+
+    def on_all_ranks(self, key: Any, owners: Sequence[Tensor]) -> Any:
+        """What every rank has that asks alike: of objects that nobody wrote to, soon after.
+
+        A rank keeps the last _MOST, and may have dropped others for what is gone elsewhere already.
+        """
+        recent = self.asked <= self.until.get(key, 0)
+        self.until[key] = self.asked + _MOST - 1
+        if not (recent and key in self.stamps and self.stamps[key].holds(owners)):
+            return None
+        self.found.move_to_end(key)
+        return self.found[key][-1]
 
     def put(
         self, key: Any, ref: Any, found: Any, at: Sequence[Tensor], owners: Sequence[Tensor] = ()
@@ -90,28 +106,47 @@ class _Kept:
     def _drop(self, key: Any) -> None:
         del self.found[key]
         self.stamps.pop(key, None)
+        self.until.pop(key, None)
 
 
-_kept = _Kept()
+class _Routes(dict[str, _Kept]):
+    """Of each group of ranks, who ask alike."""
+
+    def __missing__(self, group: str) -> _Kept:
+        return self.setdefault(group, _Kept())
+
+    def cache_clear(self) -> None:
+        self.clear()
+
+
+_kept, _routes = _Kept(), _Routes()
 cache.register(_kept)
+cache.register(_routes)
 
 
-def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], Route]) -> Route:
-    """The route of an index, of which this rank has the entries `at`.
+def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], V]) -> V:
+    """make(), the route of an index, of which this rank has the entries `at`; kept with it.
 
     key: what else the route depends on. group: all ranks that make it together.
     """
     # a route outlives the transforms of torch.func, which integers have no part in
-    at = _torch.unwrapped(at)
-    ref, full = _named(_torch.unwrapped(local_of(index)), key)
-    route: Route | None = _kept.get(full, [at])
+    at, local = _torch.unwrapped(at), _torch.unwrapped(local_of(index))
+    ref, full = _named(local, key)
+    owners = [local if local._base is None else local._base]
+    have = _routes[group]
+    have.asked += 1
+    if local is index and waits(at):
+        found: V | None = have.on_all_ranks(full, owners)
+        if found is not None:
+            return found
+    route: V | None = have.get(full, [at], owners)
     if comm.size(group) > 1:
-        seen = torch.tensor(int(route is not None), device=at.device)
-        if not int(comm.reduce(seen, group, "min")):
+        lacks = torch.tensor(int(route is None))
+        if int(wire.agreed_number(lacks, at.device, group)):
             route = None
     if route is None:
         route = make()
-        _kept.put(full, ref, route, [at])
+        have.put(full, ref, route, [at], owners)
     return route
 
 

@@ -23,9 +23,9 @@ from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import alike, of_rows
 from ..tensor.redistribute import fit, like, reduced
+from . import routes
 from .empty import with_one
 from .nodes import indexed
-from .routes import route_of
 
 Dims = tuple[Dim, ...]
 # kernel(rows, index (E,), values (E, ...)) gives the rows after the write; values may be None
@@ -95,6 +95,23 @@ def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) ->
             # no other tensor of the index's size
             return at
     return torch.where(at < 0, at + size, at) if negative else at
+
+
+def bounded(index: Tensor, at: Tensor, spec: Spec, size: int, op: str) -> Tensor:
+    """`normal` of an index without negative entries, of which `at` is the local part.
+
+    Once for an index that is used again, where a look at it waits for a device.
+    """
+    if _torch.is_tracing() or not routes.waits(at):
+        return normal(at, spec, size, False, op)
+
+    def look() -> bool:
+        normal(at, spec, size, False, op)
+        return True
+
+    every = comm.group(spec.mesh, axes_in(spec.dims))
+    routes.route_of(index, at, (spec, size, "bounds"), every, look)
+    return at.long()
 
 
 def summed(x: Any) -> Any:
@@ -168,7 +185,22 @@ def _route(
     def make() -> Route:
         return find(normal(at, spec, rows.size, negative, op).reshape(-1), rows.sizes, group)
 
-    return route_of(index, at, (spec, rows, negative, group), every, make)
+    return routes.route_of(index, at, (spec, rows, negative, group), every, make)
+
+
+def _entries(
+    index: Tensor, at: Tensor, spec: Spec, rows: Dim, negative: bool | None, op: str
+) -> tuple[Tensor, Route]:
+    """Of the entries of all ranks that fall into this rank's rows: which rows; whence they come."""
+    group, counts = comm.group(spec.mesh, rows.axes), entry_counts(spec, rows.axes)
+    every = comm.group(spec.mesh, tuple(sorted({*rows.axes, *axes_in(spec.dims)})))
+
+    def make() -> tuple[Tensor, Route]:
+        given = normal(at, spec, rows.size, negative, op).reshape(-1)
+        mine, entries = comm.asked(given, rows.sizes, counts, group)
+        return mine, find(entries, counts, group)
+
+    return routes.route_of(index, at, (spec, rows, negative, group, "entries"), every, make)
 
 
 def write(
@@ -202,6 +234,9 @@ def write(
     if kernel is None and v is not None and asks and not _torch.is_tracing():
         part = deliver(v, _route(index, at, spec, rows, negative, op), len(local))
         new = local + _summed(part, mesh, tuple(a for a in have if a not in cut_axes(rows)))
+    elif kernel is not None and v is not None and asks and not _torch.is_tracing():
+        mine, route = _entries(index, at, spec, rows, negative, op)
+        new = kernel(local, mine, fetch(v, route))
     else:
         at = normal(at, spec, rows.size, negative, op).reshape(-1)
         new = settle(local, at, v, kernel, rows, spec, have)

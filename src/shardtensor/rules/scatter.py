@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
+from ..comm import wire
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
@@ -19,6 +20,7 @@ from . import flat
 from .in_place import in_place
 from .rows import (
     Kernel,
+    bounded,
     covering,
     cut_axes,
     dims_of,
@@ -26,7 +28,6 @@ from .rows import (
     integers,
     lifted,
     mesh_of,
-    normal,
     placed,
     read,
     settle,
@@ -76,17 +77,17 @@ def _one_index(index: Tensor, d: int) -> bool:
     Strides tell. They might differ from rank to rank, so the ranks agree in one small message.
     """
     rest = [i for i in range(index.ndim) if i != d]
-    dims = dims_of(index)
-    if (
-        _torch.is_tracing()
-        or prod(index.shape[i] for i in rest) < 2
-        or axes_in([dims[i] for i in rest])
-    ):
+    dims, places = dims_of(index), prod(index.shape[i] for i in rest)
+    if _torch.is_tracing() or places == 0 or axes_in([dims[i] for i in rest]):
         return False
+    if places == 1:
+        return True
     local = local_of(index)
     mine = all(local.stride(i) == 0 or local.shape[i] == 1 for i in rest) or not local.numel()
-    axes = axes_in(dims)
-    return all(comm.counts(int(mine), local, comm.group(mesh_of(index), axes)) if axes else [mine])
+    if not axes_in(dims):
+        return mine
+    group = comm.group(mesh_of(index), axes_in(dims))
+    return not int(wire.agreed_number(torch.tensor(int(not mine)), local.device, group))
 
 
 def _along(index: Tensor, d: int) -> Tensor:
@@ -123,7 +124,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
                 local = local.narrow(i, spec.offset[i], at.shape[i])
         found = alike(not axes_in(lead), local.gather, d, at)
     else:
-        at = normal(at, spec, dims[d].size, False, "gather").movedim(d, 0)
+        at = bounded(index, at, spec, dims[d].size, "gather").movedim(d, 0)
         rows = local.movedim(d, 0)
         n = prod(rows.shape[1:])
         order = Spec(mesh, _first(lead, d))
@@ -207,7 +208,7 @@ def _scattered(
     spec, target = Spec(mesh, lead), Spec(mesh, tuple(dims))
     varying = sorted({*axes_in(dims), *axes_in(lead)})
     v, at = fit(mesh, varying, (src, lead), (index, lead))
-    at = normal(at, spec, rows.size, False, op).movedim(d, 0)
+    at = bounded(index, at, spec, rows.size, op).movedim(d, 0)
     local = like(
         x if isinstance(x, ShardTensor) else wrap(x, Spec.whole(mesh, x.shape)), target
     )._local

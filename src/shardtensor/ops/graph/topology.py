@@ -194,8 +194,10 @@ class Topology:
             at = self._rows.view(-1, *[1] * (local.ndim - 1)).expand_as(local)
             out = out.scatter_reduce(0, at, local, _REDUCE[reduce], include_self=False)
         if reduce == "mean":
-            degree = torch.bincount(self._rows, minlength=n).clamp(min=1).to(out.dtype)
-            out = out / degree.view(-1, *[1] * (out.ndim - 1))
+            # bincount would wait for a GPU, to learn the largest
+            ones = torch.ones_like(self._rows)
+            degree = self._rows.new_zeros(n).index_add_(0, self._rows, ones).clamp_(min=1)
+            out = out / degree.view(-1, *[1] * (out.ndim - 1)).to(out.dtype)
         return self._wrapped(out, self._to, rest)
 
     # parts ----------------------------------------------------------------------------------------
