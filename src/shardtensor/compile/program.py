@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -179,9 +179,11 @@ class Compiled:
     call: Callable[..., Any]
     options: dict[str, Any]
     programs: Programs
+    members: Members
+    traced: OrderedDict[Any, list[_Graph]]
     traces: int
 
-    most = 32
+    most: ClassVar[int] = 32
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class Compiled:
         self.options = dict(options)
         if self.options.get("backend", "inductor") == "inductor" and "mode" not in self.options:
             self.options["options"] = {**_SAME_ORDER, **self.options.get("options", {})}
-        self.traced: OrderedDict[Any, list[_Graph]] = OrderedDict()
+        self.traced = OrderedDict()
         self.traces = 0
         self.last: dict[str, Any] = {}
         # calls that changed the state that they read

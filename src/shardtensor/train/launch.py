@@ -71,7 +71,7 @@ def init(**axes: int) -> tuple[DeviceMesh, torch.device]:
         atexit.register(_end)
         if here.ranks > 1:
             _share_links(here.rank == 0, "nccl" if gpus else "gloo")
-            failures.start(os.environ.get("LOCAL_WORLD_SIZE") == str(here.ranks))
+            _watch(here.ranks)
     n = dist.get_world_size()
     sizes = sizes_of(axes, n)
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
@@ -111,9 +111,20 @@ def _asked() -> dict[str, int]:
 
 
 def domains(device: str, domain: int, ranks: int) -> DeviceMesh:
-    """A trainer's mesh: along "domain" ranks share a sample (-1: all), along "data" they do not."""
+    """A trainer's mesh: along "domain" ranks share a sample (-1: all), along "data" they do not.
+
+    As after `init` a rank that raises or dies ends the others; the process group is the trainer's.
+    """
     sizes = {"data": 1 if domain == -1 else -1, "domain": domain}
-    return init_device_mesh(device, sizes_of(sizes, ranks), mesh_dim_names=tuple(sizes))
+    mesh = init_device_mesh(device, sizes_of(sizes, ranks), mesh_dim_names=tuple(sizes))
+    if ranks > 1 and simulated_rank() is None and not failures.is_started():
+        _watch(ranks)
+        atexit.register(failures.leave)
+    return mesh
+
+
+def _watch(ranks: int) -> None:
+    failures.start(os.environ.get("LOCAL_WORLD_SIZE") == str(ranks))
 
 
 def sizes_of(axes: Mapping[str, int], n: int) -> tuple[int, ...]:
