@@ -60,3 +60,21 @@ def test_what_cannot_move_to_the_batch(name):
     hold(module, [torch.randn(3, 6, 5, dtype=torch.float64)], [both], (2, 2))
     cell = nn.GRUCell(5, 7).double()
     hold(cell, [torch.randn(1, 5, dtype=torch.float64)], [shard(1)], (2,))
+
+
+def test_packed_sequences_move_rows_and_not_wholes():
+    """Those that other ranks hold, once each way; dropout between layers is refused."""
+    lengths = torch.tensor([6, 5, 4, 4, 2, 1])
+
+    def run():
+        mesh = make_mesh((3,))
+        x = st.distribute_tensor(torch.randn(6, 6, 5), mesh, [Shard(0)])
+        rows = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        with st.trace() as t, torch.no_grad():
+            nn.GRU(5, 7)(rows)
+        with pytest.raises(st.UnsupportedOpError, match="layers one by one"):
+            nn.GRU(5, 7, 2, dropout=0.5)(rows)
+        return t.bytes
+
+    # rows of 5 and of 7 numbers, and which they are
+    assert 0 < sum(st.simulate(3, run)) <= (4 * (5 + 7) + 2 * 8) * int(lengths.sum())

@@ -18,6 +18,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, like
 from . import labels
 from .empty import with_one
+from .packed import packed
 from .pointwise import function_rule
 from .rows import mesh_of
 
@@ -28,8 +29,7 @@ def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train"]
     names += ["bidirectional", "batch_first"]
     if "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], list | tuple)):
-        # packed sequences: rows of one tensor belong to many sequences
-        return fall_back(func, args, kwargs)
+        return packed(func, args, kwargs)
     given = dict(zip(names, args, strict=False)) | kwargs
     x, hx, weights = given["input"], given["hx"], list(given["params"])
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
