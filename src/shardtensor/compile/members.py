@@ -21,7 +21,7 @@ class Members:
         self.names: list[tuple[str, ...]] = []
         self.tensors: list[Tensor] = []
         self.forms: dict[Any, int] = {}
-        self.form = -1
+        self.form: int = -1
         self.sizes: list[int] = []
         self.held: list[Any] = []
         self.places: dict[int, int] = {}
