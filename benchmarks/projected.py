@@ -15,8 +15,8 @@ largest of so many draws takes. limit: the largest of what a rank spends beyond 
     latency, bytes    of messages
     waiting     for the slowest rank
 
-Fake tensors have no device: batch norm, and the merges of a ring's blocks, count with the kernels
-of their programs in plain ops, of which GPUs run fewer. The graph is a cube of 27-point stencils in
+Fake tensors have no device: the merges of a ring's blocks count as plain ops, of which GPUs run
+fewer. The graph is a cube of 27-point stencils in
 parts of equal size along a Morton curve: the rows that `Topology.gather` sends and `scatter` sends
 back are counted from it, and its layers run on a shard.
 """
