@@ -141,20 +141,3 @@ class Case:
         """The same of the worst of simulated ranks."""
         rows = st.simulate(ranks, self.on_rank, ranks, cut)
         return next((r for r in rows if r["result"] != "right"), rows[0])
-
-
-def judged(name: str) -> Case:
-    """The model in the strictest way in which it is right on two ranks, else as in float64."""
-    first, raised = None, None
-    for how in CLOSE:
-        try:
-            case = Case(name, how)
-            first = first or case
-            if case.sharded(2)["result"] == "right":
-                return case
-        except Exception as e:
-            raised = raised or e
-    if first is None:
-        assert raised is not None
-        raise raised
-    return first
