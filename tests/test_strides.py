@@ -37,6 +37,8 @@ WAYS = {
     "unfold": lambda x: x.unfold(1, 2, 1),
     "expand": lambda x: x[:, :1].expand(-1, 3, -1, -1).transpose(0, 1),
     "squeeze": lambda x: x[:, 1:2].transpose(0, 3).squeeze(),
+    "padded": lambda x: F.pad(x.transpose(0, 3) * 2, (1, 1)),
+    "padded in channels last": lambda x: F.pad(x.contiguous(memory_format=LAST), (0, 0, 1, 0)),
     "in place": lambda x: x.clone().transpose_(0, 1).unsqueeze_(2).sin(),
     "contiguous": lambda x: x.transpose(0, 1).contiguous(),
     "softmax": lambda x: x.transpose(0, 1).softmax(-1),
@@ -180,6 +182,7 @@ PARTS = {
     "scattered": lambda x: x.scatter(2, torch.zeros(2, 4, 1, 8, dtype=torch.long), 1.0),
     "by rows": lambda x: x.scatter_add(2, torch.zeros(2, 4, 1, 8).long(), torch.ones(2, 4, 1, 8)),
     "filled": lambda x: x.index_fill(2, torch.tensor([0, 5]), 1.0),
+    "padded": lambda x: F.pad(x.mT.contiguous().mT, (0, 0, 1, 1)),
 }
 
 

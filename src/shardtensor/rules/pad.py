@@ -94,6 +94,9 @@ def padded(
     if mode == "constant":
         # F.pad itself takes no complex value
         local = torch.constant_pad_nd(local, plan.amounts, value or 0.0)
+        if max(pad, default=0) > 0:
+            # a rank that pads nothing has its rows as they lay
+            local = local.contiguous(memory_format=layout.image_format(x))
     elif mode != "circular" or local is x._local or any(plan.amounts):
         shape = list(local.shape)
         for d, (low, high) in _ends(plan.amounts, x.ndim):

@@ -142,12 +142,18 @@ def is_contiguous(x: Any, memory_format: torch.memory_format) -> bool:
     return last and _in_order(x.shape, own, (0, *rows[2:], 1))
 
 
+def image_format(x: Any) -> torch.memory_format:
+    """Channels last, if an image or volume lies so, else rows first."""
+    rows, form = torch.contiguous_format, FORMATS.get(x.ndim)
+    if form is None or (x._strides is None and x._local.is_contiguous()):
+        return rows
+    return form if is_contiguous(x, form) and not is_contiguous(x, rows) else rows
+
+
 def like_image(out: Any, x: Any) -> Any:
     """out, an image or volume as x is one, with the channels last if they lie so in x."""
-    if out.ndim != x.ndim or (x._strides is None and x._local.is_contiguous()):
-        return out
-    form = FORMATS.get(x.ndim)
-    if form is None or is_contiguous(x, torch.contiguous_format) or not is_contiguous(x, form):
+    form = image_format(x)
+    if out.ndim != x.ndim or form is torch.contiguous_format:
         return out
     out._local = out._local.contiguous(memory_format=form)
     strides = in_format(out.shape, form)
