@@ -48,6 +48,16 @@ def method(x):
     return [*(x.unfold(1, size, step) for size, step in ways), x.unfold(-1, 2, 1)]
 
 
+@case("as_strided", normal(2, 8, 3))
+def windows(x):
+    turned = x.mT.contiguous().mT
+    return [
+        x.as_strided((2, 3, 4, 3), (24, 6, 3, 1)), x.as_strided((6, 3, 2), (3, 3, 24)),
+        x.as_strided((4, 1, 3, 2), (6, 5, 0, 24), 4), turned.as_strided((2, 3, 4, 3), (24, 2, 1, 8)),
+        x.view(2, 2, 4, 3).as_strided((2, 3, 4, 3), (24, 6, 3, 1)), torch.as_strided(x, (), (), 30),
+    ]  # fmt: skip
+
+
 @case("rot90", normal(3, 5, 4))
 def rot90(x):
     return [torch.rot90(x, k, d) for k in (-1, 0, 1, 2, 3) for d in ((0, 1), (1, 2))]

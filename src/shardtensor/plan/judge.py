@@ -268,7 +268,10 @@ class Case:
             self._compare(got, told)
         for op, nbytes in t.gathered:
             told.gathered[op] = told.gathered.get(op, 0) + nbytes
-        told.lines = {c.op: c.line for c in t.calls if c.rule == "fall_back"}
+        # rules, too, gather what they can't do otherwise
+        told.lines = {
+            c.op: c.line for c in t.calls if c.rule == "fall_back" or c.op in told.gathered
+        }
         return told
 
     def _compare(self, got: Run, told: Told) -> None:
