@@ -104,6 +104,9 @@ class Reads:
         elif hasattr(x, "__wrapped__"):
             # what functools.lru_cache makes
             self.reach(x.__wrapped__, name)
+        elif isinstance(x, torch.jit.ScriptModule):
+            # what it is made of is fixed, but for its weights
+            self._kind(x)
         elif isinstance(x, nn.Module):
             self._kind(x)
             self._mapping(x.__dict__["_modules"], "a module")

@@ -26,14 +26,13 @@ from .._torch import probe
 from ..cache import register
 from ..caller import described, error_line
 from ..comm import observers
-from ..dispatch.fallback import is_shard
 from ..errors import UnsupportedOpError
 from ..settings import setting
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import note
 from ..tensor.tape import Tape
-from . import varied, writes
+from . import nested, varied, writes
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
@@ -214,7 +213,7 @@ class Compiled:
         return copy.copy, (self.call,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_shard)
+        leaves, tree = nested.flat((args, kwargs))
         self.members.find()
         try:
             parts = parts_of(self.members.tensors, leaves)
@@ -315,6 +314,7 @@ class Compiled:
 
     def _trace(self, call: Call) -> tuple[_Graph, str]:
         """The graph of a call, and what of the state that it reads it changed."""
+        nested.check_scripted(self.members.modules)
         leaves, state = call.leaves, call.own
         form: list[Any] = []
         changed, tape, hooks = "", Tape(), NoHooks()
@@ -351,7 +351,8 @@ class Compiled:
                     "which a compiled program cannot: return a new tensor"
                 )
             reads.close()
-            flat, spec = pytree.tree_flatten(out, is_leaf=is_shard)
+            flat, spec = nested.flat(out)
+            nested.check_results(flat)
             form.extend([reads, (spec, [seen(x) for x in flat])])
             return [x._local if isinstance(x, ShardTensor) else x for x in flat]
 
