@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .. import _torch
-from ..errors import RankError
+from ..errors import RankError, UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
-from .ranks import Ranks, kept
+from .ranks import Ranks, kept, own
 
 # sessions whose outputs went where ranks could not be ended
 _left: list[Session] = []
@@ -56,12 +56,14 @@ class Session(Ranks):
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         given = [self._placed(x, mesh) for x in self.tensors]
         tensors = iter(given)
-        leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = [next(tensors) if isinstance(x, Tensor) else own(x) for x in self.leaves]
+        before = [_state(x) for x in given]
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
+        first = mesh.get_rank() == 0
+        self._changed(given, before, leaves, first)
         del args, kwargs, leaves
         outputs = [reduced(y) for y in outputs]
-        first = mesh.get_rank() == 0
         if first:
             self.out_tree = tree
             self.kinds = [isinstance(y, Tensor) for y in outputs]
@@ -96,12 +98,36 @@ class Session(Ranks):
         made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
         return made.requires_grad_(x.requires_grad and self.grad)
 
+    @torch.no_grad()
+    def _changed(
+        self, given: list[Tensor], before: list[Any], leaves: list[Any], first: bool
+    ) -> None:
+        """Tell the caller what the model did to what it was given."""
+        for x, y, state in zip(self.tensors, given, before, strict=True):
+            if _state(y) == state:
+                continue
+            if not isinstance(y, ShardTensor):
+                raise UnsupportedOpError(
+                    f"tiled: the model writes to a tensor of shape {list(x.shape)} that each part "
+                    "has whole: x.clone() in forward first"
+                )
+            x.detach()[y._spec.block].copy_(y.to_local())
+        if first:
+            for x, y in zip(self.leaves, leaves, strict=True):
+                if isinstance(x, torch.Generator):
+                    x.set_state(y.get_state())
+
     def _deliver(self, outputs: list[Any], first: bool) -> None:
         """Put this rank's part of the outputs where the whole ones are made."""
         self.found += [None] * (len(outputs) - len(self.found))
         for i, y in enumerate(outputs):
             if isinstance(y, Tensor):
                 self._gather(self.found, i, y, y, first)
+            elif any(isinstance(v, ShardTensor) for v in getattr(y, "__dict__", {}).values()):
+                raise UnsupportedOpError(
+                    f"tiled: the model returns tensors in a {type(y).__name__}: return them in a "
+                    "tuple, list or dict, or register it with torch.utils._pytree"
+                )
             elif first:
                 self.found[i] = y
 
@@ -184,6 +210,12 @@ def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
     if any(isinstance(x, ShardTensor) for x in tensors):
         raise ValueError("tiled takes plain tensors: it cuts them itself")
     return tuple(d % tensors[0].ndim for d in dims)
+
+
+def _state(x: Tensor) -> tuple[int, int]:
+    """What differs once a rank has written to its part."""
+    local = x._local if isinstance(x, ShardTensor) else x
+    return id(local), 0 if local.is_inference() else local._version
 
 
 def _like(y: Tensor, g: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from math import prod
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
 from .. import _torch
+from ..errors import UnsupportedOpError
 from ..ranks.simulate import Turns, World, random_states, restore
 from ..ranks.testing import make_mesh
 from ..settings import bringing, setting
@@ -70,6 +72,10 @@ class Ranks:
     def ended_forward(self, model: nn.Module) -> None:
         """On the first rank: what the plain call leaves behind, beside its outputs."""
         self.random = random_states()
+        for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
+            for name, x in vars(ours).items():
+                if isinstance(x, torch.Generator):
+                    x.set_state(vars(theirs)[name].get_state())
         mine = dict(model.named_buffers())
         with torch.no_grad():
             for name, b in self.model.named_buffers():
@@ -102,6 +108,46 @@ class _Latest(Turns):
     def work(self, collective: Any, datas: list[Any]) -> None:
         with Paged(self.pager):
             collective.work(datas)
+
+
+class _Shared(TorchFunctionMode):
+    """Inside, copy.deepcopy refuses tensors whose gradients would be those of a copy.
+
+    copied: whether others are copied, or the same in what is copied.
+    """
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            if args[0].requires_grad and torch.is_grad_enabled():
+                raise UnsupportedOpError(
+                    f"tiled: a tensor of shape {list(args[0].shape)} requires gradients, and is no "
+                    "parameter, nor given as one, in a list, tuple or dict: each part has a copy"
+                )
+            if not self.copied:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def own(x: Any) -> Any:
+    """A part's own copy of an object that is given: what it changes is not another's.
+
+    Tensors in it are the same. Raises UnsupportedOpError for iterators that cannot be copied.
+    """
+    try:
+        with _Shared(copied=False):
+            return copy.deepcopy(x)
+    except (TypeError, copy.Error):
+        if isinstance(x, Iterator):
+            raise UnsupportedOpError(
+                f"tiled: the first part would use up a {type(x).__name__}: give a list"
+            ) from None
+        return x
 
 
 @torch.no_grad()
@@ -141,4 +187,5 @@ def _replica(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()
     }
-    return copy.deepcopy(model, memo)
+    with _Shared(copied=True):
+        return copy.deepcopy(model, memo)

@@ -26,6 +26,8 @@ from ..errors import DivergenceError, RankError
 from .seen import seen
 
 T = TypeVar("T")
+# what torch.distributed is to a process is one world's
+_one_at_a_time = threading.RLock()
 # of worlds, one after the other
 _numbers = count()
 
@@ -214,6 +216,10 @@ class World:
         """Run all ranks until they end or leave; raises what `simulate` does, once they ended."""
         if counters.simulated_rank() is not None:
             raise RuntimeError("simulate inside simulate: call the function itself, on these ranks")
+        with _one_at_a_time:
+            self._go_on()
+
+    def _go_on(self) -> None:
         turns, before, hook = self.turns, random_states(), sys.excepthook
         # a mesh of an earlier world may equal one of this
         cache.clear()
