@@ -89,6 +89,13 @@ def averaging(m: Any, x: Tensor) -> Tensor:
     return x - m.mean
 
 
+def scaling(m: Any, x: Tensor) -> Tensor:
+    y = x * (m.mean + 1)
+    with torch.no_grad():
+        m.mean.mul_(0.5).add_(x.detach().mean())
+    return y.sin() * m.mean.exp()
+
+
 def replacing(m: Any, x: Tensor) -> Tensor:
     m.mean = m.mean * 0.5 + m.lin.weight.detach().mean(0)
     return x - m.mean
@@ -166,6 +173,7 @@ PARTS: dict[str, tuple[Any, Any, Any]] = {
     "Function": (put(k=2.0), lambda m, x: Scale.apply(m.lin(x), m.k), set_k),
     "counter": (put(n=0), counting, nothing), "kept": (put(last=None), keeping, nothing),
     "buffer": (lambda m: m.register_buffer("mean", torch.zeros(WIDTH, dtype=D)), averaging, nothing),
+    "buffer as a factor": (lambda m: m.register_buffer("mean", torch.zeros(WIDTH, dtype=D)), scaling, nothing),
     "buffer replaced": (lambda m: m.register_buffer("mean", torch.zeros(WIDTH, dtype=D)), replacing, nothing),
     "number in a buffer": (lambda m: m.register_buffer("calls", torch.zeros((), dtype=D)), numbered, nothing),
     "hook on a tensor": (put(), hooked, nothing), "branch": (put(k=0.0), branching, set_k),

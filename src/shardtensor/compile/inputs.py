@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .. import attention
 from ..comm.deferred import Twin, slots_of
@@ -110,6 +111,20 @@ class Own:
             # nobody sums any longer
             found.append(vary([x], slot.group)[0] if value is None else value)
         return found
+
+
+class Call(NamedTuple):
+    """A call that is traced: its leaves and their tree, state, further tensors, and modes.
+
+    again: of leaves that are an input already, (their place, that of the input).
+    """
+
+    leaves: list[Any]
+    tree: pytree.TreeSpec
+    own: Own
+    tensors: list[Tensor]
+    again: tuple[tuple[int, int], ...]
+    modes: tuple[Any, ...]
 
 
 def seen(x: Any) -> tuple[Spec, Any] | None:

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from . import nested, varied, writes
 from .blocks import Programs, blocks_of
 from .draws import Draw, hoist
 from .guards import Reads, recording
-from .inputs import Own, further, key_of, modes_of, parted, parts_of, replaced, seen, using
+from .inputs import Call, Own, further, key_of, modes_of, parted, parts_of, replaced, seen, using
 from .members import Members
 from .refused import NoHooks, NoWrites, check_whole, without_generators
 from .varied import Varied
@@ -139,34 +139,23 @@ def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> No
         module.__dict__["forward"] = Compiled(module, options, call, programs)
 
 
-class Call(NamedTuple):
-    """A call that is traced: its leaves and their tree, state, further tensors, and modes.
-
-    again: of leaves that are an input already, (their place, that of the input).
-    """
-
-    leaves: list[Any]
-    tree: pytree.TreeSpec
-    own: Own
-    tensors: list[Tensor]
-    again: tuple[tuple[int, int], ...]
-    modes: tuple[Any, ...]
-
-
 @dataclass
 class _Graph:
-    """A compiled program, what it reads, the form of its result, what it draws.
+    """A compiled program, and as it is without; what it reads, returns and draws.
 
     twins: the parameters whose gradients are summed later, by name. varied: inputs whose gradients
-    are summed over ranks. before: inputs that it takes copies of. specs: of all its functions took.
+    are summed over ranks; written: that it writes to; before: of which it takes copies. specs: of
+    all that its functions took.
     """
 
     run: Callable[..., Any]
+    whole: Callable[..., Any]
     reads: Reads
     out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
     draws: list[Draw]
     twins: list[str]
     varied: list[Varied]
+    written: list[int]
     before: list[Before]
     specs: list[Spec]
 
@@ -240,7 +229,8 @@ class Compiled:
         try:
             inputs = [*own.tensors, *own.twins(graph.twins), *tensors, *drawn]
             copies = writes.values(graph.before, inputs)
-            flat = graph.run(*inputs, *varied.values(graph.varied, inputs), *copies)
+            run = graph.whole if writes.overlap(inputs, graph.written) else graph.run
+            flat = run(*inputs, *varied.values(graph.varied, inputs), *copies)
         except (RuntimeError, IndexError) as e:
             note(e, self.fn, graph.specs, {})
             raise
@@ -380,7 +370,7 @@ class Compiled:
         draws = hoist(graph, tape)
         twins = state.used(graph, writes.written(graph.graph.nodes))
         further = varied.hoist(graph)
-        before = writes.hoist(graph, graded)
+        written, before = writes.hoist(graph, graded)
         # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
         for node in reversed(graph.graph.nodes):
             if getattr(node.target, "namespace", "") == "profiler":
@@ -390,7 +380,9 @@ class Compiled:
         # forward: hooks of all modules are part of the graph already
         modes = (call.modes[0], *call.modes[2:])
         run = self.programs.of(graph, modes, self.options)
-        return _Graph(run, form[0], form[1], draws, twins, further, before, [*hooks.specs]), changed
+        hoisted = (draws, twins, further, written, before)
+        specs = [*hooks.specs]
+        return _Graph(run, graph.forward, form[0], form[1], *hoisted, specs), changed
 
 
 def _name(fn: Any) -> str:

@@ -8,7 +8,7 @@ argument with a gradient it refuses in backward.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +24,17 @@ class Before(NamedTuple):
     graded: bool
 
 
-def hoist(graph: fx.GraphModule, graded: set[fx.Node]) -> list[Before]:
+def hoist(graph: fx.GraphModule, graded: set[fx.Node]) -> tuple[list[int], list[Before]]:
     """Let the graph begin by writing to such inputs what they hold, which are further inputs.
 
-    graded: the inputs whose gradients are asked for; where there are none nothing is done.
+    Returns also the places of all inputs that it writes to. graded: the inputs whose gradients are
+    asked for; where there are none nothing is done.
     """
     nodes = list(graph.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     first = next(n for n in nodes if n.op != "placeholder")
-    modes, needed, found = _modes(nodes), _read(nodes) if graded else {}, []
+    modes, writes, found = _modes(nodes), written(nodes), []
+    needed = _read(nodes, writes) if graded else {}
     for place, x in enumerate(inputs):
         if x not in needed:
             continue
@@ -49,12 +51,27 @@ def hoist(graph: fx.GraphModule, graded: set[fx.Node]) -> list[Before]:
             call(torch.ops.aten.copy_.default, (x, before))
             if not with_grad:
                 call(probe.SET_GRAD, (True,))
-    return [b for _, _, b in found]
+    places = [i for i, x in enumerate(inputs) if x in writes]
+    return places, [b for _, _, b in found]
 
 
 def values(before: Iterable[Before], given: Sequence[Tensor]) -> list[Tensor]:
     """The further inputs for a run, of those that a graph had before."""
     return [given[i].clone() if graded else given[i].detach().clone() for i, graded in before]
+
+
+def overlap(given: Sequence[Tensor], places: Collection[int]) -> bool:
+    """Whether an input that is written to, by its place, shares memory with another one.
+
+    A program that torch 2.13 compiled for such inputs takes others for them, too, and is wrong.
+    """
+    if not places:
+        return False
+    at = [x.untyped_storage().data_ptr() if x.layout is torch.strided else 0 for x in given]
+    there = [*filter(None, at)]
+    if len(set(there)) == len(there):
+        return False
+    return any(at[i] and at.count(at[i]) > 1 for i in places)
 
 
 def written(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -68,9 +85,11 @@ def written(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _read(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def _read(
+    nodes: list[fx.Node], writes: dict[fx.Node, list[fx.Node]]
+) -> dict[fx.Node, list[fx.Node]]:
     """Inputs that are written to and that the result depends on, and what writes."""
-    writes, shared = written(nodes), _shared(nodes)
+    shared = _shared(nodes)
     reads: dict[fx.Node, set[fx.Node]] = {}
     for node in nodes:
         there = [reads[k] for x in node.all_input_nodes for k in shared[x]]
