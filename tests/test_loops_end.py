@@ -61,15 +61,20 @@ L.Trainer(
 print("ended in order")
 """,
     "accelerate": """
+from accelerate import PartialState
 from shardtensor.accelerate import Accelerator
 
-accelerator = Accelerator(cpu=True, domain=2, shard=1)
+if "alone" in sys.argv:
+    PartialState()
+accelerator = Accelerator(domain=2, shard=1)
+assert accelerator.is_main_process == (torch.distributed.get_rank() == 0)
 optimizer = torch.optim.Adam(model.parameters())
 loader, model, optimizer = accelerator.prepare(loader, model, optimizer)
 for batch in loader:
     accelerator.backward(loss_of(batch))
     optimizer.step()
     optimizer.zero_grad()
+    assert not accelerator.reduce(loss_of(batch), "mean").requires_grad
 print("ended in order")
 """,
 }
@@ -82,6 +87,7 @@ print("ended in order")
         ("lightning", "index", "rank 1 raised IndexError: index out of range in self"),
         ("lightning", "nan", "rank 0 raised RuntimeError: Function 'MulBackward0' returned nan"),
         ("accelerate", "index", "rank 1 raised IndexError: index out of range in self"),
+        ("accelerate", "alone", "takes each of 2 ranks for the only process"),
         ("accelerate", "well", ""),
     ],
 )

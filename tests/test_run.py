@@ -13,12 +13,15 @@ from shardtensor.train.launch import _asked
 
 MAIN = "from shardtensor.cli import main; main()"
 SCRIPT = """
-import sys
+import logging, sys, warnings
 import torch.distributed as dist
 import shardtensor as st
 
 mesh, device = st.init()
 print("mesh", mesh.mesh_dim_names, tuple(mesh.shape), sys.argv[1:], flush=True)
+warnings.warn(f"of rank {dist.get_rank()}")
+if sys.argv[1] == "go":
+    logging.getLogger().error("got over it", exc_info=KeyError("of a step"))
 if sys.argv[1] == "fail" and dist.get_rank() == 1:
     raise KeyError("of rank one")
 """
@@ -39,6 +42,9 @@ def test_ranks_of_a_script(tmp_path):
     assert code == 0, text
     line = "mesh ('data', 'domain') (1, 2) ['go', '--lr', '3']\n"
     assert text.count(line) == 1
+    # of the first rank its warnings, too
+    assert text.count("UserWarning: of rank 0") == 1 and "of rank 1" not in text
+    assert text.count("KeyError: 'of a step'") == 1
     assert f"[0] {line}" in log.read_text() and f"[1] {line}" in log.read_text()
 
 
@@ -47,7 +53,7 @@ def test_the_first_error_alone(tmp_path):
     code, text = started(tmp_path, "--data", 2, "--domain", 1, tmp_path / "job.py", "fail")
     assert code == 1
     assert text.count("rank 1 of 2 failed") == text.count("KeyError: 'of rank one'") == 1
-    assert "rank 0 of 2" not in text
+    assert "rank 0 of 2" not in text and text.count("UserWarning: of rank 0") == 1
 
 
 def test_sizes_that_do_not_fit(monkeypatch):

@@ -67,6 +67,9 @@ class Accelerator(accelerate.Accelerator):
         # what is wrong in them shows now
         self.options = Options.of({"data": "data"}, dict(options or {}))
         self.mesh: DeviceMesh | None = None
+        if not torch.accelerator.is_available():
+            # else Accelerate takes each rank for the only process
+            kwargs.setdefault("cpu", True)
         super().__init__(*args, **kwargs)
         if self.distributed_type not in _PLAIN or self.parallelism_config is not None:
             raise ValueError(
@@ -80,6 +83,11 @@ class Accelerator(accelerate.Accelerator):
             )
         if not dist.is_initialized():
             raise ValueError("shardtensor.accelerate: start with torchrun or accelerate launch")
+        if self.state.num_processes != dist.get_world_size():
+            raise ValueError(
+                f"Accelerate takes each of {dist.get_world_size()} ranks for the only process, as "
+                "on CPUs without cpu=True (use_cpu=True of TrainingArguments): give it at first"
+            )
         self.mesh = domains(self.device.type, domain, dist.get_world_size())
         self.shard = shard
         self.register_load_state_pre_hook(self._load_sharded)
@@ -366,7 +374,7 @@ def full(tree: Any) -> Any:
     def plain(x: Any) -> Any:
         if isinstance(x, ShardTensor | dt.DTensor):
             with torch.no_grad():
-                return x.full_tensor()
+                return x.full_tensor().detach()
         return x
 
     return pytree.tree_map(plain, tree)

@@ -63,6 +63,10 @@ def run(
             rank.end()
         if file is not None:
             file.close()
+    for rank in ranks:
+        if rank.shown and failed is None:
+            # errors that the script got over
+            sys.stderr.write("".join(rank.last))
     if failed is not None:
         said = "".join(failed.last)
         print(f"rank {failed.number} of {n} failed:\n{said}", file=sys.stderr, end="")
@@ -99,24 +103,26 @@ class Rank:
         self.last: deque[str] = deque(maxlen=SHOWN)
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         self.process = subprocess.Popen(
-            command, env=env | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace",
-        )  # fmt: skip
+            command, env=env | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         out, err = self.process.stdout, self.process.stderr
         assert out is not None and err is not None
         self.threads = [
-            threading.Thread(target=self._read, args=(out, self.shown), daemon=True),
-            # what is wrong is told once, when it has ended the run
-            threading.Thread(target=self._read, args=(err, False), daemon=True),
+            threading.Thread(target=self._read, args=pipe, daemon=True)
+            for pipe in ((out, sys.stdout), (err, sys.stderr))
         ]
         for thread in self.threads:
             thread.start()
 
-    def _read(self, pipe: IO[str], shown: bool) -> None:
-        for line in pipe:
+    def _read(self, pipe: IO[bytes], terminal: IO[str]) -> None:
+        shown = self.shown
+        for found in pipe:
+            line = found.decode(errors="replace")
+            # what is wrong is told once, when it has ended the run
+            shown = shown and not (terminal is sys.stderr and _is_of_an_end(line))
             if shown:
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                terminal.write(line)
+                terminal.flush()
             else:
                 self.last.append(line)
             if self.log is not None:
@@ -133,6 +139,12 @@ class Rank:
                 self.process.wait()
         for thread in self.threads:
             thread.join(PATIENCE)
+
+
+def _is_of_an_end(line: str) -> bool:
+    """Whether a line begins what a rank says of an error, its own or another's."""
+    other = line.startswith("shardtensor: ") and line.rstrip().endswith(" ends.")
+    return other or line.startswith("Traceback (most recent call last)")
 
 
 def _first(ranks: list[Rank]) -> Rank | None:
