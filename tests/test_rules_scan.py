@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernels import Counted
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -134,3 +135,20 @@ def test_compiled():
     for cut in ((4, 0, 3), (0, 6, 1), (4, 3, 0)):
         for got in st.simulate(3, run, cut):
             assert torch.allclose(got, plain.grad, rtol=1e-10)
+
+
+@pytest.mark.parametrize("fn", [torch.cumsum, torch.logcumsumexp, torch.softmax])
+def test_nothing_is_launched_to_learn_a_dtype(fn):
+    """Without autocast, under which only torch knows."""
+
+    def run():
+        s = st.distribute_tensor(x.float(), T.make_mesh((2,)), [Shard(1)], src_data_rank=None)
+        fn(s, 1)
+        with Counted() as once:
+            fn(s, 1)
+        with Counted() as cast, torch.autocast("cpu"):
+            fn(s, 1)
+        return once.kernels, cast.kernels
+
+    for once, cast in st.simulate(2, run):
+        assert once < cast

@@ -25,6 +25,7 @@ from .shape import many
 
 Dims = int | Sequence[int] | None
 _HALVES = (torch.float16, torch.bfloat16)
+_OWN = (*_HALVES, torch.float32, torch.float64)
 
 
 def over(dim: Dims, ndim: int) -> tuple[int, ...]:
@@ -136,6 +137,18 @@ def sum(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which torch, too, adds up: single precision for halves."""
     return torch.float32 if dtype in _HALVES else dtype
+
+
+def given(fn: Any, x: Tensor, dtype: Any = None) -> torch.dtype:
+    """The dtype of fn along a dim of x, under autocast too, or what fn raises.
+
+    Of most numbers it is theirs, which nothing has to be launched to know.
+    """
+    if dtype is None and x.dtype in _OWN and not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    asked = {} if dtype is None else {"dtype": dtype}
+    found: torch.dtype = fn(x.new_zeros(1), 0, **asked).dtype
+    return found
 
 
 def count(x: Tensor, dims: Sequence[int]) -> int:

@@ -25,7 +25,7 @@ from ..tensor.recut import aside
 from ..tensor.redistribute import reduced, to_dims
 from .empty import joined, stock, through, with_one
 from .in_place import assigned
-from .reduce import over, wide
+from .reduce import given, over, wide
 
 
 @cached
@@ -55,8 +55,7 @@ def _scan(
         local = stock(lambda z: fn(z, dim, **options), x._local.shape, x._local)
         return wrap(local, x._spec)
     (d,) = dims
-    # what torch would give, under autocast too
-    out = fn(x._local.new_zeros(1), 0, **options).dtype
+    out = given(fn, x._local, **options)
     local = x._local.to(wide(out))
     # an empty shard computes a total too, and sends none: traced graphs must have the same messages
     row = [min(1, n) if i == d else n for i, n in enumerate(local.shape)]

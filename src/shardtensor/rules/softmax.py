@@ -18,7 +18,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .empty import with_one
-from .reduce import over, wide
+from .reduce import given, over, wide
 
 
 def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
@@ -34,8 +34,7 @@ def _either(input: ShardTensor, dim: int, dtype: Any, fn: Any) -> ShardTensor:
         return wrap(fn(local, dim, dtype=dtype), spec)
     # torch gives rows first, whatever it gets
     local = local.contiguous()
-    # what torch would give, under autocast too
-    out = fn(local.new_zeros(1), 0, dtype=dtype).dtype
+    out = given(fn, local, dtype)
     local = local.to(wide(out))
     group = comm.along(spec, dims[0])
     most = with_one(local.detach(), dims, float("-inf")).amax(dims, keepdim=True)

@@ -7,6 +7,7 @@ output rows each input row goes, and each fetches the input rows that fall in it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
@@ -116,8 +117,10 @@ def _known(
             if at.numel():
                 rows.narrow(0, spec.offset[d], at.shape[d]).copy_(values.amin(others))
             parts.append(rows)
-    every = comm.reduce(torch.cat(parts), comm.group(spec.mesh, spec.varying), "min")
-    return [p.tolist() for p in every.split([p.numel() for p in parts])]
+    # at once: each look waits for a GPU
+    every = comm.reduce(torch.cat(parts), comm.group(spec.mesh, spec.varying), "min").tolist()
+    ends = [0, *accumulate(p.numel() for p in parts)]
+    return [every[a:b] for a, b in pairwise(ends)]
 
 
 def _rows(low: Sequence[int], high: Sequence[int], a: int, b: int) -> tuple[int, int]:
