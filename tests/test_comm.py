@@ -175,6 +175,29 @@ def test_vary_and_reduce(n):
     simulate(n, vary_and_reduce)
 
 
+def zeros_without_memory():
+    n, me = dist.get_world_size(), dist.get_rank()
+    group, sizes = comm.group(make_mesh((n,)), (0,)), (1, 2)
+    zeros = torch._efficientzerotensor((sizes[me], 3), dtype=torch.float64)
+    sent = [
+        comm.gather(zeros, 0, sizes, group),
+        comm.window(zeros, 0, sizes, ((0, 2), (0, 3)), group),
+        comm.swap(zeros, 0, 1, sizes, (2, 1), group),
+        comm.ring(zeros, 0, sizes, group),
+        comm.take(zeros, torch.tensor([2, 0]), sizes, group),
+        comm.put(zeros[:1], torch.tensor([2]), sizes, group),
+        comm.reduce(zeros[0], group),
+        comm.reduce_scatter(torch._efficientzerotensor((3, 2)), 0, sizes, group),
+    ]
+    for x in sent:
+        assert not x.count_nonzero()
+
+
+@pytest.mark.gloo
+def test_zeros_without_memory():
+    run_workers(2, zeros_without_memory)
+
+
 def nested_groups():
     mesh = init_device_mesh("cpu", (2, 2))
     ranks = [torch.tensor([float(dist.get_rank())])] * 3

@@ -185,6 +185,9 @@ def _start(
                 "(full_tensor())"
             )
         received, send = _torch.unwrapped(received), _torch.unwrapped(send)
+    if send._is_zerotensor():
+        # autograd's zeros, as of the second derivative of `abs`, have no memory that could be sent
+        send = send.clone()
     if not is_strict():
         return post(received, send)
     record = _record(label, send, facts)
