@@ -38,6 +38,21 @@ def test_it_is_made_once():
     assert constant((1, 2, 5), torch.float64, like) is found
 
 
+class Text(float):
+    def __repr__(self):
+        raise AssertionError("a text for each call")
+
+
+def test_no_text_is_made_where_no_zero_has_a_sign():
+    x = torch.ones(1)
+    assert constant((1.0, -2.5), torch.float32, x) is constant((Text(1), Text(-2.5)), x.dtype, x)
+    for zero in (0.0, -0.0):
+        assert constant(zero, x.dtype, x).signbit() == torch.tensor(zero).signbit()
+        assert torch.equal(
+            constant((1.0, zero), x.dtype, x).signbit(), torch.tensor((1.0, zero)).signbit()
+        )
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_a_capture_makes_is_not_kept(device, monkeypatch):
     """Its memory is the graph's, and eager code would read there what no replay has written yet."""

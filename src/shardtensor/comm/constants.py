@@ -32,7 +32,8 @@ def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor
         return like.new_tensor(values, dtype=dtype)
     device = like.device
     # 0.0 and -0.0 are equal, but their signs differ; of many numbers a text takes long
-    key = (values if dtype in _WHOLE else repr(values)), dtype, device
+    nonzero = all(values) if isinstance(values, tuple) else values
+    key = (values if nonzero or dtype in _WHOLE else repr(values)), dtype, device
     found = _numbers.get(key)
     if found is not None:
         return found
