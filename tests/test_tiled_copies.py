@@ -1,6 +1,7 @@
 """`tiled` with a GPU's pager: on a CPU whose copies run as late as their events allow."""
 
 import copy
+import errno
 import gc
 import pickle
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.paged import pager, pinned, tiled
+from shardtensor.paged import files, pager, pinned, tiled
 from shardtensor.paged.pinned import Pinned, Pool, pieces
 
 
@@ -74,6 +75,27 @@ def test_a_warm_step_pins_nothing(streams):
         found.append(streams[0].pinned_bytes)
         assert run._shelves[x.device].pool.used == 0
     assert found[0] == found[2] >= run.paging.most > 0
+
+
+def test_a_dropped_output_and_a_full_disk_leave_pinned_memory(streams, tmp_path, monkeypatch):
+    model = nn.Sequential(*[nn.Conv1d(4, 4, 3, padding=1) for _ in range(4)])
+    run, x = st.tiled(model, 4, 2, memory=2**12, spill=tmp_path), torch.randn(1, 4, 512)
+    y = run(x)
+    (shelf,) = run._shelves.values()
+    assert shelf.pool.used > 0
+    del y
+    gc.collect()
+    assert shelf.pool.used == 0
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(files.os, "posix_fallocate", full)
+        with pytest.raises(st.RankError, match="No space left"):
+            run(x)
+    assert shelf.pool.used == 0
+    torch.testing.assert_close(run(x), model(x))
 
 
 def test_what_a_step_returns_is_in_memory(streams):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import suppress
 from typing import Any
@@ -160,7 +161,7 @@ class Session(Ranks):
             return
         self.world.turns.stuck = RankError("the output of a tiled call is gone")
         with suppress(RankError):
-            self.world.go_on()
+            self.go_on()
 
 
 class _Waiting:
@@ -171,7 +172,7 @@ class _Waiting:
 
     def __del__(self) -> None:
         _left.append(self.session)
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not sys.is_finalizing():
             end_left()
 
 

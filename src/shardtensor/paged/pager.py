@@ -176,19 +176,26 @@ class Pager:
 
     def close(self) -> None:
         """Bring back what somebody has still, and leave the shelf."""
-        if not self.shelf.is_memory:
-            with _torch.no_torch_function_at_all(), _torch.outside_modes():
-                self.shelf.here()
-                for page in self.gone.values():
-                    storage = _torch.storage_of(page.ref)
-                    if storage is not None:
-                        self.shelf.fetch(storage, page.copy)
+        # what is on its way back has nobody else
         self.shelf.join()
+        alive = []
         for pages in (self.pages, self.clean, self.fixed, self.gone):
             for page in pages.values():
-                if page.copy is not None:
+                if page.copy is None:
+                    continue
+                storage = _torch.storage_of(page.ref) if pages is self.gone else None
+                if storage is None or self.shelf.is_memory:
                     self.shelf.drop(page.copy)
+                else:
+                    alive.append((storage, page.copy))
             pages.clear()
+        with _torch.no_torch_function_at_all(), _torch.outside_modes():
+            self.shelf.here()
+            # one after the other: what each needs on the shelf, those before it have left
+            for storage, copy in alive:
+                self.shelf.fetch(storage, copy)
+                self.shelf.ready(copy)
+                self.shelf.drop(copy)
 
     def _of(self, key: int) -> Page:
         return next(t[key] for t in (self.pages, self.clean, self.fixed, self.gone) if key in t)
