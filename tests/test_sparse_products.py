@@ -267,3 +267,37 @@ def test_a_complex_matrix_that_an_op_made(form):
 
     for cut in ((5, 4), (0, 7, 2)):
         T.hold(product, [x], [T.shard(0, cut)], (len(cut),))
+
+
+class Mixed(torch.nn.Module):
+    """A layer beside a matrix that a buffer holds, of other numbers on each rank."""
+
+    def __init__(self, s, rank):
+        super().__init__()
+        self.register_buffer("s", s.clone())
+        self.s.values().mul_(1 + rank)
+        self.layer = torch.nn.Linear(2, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layer(self.s @ x)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_buffers_of_all_ranks_become_those_of_the_first(layout):
+    whole = torch.eye(6, dtype=torch.float64).roll(1, 0) + torch.eye(6, dtype=torch.float64)
+    s = whole.to_sparse(layout=layout)
+    s, x = s.coalesce() if layout is torch.sparse_coo else s, torch.randn(6, 2).double()
+
+    def run(entries):
+        mesh = T.make_mesh((2,))
+        given = s if entries is None or not mesh.get_rank() else entries
+        model = st.parallelize(Mixed(given, mesh.get_rank()), mesh)
+        y = model(st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
+        return y.full_tensor().detach(), model.layer(whole @ x).detach()
+
+    for y, want in st.simulate(2, run, None):
+        torch.testing.assert_close(y, want)
+    other = torch.eye(6, dtype=torch.float64).to_sparse(layout=layout)
+    other = other.coalesce() if layout is torch.sparse_coo else other
+    with pytest.raises(st.RankError, match="of the same places on all of them"):
+        st.simulate(2, run, other)

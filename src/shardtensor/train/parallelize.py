@@ -344,10 +344,29 @@ def synchronise(tensors: Iterable[Tensor], group: str, source: int = 0) -> None:
     if comm.size(group) == 1:
         return
     alike: dict[Any, list[Tensor]] = {}
-    for t in tensors:
+    for t in itertools.chain.from_iterable(_dense(x, group) for x in tensors):
         alike.setdefault((t.dtype, t.device), []).append(t)
     for found in alike.values():
         flat = torch.cat([t.reshape(-1) for t in found])
         wire.broadcast(flat, group, source)
         for t, value in zip(found, flat.split([t.numel() for t in found]), strict=True):
             t.copy_(value.view(t.shape))
+
+
+def _dense(t: Tensor, group: str) -> list[Tensor]:
+    """The tensors that a tensor is made of: indices and values of a sparse one."""
+    if t.layout is torch.sparse_coo:
+        parts = [t._indices(), t._values()]
+    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [t.crow_indices(), t.col_indices(), t.values()]
+    elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [t.ccol_indices(), t.row_indices(), t.values()]
+    else:
+        return [t]
+    entries = [n for (n,) in wire.all_gather_numbers([parts[-1].numel()], t.device, group)]
+    if len(set(entries)) > 1:
+        raise ValueError(
+            f"parallelize: ranks have {entries} numbers in a sparse tensor of "
+            f"{tuple(t.shape)}; make it of the same places on all of them"
+        )
+    return parts
