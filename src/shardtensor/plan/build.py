@@ -26,11 +26,7 @@ def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
     The constructor runs on fake tensors. One that cannot runs for real, without filling weights,
     which then lose their memory: UnsupportedOpError where they would take too much of it.
     """
-    return _built(lambda: _made(make), ledger)
-
-
-def _made(make: Callable[[], nn.Module]) -> nn.Module:
-    model = make()
+    model = _built(make, ledger)
     if not isinstance(model, nn.Module):
         raise TypeError(f"make gives a {type(model).__name__}, not a module")
     for name, p in model.named_parameters():
@@ -59,7 +55,7 @@ def _built(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for key, x in table.items():
-                if x is not None:
+                if x is not None and not nn.parameter.is_lazy(x):
                     most = MOST_DRAWN if table is module._parameters else None
                     table[key] = ledger.known.fake(x, most)  # type: ignore[assignment]
     return model
