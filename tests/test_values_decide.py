@@ -128,3 +128,26 @@ def test_a_rehearsal_names_the_op_and_the_line(step, op, text):
     where = re.escape(line_of(step, f"torch.{text}"))
     with pytest.raises(st.UnsupportedOpError, match=f"{op}.*cannot be rehearsed .{where}"):
         rehearsed(step)
+
+
+def chosen(x):
+    """Indices and matrices of this rank's rows; other ranks are only asked whether all is well."""
+    values, at = x.topk(2, 1)
+    kept = torch.zeros_like(x).scatter(1, at, values)
+    matrices = torch.eye(3) + 0 * x[:, :, None]
+    return kept.gather(1, at).sum() + torch.linalg.cholesky(matrices).sum()
+
+
+def test_a_rehearsal_runs_indices_of_rows_that_lie_here():
+    def real():
+        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("d",))
+        x = st.distribute_tensor(torch.arange(36.0).view(12, 3), mesh, [Shard(0)])
+        with st.trace() as t:
+            chosen(x)
+        return [(s.collective, s.bytes, s.messages) for s in t.sent]
+
+    found = rehearsed(chosen).sent
+    assert [(s.collective, s.bytes, s.messages) for s in found] == st.simulate(3, real)[0]
+    assert sum(s.collective == "all_gather" for s in found) == 3
+    with pytest.raises(st.UnsupportedOpError, match="what is sent depends on values"):
+        rehearsed(lambda x: x[x[:, 0].argsort()])

@@ -28,6 +28,7 @@ __all__ = [
     "along",
     "asked",
     "counts",
+    "faults",
     "gather",
     "group",
     "knows_values",
@@ -252,6 +253,17 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
             "a result whose size depends on values cannot be compiled: leave it out of st.compile"
         )
     return tuple(c for (c,) in wire.all_gather_numbers([n], like.device, group))
+
+
+def faults(n: int, like: Tensor, group: str) -> tuple[int, ...]:
+    """As `counts` a number of every rank, but one that is 0 unless all are to raise.
+
+    In a rehearsal, where nothing else depends on it, that of others is 0.
+    """
+    if size(group) == 1 or groups.knows_values(group):
+        return counts(n, like, group)
+    wire.all_gather_numbers([n], like.device, group)
+    return (n,)
 
 
 def take(x: Tensor, index: Tensor, sizes: Sequence[int], group: str) -> Tensor:

@@ -229,13 +229,17 @@ def all_gather_numbers(
 def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str) -> Any:
     """`all_gather_numbers` as a numpy array (ranks, numbers)."""
     n = groups.size(group)
-    if n == 1 or groups.silent(group):
-        return np.broadcast_to(np.array(mine, dtype=np.int64), (n, len(mine)))
+    own = np.broadcast_to(np.array(mine, dtype=np.int64), (n, len(mine)))
+    if n == 1:
+        return own
     local = torch.tensor(mine, dtype=torch.int64, device=device)
     if direct(local, len(mine), n):
         rows = torch.stack(all_gather(local, [local.shape] * n, group))
     else:
         rows = all_gather_rows(local, [len(mine)] * n, len(mine), group)
+    if groups.silent(group):
+        # it is sent all the same
+        return own
     return np.array(rows.tolist()) if _torch.transforming() else rows.cpu().numpy()
 
 

@@ -35,7 +35,7 @@ def agreed(
         error = e
     like = torch.empty(0, device=spec.mesh.device_type)
     code = 0 if error is None else 1 if isinstance(error, error_type) else 2
-    failed = comm.counts(code, like, comm.group(spec.mesh, varying))
+    failed = comm.faults(code, like, comm.group(spec.mesh, varying))
     if error is not None:
         raise told(error)
     if any(failed):

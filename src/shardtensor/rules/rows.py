@@ -89,7 +89,7 @@ def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) ->
         low, high = torch.stack(at.aminmax()).tolist() if at.numel() else (0, -1)
         bad = int(low < (-size if negative else 0) or high >= size)
         axes = axes_in(spec.dims)
-        if any(comm.counts(bad, at, comm.group(spec.mesh, axes)) if axes else [bad]):
+        if any(comm.faults(bad, at, comm.group(spec.mesh, axes)) if axes else [bad]):
             raise IndexError(f"{op}: index out of bounds for a dimension of size {size}")
         if low >= 0:
             # no other tensor of the index's size
