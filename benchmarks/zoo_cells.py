@@ -234,7 +234,7 @@ def repeated(model: nn.Module) -> tuple[str, ...]:
     found: dict[str, int] = {}
     for module in model.modules():
         if isinstance(module, lists):
-            for m in module:
+            for m in module.children():
                 if not isinstance(m, (*lists, nn.Identity)) and len(list(m.children())) > 1:
                     found[type(m).__name__] = found.get(type(m).__name__, 0) + 1
     return tuple(k for k, n in found.items() if n > 1)

@@ -295,3 +295,38 @@ def wrong():
 
 def test_refusals():
     st.simulate(2, wrong)
+
+
+class Pairs(nn.Module):
+    """Blocks in lists in a list, as in many ViTs, some of which are None."""
+
+    def __init__(self):
+        super().__init__()
+        pairs = [[Block(2), None], [Block(2), Block(2)]]
+        self.layers = nn.ModuleList([*(nn.ModuleList(p) for p in pairs), None])
+
+    def forward(self, x):
+        for pair in self.layers[:2]:
+            for block in pair:
+                if block is not None:
+                    x = block(x)
+        return x
+
+
+def in_lists(settings):
+    torch.manual_seed(0)
+    model, x = Pairs().to(D), torch.randn(2, 2, 6, 4, dtype=D)
+    want = model(x)
+    ran = []
+    for block in (model.layers[0][0], *model.layers[1]):
+        block.conv.register_forward_hook(lambda *_: ran.append(1))
+    st.parallelize(model, make_mesh((2,)), sync=False, **settings)
+    y = model(st.distribute_tensor(x, make_mesh((2,)), [Shard(2)], src_data_rank=None))
+    torch.testing.assert_close(y.full_tensor(), want)
+    y.square().mean().backward()
+    return len(ran)
+
+
+def test_blocks_in_lists_of_lists_are_checkpointed():
+    assert st.simulate(2, in_lists, {"checkpoint": True}) == [6, 6]
+    assert st.simulate(2, in_lists, {}) == [3, 3]

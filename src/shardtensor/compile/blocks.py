@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,20 +12,31 @@ from torch import Tensor, fx, nn
 def blocks_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """The modules of these classes; without names the elements of every outermost ModuleList.
 
+    Of elements that are only containers, as in a list of lists, their own; None is none.
+
     Raises ValueError where a name is no module's class.
     """
     if not names:
-        found, inside = list[nn.Module](), set[nn.Module]()
+        blocks, inside = dict[nn.Module, None](), set[nn.Module]()
         for module in model.modules():
             if isinstance(module, nn.ModuleList) and module not in inside:
-                found += module
+                blocks.update(dict.fromkeys(_called(module)))
                 inside.update(module.modules())
-        return found
+        return list(blocks)
     found = [m for m in model.modules() if type(m).__name__ in names]
     missing = set(names) - {type(m).__name__ for m in found}
     if missing:
         raise ValueError(f"the model has no module of class {', '.join(sorted(missing))}")
     return found
+
+
+def _called(container: nn.Module) -> Iterator[nn.Module]:
+    """Its elements that have a forward, and of others theirs."""
+    for m in container.children():
+        if type(m).forward is nn.Module.forward:
+            yield from _called(m)
+        else:
+            yield m
 
 
 class Programs:
