@@ -100,8 +100,9 @@ def shard(
 def _check_dense(model: nn.Module) -> None:
     """Raise ValueError for embeddings whose gradients are sparse."""
     for name, module in model.named_modules():
-        table = getattr(module, "weight", None)
-        if getattr(module, "sparse", False) is True and getattr(table, "requires_grad", False):
+        # not by its name, which a parametrization may make anew
+        table = module._parameters.get("weight")
+        if getattr(module, "sparse", None) is True and table is not None and table.requires_grad:
             raise ValueError(
                 f"parallelize(fsdp=...): {name or 'the model'} ({type(module).__name__}) has "
                 "sparse gradients, which FSDP2 does not sum; make it with sparse=False"
