@@ -26,6 +26,7 @@ _ADDRESSES = {
     Tensor.untyped_storage, Tensor._typed_storage, Tensor.storage,
     Tensor.__cuda_array_interface__.__get__,
 }  # fmt: skip
+_PLAIN = (Tensor, Parameter)
 # bytes of the smallest storage that is followed
 LEAST = 2**16
 
@@ -118,9 +119,8 @@ class Pager:
                 self.shelf.ready(page.copy)
                 came = page if page.coming else came
                 self._came(page)
-        if not self.shelf.is_memory:
-            for x in written:
-                self._changed(x.untyped_storage()._cdata)
+        for x in written:
+            self._changed(x.untyped_storage()._cdata)
         if came is not None and self.share and _torch.graph_task() != -1:
             self._expect(came.before, found)
         return found
@@ -331,7 +331,9 @@ class Paged(Looking):
         if func in _torch.TOUCH_NOTHING:
             return func(*args, **kwargs)
         given = _strided((args, kwargs))
-        used = self.pager.use(given, _strided(_torch.written_to(func, args, kwargs)))
+        copied = not self.pager.shelf.is_memory
+        changed = _strided(_torch.written_to(func, args, kwargs)) if copied else ()
+        used = self.pager.use(given, changed)
         # room for a result like the largest argument
         self.pager.room(max((x.numel() * x.element_size() for x in given), default=0), used)
         out = func(*args, **kwargs)
@@ -361,6 +363,7 @@ def _ended(ended: list[int], key: int, _: Any) -> None:
 def _strided(tree: Any) -> list[Tensor]:
     """The tensors whose memory those of a tree lie in."""
     found = [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-    if all(type(x) in (Tensor, Parameter) and x.layout is torch.strided for x in found):
-        return found
-    return [y for x in found for y in _torch.dense_parts(x)]
+    for x in found:
+        if type(x) not in _PLAIN or x.layout is not torch.strided:
+            return [y for x in found for y in _torch.dense_parts(x)]
+    return found
