@@ -298,7 +298,7 @@ def page(file: Path, before: str) -> str:
         "middle and the last, the one that holds most. Made: with `parallelize(made_mb=16)`. At",
         f"most 1.10: {good} of {len(ratios)}, with it {better}. Counted on fake tensors, which",
         f"have no memory (torch {importlib.metadata.version('torch')}; benchmarks/zoo_memory.py).",
-        f"Of {older} rows only the rank in the middle was measured, at an older commit.",
+        *[f"Of {older} rows only the rank in the middle was measured."][: older > 0],
         "",
         "Beyond: modules that hold more than their share at that moment, in shares of the whole,",
         "and their largest op; or why the step cannot be planned: it reads values, or torch has no",

@@ -375,3 +375,23 @@ def test_a_sum_takes_no_memory_beside_what_came(sums):
             x + torch.ones(64, 64)
     assert moved.ops.count("add_") == 1 and "add" not in moved.ops
     assert "add" in beside.ops and "add_" not in beside.ops
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_product_over_a_cut_dim_reads_its_rows_of_the_weight(learns):
+    with silent_world(1, RANKS):
+        mesh = make_mesh((RANKS,))
+        model = nn.Linear(1024 * RANKS, 16, bias=False)
+        st.parallelize(model, mesh, sync=False)
+        x = sharded(mesh, (16, 1024 * RANKS), 1)
+        with torch.set_grad_enabled(learns):
+            # they were copied, and kept for backward
+            assert peak_bytes(lambda: model(x)) < model.weight.nbytes / RANKS / 4
+
+
+def test_an_index_that_meets_shards_is_read_where_it_is():
+    with silent_world(1, RANKS):
+        x = sharded(make_mesh((RANKS,)), (4, 64 * RANKS), 1)
+        at, mask = torch.zeros(64 * RANKS, dtype=torch.int64), torch.ones(64 * RANKS)
+        assert peak_bytes(lambda: x * mask) < 1.1 * x._local.nbytes
+        assert peak_bytes(lambda: x.gather(0, at[None])) < 0.5 * x._local.nbytes

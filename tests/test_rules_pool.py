@@ -8,6 +8,11 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 torch.manual_seed(0)
 D = torch.float64
@@ -92,3 +97,24 @@ def test_what_is_sent():
     assert sum(st.simulate(2, costs, nn.AdaptiveAvgPool2d((3, 1)))) == 24
     assert sum(st.simulate(2, costs, nn.AdaptiveMaxPool2d((3, 1)))) == 3 * 24
     assert st.simulate(2, costs, nn.AdaptiveMaxPool2d(1)) == [3 * 24, 3 * 24]
+
+
+@pytest.mark.parametrize("cut", [(5, 4), (1, 0, 6, 2)])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_places_of_what_is_largest(n, cut):
+    """Of windows that begin before the first row, too, and hold nothing above the fill."""
+    a = torch.randn(2, *[9, 5, 4][:n], dtype=D)
+    a[0] = float("-inf")
+    pool = getattr(nn, f"MaxPool{n}d")
+    for m in (pool(3, 2, 1, return_indices=True), pool(2, 1, 1, 2, return_indices=True)):
+        T.hold(m, [a], [T.shard(1, cut)], (len(cut),), grad=False)
+        T.hold(m, [a[1:]], [T.shard(1, cut)], (len(cut),))
+
+
+def test_places_take_no_memory_beside_them():
+    with silent_world(4, 8):
+        spec = Spec.of(make_mesh((8,)), [Shard(2)], (1, 4, 512, 32))
+        a = wrap(torch.randn(spec.local_shape), spec)
+        pool = nn.MaxPool2d(3, 1, 1, return_indices=True)
+        # the window, the largest and their places in 8 bytes; it was 14
+        assert peak_bytes(lambda: pool(a)) < 4.3 * a._local.nbytes

@@ -6,6 +6,11 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.ranks.testing import make_mesh
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 D = torch.float64
 torch.manual_seed(0)
@@ -51,3 +56,20 @@ def test_topk_sends_candidates():
         return t.bytes
 
     assert st.simulate(2, run) == [5 * (4 + 8)] * 2
+
+
+@pytest.mark.parametrize("cut", [(5000, 5000), (9000, 0, 1000)])
+@pytest.mark.parametrize("shape", [(10000,), (2, 10000), (5, 10000)])
+def test_many_numbers(shape, cut):
+    """Blocks of several lanes and ranks, of which some have none, and indices in fewer bytes."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 400, shape, dtype=D)
+    T.hold(lambda x: x.sort(dim=-1, stable=True), [x], [T.shard(len(shape) - 1, cut)], (len(cut),))
+
+
+def test_a_sort_along_one_of_two_dims_releases_what_has_moved():
+    with silent_world(4, 8):
+        spec = Spec.of(make_mesh((8,)), [Shard(1)], (8, 8192))
+        x = wrap(torch.randn(spec.local_shape), spec)
+        # it was 10.5: values and 8-byte indices, of the lanes and moved, beside what was sorted
+        assert peak_bytes(lambda: x.sort()) < 6.5 * x._local.nbytes

@@ -132,20 +132,25 @@ def gather(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     return x if len(sizes) == 1 else ops.gather(x, dim, cut(sizes), group)
 
 
-def split(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
+def split(x: Tensor, dim: int, sizes: Sequence[int], group: str, read: bool = False) -> Tensor:
     """This rank's shard, sizes[rank] rows along dim, of a replicated tensor.
 
     Forward sends nothing, backward is an all-gather. The gradient of a parameter that is summed
-    with others (see `vary`) is gathered with others.
+    with others (see `vary`) is gathered with others. read: nothing else is done with the shard,
+    which may then be a view of such a parameter, or of what has no gradient; else it has memory of
+    its own.
     """
     if len(sizes) == 1:
         return x
     slot = getattr(x, deferred.SLOT, None)
-    if slot is not None and slot.group == group and x.requires_grad and torch.is_grad_enabled():
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if slot is not None and slot.group == group and learns:
         traced = _torch.is_tracing() and type(slot) is not deferred.Twin
-        own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes))
+        own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes), read)
         if own is not None:
             return own
+    if read and not (learns or _torch.transforming() or _torch.is_tracing()):
+        return deferred.rows(x, dim, cut(sizes), group, read)
     return ops.split(x, dim, cut(sizes), group)
 
 

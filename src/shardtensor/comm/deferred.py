@@ -26,8 +26,11 @@ class Slot(Protocol):
     def use(self, x: Tensor) -> Tensor | None:
         """The parameter's value, whose gradient this rank's part is; None: sum it now."""
 
-    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
-        """This rank's rows of the value, whose gradient is theirs; None: gather it now."""
+    def cut(self, x: Tensor, dim: int, sizes: Cut, read: bool) -> Tensor | None:
+        """This rank's rows of the value, whose gradient is theirs; None: gather it now.
+
+        read: they may be a view.
+        """
 
 
 def use_all(slots: Sequence[Slot], xs: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -49,15 +52,18 @@ class Twin:
     def use(self, x: Tensor) -> Tensor:
         return self.value
 
-    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor:
-        return rows(self.value, dim, sizes, self.group)
+    def cut(self, x: Tensor, dim: int, sizes: Cut, read: bool) -> Tensor:
+        return rows(self.value, dim, sizes, self.group, read)
 
 
-def rows(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
-    """This rank's rows of a tensor, in memory of their own; their gradient is zero elsewhere."""
+def rows(x: Tensor, dim: int, sizes: Cut, group: str, read: bool) -> Tensor:
+    """This rank's rows of a tensor, whose gradient is zero elsewhere.
+
+    In memory of their own, unless they are only read.
+    """
     me = groups.rank(group)
     own = x.narrow(dim, sizes.offsets[me], sizes[me])
-    return own.clone(memory_format=memory_format(x))
+    return own if read else own.clone(memory_format=memory_format(x))
 
 
 # the attribute of a parameter, or of a DTensor parameter's local tensor, that is its slot

@@ -16,7 +16,7 @@ from .. import _torch
 from . import groups
 from .define import define, run
 from .pack import numel_but
-from .rows import Ints, exchange_rows, requests
+from .rows import Ints, exchange_rows, requests_in_order
 
 # rows of several numbers travel a part of each row at a time, so that a round's rows are held twice
 # and not all: at most so many rounds, of so many bytes of a shard at least
@@ -46,7 +46,7 @@ def find(index: Tensor, sizes: Sequence[int], group: str) -> Route:
     if groups.size(group) == 1:
         return Route(distinct, (len(distinct),), (len(distinct),), place, max(sizes), group)
     # in order, hence by owner
-    _, gets, gives, rows = requests(distinct, sizes, group)
+    gets, gives, rows = requests_in_order(distinct, sizes, group)
     return Route(rows, tuple(gives), tuple(gets), place, max(sizes), group)
 
 
@@ -96,6 +96,8 @@ def _fetch(
             out[:, part] = came
         else:
             torch.index_select(came, 0, place, out=out[:, part])
+        # before the next part is made
+        del came
     # no view, to which autograd would let nobody write
     return out.view(entries, *x.shape[1:]).data
 

@@ -58,15 +58,32 @@ def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int],
     owner = torch.bucketize(index, ends[1:], right=True)
     order = torch.argsort(owner, stable=True)
     counts = torch.bincount(owner, minlength=len(sizes))
+    return order, *_told((index - ends[owner])[order], counts, sizes, group)
+
+
+def requests_in_order(
+    index: Tensor, sizes: Ints, group: str
+) -> tuple[list[int], list[int], Tensor]:
+    """`requests` of ascending indices, without their order; index is written to."""
+    groups.check_values(group)
+    ends = constant(cut(sizes).offsets, torch.int64, index)
+    counts = torch.searchsorted(index, ends).diff()
+    index -= ends[:-1].repeat_interleave(counts, output_size=len(index))
+    return _told(index, counts, sizes, group)
+
+
+def _told(
+    wanted: Tensor, counts: Tensor, sizes: Ints, group: str
+) -> tuple[list[int], list[int], Tensor]:
+    """Local rows of each owner in turn, counts of them, as `requests` has them told."""
     one = [1] * len(sizes)
     asked = exchange_rows(counts, one, one, group, "take").tolist()
-    wanted = (index - ends[owner])[order]
     per_owner = counts.tolist()
     if groups.spreads(group):
-        if sum(per_owner) != index.numel():
-            per_owner = spread([index.numel()], sizes)[0]
+        if sum(per_owner) != wanted.numel():
+            per_owner = spread([wanted.numel()], sizes)[0]
         asked = per_owner
-    return order, per_owner, asked, exchange_rows(wanted, per_owner, asked, group, "take")
+    return per_owner, asked, exchange_rows(wanted, per_owner, asked, group, "take")
 
 
 def _take(x: Tensor, index: Tensor, sizes: Ints, group: str) -> Tensor:

@@ -25,7 +25,7 @@ from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
-from ..tensor.redistribute import beside, fit, like, reduced, replicate
+from ..tensor.redistribute import beside, fit, like, local_of, reduced, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
@@ -55,13 +55,11 @@ def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
 
 def buffer(name: str, x: Tensor | None) -> Tensor | None:
     """The plain running statistic, whole on this rank."""
-    if isinstance(x, ShardTensor):
-        if x._spec.varying or x._spec.partial:
-            raise UnsupportedOpError(
-                f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
-            )
-        return x._local
-    return x
+    if isinstance(x, ShardTensor) and (x._spec.varying or x._spec.partial):
+        raise UnsupportedOpError(
+            f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
+        )
+    return local_of(x)
 
 
 @torch.no_grad()
@@ -116,6 +114,8 @@ def batch_norm(
         w, b, mean, var = fit(
             spec.mesh, spec.varying, (weight, mine), (bias, mine), *((r, mine) for r in running)
         )
+        if training and channels.axes:
+            mean, var = (None if r is None else r.clone() for r in (mean, var))  # no views: written
         rest: Any = (training, momentum, eps, cudnn_enabled)
         y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, local, w, b, mean, var)
         if training:

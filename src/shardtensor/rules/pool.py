@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _torch
 from .._torch import kernels
 from ..comm.constants import constant
 from ..registry import rule
@@ -108,9 +109,9 @@ def _max_pool(
     dims, reaches, left, _ = plan(x._spec, tuple(found.items()))
     local = fetched(x._local, x._spec, reaches, low)
     out, index = pool(local, left)
-    index = _global_index(
-        index, local.shape[-n:], x._spec, dilations, {d: reach for d, _, reach in reaches}
-    )
+    shape, along = local.shape[-n:], {d: reach for d, _, reach in reaches}
+    del local
+    index = _global_index(index, shape, x._spec, dilations, along, _torch.differentiated(out))
     for d, _, reach in reaches:
         out, index = trim(out, d, x._spec, reach), trim(index, d, x._spec, reach)
     spec = x._spec.with_dims([*x._spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
@@ -125,11 +126,26 @@ def _global_index(
     spec: Spec,
     dilations: Sequence[int],
     reaches: dict[int, Reach],
+    kept: bool,
 ) -> Tensor:
-    """Flat positions in the local windows as flat positions in the whole spatial volume."""
+    """Flat positions in the local windows as flat positions in the whole spatial volume.
+
+    kept: whether backward needs the index as it is.
+    """
     if not reaches:
         return index
     n = len(dilations)
+    first = len(spec.dims) - n
+    if list(reaches) == [first]:
+        # rows of what lies whole beside them
+        row = prod(shape[1:])
+        start = reaches[first].windows[spec.index[first]][0]
+        index = index + start * row if kept else index.add_(start * row)
+        if start < 0:
+            # as below, of the results whose windows begin there
+            outer = index.narrow(first, 0, min(-start, index.shape[first]))
+            outer.copy_(torch.where(outer < 0, outer % (dilations[0] * row), outer))
+        return index
     found = []
     inner = coordinates(index, shape)
     for d, at, dilation in zip(range(-n, 0), inner, dilations, strict=True):

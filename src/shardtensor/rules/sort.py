@@ -8,6 +8,7 @@ all-to-alls, and a sort of what came. Ties keep their order in the whole tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -137,31 +138,45 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     ends = torch.tensor(dim.sizes, device=device)[:, None, None].expand(-1, count, 1)
     # (from, lane, to): how many rows each rank sends to each other
     moves = torch.cat([inside, ends], -1).diff(dim=-1, prepend=torch.zeros_like(ends))
-    sent = moves.sum(1).tolist()
     if comm.spreads(group):
-        sent = [[count * n for n in row] for row in comm.spread(dim.sizes, dim.sizes)]
-    numbers = places.to(torch.int32 if dim.size <= torch.iinfo(torch.int32).max else torch.int64)
-    numbers += dim.offsets[me]
+        even = torch.tensor(comm.spread(dim.sizes, dim.sizes), device=device)
+        moves = even[:, None].expand(-1, count, -1)
+    sent = moves.sum(1).tolist()
+    # what is kept for backward, too
+    short = torch.int32 if count * dim.size <= torch.iinfo(torch.int32).max else torch.int64
+    places = places.to(short)
+    numbers = (places + dim.offsets[me]).flatten()
     if count > 1:
         # to one rank after the other, lane by lane
-        at = torch.arange(flat.shape[1], device=device).expand(count, -1).contiguous()
-        to = torch.searchsorted(inside[me].contiguous(), at, right=True)
-        away = to.flatten().argsort(stable=True)
-        places += flat.shape[1] * torch.arange(count, device=device)[:, None]
-        places, numbers = places.flatten()[away], numbers.flatten()[away]
-        del at, to, away
+        places += flat.shape[1] * torch.arange(count, dtype=short, device=device)[:, None]
+        away = _turned(moves[me], short)
+        places, numbers = places.flatten()[away], numbers[away]
+        del away
     gives, gets = sent[me], [row[me] for row in sent]
     way = Route(places.flatten(), tuple(gives), tuple(gets), None, max(dim.sizes), group)
+    del places
+    numbers = exchange_rows(numbers, gives, gets, group, "sort")
     found = fetch(flat.flatten(), way)
-    del places, way
-    numbers = exchange_rows(numbers.flatten(), gives, gets, group, "sort")
+    del way
     if count > 1:
-        each = torch.arange(count, device=device).expand(len(gets), -1).flatten()
-        back = each.repeat_interleave(moves[..., me].flatten()).argsort(stable=True)
+        back = _turned(moves[..., me], short)
         found, numbers = found[back], numbers[back]
+        del back
     # equal ones came in the order of the ranks
     found, order = found.view(count, -1).sort(descending=descending, stable=True)
-    return found, numbers.view(count, -1).gather(1, order).long()
+    numbers = numbers.view(count, -1).gather(1, order)
+    if _torch.differentiated(found):
+        return found, numbers.long()
+    return found, order.copy_(numbers)
+
+
+def _turned(lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of (a, b) blocks of such lengths, one after the other, where those in order (b, a) lie."""
+    starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view(lengths.shape)
+    turned = lengths.t().flatten()
+    more = starts.t().flatten() - (turned.cumsum(0) - turned)
+    found = more.to(dtype).repeat_interleave(turned)
+    return found.add_(torch.arange(len(found), dtype=dtype, device=found.device))
 
 
 def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | None) -> Any:
@@ -172,16 +187,34 @@ def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | N
         return _wrapped(fn(x._local, **options), x._spec)
     y = beside(x, d)
     if y is not None:
-        found = _wrapped(fn(y._local, **options), y._spec)
-        return tuple(to_dims(f, x._spec.dims) for f in found)
+        spec, found = y._spec, fn(y._local, **options)
+        parts = [found] if isinstance(found, Tensor) else [*found]
+        del y, found
+        return tuple(_home(parts, spec, x._spec.dims))
     if _torch.is_tracing() or not has_keys(x.dtype):
-        found = fall_back(fn, (x,), options)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
-    found = _order(x.detach() if fn is torch.argsort else x, d, descending)
+        every = fall_back(fn, (x,), options)
+        return (every,) if isinstance(every, Tensor) else tuple(every)
     shape = x._spec.local_shape
     shape = torch.Size([*shape[:d], *shape[d + 1 :], shape[d]])
-    parts = found[1:] if fn is torch.argsort else found
-    return tuple(wrap(p.view(shape).movedim(-1, d), x._spec) for p in parts)
+    ordered = _order(x.detach() if fn is torch.argsort else x, d, descending)
+    given = ordered[1:] if fn is torch.argsort else ordered
+    return tuple(wrap(p.view(shape).movedim(-1, d), x._spec) for p in given)
+
+
+def _home(found: list[Tensor], spec: Spec, dims: Sequence[Dim]) -> Iterator[ShardTensor]:
+    """What a sort gave, sharded as `dims` say; each is released once it has moved.
+
+    The last are indices, which travel in as few bytes as hold them.
+    """
+    short = prod(spec.shape) > FEW and max(spec.shape) <= torch.iinfo(torch.int32).max
+    while found:
+        local = found.pop(0)
+        if found or not short:
+            yield to_dims(wrap(local, spec), dims)
+        else:
+            local = local.int()
+            moved = to_dims(wrap(local, spec), dims)
+            yield wrap(moved._local.long(), moved._spec)
 
 
 def _wrapped(found: Any, spec: Spec) -> Any:

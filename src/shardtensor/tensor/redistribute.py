@@ -88,8 +88,11 @@ def local_of(x: X) -> X:
 
 
 @method
-def like(x: Tensor, spec: Spec) -> ShardTensor:
-    """A plain (replicated) tensor or a ShardTensor as one with this spec."""
+def like(x: Tensor, spec: Spec, read: bool = False) -> ShardTensor:
+    """A plain (replicated) tensor or a ShardTensor as one with this spec.
+
+    read: nothing else is done with it, so it may be a view with gaps.
+    """
     if not isinstance(x, ShardTensor):
         if type(x) is dt.DTensor:
             raise UnsupportedOpError(_DTENSOR)
@@ -98,7 +101,7 @@ def like(x: Tensor, spec: Spec) -> ShardTensor:
         x = wrap(x, spec.replicated())
     elif x._spec != spec and x.shape != spec.shape:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} for one of {tuple(spec.shape)}")
-    return x if x._spec == spec else wrap(convert(x._local, x._spec, spec), spec)
+    return x if x._spec == spec else wrap(convert(x._local, x._spec, spec, read), spec)
 
 
 @method
@@ -170,12 +173,12 @@ def to_placements(
     return out
 
 
-def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
+def convert(local: Tensor, old: Spec, new: Spec, read: bool = False) -> Tensor:
     """The local tensor of `new` from that of `old`, by the cheapest chain of collectives.
 
     One all-to-all where a mesh axis moves from one dim to another or sizes change, a slice where a
     replicated axis becomes sharded, an all-gather where a sharded axis becomes replicated, a
-    reduce-scatter from partial to sharded.
+    reduce-scatter from partial to sharded. read: see `like`.
     """
     if old.shape != new.shape or old.mesh != new.mesh:
         raise ValueError(f"cannot convert {old} to {new}")
@@ -183,7 +186,7 @@ def convert(local: Tensor, old: Spec, new: Spec) -> Tensor:
         refuse_not_dense(local.layout)
     kept = tuple(p for p in old.partial if p in new.partial)
     local, dims = _settle_partial(local, old, new, kept)
-    local, dims = _move_axes(local, old, dims, new.dims)
+    local, dims = _move_axes(local, old, dims, new.dims, read)
     for d, (have, want) in enumerate(zip(dims, new.dims, strict=True)):
         if have.sizes != want.sizes:
             local = _recut(local, old.mesh, d, have, want)
@@ -260,7 +263,7 @@ def _coarse(dim: Dim, depth: int, step: int) -> Dim:
 
 
 def _move_axes(
-    local: Tensor, spec: Spec, have: list[Dim], want: Sequence[Dim]
+    local: Tensor, spec: Spec, have: list[Dim], want: Sequence[Dim], read: bool
 ) -> tuple[Tensor, list[Dim]]:
     """Bring every mesh axis to the dim where `want` has it, innermost axes of a dim first."""
     mesh = spec.mesh
@@ -283,7 +286,7 @@ def _move_axes(
             name = comm.group(mesh, (axis,))
             inner = _block(target, mesh, depth)
             if old is None:
-                local = comm.split(local, new, inner, name)
+                local = comm.split(local, new, inner, name, read)
             else:
                 source = have[old]
                 local = comm.swap(
@@ -374,7 +377,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
             local = x._local
         elif own or isinstance(x, ShardTensor):
             wanted = whole_dims(x.shape) if dims is None else tuple(dims)
-            local = like(x, Spec(mesh, wanted))._local
+            local = like(x, Spec(mesh, wanted), read=True)._local
         elif type(x) is dt.DTensor:
             raise UnsupportedOpError(_DTENSOR)
         else:

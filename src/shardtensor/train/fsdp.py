@@ -40,8 +40,8 @@ class Part:
     def use(self, x: Tensor) -> Tensor:
         return Weighted.apply(x, self.group)
 
-    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor:
-        return rows(self.use(x), dim, sizes, self.group)
+    def cut(self, x: Tensor, dim: int, sizes: Cut, read: bool) -> Tensor:
+        return rows(self.use(x), dim, sizes, self.group, read)
 
     def __reduce__(self) -> Any:
         return type(None), ()

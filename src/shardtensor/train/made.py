@@ -66,8 +66,8 @@ class Where(NamedTuple):
         return None if d is None or shape[d] < self.ranks else (d, self._cut_along(shape, d))
 
     def cut(self, x: Tensor, d: int) -> ShardTensor:
-        """This rank's rows of a plain tensor."""
-        return like(x, self._cut_along(x.shape, d))
+        """This rank's rows of a plain tensor, for an op that reads them."""
+        return like(x, self._cut_along(x.shape, d), read=True)
 
     def _cut_along(self, shape: Sequence[int], d: int) -> Spec:
         whole = Spec(self.mesh, whole_dims(shape))

@@ -168,16 +168,16 @@ class Slot:
         assert bucket is not None
         return bucket.use_all(places, xs)
 
-    def cut(self, x: Tensor, dim: int, sizes: Cut) -> Tensor | None:
-        """This rank's rows of it, in memory of their own; likewise."""
+    def cut(self, x: Tensor, dim: int, sizes: Cut, read: bool) -> Tensor | None:
+        """This rank's rows of it, in memory of their own unless they are only read; likewise."""
         bucket = self._bucket()
         if bucket is None:
             return None
         if self.hook is not None or len(sizes) * max(sizes) > 2 * sizes.offsets[-1]:
             # as addends: they are averaged with the others, or cheaper to send so
-            return rows(bucket.use(self.place, x), dim, sizes, self.group)
+            return rows(bucket.use(self.place, x), dim, sizes, self.group, read)
         own = bucket.use(Place(self.index, dim, sizes), x)
-        return own.clone(memory_format=torch.contiguous_format)
+        return own if read else own.clone(memory_format=torch.contiguous_format)
 
     def arrive(self, grad: Tensor) -> Tensor | None:
         """The parameter's gradient, whole and averaged; the hook that runs before all others."""
