@@ -256,3 +256,26 @@ def test_what_is_written_before_an_error_is_written():
             assert torch.equal(f.full_tensor() if isinstance(f, st.ShardTensor) else f, w)
 
     st.simulate(2, run)
+
+
+class Sparse(nn.Module):
+    """A buffer of compressed rows, which has no strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("a", torch.eye(4).to_sparse_csr())
+
+    def forward(self, x):
+        return x @ self.a.to_dense() * 2
+
+
+def test_a_buffer_without_strides():
+    def run():
+        x = torch.arange(8.0).view(2, 4)
+        s = st.distribute_tensor(x, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        call = st.compile(Sparse(), backend="eager")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert all(torch.equal(call(s).full_tensor(), x * 2) for _ in range(3))
+
+    st.simulate(2, run)

@@ -54,7 +54,7 @@ class Own:
     def key(self) -> tuple[Any, ...]:
         """What a graph is for."""
         groups = tuple([(name, slot.group) for name, (slot, _) in self.slots.items()])
-        forms = tuple(map(_form, self.tensors)), tuple(map(Tensor.stride, self.tensors))
+        forms = tuple(map(_form, self.tensors)), _strides(self.tensors)
         return self.form, forms, self.seen and tuple(self.seen), groups
 
     def doubles(self) -> list[Tensor]:
@@ -165,7 +165,17 @@ def further(
 
 
 def key_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple([(_form(x), x.stride()) if isinstance(x, Tensor) else _value(x) for x in leaves])
+    return tuple(
+        [(_form(x), _strides([x])) if isinstance(x, Tensor) else _value(x) for x in leaves]
+    )
+
+
+def _strides(tensors: list[Tensor]) -> tuple[Any, ...]:
+    try:
+        return tuple(map(Tensor.stride, tensors))
+    except RuntimeError:
+        # compressed sparse tensors have none
+        return tuple([x.stride() if x.layout is torch.strided else x.layout for x in tensors])
 
 
 def _value(x: Any) -> Any:
