@@ -91,8 +91,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, (make, shape) in cases(options.size).items():
-            for spill in ("cpu", folder):
+        for spill in ("cpu", folder):
+            for name, (make, shape) in cases(options.size).items():
                 rows.append(row(name, make, shape, spill))
                 print(json.dumps(rows[-1]), flush=True)
                 if options.json:
