@@ -97,3 +97,42 @@ def test_all_ranks_ask_alike_whatever_they_still_keep(compared, monkeypatch):
             assert torch.equal(x[e[0]].full_tensor(), x.full_tensor()[e[0]])
 
     st.simulate(2, run)
+
+
+def test_an_index_that_was_written_to_is_kept_as_long_as_a_new_one(compared, monkeypatch):
+    monkeypatch.setattr(routes, "_MOST", 4)
+
+    def run():
+        mesh, whole, living = make_mesh((2,)), torch.randn(N, 2, dtype=D), []
+        x = st.distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+        def ask(index):
+            assert torch.equal(x[index].full_tensor(), x.full_tensor()[index])
+
+        e = edges()[0]
+        ask(e)
+        for i in range(4):
+            other = edges(i)[0]
+            # on one rank the others live longer
+            living += [other] * mesh.get_rank()
+            if i == 3:
+                e.copy_(e.flip(0))
+                ask(e)
+            ask(other)
+        ask(e)
+
+    st.simulate(2, run)
+
+
+def test_writes_that_torch_has_not_counted_are_told_by_hand(compared):
+    def run():
+        mesh = make_mesh((2,))
+        whole = torch.randn(N, 2, dtype=D)
+        x = st.distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        e = edges()[0]
+        for i in range(3):
+            assert torch.equal(x[e].full_tensor(), x.full_tensor()[e])
+            e.data.copy_(edges(i + 1)[0])
+            torch.autograd.graph.increment_version(e)
+
+    st.simulate(2, run)

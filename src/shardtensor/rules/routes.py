@@ -98,6 +98,7 @@ class _Kept:
         for k in [k for k, (r, *_) in self.found.items() if r.expired()]:
             self._drop(k)
         self.found[key] = ref, tuple([x.clone() for x in at]), found
+        self.found.move_to_end(key)
         if owners:
             self.stamps[key] = _Stamp(owners)
         while len(self.found) > _MOST:
