@@ -42,7 +42,12 @@ def forward(q, k, v, block):
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch):
     found = _torch.AttentionKernel(forward, None)
-    monkeypatch.setattr(_torch, "attention_kernel", lambda *args: found)
+
+    def of(q, k, *rest):
+        # CUDA's kernels take no empty block
+        return found if q.shape[2] and k.shape[2] else None
+
+    monkeypatch.setattr(_torch, "attention_kernel", of)
     monkeypatch.setattr(blocks, "_looked_at", lambda lse: False)
 
 
@@ -111,6 +116,31 @@ def test_rows_of_large_numbers_are_right_or_no_numbers(low, dtype):
                 assert not none.any()
             close = rounded(dtype, score)
             torch.testing.assert_close(got[~none], want[~none], rtol=0, atol=close)
+
+
+def of_few_keys(q, k, v, mask, queries):
+    """Attention of queries that are cut so, or whole (None), and keys that two ranks have."""
+    mesh = make_mesh((3,))
+    k, v = (
+        st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None, sizes={2: (3, 0, 5)})
+        for x in (k, v)
+    )
+    if queries:
+        q = st.distribute_tensor(q, mesh, [Shard(2)], src_data_rank=None, sizes={2: queries})
+    with strategy("ring"), assume({4: Rates(1.0, inf, 0.0, inf)}):
+        return F.scaled_dot_product_attention(q, k, v, mask).full_tensor()
+
+
+@pytest.mark.parametrize("queries", [(3, 2, 3), None], ids=["cut", "whole"])
+def test_ranks_without_keys_of_their_own_refuse_the_same_rows(queries):
+    args = given(torch.float32, -1e7, 200)
+    want, _ = forward(*args[:3], _torch.Block(8**-0.5, args[3]))
+    for got in st.simulate(3, of_few_keys, *args, queries):
+        none = got.isnan().all(-1)
+        assert torch.equal(none, got.isnan().any(-1)) and not none[..., 7].any()
+        torch.testing.assert_close(
+            got[~none], want[~none], rtol=0, atol=rounded(torch.float32, 200)
+        )
 
 
 def beside(x, rows):

@@ -177,6 +177,8 @@ def is_counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether several blocks with such a mask have log-sum-exps of a kernel, which are counted."""
     if mask is None or mask.dtype is torch.bool or _looked_at(q):
         return False
+    # a rank without keys of its own computes with those of others
+    k, v = (x if x.shape[2] else x.new_empty((*x.shape[:2], 1, x.shape[3])) for x in (k, v))
     return _torch.attention_kernel(q, k, v, mask, False) is not None
 
 
