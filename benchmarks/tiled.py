@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor.paged import pager
+from shardtensor.paged import files
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bench_models import fno
@@ -131,8 +130,6 @@ def read(mib: int, folder: Path) -> None:
     From the disk (pages that were written are dropped from the system's cache first) and from the
     cache; the least and the most of five.
     """
-    libc = pager._libc()
-    libc.posix_fadvise.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
     n = mib * 2**20
     print("| MiB | from | page by page, s | asked for ahead, s |")
     print("|---|---|---|---|")
@@ -142,13 +139,12 @@ def read(mib: int, folder: Path) -> None:
         os.fsync(f.fileno())
 
         def once(disk: bool, ahead: bool) -> float:
-            libc.madvise(x.data_ptr(), n, pager._MADV_DONTNEED)
+            files.let_go(x)
             if disk:
-                # 4: POSIX_FADV_DONTNEED
-                libc.posix_fadvise(f.fileno(), 0, n, 4)
+                os.posix_fadvise(f.fileno(), 0, n, os.POSIX_FADV_DONTNEED)
             begin = time.perf_counter()
             if ahead:
-                libc.madvise(x.data_ptr(), n, pager._MADV_WILLNEED)
+                files.ask_for(x)
             torch.ByteTensor(x).view(torch.int64).sum()
             return time.perf_counter() - begin
 

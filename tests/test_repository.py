@@ -1,9 +1,11 @@
 """What is in the repository, and what is built from it."""
 
+import ast
 import importlib
 import re
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -32,6 +34,31 @@ def test_rows_of_benchmarks_hold_no_path_of_a_machine():
     path = re.compile(r"""["'\s(]/\w""")
     assert path.search('"result": "ValueError: (/a/b.py:1)"') and len(files) == 2
     assert len(rows) > 800 and not [line for line in rows if path.search(line)]
+
+
+def _missing(tree):
+    """What a file reads of the library's modules, private names too, that they do not have."""
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shardtensor"):
+            module = importlib.import_module(node.module)
+            for a in node.names:
+                if not hasattr(module, a.name):
+                    importlib.import_module(f"{node.module}.{a.name}")
+                known[a.asname or a.name] = getattr(module, a.name)
+    read = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    named = [(n.value.id, n.attr) for n in read if isinstance(n.value, ast.Name)]
+    return [
+        f"{name}.{attr}" for name, attr in named
+        if isinstance(known.get(name), types.ModuleType) and not hasattr(known[name], attr)
+    ]  # fmt: skip
+
+
+def test_benchmarks_read_names_that_exist():
+    files = [*(ROOT / "benchmarks").rglob("*.py")]
+    assert len(files) > 30
+    found = {p.name: _missing(ast.parse(p.read_text())) for p in files}
+    assert not {name: missing for name, missing in found.items() if missing}
 
 
 def test_no_test_is_long():
