@@ -112,6 +112,11 @@ class Session(Ranks):
                     f"tiled: the model writes to a tensor of shape {list(x.shape)} that each part "
                     "has whole: x.clone() in forward first"
                 )
+            if sum(not _memory(x).isdisjoint(_memory(other)) for other in self.tensors) > 1:
+                raise UnsupportedOpError(
+                    f"tiled: the model writes to a tensor of shape {list(x.shape)}, and is given "
+                    "its memory in another argument, too: give clones"
+                )
             x.detach()[y._spec.block].copy_(y.to_local())
         if first:
             for x, y in zip(self.leaves, leaves, strict=True):
@@ -217,6 +222,11 @@ def _state(x: Tensor) -> tuple[int, int]:
     """What differs once a rank has written to its part."""
     local = x._local if isinstance(x, ShardTensor) else x
     return id(local), 0 if local.is_inference() else local._version
+
+
+def _memory(x: Tensor) -> set[int]:
+    """The names of the storages that a tensor lies in."""
+    return {_torch.storage(part)._cdata for part in _torch.dense_parts(x)}
 
 
 def _like(y: Tensor, g: Tensor) -> Tensor:
