@@ -73,9 +73,11 @@ def packed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _by_rank(counts: Tensor, batch: Dim) -> tuple[Tensor, tuple[int, ...]]:
     """The packed rows in order of the ranks that have their sequences, and how many each has."""
-    sequence = torch.cat([torch.arange(n) for n in counts.tolist()])
+    rows = torch.arange(int(counts.sum()))
     if not batch.axes:
-        return torch.arange(len(sequence)), ()
+        return rows, ()
+    # those of a step are of the first sequences
+    sequence = rows - (counts.cumsum(0) - counts).repeat_interleave(counts)
     owner = torch.bucketize(sequence, torch.tensor(batch.offsets[1:-1]), right=True)
     sizes = torch.bincount(owner, minlength=len(batch.sizes))
     return owner.argsort(stable=True), tuple(sizes.tolist())
