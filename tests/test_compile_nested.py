@@ -29,6 +29,14 @@ class Slots:
     y: Tensor
 
 
+@dataclass
+class Items(dict):
+    y: Tensor
+
+    def __post_init__(self):
+        self["y"] = self.y
+
+
 class Box:
     def __init__(self, y):
         self.y = y
@@ -39,6 +47,7 @@ RESULTS = {
     "slots": lambda y, x: Slots(y),
     "inside": lambda y, x: [Result(y), {"of": Slots(y + 1)}],
     "box": lambda y, x: Box(y),
+    "items": lambda y, x: Items(y),
 }
 
 
@@ -99,9 +108,10 @@ def test_dataclasses(kind):
     assert st.simulate(2, compared, kind) == [[1, 1, 2, 3]] * 2
 
 
-def test_an_object_with_tensors_is_no_result_of_a_graph():
-    with pytest.warns(UserWarning, match="a result of type Box with tensors in it: return them"):
-        assert st.simulate(2, compared, "box") == [[0] * 4] * 2
+@pytest.mark.parametrize("kind, name", [("box", "Box"), ("items", "Items")])
+def test_an_object_with_tensors_is_no_result_of_a_graph(kind, name):
+    with pytest.warns(UserWarning, match=f"a result of type {name} with tensors in it: return "):
+        assert st.simulate(2, compared, kind) == [[0] * 4] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -189,6 +189,21 @@ def test_what_is_only_written_is_not_copied():
     st.simulate(1, run)
 
 
+def by_operand(x):
+    return torch.ones_like(x).mul_(x).add_(1)
+
+
+def test_an_operand_is_not_what_is_written():
+    def run():
+        x = st.distribute_tensor(torch.randn(6, 4, dtype=D), make_mesh((2,)), [Shard(0)])
+        x.requires_grad_()
+        y = st.compile(by_operand, backend="aot_eager", fullgraph=True)(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(grad, 2 * (x + 1), rtol=1e-9, atol=1e-12)
+
+    st.simulate(2, run)
+
+
 def doubled(x, y):
     y.mul_(2)
     return x * 3 + y.sum()

@@ -50,6 +50,9 @@ def _opens(x: Any) -> bool:
     """Whether a leaf is a dataclass with tensors, and nothing but its fields."""
     if not is_dataclass(x) or isinstance(x, type | Tensor | nn.Module):
         return False
+    if type(x).__new__ is not object.__new__:
+        # a dict, say, which holds more
+        return False
     names = [f.name for f in fields(x)]
     if not all(hasattr(x, n) for n in names) or not {*getattr(x, "__dict__", ())} <= {*names}:
         return False

@@ -119,19 +119,24 @@ def _shared(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     for node in nodes:
         schema = getattr(node.target, "_schema", None)
         shared[node] = {node}
-        if node.target is operator.getitem or (
-            schema and any(r.alias_info for r in schema.returns)
-        ):
-            for x in node.all_input_nodes:
+        if node.target is operator.getitem:
+            shared[node] |= shared[node.all_input_nodes[0]]
+        elif schema and any(r.alias_info for r in schema.returns):
+            for x in _aliased(node, writes=False):
                 shared[node] |= shared[x]
     return shared
 
 
 def _targets(node: fx.Node) -> list[fx.Node]:
     """What a node writes to."""
+    return _aliased(node, writes=True)
+
+
+def _aliased(node: fx.Node, writes: bool) -> list[fx.Node]:
+    """The arguments whose memory its schema speaks of: that it writes to, or any."""
     schema, found = getattr(node.target, "_schema", None), list[fx.Node]()
     for i, argument in enumerate(schema.arguments if schema else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.alias_info is not None and (argument.alias_info.is_write or not writes):
             given: Any = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             fx.node.map_arg(given, found.append)
     return found
