@@ -7,7 +7,7 @@ are zeros: as many kernels run as of real ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -27,21 +27,23 @@ from .moments import accumulated
 Numbers = Any
 # for every rank the (start, stop) that it has of each dim
 Blocks = tuple[tuple[tuple[int, int], ...], ...]
-# types of tensors whose memory numpy reads
-READ: tuple[type, ...] = (Tensor, torch.nn.Parameter)
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _zeros(x: Tensor) -> Any:
+    """The memory of a tensor that has none, which nobody else sees."""
+    return np.zeros(tuple(x.shape), _DTYPES[x.dtype])
+
+
+# by types of tensors how numpy reads their memory, and writes to it
+READ: dict[type, Callable[[Tensor], Any]] = {
+    Tensor: Tensor.numpy, torch.nn.Parameter: Tensor.numpy, probe.FakeTensor: _zeros
+}  # fmt: skip
 
 
 def on_host(x: Tensor) -> bool:
     """Whether numpy can read its memory, or would, if it had some."""
-    return x.device.type == "cpu" and (type(x) in READ or probe.is_fake(x))
-
-
-def memory(x: Tensor) -> Any:
-    """What numpy reads, and writes to; zeros that nobody else sees for a fake tensor."""
-    if type(x) in READ:
-        return x.numpy()
-    return np.zeros(tuple(x.shape), _DTYPES[x.dtype])
+    return x.device.type == "cpu" and type(x) in READ
 
 
 class _Lent:
@@ -62,7 +64,7 @@ def numbers_of(x: Tensor) -> Numbers:
     x = x.detach()
     if not on_host(x):
         return x.double()
-    if type(x) not in READ:
+    if type(x) is probe.FakeTensor:
         return np.zeros(tuple(x.shape))
     return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
 
@@ -71,7 +73,7 @@ def fresh(x: Tensor) -> Numbers:
     """`numbers_of` a tensor that a kernel has just made, which nobody else has."""
     # as `on_host`
     if type(x) in READ and x.dtype in _DTYPES and x.device.type == "cpu":
-        return x.numpy().astype(np.float64)
+        return READ[type(x)](x).astype(np.float64)
     return numbers_of(x)
 
 
@@ -90,7 +92,7 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
     if dtype not in _DTYPES:
         return tensor_of(values, torch.float64).to(dtype)
     out = torch.empty(values.shape, dtype=dtype)
-    memory(out)[...] = values
+    READ[type(out)](out)[...] = values
     return out
 
 
@@ -99,7 +101,7 @@ def move(x: Tensor, values: Numbers, by: float) -> None:
     if isinstance(values, Tensor) or x.dtype not in _DTYPES or not on_host(x):
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
-    into: Any = np.from_dlpack(x.detach()) if type(x) in READ else memory(x)
+    into: Any = _zeros(x) if type(x) is probe.FakeTensor else np.from_dlpack(x.detach())
     if not into.flags.writeable:
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype), by)
         return
@@ -117,9 +119,9 @@ def track(running: Sequence[Tensor | None], stats: Numbers, n: int, momentum: fl
 def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
-    if on_host(like):
+    if like.device.type == "cpu" and type(like) in READ:
         out = torch.empty((len(values), n), dtype=dtype)
-        rows = memory(out)
+        rows = READ[type(out)](out)
         for i, value in enumerate(values):
             rows[i] = value
         return list(out.unbind())
@@ -210,7 +212,7 @@ def slices(block: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
 def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
     shape = [b - a for a, b in block]
     if on_host(whole):
-        memory(whole)[slices(block)] = memory(flat).reshape(shape)
+        READ[type(whole)](whole)[slices(block)] = READ[type(flat)](flat).reshape(shape)
     else:
         whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
@@ -219,7 +221,7 @@ def _message(values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values)).to(dtype)
     flat, at = torch.empty(sum(map(len, values)), dtype=dtype), 0
-    into = memory(flat)
+    into = READ[type(flat)](flat)
     for v in values:
         into[at : at + len(v)] = v
         at += len(v)
@@ -232,7 +234,7 @@ def _joined(found: Sequence[Tensor]) -> Numbers:
         return torch.cat(list(found)).double()
     out = np.empty((len(found), len(first)))
     for i, f in enumerate(found):
-        out[i] = memory(f)
+        out[i] = READ[type(f)](f)
     return out
 
 
@@ -240,7 +242,7 @@ def _added(found: Sequence[Tensor]) -> Numbers:
     """Their sum, in the order of the ranks, so that all get the same bits."""
     if not on_host(found[0]):
         return torch.stack(list(found)).double().sum(0) if len(found) > 1 else found[0].double()
-    total = memory(found[0]).astype(np.float64)
+    total = READ[type(found[0])](found[0]).astype(np.float64)
     for f in found[1:]:
-        total += memory(f)
+        total += READ[type(f)](f)
     return total

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cache import cached
 from .affine import far
 from .moments import accumulated
-from .numbers import Numbers, fresh, memory, numbers_of, on_host, tensors
+from .numbers import READ, Numbers, fresh, numbers_of, on_host, tensors
 
 # elements below which a piece costs more than it saves, and beyond which its sum loses digits; of
 # all rows together, likewise
@@ -64,9 +64,11 @@ def _of_pieces(rows: Tensor) -> tuple[Numbers, Numbers] | None:
         flat, flat, None, None, None, zero, one, True, 0.0, [False, True, True]
     )
     shape, n = (rows.shape[0], rows.shape[1], -1), rows.shape[1] / rows.numel()
-    mean = n * np.add.reduce(memory(total).reshape(shape), (0, 2), np.float64)
+    mean = n * np.add.reduce(READ[type(total)](total).reshape(shape), (0, 2), np.float64)
     of_mean = mean * mean
-    var = n * np.add.reduce(memory(squares).reshape(shape), (0, 2), np.float64) - of_mean
+    var = (
+        n * np.add.reduce(READ[type(squares)](squares).reshape(shape), (0, 2), np.float64) - of_mean
+    )
     near = (of_mean <= NEAR * var) & (var < inf)
     return (mean, var) if np.logical_and.reduce(near) else None
 
