@@ -10,8 +10,10 @@ from models import UNet, ViT
 from torch import nn
 
 import shardtensor as st
+from shardtensor.attention import assume
+from shardtensor.observe.network import DGX_H100
 from shardtensor.paged import pager
-from shardtensor.plan.estimate import Device, Task
+from shardtensor.plan.estimate import Device, Task, attention_rates
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
 
@@ -39,7 +41,9 @@ def ran(make, shape, parts, memory, train, folder):
     """What a step in parts moves."""
     torch.manual_seed(0)
     run = st.tiled(make().train(train), parts, 2, memory=memory, spill=folder)
-    with torch.set_grad_enabled(train):
+    # attention as the device of the plan has it
+    chosen = assume(attention_rates(CPU, DGX_H100, parts))
+    with torch.set_grad_enabled(train), chosen:
         y = run(torch.randn(shape))
         if train:
             y.square().mean().backward()
@@ -54,7 +58,7 @@ def test_what_is_said_to_lie_in_files_does(name, train, tmp_path):
     said = in_parts(task, CPU, memory=2**16, parts=[4])
     moved = ran(make, shape, 4, 2**16, train, tmp_path)
     assert not said.refused and (said.parts, said.dim) == (4, 2)
-    assert 0.7 < said.spilled / moved.spilled < 1.4
+    assert 0.85 < said.spilled / moved.spilled < 1.15
     assert 0.6 < said.most / moved.most < 1.2
     assert said.times > 1
 

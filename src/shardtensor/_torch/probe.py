@@ -145,6 +145,8 @@ class Fakes:
             return func(*args, **kwargs)
 
 
+# whose memory has a name, by which tensors lie beside each other
+LIES = torch.Tensor, FakeTensor
 # reads a fake tensor's device
 DEVICE = torch.ops.prim.device.default
 # what torch.tensor makes of numbers

@@ -263,7 +263,9 @@ def counts(n: int, like: Tensor, group: str) -> tuple[int, ...]:
 def faults(n: int, like: Tensor, group: str) -> tuple[int, ...]:
     """As `counts` a number of every rank, but one that is 0 unless all are to raise.
 
-    In a rehearsal, where nothing else depends on it, that of others is 0.
+    In a rehearsal, where nothing else depends on it, that of others is 0. One small all-gather.
+    like: a tensor, of any shape, on the device to communicate from. Raises UnsupportedOpError while
+    a graph is traced, where the ranks' values are known.
     """
     if size(group) == 1 or groups.knows_values(group):
         return counts(n, like, group)

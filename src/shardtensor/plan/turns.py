@@ -48,18 +48,23 @@ def paged(ledger: Ledger, begin: int) -> tuple[Turn, ...]:
 
 
 def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
-    """Of so many ranks, each of which goes on to where all meet before the next one does."""
+    """Of so many ranks, each of which goes on to where all meet before the next one does.
+
+    After that those go on first which stopped last, the very last after the one before it, as
+    `paged.ranks` has it.
+    """
     few = min(ranks, max(2, _EVENTS // max(1, len(turns))))
-    files = _Files(memory * few // ranks)
+    files, order = _Files(memory * few // ranks), [*range(few)]
     segment: list[Move | tuple[int, ...]] = []
     for turn in (*turns, None):
         if turn is not None:
             segment.append(turn)
             continue
-        for rank in range(few):
+        for rank in order:
             for event in segment:
                 files.see(rank, event)
-        segment = []
+        last, before, *others = reversed(order)
+        segment, order = [], [before, last, *others]
     return Moved(files.spilled * ranks // few, files.most * ranks // few)
 
 

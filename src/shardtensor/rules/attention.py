@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
+from .._torch import probe
 from ..attention import attend, attend_balanced, attend_in_teams, chosen, rates, strategy
 from ..cache import cached
 from ..dispatch.fallback import gathered
@@ -180,8 +181,8 @@ def _stacked(xs: list[Tensor]) -> Tensor:
     x = xs[0]
     first, step = x.storage_offset(), xs[1].storage_offset() - x.storage_offset()
     followed = torch.is_grad_enabled() and any(y.requires_grad for y in xs)
-    # fake ones lie nowhere; what is negated as it is read may lie beside what is not
-    other = any(type(y) is not Tensor or y.is_neg() for y in xs)
+    # what is negated as it is read may lie beside what is not
+    other = any(type(y) not in probe.LIES or y.is_neg() for y in xs)
     if step < 0 or followed or other or _torch.transforming() or _torch.is_tracing():
         return torch.stack(xs, -3)
     # by name, not address: what a pager put away has none
