@@ -116,5 +116,5 @@ def test_places_take_no_memory_beside_them():
         spec = Spec.of(make_mesh((8,)), [Shard(2)], (1, 4, 512, 32))
         a = wrap(torch.randn(spec.local_shape), spec)
         pool = nn.MaxPool2d(3, 1, 1, return_indices=True)
-        # the window, the largest and their places in 8 bytes; it was 14
+        # the window, the largest and their places in 8 bytes
         assert peak_bytes(lambda: pool(a)) < 4.3 * a._local.nbytes

@@ -71,5 +71,5 @@ def test_a_sort_along_one_of_two_dims_releases_what_has_moved():
     with silent_world(4, 8):
         spec = Spec.of(make_mesh((8,)), [Shard(1)], (8, 8192))
         x = wrap(torch.randn(spec.local_shape), spec)
-        # it was 10.5: values and 8-byte indices, of the lanes and moved, beside what was sorted
+        # values and 8-byte indices of the lanes are not held beside those that have moved
         assert peak_bytes(lambda: x.sort()) < 6.5 * x._local.nbytes
