@@ -137,6 +137,18 @@ def test_copies_begin_before_room_is_needed():
         assert all(bool((x == i).all()) for i, x in enumerate([*kept, more]))
 
 
+def test_room_is_made_beside_what_is_copied_and_read():
+    """One that comes back, read with the only one that could go at once."""
+    _, pages = shelved()
+    with pager.Paged(pages):
+        kept = [torch.full((128,), float(i), dtype=torch.float64) for i in range(4)]
+        kept.append(kept[-1] + 1)
+        first, second = (x.untyped_storage()._cdata for x in kept[:2])
+        assert [*pages.gone] == [first] and [*pages.clean] == [second]
+        assert bool((kept[0] + kept[1] == 1).all())
+    assert pages.done.peak <= 4096
+
+
 def test_what_is_only_read_is_copied_once_and_what_is_written_again():
     _, pages = shelved()
     with pager.Paged(pages):

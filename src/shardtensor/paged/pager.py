@@ -88,18 +88,20 @@ class Pager:
         if self.resident + nbytes <= self.budget:
             return
         self._sweep()
-        kept, passed = set(used), set[int]()
-        # looks at those that go and those in use, not at all: there may be many
-        while self.resident + nbytes > self.budget and (among := self.clean or self.pages):
-            key = next(iter(among))
-            if key in passed:
-                return
-            # a mode around this one makes room for the copies of it, too
-            if key not in kept:
-                self._let_go(key)
-            if key in among:
-                passed.add(key)
-                among.move_to_end(key)
+        kept = set(used)
+        for among in (self.clean, self.pages):
+            passed = set[int]()
+            # looks at those that go and those in use, not at all: there may be many
+            while among and self.resident + nbytes > self.budget:
+                key = next(iter(among))
+                if key in passed:
+                    break
+                # a mode around this one makes room for the copies of it, too
+                if key not in kept:
+                    self._let_go(key)
+                if key in among:
+                    passed.add(key)
+                    among.move_to_end(key)
 
     def use(self, tensors: Iterable[Tensor], written: Iterable[Tensor] = ()) -> list[int]:
         """Bring what these lie in to memory, with room for it; the names of all storages.
