@@ -322,8 +322,7 @@ class ShardTensor(torch.Tensor):
         else:
             local = methods["cotangent"](gradient, self._spec)
         given = inputs.values() if isinstance(inputs, dict) else inputs
-        if isinstance(given, Tensor | GradientEdge):
-            given = (given,)
+        given = (given,) if isinstance(given, Tensor | GradientEdge) else given
         wrt = None if given is None else [methods["engine_input"](x) for x in given]
         # local tensors all: nothing is dispatched again
         torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
