@@ -280,3 +280,12 @@ def test_writers_of_two_arrays_share_a_store(tmp_path):
     assert data["time"][:].tolist() == [0, 6]
     assert data["slow"][0].tolist() == [1] * 4 and data["fast"][1].tolist() == [2] * 4
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_store_has_one_lock_from_wherever_it_is_named(tmp_path, monkeypatch):
+    store = tmp_path / "a.zarr"
+    store.mkdir()
+    monkeypatch.chdir(store)
+    for url in (".", str(store), f"file://{store}"):
+        with staged.in_turn(url, staged.place(url, "t")):
+            assert [p.name for p in tmp_path.glob(".*")] == [".a.zarr.lock"]

@@ -117,6 +117,19 @@ def test_a_refused_step_is_refused_again():
     st.simulate(2, run)
 
 
+def test_weights_of_a_group_that_is_added_are_looked_at():
+    def run():
+        mesh = T.make_mesh((2,), names=("domain",))
+        model = st.parallelize(nn.Linear(4, 4), mesh, fsdp="all")
+        optimizer = torch.optim.Rprop([nn.Parameter(torch.ones(2))])
+        optimizer.step()
+        optimizer.add_param_group({"params": [*model.parameters()]})
+        with pytest.raises(st.UnsupportedOpError, match="over parameters in shards"):
+            optimizer.step()
+
+    st.simulate(2, run)
+
+
 def test_shards_of_shards_that_are_uneven():
     """FSDP2 beside a tensor axis: ranks that are threads each plan how such weights are gathered."""
     want = nn.Linear(4, 9).weight.detach()

@@ -301,3 +301,15 @@ def test_buffers_of_all_ranks_become_those_of_the_first(layout):
     other = other.coalesce() if layout is torch.sparse_coo else other
     with pytest.raises(st.RankError, match="of the same places on all of them"):
         st.simulate(2, run, other)
+
+
+def test_a_buffer_that_only_the_first_rank_has_twice_at_a_place():
+    def run():
+        mesh = T.make_mesh((2,))
+        at = torch.tensor([[0, 2 * mesh.get_rank(), 1], [1, 1, 0]])
+        s = torch.sparse_coo_tensor(at, torch.ones(3), (3, 2), dtype=torch.float64)
+        model = torch.nn.Module()
+        model.register_buffer("s", s.coalesce() if mesh.get_rank() else s)
+        return st.parallelize(model, mesh).s.coalesce().values().tolist()
+
+    assert st.simulate(2, run) == [[2, 1]] * 2

@@ -52,7 +52,7 @@ def in_turn(url: str, part: Path | None) -> Iterator[None]:
     if part is None:
         yield
         return
-    lock = part.with_name(f".{Path(url).name}.lock")
+    lock = part.with_name(f".{Path(os.path.abspath(url)).name}.lock")
     with _released(lock, _held(lock, wait=True)):
         yield
 

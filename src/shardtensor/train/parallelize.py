@@ -272,7 +272,7 @@ class Trained:
         """Give all ranks the first one's parameters and buffers, if they are new."""
         if self.everybody is None:
             return
-        state = [t.detach() for t in self.new((*self.parameters(model), *model.buffers()))]
+        state = [*self.new((*self.parameters(model), *model.buffers()))]
         plain = [t for t in state if not isinstance(t, dt.DTensor)]
         synchronise(plain, self.everybody)
         synchronise(
@@ -363,10 +363,15 @@ def _dense(t: Tensor, group: str) -> list[Tensor]:
         parts = [t.ccol_indices(), t.row_indices(), t.values()]
     else:
         return [t]
-    entries = [n for (n,) in wire.all_gather_numbers([parts[-1].numel()], t.device, group)]
+    # the first rank's entries may be twice at a place
+    sums = t.layout is torch.sparse_coo and not t.is_coalesced()
+    mine = [parts[-1].numel(), int(sums)]
+    entries, summed = zip(*wire.all_gather_numbers(mine, t.device, group), strict=True)
     if len(set(entries)) > 1:
         raise ValueError(
-            f"parallelize: ranks have {entries} numbers in a sparse tensor of "
+            f"parallelize: ranks have {list(entries)} numbers in a sparse tensor of "
             f"{tuple(t.shape)}; make it of the same places on all of them"
         )
+    if any(summed):
+        t._coalesced_(False)
     return parts

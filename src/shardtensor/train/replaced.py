@@ -15,9 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .optimizers import check_sharded
 
-# how often parameters were replaced; for each optimizer, when it was looked at
+# how often parameters were replaced; when an optimizer was looked at, and how many groups it had
 _times = 0
-_seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -50,7 +50,8 @@ def _watch() -> None:
 
 
 def _check(optimizer: Optimizer, *_: Any) -> None:
-    if _seen.get(optimizer) == _times:
+    now = _times, len(optimizer.param_groups)
+    if _seen.get(optimizer) == now:
         return
     for by in _replaced(p for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
@@ -58,7 +59,7 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
             f"model, so it would step nothing: make the optimizer after {by}"
         )
     check_sharded(optimizer)
-    _seen[optimizer] = _times
+    _seen[optimizer] = now
 
 
 def _replaced(parameters: Iterable[nn.Parameter]) -> Iterator[str]:
