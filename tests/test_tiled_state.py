@@ -78,9 +78,15 @@ def test_what_parts_cannot_have_alone_is_refused(tmp_path):
         with pytest.raises(RankError, match=match):
             run(X, *rest)
 
+    def clipped(self, y, x):
+        with torch.no_grad():
+            self.conv.weight.clamp_(max=0.1)
+        return y
+
     learnt = torch.ones(1, dtype=torch.float64, requires_grad=True)
     raises("each part has whole", lambda self, y, x, n: y * n.add_(1), torch.ones(1).double())
     raises("in another argument", lambda self, y, x, view: y + x.add_(1), X)
+    raises("its parameter conv.weight", clipped)
     raises("use up a generator", lambda self, y, x, it: y * sum(it), (i for i in range(3)))
     raises("tensors in a Box", lambda self, y, x: Box(y))
     raises("is no parameter", lambda self, y, x, box: y * box.y, Box(learnt))

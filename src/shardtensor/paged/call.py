@@ -21,7 +21,7 @@ from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
-from .ranks import Ranks, kept, own
+from .ranks import Ranks, kept, own, version
 
 # sessions whose outputs went where ranks could not be ended
 _left: list[Session] = []
@@ -62,6 +62,7 @@ class Session(Ranks):
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
         first = mesh.get_rank() == 0
+        self.unwritten()
         self._changed(given, before, leaves, first)
         del args, kwargs, leaves
         outputs = [reduced(y) for y in outputs]
@@ -221,7 +222,7 @@ def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
 def _state(x: Tensor) -> tuple[int, int]:
     """What differs once a rank has written to its part."""
     local = x._local if isinstance(x, ShardTensor) else x
-    return id(local), 0 if local.is_inference() else local._version
+    return id(local), version(local)
 
 
 def _memory(x: Tensor) -> set[int]:

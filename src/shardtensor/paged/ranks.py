@@ -30,6 +30,7 @@ class Ranks:
     def __init__(self, model: nn.Module, parts: tuple[int, ...], pager: Pager) -> None:
         self.model, self.pager = model, pager
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.versions = {name: version(p) for name, p in model.named_parameters()}
         self.grad = torch.is_grad_enabled()
         self.random: Any = None
         device, n = pager.shelf.device, prod(parts)
@@ -56,6 +57,15 @@ class Ranks:
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """What a rank does with its copy of the model."""
         raise NotImplementedError
+
+    def unwritten(self) -> None:
+        """Raises on a rank if it wrote to a parameter, which all ranks have in common."""
+        for name, p in self.model.named_parameters():
+            if version(p) != self.versions[name]:
+                raise UnsupportedOpError(
+                    f"tiled: the model writes to its parameter {name}, which all parts share: "
+                    "register it as a buffer, or do so outside of the call"
+                )
 
     def go_on(self) -> None:
         """Run all ranks until they end, or leave to wait for what is outside."""
@@ -148,6 +158,11 @@ def own(x: Any) -> Any:
                 f"tiled: the first part would use up a {type(x).__name__}: give a list"
             ) from None
         return x
+
+
+def version(x: Tensor) -> int:
+    """What grows when a tensor is written to."""
+    return 0 if x.is_inference() else x._version
 
 
 @torch.no_grad()

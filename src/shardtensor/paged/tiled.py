@@ -158,6 +158,7 @@ class _Step(Ranks):
 
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         result = self.step(model, mesh)
+        self.unwritten()
         if any(isinstance(x, ShardTensor) for x in pytree.tree_leaves(result)):
             raise ValueError(
                 "the step returned a ShardTensor, whose ranks end here: return full_tensor(), or "
