@@ -75,6 +75,8 @@ def test_what_is_proposed_runs_within_the_memory(tmp_path):
     more = in_parts(task, CPU, memory=2**24)
     assert more.parts == 2 and more.spilled == more.most == 0
     assert more.times < found.times
+    one = in_parts(task, CPU, memory=2**24, parts=[1])
+    assert one.parts == 1 and one.spilled == 0
 
 
 def test_what_is_not_proposed():

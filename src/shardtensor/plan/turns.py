@@ -63,8 +63,8 @@ def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
         for rank in order:
             for event in segment:
                 files.see(rank, event)
-        last, before, *others = reversed(order)
-        segment, order = [], [before, last, *others]
+        segment, order = [], order[::-1]
+        order[:2] = order[1::-1]
     return Moved(files.spilled * ranks // few, files.most * ranks // few)
 
 
