@@ -5,7 +5,7 @@ import pytest
 
 # what every rank has something for all others in: an all-to-all, an all-gather, an all-reduce
 TO_ALL = {
-    "conv both ways", "cumsum", "full_tensor", "mean", "reduce_scatter", "select", "softmax", "sum", "swap",
+    "conv both ways", "cumsum", "from_local", "full_tensor", "mean", "reduce_scatter", "select", "softmax", "sum", "swap",
     *growth.NORMS, *(f"{name}, both" for name in growth.NORMS),
 }  # fmt: skip
 # steps of a ring are as many as ranks

@@ -25,7 +25,7 @@ from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
-from ..tensor.redistribute import beside, fit, like, local_of, reduced, replicate
+from ..tensor.redistribute import beside, fit, like, reduced, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
@@ -59,7 +59,7 @@ def buffer(name: str, x: Tensor | None) -> Tensor | None:
         raise UnsupportedOpError(
             f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
         )
-    return local_of(x)
+    return x._local if isinstance(x, ShardTensor) else x
 
 
 @torch.no_grad()
