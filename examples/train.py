@@ -119,7 +119,6 @@ def main():
         for name, r in results.items():
             r["peak"] = max(e[name][0] for e in every)
             r["saved"] = max(e[name][1] for e in every)
-        dist.destroy_process_group()
     if first:
         for name, r in results.items():
             print(f"{name}: loss {r['losses'][0]:.6f} to {r['losses'][-1]:.6f}")
