@@ -159,3 +159,49 @@ def test_an_input_that_is_whole_is_named():
 
     for told in st.simulate(2, step):
         assert "since input of 6x3" in told and "shard it as the others" in told
+
+
+class Scaled(nn.Module):
+    """Buffers along which no shards lie: vectors of a weight, and a scale for each channel."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv = norm(nn.Conv2d(2, 64, 3, padding=1))
+        self.register_buffer("scale", torch.rand(64) + 1)
+
+    def forward(self, x):
+        return self.conv(x) * self.scale.rsqrt().reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_what_would_not_follow_is_not_advised(norm):
+    def step():
+        x = st.distribute_tensor(torch.randn(1, 2, 8, 4), make_mesh((2,)), [Shard(2)])
+        model = Scaled(norm)
+        with st.trace(model=model) as t:
+            model(x)
+        return t.whole()
+
+    for found in st.simulate(2, step):
+        origins = [s.origin.name for s in found.shares]
+        assert "scale" in origins and any("weight" in o for o in origins), found
+        assert "shard_buffers" not in str(found), found
+
+
+def test_a_table_along_the_shards_is_advised():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(1, 32, 8, 4))
+
+        def forward(self, x):
+            return x + self.table.sin()
+
+    def step():
+        x = st.distribute_tensor(torch.randn(1, 32, 8, 4), make_mesh((2,)), [Shard(2)])
+        model = Table()
+        with st.trace(model=model) as t:
+            model(x)
+        return str(t.whole())
+
+    assert '{"table": 2}' in st.simulate(2, step)[0]

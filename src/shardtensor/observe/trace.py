@@ -122,7 +122,7 @@ class Trace(Shown):
         """
         if self.watch is None:
             raise ValueError("what ran whole is recorded by st.trace(model=model)")
-        return whole(self.watch.activations)
+        return whole(self.watch)
 
     def part(self, offset: float = 0.0) -> Part:
         """This rank's part of a timeline; offset: of its clock (s)."""

@@ -88,7 +88,7 @@ class Case:
     def _watched(self, layout: Layout) -> Whole:
         watches: list[Watch] = []
         self._sharded(layout, Run(), record=False, watch=watches)
-        return whole(watches[0].activations)
+        return whole(watches[0])
 
     def _alone(self) -> None:
         if self.double:
