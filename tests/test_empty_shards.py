@@ -164,6 +164,32 @@ def test_shortcuts_of_torch(name, sizes):
     held(SHORT[name], rand(5, 4), sizes)
 
 
+def written(view, result):
+    """result(base, view) after the view was written to; what is sent then depends on it."""
+
+    def fn(x):
+        base = x * x
+        v = view(base)
+        torch.relu_(v)
+        return result(base, v).pow(3).roll(1, 0)
+
+    return fn
+
+
+# torch's gradient of a view by strides has no graph where the view has no elements
+WRITTEN = {
+    "rows": written(lambda b: b[:2], lambda b, v: v), "columns": written(lambda b: b[:, :2], lambda b, v: v), "base": written(lambda b: b[:, 1:], lambda b, v: b),
+    "turned": written(lambda b: b.T, lambda b, v: v.T), "flat": written(lambda b: b.unflatten(1, (2, 2)), lambda b, v: v), "sibling": written(lambda b: b[:, :2], lambda b, v: b[:, 1:]),
+    "linear": lambda x: torch.relu_(F.linear(x[:, None], W)).pow(3).roll(1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 0, 3)])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_views_that_are_written_to(name, sizes):
+    held(WRITTEN[name], rand(5, 4), sizes)
+
+
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
     weights = {F.conv1d: rand(2, 3, 3), F.conv_transpose1d: rand(3, 2, 3)}

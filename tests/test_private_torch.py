@@ -46,6 +46,7 @@ USED = {
     torch._C._nn
     torch._C._select_conv_backend
     torch._C._set_grad_enabled
+    torch._C._set_view_replay_enabled
     torch._C._storage_Use_Count
     torch._C._will_engine_execute_node
     torch._VF

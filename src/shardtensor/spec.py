@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -19,6 +19,8 @@ from .later import dt
 
 # not empty once some dim of this process lies in shards of which one has no rows
 hollow: set[bool] = set()
+# called for each such dim
+when_hollow: list[Callable[[], None]] = []
 
 
 class _Dim(NamedTuple):
@@ -42,6 +44,8 @@ class Dim(_Dim):
                 sizes = cut(sizes)
             if size and not sizes.least:
                 hollow.add(True)
+                for call in when_hollow:
+                    call()
         return tuple.__new__(cls, (size, axes, sizes))
 
     @classmethod

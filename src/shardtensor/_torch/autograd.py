@@ -162,6 +162,11 @@ def run_after(node: Any, number: int) -> None:
     node._set_sequence_nr(number)
 
 
+# From now on, in this thread, a view whose base is written to is taken anew by the ops it came by.
+# By its strides, as is torch's default, the gradient of one without elements has no graph.
+replay_views: Callable[[], None] = functools.partial(torch._C._set_view_replay_enabled, True)
+
+
 def skip_numbers(n: int) -> None:
     """Give no node that this thread makes from now on one of the first n numbers."""
     with torch.inference_mode(False), torch.enable_grad():

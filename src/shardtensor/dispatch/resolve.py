@@ -16,7 +16,7 @@ from .._torch import probe, script
 from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
-from ..spec import Spec, hollow
+from ..spec import Spec, hollow, when_hollow
 from ..tensor import ShardTensor, wrap
 from ..tensor.layout import turned
 from ..tensor.offset import take_rows
@@ -183,8 +183,11 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
-        if hollow and tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
-            try_out(func, args, kwargs)
+        if hollow:
+            # another thread may have made the first
+            _torch.replay_views()
+            if tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
+                try_out(func, args, kwargs)
         if not (counters.records or probe.profiling()):
             out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
         else:
@@ -358,4 +361,5 @@ def _opened(func: Any) -> Handler:
 
 
 handlers.resolve = _resolve
+when_hollow.append(_torch.replay_views)
 handlers.passing = script.Scripted
