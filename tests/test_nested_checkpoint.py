@@ -1,10 +1,16 @@
 """Checkpoints inside of checkpoints, and Functions inside of them, against the same program on one device."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, simulate
@@ -97,3 +103,63 @@ def test_second_derivatives_of_a_function_inside_a_checkpoint_are_refused():
             torch.autograd.grad(y.sum(), x, create_graph=True)
 
     simulate(2, on_rank)
+
+
+NORMS = {
+    "batch": nn.BatchNorm2d(4, dtype=F64),
+    "instance": nn.InstanceNorm2d(4, affine=True, track_running_stats=True, dtype=F64),
+}
+
+
+def last_in_a_checkpoint(norm, x):
+    """What a checkpoint repeats ends with the last tensor that is saved: inside the norm."""
+    norm = copy.deepcopy(norm)
+    kept(norm, x.requires_grad_()).square().sum().backward()
+    return [x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()]
+
+
+@pytest.mark.parametrize("place", [Shard(0), Shard(1), Shard(2)], ids=str)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_running_statistics_move_as_often_as_on_one_device(norm, place):
+    x = torch.linspace(-1, 3, 2 * 4 * 15, dtype=F64).sin().reshape(2, 4, 5, 3)
+    want = last_in_a_checkpoint(norm, x.clone())
+
+    def on_rank():
+        mine = st.distribute_tensor(x, make_mesh((2,)), [place])
+        g, *others = last_in_a_checkpoint(norm, mine)
+        return [g.full_tensor(), *others]
+
+    for found in simulate(2, on_rank):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+def selected(model, x):
+    """The convolutions' results are kept, the rest is computed again."""
+    saved = [torch.ops.aten.convolution.default]
+    y = checkpoint(
+        model, x.requires_grad_(), use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(saved),
+    )  # fmt: skip
+    y.square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+def test_a_rank_does_not_see_what_it_moves_for_the_others():
+    """Or it would not find it again when it repeats what it did, after another has moved it."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 2, 3)
+        )
+        return model.double(), torch.randn(2, 2, 7, 5, dtype=F64)
+
+    want = selected(*made())
+
+    def on_rank():
+        model, x = made()
+        g, *others = selected(model, st.distribute_tensor(x, make_mesh((3,)), [Shard(2)]))
+        return [g.full_tensor(), *others]
+
+    for found in simulate(3, on_rank):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)

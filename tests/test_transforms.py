@@ -234,6 +234,36 @@ def test_weights_beside_a_jvp():
     simulate(2, beside)
 
 
+def of_a_trained_norm(x, many):
+    """Gradients of a batch norm in eval mode; of many at a time, whose statistics are a batch."""
+    norms = [nn.BatchNorm2d(3, dtype=D).eval() for _ in range(2)]
+    for i, norm in enumerate(norms):
+        norm.running_mean.fill_(i - 0.5)
+
+    def loss(weights, buffers, x):
+        return torch.func.functional_call(norms[0], (weights, buffers), (x,)).sin().mean()
+
+    grad = torch.func.grad(loss)
+    if not many:
+        return grad(dict(norms[0].named_parameters()), dict(norms[0].named_buffers()), x)
+    return torch.func.vmap(grad, (0, 0, None))(*torch.func.stack_module_state(norms), x)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_running_statistics_have_no_derivative(dim, many):
+    x = given()[0]
+    want = of_a_trained_norm(x, many)
+
+    def on_rank():
+        found = of_a_trained_norm(st.distribute_tensor(x, make_mesh((2,)), [Shard(dim)]), many)
+        torch.testing.assert_close(
+            {k: full(g) for k, g in found.items()}, want, rtol=1e-9, atol=1e-9
+        )
+
+    simulate(2, on_rank)
+
+
 def refused():
     mesh = make_mesh((2,))
     x = st.distribute_tensor(torch.ones(4, 4, dtype=D), mesh, [Shard(0)])

@@ -137,8 +137,9 @@ class Turns:
         self.done.add(key)
 
     def work(self, collective: Any, datas: list[Any]) -> None:
-        """Move what the ranks of a group brought."""
-        collective.work(datas)
+        """Move what the ranks of a group brought, unseen by modes of the one that does it."""
+        with _torch.outside_modes():
+            collective.work(datas)
 
 
 def random_states() -> tuple[Any, ...]:

@@ -100,36 +100,39 @@ def batch_norm(
         ))  # fmt: skip
     if len(spec.dims) < 2:
         raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
-    running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
+    running = [buffer("batch_norm", r) for r in (running_mean, running_var)]
     channels = spec.dims[1]
     for w in (weight, bias):
         if w is not None and w.numel() != channels.size:
             raise RuntimeError(f"weight and bias should contain {channels.size} elements")
     axes, n, way = _batch(spec, eps)
     mine = (channels,)
-    if not n and training:
-        # nothing to learn from: running statistics stay
+    if training and not n:  # nothing to learn from: running statistics stay
         running, axes = [None, None], ()
     if not training or not axes:
-        w, b, mean, var = fit(
-            spec.mesh, spec.varying, (weight, mine), (bias, mine), *((r, mine) for r in running)
-        )
-        if training and channels.axes:
-            mean, var = (None if r is None else r.clone() for r in (mean, var))  # no views: written
+        w, b = fit(spec.mesh, spec.varying, (weight, mine), (bias, mine))
+        mean, var = running
+        if channels.axes:
+            # not by `fit`: to torch.func they would have a derivative. Written to: no views
+            part = Spec(spec.mesh, mine)
+            mean, var = (r if r is None else like(r, part)._local.clone() for r in running)
         rest: Any = (training, momentum, eps, cudnn_enabled)
-        y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, local, w, b, mean, var)
-        if training:
-            for r, part in zip(running, (mean, var), strict=True):
-                if r is not None and part is not None and part is not r:
-                    r.copy_(whole(spec, mine, part)[0])
+        try:
+            y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, local, w, b, mean, var)
+        finally:  # a checkpoint stops what it repeats where the last tensor is saved
+            for r, own in zip(running, (mean, var), strict=True):
+                if training and r is not None and own is not None and own is not r:
+                    r.copy_(whole(spec, mine, own)[0])
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
-    tracked = running[0] is not None or running[1] is not None
+    tracked = any(r is not None for r in running)
     moved = None if channels.axes else Running(running[0], running[1], momentum)
-    y = normalise(local, w, b, way, kept if tracked else None, moved)
-    if kept:
-        track(running, whole(spec, mine, *kept) if channels.axes else kept, n, momentum)
+    try:
+        y = normalise(local, w, b, way, kept if tracked else None, moved)
+    finally:
+        if kept:
+            track(running, whole(spec, mine, *kept) if channels.axes else kept, n, momentum)
     return wrap(y, spec)
 
 
@@ -178,22 +181,19 @@ def instance_norm(
     channels = spec.dims[1]
     dims = tuple(range(2, len(spec.dims)))
     axes, counts = spread(spec, dims)
-    mine = (channels,)
     apart = tuple(sorted(spec.dims[0].axes + channels.axes))
-    w, b = fit(spec.mesh, apart, (weight, mine), (bias, mine))
+    w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
     if not axes and not (tracked and apart):
         rest = (*running, True, momentum, eps, cudnn_enabled)
         y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, local, w, b)
         return wrap(y, spec)
-    group = comm.group(spec.mesh, axes) if axes else None
     kept: list[Numbers] = []
     n = max(1, count(x, dims))
-    way = Way(counts, n, group, eps, apart=True)
+    way = Way(counts, n, comm.group(spec.mesh, axes) if axes else None, eps, apart=True)
     y = normalise(local, w, b, way, kept)
     if tracked:
-        shape = local.shape[:2]
-        stats = whole(spec, spec.dims[:2], *(k.reshape(shape) for k in kept)).mean(1)
-        track(running, stats, n, momentum)
+        parts = (k.reshape(local.shape[:2]) for k in kept)
+        track(running, whole(spec, spec.dims[:2], *parts).mean(1), n, momentum)
     return wrap(y, spec)
 
 
@@ -223,8 +223,7 @@ def group_norm(
             f"group_norm: {channels.size} channels cannot be divided into {num_groups} groups"
         )
     local = autocast(local, lambda z: torch.group_norm(z, 1))
-    if not channels.size:
-        # torch 2.14 refuses it
+    if not channels.size:  # torch 2.14 refuses it
         torch.group_norm(local.new_empty((1, 0)), num_groups)
         return x
     width = channels.size // num_groups
@@ -236,10 +235,8 @@ def group_norm(
         w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
         if not axes:
             rest: Any = (eps, cudnn_enabled)
-            groups = max(1, local.shape[1] // width)
-            y = stock(
-                lambda z, *wb: torch.group_norm(z, groups, *wb, *rest), local.shape, local, w, b
-            )
+            n = max(1, local.shape[1] // width)
+            y = stock(lambda z, *wb: torch.group_norm(z, n, *wb, *rest), local.shape, local, w, b)
             return wrap(y, spec)
     else:
         w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
