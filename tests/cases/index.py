@@ -62,6 +62,16 @@ cases("x[...] = v", SET, x, i, v, dims=[(0, 1), (0,), (0, 1)], skip=plain(0))
 cases("scatter of parts", PARTS, x, v)
 
 
+@case("parts written", x)
+def parts_written(x):
+    """Slices of torch.tensor_split and what unsafe_split gives are written to, unlike views of split."""
+    y = x * 1
+    y.tensor_split(3)[1].mul_(2)
+    y.tensor_split((2, 4), 1)[0].sin_()
+    y.hsplit([2])[1].neg_()
+    return y, torch.unsafe_split(x * 1, 3)[1].mul_(2), torch.unsafe_chunk(x * 1, 2)[0].sin_()
+
+
 @case("x[...] = v", x, v[0].clone(), skip=plain(0))
 def rows_changed(x, w):
     """Rows of a sharded dim are copies, which in-place ops write back."""

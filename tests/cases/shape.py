@@ -59,7 +59,11 @@ JOIN = {
     "stack": lambda a: (torch.stack([a, a * 2], 1), torch.stack([a, x], -1)),
     "hstack": lambda a: (torch.hstack([a, a]), torch.vstack([a, a])),
     "roll": lambda a: (a.roll(3, 2), a.roll((-2, 5), (2, 3)), a.roll(7), torch.roll(a, 8, 2)),
-    "flip": lambda a: (a.flip(2), a.flip([2, 3]), a.flip(0)),
+    "flip": lambda a: (a.flip(2), a.flip([2, 3]), a.flip(0), a.sum().flip(-1)),
+    "legacy": lambda a: (
+        torch.cat([a.detach().long(), torch.empty(0)], 2),
+        torch.cat([torch.empty(0, dtype=torch.complex128), a], 1),
+    ),
     "repeat": lambda a: (a.repeat(1, 2, 2, 1), a.repeat(2, 1, 1, 1, 3), a.tile(2, 1)),
     "interleave": lambda a: (a.repeat_interleave(2, 2), a.repeat_interleave(3, 1)),
 }

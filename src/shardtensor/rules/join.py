@@ -69,8 +69,9 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
-    """Legacy empty parts, of shape (0,) among others, add nothing; but they have a gradient."""
+    """Legacy empty parts, of shape (0,) among others, add nothing; but they have a dtype and a gradient."""
     for x in skipped:
+        local = local.to(torch.promote_types(local.dtype, x.dtype))
         if _torch.differentiated(x) and (local.is_floating_point() or local.is_complex()):
             local = local + local_of(x).sum()
     return local
@@ -152,7 +153,9 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     x = reduced(input)
     local = x._local
     given = dims or ((kwargs["dims"],) if "dims" in kwargs else ())
-    mirrored = [_index(d, x.ndim) for d in many(given[0], given[1:])] if given else []
+    # torch takes 0 and -1 as dims of a scalar
+    mirrored = [_index(d, max(x.ndim, 1)) for d in many(given[0], given[1:])] if given else []
+    mirrored = mirrored if x.ndim else []
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -166,17 +167,21 @@ def _unbound(spec: Spec, dim: int) -> tuple[int, Spec, bool]:
 
 
 @rule("split", "split_with_sizes")
-def split(
-    tensor: ShardTensor,
+def split(tensor: ShardTensor, *args: Any, **kwargs: Any) -> tuple[ShardTensor, ...]:
+    return _parts(tensor, _asked(tensor._spec, *args, **kwargs), torch.split_with_sizes)
+
+
+def _asked(
+    spec: Spec,
     split_size: Any = None,
     dim: int = 0,
     *,
     split_sizes: Any = None,
     split_size_or_sections: Any = None,
-) -> tuple[ShardTensor, ...]:
+) -> Parts:
     given = next(s for s in (split_size, split_sizes, split_size_or_sections) if s is not None)
     sizes = many(given) if isinstance(given, list | tuple) else int(given)
-    return _parts(tensor, _split(tensor._spec, operator.index(dim), sizes))
+    return _split(spec, operator.index(dim), sizes)
 
 
 class Parts(NamedTuple):
@@ -213,15 +218,16 @@ def _even(n: int, size: int) -> tuple[int, ...]:
     return tuple([min(size, n - i) for i in range(0, n, size)]) if n else (0,)
 
 
-def _parts(x: ShardTensor, parts: Parts) -> tuple[ShardTensor, ...]:
-    # one op, as in torch, whose views autograd does not let be written to
-    locals_ = x._local.split_with_sizes(parts.own, parts.dim)
+def _parts(x: ShardTensor, parts: Parts, cut: Callable[..., Any]) -> tuple[ShardTensor, ...]:
+    # one op, as in torch: autograd lets what unsafe_split gives be written to, and views of split not
+    locals_ = cut(x._local, parts.own, parts.dim)
     return tuple([wrap(local, s) for local, s in zip(locals_, parts.specs, strict=True)])
 
 
 @rule("chunk")
 def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, ...]:
-    return _parts(input, _chunked(input._spec, operator.index(chunks), operator.index(dim)))
+    parts = _chunked(input._spec, operator.index(chunks), operator.index(dim))
+    return _parts(input, parts, torch.split_with_sizes)
 
 
 @cached
@@ -255,14 +261,14 @@ def tensor_split(
         return torch.tensor_split(input, at, dim)
     d = _index(dim, input.ndim)
     n = input.shape[d]
-    if not isinstance(at, SupportsIndex):
-        ends = zip([0, *at], [*at, n], strict=True)
-        return tuple(sliced(input, d, *span(a, b, 1, n)) for a, b in ends)
-    at = operator.index(at)
-    if at <= 0:
-        raise RuntimeError(f"number of sections must be larger than 0, got {at}")
-    sizes = tuple([n // at + (i < n % at) for i in range(at)])
-    return _parts(input, _split(input._spec, d, sizes))
+    if isinstance(at, SupportsIndex):
+        sections = operator.index(at)
+        if sections <= 0:
+            raise RuntimeError(f"number of sections must be larger than 0, got {sections}")
+        at = [i * (n // sections) + min(i, n % sections) for i in range(1, sections)]
+    # slices each, as in torch: unlike those of split, autograd lets them be written to
+    ends = zip([0, *at], [*at, n], strict=True)
+    return tuple(sliced(input, d, *span(a, b, 1, n)) for a, b in ends)
 
 
 # the same as copies, which may be written to ------------------------------------------------------
@@ -274,13 +280,14 @@ def narrow_copy(input: Tensor, dim: int, start: int, length: int) -> Tensor:
 
 
 @rule("unsafe_split", "unsafe_split_with_sizes")
-def unsafe_split(tensor: ShardTensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    return split(tensor, *args, **kwargs)
+def unsafe_split(tensor: ShardTensor, *args: Any, **kwargs: Any) -> tuple[ShardTensor, ...]:
+    return _parts(tensor, _asked(tensor._spec, *args, **kwargs), torch.unsafe_split_with_sizes)
 
 
 @rule("unsafe_chunk")
-def unsafe_chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
-    return chunk(input, chunks, dim)
+def unsafe_chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, ...]:
+    parts = _chunked(input._spec, operator.index(chunks), operator.index(dim))
+    return _parts(input, parts, torch.unsafe_split_with_sizes)
 
 
 # written back ------------------------------------------------------------------------------------
