@@ -62,6 +62,11 @@ cases("x[...] = v", SET, x, i, v, dims=[(0, 1), (0,), (0, 1)], skip=plain(0))
 cases("scatter of parts", PARTS, x, v)
 
 
+@case("x[...]", x, dims=[(0, 1)])
+def few_truth_values(x):
+    return (x > 0)[torch.tensor([5]), :, 1]
+
+
 @case("parts written", x)
 def parts_written(x):
     """Slices of torch.tensor_split and what unsafe_split gives are written to, unlike views of split."""

@@ -170,7 +170,8 @@ def read(
         mine, here = _own(at, rows, group)
         found = with_one(local, (0,), 0)[torch.where(mine, here, 0)]
         mine = mine.reshape(*mine.shape, *[1] * len(rest))
-        return wrap(comm.reduce(torch.where(mine, found, 0), group), out)
+        # numbers stand for truth values on the way
+        return wrap(comm.reduce(torch.where(mine, found, 0), group).to(x.dtype), out)
     found = comm.take(local, at.reshape(-1), rows.sizes, group)
     return wrap(found.reshape(out.local_shape), out)
 
