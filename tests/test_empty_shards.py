@@ -75,6 +75,7 @@ OPS = {
     "pixel_shuffle": lambda x: F.pixel_shuffle(x[:, :, None, None], 2), "trapezoid": lambda x: torch.trapezoid(x, dim=0), "cov": lambda x: x.T.cov(),
     "attention": lambda x: F.softmax(x @ x.T, -1) @ x, "cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:]), "kron": lambda x: torch.kron(x, W),
     "repeat_interleave": lambda x: x.repeat_interleave(2, 0), "where": lambda x: torch.where(x.detach() > 0, x * x, x), "select": lambda x: x[4] * x[0],
+    "view_as_real": lambda x: torch.view_as_real(torch.complex(x, x * x)).flatten(-2),
 }  # fmt: skip
 
 

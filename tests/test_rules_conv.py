@@ -131,3 +131,9 @@ def test_halos_of_two_dims():
 
     # a row of 6, then a column of 4 rows and 2 halo rows
     assert st.simulate(4, bytes_sent) == [((6 + 6) * 4, 2)] * 4
+
+
+def test_no_samples_of_no_rows():
+    w = torch.randn(2, 1, 2, 2, dtype=D)
+    x = torch.randn(0, 1, 5, 0, dtype=D)
+    T.hold(lambda x: F.conv2d(x, w, padding=3), [x], [T.shard(2)], (2,))

@@ -173,3 +173,7 @@ def test_other_names_of_writes_into_plain_tensors():
         return (a * 1).multiply_(b).arctan2_(b).subtract_(b)
 
     T.hold(written, [x, x + 5], [None, T.shard(1)], (2,), gather=True)
+
+
+def test_prelu_of_channels_where_a_dim_of_one_row_is_cut():
+    T.hold(F.prelu, [x[:, :, :1], y[0, :, 0]], [T.shard(2, (0, 1)), None], (2,))

@@ -48,6 +48,8 @@ WAYS = {
     "conv": lambda x: torch.conv2d(x.contiguous(memory_format=LAST), x.new_ones(2, 4, 1, 1)),
     "matmul": lambda x: x.transpose(0, 1) @ x.new_ones(5, 2),
     "einsum": lambda x: torch.einsum("abcd->dcab", x),
+    "slices into a plain tensor": lambda x: x.new_ones(3, 4, 2, 5).slice_scatter(x[:, :1], 1, 0, 1),
+    "tensor_split": lambda x: x.tensor_split(3, 1)[1],
     "picked": lambda x: x.transpose(0, 1)[:, [2, 0]],
     "reshape": lambda x: x.transpose(0, 1).reshape(4, -1),
     "view": lambda x: x.transpose(0, 1).unsqueeze(0).flatten(2, 3),

@@ -24,6 +24,7 @@ from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import beside, fit, to_dims
 from .channels import Channels, by_rows, channels_of, columns
+from .empty import cut as first_rows
 from .empty import some
 from .halo import Halo, Settings, cropped, halo_conv, laid
 from .halo_transposed import laid_transposed
@@ -316,7 +317,8 @@ def _run(
         dim = channels.output
         y = comm.reduce_scatter(y, at, dim.sizes, comm.group(spec.mesh, dim.axes))
         y = y if b is None else y + b.to(y.dtype).view(-1, *[1] * (w.ndim - 2))
-    return wrap(y, out)
+    # of no samples of no rows one row was taken
+    return wrap(first_rows(y, out.local_shape) if 0 in spec.shape else y, out)
 
 
 def _convolved(

@@ -69,7 +69,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _with_gradients(local: Tensor, skipped: Sequence[Tensor]) -> Tensor:
-    """Legacy empty parts, of shape (0,) among others, add nothing; but they have a dtype and a gradient."""
+    """Legacy empty parts, of shape (0,) among others, have no rows; but a dtype and a gradient."""
     for x in skipped:
         local = local.to(torch.promote_types(local.dtype, x.dtype))
         if _torch.differentiated(x) and (local.is_floating_point() or local.is_complex()):

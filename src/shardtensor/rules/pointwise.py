@@ -25,6 +25,7 @@ from ..tensor.layout import takes_format
 from ..tensor.redistribute import fit, local_of, reduced, replicate
 from . import labels
 from .agreed import agreed
+from .empty import with_one
 
 # two operands, no more: gradients of a sum need neither
 _SUMS = {"add", "__add__", "__radd__"}
@@ -297,7 +298,8 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     """Torch's own kernel, whose backward holds fewer tensors of x's size than products would."""
-    return torch.prelu(x, weight.reshape(-1))
+    # of a rank without rows where x has one row: no numbers either, which torch counts
+    return torch.prelu(x, with_one(weight, range(weight.ndim), 0.0).reshape(-1))
 
 
 @rule("glu")

@@ -219,7 +219,7 @@ def _even(n: int, size: int) -> tuple[int, ...]:
 
 
 def _parts(x: ShardTensor, parts: Parts, cut: Callable[..., Any]) -> tuple[ShardTensor, ...]:
-    # one op, as in torch: autograd lets what unsafe_split gives be written to, and views of split not
+    # one op, as in torch: autograd lets nobody write to views of split
     locals_ = cut(x._local, parts.own, parts.dim)
     return tuple([wrap(local, s) for local, s in zip(locals_, parts.specs, strict=True)])
 
@@ -327,4 +327,6 @@ def _written(x: Tensor, src: Tensor, d: int, start: int, stop: int, step: int) -
             f"{list(src.shape)}, slice size = {[n.size for n in wanted]}"
         )
     a, b = fit(mesh, spec.varying, (x, dims), (src, wanted))
+    # a shard of a plain target is a view of it, whose strides torch would keep
+    a = a if isinstance(x, ShardTensor) else a.contiguous()
     return wrap(a.slice_scatter(b, d, local.start, local.stop, local.step or 1), spec)

@@ -206,6 +206,6 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
 
 def real_view(x: Tensor) -> Tensor:
     """torch.view_as_real of a shard, whose gradient torch has not for empty ones."""
-    y = torch.view_as_real(x)
-    # a view all the same: what is written to it has to reach the backward of all ranks
-    return y if x.numel() else x.real.as_strided(y.shape, y.stride(), y.storage_offset())
+    # a view all the same: what is written to it has to reach the backward of all ranks, and not
+    # as_strided, whose gradient of an empty tensor has no graph
+    return torch.view_as_real(x) if x.numel() else x.real.view(*x.shape, 2)
