@@ -10,9 +10,10 @@ import torch
 from shardtensor import later
 
 SOURCE = Path(__file__).parent.parent / "src/shardtensor"
+OLDEST, NEWEST = "2.11", "2.15"
 # (first, last version of torch that has been tried): what is used of them
 USED = {
-    ("2.11", "2.14"): """
+    (OLDEST, NEWEST): """
     torch.Tensor._make_wrapper_subclass
     torch.UntypedStorage._new_with_weak_ptr
     torch._C.DisableTorchFunction
@@ -138,14 +139,14 @@ USED = {
     torch.nn.attention.flex_attention._get_mod_type
     torch.nn.attention.flex_attention._identity
     """,
-    ("2.13", "2.14"): """
+    ("2.13", NEWEST): """
     torch.distributed.tensor._redistribute
     torch.distributed.tensor._redistribute._gen_transform_infos
     torch.distributed.tensor._redistribute._gen_transform_infos.cache_clear
     torch.distributed.tensor._redistribute._gen_transform_infos_non_cached
     torch.distributed.tensor._redistribute._planner_cache
     """,
-    ("2.11", "2.11"): """
+    (OLDEST, "2.11"): """
     torch.utils.checkpoint._NoopSaveInputs
     """,
 }
@@ -238,12 +239,16 @@ def everywhere():
     return found
 
 
+def version(text):
+    return tuple(map(int, text.split(".")[:2]))
+
+
 @pytest.mark.parametrize("name", [*RANGES, *ELSEWHERE])
 def test_it_is_there(name):
-    first, last = RANGES.get(name, ("2.11", "2.14"))
-    gone = last != "2.14" and not torch.__version__.startswith(f"{last}.")
-    new = first != "2.11" and torch.__version__.startswith(("2.11.", "2.12."))
-    assert exists(name) or gone or new, (
+    first, last = RANGES.get(name, (OLDEST, NEWEST))
+    here = version(torch.__version__)
+    tried = version(first) <= here and (last == NEWEST or here <= version(last))
+    assert exists(name) or not tried, (
         f"used as in torch {first} to {last}, not in {torch.__version__}"
     )
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Shard
+from torch.overrides import handle_torch_function as _told
+from torch.overrides import has_torch_function as _asks
 
 import shardtensor as st
 from shardtensor import comm
@@ -90,6 +92,13 @@ def function_rule(x):
     return wrap(Function.apply(x.to_local()), x.spec)
 
 
+def asking_by_another_name(x):
+    """A function without a rule that is overridden as those of torch.foreach are."""
+    if _asks((x,)):
+        return _told(asking_by_another_name, (x,), x)
+    return x.roll(1, 0) - x
+
+
 X = torch.randn(7, 3, dtype=torch.float64)
 
 
@@ -100,6 +109,11 @@ def test_functions(name, cut):
     if fn is mean3:
         hold(lambda x: torch.ops.shardtensor_tests.mean3(x) * 2, [X], [shard(0, cut)], (len(cut),))
     hold(lambda x: fn(x) * 2, [X], [shard(0, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("cut", cuts(7))
+def test_a_function_runs_whatever_it_calls_its_check_for_overrides(cut):
+    hold(asking_by_another_name, [X], [shard(0, cut)], (len(cut),))
 
 
 def test_the_original_stays_within_reach():

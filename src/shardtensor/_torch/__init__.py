@@ -74,6 +74,7 @@ from .ops import (
     neg_view,
     ops_of,
     overloads,
+    override_checks,
     written_to,
 )
 from .transforms import (
@@ -149,6 +150,7 @@ __all__ = [
     "ops_of",
     "outside_modes",
     "overloads",
+    "override_checks",
     "owns_memory",
     "ragged",
     "ranks_among",

@@ -116,7 +116,14 @@ def is_python_function(x: Any) -> bool:
     return isinstance(x, types.FunctionType)
 
 
+def override_checks(names: dict[str, Any]) -> list[str]:
+    """Which of a module's names look for `__torch_function__`: torch.foreach (2.15) has its own."""
+    known = {id(getattr(torch.overrides, n)) for n in handle_torch_function_names}
+    return [n for n, v in names.items() if n in handle_torch_function_names or id(v) in known]
+
+
 def asks_for_overrides(function: Any) -> bool:
     """Whether a Python function looks for `__torch_function__` of its arguments."""
     names = getattr(getattr(function, "__code__", None), "co_names", ())
-    return any(n in names for n in handle_torch_function_names)
+    seen = {n: getattr(function, "__globals__", {}).get(n) for n in names}
+    return bool(override_checks(seen))

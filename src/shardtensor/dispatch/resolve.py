@@ -332,9 +332,8 @@ def opened(func: Any) -> Callable[..., Any]:
     inside = dict(func.__globals__)
     if inside.get("torch") is torch and "overrides" in func.__code__.co_names:
         inside["torch"] = _unasking
-    for name in _torch.handle_torch_function_names:
-        if name in inside:
-            inside[name] = lambda *_: False
+    for name in _torch.override_checks(inside):
+        inside[name] = lambda *_: False
     for name in func.__code__.co_names:
         private = inside.get(name)
         if name.startswith("_") and _asks(private) and private is not func:
