@@ -217,6 +217,32 @@ def test_what_no_graph_holds_runs_eagerly(name):
             torch.testing.assert_close(g, w, rtol=1e-12, atol=0)
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        return x * self.n
+
+
+def test_state_that_every_call_changes_is_refused_where_the_whole_is_wanted():
+    """The first call may fill a cache."""
+
+    def run():
+        s = st.distribute_tensor(torch.ones(4), make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        net = Counting()
+        call = st.compile(net, backend="eager", fullgraph=True)
+        call(s)
+        for _ in range(2):
+            with pytest.raises(st.UnsupportedOpError, match="n: 1 -> 2"):
+                call(s)
+        assert net.n == 1
+
+    st.simulate(2, run)
+
+
 class Careful(nn.Module):
     """Raises after it has written to a buffer."""
 

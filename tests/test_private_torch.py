@@ -87,6 +87,7 @@ USED = {
     torch.distributed.tensor._api._FromTorchTensor
     torch.nn.parallel.distributed._find_tensors
     torch.nn.utils.stateless._functional_call
+    torch.nn.utils.stateless._reparametrize_module
     torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
     torch.ops.aten._scaled_dot_product_cudnn_attention
     torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -154,7 +155,6 @@ USED = {
 ELSEWHERE = [
     "torch.Tensor._typed_storage",
     "torch._assert_async",
-    "torch.nn.utils.stateless._reparametrize_module",
     "torch.ops.aten._adaptive_avg_pool2d",
     "torch.ops.aten._adaptive_avg_pool3d",
     "torch.ops.aten._linalg_check_errors",

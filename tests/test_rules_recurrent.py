@@ -1,5 +1,7 @@
 """RNN, GRU, LSTM and their cells on shards of the batch, against plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from cases.recurrent import MODULES
@@ -78,3 +80,31 @@ def test_packed_sequences_move_rows_and_not_wholes():
 
     # rows of 5 and of 7 numbers, and which they are
     assert 0 < sum(st.simulate(3, run)) <= (4 * (5 + 7) + 2 * 8) * int(lengths.sum())
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_compiles_whole(name):
+    """Its lists of weights are those that the program is given: no state that the call changes."""
+
+    def run(compiled):
+        mesh, module = make_mesh((2,)), copy.deepcopy(MODULES[name])
+        call = st.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        kept = module._flat_weight_refs
+        x = torch.randn(4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = []
+        for _ in range(3):
+            out, _ = call(st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
+            out.square().sum().backward()
+            found += [out.detach().full_tensor(), *(p.grad.clone() for p in module.parameters())]
+            with torch.no_grad():
+                module.weight_hh_l0.mul_(0.5)
+        assert not compiled or call.traces == 1
+        assert kept is module._flat_weight_refs
+        weights = [getattr(module, n) for n in module._flat_weights_names]
+        assert all(ref() is w for ref, w in zip(kept, weights, strict=True))
+        return found
+
+    for rank in range(2):
+        got, want = (st.simulate(2, run, c)[rank] for c in (True, False))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .. import attention
+from .._torch.modules import in_their_place
 from ..comm.deferred import Twin, slots_of
 from ..comm.sums import vary
 from ..dispatch.axes import as_shards
@@ -191,7 +192,7 @@ def _value(x: Any) -> Any:
 
 
 def using(fn: Any, own: dict[str, Tensor]) -> Any:
-    return torch.nn.utils.stateless._reparametrize_module(fn, own) if own else nullcontext()
+    return in_their_place(fn, own) if own else nullcontext()
 
 
 def replaced(fn: Any, own: dict[str, Tensor]) -> str:

@@ -104,8 +104,9 @@ def compile(
     of the eager call: they are drawn before the program runs, and are inputs of it. A call that
     changes Python state (a counter in forward) runs eagerly, with a warning; so does one that no
     graph can hold: Python or random ops that need the values of tensors, seeds, hooks on tensors,
-    gradients through an autograd.Function; the warning names the line. With fullgraph=True that
-    raises UnsupportedOpError. The program sends what the eager call does.
+    gradients through an autograd.Function; the warning names the line. With fullgraph=True both
+    raise UnsupportedOpError, the first once a second call changes it again. The program sends what
+    the eager call does.
 
     blocks: class names of modules of fn; without names, (), the elements of every outermost
     nn.ModuleList. Then only these are compiled, each by itself and in place, and fn is returned:
@@ -241,9 +242,15 @@ class Compiled:
     def _eager(self, key: Any, found: Any) -> bool:
         """Whether a call that no graph is for runs eagerly."""
         if len(found) == _STATES:
-            self._warn(_STATE.format(f"changes from call to call ({found[-1].reads.changed()})"))
+            self._told(_STATE.format(f"changes from call to call ({found[-1].reads.changed()})"))
             return True
-        return self.changing[key] >= _TRIES
+        return self.changing[key] >= _TRIES and not self.options.get("fullgraph")
+
+    def _told(self, why: str, level: int = 4) -> None:
+        """Warn that calls run eagerly; raise where that is not wanted."""
+        if self.options.get("fullgraph"):
+            raise UnsupportedOpError(f"{_name(self.fn)} {why}")
+        self._warn(why, level + 1)
 
     def _warn(self, why: str, level: int = 4) -> None:
         warnings.warn(f"{_name(self.fn)} {why}", stacklevel=level)
@@ -278,9 +285,9 @@ class Compiled:
     def _tried(self, key: Any, why: str) -> None:
         """Note that a call was traced in vain; warn where none like it will be again."""
         self.changing[key] += 1
-        if self.changing[key] == _TRIES:
-            self._warn(why, 5)
         log.info("a call of %s %s", _name(self.fn), why)
+        if self.changing[key] >= _TRIES:
+            self._told(why, 5)
 
     def _note(self, key: tuple[Any, ...]) -> None:
         """Log what a new graph is for; drop those that were not used for longest, if too many."""
