@@ -103,6 +103,12 @@ def broken_fsdp(mesh):
                 model(x).square().mean().backward()
             handle.remove()
             optimizer.zero_grad()
+        model(x * 2).square().mean().backward()
+        # what came before a pass that breaks off stays
+        handle = model.blocks[2].register_forward_hook(error)
+        with pytest.raises(FloatingPointError):
+            model(x)
+        handle.remove()
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -71,13 +71,23 @@ def mend_fsdp(root: torch.nn.Module) -> None:
             "a forward or backward of this FSDP2 model broke off, and this torch can not mend it: "
             "make the model anew and load its weights, or use torch 2.13 or newer"
         )
+    params = [
+        p
+        for each in state._state_ctx.all_states
+        for group in each._fsdp_param_groups
+        for p in group.fsdp_params
+    ]
+    # torch 2.15 drops what passes before the broken one left there
+    kept = [(p.sharded_param, p.sharded_param.grad) for p in params]
     state._reset_iter_state()
-    for each in state._state_ctx.all_states:
-        for group in each._fsdp_param_groups:
-            for p in group.fsdp_params:
-                p.unsharded_accumulated_grad = None
-                if hasattr(p, "_unsharded_param"):
-                    p._unsharded_param.grad = None
+    for shard, grad in kept:
+        shard.grad = grad
+    for p in params:
+        # since torch 2.15 the gradient of the whole parameter, by another name
+        if "unsharded_accumulated_grad" in vars(p):
+            p.unsharded_accumulated_grad = None
+        if hasattr(p, "_unsharded_param"):
+            p._unsharded_param.grad = None
 
 
 def let_styles_pass(ours: type[torch.Tensor]) -> None:
