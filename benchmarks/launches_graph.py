@@ -39,7 +39,7 @@ def edges() -> Tensor:
 # what values decide, by the host's edges ---------------------------------------------------------
 
 
-def found(index: Tensor, sizes: Sequence[int], group: str) -> route.Route:
+def found(index: Tensor, sizes: Sequence[int], group: str, _: int = 1) -> route.Route:
     """`route.find`, as if every rank gave as many rows to each as it gets."""
     distinct, place = torch.unique(index.cpu(), return_inverse=True)
     ends = torch.searchsorted(distinct, torch.tensor([0, *accumulate(sizes)])).diff().tolist()

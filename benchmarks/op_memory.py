@@ -61,7 +61,10 @@ def _again(x: Tensor, _: DeviceMesh | None) -> Op:
 
 
 def _anew(x: Tensor, _: DeviceMesh | None) -> Op:
-    every = [_any_order(len(x)) for _ in range(2 * REPEATS + 2)]
+    # each a permutation, in one memory
+    n, times = len(x), 2 * REPEATS + 2
+    at = torch.cat([_any_order(n), _any_order(n)[:times]])
+    every = [at[i : i + n] for i in range(times)]
     return lambda x: x[every.pop()]
 
 
@@ -74,9 +77,9 @@ def _image(n: int) -> tuple[int, ...]:
 
 
 CASES: dict[str, Case] = {
-    "x[index], rows of 256 numbers, four times as large": (lambda n: (n // 64, 256), 0, _again),
-    "the same by an index that is new": (lambda n: (n // 64, 256), 0, _anew),
-    "x[index], numbers": (lambda n: (n,), 0, _again),
+    "x[index], rows of 256 numbers, eight times as large": (lambda n: (n // 32, 256), 0, _again),
+    "the same by an index that is new": (lambda n: (n // 32, 256), 0, _anew),
+    "x[index], numbers, eight times as large": (lambda n: (8 * n,), 0, _again),
     "numbers by an index that is new": (lambda n: (n,), 0, _anew),
     "sort": (lambda n: (n,), 0, _op(lambda x: x.sort())),
     "argsort": (lambda n: (n,), 0, _op(lambda x: x.argsort())),

@@ -66,7 +66,7 @@ def requests_in_order(
 ) -> tuple[list[int], list[int], Tensor]:
     """`requests` of ascending indices, without their order; index is written to."""
     groups.check_values(group)
-    ends = constant(cut(sizes).offsets, torch.int64, index)
+    ends = constant(cut(sizes).offsets, index.dtype, index)
     counts = torch.searchsorted(index, ends).diff()
     index -= ends[:-1].repeat_interleave(counts, output_size=len(index))
     return _told(index, counts, sizes, group)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch, comm
 from ..cache import cached
-from ..comm.route import Route, deliver, fetch, find
+from ..comm.route import Route, deliver, fetch, find, parts_of
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import alike, of_rows
@@ -163,7 +163,8 @@ def read(
         return wrap(alike(not axes_in(dims), local.__getitem__, at.long()), out)
     spec, group = Spec(mesh, dims), comm.group(mesh, rows.axes)
     if not few and not _torch.is_tracing():
-        route = _route(index, at, spec, rows, negative, op)
+        parts = _parts(rows.sizes, (*rest,), local.element_size())
+        route = _route(index, at, spec, rows, negative, op, parts)
         return wrap(fetch(local, route).reshape(out.local_shape), out)
     at = normal(at, spec, rows.size, negative, op)
     if few:
@@ -176,32 +177,47 @@ def read(
     return wrap(found.reshape(out.local_shape), out)
 
 
+@cached
+def _parts(counts: tuple[int, ...], rest: Dims, item: int) -> int:
+    """In how many parts rows travel, of which each rank has counts; alike on all ranks."""
+    return parts_of(max(counts), prod(max(d.sizes, default=d.size) for d in rest), item)
+
+
 def _route(
-    index: Tensor, at: Tensor, spec: Spec, rows: Dim, negative: bool | None, op: str
+    index: Tensor, at: Tensor, spec: Spec, rows: Dim, negative: bool | None, op: str, parts: int
 ) -> Route:
     """The route of an index, of which this rank has the entries `at`, into a dim."""
     group = comm.group(spec.mesh, rows.axes)
     every = comm.group(spec.mesh, tuple(sorted({*rows.axes, *axes_in(spec.dims)})))
 
     def make() -> Route:
-        return find(normal(at, spec, rows.size, negative, op).reshape(-1), rows.sizes, group)
+        given = normal(at, spec, rows.size, negative, op).reshape(-1)
+        return find(given, rows.sizes, group, parts)
 
-    return routes.route_of(index, at, (spec, rows, negative, group), every, make)
+    return routes.route_of(index, at, (spec, rows, negative, group, parts), every, make)
 
 
 def _entries(
-    index: Tensor, at: Tensor, spec: Spec, rows: Dim, negative: bool | None, op: str
+    index: Tensor,
+    at: Tensor,
+    spec: Spec,
+    rows: Dim,
+    rest: Sequence[Dim],
+    values: Tensor,
+    negative: bool | None,
+    op: str,
 ) -> tuple[Tensor, Route]:
     """Of the entries of all ranks that fall into this rank's rows: which rows; whence they come."""
     group, counts = comm.group(spec.mesh, rows.axes), entry_counts(spec, rows.axes)
+    parts = _parts(counts, (*rest,), values.element_size())
     every = comm.group(spec.mesh, tuple(sorted({*rows.axes, *axes_in(spec.dims)})))
 
     def make() -> tuple[Tensor, Route]:
         given = normal(at, spec, rows.size, negative, op).reshape(-1)
         mine, entries = comm.asked(given, rows.sizes, counts, group)
-        return mine, find(entries, counts, group)
+        return mine, find(entries, counts, group, parts)
 
-    return routes.route_of(index, at, (spec, rows, negative, group, "entries"), every, make)
+    return routes.route_of(index, at, (spec, rows, negative, group, parts, "entries"), every, make)
 
 
 def write(
@@ -233,10 +249,11 @@ def write(
     spec, have = Spec(mesh, lead), axes_in(lead)
     asks = bool(set(cut_axes(rows)) & set(have))
     if kernel is None and v is not None and asks and not _torch.is_tracing():
-        part = deliver(v, _route(index, at, spec, rows, negative, op), len(local))
+        parts = _parts(rows.sizes, (*rest,), v.element_size())
+        part = deliver(v, _route(index, at, spec, rows, negative, op, parts), len(local))
         new = local + _summed(part, mesh, tuple(a for a in have if a not in cut_axes(rows)))
     elif kernel is not None and v is not None and asks and not _torch.is_tracing():
-        mine, route = _entries(index, at, spec, rows, negative, op)
+        mine, route = _entries(index, at, spec, rows, rest, v, negative, op)
         new = kernel(local, mine, fetch(v, route))
     else:
         at = normal(at, spec, rows.size, negative, op).reshape(-1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..comm.route import Route, fetch
+from ..comm.route import Route, fetch, turned
 from ..comm.rows import exchange_rows
 from ..dispatch.fallback import fall_back
 from ..registry import rule
@@ -149,7 +149,7 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     if count > 1:
         # to one rank after the other, lane by lane
         places += flat.shape[1] * torch.arange(count, dtype=short, device=device)[:, None]
-        away = _turned(moves[me], short)
+        away = turned(moves[me], short, places.numel())
         places, numbers = places.flatten()[away], numbers[away]
         del away
     gives, gets = sent[me], [row[me] for row in sent]
@@ -159,7 +159,7 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     found = fetch(flat.flatten(), way)
     del way
     if count > 1:
-        back = _turned(moves[..., me], short)
+        back = turned(moves[..., me], short, sum(gets))
         found, numbers = found[back], numbers[back]
         del back
     # equal ones came in the order of the ranks
@@ -168,15 +168,6 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     if _torch.differentiated(found):
         return found, numbers.long()
     return found, order.copy_(numbers)
-
-
-def _turned(lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of (a, b) blocks of such lengths, one after the other, where those in order (b, a) lie."""
-    starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view(lengths.shape)
-    turned = lengths.t().flatten()
-    more = starts.t().flatten() - (turned.cumsum(0) - turned)
-    found = more.to(dtype).repeat_interleave(turned)
-    return found.add_(torch.arange(len(found), dtype=dtype, device=found.device))
 
 
 def _sorted(fn: Any, input: Tensor, dim: int, descending: bool, stable: bool | None) -> Any:

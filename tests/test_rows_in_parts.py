@@ -1,0 +1,135 @@
+"""Rows of few numbers by an index, in parts: values, what is sent, and what it takes."""
+
+import growth
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+import shardtensor as st
+from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.comm import groups, route
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
+
+D = torch.float64
+N = 21
+CUTS = [(21,), (20, 1), (7, 0, 14), (5, 6, 5, 5)]
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch):
+    """Shards of any size travel in parts; the parts of each way."""
+    monkeypatch.setattr(route, "ROUND", 16)
+    found, plain = [], route._in_parts
+
+    def counted(index, sizes, group, parts):
+        found.append(parts)
+        return plain(index, sizes, group, parts)
+
+    monkeypatch.setattr(route, "_in_parts", counted)
+    return found
+
+
+def read(x, at):
+    y = x[at].sin()
+    return y, *torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+
+
+def added(x, at, v):
+    return x.index_add(0, at, v).sin()
+
+
+def put(x, at, v):
+    return x.index_copy(0, at, v).sin()
+
+
+def indices():
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(N, generator=g)
+    return {
+        "an order": order,
+        "some": order[:9],
+        "few of many": torch.randint(3, (2 * N,), generator=g),
+        "any": torch.randint(-N, N, (3, 11), generator=g),
+        "one": torch.full((N,), 4),
+    }
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("of", indices())
+@pytest.mark.parametrize("width", [(), (3,)])
+def test_values(of, cut, width, parts):
+    g, at, mesh = torch.Generator().manual_seed(1), indices()[of], (len(cut),)
+    x = torch.randn(N, *width, dtype=D, generator=g)
+    places = [[T.shard(0, cut), None], [T.shard(0, cut), T.shard(0)]]
+    T.hold_all(read, [x, at], places, mesh)
+    if at.ndim == 1:
+        v = torch.randn(len(at), *width, dtype=D, generator=g)
+        places = [[T.shard(0, cut), d, d] for d in (None, T.shard(0))]
+        T.hold_all(added, [x, at, v], places, mesh)
+        if of in ("an order", "some"):
+            T.hold_all(put, [x, at, v], places, mesh)
+    assert len(cut) == 1 or max(parts) > 1
+
+
+AXES = [
+    ([Shard(0), Replicate()], [Replicate(), Shard(0)]),
+    ([Shard(0), Shard(0)], [Replicate(), Replicate()]),
+    ([Shard(0), Shard(1)], [Replicate(), Replicate()]),
+    ([Replicate(), Shard(0)], [Shard(0), Shard(1)]),
+]
+
+
+@pytest.mark.parametrize(("rows", "entries"), AXES)
+@pytest.mark.parametrize("of", ["an order", "any"])
+def test_values_on_two_axes(of, rows, entries, parts):
+    at = indices()[of].view(3, -1)
+    x = torch.randn(N, 3, dtype=D, generator=torch.Generator().manual_seed(1))
+    T.hold(read, [x, at], [T.On(rows), T.On(entries)], (2, 2))
+    assert max(parts) > 1
+
+
+def sent(at):
+    x = torch.arange(N, dtype=D)
+    x = st.distribute_tensor(x, T.make_mesh((4,)), [Shard(0)], src_data_rank=None)
+    x[at]
+    with st.trace() as t:
+        x[at]
+    return t.bytes
+
+
+@pytest.mark.parametrize("of", indices())
+def test_each_row_is_sent_once(of, monkeypatch):
+    at = indices()[of]
+    parted = st.simulate(4, sent, at)
+    monkeypatch.setattr(route, "ROUND", 2**30)
+    assert st.simulate(4, sent, at) == parted
+
+
+@pytest.mark.parametrize("width", [(), (3,)])
+def test_what_it_takes(width, monkeypatch):
+    monkeypatch.setattr(route, "ROUND", 2**14)
+    ranks, n = 8, 2**19
+    with silent_world(1, ranks), groups.taken_spread():
+        spec = Spec.of(T.make_mesh((ranks,)), [Shard(0)], (n, *width))
+        x = wrap(torch.zeros(spec.local_shape), spec).requires_grad_()
+        at = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        y = x[at]
+        share = y._local.nbytes
+        # the result, and of a part what leaves or is placed, and what arrives; it was 2
+        assert peak_bytes(lambda: x.detach()[at]) < 1.25 * share
+        assert peak_bytes(lambda: torch.autograd.grad(y, x, y.detach())) < 1.25 * share
+
+
+def calls(ranks):
+    with silent_world(1, ranks), groups.taken_spread():
+        spec = Spec.of(T.make_mesh((ranks,)), [Shard(0)], (64 * ranks,))
+        x, at = wrap(torch.zeros(64), spec), torch.arange(64 * ranks).flip(0)
+        x[at]
+        return growth.python_calls(lambda: x[at])
+
+
+def test_calls_of_python_do_not_know_the_ranks():
+    assert calls(64) == calls(2048)
