@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import islice
+from zlib import crc32
 
 import pytest
 import torch
@@ -127,7 +128,9 @@ COMPOSITE = [
 def test_jvp_is_that_of_one_device_and_of_the_vjp(part, pytestconfig):
     """A sample of all ops, two samples of each where the whole is asked for."""
     whole = pytestconfig.getoption("--whole")
-    names = NAMES if whole else [*COMPOSITE, *NAMES[3::16]]
+    # by its name, so that one more op in a later torch leaves the others where they are
+    some = [n for n in NAMES if crc32(n.encode()) % 16 == 3]
+    names = NAMES if whole else [*COMPOSITE, *some]
     found = _held_all(names[part::2], 2 if whole else 1)
     assert not [v for v in found if v[1] == "wrong"]
     assert sum(v[1] == "right" for v in found) > 20
