@@ -25,6 +25,20 @@ def places(*shape, reach=1.6):
     ) * reach
 
 
+def _takes_cubic_volumes():
+    try:
+        F.grid_sample(
+            torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 3), "bicubic", align_corners=True
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+# since torch 2.15
+CUBIC_VOLUMES = _takes_cubic_volumes()
+
+
 def sampled(mode, padding, align):
     return lambda x, g: F.grid_sample(x, g, mode, padding, align)
 
@@ -34,7 +48,7 @@ for i, how in enumerate(MODES):
     name, turn = " ".join(map(str, how)), (i % 2, 2)
     at = places(2, 5, 4, 2)
     case("grid_sample", image, at, dims=[None, (1, 2, 0, 3)], name=name, turn=turn)(sampled(*how))
-    if how[0] != "bicubic":
+    if how[0] != "bicubic" or CUBIC_VOLUMES:
         at = places(2, 3, 4, 3, 3)
         case("grid_sample volumes", volume, at, dims=[(2, 3, 4), 1], name=name, turn=turn)(
             sampled(*how)

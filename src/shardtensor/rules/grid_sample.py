@@ -90,7 +90,9 @@ def _check(x: Tensor, g: Tensor, way: Way) -> None:
             f"{list(g.shape)}"
         )
     if n == 3 and way.mode == BICUBIC:
-        raise RuntimeError("grid_sampler(): bicubic interpolation only supports 4D input")
+        # torch before 2.15 refuses it
+        one = torch.zeros((1, 1, 1, 1, 1), dtype=x.dtype, device=x.device)
+        torch.grid_sampler(one, one.new_zeros((1, 1, 1, 1, 3)), *way)
     if 0 in x.shape[2:]:
         raise RuntimeError(
             "grid_sampler(): expected input to have non-empty spatial dimensions, but input has "
