@@ -113,3 +113,25 @@ def test_made_addends_differentiate_twice(layout):
         same(back, X, "gradient of a cotangent", 1e-11)
 
     on_ranks(layout, check)
+
+
+@pytest.mark.parametrize("layout", ["sum", "sharded and sum"])
+def test_sums_lie_as_their_addends(layout):
+    """So the same reshapes are views, through which others see writes."""
+
+    def written(x):
+        y = x.t() * 1
+        flat = y.reshape(-1)
+        flat += 1
+        last = y.t().contiguous()
+        last *= 2
+        return y, flat, last
+
+    def run():
+        shape, placements = LAYOUTS[layout]
+        found = written(addends(make_mesh(shape), placements).detach())
+        for got, want in zip(found, written(X), strict=True):
+            same(got, want, "written")
+            assert got.stride() == want.stride()
+
+    simulate(torch.Size(LAYOUTS[layout][0]).numel(), run)

@@ -67,6 +67,28 @@ def few_truth_values(x):
     return (x > 0)[torch.tensor([5]), :, 1]
 
 
+@case("x[...]", x, i, dims=[(0, 1), (0,)])
+def lists(x, i):
+    """A list of more than numbers stands for a tuple."""
+    return (
+        x[[[0, 2], [1, 1]]],
+        x[[i, slice(1, 3)]],
+        x[[None, 3]],
+        x[[torch.tensor(1), torch.tensor(2)]],
+    )
+
+
+@case("x[...] = v", x, dims=[(0, 1)])
+def masks_of_numbers(x):
+    """What one mask shows is filled with one number of any dtype; leading dims of one are dropped."""
+    y = x * 1
+    y[x.detach()[:, 0, 0] > 0, :] = torch.tensor([[2]])
+    y[[x.detach()[..., 0] > 1]] = x.detach().max().float()
+    y[1:3] = x[4:5, None, :1]
+    y[0] = x[None, None, 5:6, :1]
+    return y
+
+
 @case("parts written", x)
 def parts_written(x):
     """Slices of torch.tensor_split and what unsafe_split gives are written to, unlike views of split."""

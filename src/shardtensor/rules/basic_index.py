@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ..cache import cached
 from ..spec import Dim, Spec
@@ -20,6 +24,13 @@ class Basic(NamedTuple):
     local: tuple[Any, ...]
     part: dict[int, tuple[tuple[int, int], int]]
     own: bool
+
+
+def is_several(index: Any) -> bool:
+    """Whether torch takes an index for one of each dim: a tuple, or a list of more than numbers."""
+    if not isinstance(index, list) or len(index) >= 32:
+        return isinstance(index, tuple)
+    return any(e is None or isinstance(e, Tensor | Sequence | slice | EllipsisType) for e in index)
 
 
 def hashable(index: Any) -> tuple[Any, ...] | None:

@@ -17,7 +17,7 @@ from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import alike
 from ..tensor.redistribute import fit, reduced, to_dims
-from .basic_index import basic, hashable
+from .basic_index import basic, hashable, is_several
 from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .modes import written, zeros
@@ -32,7 +32,7 @@ def _entries(index: Any, ndim: int) -> list[Any] | None:
     """The index as one entry per dim and None, the ellipsis spelled out; None if it cannot be."""
     if type(index) is slice and ndim:
         return [index] + [slice(None)] * (ndim - 1)
-    entries = [_tensor(e) for e in (index if isinstance(index, tuple) else (index,))]
+    entries = [_tensor(e) for e in (index if is_several(index) else (index,))]
     if any(isinstance(e, bool) or (is_mask(e) and e.ndim == 0) for e in entries):
         return None
     used = sum(e.ndim if is_mask(e) else 1 for e in entries if e is not None and e is not Ellipsis)
@@ -329,7 +329,12 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             f"x[index] = value with None, True or False in the index of x on {x._spec}: leave None "
             "out, or use torch.where"
         )
-    if any(isinstance(e, Tensor) for e in entries):
+    tensors = [e for e in entries if isinstance(e, Tensor)]
+    if tensors:
+        if len(tensors) == 1 and is_mask(tensors[0]) and value.numel() == 1:
+            # a fill, for which torch casts the number
+            true = torch.ones((), dtype=torch.bool, device=x.device)
+            value = x._local.new_zeros(()).masked_fill(true, value.reshape(()))
         _same_dtype(x, value)
         _set_at(x, entries, value)
         return
@@ -346,6 +351,7 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if hides(PART, (x,), part):
         # of an expanded tensor, whose rows are written to on some ranks only
         follow(PART, Tensor.__getitem__, (x, tuple(ranges)), {}, part)
+    value = without_lead(value, len(single) - sum(single))
     part.copy_(_with_dims_of_one(value, single))
 
 

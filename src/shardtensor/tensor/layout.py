@@ -204,6 +204,12 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
     return not wanted
 
 
+def in_order_of(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """x with its dims in memory in the order of such strides, as torch's ops keep it."""
+    order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+
+
 def real_view(x: Tensor) -> Tensor:
     """torch.view_as_real of a shard, whose gradient torch has not for empty ones."""
     # a view all the same: what is written to it has to reach the backward of all ranks, and not

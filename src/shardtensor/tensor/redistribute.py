@@ -77,6 +77,8 @@ def reduced(x: X) -> X:
         return x
     whole = to_dims(x, x._spec.dims)
     whole._strides = x._strides
+    if not x._local.is_contiguous():
+        whole._local = layout.in_order_of(whole._local, x._local.stride())
     # a view of the sums stands for one of x
     relate(whole._local, x._local)
     return whole  # type: ignore[return-value]
