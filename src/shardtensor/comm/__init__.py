@@ -72,7 +72,9 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
             alike = slot.group == group
             if mesh is not None and not alike:
                 deferred.check_mesh(slot, group, mesh)
-            if alike and learning and (type(slot) is deferred.Twin or not _torch.is_tracing()):
+            free = under and slot.declines
+            traced = _torch.is_tracing() and type(slot) is not deferred.Twin
+            if alike and learning and not (free or traced):
                 waiting.append(i)
                 slots.append(slot)
                 continue
@@ -146,6 +148,7 @@ def split(x: Tensor, dim: int, sizes: Sequence[int], group: str, read: bool = Fa
     learns = x.requires_grad and torch.is_grad_enabled()
     if slot is not None and slot.group == group and learns:
         traced = _torch.is_tracing() and type(slot) is not deferred.Twin
+        traced |= slot.declines and _torch.transforming()
         own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes), read)
         if own is not None:
             return own

@@ -19,9 +19,14 @@ from .formats import memory_format
 
 
 class Slot(Protocol):
-    """What a parameter has whose gradient is summed over `group` later."""
+    """What a parameter has whose gradient is summed over `group` later.
+
+    declines: whether the sum may be made now instead, as torch.func wants it, which follows no sum
+    that is made later.
+    """
 
     group: str
+    declines: bool
 
     def use(self, x: Tensor) -> Tensor | None:
         """The parameter's value, whose gradient this rank's part is; None: sum it now."""
@@ -45,6 +50,8 @@ def use_all(slots: Sequence[Slot], xs: Sequence[Tensor]) -> Sequence[Tensor | No
 
 class Twin:
     """The slot of a parameter while it is traced: its value is another input of the graph."""
+
+    declines = False
 
     def __init__(self, group: str, value: Tensor) -> None:
         self.group, self.value = group, value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import _torch
 from ..caller import call_of_user
 from ..comm import counters
 from ..tensor import ShardTensor
@@ -235,4 +236,4 @@ def _memory(x: Tensor) -> tuple[bool, int]:
     here = x._local if isinstance(x, ShardTensor) else x
     if here.layout is not torch.strided or torch.compiler.is_compiling():
         return False, id(here)
-    return True, here.untyped_storage()._cdata
+    return True, _torch.storage(here)._cdata

@@ -273,15 +273,15 @@ def has_blocks(task: Task) -> bool:
 
 def _reason(e: Exception) -> str:
     """Why a step cannot be planned, with the user's line and what to do."""
-    line = error_line(e)
-    at = f" ({line})" if line else ""
+    line, text = error_line(e), (str(e).strip().splitlines() or [""])[0]
+    at = f" ({line})" if line and line not in text else ""
     if isinstance(e, probe.depends_on_values()):
         return (
             f"depends on values{at}: give the input that they come from as a tensor, "
             "or rehearse it on a device"
         )
-    text = (str(e).strip().splitlines() or [""])[0]
-    return text if isinstance(e, UnsupportedOpError) else f"{type(e).__name__}: {text}{at}"
+    kind = "" if isinstance(e, UnsupportedOpError) else f"{type(e).__name__}: "
+    return f"{kind}{text}{at}"
 
 
 def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:

@@ -34,6 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Part:
     """The slot of a parameter of FSDP2: a part of the gradient, weighted for a mean over all."""
 
+    declines = False
+
     def __init__(self, group: str) -> None:
         self.group = group
 
@@ -51,9 +53,16 @@ class Weighted(torch.autograd.Function):
     """The identity; the gradient counts as often as there are parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: str) -> Tensor:
         return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, group: str) -> tuple[Tensor, Any]:
+        return Weighted.apply(x, group), dims[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

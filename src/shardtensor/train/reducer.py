@@ -136,6 +136,8 @@ class Bucket:
 class Slot:
     """One parameter's place in a bucket: an attribute of the parameter, which `vary` looks for."""
 
+    declines = True
+
     def __init__(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         self.group, self.ranks, self.index = bucket.ranks.domain, bucket.ranks, index
         self.key, self.place = (bucket.number, index), Place(index)
