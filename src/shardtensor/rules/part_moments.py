@@ -2,7 +2,8 @@
 
 On CPUs torch's own kernel of statistics adds up number by number, and takes four to six times as
 long as that of batch norm's backward, which gives the sums of x and of x * x of short pieces. Where
-means are near zero their sum has as many digits as torch's; elsewhere its own kernel runs.
+means are near zero their sum has as many digits as torch's; elsewhere that of differences from the
+means has.
 """
 
 from __future__ import annotations
@@ -52,12 +53,22 @@ def moments_of(rows: Tensor) -> tuple[Numbers, Numbers]:
 
 
 def _of_pieces(rows: Tensor) -> tuple[Numbers, Numbers] | None:
-    """Both from sums of pieces; None where that loses digits or pays nothing."""
+    """Both from sums of pieces; None where that pays nothing, or numbers are no numbers."""
     if rows.numel() < WORTH or not on_host(rows) or rows.dtype != accumulated(rows.dtype):
         return None
     piece = _piece(rows.shape)
     if not piece or not rows.is_contiguous():
         return None
+    mean, var, near = _summed(rows, piece)
+    if near:
+        return mean, var
+    (center,) = tensors(rows, rows.shape[1], mean)
+    rest, var, near = _summed(rows - center.view(-1, *[1] * (rows.ndim - 2)), piece)
+    return (READ[type(center)](center) + rest, var) if near else None
+
+
+def _summed(rows: Tensor, piece: int) -> tuple[Numbers, Numbers, bool]:
+    """Mean and variance, and whether the variance has its digits."""
     flat = rows.view(1, -1, piece)
     zero, one = _constants(flat.shape[1], rows.dtype)
     _, squares, total = torch.ops.aten.native_batch_norm_backward(
@@ -70,7 +81,7 @@ def _of_pieces(rows: Tensor) -> tuple[Numbers, Numbers] | None:
         n * np.add.reduce(READ[type(squares)](squares).reshape(shape), (0, 2), np.float64) - of_mean
     )
     near = (of_mean <= NEAR * var) & (var < inf)
-    return (mean, var) if np.logical_and.reduce(near) else None
+    return mean, var, bool(np.logical_and.reduce(near))
 
 
 @cached
