@@ -44,12 +44,12 @@ from shardtensor.rules import conv as conv_rule
 from shardtensor.rules import overlap
 
 REPEATS = 9
-stock, forward = wire.start_exchange, conv_rule._forward
+stock, forward = wire.start_parcels, conv_rule._forward
 delay, exchanges = 0.0, 0
 
 
 def slow(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-    """`wire.start_exchange` over a link with a delay."""
+    """`wire.start_parcels` over a link with a delay."""
     global exchanges
     exchanges += 1
     due = time.perf_counter() + delay
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[int], list[int]], tuple[int,
 def run(name: str, size: int) -> list[tuple[float, float, float]]:
     """(seconds alone, of delays, together) for each of two delays."""
     global delay, exchanges
-    wire.start_exchange = slow
+    wire.start_parcels = slow
     build, shape, _, dim = CASES[name]
     torch.manual_seed(0)
     fn = build()
@@ -117,7 +117,7 @@ def run(name: str, size: int) -> list[tuple[float, float, float]]:
         alone = median()
         delay = share * alone / count
         rows.append((alone, count * delay, median()))
-    wire.start_exchange = stock
+    wire.start_parcels = stock
     return rows
 
 

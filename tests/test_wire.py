@@ -11,6 +11,7 @@ import shardtensor as st
 from shardtensor import comm
 from shardtensor import testing as T
 from shardtensor.comm import transport, wire
+from shardtensor.comm.parcels import of_rows
 
 N = 3
 
@@ -73,6 +74,19 @@ def start_exchange(dtype):
     before, after = (me - 1) % N, (me + 1) % N
     arrived = wire.start_exchange({after: [x]}, {before: [[2, 2]]}, x, name, "x")
     assert equal(arrived()[before][0], values(before, 4, dtype).view(2, 2))
+
+
+def start_parcels(dtype):
+    """Rows along a dim, sent on and kept as a plan of sizes has them."""
+    me, name = dist.get_rank(), group()
+    x = values(me, 6, dtype).view(2, 3)
+    before, after = (me - 1) % N, (me + 1) % N
+    p = of_rows({after: [1, 1]}, {before: [1, 1]}, x.shape, 1, dtype.itemsize)
+    assert p.nbytes == 4 * dtype.itemsize and p.messages == 1
+    parts = [x.narrow(1, i, 1) for i in (0, 2)]
+    first, last = wire.start_parcels(parts, p, x, name, "x")()
+    there = values(before, 6, dtype).view(2, 3)
+    assert equal(first, there[:, :1]) and equal(last, there[:, 2:])
 
 
 def start_all_to_all(dtype):
@@ -157,8 +171,8 @@ def whole_and_cut_sums(dtype):
         assert equal(x.redistribute(placements=[Shard(0)]).full_tensor(), want)
 
 
-FUNCTIONS = [exchange, start_exchange, start_all_to_all, all_gather, all_gather_rows, broadcast,
-             all_reduce, start_all_reduce, addends, of_all, whole_and_cut_sums]  # fmt: skip
+FUNCTIONS = [exchange, start_exchange, start_parcels, start_all_to_all, all_gather, all_gather_rows,
+             broadcast, all_reduce, start_all_reduce, addends, of_all, whole_and_cut_sums]  # fmt: skip
 
 
 def every_function(dtype):

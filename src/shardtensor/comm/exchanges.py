@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,8 +57,9 @@ def pieces(sizes: Sequence[int], start: int, stop: int, wrap: bool) -> tuple[Pie
     return tuple(found)
 
 
-class Exchange(NamedTuple):
-    """One rank's part of a window exchange.
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """One rank's part of a window exchange; kept plans are compared by identity.
 
     pieces: what makes up this rank's window, in order.
     rows: how many rows that is.

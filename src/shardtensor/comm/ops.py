@@ -34,9 +34,10 @@ from ..cache import cached
 from ..cuts import Cut, cut
 from . import groups, wire
 from .define import paired
-from .exchanges import FILL, Exchange, exchange, spread, windows_of
+from .exchanges import Exchange, exchange, spread, windows_of
 from .formats import empty, memory_format
 from .pack import leads, numel_but, others, packed, unpacked
+from .parcels import back, there
 
 Ints = Sequence[int]
 # ranks whose shards a gather moves together one by one
@@ -172,31 +173,18 @@ def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Ten
     me = groups.rank(group)
     if plan.whole:
         return _gather(x, dim, plan.sizes, group)
-    received: dict[int, list[Tensor]] = {}
+    moves = there(plan, dim, x.shape, x.element_size(), me)
+    came: Sequence[Tensor] = ()
     if plan.communicates:
-        sends: dict[int, list[Tensor]] = {}
-        for r, to in plan.sends.items():
-            sends[r] = parts = []
-            for a, n in to:
-                parts.append(x.narrow(dim, a, n))
-        shapes: dict[int, list[Ints]] = {}
-        before, after = x.shape[:dim], x.shape[dim + 1 :]
-        for r, of in plan.gets.items():
-            shapes[r] = rows = []
-            for n in of:
-                rows.append((*before, n, *after))
-        received = wire.exchange(sends, shapes, x, group, "window", few=plan.few)
-    out = empty(x, _resized(x.shape, dim, plan.rows))
-    row = 0
-    for source, start, length in plan.pieces:
-        here = out.narrow(dim, row, length)
-        if source == FILL:
-            here.fill_(fill)
-        elif source == me:
-            here.copy_(x.narrow(dim, start, length))
-        else:
-            here.copy_(received[source].pop(0))
-        row += length
+        parts = [x.narrow(dim, *rows) for rows in moves.sends]
+        came = wire.start_parcels(parts, moves.parcels, x, group, "window", wait=True)()
+    out = empty(x, moves.shape)
+    for to, start, n in moves.own:
+        out.narrow(dim, to, n).copy_(x.narrow(dim, start, n))
+    for rows, part in zip(moves.came, came, strict=True):
+        out.narrow(dim, *rows).copy_(part)
+    for rows in moves.fills:
+        out.narrow(dim, *rows).fill_(fill)
     return out
 
 
@@ -205,27 +193,19 @@ def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
     me = groups.rank(group)
     if plan.whole:
         return _reduce_scatter(g, dim, plan.sizes, group)
-    out = empty(g, _resized(g.shape, dim, plan.sizes[me]))
-    # most windows have all of this rank's own rows, once: the sum begins with them
-    alone = [p.length for p in plan.pieces if p.source == me] == [plan.sizes[me]]
-    if not alone:
+    moves = back(plan, dim, g.shape, g.element_size(), me)
+    out = empty(g, moves.shape)
+    if moves.alone:
+        out.copy_(g.narrow(dim, moves.own[0][1], moves.own[0][2]))
+    else:
         out.zero_()
-    sends: dict[int, list[Tensor]] = {}
-    row = 0
-    for source, start, length in plan.pieces:
-        part = g.narrow(dim, row, length)
-        if source == me:
-            here = out.narrow(dim, start, length)
-            here.copy_(part) if alone else here.add_(part)
-        elif source != FILL:
-            sends.setdefault(source, []).append(part)
-        row += length
+        for to, start, n in moves.own:
+            out.narrow(dim, to, n).add_(g.narrow(dim, start, n))
     if plan.communicates:
-        shapes = {r: [_resized(g.shape, dim, n) for _, n in of] for r, of in plan.sends.items()}
-        received = wire.exchange(sends, shapes, g, group, "window_add", few=plan.few)
-        for r, rows in plan.sends.items():
-            for (start, length), part in zip(rows, received[r], strict=True):
-                out.narrow(dim, start, length).add_(part)
+        parts = [g.narrow(dim, *rows) for rows in moves.sends]
+        came = wire.start_parcels(parts, moves.parcels, g, group, "window_add", wait=True)()
+        for rows, part in zip(moves.came, came, strict=True):
+            out.narrow(dim, *rows).add_(part)
     return out
 
 

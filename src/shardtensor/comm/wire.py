@@ -19,6 +19,7 @@ from .. import _torch
 from . import groups, pack, transport
 from .counters import Sent, finish, sending
 from .observers import looked_at, simulated_rank
+from .parcels import Parcels, parcels
 from .reducible import reducible
 from .to_all import plan
 
@@ -71,35 +72,35 @@ def start_exchange(
 
     facts: what ranks must agree on beside the dtype; default: how much each gives each.
     """
-    item = like.element_size()
-    # bytes to each rank, and from each, in the order of the ranks
-    gives, gets = {}, {}
-    for r in sorted(sends):
-        gives[r] = item * sum(map(torch.Tensor.numel, sends[r]))
-    for r in sorted(shapes):
-        gets[r] = item * sum(map(prod, shapes[r]))
-    send = pack.joined([c for r in gives for c in sends[r]], like)
-    received = like.new_empty(sum(gets.values()) // item)
-    given = list(gives.values())
-    if not facts and looked_at():
-        facts = transport.sparse_facts(gives, gets, group)
-    with sending(
-        label, sum(given), len(given) - given.count(0), groups.size(group), group,
-        dtype=like.dtype, **facts,
-    ) as entry:  # fmt: skip
-        works = _post(received, send, gives, gets, group, label, few, wait)
+    numels = {r: sum(map(torch.Tensor.numel, sends[r])) for r in sends}
+    p = parcels(numels, shapes, like.element_size(), few)
+    parts = [x for r in p.gives for x in sends[r]]
+    came = start_parcels(parts, p, like, group, label, wait=wait, **facts)
 
     def arrived() -> dict[int, list[torch.Tensor]]:
+        found = iter(came())
+        return {r: [next(found) for _ in shapes[r]] for r in p.gets}
+
+    return arrived
+
+
+def start_parcels(
+    parts: list[torch.Tensor], p: Parcels, like: torch.Tensor, group: str, label: str, *,
+    wait: bool = False, **facts: Any,
+) -> Callable[[], list[torch.Tensor]]:  # fmt: skip
+    """`start_exchange` of parts, rank by rank, as do those that calling what it returns gives."""
+    send = pack.joined(parts, like)
+    received = like.new_empty(p.length)
+    if not facts and looked_at():
+        facts = transport.sparse_facts(p.gives, p.gets, group)
+    with sending(
+        label, p.nbytes, p.messages, groups.size(group), group, dtype=like.dtype, **facts
+    ) as entry:
+        works = _post(received, send, p.gives, p.gets, group, label, p.few, wait)
+
+    def arrived() -> list[torch.Tensor]:
         _end(works, entry, group, label)
-        at = 0
-        found: dict[int, list[torch.Tensor]] = {}
-        for r in gets:
-            found[r] = parts = []
-            for s in shapes[r]:
-                n = prod(s)
-                parts.append(received[at : at + n].view(tuple(s)))
-                at += n
-        return found
+        return [received[at:end].view(shape) for at, end, shape in p.places]
 
     return arrived
 

@@ -112,7 +112,7 @@ class _Strips(torch.autograd.Function):
         low, grads, levels = [k, v], list(whole), []
         at = 0
         for side in sides:
-            n = sum(map(len, side.way.gets.values())) if side.travels else 0
+            n = sum(len(of) for _, of in side.way.gets) if side.travels else 0
             me, own = spec.index[side.d], slice(at, at + n)
             levels.append((side, grads, own))
             low = [side.joined(x, [s[i] for s in strips[own]], me) for i, x in enumerate(low)]

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .. import _torch, comm
 from .._torch.autograd import apply
+from ..cache import cached
 from ..comm import wire
 from ..comm.exchanges import FILL, Exchange, exchange
 from ..comm.formats import empty, memory_format
+from ..comm.parcels import Parcels, of_rows
 from ..spec import Spec
 from .windows import Reach, Stencil, fetch
 
@@ -29,11 +31,11 @@ WORTH = 2**18
 
 
 class Route(NamedTuple):
-    """One exchange of rows: what this rank sends to and gets from ranks, in rows along dim."""
+    """One exchange of rows: (rank, rows along dim) of what this one sends and gets."""
 
     dim: int
-    sends: dict[int, tuple[int, ...]]
-    gets: dict[int, tuple[int, ...]]
+    sends: tuple[tuple[int, tuple[int, ...]], ...]
+    gets: tuple[tuple[int, tuple[int, ...]], ...]
     group: str
 
     def back(self) -> Route:
@@ -44,8 +46,8 @@ class Route(NamedTuple):
 def route(spec: Spec, d: int, reach: Reach) -> tuple[Exchange, Route, list[tuple[int, int]]]:
     """(who needs what, the exchange, the ranges of local rows that are sent, rank by rank)."""
     plan = exchange(spec.dims[d].sizes, reach.windows, False, spec.index[d])
-    sends = {r: tuple([n for _, n in to]) for r, to in plan.sends.items()}
-    way = Route(d, sends, plan.gets, comm.along(spec, d))
+    sends = tuple([(r, tuple([n for _, n in to])) for r, to in plan.sends.items()])
+    way = Route(d, sends, tuple(plan.gets.items()), comm.along(spec, d))
     return plan, way, [(a, a + n) for to in plan.sends.values() for a, n in to]
 
 
@@ -264,13 +266,13 @@ class _Cut(torch.autograd.Function):
 
 def start(route: Route, like: Tensor, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Send parts, rank by rank; calling what it returns gives those that came, rank by rank."""
-    grouped, at = {}, 0
-    for r, to in route.sends.items():
-        grouped[r] = [p.contiguous() for p in parts[at : at + len(to)]]
-        at += len(to)
-    shapes = {r: [resized(like.shape, route.dim, n) for n in of] for r, of in route.gets.items()}
-    arrived = wire.start_exchange(grouped, shapes, like, route.group, "halo")
-    return lambda: [p for of in arrived().values() for p in of]
+    p = _parcels(route, like.shape, like.element_size())
+    return wire.start_parcels([x.contiguous() for x in parts], p, like, route.group, "halo")
+
+
+@cached
+def _parcels(route: Route, shape: tuple[int, ...], item: int) -> Parcels:
+    return of_rows(dict(route.sends), dict(route.gets), shape, route.dim, item)
 
 
 def resized(shape: Sequence[int], d: int, n: int) -> list[int]:
