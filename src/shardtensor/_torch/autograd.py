@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -207,7 +208,7 @@ def is_only_gradient(grads: tuple[Any, ...]) -> bool:
     if type(grads[0]) is not torch.Tensor or not _fills_memory(grads[0]):
         return False
     usual = count_gradients()[grads[0]._is_view()]
-    return all(n <= most for n, most in zip(_holders(grads), usual, strict=True))
+    return all(map(operator.le, _holders(grads), usual))
 
 
 @functools.cache

@@ -58,28 +58,27 @@ def exchange(
 
 
 def start_exchange(
-    sends: Mapping[int, Sequence[torch.Tensor]],
-    shapes: Mapping[int, Sequence[Sequence[int]]],
-    like: torch.Tensor,
-    group: str,
-    label: str,
-    *,
-    few: bool = True,
-    wait: bool = False,
+    sends: Mapping[int, Sequence[torch.Tensor]], shapes: Mapping[int, Sequence[Sequence[int]]],
+    like: torch.Tensor, group: str, label: str, *, few: bool = True, wait: bool = False,
     **facts: Any,
-) -> Callable[[], dict[int, list[torch.Tensor]]]:
+) -> Callable[[], dict[int, list[torch.Tensor]]]:  # fmt: skip
     """`exchange` that may still be under way: calling what it returns gives what arrived.
 
     facts: what ranks must agree on beside the dtype; default: how much each gives each.
     """
-    numels = {r: sum(map(torch.Tensor.numel, sends[r])) for r in sends}
+    parts, numels = list[torch.Tensor](), {}
+    for r in sorted(sends):
+        parts += sends[r]
+        numels[r] = sum(map(torch.Tensor.numel, sends[r]))
     p = parcels(numels, shapes, like.element_size(), few)
-    parts = [x for r in p.gives for x in sends[r]]
     came = start_parcels(parts, p, like, group, label, wait=wait, **facts)
 
     def arrived() -> dict[int, list[torch.Tensor]]:
-        found = iter(came())
-        return {r: [next(found) for _ in shapes[r]] for r in p.gets}
+        every, found, at = came(), {}, 0
+        for r in p.gets:
+            found[r] = every[at : at + len(shapes[r])]
+            at += len(shapes[r])
+        return found
 
     return arrived
 
@@ -100,7 +99,10 @@ def start_parcels(
 
     def arrived() -> list[torch.Tensor]:
         _end(works, entry, group, label)
-        return [received[at:end].view(shape) for at, end, shape in p.places]
+        found = []
+        for at, end, shape in p.places:
+            found.append(received[at:end].view(shape))
+        return found
 
     return arrived
 

@@ -31,7 +31,6 @@ from .numbers import (
     fresh,
     gathered,
     numbers_of,
-    rounded,
     slices,
     summed,
     summed_beside,
@@ -167,7 +166,8 @@ class _Normalise(torch.autograd.Function):
         by_x, by_one = times * along, times * total
         if way.width > 1:
             by_x, by_one = (per_row(_per_group(v, way), way) for v in (by_x, by_one))
-        by_x, by_one = -by_x / way.n * slope**2, -by_one / way.n * slope
+        share = slope * (-1.0 / way.n)
+        by_x, by_one = by_x * slope * share, by_one * share
         if x.dtype != accumulated(x.dtype):
             # coefficients of half precision would round all gradients of a channel alike
             dx = affine(rows, by_x, by_one, mean, ctx.far)
@@ -201,7 +201,7 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         return mean, var
     if len(way.counts) <= GATHERED:
         found = gathered([mean, var], way.group)
-        most, empty, counts = _weights(way)
+        most, empty, counts = _weights(way.counts, way.width, way.n)
         if not isinstance(mean, np.ndarray):
             counts = constant(way.counts, torch.float64, rows).reshape(-1, 1) * (way.width / way.n)
         # numpy's own `sum` is two calls of Python
@@ -225,10 +225,10 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
 
 
 @cached
-def _weights(way: Way) -> tuple[int, bool, Numbers]:
+def _weights(counts: Counts, width: int, n: int) -> tuple[int, bool, Numbers]:
     """The rank with most elements, whether some rank has none, each rank's share of them all."""
-    counts = np.array(way.counts, dtype=np.float64).reshape(-1, 1) * (way.width / way.n)
-    return way.counts.index(max(way.counts)), 0 in way.counts, counts
+    shares = np.array(counts, dtype=np.float64).reshape(-1, 1) * (width / n)
+    return counts.index(max(counts)), 0 in counts, shares
 
 
 def _sums(
@@ -239,19 +239,21 @@ def _sums(
 
     kernel: mean, slope and ones in the dtype in which rows accumulate, where there are any.
     """
+    parts: list[Numbers]
     if rows.numel():
         center, scale, one = kernel or tensors(rows, rows.shape[1], mean, slope, 1.0)
         # CUDA's kernel gives these gradients in the form of the weight, which it must have
         _, along, total = torch.ops.aten.native_batch_norm_backward(
             g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
         )
+        parts = [fresh(along), fresh(total)]
+        if way.centred:
+            # the kernel took the rounded mean
+            parts[0] = parts[0] - (mean - fresh(center)) * slope * parts[1]
     else:
-        along = total = rows.new_zeros(rows.shape[1], dtype=accumulated(rows.dtype))
-    parts = [fresh(along)]
-    if way.centred:
-        parts.append(fresh(total))
-        # the kernel took the rounded mean
-        parts[0] = parts[0] - (mean - rounded(mean, rows)) * slope * parts[1]
+        parts = [fresh(rows.new_zeros(rows.shape[1], dtype=accumulated(rows.dtype)))] * 2
+    if not way.centred:
+        parts.pop()
     given = [w for w in own if w is not None] if way.blocks else ()
     if way.group is not None and given:
         parts, wholes = summed_beside(rows, parts, given, way.blocks, way.group)

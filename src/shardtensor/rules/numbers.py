@@ -62,7 +62,8 @@ class _Lent:
 def numbers_of(x: Tensor) -> Numbers:
     """The values of a tensor."""
     x = x.detach()
-    if not on_host(x):
+    # as `on_host`
+    if type(x) not in READ or x.device.type != "cpu":
         return x.double()
     if type(x) is probe.FakeTensor:
         return np.zeros(tuple(x.shape))
@@ -120,8 +121,7 @@ def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
     if like.device.type == "cpu" and type(like) in READ:
-        out = torch.empty((len(values), n), dtype=dtype)
-        rows = READ[type(out)](out)
+        out, rows = _memory((len(values), n), dtype)
         for i, value in enumerate(values):
             rows[i] = value
         return list(out.unbind())
@@ -129,17 +129,31 @@ def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     return [v.to(dtype) for v in given]
 
 
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """A tensor that nobody is to resize, and its memory."""
+    if probe.dispatch_modes():
+        out = torch.empty(shape, dtype=dtype)
+        return out, READ[type(out)](out)
+    held = np.empty(shape, _DTYPES[dtype])
+    return torch.from_numpy(held), held
+
+
 def gathered(values: Sequence[Numbers], group: str) -> Numbers:
     """Every rank's vectors, (ranks, len(values), n), in one message."""
-    flat = _message(values, torch.float64)
+    flat, own = _message(values, torch.float64)
     found = wire.of_all(flat, group)
-    return _joined(found).reshape(len(found), len(values), len(values[0]))
+    if isinstance(own, Tensor):
+        every: Numbers = torch.cat(list(found)).double()
+    else:
+        every = np.empty((len(found), len(own)))
+        for i, x in enumerate(found):
+            every[i] = own if x is flat else READ[type(x)](x)
+    return every.reshape(len(found), len(values), len(values[0]))
 
 
 def summed(like: Tensor, values: Sequence[Numbers], group: str, *, wide: bool = False) -> Numbers:
     """The sums over ranks of vectors, (len(values), n), in one message; wide: in float64."""
-    dtype = torch.float64 if wide else accumulated(like.dtype)
-    flat = _message(values, dtype)
+    flat, _ = _message(values, torch.float64 if wide else accumulated(like.dtype))
     return _added(wire.addends(flat, group)).reshape(len(values), len(values[0]))
 
 
@@ -152,7 +166,7 @@ def summed_beside(
     wholes = [x.new_empty(shape, dtype=dtype) for x in own]
     parts = [numbers_of(x.reshape(-1)) for x in own]
     first, each = sum(len(v) for v in values), [prod(b - a for a, b in of) for of in blocks]
-    flat = _message([*values, *parts], dtype)
+    flat, _ = _message([*values, *parts], dtype)
     lies, most = _cut_of(blocks), max(each)
     if wire.direct(flat, first + len(own) * most, len(blocks)):
         found = wire.all_gather(flat, [[first + len(own) * n] for n in each], group)
@@ -162,7 +176,7 @@ def summed_beside(
                 _put(whole, block, f[first + i * n : first + (i + 1) * n])
     elif lies is not None and len(each) * (first + len(own) * most) < 2 * len(own) * prod(shape):
         parts = [_lengthened(p, most) for p in parts]
-        flat = _message([*values, *parts], dtype)
+        flat, _ = _message([*values, *parts], dtype)
         rows = wire.all_gather_rows(flat, [len(flat)] * len(each), len(flat), group)
         sums = _added([rows[:, :first].sum(0)])
         for whole, part in zip(wholes, rows[:, first:].split(most, 1), strict=True):
@@ -174,7 +188,7 @@ def summed_beside(
             full = np.zeros(shape) if on_host(whole) else torch.zeros_like(whole)
             full[mine] = parts[i].reshape(own[i].shape)
             parts[i] = full.reshape(-1)
-        flat = _message([*values, *parts], dtype)
+        flat, _ = _message([*values, *parts], dtype)
         (total,) = wire.all_reduce([flat], "sum", group)
         sums, every = _added([total[:first]]), ((0, n) for n in shape)
         block = tuple(every)
@@ -217,32 +231,26 @@ def _put(whole: Tensor, block: Sequence[tuple[int, int]], flat: Tensor) -> None:
         whole[slices(block)] = flat.view(shape).to(whole.dtype)
 
 
-def _message(values: Sequence[Numbers], dtype: torch.dtype) -> Tensor:
+def _message(values: Sequence[Numbers], dtype: torch.dtype) -> tuple[Tensor, Numbers]:
+    """Vectors one after the other, and their numbers."""
     if isinstance(values[0], Tensor):
-        return torch.cat(list(values)).to(dtype)
-    flat, at = torch.empty(sum(map(len, values)), dtype=dtype), 0
-    into = READ[type(flat)](flat)
+        flat = torch.cat(list(values)).to(dtype)
+        return flat, flat
+    flat, own = _memory((sum(map(len, values)),), dtype)
+    at = 0
     for v in values:
-        into[at : at + len(v)] = v
+        own[at : at + len(v)] = v
         at += len(v)
-    return flat
-
-
-def _joined(found: Sequence[Tensor]) -> Numbers:
-    first = found[0]
-    if not on_host(first):
-        return torch.cat(list(found)).double()
-    out = np.empty((len(found), len(first)))
-    for i, f in enumerate(found):
-        out[i] = READ[type(f)](f)
-    return out
+    return flat, own
 
 
 def _added(found: Sequence[Tensor]) -> Numbers:
     """Their sum, in the order of the ranks, so that all get the same bits."""
-    if not on_host(found[0]):
-        return torch.stack(list(found)).double().sum(0) if len(found) > 1 else found[0].double()
-    total = READ[type(found[0])](found[0]).astype(np.float64)
+    first = found[0]
+    # as `on_host`
+    if type(first) not in READ or first.device.type != "cpu":
+        return torch.stack(list(found)).double().sum(0) if len(found) > 1 else first.double()
+    total = READ[type(first)](first).astype(np.float64)
     for f in found[1:]:
         total += READ[type(f)](f)
     return total

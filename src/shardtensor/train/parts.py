@@ -127,12 +127,11 @@ class Pass:
 
     def send(self, owned: bool = False) -> None:
         """Begin to sum what is there, and gather it."""
-        parts = dict(sorted(self.parts.items()))
-        self.parts.clear()
-        addends = {p: g for p, g in parts.items() if not p.sizes}
+        parts, self.parts = dict(sorted(self.parts.items())), {}
         rows = {p: g for p, g in parts.items() if p.sizes}
+        addends = {p: g for p, g in parts.items() if not p.sizes} if rows else parts
         if addends:
-            self._sum(addends, owned and not rows and len(addends) == 1)
+            self._sum(addends, owned and len(parts) == 1)
         if rows:
             dims, sizes = [p.dim for p in rows], [p.sizes for p in rows]
             parts.clear()
@@ -152,8 +151,10 @@ class Pass:
         flat = vectors[0] if in_place and key is None else torch.cat(vectors)
         message = self.ranks.send(flat, lengths, self.task)
         message.key, message.shapes = key, shapes
-        for place, shape, view in zip(parts, shapes, message.flat.split(lengths), strict=False):
-            self.taken[place] = message, view.view(shape)
+        at = 0
+        for place, shape, n in zip(parts, shapes, lengths, strict=False):
+            self.taken[place] = message, flat[at : at + n].view(shape)
+            at += n
 
     def take(self, places: Sequence[Place]) -> list[Tensor | None]:
         """The whole gradients; None where no rank had a part."""
