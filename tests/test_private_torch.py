@@ -33,6 +33,7 @@ USED = {
     torch._C._conv_determine_backend_memory_format
     torch._C._create_function_from_graph
     torch._C._increment_version
+    torch._C._is_view_replay_enabled
     torch._C._current_autograd_node
     torch._C._current_graph_task_id
     torch._C._dispatch_has_kernel

@@ -19,7 +19,7 @@ from .later import dt
 
 # not empty once some dim of this process lies in shards of which one has no rows
 hollow: set[bool] = set()
-# called for each such dim
+# called when the first such dim is made
 when_hollow: list[Callable[[], None]] = []
 
 
@@ -42,7 +42,7 @@ class Dim(_Dim):
         if sizes:
             if type(sizes) is not Cut:
                 sizes = cut(sizes)
-            if size and not sizes.least:
+            if size and not sizes.least and not hollow:
                 hollow.add(True)
                 for call in when_hollow:
                     call()

@@ -163,9 +163,11 @@ def run_after(node: Any, number: int) -> None:
     node._set_sequence_nr(number)
 
 
-# From now on, in this thread, a view whose base is written to is taken anew by the ops it came by.
-# By its strides, as is torch's default, the gradient of one without elements has no graph.
-replay_views: Callable[[], None] = functools.partial(torch._C._set_view_replay_enabled, True)
+# Whether, in this thread, a view that is made and then written to is taken anew of its base by the
+# op that made it. By its strides, as is torch's default, the gradient of a view without elements
+# has no graph. Values of a sparse view must be asked for as that was made (torch 2.13).
+replay_views: Callable[[bool], None] = torch._C._set_view_replay_enabled
+replays_views: Callable[[], bool] = torch._C._is_view_replay_enabled
 
 
 def skip_numbers(n: int) -> None:

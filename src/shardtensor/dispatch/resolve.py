@@ -164,6 +164,22 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     return reflect
 
 
+# not empty from the first dim with an empty shard to the end of the op that met it
+_begun: list[bool] = []
+
+
+def _begin() -> None:
+    """Let the op that makes the first empty shards make its views as later ones do."""
+    if not _torch.replays_views():
+        _torch.replay_views(True)
+        _begun.append(True)
+
+
+def _is_strided(x: Any) -> bool:
+    """Whether x is no sparse tensor."""
+    return not isinstance(x, Tensor) or x.__class__ is ShardTensor or x.layout is torch.strided
+
+
 def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
     """The handler that notes its op in open traces, of operands on one mesh."""
     kind = NOT if writes else kind_of(name)
@@ -174,6 +190,12 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The op: stale operands, other mesh axes, `out=`, then its handler."""
+        if hollow and not _torch.replays_views() and all(map(_is_strided, args)):
+            _torch.replay_views(True)
+            try:
+                return run(func, args, kwargs)
+            finally:
+                _torch.replay_views(False)
         if stale:
             check_readable(args, kwargs)
         mesh = mesh_of(args, None)
@@ -183,11 +205,8 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
             return met(run, writes, func, args, kwargs)
         if kwargs and "out" in kwargs:
             return _into(run, func, args, kwargs)
-        if hollow:
-            # another thread may have made the first
-            _torch.replay_views()
-            if tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
-                try_out(func, args, kwargs)
+        if hollow and tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
+            try_out(func, args, kwargs)
         if not (counters.records or probe.profiling()):
             out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
         else:
@@ -201,6 +220,9 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
             follow(kind, func, args, kwargs, out)
         if kept:
             keep_result(out)
+        if _begun:
+            _begun.clear()
+            _torch.replay_views(False)
         if within:
             for x in args[:1] or kwargs.values():
                 if x.__class__ is ShardTensor:
@@ -360,5 +382,5 @@ def _opened(func: Any) -> Handler:
 
 
 handlers.resolve = _resolve
-when_hollow.append(_torch.replay_views)
+when_hollow.append(_begin)
 handlers.passing = script.Scripted
