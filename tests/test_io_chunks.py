@@ -66,6 +66,20 @@ def test_steps_of_chunks_of_all_times(tmp_path):
     assert first[1] == [__file__]
 
 
+def test_the_first_rank_tells_of_all(tmp_path):
+    """Of the second one's, too; processes do not share what was said."""
+    url = store(tmp_path / "f.zarr", (1, 6, 16))
+
+    def run():
+        chunks._warned.clear()
+        io.read(
+            io.open_array(url, "t"), T.make_mesh((2,)), [Shard(0)], index={0: 3}, sizes={0: (9, 3)}
+        )
+
+    first, second = told(2, run)
+    assert "2.0 times as many: 3 of 6 rows in its dim 1" in first[0][0] and not second[0]
+
+
 def test_cuts_that_leave_ranks_uneven_are_not_advised(tmp_path):
     """12 rows in chunks of 8 for 3 ranks: shards of 8, 4 and 0 rows would end where chunks do."""
     url = store(tmp_path / "b.zarr", (1, 8, 16))

@@ -7,6 +7,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor.compat.physicsnemo import sync_module_over_mesh
 
 D = torch.float64
 M, K, C = 5, 9, 3
@@ -303,13 +304,18 @@ def test_buffers_of_all_ranks_become_those_of_the_first(layout):
         st.simulate(2, run, other)
 
 
-def test_a_buffer_that_only_the_first_rank_has_twice_at_a_place():
+@pytest.mark.parametrize("way", ["parallelize", "physicsnemo"])
+def test_a_buffer_that_only_the_first_rank_has_twice_at_a_place(way):
     def run():
         mesh = T.make_mesh((2,))
         at = torch.tensor([[0, 2 * mesh.get_rank(), 1], [1, 1, 0]])
         s = torch.sparse_coo_tensor(at, torch.ones(3), (3, 2), dtype=torch.float64)
         model = torch.nn.Module()
         model.register_buffer("s", s.coalesce() if mesh.get_rank() else s)
-        return st.parallelize(model, mesh).s.coalesce().values().tolist()
+        if way == "parallelize":
+            st.parallelize(model, mesh)
+        else:
+            sync_module_over_mesh(model, mesh, verify=True)
+        return model.s.coalesce().values().tolist()
 
     assert st.simulate(2, run) == [[2, 1]] * 2

@@ -38,11 +38,11 @@ def read(
 
     source: or what `open_array` takes. index: for some dims, by name or number, one row (the dim
     goes away) or a slice of step 1, for instance {"time": 3}. placements, sizes: of what is left;
-    `aligned_sizes` gives cuts at the borders of chunks. dtype: default the file's. Warns, once for
-    arrays that are stored and cut alike, where this rank reads 64 KiB or more of chunks and 1.5
-    times what it wants. Raises ValueError for a placement that is Partial, a dim that is not there,
-    and sizes that do not fit, IndexError for a row that is not there, UnsupportedOpError in a
-    worker of torch's DataLoader.
+    `aligned_sizes` gives cuts at the borders of chunks. dtype: default the file's. The first rank
+    warns, once for arrays that are stored and cut alike, where some rank reads 64 KiB or more of
+    chunks and 1.5 times what it wants. Raises ValueError for a placement that is Partial, a dim
+    that is not there, and sizes that do not fit, IndexError for a row that is not there,
+    UnsupportedOpError in a worker of torch's DataLoader.
     """
     source = source if isinstance(source, Source) else open_array(source)
     spec = spec_of(source, mesh, placements, index, sizes)

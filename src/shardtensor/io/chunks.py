@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
+
+import torch.distributed as dist
 
 from ..caller import caller
 
@@ -54,13 +56,16 @@ def heed(
     ranges: Sequence[tuple[int, int]],
     cuts: Mapping[int, Cut],
 ) -> None:
-    """Warn of an array of whose chunks this rank reads much more than it wants.
+    """Warn, on the first rank, of an array of whose chunks some rank reads much more than it wants.
 
     Once for all arrays of one shape that are stored and cut alike. cuts: by the dim of the sample
     that is cut.
     """
+    if not chunks or (dist.is_initialized() and dist.get_rank()):
+        return
+    ranges = _worst(chunks, ranges, cuts)
     wanted = [b - a for a, b in ranges]
-    if not chunks or not prod(wanted):
+    if not prod(wanted):
         return
     kind = (*shape, *chunks, item, *cuts.items())
     if kind in _warned:
@@ -77,7 +82,7 @@ def heed(
     )
     frame = caller()
     warnings.warn_explicit(
-        f"{name}: this rank wants {prod(wanted) * item / 1e6:.3g} MB of chunks {tuple(chunks)} "
+        f"{name}: a rank wants {prod(wanted) * item / 1e6:.3g} MB of chunks {tuple(chunks)} "
         f"that have {prod(touched) * item / 1e6:.3g} MB ({times:.1f} times as many: {whole}). "
         + _advice(chunks, wanted, touched, cuts)
         + f"tore chunks of at most {_better(wanted, cuts)}",
@@ -85,6 +90,21 @@ def heed(
         frame.f_code.co_filename if frame else name,
         frame.f_lineno if frame else 1,
     )
+
+
+def _worst(
+    chunks: Sequence[int], ranges: Sequence[tuple[int, int]], cuts: Mapping[int, Cut]
+) -> list[tuple[int, int]]:
+    """The block of the rank that reads the most for what it wants."""
+    found = list(ranges)
+    for c in cuts.values():
+        edges = [c.rows[0] + n for n in accumulate(c.sizes, initial=0)]
+        held = [(a, b) for a, b in pairwise(edges) if a < b]
+        size = chunks[c.dim]
+        found[c.dim] = max(
+            held, key=lambda r: (-(-r[1] // size) - r[0] // size) / (r[1] - r[0]), default=(0, 0)
+        )
+    return found
 
 
 def _advice(

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ... import comm
+from ... import _torch, comm
 from ...comm import wire
 from ...tensor import ShardTensor
 from ...train.parallelize import synchronise
@@ -32,7 +32,7 @@ def sync_module_over_mesh(
     if any(isinstance(m, FSDPModule) for m in module.modules()):
         raise RuntimeError("sync_module_over_mesh after fully_shard: call it before")
     named = [*module.named_parameters(), *module.named_buffers()]
-    plain = {k: x.detach() for k, x in named if not isinstance(x, DTensor | ShardTensor)}
+    plain = {k: x for k, x in named if not isinstance(x, DTensor | ShardTensor)}
     group = comm.group(mesh, (0,))
     if verify:
         facts = ", ".join(f"{k} {list(x.shape)} {x.dtype}" for k, x in plain.items())
@@ -43,7 +43,8 @@ def sync_module_over_mesh(
 
 
 def _bytes(x: Tensor) -> bytes:
-    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    parts = (y.detach().cpu().contiguous() for y in _torch.dense_parts(x))
+    return b"".join(y.reshape(-1).view(torch.uint8).numpy().tobytes() for y in parts)
 
 
 def _compare(data: bytes, mesh: DeviceMesh, group: str, what: str) -> None:
