@@ -144,27 +144,29 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     sent = moves.sum(1).tolist()
     # what is kept for backward, too
     short = torch.int32 if count * dim.size <= torch.iinfo(torch.int32).max else torch.int64
-    places = places.to(short)
-    numbers = (places + dim.offsets[me]).flatten()
+    places, rows = places.to(short), flat.shape[1]
     if count > 1:
         # to one rank after the other, lane by lane
-        places += flat.shape[1] * torch.arange(count, dtype=short, device=device)[:, None]
-        away = turned(moves[me], short, places.numel())
-        places, numbers = places.flatten()[away], numbers[away]
-        del away
+        places += rows * torch.arange(count, dtype=short, device=device)[:, None]
+        places = places.flatten()[turned(moves[me], short, places.numel())]
+    places = places.flatten()
     gives, gets = sent[me], [row[me] for row in sent]
-    way = Route(places.flatten(), tuple(gives), tuple(gets), None, max(dim.sizes), group)
-    del places
-    numbers = exchange_rows(numbers, gives, gets, group, "sort")
-    found = fetch(flat.flatten(), way)
+
+    def by_lane(came: Tensor) -> Tensor:
+        if count > 1:
+            came = came[turned(moves[..., me], short, sum(gets))]
+        return came.view(count, -1)
+
+    way = Route(places, (*gives,), (*gets,), None, max(dim.sizes), group)
+    found = by_lane(fetch(flat.flatten(), way))
     del way
-    if count > 1:
-        back = turned(moves[..., me], short, sum(gets))
-        found, numbers = found[back], numbers[back]
-        del back
     # equal ones came in the order of the ranks
-    found, order = found.view(count, -1).sort(descending=descending, stable=True)
-    numbers = numbers.view(count, -1).gather(1, order)
+    found, order = found.sort(descending=descending, stable=True)
+    # after the elements: until they are sorted they are in memory twice
+    numbers = places.remainder(rows) if count > 1 else places.clone()
+    del places
+    numbers = exchange_rows(numbers.add_(dim.offsets[me]), gives, gets, group, "sort")
+    numbers = by_lane(numbers).gather(1, order)
     if _torch.differentiated(found):
         return found, numbers.long()
     return found, order.copy_(numbers)
