@@ -257,3 +257,21 @@ def test_in_a_running_event_loop():
         return st.check(conv(), image(), mesh_shapes=[(2,)]).ok
 
     assert asyncio.run(cell())
+
+
+class Cached(nn.Module):
+    """Parametrized weights that are kept for a call; copies of the layer have one key there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(conv())
+
+    def forward(self, x):
+        with nn.utils.parametrize.cached():
+            return self.layer(self.layer(x).sin())
+
+
+def test_weights_that_are_kept_for_a_call_are_a_rank_s_own():
+    report = st.check(Cached(), image(), [Shard(2)])
+    assert report.ok and report.verdict == "right", report
+    assert not nn.utils.parametrize._cache

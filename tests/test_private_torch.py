@@ -87,6 +87,8 @@ USED = {
     torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers
     torch.distributed.tensor._api._FromTorchTensor
     torch.nn.parallel.distributed._find_tensors
+    torch.nn.utils.parametrize._cache
+    torch.nn.utils.parametrize._cache_enabled
     torch.nn.utils.stateless._functional_call
     torch.nn.utils.stateless._reparametrize_module
     torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default

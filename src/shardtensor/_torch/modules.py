@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""Private torch APIs of modules: calls with other tensors in the place of their parameters."""
+"""Private torch APIs of modules: other tensors in the place of parameters, and cached ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import stateless
+from torch.nn.utils import parametrize, stateless
 
 from .dispatcher import hide_from_dynamo
 
@@ -43,3 +43,13 @@ def in_their_place(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[No
         finally:
             for kept, before in zip(lists, had, strict=True):
                 kept[:] = before
+
+
+def cached_weights() -> tuple[int, Any]:
+    """How often `parametrize.cached` surrounds the process, and what it has kept."""
+    return parametrize._cache_enabled, parametrize._cache
+
+
+def cache_weights(enabled: int, kept: Any) -> None:
+    """Let it go on from there; copies of a module have one key."""
+    parametrize._cache_enabled, parametrize._cache = enabled, kept

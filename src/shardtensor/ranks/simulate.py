@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _torch, cache
+from .._torch.modules import cache_weights, cached_weights
 from ..caller import call_of_user, described, op_of
 from ..comm import counters, flights, groups, observers
 from ..comm.mismatch import Record, difference, position
@@ -87,13 +88,14 @@ class Turns:
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
         """Let other ranks run until ready()."""
-        states = random_states()
+        states, kept = random_states(), cached_weights()
         self.waiting[rank] = (ready, what)
         self.next_after(rank)
         self.go[rank].wait()
         self.go[rank].clear()
         del self.waiting[rank]
         restore(states)
+        cache_weights(*kept)
         if not ready():
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
@@ -222,6 +224,7 @@ class World:
 
     def _go_on(self) -> None:
         turns, before, hook = self.turns, random_states(), sys.excepthook
+        kept = cached_weights()
         # a mesh of an earlier world may equal one of this
         cache.clear()
         turns.outside.clear()
@@ -238,6 +241,7 @@ class World:
                     t.join()
         cache.clear()
         restore(before)
+        cache_weights(*kept)
         # init_process_group puts "[rank0]" before every later traceback of this process
         sys.excepthook = hook
         if self.ended:
@@ -256,6 +260,7 @@ class World:
         observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
         restore(self.random)
+        cache_weights(0, {})
         try:
             with torch.autograd.set_multithreading_enabled(False):
                 world_size = len(self.threads)
