@@ -36,7 +36,7 @@ MOST = 256
 
 class Model:
     """A published model. build: of an input's shape; at: (label, shape) as published, then larger;
-    dim: of the input, cut."""
+    dim: of the input, cut; why: in words, no number of GPUs tried holds it."""
 
     def __init__(
         self,
@@ -44,8 +44,9 @@ class Model:
         build: Callable[[Shape], nn.Module],
         at: Sequence[tuple[str, Shape]],
         dim: int = 2,
+        why: str = "",
     ) -> None:
-        self.name, self.build, self.at, self.dim = name, build, at, dim
+        self.name, self.build, self.at, self.dim, self.why = name, build, at, dim, why
 
 
 def _joined(model: nn.Module, x: Tensor) -> Any:
@@ -106,12 +107,14 @@ def _images() -> Iterator[Model]:
         return [(f"{h} x {w}", (1, 3, h, w)) for h, w in sides]
 
     city, square = ((1024, 2048), (2048, 4096)), ((512, 512), (4096, 4096))
+    # the batch norm of its pooled branch trains on no single sample
+    pairs = [(f"two of {label}", (2, *shape[1:])) for label, shape in at(*city)]
     yield Model("SegFormer-B5 (transformers)", lambda s: Picked(_hf("SegformerForSemanticSegmentation",
         "Segformer", hidden_sizes=[64, 128, 320, 512], depths=[3, 6, 40, 3],
         decoder_hidden_size=768), lambda m, x: m(x).logits), at(*city))  # fmt: skip
     yield Model("DeepLabV3, ResNet-101 (torchvision)", lambda s: Picked(
         new("torchvision.models.segmentation.deeplabv3_resnet101", weights=None,
-            weights_backbone=None), lambda m, x: m(x)["out"]), at(*city))  # fmt: skip
+            weights_backbone=None), lambda m, x: m(x)["out"]), pairs)  # fmt: skip
     yield Model("UNet, ResNet-34 (segmentation_models_pytorch)", lambda s: new(
         "segmentation_models_pytorch.Unet", "resnet34", encoder_weights=None), at(*square))  # fmt: skip
     yield Model("ConvNeXt-L (torchvision)", lambda s: new("torchvision.models.convnext_large"),
@@ -119,7 +122,11 @@ def _images() -> Iterator[Model]:
     yield Model("ViT-L/16 (timm)", lambda s: new("timm.create_model", "vit_large_patch16_224",
         img_size=s[2]), at((224, 224), (4096, 4096)))  # fmt: skip
     yield Model("SwinV2-B (timm)", lambda s: new("timm.create_model", "swinv2_cr_base_224",
-        img_size=s[2]), at((224, 224), (3584, 3584)))  # fmt: skip
+        img_size=s[2]), at((224, 224), (3584, 3584)), why="its windows grow with the image, here to "
+        "112 x 112 tokens, and each block's MLP over the 157 million pairs of these is computed "
+        "whole on every rank")  # fmt: skip
+    yield Model("SwinV2-B, windows of 7 x 7 (timm)", lambda s: new("timm.create_model",
+        "swinv2_cr_base_224", img_size=s[2], window_size=7), at((3584, 3584)))  # fmt: skip
     yield Model("VAE of Stable Diffusion (diffusers)", lambda s: Picked(new("diffusers.AutoencoderKL",
         block_out_channels=(128, 256, 512, 512), layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
@@ -139,8 +146,8 @@ MODELS = [*_weather(), *_points(), *_volumes(), *_images()]
 HEAD = """# What it takes
 
 Published models, each built unmodified by its own package, at its usual resolution and at a larger
-one, with the widths and depths that the script gives (near those published, not held to the papers): a training step of one sample with AdamW under bf16
-autocast, planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
+one, with the widths and depths that the script gives (near those published, not held to the papers): a training step of one sample (of two where it
+says so, as batch norm cannot train on one) with AdamW under bf16 autocast, planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
 run**, and what kernels allocate inside themselves is not counted ([Before the run](plan.md) says
 what a plan is worth). Made by `benchmarks/what_it_takes.py`.
 
@@ -202,7 +209,7 @@ def following(last: Row | None) -> int:
 
 def page(rows: Sequence[Row]) -> str:
     """A line for each model and resolution."""
-    told = [HEAD]
+    told, whys = [HEAD], {m.name: m.why for m in MODELS}
     for (name, label), one in _grouped(rows).items():
         first, last = one[0], one[-1]
         alone = f"{first['peak'] / 1e9:,.1f}" if "peak" in first else "-"
@@ -213,7 +220,9 @@ def page(rows: Sequence[Row]) -> str:
             sent = f"{last['bytes'] / 1e9:,.2f}" if last["devices"] > 1 else "0"
             cells += [str(last["devices"]), layout, f"{last['peak'] / 1e9:,.1f}", sent]
         else:
-            cells += [f"not on {last['devices']}: {short(last['result'], 160)}", "", "", ""]
+            why = short(last["result"], 160)
+            why += f": {whys[name]}" if whys[name] and why == "does not fit" else ""
+            cells += [f"not on {last['devices']}: {why}", "", "", ""]
         told.append("| " + " | ".join(cells) + " |")
     gathers = {r["model"]: r["gathers"] for r in rows if r.get("gathers")}
     told += ["", *(f"{k} gathers: {', '.join(v)}.\n" for k, v in gathers.items())]
