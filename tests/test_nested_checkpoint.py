@@ -163,3 +163,35 @@ def test_a_rank_does_not_see_what_it_moves_for_the_others():
 
     for found in simulate(3, on_rank):
         torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+def selected_again(x, rows, saved):
+    """What a selective checkpoint of a transform and of rows by number gives."""
+
+    def region(x):
+        y = torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[-2:])
+        return y.index_select(1, rows).sin() + torch.tensor([2.0, 3.0, 0.5])
+
+    y = checkpoint(
+        region, x.requires_grad_(), use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(saved),
+    )  # fmt: skip
+    y.square().sum().backward()
+    return [y, x.grad]
+
+
+@pytest.mark.parametrize("name", ["sin", "_fft_r2c"])
+def test_a_selective_checkpoint_does_not_see_what_is_made_once(name):
+    """What is repeated finds it made: ops after it would be given the results of others."""
+    saved = [getattr(torch.ops.aten, name).default]
+    x = torch.linspace(-1, 3, 7 * 6 * 3, dtype=F64).sin().reshape(7, 6, 3)
+    rows = torch.tensor([5, 0, 3, 3, 1])
+    want = selected_again(x.clone(), rows, saved)
+
+    def on_rank():
+        mesh = make_mesh((2,))
+        mine = [st.distribute_tensor(t, mesh, [Shard(t.ndim // 2)]) for t in (x, rows)]
+        return [t.full_tensor() for t in selected_again(*mine, saved)]
+
+    for found in simulate(2, on_rank):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)

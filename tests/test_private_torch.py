@@ -112,8 +112,11 @@ USED = {
     torch.utils._device.DeviceContext
     torch.utils._device.DeviceContext.__torch_function__.__code__
     torch.utils._python_dispatch
+    torch.utils.checkpoint._CachedTorchDispatchMode
+    torch.utils.checkpoint._CachingTorchDispatchMode
     torch.utils.checkpoint._CheckpointFrame
     torch.utils._python_dispatch._disable_current_modes
+    torch.utils._python_dispatch._get_current_dispatch_mode_stack
     torch.utils._python_dispatch._pop_mode
     torch.utils._python_dispatch._push_mode
     torch._C._VariableFunctions._pack_padded_sequence

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +14,24 @@ from torch import Tensor
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
 _caches: list[Any] = []
+# around what is made once and then kept: see `_torch.dispatcher.unrecorded`, which sets it
+making: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def alone(fn: F) -> F:
+    """The function of which results are kept, so that others may not see it run."""
+
+    @wraps(fn)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        with making():
+            return fn(*args, **kwargs)
+
+    return make  # type: ignore[return-value]
 
 
 def cached(fn: F) -> F:
     """The function with its last 4096 results kept; arguments must be hashable."""
-    kept = lru_cache(maxsize=4096)(fn)
+    kept = lru_cache(maxsize=4096)(alone(fn))
     _caches.append(kept)
     return kept  # type: ignore[return-value]
 
@@ -45,7 +59,8 @@ def of_tensor(x: Tensor, key: Hashable, make: Callable[[], V]) -> V:
         gone = weakref.ref(x, lambda ref: _forget(at, ref))
         _of_tensors[at] = (gone, x._version, kept)
     if key not in kept:
-        made = make()
+        with making():
+            made = make()
         if capturing(x.device):
             return made
         kept[key] = made

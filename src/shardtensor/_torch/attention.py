@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cache import alone
+
 
 class Block(NamedTuple):
     """How a kernel weighs the keys of a block. bias: numbers to add to the scores.
@@ -131,6 +133,7 @@ def _chosen(
 
 
 @lru_cache(maxsize=64)
+@alone
 def _cudnn_serves(device: torch.device, dtype: torch.dtype, width: int, biased: bool) -> bool:
     """Whether cuDNN's kernel gives and takes log-sum-exps as the others do; asked once.
 

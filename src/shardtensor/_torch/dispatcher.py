@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils import _python_dispatch
+from torch.utils import _python_dispatch, checkpoint
 from torch.utils._device import DeviceContext
 
+from .. import cache
 from ..later import when_loaded
 
 # what runs between user and us under torch.set_default_device
@@ -107,6 +108,24 @@ def is_tracing() -> bool:
 def under_modes() -> bool:
     """Whether a dispatch mode sees the ops of this thread: what they make may be fake."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+_SELECTING = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """Around what is made once and then kept, where selective checkpoints look on, and nobody else.
+
+    They know ops by their number. What the repetition finds made would shift those after it, which
+    would be given the results of others.
+    """
+    if not under_modes():
+        return nullcontext()
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    return outside_modes() if all(isinstance(m, _SELECTING) for m in modes) else nullcontext()
+
+
+cache.making = unrecorded
 
 
 @contextmanager

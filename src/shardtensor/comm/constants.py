@@ -41,7 +41,7 @@ def constant(values: tuple[float, ...] | float, dtype: torch.dtype, like: Tensor
         # a tensor of the transform, which ends with it
         return torch.tensor(values, dtype=dtype, device=device)
     # what is made in inference mode could not be saved for backward
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), cache.making():
         if cache.capturing(device):
             return _filled(values, dtype, device)
         found = torch.tensor(values, dtype=dtype, device=device)

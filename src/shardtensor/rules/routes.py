@@ -130,6 +130,11 @@ def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[],
 
     key: what else the route depends on. group: all ranks that make it together.
     """
+    with cache.making():
+        return _route_of(index, at, key, group, make)
+
+
+def _route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], V]) -> V:
     # a route outlives the transforms of torch.func, which integers have no part in
     at, local = _torch.unwrapped(at), _torch.unwrapped(local_of(index))
     ref, full = _named(local, key)
@@ -161,10 +166,11 @@ def kept(
     """
     ref, full = _named(pattern[0], key)
     owners = owners or pattern
-    found: V | None = _kept.get(full, pattern, owners)
-    if found is None:
-        found = make()
-        _kept.put(full, ref, found, pattern, owners)
+    with cache.making():
+        found: V | None = _kept.get(full, pattern, owners)
+        if found is None:
+            found = make()
+            _kept.put(full, ref, found, pattern, owners)
     return found
 
 
