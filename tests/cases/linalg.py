@@ -94,6 +94,7 @@ NORMED = {
     "renorm": lambda a: [
         torch.renorm(a, p, d, 1.0) for p in (1.0, 2.0, float("inf")) for d in (0, 1)
     ],
+    "renorm_": lambda a: (a * 1).renorm_(2, 0, 1.0),
     "vander": lambda a: (L.vander(a, N=4), L.vander(a.mT.contiguous())),
 }
 cases("cross", CROSS, normal(5, 3), normal(5, 3), gather=True)

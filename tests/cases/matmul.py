@@ -31,7 +31,16 @@ KIN = {
     "addmm scaled": (lambda i, p, q: torch.addmm(i, p, q, beta=0.5, alpha=2), normal(7, 5), x[0], w.T),
     "bilinear": (lambda a, c, e: F.bilinear(a, c, e), x, x.flip(1), normal(3, 6, 6)),
 }  # fmt: skip
-for name, (fn, *operands) in KIN.items():
+# what is written to was made by an op, as no leaf may be
+IN_PLACE = {
+    "addmm_": (lambda i, p, q: (i * 2).addmm_(p, q), normal(7, 5), x[0], w.T),
+    "addmm_ scaled": (lambda i, p, q: i.mul(2).addmm_(p, q, beta=0.5, alpha=2), normal(7, 5), x[0], w.T),
+    "addmv_": (lambda i, p, q: (i * 2).addmv_(p, q, alpha=3), normal(7), x[0], x[1, 0]),
+    "baddbmm_": (lambda i, p: (i * 2).baddbmm_(p, p.mT), normal(2, 7, 7), x), "addbmm_": (lambda i, p: (i * 2).addbmm_(p, p.mT), normal(7, 7), x),
+    "addr_": (lambda i, p, q: (i * 2).addr_(p, q, beta=3), normal(7, 6), normal(7), normal(6)),
+    "addr_ of a view": (lambda i, p, q: [y := i * 2, y[1:].addr_(p, q)][0], normal(7, 6), normal(6), normal(6)),
+}  # fmt: skip
+for name, (fn, *operands) in (KIN | IN_PLACE).items():
     case("product", *operands, name=name)(fn)
 
 

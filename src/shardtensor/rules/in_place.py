@@ -22,17 +22,25 @@ def assigned(x: Tensor, op: str, new: Any) -> Tensor:
     """x, a plain tensor or a ShardTensor, with the values of new() written into it."""
     if isinstance(x, ShardTensor):
         check_writable(x, op)
-        x._local.copy_(like(new(), x._spec)._local)
+        made = new()
+        if made.shape != x.shape:
+            raise RuntimeError(f"{op}: a result of shape {[*made.shape]} for one of {[*x.shape]}")
+        if not torch.can_cast(made.dtype, x.dtype):
+            raise RuntimeError(f"{op}: result type {made.dtype} can't be cast to {x.dtype}")
+        x._local.copy_(like(made, x._spec)._local)
     else:
         x.copy_(replicate(new())._local)
     return x
 
 
-def in_place(fn: Any) -> None:
-    """Register the in-place variant of a rule."""
+def in_place(fn: Any, *names: str, reads: bool = False) -> None:
+    """Register the in-place variant of a rule, and of others that it serves.
+
+    reads: whether its gradient needs what the write overwrites.
+    """
     name = f"{fn.__name__}_"
 
-    @rule(name)
+    @rule(name, *names)
     @takes_plain
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # adopt_rows counts the references to x: this must be its only name here
@@ -42,8 +50,7 @@ def in_place(fn: Any) -> None:
             if target is not None:
                 adopt_rows(x, target, indexed=False)
         before = x
-        if "reduce" in name and torch.is_grad_enabled():
-            # its gradient needs what the write overwrites
+        if reads and torch.is_grad_enabled():
             before = x.clone()
         return assigned(x, name, partial(fn, before, *rest, **kwargs))
 

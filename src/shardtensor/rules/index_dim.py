@@ -171,4 +171,4 @@ def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) 
 
 
 for _fn in (index_add, index_copy, index_fill, index_reduce, put):
-    in_place(_fn)
+    in_place(_fn, reads=_fn is index_reduce)

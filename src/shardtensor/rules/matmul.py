@@ -21,6 +21,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.dense import refuse_not_dense
 from ..tensor.redistribute import beside, fit, local_of
 from . import labels, sparse
+from .in_place import in_place
 from .labels import Labels
 from .reduce import wide
 from .shape import _index
@@ -243,6 +244,11 @@ def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: f
     # of the dtype that the sum has, unlike products of matrices
     dtype = torch.result_type(local_of(product), local_of(input))
     return _plus(product.to(dtype), input, beta, alpha)
+
+
+in_place(addmm, "addmv_", "baddbmm_")
+in_place(addbmm)
+in_place(addr)
 
 
 @rule("outer", "ger")

@@ -292,4 +292,4 @@ def scatter_reduce(
 
 
 for _fn in (scatter, scatter_add, scatter_reduce):
-    in_place(_fn)
+    in_place(_fn, reads=_fn is scatter_reduce)

@@ -18,6 +18,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import fit, reduced
 from . import labels
 from .empty import stock
+from .in_place import in_place
 from .reduce import over
 
 
@@ -96,6 +97,8 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     factor = torch.where(larger, maxnorm / (norm + 1e-7), 1.0)
     return input * factor.to(input.dtype)
 
+
+in_place(renorm, reads=True)
 
 # distances of all pairs --------------------------------------------------------------------------
 
