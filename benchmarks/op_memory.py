@@ -92,6 +92,10 @@ CASES: dict[str, Case] = {
     "max pool with indices": (
         _image, 2, _op(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)),
     ),
+    "max pool with indices along W": (
+        lambda n: (1, 16, 256, n // 4096), 3,
+        _op(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)),
+    ),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import make_mesh
+from shardtensor.rules import flat
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -111,9 +112,29 @@ def test_places_of_what_is_largest(n, cut):
         T.hold(m, [a[1:]], [T.shard(1, cut)], (len(cut),))
 
 
-def test_places_take_no_memory_beside_them():
+@pytest.mark.parametrize(("n", "large"), [(2, 2**18), (3, 0)])
+def test_places_of_what_is_largest_along_other_dims(n, large, monkeypatch):
+    monkeypatch.setattr(flat, "_LARGE", large)
+    a = torch.randn(2, *[4, 7, 9][-n:], dtype=D)
+    a[0] = float("-inf")
+    pool = getattr(nn, f"MaxPool{n}d")
+    for m in (pool(3, 2, 1, return_indices=True), pool(2, 1, 1, 2, return_indices=True)):
+        for places, mesh in (
+            (T.shard(n, (5, 0, 4)), (3,)),
+            (T.On([Shard(n), Shard(n - 1)], {n: (2, 7), n - 1: (4, a.shape[n - 1] - 4)}), (2, 2)),
+            (T.On([Shard(n - 1), Shard(n - 1)]), (2, 2)),
+        ):
+            T.hold(m, [a], [places], mesh, grad=False)
+            T.hold(m, [a[1:]], [places], mesh)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_places_take_no_memory_beside_them(dim, monkeypatch):
+    monkeypatch.setattr(flat, "_LARGE", 0)
     with silent_world(4, 8):
-        spec = Spec.of(make_mesh((8,)), [Shard(2)], (1, 4, 512, 32))
+        shape = [1, 4, 64, 64]
+        shape[dim] *= 8
+        spec = Spec.of(make_mesh((8,)), [Shard(dim)], tuple(shape))
         a = wrap(torch.randn(spec.local_shape), spec)
         pool = nn.MaxPool2d(3, 1, 1, return_indices=True)
         # the window, the largest and their places in 8 bytes

@@ -17,7 +17,7 @@ from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
-from .flat import coordinates, positions
+from .flat import coordinates, move, positions
 from .sliding import fetched, plan, sliding
 from .windows import Ints, Reach, Stencil, stencils, trim
 
@@ -134,28 +134,31 @@ def _global_index(
     """
     if not reaches:
         return index
-    n = len(dilations)
-    first = len(spec.dims) - n
-    if list(reaches) == [first]:
-        # rows of what lies whole beside them
-        row = prod(shape[1:])
-        start = reaches[first].windows[spec.index[first]][0]
-        index = index + start * row if kept else index.add_(start * row)
-        if start < 0:
-            # as below, of the results whose windows begin there
-            outer = index.narrow(first, 0, min(-start, index.shape[first]))
-            outer.copy_(torch.where(outer < 0, outer % (dilations[0] * row), outer))
-        return index
+    first = len(spec.dims) - len(dilations)
+    sizes, at = spec.shape[first:], spec.index[first:]
+    starts = [reaches[d].windows[i][0] if d in reaches else 0 for d, i in enumerate(at, first)]
+    # results whose windows may begin outside
+    outer = [(d, min(-start, index.shape[d])) for d, start in enumerate(starts, first) if start < 0]
+    inside = [_inside(index.narrow(d, 0, n), shape, starts, sizes, dilations) for d, n in outer]
+    index = move(index.clone() if kept else index, shape, starts, sizes)
+    for (d, n), found in zip(outer, inside, strict=True):
+        index.narrow(d, 0, n).copy_(found)
+    return index
+
+
+def _inside(
+    index: Tensor,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    dilations: Sequence[int],
+) -> Tensor:
+    """As `move`; where nothing in a window is above the fill torch names its first row inside."""
     found = []
-    inner = coordinates(index, shape)
-    for d, at, dilation in zip(range(-n, 0), inner, dilations, strict=True):
-        reach = reaches.get(len(spec.dims) + d)
-        start = reach.windows[spec.index[d]][0] if reach else 0
-        if start < 0:
-            # nothing in the window is above the fill: torch names its first row inside
-            at = torch.where(at + start < 0, (at + start) % dilation, at + start)
-        found.append(at + start if start > 0 else at)
-    return positions(found, spec.shape[-n:])
+    for at, start, dilation in zip(coordinates(index, shape), starts, dilations, strict=True):
+        at = at + start
+        found.append(torch.where(at < 0, at % dilation, at) if start < 0 else at)
+    return positions(found, sizes)
 
 
 def _define_max_pool(n: int) -> None:
