@@ -1,4 +1,4 @@
-"""Every use of a private torch API, by subject (checked on torch 2.11 and 2.13).
+"""Every use of a private torch API, by subject (checked on torch 2.11 to 2.15).
 
 Here is what many modules use; `probe`, `dtensor`, `script`, `modules` and `kernels` are imported by
 name.

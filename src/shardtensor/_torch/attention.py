@@ -86,7 +86,7 @@ def takes_flash_on_cpus(
 ) -> bool:
     """Whether plain attention of such shapes takes its fused kernel on CPUs, where that is allowed.
 
-    Up to torch 2.13 of four dims, of 2.14 of three, too.
+    Up to torch 2.13 of four dims, since 2.14 of three, too.
     """
     choose: Any = torch._fused_sdp_choice
     # rows that lie in one piece, of no more memory than one
@@ -328,7 +328,7 @@ def _cudnn_backward(
 
 _FLASH_CPU = AttentionKernel(_flash_cpu, _flash_cpu_backward)
 
-# the kernels for CUDA are written from the signatures of torch 2.11 to 2.14
+# the kernels for CUDA are written from the signatures of torch 2.11 to 2.15
 _FLASH_CUDA = _padded(AttentionKernel(_flash_cuda, _flash_cuda_backward))
 
 _EFFICIENT_CUDA = _padded(AttentionKernel(_efficient_cuda, _efficient_cuda_backward))

@@ -132,7 +132,7 @@ def _rank() -> int:
 def plan_by_rank() -> None:
     """Let each rank plan for itself how DTensors are cut anew, where ranks are threads.
 
-    torch (2.13, 2.14) keeps plans for the process; those of uneven shards depend on the rank.
+    torch (2.13 to 2.15) keeps plans for the process; those of uneven shards depend on the rank.
     """
 
     def replace(_: Any) -> None:

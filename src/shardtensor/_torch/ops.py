@@ -36,7 +36,7 @@ def overloads(packet: Any) -> list[Any]:
     return [getattr(packet, o) for o in packet.overloads()]
 
 
-# torch 2.11, 2.12 and 2.14 say that it draws, and refuse a dropout other than 0
+# torch (2.11 to 2.15) says that it draws, and refuses a dropout other than 0
 _SURE = "_scaled_dot_product_flash_attention_for_cpu"
 
 
