@@ -313,10 +313,11 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             return
     check_writable(x, "x[...] = ")
     if not isinstance(value, Tensor):
-        # as torch converts a number for this; a fill, an index_put and a new tensor each differ
-        number = x._local.new_empty(())
+        # as torch converts a number for this; a fill, an index_put and a new tensor each differ,
+        # and in torch 2.15 one element, which takes what the dtype does not hold
+        number = x._local.new_empty(2)
         number[...] = value
-        value = number
+        value = number[0]
     if isinstance(index, Tensor) and index.dtype is torch.bool and value.numel() == 1:
         if not index.ndim:
             _same_dtype(x, value)
