@@ -8,6 +8,8 @@ import torch
 nn: Any = torch._C._nn
 # whose backward takes operands of two dtypes: not that of torch 2.11
 MIXED_LOSS = not torch.__version__.startswith("2.11.")
+# whether a DTensor is written to by a mask
+MASKED_DTENSORS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 functions: Any = torch._VF
 unique2: Any = torch._unique2
 # the library that a convolution takes

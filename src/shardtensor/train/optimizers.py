@@ -7,13 +7,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .._torch.kernels import MASKED_DTENSORS
 from ..errors import UnsupportedOpError
 from ..later import dt
 
 # by name: transformers has an Adafactor, too
 _NOT = {
     "Adafactor": "torch's norms of their rows and columns are wrong numbers; take AdamW",
-    "Rprop": "torch cannot write to theirs by a mask; take AdamW",
+    "Rprop": "torch before 2.15 cannot write to theirs by a mask; take AdamW",
 }
 _FUSED = ("SGD", "Adagrad")
 
@@ -27,6 +28,9 @@ def check_sharded(optimizer: Optimizer) -> None:
             continue
         found = sorted(names & set(_NOT))
         why = _NOT[found[0]] if found else None
+        if found == ["Rprop"] and MASKED_DTENSORS:
+            lists = "torch has no foreach kernel for them; give foreach=False"
+            why = lists if group.get("foreach") else None
         if group.get("fused") and names & set(_FUSED):
             why = "torch has no fused kernel for them; give fused=False"
         if "LBFGS" in names and not all(map(_is_even, sharded)):
