@@ -86,6 +86,7 @@ def test_what_torch_takes():
         (lambda x: x.repeat((1, 2, 3)), (2, 4)), (lambda x: x.narrow(0, NONE[0], 1), (2, 4)), (lambda x: F.pad(x, (1, 1), "reflect", 0.0), (1, 3, 3)),
         (lambda x: F.batch_norm(x, None, None, of(4, 1)[:, 0], training=True), (2, 4, 5)),
         (lambda x: F.linear(x, of(5, 4), of(1, 5)), (4,)), (lambda x: torch.stack(x.tensor_split(np.int64(2))), (4,)),
+        (lambda x: x.min(axis=0, keepdims=True).values, (2, 4)), (lambda x: x.swapaxes(axis0=0, axis1=1), (2, 4)),
         (lambda x: x.sum().mT, (4,)), (lambda x: x.sum().mH, (4,)), (lambda x: (x.sum() * 1j).adjoint(), (4,)), (lambda x: (x.sum() * 1j).H, (4,)),
     ):  # fmt: skip
         x = of(*shape)

@@ -153,8 +153,9 @@ def _max_or_min(
     keepdim: bool = False,
     *,
     axis: int | None = None,
+    keepdims: bool = False,
 ) -> Any:
-    dim = axis if dim is None else dim
+    dim, keepdim = axis if dim is None else dim, keepdim or keepdims
     if dim is None:
         return _extreme(input, None, False, largest, True)
     kind = torch.return_types.max if largest else torch.return_types.min

@@ -85,9 +85,14 @@ def permute(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     return wrap(input._local.permute(order), spec)
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@rule("transpose", "swapdims")
 def transpose(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
     return wrap(input._local.transpose(dim0, dim1), _swapped(input._spec, dim0, dim1))
+
+
+@rule("swapaxes")
+def swapaxes(input: ShardTensor, axis0: int, axis1: int) -> ShardTensor:
+    return transpose(input, axis0, axis1)
 
 
 @cached
