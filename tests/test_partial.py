@@ -125,7 +125,7 @@ def test_sums_lie_as_their_addends(layout):
         flat += 1
         last = y.t().contiguous()
         last *= 2
-        return y, flat, last
+        return y, flat, last, x.expand(2, *x.shape) * 1
 
     def run():
         shape, placements = LAYOUTS[layout]

@@ -206,7 +206,9 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
 
 def in_order_of(x: Tensor, strides: Sequence[int]) -> Tensor:
     """x with its dims in memory in the order of such strides, as torch's ops keep it."""
-    order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
+    with outside_modes():
+        own = torch.empty_like(torch.empty_strided(x.shape, strides, device="meta")).stride()
+    order = sorted(range(x.ndim), key=lambda d: (-own[d], d))
     return x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
 
 
