@@ -77,12 +77,28 @@ def test_many_ranks():
     assert one.peak < alone.peak / 4
 
 
-def test_what_depends_on_values_is_refused():
+OF_VALUES = {
+    "mask": ((40,), lambda x: x[x > 0]),
+    "bincount": ((40,), lambda x: torch.bincount(x.abs().long())),
+    "sampled": (
+        (1, 1, 40, 3),
+        lambda x: F.grid_sample(x, torch.zeros(1, 8, 3, 2), align_corners=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_VALUES)
+def test_what_depends_on_values_is_refused(name):
+    shape, fn = OF_VALUES[name]
+
     def made():
         x = st.distribute_tensor(
-            torch.randn(40), init_device_mesh("cpu", (4,)), [Shard(0)], src_data_rank=None
+            torch.randn(shape),
+            init_device_mesh("cpu", (4,)),
+            [Shard(max(0, len(shape) - 2))],
+            src_data_rank=None,
         )
-        return lambda: x[x > 0]
+        return lambda: fn(x)
 
     with pytest.raises(st.UnsupportedOpError, match="rehearsed"):
         rehearse(made, 4)

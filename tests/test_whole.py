@@ -102,14 +102,18 @@ def test_what_is_made_plain():
 
 
 def test_a_model_on_shards_has_nothing_whole():
-    def run():
-        x = st.distribute_tensor(torch.randn(1, 2, 8, 4), make_mesh((2,)), [Shard(2)])
+    def run(inside):
+        x, mesh = torch.randn(1, 2, 8, 4), make_mesh((2,))
         model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU())
+        placed = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None)
         with st.trace(model=model) as t:
-            model(x)
-        return t.whole()
+            if inside:
+                placed = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None)
+            model(placed)
+        return t.whole().of_bytes
 
-    assert st.simulate(2, run)[0].of_bytes == 0
+    assert st.simulate(2, run, False)[0] == 0
+    assert st.simulate(2, run, True)[0] == 0
 
 
 def test_check_says_so():

@@ -19,7 +19,7 @@ from . import deferred, groups, ops, sums, together, wire
 from .addends import addend_op, alike_op
 from .define import run
 from .exchanges import Exchange, Kept, exchange, whole
-from .groups import along, group, knows_values, rank, size, spreads
+from .groups import along, check_values, group, knows_values, rank, size, spreads
 from .rows import exchange_rows, put_op, requests, spread, take_op
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "alike",
     "along",
     "asked",
+    "check_values",
     "counts",
     "faults",
     "gather",

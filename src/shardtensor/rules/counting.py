@@ -260,11 +260,10 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
 
 
 def _eager(op: str, spec: Spec) -> None:
+    comm.check_values(comm.group(spec.mesh, spec.varying))
     if _torch.is_tracing():
-        raise UnsupportedOpError(
-            f"{op} on {spec}: the size of the result depends on values, so it cannot be compiled; "
-            "leave it out of st.compile"
-        )
+        what = "the size of the result depends on values, so it cannot be compiled"
+        raise UnsupportedOpError(f"{op} on {spec}: {what}; leave it out of st.compile")
 
 
 # distinct values ---------------------------------------------------------------------------------

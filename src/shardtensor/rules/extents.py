@@ -30,6 +30,7 @@ def tell(
 ) -> list[list[Window]]:
     """The extents of every rank along mesh axes, row-major; waits for them."""
     group = comm.group(spec.mesh, tuple(axes))
+    comm.check_values(group)
     flat = torch.stack([n for pair in mine for n in pair])
     known = comm.gather(flat[None], 0, [1] * comm.size(group), group).tolist()
     return [list(zip(row[::2], row[1::2], strict=True)) for row in known]
