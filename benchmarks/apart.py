@@ -53,7 +53,11 @@ def apart(fn: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except ValueError:
-        late |= os.waitstatus_to_exitcode(status) in (-signal.SIGXCPU, -signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(status)
+        # past its seconds of the processor the system ends it, by SIGKILL if it goes on
+        late |= code == -signal.SIGXCPU
+        if code == -signal.SIGKILL and not late:
+            return {"result": "it was killed, as where memory ends"}
         return {"result": f"no end after {limit:.0f} s" if late else f"it died ({status})"}
 
 
