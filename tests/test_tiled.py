@@ -129,6 +129,16 @@ class Labels(nn.Module):
         return (y, *rest) if self.scores else rest
 
 
+def test_outputs_lie_as_the_plain_models(tmp_path):
+    model = nn.Conv2d(2, 4, 3, padding=1)
+    x = torch.randn(2, 2, 12, 4).to(memory_format=torch.channels_last).requires_grad_()
+    run = st.tiled(model, 3, 2, memory=BUDGET, spill=tmp_path)
+    found, want = run(x), model(x)
+    assert found.stride() == want.stride() and not want.is_contiguous()
+    grads = [torch.autograd.grad(y.sum(), x)[0].stride() for y in (found, want)]
+    assert grads[0] == grads[1]
+
+
 @pytest.mark.parametrize("scores", [True, False])
 def test_outputs_without_gradients(scores, tmp_path):
     model = Labels(scores)

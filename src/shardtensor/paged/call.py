@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .. import _torch
 from ..errors import RankError, UnsupportedOpError
 from ..later import dt
-from ..tensor import ShardTensor
+from ..tensor import ShardTensor, layout
 from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
@@ -149,7 +149,7 @@ class Session(Ranks):
             y = y.redistribute(like.device_mesh, like.placements)
         if wholes[i] is None:
             with _torch.outside_modes():
-                wholes[i] = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+                wholes[i] = torch.empty_strided(y.shape, _lies(y), dtype=y.dtype, device=y.device)
         wholes[i][y._spec.block].copy_(y.to_local())
 
     def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
@@ -168,6 +168,12 @@ class Session(Ranks):
         self.world.turns.stuck = RankError("the output of a tiled call is gone")
         with suppress(RankError):
             self.go_on()
+
+
+def _lies(y: ShardTensor) -> tuple[int, ...]:
+    """The strides of a new tensor like y."""
+    own = layout.stride(y)
+    return own if layout.is_dense(y.shape, own) else layout.dense(y.shape)
 
 
 class _Waiting:
