@@ -51,6 +51,13 @@ WAYS = {
     "slices into a plain tensor": lambda x: x.new_ones(3, 4, 2, 5).slice_scatter(x[:, :1], 1, 0, 1),
     "tensor_split": lambda x: x.tensor_split(3, 1)[1],
     "picked": lambda x: x.transpose(0, 1)[:, [2, 0]],
+    "roll": lambda x: x.permute(2, 0, 3, 1).roll((1, 2), (1, 3)),
+    "rolled image": lambda x: x.contiguous(memory_format=LAST).roll(1, 2),
+    "flip": lambda x: x.permute(2, 0, 3, 1).flip(1, 3),
+    "diff": lambda x: x.transpose(0, 1).diff(dim=3),
+    "diff of a turned dim": lambda x: x.permute(3, 2, 1, 0).diff(dim=2),
+    "group_norm": lambda x: F.group_norm(x.transpose(1, 3), 1),
+    "group_norm of an image": lambda x: F.group_norm(x.contiguous(memory_format=LAST), 2),
     "reshape": lambda x: x.transpose(0, 1).reshape(4, -1),
     "view": lambda x: x.transpose(0, 1).unsqueeze(0).flatten(2, 3),
 }  # fmt: skip

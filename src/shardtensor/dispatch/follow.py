@@ -50,7 +50,7 @@ _UNKNOWN = (
 )  # fmt: skip
 # images with the channels last give such images; what has no memory is not asked for its format
 _OF_IMAGES = ("conv", "group_norm", "batch_norm", "native_batch_norm", "native_group_norm",
-              "pixel_shuffle", "channel_shuffle", "native_channel_shuffle")  # fmt: skip
+              "pixel_shuffle", "channel_shuffle", "native_channel_shuffle", "roll")  # fmt: skip
 # views of what need not be the first element
 _WITHIN = {"select", "unbind", "diagonal", "imag"}
 NOT, VIEW, PART, TURN, OWN = range(5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..comm.formats import memory_format
 from ..cuts import Kept
 from ..registry import rule
 from ..spec import Dim, Spec, whole_dims
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import fit, local_of, reduced
 from . import labels
 from .empty import joined
@@ -143,6 +143,11 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     return wrap(local.clone() if local is x._local else local, x._spec)
 
 
+def as_stored(op: Callable[[Any], Any], x: Any, order: Sequence[int]) -> Any:
+    """op of x with its dims in this order, that of memory: what is new lies as x does."""
+    return op(x.permute(order)).permute([order.index(d) for d in range(len(order))])
+
+
 @cached
 def _mirrored(dim: Dim) -> Kept[tuple[int, int]]:
     return Kept((dim.size - b, dim.size - a) for a, b in dim.windows())
@@ -156,6 +161,10 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     # torch takes 0 and -1 as dims of a scalar
     mirrored = [_index(d, max(x.ndim, 1)) for d in many(given[0], given[1:])] if given else []
     mirrored = mirrored if x.ndim else []
+    stored = layout.order(x)
+    if stored:
+        at = [stored.index(d) for d in mirrored]
+        return as_stored(lambda y: flip(y, at), x, stored)
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
+from .join import as_stored
 from .norm import sharded
 from .rows import mesh_of
 from .shape import _index
@@ -44,6 +45,9 @@ def diff(
     if given:
         x = torch.cat([t for t in (prepend, x, append) if t is not None], dim)
         assert isinstance(x, ShardTensor)
+    stored = layout.order(x)
+    if stored:
+        return as_stored(lambda y: diff(y, n, stored.index(d)), x, stored)
     order = min(n, x.shape[d])
     return sliding(x, {d: Stencil(order + 1)}, lambda rows: torch.diff(rows, order, d))
 

@@ -215,7 +215,7 @@ def group_norm(
     Sharded channels stay where they are: groups that straddle shards take their statistics from
     those of the channels, which one more small all-gather brings together.
     """
-    x = sharded(input, weight, bias)
+    x = layout.suggested(sharded(input, weight, bias))
     spec, local = x._spec, x._local
     batch, channels = spec.dims[:2]
     if num_groups <= 0 or channels.size % num_groups:

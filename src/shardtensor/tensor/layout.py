@@ -150,6 +150,23 @@ def image_format(x: Any) -> torch.memory_format:
     return form if is_contiguous(x, form) and not is_contiguous(x, rows) else rows
 
 
+def suggested(x: Any) -> Any:
+    """x in the memory format that torch suggests for it, channels last or rows first."""
+    if x._strides is None and x._local.is_contiguous():
+        return x
+    return x.contiguous() if image_format(x) is torch.contiguous_format else x
+
+
+def order(x: Any) -> list[int]:
+    """The dims as they lie dense in memory, the outermost first; none where that is rows first."""
+    rows = list(range(x.ndim))
+    if x._local.is_contiguous() if x._strides is None else not x._strides.turned:
+        return []
+    own = stride(x)
+    found = sorted(rows, key=lambda d: (-own[d], d))
+    return found if found != rows and _in_order(x.shape, own, found) else []
+
+
 def like_image(out: Any, x: Any) -> Any:
     """out, an image or volume as x is one, with the channels last if they lie so in x."""
     form = image_format(x)
