@@ -25,13 +25,19 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._get_root_mesh()
 
 
+def _groups_of(module: torch.nn.Module) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers for a module."""
+    state: Any = _get_module_state(module)
+    # one group until torch 2.12
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]
+    return [g for g in groups if g is not None]
+
+
 def _fsdp_params() -> Iterator[Any]:
     for module in list(_module_state_mapping):
-        state = _get_module_state(module)
-        # one group until torch 2.12
-        groups = getattr(state, "_fsdp_param_groups", None)
-        for group in groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]:
-            yield from getattr(group, "fsdp_params", ())
+        for group in _groups_of(module):
+            yield from group.fsdp_params
 
 
 def is_kept_by_fsdp(x: dt.DTensor) -> bool:
@@ -88,6 +94,33 @@ def mend_fsdp(root: torch.nn.Module) -> None:
             p.unsharded_accumulated_grad = None
         if hasattr(p, "_unsharded_param"):
             p._unsharded_param.grad = None
+
+
+def drop_stale(root: torch.nn.Module) -> None:
+    """Before forward: let FSDP2 gather the root's own parameters anew if their shards have changed.
+
+    It keeps them whole after a forward for the backward to come (torch 2.11 to 2.14). If none came
+    and an optimizer stepped, the next forward would take the old ones.
+    """
+    for group in _groups_of(root):
+        shards = [p.sharded_param for p in group.fsdp_params]
+        # ops on a DTensor do not count as writes to its local tensor
+        written = [(p._version, p._local_tensor._version) for p in shards]
+        if group.is_unsharded and written != getattr(group, "_shardtensor_written", written):
+            group.reshard()
+        group._shardtensor_written = written
+
+
+def drop_whole(root: torch.nn.Module) -> None:
+    """After forward: put the shards of the root's own parameters in place if no backward will.
+
+    What is written to `root.parameters()` otherwise would be lost with the whole ones.
+    """
+    if not torch.is_grad_enabled() and getattr(
+        _get_module_state(root), "_auto_reshard_after_forward", True
+    ):
+        for group in _groups_of(root):
+            group.reshard()
 
 
 def let_styles_pass(ours: type[torch.Tensor]) -> None:

@@ -18,7 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import comm
-from .._torch.dtensor import is_broken_fsdp, mend_fsdp, whole_gradients
+from .._torch.dtensor import (
+    drop_stale,
+    drop_whole,
+    is_broken_fsdp,
+    mend_fsdp,
+    whole_gradients,
+)
 from ..comm.deferred import rows
 from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
@@ -92,8 +98,9 @@ def shard(
     # blocks in blocks first
     for block in (*reversed(inside), model):
         fsdp2.fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
-    # before FSDP2's own
+    # before FSDP2's own, and after it
     model.register_forward_pre_hook(_mend, prepend=True)
+    model.register_forward_hook(lambda m, *_: drop_whole(m))
     _watch()
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
@@ -123,6 +130,7 @@ def _mend(model: nn.Module, _: Any) -> None:
         # an optimizer that was made since holds the whole parameters of the pass that broke
         with replacing(model, "the next call of the FSDP2 model whose pass broke off"):
             mend_fsdp(model)
+    drop_stale(model)
 
 
 @cache
