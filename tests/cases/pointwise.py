@@ -19,6 +19,13 @@ def in_place(a, b):
     return F.relu(c, inplace=True)
 
 
+def filled(a, v):
+    c, d = a * 1.0, a * 1.0
+    c[0].fill_(v.sum())
+    c[..., 1].fill_(value=v[0])
+    return c, d.fill_(v.sum())
+
+
 PLAIN = {
     f.__name__: f
     for f in (
@@ -52,3 +59,4 @@ for shape, own in (((7, 1), (0,)), ((1, 1, 5), (2,)), ((7, 5), (0, 1)), ((5,), (
 case("broadcast", normal(7, 1, 5), normal(6, 5), name="outer")(lambda a, b: a * b)
 case("addcmul", x, y[:, :1], y[0], name="of three shapes")(torch.addcmul)
 case("in place", x, y, name="chain", skip=plain(0))(in_place)
+case("in place", x, normal(3), skip=plain(0))(filled)

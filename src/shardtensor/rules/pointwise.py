@@ -251,14 +251,18 @@ def like_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 )  # fmt: skip
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rounding a sum of addends is not the sum of rounded addends: partial sums are added first."""
+    if func.__name__.startswith("fill_") and isinstance(args[0], ShardTensor):
+        value = args[1] if len(args) > 1 else kwargs["value"]
+        if isinstance(value, Tensor):
+            # whose gradient is the sum over the shards
+            return pointwise(func, args, kwargs)
+        check_number(args[0], value)
     x, *rest = (reduced(a) for a in args)
     rest = [local_of(a) for a in rest]
     if not isinstance(x, ShardTensor):
         return func(x, *rest, **kwargs)
     if is_in_place(func):
         check_writable(args[0], func.__name__)
-        if func.__name__.startswith("fill_"):
-            check_number(x, rest[0] if rest else kwargs["value"])
         func(args[0]._local, *rest, **kwargs)
         return args[0]
     local = func(x._local, *rest, **kwargs)
