@@ -1,18 +1,22 @@
 """CPU time of one rank's step over its share: the plain model on an input of the shard's size.
 
     OMP_NUM_THREADS=1 python benchmarks/share.py [--models U-Net ...] [--ranks 2] [--repeats 9]
-        [--ops]
+        [--ops] [--kernels]
 
 One rank, alone (`shardtensor.rehearse`'s silent world), so nothing waits and the wire costs
 nothing: what is left over one is what sharding computes, copies and calls beside the model. Both
 run in turns in one process, and the least CPU time of each counts, which other programs on the
-machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python. --ops:
-what each op adds, by the profiler. Attention's share is its own queries to all keys.
+machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python.
+Attention's share is its own queries to all keys.
+--ops: what each op adds, and each kind of them, by the profiler, whose time goes on while others
+run. --kernels: no models, but what oneDNN's kernels of a resnet18's convolutions take of the rows
+of a shard with their neighbours', over what they take of the shard: the floor for these shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +28,7 @@ import torch.nn.functional as F
 from bench_models import MODELS
 from growth import kernels, python_calls
 from ideal import ViT, convnet, ideal_attention
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.profiler import ProfilerActivity, profile
@@ -83,14 +87,24 @@ class Pair:
         finally:
             F.scaled_dot_product_attention = plain
 
-    def ops(self, sharded: bool, repeats: int = 3) -> dict[str, tuple[float, int]]:
-        """For each op the CPU milliseconds and calls of a step, those of ops it calls left out."""
-        found: dict[str, tuple[float, int]] = defaultdict(lambda: (1e9, 0))
+    def ops(self, sharded: bool, repeats: int) -> dict[str, tuple[float, int]]:
+        """For each op the CPU milliseconds and calls of a step, those of ops it calls left out.
+
+        Of each call the least of the repeats counts.
+        """
+        least: list[tuple[str, float]] = []
         for _ in range(repeats):
             with profile(activities=[ProfilerActivity.CPU]) as prof:
                 self.step(sharded)
-            for e in prof.key_averages():
-                found[e.key] = min(found[e.key][0], e.self_cpu_time_total / 1e3), e.count
+            events = sorted(prof.events(), key=lambda e: e.time_range.start)
+            now = [(e.name, e.self_cpu_time_total / 1e3) for e in events]
+            if [n for n, _ in now] == [n for n, _ in least]:
+                least = [(n, min(a, b)) for (n, a), (_, b) in zip(now, least, strict=True)]
+            else:
+                least = now
+        found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        for name, ms in least:
+            found[name] = found[name][0] + ms, found[name][1] + 1
         return found
 
 
@@ -118,24 +132,62 @@ def measured(name: str, n: int, rows: int, repeats: int, ops: bool) -> None:
                 flush=True,
             )
             if ops:
-                beside(pair)
+                beside(pair, repeats)
         finally:
             cache.clear()
             groups.forget()
             together.forget()
 
 
-def beside(pair: Pair) -> None:
-    """Print the ops whose time or calls differ, largest difference first."""
-    mine, ideal = pair.ops(True), pair.ops(False)
+def beside(pair: Pair, repeats: int) -> None:
+    """Print what kinds of ops add to a step, and those whose time or calls differ, in order."""
+    mine, ideal = pair.ops(True, repeats), pair.ops(False, repeats)
     none = (0.0, 0)
     rows: list[tuple[Any, ...]] = []
     for key in {*mine, *ideal}:
         (a, n), (b, m) = mine.get(key, none), ideal.get(key, none)
         rows.append((a - b, key, b, m, a, n))
     rows.sort(reverse=True)
+    whole = sum(ms for ms, _ in ideal.values())
+    kinds: dict[str, float] = defaultdict(float)
+    for more, key, *_ in rows:
+        kind = "convolutions" if "convolution" in key else "other kernels"
+        # rules, Functions and what is sent have names of their own
+        kinds[kind if key.startswith("aten::") else "Python"] += more / whole
+    print("    " + ", ".join(f"{kind} {share:+.3f}" for kind, share in sorted(kinds.items())))
     for more, key, b, m, a, n in [*rows[:18], *rows[-4:]]:
         print(f"    {key[:44]:44} {b:8.2f} ms {m:4} {a:8.2f} ms {n:4} {more:+8.2f}")
+
+
+def floors(n: int, repeats: int) -> None:
+    """Print a row for each convolution 3 x 3 of a resnet18, of the first of n ranks."""
+    # pages of memory that is given back and comes anew would count now and then
+    ctypes.CDLL(None).mallopt(-1, 2**30)
+    ctypes.CDLL(None).mallopt(-3, 2**30)
+    print("{:>12} {:>9} {:>8} {:>8}".format("convolution", "shard ms", "window", "strip"))
+    for i, channels in enumerate((64, 128, 256, 512)):
+        rows, columns = ROWS // 4 // 2**i // n, ROWS // 4 // 2**i
+        w = torch.randn(channels, channels, 3, 3)
+        g, x, window = (torch.randn(2, channels, rows + k, columns) for k in (0, 0, 2))
+        ways: list[list[tuple[Tensor, ...]]] = [
+            [(g, x, w)], [(g, window, w)],
+            [(g, x, w), (g.narrow(2, 0, 1), x.narrow(2, 0, 1).clone(), w.narrow(2, 0, 1))],
+        ]  # fmt: skip
+        pads = [[1], [0], [1, 0]]
+        least = [1e9] * 3
+        for _ in range(3 * repeats):
+            for k, way in enumerate(ways):
+                begin = time.thread_time()
+                for (dy, rows_in, kernel), pad in zip(way, pads[k], strict=True):
+                    F.conv2d(rows_in, kernel, None, 1, (pad, 1))
+                    torch.ops.aten.convolution_backward(
+                        dy, rows_in, kernel, None, (1, 1), (pad, 1), (1, 1), False, (0, 0), 1,
+                        (True, True, False),
+                    )  # fmt: skip
+                least[k] = min(least[k], time.thread_time() - begin)
+        name = f"{channels}: {rows}x{columns}"
+        over = [f"{t / least[0]:8.2f}" for t in least[1:]]
+        print(f"{name:>12} {1e3 * least[0]:9.2f}", *over, flush=True)
 
 
 def main() -> None:
@@ -145,10 +197,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--ops", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
     options = parser.parse_args()
     # what arrives is made up: of numbers next to zero, which are slow, there are none in a run
     torch.set_flush_denormal(True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread, one of {options.ranks}")
+    if options.kernels:
+        floors(options.ranks, options.repeats)
+        return
     heads = "ideal ms", "step", "over it", "step", "kernels", "sharded", "calls", "sharded"
     print("{:10} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}".format("", *heads))
     for name in options.models:
