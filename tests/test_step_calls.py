@@ -17,10 +17,10 @@ from shardtensor.spec import hollow
 
 # model of `benchmarks/share.py`: the most kernels and calls beyond those of the plain model
 MOST = {
-    "ConvNet": (168, 1830),
-    "ViT": (30, 3650),
-    "DiT": (122, 3870),
-    "U-Net": (206, 2930),
+    "ConvNet": (168, 1740),
+    "ViT": (26, 3470),
+    "DiT": (122, 3810),
+    "U-Net": (206, 2780),
 }
 
 

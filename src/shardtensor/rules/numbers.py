@@ -121,21 +121,18 @@ def tensors(like: Tensor, n: int, *values: Numbers) -> list[Tensor]:
     """Vectors of n numbers, some given as one number, in the dtype in which `like` accumulates."""
     dtype = accumulated(like.dtype)
     if like.device.type == "cpu" and type(like) in READ:
-        out, rows = _memory((len(values), n), dtype)
+        if probe.dispatch_modes():
+            out = torch.empty((len(values), n), dtype=dtype)
+            rows = READ[type(out)](out)
+        else:
+            # nobody is to resize them; in place of a call of `numpy`, which takes longer
+            rows = np.empty((len(values), n), _DTYPES[dtype])
+            out = torch.from_numpy(rows)
         for i, value in enumerate(values):
             rows[i] = value
         return list(out.unbind())
     given = [v.expand(n) if isinstance(v, Tensor) else like.new_full((n,), v) for v in values]
     return [v.to(dtype) for v in given]
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """A tensor that nobody is to resize, and its memory."""
-    if probe.dispatch_modes():
-        out = torch.empty(shape, dtype=dtype)
-        return out, READ[type(out)](out)
-    held = np.empty(shape, _DTYPES[dtype])
-    return torch.from_numpy(held), held
 
 
 def gathered(values: Sequence[Numbers], group: str) -> Numbers:
@@ -236,8 +233,13 @@ def _message(values: Sequence[Numbers], dtype: torch.dtype) -> tuple[Tensor, Num
     if isinstance(values[0], Tensor):
         flat = torch.cat(list(values)).to(dtype)
         return flat, flat
-    flat, own = _memory((sum(map(len, values)),), dtype)
-    at = 0
+    n, at = sum(map(len, values)), 0
+    if probe.dispatch_modes():
+        flat = torch.empty(n, dtype=dtype)
+        own = READ[type(flat)](flat)
+    else:
+        own = np.empty(n, _DTYPES[dtype])
+        flat = torch.from_numpy(own)
     for v in values:
         own[at : at + len(v)] = v
         at += len(v)
