@@ -1,14 +1,14 @@
 """Peak memory of third-party models at realistic sizes on one rank of several, over its share.
 
-    python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--middle] [--csv FILE]
+    python benchmarks/zoo_memory.py [NAME ...] [--ranks 8] [--middle] [--every] [--csv FILE]
     python benchmarks/zoo_memory.py --csv FILE --docs docs/memory.md    the page with its table
 
 Images of 2048 x 2048, volumes of 256^3, 10^6 points. A step of training, forward and backward, on
 fake tensors, which have sizes and no memory: what it holds at its peak beyond weights, buffers and
 their gradients, on the first rank, one in the middle or the last, whichever holds most (--middle:
-that one only), over the same on one device divided by the ranks. 1.00 is a perfect split. Where it
-is more than 1.10, the lines that hold most beyond their share, and the same with
-parallelize(made_mb=16), which makes sharded what the model makes of sizes and indices.
+that one only; --every: of all ranks), over the same on one device divided by the ranks. 1.00 is a
+perfect split. Where it is more than 1.10, the lines that hold most beyond their share, and the same
+with parallelize(made_mb=16), which makes sharded what the model makes of sizes and indices.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def loss(out: Any) -> Tensor:
     return sum((x**2).mean() for x in found)
 
 
-def measure(name: str, ranks: int, middle: bool) -> dict[str, Any]:
+def measure(name: str, ranks: int, middle: bool, every_rank: bool = False) -> dict[str, Any]:
     """A row of the table."""
     build, shape, dim = LARGE[name]
     begin = time.perf_counter()
@@ -229,6 +229,7 @@ def measure(name: str, ranks: int, middle: bool) -> dict[str, Any]:
         "weights": alone.weights, "share": round(share),
     }  # fmt: skip
     tried = [ranks // 2] if middle else [0, ranks // 2, ranks - 1]
+    tried = [*range(ranks)] if every_rank else tried
 
     def largest(made_mb: float | None) -> tuple[int, Held]:
         every = {rank: run(build, shape, dim, rank, ranks, made_mb) for rank in tried}
@@ -328,6 +329,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--middle", action="store_true", help="this rank only")
+    parser.add_argument("--every", action="store_true", help="every rank")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--docs", type=Path, help="write the table of the rows of --csv")
     parser.add_argument("-v", action="store_true")
@@ -340,7 +342,7 @@ def main() -> None:
         if options.names and not any(name.startswith(p) for p in options.names):
             continue
         try:
-            row = measure(name, options.ranks, options.middle)
+            row = measure(name, options.ranks, options.middle, options.every)
         except Exception as e:
             if options.v:
                 traceback.print_exc()

@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardtensor import testing as T
+from shardtensor.rules.reshape_plan import on_multiples
+from shardtensor.spec import Dim
 
 torch.manual_seed(0)
 D = torch.float64
@@ -59,3 +61,23 @@ def test_shifted_windows(cut):
 def test_shifted_windows_of_two_dims():
     model = Swin((16, 8), 4, 1).double()
     T.hold(model, [torch.randn(2, 16, 8, 8, dtype=D)], [T.On([Shard(1), Shard(2)])], (2, 2))
+
+
+def padded(x):
+    """Windows of four rows, of 24 and four of padding."""
+    y = F.pad(x, (0, 0, 0, 4)).view(2, 7, 4, 3)
+    return (y.cos() * y.softmax(2)).reshape(2, 28, 3)[:, :24]
+
+
+@pytest.mark.parametrize("cut", [(24,), (12, 12), (8, 8, 8), (6, 6, 6, 6), (6, 0, 8, 10)], ids=str)
+def test_windows_of_padding(cut):
+    T.hold(padded, [torch.randn(2, 24, 3, dtype=D)], [T.shard(1, cut)], (len(cut),))
+
+
+def test_no_rank_has_most_windows_at_each_level():
+    first = on_multiples(Dim(133, (0,), (*[16] * 7, 21)), 7).sizes
+    second = on_multiples(Dim(70, (0,), (*[8] * 7, 14)), 7).sizes
+    assert sum(first) == 133 and sum(second) == 70
+    # of 19 windows and 10; the last rank had three and two
+    assert max(first) == 21 and max(second) == 14
+    assert max(a + b for a, b in zip(first, second, strict=True)) == 28

@@ -19,6 +19,8 @@ from ..tensor import recut
 
 # the largest shard over the mean of all from which on a cut is uneven
 UNEVEN = 1.25
+# windows a rank below which one more is much
+FEW = 4
 
 
 class Block(NamedTuple):
@@ -97,9 +99,17 @@ def gathered_on_lead(spec: Spec, ins: Sequence[int], lead: int) -> Dim:
 
 
 def on_multiples(dim: Dim, q: int) -> Dim:
-    """The dim with its cuts moved to the nearest multiples of q."""
+    """The dim with its cuts moved to the nearest multiples of q.
+
+    Of few that end in padding, which is all the last rank's, nearest to even cuts: the last rank
+    would have more at one level of windows after the other, and as much is sent.
+    """
     if q == 1 or all(o % q == 0 for o in dim.offsets):
         return dim
+    n, (first, *rest) = len(dim.sizes), dim.sizes
+    padded = rest and rest[-1] > first and set(rest[:-1]) <= {first}
+    if padded and dim.size % q == 0 and n < dim.size // q < FEW * n:
+        return dim.cut_at([round(i * (dim.size // q) / n) * q for i in range(n + 1)])
     return dim.cut_at([*(min(dim.size, (o + q // 2) // q * q) for o in dim.offsets[:-1]), dim.size])
 
 
