@@ -206,3 +206,15 @@ def test_zeros_that_something_else_holds_stay_plain():
         return out + x.sum()
 
     T.hold(run, [torch.randn(4, 2, dtype=D), torch.randint(0, 4, (9,))], [T.shard(0), None], (2,))
+
+
+@pytest.mark.parametrize("ends", [[5, 5, 14], [0, 14, 14], [4, 9, 14]])
+@pytest.mark.parametrize("cut", [(14,), (6, 8), (14, 0), (1, 9, 0, 4)])
+def test_groups_of_rows_times_matrices(ends, cut):
+    """In single precision, as torch has no other on CPUs; nothing is gathered."""
+    x, matrices, ends = torch.randn(14, 8), torch.randn(3, 8, 16), torch.tensor(ends).int()
+
+    def product(x, matrices):
+        return torch._grouped_mm(x, matrices, offs=ends)
+
+    T.hold(product, [x, matrices], [T.shard(0, cut), None], (len(cut),))

@@ -1,4 +1,4 @@
-"""segment_reduce: runs of rows, each reduced where its first row lies."""
+"""Runs of rows: each reduced where its first row lies, or multiplied where its rows are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import _torch
 from ..dispatch.fallback import fall_back
+from ..registry import rule
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import reduced
+from ..tensor.redistribute import fit, reduced
 from .pointwise import function_rule
 from .rows import Kernel, write
 from .scatter import by_row, reduce_kernel
@@ -118,3 +119,25 @@ def _arguments(
     reduce = {"amax": "max", "amin": "min"}.get(reduce, reduce)
     other = indices is not None or axis != 0 or reduce not in _EMPTY
     return data, reduce, lengths, offsets, initial, other or (lengths is None) == (offsets is None)
+
+
+@rule("_grouped_mm")
+def grouped_mm(
+    input: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Each group of rows times a matrix of its own; every rank multiplies the rows that it has."""
+    spec = input._spec if isinstance(input, ShardTensor) else None
+    whole = not isinstance(offs, ShardTensor) and bias is None
+    if spec is None or offs is None or not whole or (input.ndim, mat2.ndim) != (2, 3):
+        return fall_back(torch._grouped_mm, (input, mat2, offs, bias, out_dtype), {})
+    if spec.partial or spec.dims[1].axes or not spec.dims[0].axes:
+        return fall_back(torch._grouped_mm, (input, mat2, offs, bias, out_dtype), {})
+    rows = spec.dims[0]
+    local, matrices = fit(spec.mesh, spec.varying, (input, spec.dims), (mat2, None))
+    own = (offs - rows.offsets[spec.index[0]]).clamp(0, spec.local_shape[0])
+    y = torch._grouped_mm(local, matrices, offs=own, out_dtype=out_dtype)
+    return wrap(y, spec.with_dims([rows, Dim(mat2.shape[2])]))
