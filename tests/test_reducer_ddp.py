@@ -138,7 +138,7 @@ def broken_fsdp_on_rank():
 @pytest.mark.gloo
 def test_fsdp_after_an_error_that_was_caught():
     if torch.__version__.startswith(("2.11.", "2.12.")):
-        with pytest.raises(RuntimeError, match="use torch 2.13 or newer"):
+        with pytest.raises(RuntimeError, match=r"use torch 2\.13 or newer"):
             run_workers(2, broken_fsdp_on_rank)
         return
     want = broken_fsdp(None)
