@@ -78,3 +78,13 @@ def test_local_response_norm_lies_as_its_input(size):
             F.local_response_norm, [x, size], [T.shard(1, cut), None], (len(cut),)
         )  # fmt: skip
         assert spec.sizes == {1: cut}
+
+
+def test_nothing_normalised_by_its_neighbours_keeps_its_dtype():
+    none = torch.ones(0, 4, 2, dtype=torch.int64)
+
+    def run():
+        x = st.distribute_tensor(none, T.make_mesh((2,)), [Shard(1)], src_data_rank=None)
+        return F.local_response_norm(x, 3).dtype
+
+    assert st.simulate(2, run) == [F.local_response_norm(none, 3).dtype] * 2

@@ -263,3 +263,22 @@ def test_gradient_of_other_strides(shape):
     if image.ndim == 4:
         last = image.contiguous(memory_format=torch.channels_last)
         T.hold(lambda x: F.group_norm(x, 2).transpose(1, 2), [last], [T.shard(2)], (2,))
+
+
+def test_group_norm_of_a_group_that_is_not_a_number():
+    """A rank without samples adds nothing to the gradient of other groups' weights."""
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[1, :3] *= 0.01
+
+    def step(x):
+        weight = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        F.group_norm(x, 2, weight, None, -0.1).square().sum().backward()
+        return weight.grad
+
+    def run():
+        return step(st.distribute_tensor(x, T.make_mesh((3,)), [S(0)], src_data_rank=None))
+
+    want = step(x)
+    assert want.isnan().tolist() == [True] * 3 + [False] * 3
+    for got in st.simulate(3, run):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)

@@ -234,7 +234,8 @@ def group_norm(
         apart = tuple(sorted(batch.axes + channels.axes))
         w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
         if not axes:
-            rest: Any = (eps, cudnn_enabled)
+            # of a negative one the row in place of none may be NaN
+            rest: Any = (eps if local.numel() else abs(eps), cudnn_enabled)
             n = max(1, local.shape[1] // width)
             y = stock(lambda z, *wb: torch.group_norm(z, n, *wb, *rest), local.shape, local, w, b)
             return wrap(y, spec)
