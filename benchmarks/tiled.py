@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tiled.py [--folder out] [--only unet] [--large] > table.md
     python benchmarks/tiled.py --draw table.md tiled.png
+    python benchmarks/tiled.py --only "unet 2048" --disk       what goes to files leaves the cache
     python benchmarks/tiled.py --read [MIB] [--folder out]    how fast files come back
 
 Each case runs in a process of its own on a sample in a file, and the plain model beside it where
@@ -58,6 +59,8 @@ class UNet3d(nn.Module):
         return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 
+# a call of the model, whose parts need not meet; not of a step, which has rows of its own alone
+CALL = "call"
 # model: (how it is made for an edge, dims beside batch and channel)
 MODELS = {
     "unet": (lambda size: UNet(1, 1, width=4), 2),
@@ -65,17 +68,17 @@ MODELS = {
     "vit": (lambda size: ViT((size, size), 16, 1, 1, width=64), 2),
     "fno": (lambda size: fno(), 2),
 }
-# model, edge, training, parts (0: plain), MiB
+# model, edge, what (inference in a step, in a call, training), parts (0: plain), MiB
 CASES = [
-    ("unet", 2048, False, 0, 0), ("unet", 2048, False, 16, 64),
+    ("unet", 2048, False, 0, 0), ("unet", 2048, False, 16, 64), ("unet", 2048, CALL, 16, 64),
     ("unet", 2048, True, 0, 0), ("unet", 2048, True, 16, 128),
     ("vit", 1024, True, 0, 0), ("vit", 1024, True, 4, 64),
     ("fno", 1024, True, 0, 0), ("fno", 1024, True, 8, 64),
     ("unet3d", 128, True, 0, 0), ("unet3d", 128, True, 16, 64),
 ]  # fmt: skip
 LARGE = [
-    ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256),
-    ("unet", 16384, False, 0, 0), ("unet", 16384, False, 64, 512),
+    ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256), ("unet", 8192, CALL, 32, 256),
+    ("unet", 16384, False, 0, 0), ("unet", 16384, False, 64, 512), ("unet", 16384, CALL, 64, 512),
     ("unet", 4096, True, 0, 0), ("unet", 4096, True, 32, 256),
     ("unet3d", 256, True, 0, 0), ("unet3d", 256, True, 32, 512),
     ("unet3d", 512, False, 0, 0), ("unet3d", 512, False, 128, 256),
@@ -84,8 +87,11 @@ LARGE = [
 ]  # fmt: skip
 
 
-def one(model: str, edge: int, train: bool, parts: int, mib: int, folder: Path) -> dict[str, Any]:
+def one(
+    model: str, edge: int, what: bool | str, parts: int, mib: int, folder: Path
+) -> dict[str, Any]:
     """Run one case in this process."""
+    train = what is True
     make, ndim = MODELS[model]
     torch.manual_seed(0)
     net = make(edge).train(train)
@@ -106,6 +112,11 @@ def one(model: str, edge: int, train: bool, parts: int, mib: int, folder: Path) 
             y.square().mean().backward()
         else:
             _write(y, target, 0)
+    elif what == CALL:
+        run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
+        with torch.no_grad():
+            _write(run(torch.from_file(str(source), True, math.prod(shape)).view(shape)), target, 0)
+        paging = run.paging
     else:
         run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
         with torch.set_grad_enabled(train):
@@ -156,6 +167,19 @@ def read(mib: int, folder: Path) -> None:
         begin = time.perf_counter()
         torch.ByteTensor(x).view(torch.int64).sum()
         print(f"\nIn memory: {time.perf_counter() - begin:.3f} s.")
+
+
+def _to_disk() -> None:
+    """Let what goes to a file be written to the disk, and leave the system's cache."""
+    libc, let_go = files._libc(), files.let_go
+    libc.msync.argtypes = libc.madvise.argtypes
+
+    def written(storage: torch.UntypedStorage) -> None:
+        libc.msync(storage.data_ptr(), storage.nbytes(), 4)  # MS_SYNC
+        libc.madvise(storage.data_ptr(), storage.nbytes(), 21)  # MADV_PAGEOUT
+        let_go(storage)
+
+    files.let_go = written
 
 
 def _warm(net: nn.Module, channels: int, ndim: int) -> None:
@@ -299,6 +323,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/tiled"))
     parser.add_argument("--only", default="", help="unet3d, or unet3d 512")
     parser.add_argument("--large", action="store_true", help="sizes that take minutes")
+    parser.add_argument("--disk", action="store_true", help="no cache of the system for files")
     parser.add_argument("--most", type=int, default=12000, help="MiB that the plain model may take")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--read", nargs="?", type=int, const=256, metavar="MIB")
@@ -312,17 +337,20 @@ def main() -> None:
         read(options.read, options.folder)
         return
     if options.one:
+        if options.disk:
+            _to_disk()
         print(json.dumps(one(*json.loads(options.one), options.folder)))
         return
     print("| model | | parts | budget MiB | MiB | s | CPU s | spilled MiB | difference |")
     print("|---|---|---|---|---|---|---|---|---|")
     plain: set[tuple[Any, ...]] = set()
     for case in LARGE if options.large else CASES:
-        model, edge, train, parts, mib = case
+        model, edge, what, parts, mib = case
+        train = what is True
         if not f"{model} {edge}".startswith(options.only):
             continue
         found = _alone(case, options)
-        kind = "training" if train else "inference"
+        kind = "training" if train else "inference" + " in a call" * (what == CALL)
         name = f"| {model} {edge}^{MODELS[model][1]} | {kind} | {parts or 'plain'} | {mib or ''} |"
         if isinstance(found, str):
             print(f"{name} {found} | | | | |", flush=True)
@@ -350,6 +378,7 @@ def _alone(case: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     command = [sys.executable, "-W", "ignore", __file__, "--folder", str(options.folder)]
+    command += ["--disk"] * options.disk
     done = subprocess.run(
         [*command, "--one", json.dumps(case)], capture_output=True, text=True,
         preexec_fn=limited, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -12,7 +12,7 @@ from torch import nn
 import shardtensor as st
 from shardtensor.attention import assume
 from shardtensor.observe.network import DGX_H100
-from shardtensor.paged import pager
+from shardtensor.paged import alone, pager
 from shardtensor.plan.estimate import Device, Task, attention_rates
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
@@ -34,7 +34,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    """A plan is of parts that meet."""
     monkeypatch.setattr(pager, "LEAST", 512)
+    monkeypatch.setattr(alone, "MORE", -1.0)
 
 
 def ran(make, shape, parts, memory, train, folder):

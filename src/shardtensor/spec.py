@@ -21,6 +21,8 @@ from .later import dt
 hollow: set[bool] = set()
 # called when the first such dim is made
 when_hollow: list[Callable[[], None]] = []
+# the name of the first axis of a mesh whose ranks but this one, in the middle, do not run
+ALONE = "_alone"
 
 
 class _Dim(NamedTuple):
@@ -251,6 +253,11 @@ class Spec:
         return tuple(place)
 
     @cached_property
+    def alone(self) -> bool:
+        """Whether there is nobody that has the rows beside this rank's: see `paged.alone`."""
+        return (self.mesh.mesh_dim_names or ("",))[0] == ALONE
+
+    @cached_property
     def offset(self) -> tuple[int, ...]:
         """The global index of this rank's first element in each dim."""
         return tuple(
@@ -290,12 +297,17 @@ class Spec:
     @cached_property
     def thin(self) -> bool:
         """Whether some rank has less than two rows of a cut dim: its strides may tell nothing."""
-        return any(len(d.sizes) > 1 and cut(d.sizes).least < 2 for d in self.dims)
+        return any(len(d.sizes) > 1 and self._least(i) < 2 for i, d in enumerate(self.dims))
 
     @cached_property
     def vacant(self) -> bool:
         """Whether some rank has no elements of what has some."""
-        return 0 not in self.shape and any(d.axes and not cut(d.sizes).least for d in self.dims)
+        empty = [i for i, d in enumerate(self.dims) if d.axes and not self._least(i)]
+        return 0 not in self.shape and bool(empty)
+
+    def _least(self, d: int) -> int:
+        """The fewest rows of a cut dim on a rank that runs."""
+        return self.dims[d].sizes[self.index[d]] if self.alone else cut(self.dims[d].sizes).least
 
     @cached_property
     def local_shape(self) -> torch.Size:

@@ -34,6 +34,11 @@ def simulated_rank() -> int | None:
     return getattr(thread, "rank", None)
 
 
+def alone() -> bool:
+    """Whether no other rank of this thread's world runs: they miss nothing that it would send."""
+    return getattr(thread, "alone", False)
+
+
 def looked_at() -> bool:
     """Whether somebody compares what ranks bring to a collective."""
     return Hooks.meeting is not None or getattr(thread, "rank", None) is not None

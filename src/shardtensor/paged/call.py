@@ -21,7 +21,7 @@ from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
-from .ranks import Ranks, kept, own, version
+from .ranks import Ranks, advance, alike, kept, own, state
 
 # sessions whose outputs went where ranks could not be ended
 _left: list[Session] = []
@@ -41,7 +41,7 @@ class Session(Ranks):
         leaves, self.tree = pytree.tree_flatten(given)
         self.leaves = leaves
         self.tensors = [x for x in leaves if isinstance(x, Tensor)]
-        self.dims = _dims_of(self.tensors, dims)
+        self.dims = dims_of(self.tensors, dims)
         super().__init__(model, parts, pager)
         # of the outputs: whole tensors by number, else what rank 0 gave
         self.found: list[Any] = []
@@ -58,7 +58,7 @@ class Session(Ranks):
         given = [self._placed(x, mesh) for x in self.tensors]
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(x, Tensor) else own(x) for x in self.leaves]
-        before = [_state(x) for x in given]
+        before = [state(x) for x in given]
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
         first = mesh.get_rank() == 0
@@ -91,11 +91,7 @@ class Session(Ranks):
 
     def _placed(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
         """This rank's part of a given tensor, or all of it, with gradients of its own."""
-        lead = self.tensors[0]
-        alike = x.device == lead.device and all(
-            d < x.ndim and x.shape[d] == lead.shape[d] for d in self.dims
-        )
-        if not alike:
+        if not alike(x, self.tensors[0], self.dims):
             return x.detach().requires_grad_(x.requires_grad and self.grad)
         made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
         return made.requires_grad_(x.requires_grad and self.grad)
@@ -105,8 +101,8 @@ class Session(Ranks):
         self, given: list[Tensor], before: list[Any], leaves: list[Any], first: bool
     ) -> None:
         """Tell the caller what the model did to what it was given."""
-        for x, y, state in zip(self.tensors, given, before, strict=True):
-            if _state(y) == state:
+        for x, y, was in zip(self.tensors, given, before, strict=True):
+            if state(y) == was:
                 continue
             if not isinstance(y, ShardTensor):
                 raise UnsupportedOpError(
@@ -120,9 +116,7 @@ class Session(Ranks):
                 )
             x.detach()[y._spec.block].copy_(y.to_local())
         if first:
-            for x, y in zip(self.leaves, leaves, strict=True):
-                if isinstance(x, torch.Generator):
-                    x.set_state(y.get_state())
+            advance(self.leaves, leaves)
 
     def _deliver(self, outputs: list[Any], first: bool) -> None:
         """Put this rank's part of the outputs where the whole ones are made."""
@@ -216,19 +210,13 @@ class Call(torch.autograd.Function):
         return None, *session.of_inputs, *session.of_parameters
 
 
-def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
+def dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
     """The dims that are cut, from the front. Raises unless the tensors can be cut here."""
     if not tensors or any(not -tensors[0].ndim <= d < tensors[0].ndim for d in dims):
         raise ValueError(f"tiled along dim {dims}: the first tensor that is given needs them")
     if any(isinstance(x, ShardTensor) for x in tensors):
         raise ValueError("tiled takes plain tensors: it cuts them itself")
     return tuple(d % tensors[0].ndim for d in dims)
-
-
-def _state(x: Tensor) -> tuple[int, int]:
-    """What differs once a rank has written to its part."""
-    local = x._local if isinstance(x, ShardTensor) else x
-    return id(local), version(local)
 
 
 def _memory(x: Tensor) -> set[int]:

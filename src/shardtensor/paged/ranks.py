@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from math import prod
@@ -17,15 +17,21 @@ from torch.overrides import TorchFunctionMode
 from .. import _torch
 from ..errors import UnsupportedOpError
 from ..ranks.simulate import Turns, World, random_states, restore
-from ..ranks.testing import make_mesh
+from ..ranks.testing import NAMES, make_mesh
 from ..settings import bringing, setting
+from ..tensor import ShardTensor
 from ..tensor.random import match_single_device
 from ..train.parallelize import parallelize
 from .pager import Paged, Pager, Settled
 
 
 class Ranks:
-    """Ranks of a world that share a pager and the parameters' memory."""
+    """Ranks of a world that share a pager and the parameters' memory.
+
+    names: of the axes of their mesh.
+    """
+
+    names: Sequence[str] = NAMES
 
     def __init__(self, model: nn.Module, parts: tuple[int, ...], pager: Pager) -> None:
         self.model, self.pager = model, pager
@@ -46,13 +52,19 @@ class Ranks:
                 if device.type == "cpu":
                     stack.enter_context(match_single_device())
                 stack.enter_context(setting("paged", True))
-                mesh = make_mesh(parts, device.type)
-                mine = _replica(model)
+                mesh = make_mesh(parts, device.type, self.names)
+                if not self.runs(mesh):
+                    return
+                mine = replica(model)
                 if self.grad and self.parameters:
                     parallelize(mine, mesh, sync=False)
                 self.on_rank(mine, mesh)
 
         self.world = World(n, bringing(rank), (), _Latest(n, pager))
+
+    def runs(self, mesh: DeviceMesh) -> bool:
+        """Whether a rank has anything to do."""
+        return True
 
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """What a rank does with its copy of the model."""
@@ -160,6 +172,28 @@ def own(x: Any) -> Any:
         return x
 
 
+def advance(ours: Iterable[Any], theirs: Iterable[Any]) -> None:
+    """Leave generators among what was given as a part left its own copies."""
+    for x, y in zip(ours, theirs, strict=True):
+        if isinstance(x, torch.Generator):
+            x.set_state(y.get_state())
+
+
+def alike(x: Any, lead: Tensor, dims: Sequence[int]) -> bool:
+    """Whether x is a tensor that is cut as the lead is: on its device, as long in these dims."""
+    return (
+        isinstance(x, Tensor)
+        and x.device == lead.device
+        and all(d < x.ndim and x.shape[d] == lead.shape[d] for d in dims)
+    )
+
+
+def state(x: Tensor) -> tuple[int, int]:
+    """What differs once a rank has written to its part."""
+    local = x._local if isinstance(x, ShardTensor) else x
+    return id(local), version(local)
+
+
 def version(x: Tensor) -> int:
     """What grows when a tensor is written to."""
     return 0 if x.is_inference() else x._version
@@ -197,7 +231,7 @@ def _modes_of_caller(device: torch.device) -> list[Callable[[], AbstractContextM
     return modes
 
 
-def _replica(model: nn.Module) -> nn.Module:
+def replica(model: nn.Module) -> nn.Module:
     """The model on the same parameters' memory, with gradients, buffers and state of its own."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()

@@ -15,7 +15,8 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
-from .call import Call, Session, end_left
+from .alone import without_meeting
+from .call import Call, Session, dims_of, end_left
 from .files import Files
 from .pager import Pager, Paging
 from .pinned import Pinned
@@ -65,10 +66,14 @@ def tiled(
 class Tiled:
     """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`).
 
+    halo: the rows of the input that each of its parts had on either side of its own in each dim,
+    where they did not meet; else None.
+
     Raises ValueError for arguments that `tiled` does not take.
     """
 
     dims: tuple[int, ...]
+    halo: tuple[int, ...] | None
     memory: int
     paging: Paging
     parts: tuple[int, ...]
@@ -87,6 +92,7 @@ class Tiled:
         self.dims = (dim,) if isinstance(dim, int) else tuple(dim)
         self.memory, self.spill = memory, None if spill == "cpu" else Path(spill)
         self.paging = Paging()
+        self.halo: tuple[int, ...] | None = None
         self._shelves: dict[torch.device, Shelf] = {}
         if len(self.parts) != len(self.dims) or not self.parts or min(self.parts) < 1:
             raise ValueError(f"{parts} parts along dim {dim}: one number of parts for each dim")
@@ -101,7 +107,16 @@ class Tiled:
         """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
         end_left()
         first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+        self.halo = None
         pager = self._pager(first)
+        if first is not None and not torch.is_grad_enabled():
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            dims = dims_of(tensors, self.dims)
+            work = without_meeting(self.model, self.parts, dims, pager, (args, kwargs))
+            if work is not None and work.halo is not None:
+                self.halo = tuple(work.halo)
+                return work.outputs
+            pager = self._pager(first)
         session = Session(self.model, self.parts, self.dims, pager, (args, kwargs))
         given = [*session.tensors, *(session.parameters if session.grad else [])]
         outputs = Call.apply(session, *given)

@@ -243,7 +243,7 @@ def _transposed(
             pads.append(p)
             more.append(o)
             continue
-        reach, firsts = spread(dim, stencil, out)
+        reach, firsts = spread(dim, stencil, out, spec.alone)
         start, stop = reach.windows[spec.index[i]]
         first, length = firsts[spec.index[i]], reach.dim.sizes[spec.index[i]]
         surplus = (stop - start - 1) * s + span + 1 - length

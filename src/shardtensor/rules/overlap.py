@@ -53,7 +53,9 @@ def route(spec: Spec, d: int, reach: Reach) -> tuple[Exchange, Route, list[tuple
 
 def pays(spec: Spec) -> bool:
     """Whether shards are large enough; alike on all ranks."""
-    return spec.shard_numel >= WORTH and not (_torch.is_tracing() or _torch.transforming())
+    if spec.alone or spec.shard_numel < WORTH:
+        return False
+    return not (_torch.is_tracing() or _torch.transforming())
 
 
 class Along(NamedTuple):

@@ -163,9 +163,13 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str, moves: bool) -> Plan:
             dims[d] = dim.cut_at([0, size]) if low or high else dim
             continue
         inner = [min(max(o + low, 0), size) for o in dim.offsets[1:-1]]
+        if spec.alone:
+            # the shard that lies at a border has what comes there, not the empty one before it
+            inner = [i if 0 < o < dim.size else (o > 0) * size
+                     for i, o in zip(inner, dim.offsets[1:-1], strict=True)]  # fmt: skip
         dims[d] = dim.cut_at([0, *inner, size])
         even = Dim.chunked(size, dim.axes, spec.mesh)
-        if moves and dims[d].is_crowded and not dim.is_crowded:
+        if moves and not spec.alone and dims[d].is_crowded and not dim.is_crowded:
             dims[d] = even
             fetched.append((d, tuple((a - low, b - low) for a, b in even.spans)))
             amounts += (0, 0)

@@ -197,7 +197,7 @@ def _scaled(
     local, dims = x._local, [*x._spec.dims[:2], *whole_dims(out)]
     target, crops = list(out), []
     for d, halo in halos.items():
-        reach, firsts = near(x._spec.dims[d], halo, out[d - 2])
+        reach, firsts = near(x._spec.dims[d], halo, out[d - 2], x._spec.alone)
         local = fetch(local, d, x._spec, reach)
         dims[d], target[d - 2] = reach.dim, local.shape[d] * out[d - 2] // x.shape[d]
         crops.append((d, reach, firsts[x._spec.index[d]]))

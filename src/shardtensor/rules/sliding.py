@@ -60,7 +60,7 @@ def plan(spec: Spec, stencils: tuple[tuple[int, Stencil], ...]) -> Plan:
     for d, s in stencils:
         dim = spec.dims[d]
         if dim.is_cut:
-            reach = strided(dim, s)
+            reach = strided(dim, s, spec.alone)
             reaches.append((d, s, reach))
             dims.append((d, reach.dim))
             left.append(0)

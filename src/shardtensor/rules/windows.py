@@ -8,7 +8,7 @@ A `Reach` is the plan for one dim, the same on every rank; `fetch` brings this r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,16 +92,19 @@ class Reach(NamedTuple):
 
 
 @cached
-def strided(dim: Dim, stencil: Stencil) -> Reach:
+def strided(dim: Dim, stencil: Stencil, alone: bool = False) -> Reach:
     """The output rows of a stencil and what they read.
 
     Rows are cut where input rows are, at kernel centres: halos are the same on both sides. Where
-    there are as many as input rows, they lie as these.
+    there are as many as input rows, they lie as these. alone: see `_held`.
     """
     span, stride, before = stencil.extent - 1, stencil.stride, stencil.before
     out = max(0, stencil.outputs(dim.size))
     centre = 0 if stride == 1 and out == dim.size else span // 2 - before
     ends = _cut(out, -((centre - dim.edges) // stride))
+    if alone:
+        ends = _held(dim, out, lambda a: -((-a - before) // stride),
+                     lambda b: (b + before - span - 1) // stride + 1)  # fmt: skip
     a, b = ends[:-1], ends[1:]
     starts = np.where(a < b, a * stride - before, -span - 1)
     stops = np.where(a < b, (b - 1) * stride - before + span + 1, 0)
@@ -109,16 +112,21 @@ def strided(dim: Dim, stencil: Stencil) -> Reach:
 
 
 @cached
-def spread(dim: Dim, stencil: Stencil, out: int) -> tuple[Reach, tuple[int, ...]]:
+def spread(
+    dim: Dim, stencil: Stencil, out: int, alone: bool = False
+) -> tuple[Reach, tuple[int, ...]]:
     """The adjoint of a stencil: input row i adds to the output rows that the stencil's row i reads.
 
     out: how many there are. Also returns, for every rank, its first output row among those that its
     window adds to with no padding. Neighbours share the output rows that both add to; a kernel as
-    wide as its stride needs no halo.
+    wide as its stride needs no halo. alone: see `_held`.
     """
     span, stride, padding = stencil.extent - 1, stencil.stride, stencil.before
     shared = max(0, -(-(span + 1 - stride) // 2))
     ends = _cut(out, dim.edges * stride - padding + shared)
+    if alone:
+        ends = _held(dim, out, lambda a: (a - 1) * stride + span - padding + 1,
+                     lambda b: b * stride - padding)  # fmt: skip
     has = ends[:-1] < ends[1:]
     first, last = ends[:-1] + padding, ends[1:] - 1 + padding
     # the second bound where rows lie in a gap between kernels
@@ -138,13 +146,16 @@ def added_to(dim: Dim, stencil: Stencil) -> Kept[tuple[int, int]]:
 
 
 @cached
-def near(dim: Dim, beside: int, out: int) -> tuple[Reach, tuple[int, ...]]:
+def near(dim: Dim, beside: int, out: int, alone: bool = False) -> tuple[Reach, tuple[int, ...]]:
     """Every rank's own rows and `beside` more on either side, fewer at the border of the whole.
 
     For an op that treats the border by itself and makes `out` rows of all: of each rank's own, its
-    share. Also returns, for every rank, its first output row among those of its window.
+    share. Also returns, for every rank, its first output row among those of its window. alone: see
+    `_held`.
     """
     n = dim.size
+    if alone:
+        dim = dim.cut_at(_held(dim, n, lambda a: a + beside, lambda b: b - beside).tolist())
     ends = [o * out // n for o in dim.offsets]
     windows = [(max(0, a - beside), min(n, b + beside)) if a < b else (a, a) for a, b in dim.spans]
     firsts = [(a - start) * out // n for a, (start, _) in zip(dim.offsets, windows, strict=False)]
@@ -155,6 +166,20 @@ def _cut(out: int, edges: Any) -> Any:
     """Shard boundaries of `out` rows: 0, the inner ones clamped, out."""
     ends = edges.clip(0, out)
     ends[0], ends[-1] = 0, out
+    return ends
+
+
+def _held(dim: Dim, out: int, first: Callable[[int], int], end: Callable[[int], int]) -> Any:
+    """Where `out` rows are cut if the middle shard is all there is: it makes what it can by itself.
+
+    first, end: of the rows that need none before, or behind, a row inside of the whole.
+    """
+    me = len(dim.sizes) // 2
+    a, b = dim.offsets[me], dim.offsets[me + 1]
+    start = min(max(first(a), 0), out) if a else 0
+    stop = out if b == dim.size else min(max(end(b), start), out)
+    ends = np.zeros(len(dim.sizes) + 1, np.int64)
+    ends[1 : me + 1], ends[me + 1 :], ends[-1] = start, stop, out
     return ends
 
 
@@ -183,7 +208,8 @@ def _fetching(spec: Spec, d: int, reach: Reach) -> tuple[tuple[int, int] | None,
     """(which of its own rows (start, length) this rank reads, None: all; else the plan, group)."""
     dim, me = spec.dims[d], spec.index[d]
     start, stop = reach.windows[me]
-    if reach.inside and reach.dim.sizes[me]:
+    here = spec.alone and spec.offset[d] <= start and stop <= spec.offset[d] + dim.sizes[me]
+    if (reach.inside or here) and reach.dim.sizes[me]:
         first, length = start - spec.offset[d], stop - start
         return (None if (first, length) == (0, dim.sizes[me]) else (first, length)), None, ""
     group = comm.along(spec, d)
