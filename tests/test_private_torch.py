@@ -161,6 +161,7 @@ USED = {
 ELSEWHERE = [
     "torch.Tensor._typed_storage",
     "torch._assert_async",
+    "torch._grouped_mm",
     "torch.ops.aten._adaptive_avg_pool2d",
     "torch.ops.aten._adaptive_avg_pool3d",
     "torch.ops.aten._linalg_check_errors",
