@@ -305,3 +305,24 @@ def test_a_buffer_without_strides():
             assert all(torch.equal(call(s).full_tensor(), x * 2) for _ in range(3))
 
     st.simulate(2, run)
+
+
+BY_TYPE: dict[type, int] = {}
+
+
+def by_type(x):
+    for y in (x, torch.ones(4).sin()):
+        if type(y) not in BY_TYPE:
+            BY_TYPE[type(y)] = 2
+    return x * BY_TYPE[type(x)]
+
+
+def test_a_table_by_type_that_a_trace_fills():
+    def run():
+        s = st.distribute_tensor(torch.ones(4), make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        call = st.compile(by_type, backend="eager", fullgraph=True)
+        for _ in range(3):
+            assert call(s).full_tensor().tolist() == [2.0] * 4
+        assert call.traces == 1
+
+    st.simulate(2, run)
