@@ -15,6 +15,9 @@ from typing import Any
 _state = threading.local()
 # of a setting the context that a recomputed function needs around it
 contexts: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {}
+# by name what is remembered of earlier calls, on which later ones depend: a recomputed function has
+# a copy of what its forward began with as the setting of this name
+remembered: dict[str, Callable[[], dict[Any, Any]]] = {}
 
 
 def current(name: str, default: Any) -> Any:
@@ -41,11 +44,12 @@ def _put(values: dict[str, Any]) -> None:
 def bringing(fn: Callable[..., Any]) -> Callable[..., Any]:
     """fn with the settings that are in force now, whenever and wherever it is called."""
     values = dict(_state.__dict__)
+    past = {name: dict(known()) for name, known in remembered.items()}
 
     @wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         before = dict(_state.__dict__)
-        _put(values)
+        _put({**values, **{name: dict(known) for name, known in past.items()}})
         try:
             with ExitStack() as stack:
                 for name, enter in contexts.items():

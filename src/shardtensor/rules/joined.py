@@ -22,7 +22,7 @@ from ..tensor.lazy import Lazy, Recipe, lazy, takes_lazy
 from .empty import joined
 from .index_dim import index_select
 from .labels import Known
-from .nodes import indexed
+from .nodes import note
 from .routes import kept
 from .shape import _index
 
@@ -92,7 +92,7 @@ def stays(parts: Sequence[Tensor], known: Sequence[Known], d: int) -> bool:
 def join(locals_: Sequence[Tensor], parts: tuple[Dim, ...], d: int, spec: Spec) -> Lazy:
     """The parts joined along d, not yet moved."""
     for part in parts:
-        indexed.dims[spec.mesh, part.size] = part
+        note(spec.mesh, part)
     return lazy(Joined(locals_, parts, d, spec), spec)
 
 

@@ -246,7 +246,7 @@ class _Inverse:
             return None
         rest = iter(*outer)
         mesh = self.spec.mesh
-        inner = home.dims.get((mesh, dims, tuple(self.n[d] for d in dims)))
+        inner = home().get((mesh, dims, tuple(self.n[d] for d in dims)))
         if inner is None or set(axes_in(inner)) & set(axes_in(*outer)):
             last = steps(self.spec, self.job)[-1].spec
             inner = tuple(last.dims[d] for d in dims)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import cache
+from .. import cache, settings
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor
 from ..tensor.recut import WHOLE
@@ -26,8 +26,21 @@ class _Indexed:
         self.dims.clear()
 
 
-indexed = _Indexed()
-cache.register(indexed)
+_indexed = _Indexed()
+cache.register(_indexed)
+
+
+def _known() -> dict[tuple[DeviceMesh, int], Dim]:
+    return settings.current("indexed", _indexed.dims)
+
+
+settings.remembered["indexed"] = _known
+
+
+def note(mesh: DeviceMesh, rows: Dim) -> None:
+    """Remember how rows lie that are read by index."""
+    for known in (_indexed.dims, _known()):
+        known[mesh, rows.size] = rows
 
 
 def lies(spec: Spec, shape: Sequence[int]) -> Spec | None:
@@ -42,7 +55,7 @@ def lies(spec: Spec, shape: Sequence[int]) -> Spec | None:
     if len(other) != 1 or not spec.dims[other[0]].axes:
         return None
     cut, n = spec.dims[other[0]], int(shape[other[0]])
-    rows = indexed.dims.get((spec.mesh, n))
+    rows = _known().get((spec.mesh, n))
     if rows is None and prod(map(int, shape)) >= WHOLE and n >= len(cut.sizes):
         rows = Dim.chunked(n, cut.axes, spec.mesh)
     if rows is None or rows.axes != cut.axes:

@@ -25,7 +25,7 @@ from ..tensor.apart import alike, of_rows
 from ..tensor.redistribute import fit, like, reduced
 from . import routes
 from .empty import with_one
-from .nodes import indexed
+from .nodes import note
 
 Dims = tuple[Dim, ...]
 # kernel(rows, index (E,), values (E, ...)) gives the rows after the write; values may be None
@@ -147,7 +147,7 @@ def read(
     mesh = mesh_of(x, index)
     (rows, *rest), own = dims_of(x), dims_of(index)
     if cut_axes(rows):
-        indexed.dims[mesh, rows.size] = rows
+        note(mesh, rows)
     need, taken = cut_axes(rows), axes_in(rest)
     own = covering(mesh, own, (), taken)
     few = index.numel() < len(rows.sizes) and x.dtype not in _NO_SUM

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import comm, settings
 from ..spec import Dim, axes_in
 from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import relate
@@ -47,7 +47,15 @@ class _Home(threading.local):
         self.dims: dict[Any, tuple[Dim, ...]] = {}
 
 
-home = _Home()
+_home = _Home()
+
+
+def home() -> dict[Any, tuple[Dim, ...]]:
+    """How dims lay, by mesh, dims and lengths of their transform."""
+    return settings.current("home", _home.dims)
+
+
+settings.remembered["home"] = home
 
 
 def begun(x: ShardTensor, job: Transform) -> Lazy | None:
@@ -61,10 +69,11 @@ def begun(x: ShardTensor, job: Transform) -> Lazy | None:
         return None
     if not any(spec.dims[d].is_cut for d in job.dims) or _is_coarse(x):
         return None
-    if len(home.dims) > 256:
-        home.dims.clear()
     sizes = tuple(lengths[d] or spec.shape[d] for d in job.dims)
-    home.dims[spec.mesh, job.dims, sizes] = tuple(spec.dims[d] for d in job.dims)
+    for lay in (_home.dims, home()):
+        if len(lay) > 256:
+            lay.clear()
+        lay[spec.mesh, job.dims, sizes] = tuple(spec.dims[d] for d in job.dims)
     return _whole(_Root(x, job))
 
 
