@@ -1,5 +1,6 @@
 """x[...] and x[...] = v by slices, integers and tensors of indices; parts written back."""
 
+import numpy as np
 import torch
 from layouts import plain
 
@@ -75,6 +76,8 @@ def lists(x, i):
         x[[i, slice(1, 3)]],
         x[[None, 3]],
         x[[torch.tensor(1), torch.tensor(2)]],
+        x[[np.array([0, 2]), np.array([1, 1])]],
+        x[[np.array([0, 2]), 1]],
     )
 
 

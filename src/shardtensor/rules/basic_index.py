@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ..cache import cached
@@ -30,7 +31,8 @@ def is_several(index: Any) -> bool:
     """Whether torch takes an index for one of each dim: a tuple, or a list of more than numbers."""
     if not isinstance(index, list) or len(index) >= 32:
         return isinstance(index, tuple)
-    return any(e is None or isinstance(e, Tensor | Sequence | slice | EllipsisType) for e in index)
+    several = Tensor | np.ndarray | Sequence | slice | EllipsisType
+    return any(e is None or isinstance(e, several) for e in index)
 
 
 def hashable(index: Any) -> tuple[Any, ...] | None:
