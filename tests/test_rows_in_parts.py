@@ -123,6 +123,13 @@ def test_what_it_takes(width, monkeypatch):
         assert peak_bytes(lambda: torch.autograd.grad(y, x, y.detach())) < 1.25 * share
 
 
+def test_ranks_send_alike_where_only_one_index_is_long(monkeypatch):
+    monkeypatch.setattr(route, "_LONG", 2 * N)
+    at = torch.arange(N).repeat(3)[: 2 * N + 8]
+    x = torch.randn(N, dtype=D)
+    T.hold(read, [x, at], [T.shard(0, (8, 13)), T.shard(0, (8, 2 * N))], (2,))
+
+
 def calls(ranks):
     with silent_world(1, ranks), groups.taken_spread():
         spec = Spec.of(T.make_mesh((ranks,)), [Shard(0)], (64 * ranks,))

@@ -24,6 +24,8 @@ from .rows import Ints, exchange_rows, requests_in_order
 # least
 ROUNDS = 16
 ROUND = 2**22
+# what a number of 4 bytes does not hold
+_LONG = 2**31
 
 
 class Route(NamedTuple):
@@ -67,9 +69,9 @@ def find(index: Tensor, sizes: Sequence[int], group: str, parts: int = 1) -> Rou
 
 def _in_parts(index: Tensor, sizes: Sequence[int], group: str, parts: int) -> Route:
     """`find` of rows that travel in parts: of what a rank gives another, each has its share."""
-    short = torch.int32 if max(sum(sizes), len(index)) < 2**31 else torch.int64
-    distinct, order = index.to(short).sort()
-    order, place = order.to(short), None
+    # one dtype on all ranks for what they send
+    distinct, order = index.to(_short(sum(sizes))).sort()
+    order, place = order.to(_short(len(index))), None
     if not bool((distinct[1:] != distinct[:-1]).all()):
         distinct, place = torch.unique_consecutive(distinct, return_inverse=True)
     got, given, rows = requests_in_order(distinct, sizes, group)
@@ -77,20 +79,25 @@ def _in_parts(index: Tensor, sizes: Sequence[int], group: str, parts: int) -> Ro
     shares = _shares(given, parts), _shares(got, parts)
     gives, gets = (tuple(n.T.ravel().tolist()) for n in shares)
     to, of = (index.new_tensor(n.tolist()) for n in shares)
-    rows = rows.index_select(0, turned(to, short, len(rows)))
-    come = turned(of, short, sum(gets))
+    rows = rows.index_select(0, turned(to, _short(len(rows)), len(rows)))
+    come = turned(of, _short(sum(gets)), sum(gets))
     if place is None:
         return Route(rows, gives, gets, None, 0, group, order.index_select(0, come))
     # entries of each block, which are next to each other; then where rows of a block come
     ends = torch.searchsorted(place, of.flatten().cumsum(0)).view(of.shape)
     entries = ends.flatten().diff(prepend=ends.new_zeros(1)).view(of.shape)
-    at, each = turned(entries, short, len(order)), of.sum(0)
-    within = torch.arange(len(come), dtype=short, device=index.device)
-    within -= (each.cumsum(0) - each).to(short).repeat_interleave(each, output_size=len(come))
+    at, each = turned(entries, order.dtype, len(order)), of.sum(0)
+    within = torch.arange(len(come), dtype=come.dtype, device=index.device)
+    within -= (each.cumsum(0) - each).to(come.dtype).repeat_interleave(each, output_size=len(come))
     within = torch.empty_like(come).index_copy_(0, come.long(), within)
     place = within.index_select(0, place.index_select(0, at))
     done = tuple(entries.sum(0).cumsum(0).tolist())
     return Route(rows, gives, gets, place, 0, group, order.index_select(0, at), done)
+
+
+def _short(n: int) -> torch.dtype:
+    """The dtype that holds the numbers below n."""
+    return torch.int32 if n < _LONG else torch.int64
 
 
 def _shares(counts: Ints, parts: int) -> Any:
