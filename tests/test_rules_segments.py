@@ -218,3 +218,21 @@ def test_groups_of_rows_times_matrices(ends, cut):
         return torch._grouped_mm(x, matrices, offs=ends)
 
     T.hold(product, [x, matrices], [T.shard(0, cut), None], (len(cut),))
+
+
+def test_groups_of_rows_that_shards_cut_lie_row_by_row(monkeypatch):
+    given, plain = [], torch._grouped_mm
+
+    def product(x, *args, **kwargs):
+        given.append(x.is_contiguous())
+        return plain(x, *args, **kwargs)
+
+    matrices, ends = torch.randn(1, 8, 16), torch.tensor([14]).int()
+
+    def run():
+        x = st.distribute_tensor(torch.randn(8, 14), T.make_mesh((2,)), [Shard(1)])
+        return plain(x.T, matrices, offs=ends).shape
+
+    monkeypatch.setattr(torch, "_grouped_mm", product)
+    st.simulate(2, run)
+    assert given == [True, True]

@@ -139,5 +139,6 @@ def grouped_mm(
     rows = spec.dims[0]
     local, matrices = fit(spec.mesh, spec.varying, (input, spec.dims), (mat2, None))
     own = (offs - rows.offsets[spec.index[0]]).clamp(0, spec.local_shape[0])
-    y = torch._grouped_mm(local, matrices, offs=own, out_dtype=out_dtype)
+    # shards end anywhere; of columns in memory CUDA asserts groups of multiples of 16 bytes
+    y = torch._grouped_mm(local.contiguous(), matrices, offs=own, out_dtype=out_dtype)
     return wrap(y, spec.with_dims([rows, Dim(mat2.shape[2])]))
