@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor import attention, cache
+from shardtensor import _torch, attention, cache
 from shardtensor import testing as T
 from shardtensor.dispatch.fallback import limit
 from shardtensor.rules import halo
@@ -36,6 +36,8 @@ LIBRARY = {
 
 @pytest.fixture
 def apart():
+    # measured once in a process, by passes of its own
+    _torch.count_gradients()
     with backward_apart() as engine:
         yield engine
 
