@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardtensor import spec
 from shardtensor.ranks import testing
+from shardtensor.tensor import aliases, layout
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -83,6 +85,19 @@ def command(monkeypatch, capsys):
         return ended.value.code or 0, said.out, said.err
 
     return run
+
+
+@pytest.fixture
+def nothing_before(monkeypatch):
+    """What tensors of other tests left behind is looked up at each call; here nothing is."""
+    for kept in (aliases.stale, layout.turned):
+        for key in list(kept):
+            monkeypatch.delitem(kept, key)
+    # where no shard has ever been empty nothing is asked of each call
+    empty = set(spec.hollow)
+    spec.hollow.clear()
+    yield
+    spec.hollow.update(empty)
 
 
 @pytest.fixture

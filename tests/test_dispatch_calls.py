@@ -5,9 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shardtensor.spec import hollow
-from shardtensor.tensor import aliases, layout
-
 KERNEL, SCALE = torch.randn(4, 4, 3, 3), torch.randn(8)
 NORM = torch.nn.BatchNorm2d(4)
 WEIGHTS = [torch.randn(s) for s in ((16, 8), (8, 16)) * 2]
@@ -67,7 +64,7 @@ CALLS = {
 
 
 @pytest.fixture
-def count(monkeypatch):
+def count(monkeypatch, nothing_before):
     """The Python calls of a warm call on one of so many ranks, on which nothing is received."""
 
     def run(call, ranks):
@@ -78,15 +75,7 @@ def count(monkeypatch):
             # the least: what the collector frees in between calls functions, too; less the lambdas
             return min(growth.python_calls(op, ("call",)) for _ in range(3)) - 2
 
-    # what tensors of other tests left behind is looked up at each call
-    for kept in (aliases.stale, layout.turned):
-        for key in list(kept):
-            monkeypatch.delitem(kept, key)
-    # where no shard has ever been empty nothing is asked of each call
-    empty = set(hollow)
-    hollow.clear()
-    yield run
-    hollow.update(empty)
+    return run
 
 
 @pytest.mark.parametrize("name", CALLS)

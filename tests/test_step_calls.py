@@ -13,7 +13,6 @@ from shardtensor import cache
 from shardtensor._torch.world import silent_world
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups, together
-from shardtensor.spec import hollow
 
 # model of `benchmarks/share.py`: the most kernels and calls beyond those of the plain model
 MOST = {
@@ -24,13 +23,7 @@ MOST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def none_empty():
-    """Where no shard has ever been empty nothing is asked of each call."""
-    empty = set(hollow)
-    hollow.clear()
-    yield
-    hollow.update(empty)
+pytestmark = pytest.mark.usefixtures("nothing_before")
 
 
 @pytest.mark.parametrize("name", MOST)
