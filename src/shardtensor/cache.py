@@ -18,7 +18,7 @@ _caches: list[Any] = []
 making: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def alone(fn: F) -> F:
+def unseen(fn: F) -> F:
     """The function of which results are kept, so that others may not see it run."""
 
     @wraps(fn)
@@ -31,7 +31,7 @@ def alone(fn: F) -> F:
 
 def cached(fn: F) -> F:
     """The function with its last 4096 results kept; arguments must be hashable."""
-    kept = lru_cache(maxsize=4096)(alone(fn))
+    kept = lru_cache(maxsize=4096)(unseen(fn))
     _caches.append(kept)
     return kept  # type: ignore[return-value]
 

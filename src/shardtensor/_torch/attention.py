@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..cache import alone
+from ..cache import unseen
 
 
 class Block(NamedTuple):
@@ -133,7 +133,7 @@ def _chosen(
 
 
 @lru_cache(maxsize=64)
-@alone
+@unseen
 def _cudnn_serves(device: torch.device, dtype: torch.dtype, width: int, biased: bool) -> bool:
     """Whether cuDNN's kernel gives and takes log-sum-exps as the others do; asked once.
 

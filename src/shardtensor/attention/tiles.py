@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
-from ..cache import alone
+from ..cache import unseen
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, settled, wide
@@ -142,7 +142,7 @@ def _made_mask(seen: tuple[Seen, ...], device: torch.device | str) -> Tensor:
     return whole[None, None]
 
 
-_kept_mask = lru_cache(maxsize=64)(alone(_made_mask))
+_kept_mask = lru_cache(maxsize=64)(unseen(_made_mask))
 
 
 class Call(NamedTuple):

@@ -125,16 +125,12 @@ cache.register(_kept)
 cache.register(_routes)
 
 
+@cache.unseen
 def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], V]) -> V:
     """make(), the route of an index, of which this rank has the entries `at`; kept with it.
 
     key: what else the route depends on. group: all ranks that make it together.
     """
-    with cache.making():
-        return _route_of(index, at, key, group, make)
-
-
-def _route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], V]) -> V:
     # a route outlives the transforms of torch.func, which integers have no part in
     at, local = _torch.unwrapped(at), _torch.unwrapped(local_of(index))
     ref, full = _named(local, key)
@@ -156,6 +152,7 @@ def _route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[]
     return route
 
 
+@cache.unseen
 def kept(
     pattern: Sequence[Tensor], key: Any, make: Callable[[], V], owners: Sequence[Tensor] = ()
 ) -> V:
@@ -166,11 +163,10 @@ def kept(
     """
     ref, full = _named(pattern[0], key)
     owners = owners or pattern
-    with cache.making():
-        found: V | None = _kept.get(full, pattern, owners)
-        if found is None:
-            found = make()
-            _kept.put(full, ref, found, pattern, owners)
+    found: V | None = _kept.get(full, pattern, owners)
+    if found is None:
+        found = make()
+        _kept.put(full, ref, found, pattern, owners)
     return found
 
 
