@@ -73,7 +73,7 @@ TOP = set(dict(listed()))
 GIVEN = re.compile(
     r"\.(observe\.(network|whole|timeline)|plan\.(plans|estimate\.Device|estimate\.Estimate|parts\.InParts))"
     r"|\.(Tiled|Paging|Graph|Source|Report|Mesh|DomainParallel|Accelerator)$|(Error|Warning)$|replicated$"
-    r"|comm\.(counts|faults|window_add|spreads?|knows_values|windowed|asked|planned)$"
+    r"|comm\.(counts|faults|window_add|spreads?|knows_values|check_values|windowed|asked|planned)$"
 )  # fmt: skip
 
 

@@ -202,7 +202,10 @@ def spreads(name: str) -> bool:
 
 
 def check_values(name: str) -> None:
-    """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another."""
+    """Raise UnsupportedOpError in a rehearsal, where no rank's values are known to another.
+
+    name: of a group, as `comm.group` gives it. Sends nothing.
+    """
     if not knows_values(name) and not _Spread.taken:
         op = op_of(sys._getframe(1)) or "this op"
         line = call_of_user()[0]
