@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
+from shardtensor import _torch
 from shardtensor.ranks.testing import make_mesh, same, simulate
+from shardtensor.spec import hollow
 
 
 def rand(*shape, seed=0):
@@ -217,6 +219,41 @@ def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
                 same(got.detach(), want.detach(), fn.__name__, 1e-9)
 
         simulate(ranks, run)
+
+
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def broken(x):
+    return x
+
+
+@st.rule(broken)
+def broken_rule(x):
+    x[:2]
+    raise ValueError("after shards without rows")
+
+
+def test_the_op_that_makes_the_first_empty_shards_alone_replays_views():
+    """A view of a sparse matrix that was made after it is asked for its values as it was made."""
+
+    def run():
+        mesh = make_mesh((2,))
+        x = st.distribute_tensor(rand(5, 4), mesh, [Shard(0)]).requires_grad_()
+
+        def breaks():
+            with pytest.raises(ValueError, match="after"):
+                broken(x)
+
+        def makes():
+            return st.distribute_tensor(rand(1, 4), mesh, [Shard(0)])
+
+        for first in (makes, breaks, lambda: torch.relu_((x * 1)[:3])):
+            hollow.clear()
+            made = first()
+            assert hollow
+            assert not _torch.replays_views()
+        assert "AsStrided" not in made._local.grad_fn.name()
+
+    simulate(2, run)
 
 
 @pytest.mark.parametrize("center", [True, False])

@@ -41,6 +41,7 @@ OPS = {
     "sparse.mm": (lambda s, x: torch.sparse.mm(s, x), (M, K), (K, C), 0),
     "sparse.mm, T": (lambda s, x: torch.sparse.mm(s, x.T).T, (13, K), (C, K), 1),
     "S.t() @ x": (lambda s, x: s.t() @ x, (K, M), (K, C), 0),
+    "S.t() by name": (lambda s, x: torch.mm(input=s.t(), mat2=x), (K, M), (K, C), 0),
     "x @ S": (lambda s, x: x @ s, (K, M), (C, K), 1),
     "x @ S, batch": (lambda s, x: x @ s, (K, M), (2, C, K), 2),
     "x @ S.t()": (lambda s, x: torch.matmul(x, s.t()), (M, K), (2, C, K), 2),

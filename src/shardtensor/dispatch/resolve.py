@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 import types
 from collections.abc import Callable
 from functools import cache, wraps
@@ -164,20 +166,25 @@ def _reflected(handler: Handler, name: str, own: bool) -> Handler:
     return reflect
 
 
-# not empty from the first dim with an empty shard to the end of the op that met it
-_begun: list[bool] = []
+# of the op that makes the first empty shards, until it ends
+_first: list[types.FrameType] = []
 
 
 def _begin() -> None:
-    """Let the op that makes the first empty shards make its views as later ones do."""
+    """If an op makes the first empty shards, let it make its views as later ones do."""
     if not _torch.replays_views():
-        _torch.replay_views(True)
-        _begun.append(True)
+        stack, name = traceback.walk_stack(None), "_counted.<locals>.run"
+        _first[:] = [f for f, _ in stack if f.f_code.co_qualname == name][-1:]
+        _torch.replay_views(bool(_first))
 
 
-def _is_strided(x: Any) -> bool:
-    """Whether x is no sparse tensor."""
-    return not isinstance(x, Tensor) or x.__class__ is ShardTensor or x.layout is torch.strided
+def _are_strided(*operands: Any) -> bool:
+    """Whether none is a sparse tensor."""
+    for x in operands:
+        plain = x.__class__ is not ShardTensor and isinstance(x, Tensor)
+        if plain and x.layout is not torch.strided:
+            return False
+    return True
 
 
 def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
@@ -190,44 +197,46 @@ def _counted(handler: Handler, name: str, writes: bool, tries: bool) -> Handler:
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The op: stale operands, other mesh axes, `out=`, then its handler."""
-        if hollow and not _torch.replays_views() and all(map(_is_strided, args)):
+        if hollow and not _torch.replays_views() and _are_strided(*args, *kwargs.values()):
             _torch.replay_views(True)
             try:
                 return run(func, args, kwargs)
             finally:
                 _torch.replay_views(False)
-        if stale:
-            check_readable(args, kwargs)
-        mesh = mesh_of(args, None)
-        if kwargs and mesh is not NOWHERE:
-            mesh = mesh_of(kwargs.values(), mesh)
-        if mesh is NOWHERE and func not in ENGINE:
-            return met(run, writes, func, args, kwargs)
-        if kwargs and "out" in kwargs:
-            return _into(run, func, args, kwargs)
-        if hollow and tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
-            try_out(func, args, kwargs)
-        if not (counters.records or probe.profiling()):
-            out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
-        else:
-            with (
-                counters.named(f"shardtensor::{name}"),
-                counters.running(name, handler.__name__, args, kwargs) as given,
-            ):
-                out = handler(func, args, kwargs)
-                given.append(out)
-        if (turned and not writes) or (kind and hides(kind, args, out)):
-            follow(kind, func, args, kwargs, out)
-        if kept:
-            keep_result(out)
-        if _begun:
-            _begun.clear()
-            _torch.replay_views(False)
-        if within:
-            for x in args[:1] or kwargs.values():
-                if x.__class__ is ShardTensor:
-                    take_rows(x)
-        return out
+        try:
+            if stale:
+                check_readable(args, kwargs)
+            mesh = mesh_of(args, None)
+            if kwargs and mesh is not NOWHERE:
+                mesh = mesh_of(kwargs.values(), mesh)
+            if mesh is NOWHERE and func not in ENGINE:
+                return met(run, writes, func, args, kwargs)
+            if kwargs and "out" in kwargs:
+                return _into(run, func, args, kwargs)
+            if hollow and tries and (vacant(args) or (kwargs and vacant(kwargs.values()))):
+                try_out(func, args, kwargs)
+            if not (counters.records or probe.profiling()):
+                out = handler(func, args, kwargs) if kwargs or rule is None else rule(*args)
+            else:
+                with (
+                    counters.named(f"shardtensor::{name}"),
+                    counters.running(name, handler.__name__, args, kwargs) as given,
+                ):
+                    out = handler(func, args, kwargs)
+                    given.append(out)
+            if (turned and not writes) or (kind and hides(kind, args, out)):
+                follow(kind, func, args, kwargs, out)
+            if kept:
+                keep_result(out)
+            if within:
+                for x in args[:1] or kwargs.values():
+                    if x.__class__ is ShardTensor:
+                        take_rows(x)
+            return out
+        finally:
+            if _first and _first[0] is sys._getframe():
+                _first.clear()
+                _torch.replay_views(False)
 
     return run
 
