@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from ..cache import cached
 from ..caller import caller
 
 # bytes touched over bytes wanted from which on a warning is due
@@ -63,7 +64,8 @@ def heed(
     """
     if not chunks or (dist.is_initialized() and dist.get_rank()):
         return
-    ranges = _worst(chunks, ranges, cuts)
+    torn = {c.dim: _most_torn(c, chunks[c.dim]) for c in cuts.values()}
+    ranges = [torn.get(d, r) for d, r in enumerate(ranges)]
     wanted = [b - a for a, b in ranges]
     if not prod(wanted):
         return
@@ -92,19 +94,14 @@ def heed(
     )
 
 
-def _worst(
-    chunks: Sequence[int], ranges: Sequence[tuple[int, int]], cuts: Mapping[int, Cut]
-) -> list[tuple[int, int]]:
-    """The block of the rank that reads the most for what it wants."""
-    found = list(ranges)
-    for c in cuts.values():
-        edges = [c.rows[0] + n for n in accumulate(c.sizes, initial=0)]
-        held = [(a, b) for a, b in pairwise(edges) if a < b]
-        size = chunks[c.dim]
-        found[c.dim] = max(
-            held, key=lambda r: (-(-r[1] // size) - r[0] // size) / (r[1] - r[0]), default=(0, 0)
-        )
-    return found
+@cached
+def _most_torn(cut: Cut, chunk: int) -> tuple[int, int]:
+    """The rows of the rank that reads the most for what it wants of the dim; none: (0, 0)."""
+    edges = accumulate(cut.sizes, initial=cut.rows[0])
+    held = [(a, b) for a, b in pairwise(edges) if a < b]
+    return max(
+        held, key=lambda r: (-(-r[1] // chunk) - r[0] // chunk) / (r[1] - r[0]), default=(0, 0)
+    )
 
 
 def _advice(
