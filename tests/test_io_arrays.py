@@ -269,14 +269,16 @@ def test_report_tells_what_the_store_is_asked_for(tmp_path, monkeypatch):
         # chunks at the array's end are stored whole
         return Counted.fetched, 2 * told.touched, told, texts
 
-    (fetched, touched, told, _), (more, both, wide, texts) = amplified_on(2, amplified)
+    (fetched, touched, told, texts), (more, both, wide, none) = amplified_on(2, amplified)
     # rows 0:9 lie in three chunks of 4 rows: 12 are stored
     assert fetched * 9 == touched * 12 and more * 9 == both * 12
     assert told.wanted == 9 * 6 * 4 and told.touched == 9 * 7 * 4
     assert wide.wanted == 9 * 8 * 4 and wide.touched == 9 * 14 * 4
     assert wide.amplification == pytest.approx(14 / 8)
     assert wide.aligned == {1: (7, 7)}
+    # the first rank tells what the second reads
     assert len(texts) == 1 and "{1: (7, 7)}" in texts[0] and "1.8 times" in texts[0]
+    assert not none
 
 
 def amplified_on(n, fn):
