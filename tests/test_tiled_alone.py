@@ -164,6 +164,16 @@ def test_inference_mode_and_autocast(tmp_path):
             assert run.halo == (2,) and run(x).dtype == torch.bfloat16
 
 
+def test_results_lie_in_memory_as_the_plain_model_lays_them(tmp_path):
+    torch.manual_seed(0)
+    model = Net(lambda m, x: (m["a"](x), m["a"](x).mT), a=conv(2, 3)).double()
+    x = torch.randn(2, 2, 30, 6).double().to(memory_format=torch.channels_last)
+    run = st.tiled(model, 3, 2, memory=2**9, spill=tmp_path)
+    with torch.no_grad():
+        assert [y.stride() for y in run(x)] == [y.stride() for y in model(x)]
+    assert run.halo is not None
+
+
 def hooked():
     model = Net(lambda m, x: m["a"](x), a=conv(2, 3))
     model.parts["a"].register_forward_hook(lambda m, args, y: y + y.abs().max())

@@ -60,6 +60,22 @@ def test_what_a_part_changes_is_its_own(tmp_path):
     torch.testing.assert_close(run(X, Counter()), model(X, Counter()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_buffer_that_becomes_a_result_is_whole(tmp_path, grad):
+    def keeps(self, y, x):
+        self.last = (y + self.last).detach()
+        return y * self.last
+
+    model, run = pair(keeps, tmp_path)
+    for m in (model, run.model):
+        m.register_buffer("last", torch.ones(1, 2, 7, 4, dtype=torch.float64))
+    run.memory = 2**7
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            torch.testing.assert_close(run(X), model(X), rtol=0, atol=1e-12)
+    torch.testing.assert_close(run.model.last, model.last, rtol=0, atol=1e-12)
+
+
 def test_an_input_that_is_written_to_is_written_to(tmp_path):
     model, run = pair(lambda self, y, x: y + x.add_(1).sum(), tmp_path)
     given = [X.clone(), X.clone()]

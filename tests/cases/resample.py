@@ -49,6 +49,10 @@ def by_whole_numbers(mode, antialias):
 whole = {m: by_whole_numbers(m, False) for m in MODES}
 whole |= {f"{m} antialiased": by_whole_numbers(m, True) for m in ("bilinear", "bicubic")}
 cases("interpolate", each(WAYS), normal(2, 3, 9, 6), dims=[(2, 3, 0, 1)])
+corners = [dict(size=(m, 3), antialias=True, align_corners=True) for m in (1, 5, 23)]
+cases("interpolate corners antialiased", each([dict(w, mode="bilinear") for w in corners] + [
+    dict(size=(5, 3), mode="bicubic", antialias=True, align_corners=True)]),
+    normal(1, 2, 20, 3), dims=[2])  # fmt: skip
 cases("interpolate lines", each(LINES), normal(2, 3, 11), dims=[2])
 cases("interpolate volumes", each(VOLUMES), normal(1, 2, 5, 4, 6), dims=[(2, 4)])
 cases("interpolate in fp32", each(SINGLE), normal(1, 2, 31, 4, dtype=torch.float32), dims=[2])

@@ -39,7 +39,7 @@ from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .meeting import Meeting
 from .pager import Pager
-from .ranks import Ranks, advance, alike, kept, own, replica, state
+from .ranks import Ranks, advance, alike, kept, lies, own, replica, state
 
 # of the elements that a model makes, those that parts may make once more: of a U-Net 19 % cost less
 # than exchanges and files that the system's cache holds, 38 % more (`benchmarks/tiled.py`)
@@ -117,7 +117,7 @@ class Alone(Ranks):
                 raise ValueError("parts with outputs of other forms")
             del found
         mine, leaves, tree = first
-        self.ended_forward(mine)
+        self.ended_forward(mine, True)
         advance(self.leaves, leaves)
         self.outputs, self.halo = pytree.tree_unflatten(self.wholes, tree), halo
 
@@ -155,6 +155,8 @@ class Alone(Ranks):
         with made or Meeting(0):
             outputs = model(*args, **kwargs)
         self.unwritten()
+        if any(isinstance(b, ShardTensor) for b in model.buffers()):
+            raise ValueError("a buffer of rows that other parts have, too")
         if [state(x) for x in given] != before:
             raise ValueError("the model writes to rows that other parts have, too")
         return leaves, outputs
@@ -171,7 +173,9 @@ class Alone(Ranks):
             if isinstance(y, ShardTensor):
                 if first:
                     with _torch.outside_modes():
-                        self.wholes[i] = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+                        self.wholes[i] = torch.empty_strided(
+                            y.shape, lies(y), dtype=y.dtype, device=y.device
+                        )
                 _rows(self.wholes[i], y._spec).copy_(y._local)
                 self.ends[i, at] = cut = _cut(y)
                 for k, (start, stop, n) in cut.items():

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from .. import _torch
 from ..errors import RankError, UnsupportedOpError
 from ..later import dt
-from ..tensor import ShardTensor, layout
+from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
-from .ranks import Ranks, advance, alike, kept, own, state
+from .ranks import Ranks, advance, alike, kept, lies, own, state
 
 # sessions whose outputs went where ranks could not be ended
 _left: list[Session] = []
@@ -66,11 +66,11 @@ class Session(Ranks):
         self._changed(given, before, leaves, first)
         del args, kwargs, leaves
         outputs = [reduced(y) for y in outputs]
+        self.ended_forward(model, first)
         if first:
             self.out_tree = tree
             self.kinds = [isinstance(y, Tensor) for y in outputs]
             self.followed = [y.requires_grad for y in outputs if isinstance(y, Tensor)]
-            self.ended_forward(model)
         self._deliver(outputs, first)
         if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
             return
@@ -143,7 +143,7 @@ class Session(Ranks):
             y = y.redistribute(like.device_mesh, like.placements)
         if wholes[i] is None:
             with _torch.outside_modes():
-                wholes[i] = torch.empty_strided(y.shape, _lies(y), dtype=y.dtype, device=y.device)
+                wholes[i] = torch.empty_strided(y.shape, lies(y), dtype=y.dtype, device=y.device)
         wholes[i][y._spec.block].copy_(y.to_local())
 
     def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
@@ -162,12 +162,6 @@ class Session(Ranks):
         self.world.turns.stuck = RankError("the output of a tiled call is gone")
         with suppress(RankError):
             self.go_on()
-
-
-def _lies(y: ShardTensor) -> tuple[int, ...]:
-    """The strides of a new tensor like y."""
-    own = layout.stride(y)
-    return own if layout.is_dense(y.shape, own) else layout.dense(y.shape)
 
 
 class _Waiting:

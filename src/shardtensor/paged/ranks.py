@@ -19,8 +19,9 @@ from ..errors import UnsupportedOpError
 from ..ranks.simulate import Turns, World, random_states, restore
 from ..ranks.testing import NAMES, make_mesh
 from ..settings import bringing, setting
-from ..tensor import ShardTensor
+from ..tensor import ShardTensor, layout
 from ..tensor.random import match_single_device
+from ..tensor.redistribute import reduced
 from ..train.parallelize import parallelize
 from .pager import Paged, Pager, Settled
 
@@ -91,18 +92,26 @@ class Ranks:
             restore(self.random)
             self.random = None
 
-    def ended_forward(self, model: nn.Module) -> None:
-        """On the first rank: what the plain call leaves behind, beside its outputs."""
+    def ended_forward(self, model: nn.Module, first: bool) -> None:
+        """What the plain call leaves behind, beside its outputs: of a cut buffer a rank's rows."""
+        mine = dict(model.named_buffers())
+        with torch.no_grad():
+            for name, b in self.model.named_buffers():
+                y = mine.get(name)
+                if y is None or y.shape != b.shape:
+                    continue
+                if isinstance(y, ShardTensor):
+                    y = reduced(y)
+                    b[y._spec.block].copy_(y._local)
+                elif first:
+                    b.copy_(y)
+        if not first:
+            return
         self.random = random_states()
         for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
             for name, x in vars(ours).items():
                 if isinstance(x, torch.Generator):
                     x.set_state(vars(theirs)[name].get_state())
-        mine = dict(model.named_buffers())
-        with torch.no_grad():
-            for name, b in self.model.named_buffers():
-                if name in mine and mine[name].shape == b.shape:
-                    b.copy_(mine[name])
 
     def gradients(self, model: nn.Module) -> list[Tensor | None]:
         """Of the model's trained parameters, in memory of their own."""
@@ -197,6 +206,12 @@ def state(x: Tensor) -> tuple[int, int]:
 def version(x: Tensor) -> int:
     """What grows when a tensor is written to."""
     return 0 if x.is_inference() else x._version
+
+
+def lies(y: ShardTensor) -> tuple[int, ...]:
+    """The strides of a new tensor like y."""
+    own = layout.stride(y)
+    return own if layout.is_dense(y.shape, own) else layout.dense(y.shape)
 
 
 @torch.no_grad()

@@ -179,9 +179,10 @@ class _Step(Ranks):
                 "the step returned a ShardTensor, whose ranks end here: return full_tensor(), or "
                 "write it to a file"
             )
-        if mesh.get_rank() == 0:
+        first = mesh.get_rank() == 0
+        self.ended_forward(model, first)
+        if first:
             self.result = result
-            self.ended_forward(model)
             with torch.no_grad(), _torch.outside_modes():
                 for p, g in zip(self.parameters, self.gradients(model), strict=True):
                     if g is not None:

@@ -317,14 +317,16 @@ def _taps(n: int, m: int, scale: float | None, way: Way) -> tuple[Tensor, Tensor
     """
     if way.nearest:
         return _sources(n, m, scale, way), torch.ones(1, m)
-    stretch = max(1.0, n / m if scale is None else 1 / scale) if way.antialias else 1.0
-    reach = ceil((2 if way.mode == "bicubic" else 1) * stretch) + 1
-    period = 2 * reach + 2
     step = n / m if scale is None else 1 / scale
     if way.align:
-        step = (n - 1) / max(1, m - 1)
+        step = (n - 1) / (m - 1) if m > 1 else 0.0
+    stretch = max(1.0, step) if way.antialias else 1.0
+    reach = ceil((2 if way.mode == "bicubic" else 1) * stretch) + 1
+    period = 2 * reach + 2
     at = torch.arange(m, dtype=torch.float64)
-    centre = at * step if way.align else (at + 0.5) * step - 0.5
+    # torch's antialiasing has corners tell the step alone
+    corners = way.align and not way.antialias
+    centre = at * step if corners else (at + 0.5) * step - 0.5
     low = (centre.floor().long() - reach).clamp(min=0, max=max(0, n - 1))
     marks = (torch.arange(n)[None] % period == torch.arange(period)[:, None]).to(_wide(way.dtype))
     found = _run(marks, m, scale, way)
