@@ -83,6 +83,20 @@ def test_an_input_that_is_written_to_is_written_to(tmp_path):
     torch.testing.assert_close(*given, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_what_is_written_to_in_inference_mode(tmp_path, made):
+    """An input is as after the plain call; what each part has whole is refused."""
+    model, run = pair(lambda self, y, x, z: y + x.add_(1).sum(), tmp_path)
+    with torch.inference_mode(made):
+        given, z = [X.clone(), X.clone()], torch.ones(1, dtype=X.dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(given[0], z), model(given[1], z), rtol=0, atol=1e-12)
+        torch.testing.assert_close(*given, rtol=0, atol=0)
+        _, run = pair(lambda self, y, x, z: y * z.mul_(2), tmp_path)
+        with pytest.raises(RankError, match="that each part has whole"):
+            run(given[0], z)
+
+
 def test_what_parts_cannot_have_alone_is_refused(tmp_path):
     @dataclass
     class Box:

@@ -91,10 +91,14 @@ class Session(Ranks):
 
     def _placed(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
         """This rank's part of a given tensor, or all of it, with gradients of its own."""
-        if not alike(x, self.tensors[0], self.dims):
-            return x.detach().requires_grad_(x.requires_grad and self.grad)
-        made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
-        return made.requires_grad_(x.requires_grad and self.grad)
+        # inference tensors do not tell that they were written to
+        with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+            if x.is_inference():
+                x = x.clone()
+            if not alike(x, self.tensors[0], self.dims):
+                return x.detach().requires_grad_(x.requires_grad and self.grad)
+            made = distribute_tensor(x, mesh, [dt.Shard(d) for d in self.dims], src_data_rank=None)
+            return made.requires_grad_(x.requires_grad and self.grad)
 
     @torch.no_grad()
     def _changed(
