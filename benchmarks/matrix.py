@@ -41,7 +41,7 @@ LIBRARIES = {
     "smp": ("segmentation-models-pytorch", "segmentation_models_pytorch"),
     "neuralop": ("neuraloperator", "neuralop"), "pn": ("nvidia-physicsnemo", "physicsnemo"),
 }  # fmt: skip
-KEPT = ("model", "tool", "version", "with", "result", "how", "gathers", "seconds")
+KEPT = ("model", "tool", "version", "with", "result", "how", "graphs", "gathers", "seconds")
 # what takes long to import, once for all cells
 SLOW = [
     "timm.models", "torchvision.models", *(f"physicsnemo.models.{m}" for m in (
@@ -64,7 +64,8 @@ def known(path: Path) -> dict[tuple[str, str], Row]:
 
 def kept(row: Row) -> Row:
     """What the page says of a cell; of settings, those with another result than the cell has."""
-    found = {k: row[k] for k in KEPT if row.get(k)} | {"result": short(row["result"], 300)}
+    found = {k: row[k] for k in KEPT if row.get(k)}
+    found |= {k: short(row[k], 300) for k in ("result", "why") if row.get(k)}
     others = {k: short(row[k]["result"], 300) for k in SETTINGS if k in row}
     return found | {k: {"result": r} for k, r in others.items() if r != found["result"]}
 
