@@ -36,8 +36,9 @@ def parcels(
     few: bool = True,
 ) -> Parcels:
     """Of the elements of `item` bytes for each rank, and the shapes of what each gives."""
-    gives = {r: item * numels[r] for r in sorted(numels)}
-    gets, places, at = {}, [], 0
+    gives, gets, places, at = {}, {}, [], 0
+    for r in sorted(numels):
+        gives[r] = item * numels[r]
     for r in sorted(shapes):
         begin = at
         for shape in shapes[r]:
