@@ -20,6 +20,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import alike
 from ..tensor.dense import refuse_not_dense
+from ..tensor.layout import as_stored
 from ..tensor.offset import begins_its_memory
 from ..tensor.random import matching, memory_order
 from ..tensor.redistribute import replicate, to_dims
@@ -129,7 +130,7 @@ def _whole(x: ShardTensor) -> torch.Tensor:
     order = memory_order(x) if matching() else ()
     if list(order) == sorted(order):
         return local
-    return local.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    return as_stored(torch.Tensor.contiguous, local, order)
 
 
 def is_shard(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,11 +143,6 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     return wrap(local.clone() if local is x._local else local, x._spec)
 
 
-def as_stored(op: Callable[[Any], Any], x: Any, order: Sequence[int]) -> Any:
-    """op of x with its dims in this order, that of memory: what is new lies as x does."""
-    return op(x.permute(order)).permute([order.index(d) for d in range(len(order))])
-
-
 @cached
 def _mirrored(dim: Dim) -> Kept[tuple[int, int]]:
     return Kept((dim.size - b, dim.size - a) for a, b in dim.windows())
@@ -164,7 +159,7 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     stored = layout.order(x)
     if stored:
         at = [stored.index(d) for d in mirrored]
-        return as_stored(lambda y: flip(y, at), x, stored)
+        return layout.as_stored(lambda y: flip(y, at), x, stored)
     for d in mirrored:
         dim = x._spec.dims[d]
         if dim.axes:

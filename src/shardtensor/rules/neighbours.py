@@ -13,7 +13,6 @@ from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
-from .join import as_stored
 from .norm import sharded
 from .rows import mesh_of
 from .shape import _index
@@ -47,7 +46,7 @@ def diff(
         assert isinstance(x, ShardTensor)
     stored = layout.order(x)
     if stored:
-        return as_stored(lambda y: diff(y, n, stored.index(d)), x, stored)
+        return layout.as_stored(lambda y: diff(y, n, stored.index(d)), x, stored)
     order = min(n, x.shape[d])
     return sliding(x, {d: Stencil(order + 1)}, lambda rows: torch.diff(rows, order, d))
 

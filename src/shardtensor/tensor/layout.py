@@ -159,12 +159,16 @@ def suggested(x: Any) -> Any:
 
 def order(x: Any) -> list[int]:
     """The dims as they lie dense in memory, the outermost first; none where that is rows first."""
-    rows = list(range(x.ndim))
     if x._local.is_contiguous() if x._strides is None else not x._strides.turned:
         return []
     own = stride(x)
-    found = sorted(rows, key=lambda d: (-own[d], d))
-    return found if found != rows and _in_order(x.shape, own, found) else []
+    found = _outermost_first(own)
+    return found if found != sorted(found) and _in_order(x.shape, own, found) else []
+
+
+def as_stored(op: Callable[[Any], Any], x: Any, order: Sequence[int]) -> Any:
+    """op of x with its dims in this order, that of memory: what is new lies as x does."""
+    return op(x.permute(order)).permute([order.index(d) for d in range(len(order))])
 
 
 def like_image(out: Any, x: Any) -> Any:
@@ -188,8 +192,11 @@ def takes_format(x: Any, memory_format: torch.memory_format) -> bool:
 @cached
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether elements lie without gaps, each once, in whatever order of the dims."""
-    order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
-    return _in_order(shape, strides, order)
+    return _in_order(shape, strides, _outermost_first(strides))
+
+
+def _outermost_first(strides: Sequence[int]) -> list[int]:
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
 
 
 def _in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
@@ -225,8 +232,7 @@ def in_order_of(x: Tensor, strides: Sequence[int]) -> Tensor:
     """x with its dims in memory in the order of such strides, as torch's ops keep it."""
     with outside_modes():
         own = torch.empty_like(torch.empty_strided(x.shape, strides, device="meta")).stride()
-    order = sorted(range(x.ndim), key=lambda d: (-own[d], d))
-    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    return as_stored(Tensor.contiguous, x, _outermost_first(own))
 
 
 def real_view(x: Tensor) -> Tensor:
