@@ -118,7 +118,7 @@ def test_what_it_takes(width, monkeypatch):
         at = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         y = x[at]
         share = y._local.nbytes
-        # the result, and of a part what leaves or is placed, and what arrives; it was 2
+        # the result, and of a part what leaves or is placed, and what arrives
         assert peak_bytes(lambda: x.detach()[at]) < 1.25 * share
         assert peak_bytes(lambda: torch.autograd.grad(y, x, y.detach())) < 1.25 * share
 

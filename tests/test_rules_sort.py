@@ -87,5 +87,5 @@ def test_what_a_sort_takes_both_ways():
             torch.autograd.grad(values, x, values.detach())
 
         both()
-        # torch's sort of one device takes 5; elements that came, where they go; it was 8
+        # torch's sort of one device takes 5; elements that came, where they go
         assert peak_bytes(both) < 7.2 * x._local.nbytes

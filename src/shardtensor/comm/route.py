@@ -70,8 +70,8 @@ def find(index: Tensor, sizes: Sequence[int], group: str, parts: int = 1) -> Rou
 def _in_parts(index: Tensor, sizes: Sequence[int], group: str, parts: int) -> Route:
     """`find` of rows that travel in parts: of what a rank gives another, each has its share."""
     # one dtype on all ranks for what they send
-    distinct, order = index.to(_short(sum(sizes))).sort()
-    order, place = order.to(_short(len(index))), None
+    distinct, order = index.to(integers(sum(sizes))).sort()
+    order, place = order.to(integers(len(index))), None
     if not bool((distinct[1:] != distinct[:-1]).all()):
         distinct, place = torch.unique_consecutive(distinct, return_inverse=True)
     got, given, rows = requests_in_order(distinct, sizes, group)
@@ -79,8 +79,8 @@ def _in_parts(index: Tensor, sizes: Sequence[int], group: str, parts: int) -> Ro
     shares = _shares(given, parts), _shares(got, parts)
     gives, gets = (tuple(n.T.ravel().tolist()) for n in shares)
     to, of = (index.new_tensor(n.tolist()) for n in shares)
-    rows = rows.index_select(0, turned(to, _short(len(rows)), len(rows)))
-    come = turned(of, _short(sum(gets)), sum(gets))
+    rows = rows.index_select(0, turned(to, integers(len(rows)), len(rows)))
+    come = turned(of, integers(sum(gets)), sum(gets))
     if place is None:
         return Route(rows, gives, gets, None, 0, group, order.index_select(0, come))
     # entries of each block, which are next to each other; then where rows of a block come
@@ -95,7 +95,7 @@ def _in_parts(index: Tensor, sizes: Sequence[int], group: str, parts: int) -> Ro
     return Route(rows, gives, gets, place, 0, group, order.index_select(0, at), done)
 
 
-def _short(n: int) -> torch.dtype:
+def integers(n: int) -> torch.dtype:
     """The dtype that holds the numbers below n."""
     return torch.int32 if n < _LONG else torch.int64
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, comm
-from ..comm.route import Route, fetch, turned
+from ..comm.route import Route, fetch, integers, turned
 from ..comm.rows import exchange_rows
 from ..dispatch.fallback import fall_back
 from ..registry import rule
@@ -143,7 +143,7 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
         moves = even[:, None].expand(-1, count, -1)
     sent = moves.sum(1).tolist()
     # what is kept for backward, too
-    short = torch.int32 if count * dim.size <= torch.iinfo(torch.int32).max else torch.int64
+    short = integers(count * dim.size)
     places, rows = places.to(short), flat.shape[1]
     if count > 1:
         # to one rank after the other, lane by lane
