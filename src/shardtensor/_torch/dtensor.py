@@ -25,9 +25,8 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._get_root_mesh()
 
 
-def _groups_of(module: torch.nn.Module) -> list[Any]:
-    """The groups of parameters that FSDP2 gathers for a module."""
-    state: Any = _get_module_state(module)
+def _groups(state: Any) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers for a module, by its state."""
     # one group until torch 2.12
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]
@@ -36,7 +35,7 @@ def _groups_of(module: torch.nn.Module) -> list[Any]:
 
 def _fsdp_params() -> Iterator[Any]:
     for module in list(_module_state_mapping):
-        for group in _groups_of(module):
+        for group in _groups(_get_module_state(module)):
             yield from group.fsdp_params
 
 
@@ -77,12 +76,8 @@ def mend_fsdp(root: torch.nn.Module) -> None:
             "a forward or backward of this FSDP2 model broke off, and this torch can not mend it: "
             "make the model anew and load its weights, or use torch 2.13 or newer"
         )
-    params = [
-        p
-        for each in state._state_ctx.all_states
-        for group in each._fsdp_param_groups
-        for p in group.fsdp_params
-    ]
+    every = state._state_ctx.all_states
+    params = [p for each in every for group in _groups(each) for p in group.fsdp_params]
     # torch 2.15 drops what passes before the broken one left there
     kept = [(p.sharded_param, p.sharded_param.grad) for p in params]
     state._reset_iter_state()
@@ -102,7 +97,7 @@ def drop_stale(root: torch.nn.Module) -> None:
     It keeps them whole after a forward for the backward to come (torch 2.11 to 2.14). If none came
     and an optimizer stepped, the next forward would take the old ones.
     """
-    for group in _groups_of(root):
+    for group in _groups(_get_module_state(root)):
         shards = [p.sharded_param for p in group.fsdp_params]
         # ops on a DTensor do not count as writes to its local tensor
         written = [(p._version, p._local_tensor._version) for p in shards]
@@ -119,7 +114,7 @@ def drop_whole(root: torch.nn.Module) -> None:
     if not torch.is_grad_enabled() and getattr(
         _get_module_state(root), "_auto_reshard_after_forward", True
     ):
-        for group in _groups_of(root):
+        for group in _groups(_get_module_state(root)):
             group.reshard()
 
 

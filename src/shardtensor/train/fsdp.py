@@ -100,7 +100,7 @@ def shard(
         fsdp2.fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
     # before FSDP2's own, and after it
     model.register_forward_pre_hook(_mend, prepend=True)
-    model.register_forward_hook(lambda m, *_: drop_whole(m))
+    model.register_forward_hook(_end)
     _watch()
     kept = _replicate(model, scalars, over)
     if options.fsdp == "all":
@@ -131,6 +131,10 @@ def _mend(model: nn.Module, _: Any) -> None:
         with replacing(model, "the next call of the FSDP2 model whose pass broke off"):
             mend_fsdp(model)
     drop_stale(model)
+
+
+def _end(model: nn.Module, *_: Any) -> None:
+    drop_whole(model)
 
 
 @cache
