@@ -49,10 +49,13 @@ Cut = tuple[int, int, int]
 
 
 def without_meeting(
-    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any
-) -> Alone | None:
-    """A call, without gradients, whose parts did not meet: see `Alone`; None where they must."""
-    lead = next(x for x in pytree.tree_leaves(given) if isinstance(x, Tensor))
+    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any,
+    lead: Tensor,
+) -> tuple[list[int], Any] | None:  # fmt: skip
+    """(halo, outputs) of a call, without gradients, whose parts did not meet: see `Alone`.
+
+    None where they must. lead: of what is given the tensor that is cut along dims.
+    """
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     if hooked or any(probe.global_hooks()) or 0 in lead.shape:
         # who looks at parts is to see them as they are
@@ -63,7 +66,7 @@ def without_meeting(
     except RankError:
         # errors of the model are raised again where parts meet
         return None
-    return work if work.halo is not None else None
+    return None if work.halo is None else (work.halo, work.outputs)
 
 
 class Alone(Ranks):

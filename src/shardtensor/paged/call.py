@@ -41,7 +41,7 @@ class Session(Ranks):
         leaves, self.tree = pytree.tree_flatten(given)
         self.leaves = leaves
         self.tensors = [x for x in leaves if isinstance(x, Tensor)]
-        self.dims = dims_of(self.tensors, dims)
+        self.dims = dims
         super().__init__(model, parts, pager)
         # of the outputs: whole tensors by number, else what rank 0 gave
         self.found: list[Any] = []
@@ -206,15 +206,6 @@ class Call(torch.autograd.Function):
         session.cotangents = [next(arrived) if kind else None for kind in session.kinds]
         session.go_on()
         return None, *session.of_inputs, *session.of_parameters
-
-
-def dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The dims that are cut, from the front. Raises unless the tensors can be cut here."""
-    if not tensors or any(not -tensors[0].ndim <= d < tensors[0].ndim for d in dims):
-        raise ValueError(f"tiled along dim {dims}: the first tensor that is given needs them")
-    if any(isinstance(x, ShardTensor) for x in tensors):
-        raise ValueError("tiled takes plain tensors: it cuts them itself")
-    return tuple(d % tensors[0].ndim for d in dims)
 
 
 def _memory(x: Tensor) -> set[int]:

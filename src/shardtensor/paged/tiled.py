@@ -16,7 +16,7 @@ from ..errors import UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
 from .alone import without_meeting
-from .call import Call, Session, dims_of, end_left
+from .call import Call, Session, end_left
 from .files import Files
 from .pager import Pager, Paging
 from .pinned import Pinned
@@ -106,20 +106,19 @@ class Tiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
         end_left()
-        first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
-        self.halo = None
-        pager = self._pager(first)
-        if first is not None and not torch.is_grad_enabled():
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            dims = dims_of(tensors, self.dims)
-            work = without_meeting(self.model, self.parts, dims, pager, (args, kwargs))
-            if work is not None and work.halo is not None:
-                self.halo = tuple(work.halo)
-                return work.outputs
-            pager = self._pager(first)
-        session = Session(self.model, self.parts, self.dims, pager, (args, kwargs))
-        given = [*session.tensors, *(session.parameters if session.grad else [])]
-        outputs = Call.apply(session, *given)
+        given, self.halo = (args, kwargs), None
+        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        dims = _dims_of(tensors, self.dims)
+        if not torch.is_grad_enabled():
+            pager = self._pager(tensors[0])
+            alone = without_meeting(self.model, self.parts, dims, pager, given, tensors[0])
+            if alone is not None:
+                self.halo, outputs = tuple(alone[0]), alone[1]
+                return outputs
+        session = Session(self.model, self.parts, dims, self._pager(tensors[0]), given)
+        outputs = Call.apply(
+            session, *session.tensors, *(session.parameters if session.grad else [])
+        )
         return session.rebuilt(outputs)
 
     def run(self, step: Callable[[nn.Module, DeviceMesh], T]) -> T:
@@ -145,6 +144,15 @@ class Tiled:
         pager = Pager(self.memory, self._shelves[device])
         self.paging = pager.done
         return pager
+
+
+def _dims_of(tensors: list[Tensor], dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims that are cut, from the front. Raises unless the tensors can be cut here."""
+    if not tensors or any(not -tensors[0].ndim <= d < tensors[0].ndim for d in dims):
+        raise ValueError(f"tiled along dim {dims}: the first tensor that is given needs them")
+    if any(isinstance(x, ShardTensor) for x in tensors):
+        raise ValueError("tiled takes plain tensors: it cuts them itself")
+    return tuple(d % tensors[0].ndim for d in dims)
 
 
 def shelf(device: torch.device, folder: Path | None, memory: int) -> Shelf:
