@@ -38,7 +38,7 @@ from .draws import Draw, hoist
 from .guards import Reads, recording
 from .inputs import Call, Own, further, key_of, modes_of, parted, parts_of, replaced, seen, using
 from .members import Members
-from .refused import NoHooks, NoWrites, check_whole, without_generators, without_transforms
+from .refused import NoHooks, NoWrites, check_whole, without_what_no_graph_holds
 from .varied import Varied
 from .writes import Before
 
@@ -360,7 +360,7 @@ class Compiled:
         trace = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
         try:
             # a checkpoint that runs the call again finds its graph
-            with without_generators(), without_transforms(), _torch.saving_here():
+            with without_what_no_graph_holds(), _torch.saving_here():
                 graph = trace(*tensors)
         except probe.depends_on_values() as e:
             raise UnsupportedOpError(

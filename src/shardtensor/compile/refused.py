@@ -105,25 +105,21 @@ class NoWrites(TorchDispatchMode):
 
 
 @contextmanager
-def without_transforms() -> Iterator[None]:
-    """Refuse torch.func around collectives, which are Functions of its own there."""
+def without_what_no_graph_holds() -> Iterator[None]:
+    """Refuse what torch ends in words of its own.
+
+    These are torch.func around collectives, which are Functions of its own there: a higher-order
+    op that no mode knows; and draws from the user's generators, on torch up to 2.12.
+    """
     try:
         yield
     except AssertionError as e:
-        # what torch says of a higher-order op that no mode knows
         if "not registered" not in str(e):
             raise
         raise UnsupportedOpError(
             "torch.func around ops that communicate, in a compiled program: leave this part out of "
             "st.compile"
         ) from e
-
-
-@contextmanager
-def without_generators() -> Iterator[None]:
-    """Refuse draws from generators of the user's, which no graph of torch up to 2.12 holds."""
-    try:
-        yield
     except NotImplementedError as e:
         if "Generator" not in str(e):
             raise

@@ -131,10 +131,9 @@ def grouped_mm(
 ) -> Tensor:
     """Each group of rows times a matrix of its own; every rank multiplies the rows that it has."""
     spec = input._spec if isinstance(input, ShardTensor) else None
+    cut = [] if spec is None or spec.partial else [bool(d.axes) for d in spec.dims]
     whole = not isinstance(offs, ShardTensor) and bias is None
-    if spec is None or offs is None or not whole or (input.ndim, mat2.ndim) != (2, 3):
-        return fall_back(torch._grouped_mm, (input, mat2, offs, bias, out_dtype), {})
-    if spec.partial or spec.dims[1].axes or not spec.dims[0].axes:
+    if spec is None or offs is None or not whole or cut != [True, False] or mat2.ndim != 3:
         return fall_back(torch._grouped_mm, (input, mat2, offs, bias, out_dtype), {})
     rows = spec.dims[0]
     local, matrices = fit(spec.mesh, spec.varying, (input, spec.dims), (mat2, None))
