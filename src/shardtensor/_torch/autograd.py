@@ -64,8 +64,9 @@ def install_engine_hook(
     roots: Callable[[Any, Any, bool], tuple[Any, Any]],
     unwrap: Callable[[Any], Any],
     found: Callable[[Any, Any], Any],
+    around: Callable[[Any], AbstractContextManager[Any]],
 ) -> None:
-    """Map what goes to the engine and comes from it.
+    """Map what goes to the engine and comes from it; it runs in around(outputs) under anomalies.
 
     roots(outputs, grads, whether leaves accumulate), unwrap(an input), found(inputs, gradients).
     """
@@ -76,7 +77,12 @@ def install_engine_hook(
         if inputs:
             args = (*args[:2], tuple(unwrap(x) for x in inputs), *args[3:])
         accumulate = kwargs.get("accumulate_grad", False)
-        out = engine(*roots(outputs, grads, accumulate), *args, **kwargs)
+        given = roots(outputs, grads, accumulate)
+        if torch.is_anomaly_enabled():
+            with around(outputs):
+                out = engine(*given, *args, **kwargs)
+        else:
+            out = engine(*given, *args, **kwargs)
         return found(inputs, out) if inputs and not accumulate else out
 
     torch.autograd._engine_run_backward = run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import _torch, settings
 from .._torch import checkpoint, dtensor, script
 from ..tensor import ShardTensor, nodes, wrap
+from ..tensor.anomaly import watching
 from ..tensor.lazy import Lazy, engine_input
 from ..tensor.redistribute import local_of
 from . import functions
@@ -20,7 +21,9 @@ def install() -> None:
     _torch.hide_from_dynamo(Lazy.__torch_function__)
     # C++ that looks at wrappers, which have neither versions nor history
     _torch.install_function_hook(functions.around_apply)
-    _torch.install_engine_hook(functions.engine_roots, engine_input, functions.engine_results)
+    _torch.install_engine_hook(
+        functions.engine_roots, engine_input, functions.engine_results, watching
+    )
     _torch.install_node_hooks(lambda x: isinstance(x, ShardTensor), nodes.accumulator, nodes.raw)
     _torch.install_ddp_hook(local_of)
     _torch.install_gradcheck_hook(lambda x: isinstance(x, ShardTensor))

@@ -13,6 +13,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor
+from ..tensor.anomaly import watching
 from ..tensor.lazy import engine_input
 from ..tensor.nodes import edge_of, spec_of
 from ..tensor.redistribute import cotangent, gradient, local_of
@@ -43,17 +44,21 @@ def grad(
     for o, spec, g in zip(outs, specs, cotangents, strict=True):
         if g is None and _shape(o, spec).numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    found = torch.autograd.grad(
+    options: Any = {
+        "retain_graph": retain_graph, "create_graph": create_graph, "only_inputs": only_inputs,
+        "allow_unused": allow_unused, "materialize_grads": materialize_grads,
+    }  # fmt: skip
+    local: Any = (
         [edge_of(local_of(o)) for o in outs],
         # edges stay as they are: what runs the engine knows them
         [i if isinstance(i, GradientEdge) else engine_input(i) for i in ins],
         [_ones(o) if g is None else g for o, g in zip(outs, cotangents, strict=True)],
-        retain_graph=retain_graph,
-        create_graph=create_graph,
-        only_inputs=only_inputs,
-        allow_unused=allow_unused,
-        materialize_grads=materialize_grads,
     )
+    if torch.is_anomaly_enabled():
+        with watching(outs):
+            found: Any = torch.autograd.grad(*local, **options)
+    else:
+        found = torch.autograd.grad(*local, **options)
     return tuple(
         gradient(g, i._spec) if isinstance(i, ShardTensor) and g is not None else g
         for i, g in zip(ins, found, strict=True)

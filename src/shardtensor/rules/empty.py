@@ -17,12 +17,12 @@ from .. import _torch
 
 def with_one(local: Tensor, dims: Sequence[int], value: Any) -> Tensor:
     """The local tensor; where it is empty along dims, one row of value, so that it reduces."""
-    ahead = [0] * (2 * local.ndim)
+    shape = list(local.shape)
     for d in dims:
-        if local.shape[d] == 0:
-            ahead[-1 - 2 * d] = 1
-    # the gradient of a concatenation drops the graph of what has no elements
-    return torch.constant_pad_nd(local, ahead, value) if any(ahead) else local
+        shape[d] = shape[d] or 1
+    if shape == list(local.shape):
+        return local
+    return in_place_of(local, local.new_full(shape, value))
 
 
 def some(x: Tensor) -> Tensor:
@@ -33,16 +33,45 @@ def some(x: Tensor) -> Tensor:
     """
     if x.numel():
         return x
-    ahead = [n for size in reversed(x.shape) for n in (0, int(size == 0))]
-    y = torch.constant_pad_nd(x, ahead)
-    if not (y.is_floating_point() or y.is_complex()):
-        return torch.ones_like(y)
-    rows = torch.linspace(1, 2, y.numel(), dtype=torch.float64, device=y.device).reshape(y.shape)
-    if y.ndim > 1:
-        most = 4 * max(y.shape[-2:])
-        apart = torch.arange(1, y.shape[-1] + 1, dtype=rows.dtype, device=y.device)
-        rows = rows + most * apart * torch.eye(*y.shape[-2:], dtype=rows.dtype, device=y.device)
-    return y + rows.to(y.dtype)
+    shape = torch.Size([n or 1 for n in x.shape])
+    if not (x.is_floating_point() or x.is_complex()):
+        return x.new_ones(shape)
+    rows = torch.linspace(1, 2, shape.numel(), dtype=torch.float64, device=x.device).reshape(shape)
+    if x.ndim > 1:
+        most = 4 * max(shape[-2:])
+        apart = torch.arange(1, shape[-1] + 1, dtype=rows.dtype, device=x.device)
+        rows = rows + most * apart * torch.eye(*shape[-2:], dtype=rows.dtype, device=x.device)
+    return in_place_of(x, rows.to(x.dtype))
+
+
+def in_place_of(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows, in the graph in the place of x, which has no elements."""
+    pairs = zip(reversed(x.shape), reversed(rows.shape), strict=True)
+    ahead = [n for have, want in pairs for n in (0, want - have)]
+    if _torch.under_modes() or _torch.transforming() or not x.requires_grad:
+        # the gradient of a concatenation drops the graph of what has no elements
+        return torch.constant_pad_nd(x, ahead) + rows
+    return _torch.apply(_Rows, x, rows, ahead)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of one version with x: backward that saved them raises where x was written to, too.
+
+    As it does on ranks that have elements.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, ahead: list[int]) -> Tensor:
+        ctx.materialize_grads = False
+        ctx.ahead = ahead
+        alike = x.detach()
+        alike.data = rows
+        return alike
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
+        gx = None if g is None else torch.constant_pad_nd(g, [-n for n in ctx.ahead])
+        return gx, None, None
 
 
 def stock(fn: Callable[..., Any], shape: Sequence[int], *xs: Tensor | None) -> Any:

@@ -55,10 +55,8 @@ def moments(x: Tensor, dims: Dims, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     precision inputs in full precision.
     """
     total = x.sum(dims, keepdim=True, dtype=dtype)
-    if not x.numel():
-        return total, total
     n = prod(x.shape[d] for d in dims)
-    mean = total / n
+    mean = total / max(1, n)
     center = mean.detach()
     m2 = squares(x, center, dims)
     # zero, and so is its slope; but the second derivative needs it

@@ -19,6 +19,7 @@ from ..cache import cached
 from ..comm.formats import compact
 from ..cuts import Kept, pairs, table
 from ..spec import Dim, Spec
+from .empty import in_place_of
 
 Ints = int | Sequence[int]
 
@@ -200,6 +201,12 @@ def fetch(x: Tensor, d: int, spec: Spec, reach: Reach, fill: float = 0.0, lead: 
     rows, plan, group = _fetching(spec, d, reach)
     if plan is None:
         return x.narrow(d + lead, *rows) if rows else x
+    if reach.inside:
+        # a rank without outputs, of which the others have none either
+        start, stop = reach.windows[spec.index[d]]
+        none = x.narrow(d + lead, 0, 0)
+        shape = [stop - start if i == d + lead else n for i, n in enumerate(x.shape)]
+        return in_place_of(none, none.new_full(shape, fill))
     return comm.windowed(x, d + lead, plan, group, fill)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
@@ -20,7 +20,7 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import method, methods
 from ..spec import Spec
-from .shard_tensor import ShardTensor
+from .shard_tensor import ShardTensor, wrap
 
 
 class ShardNode(Node):
@@ -34,6 +34,7 @@ class ShardNode(Node):
         self.spec, self._of = spec, of
         self._node: Any = None
         self._place, self._alive = 0, None
+        self._leaf: Callable[[Tensor], ShardTensor] | None = None
 
     def stand(self, node: Any, place: int, alive: Any) -> None:
         """Stand for a node, for which of its results, and keep what keeps it alive."""
@@ -73,6 +74,12 @@ class ShardNode(Node):
         if self.spec is not None:
             found[self.place] = _Facts(self.spec, found[self.place])
         return found
+
+    @property
+    def variable(self) -> Any:
+        """The leaf whose gradient the node accumulates, if the node was found by that leaf."""
+        local = self.node.variable
+        return self._refuse("variable") if self._leaf is None else self._leaf(local)
 
     def _sequence_nr(self) -> int:
         return _torch.number_of(self.node)
@@ -194,6 +201,18 @@ def node_of(x: ShardTensor) -> Any:
     return _stands(node, place, _told(x), alive)
 
 
+@method
+def named(x: ShardTensor) -> Callable[[Tensor], ShardTensor]:
+    """What gives, for the local tensor of x, x itself; another object if that is gone."""
+    known, spec = ref(x), x._spec
+
+    def of(local: Tensor) -> ShardTensor:
+        found = known()
+        return wrap(local, spec) if found is None else found
+
+    return of
+
+
 def stand_for(x: ShardTensor, node: ShardNode) -> None:
     """Let a node stand for what made x, now that its local tensor is there."""
     found, place, alive = get_gradient_edge(x._local)
@@ -211,7 +230,9 @@ def accumulator(x: Tensor) -> Any:
     """The node that accumulates the gradient of a leaf."""
     if not isinstance(x, ShardTensor):
         return _torch.accumulator(x)
-    return _stands(_torch.accumulator(x._local), 0, x._spec, None)
+    found = _stands(_torch.accumulator(x._local), 0, x._spec, None)
+    found._leaf = named(x)
+    return found
 
 
 def raw(x: Any) -> Any:

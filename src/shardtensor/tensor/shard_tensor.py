@@ -292,21 +292,21 @@ class ShardTensor(torch.Tensor):
     def retains_grad(self) -> bool:  # type: ignore[override]
         return self._local.retains_grad
 
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    def register_hook(self, hook: Callable[[Any], Tensor | None]) -> Any:
         """Call hook with the gradient as a ShardTensor; what it returns replaces it."""
         local, spec = self._local, self._spec
         if self._bypassed:
             methods["refuse_bypassed"](self)
 
-        def local_hook(g: Tensor) -> Tensor | None:
-            new = hook(methods["gradient"](g, spec))
+        def local_hook(g: Tensor | None) -> Tensor | None:
+            new = hook(g if g is None else methods["gradient"](g, spec))
             return None if new is None else methods["cotangent"](new, spec)
 
         return local.register_hook(local_hook)
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
-        spec = self._spec
-        return self._local.register_post_accumulate_grad_hook(lambda x: hook(wrap(x, spec)))
+        named = methods["named"](self)
+        return self._local.register_post_accumulate_grad_hook(lambda x: hook(named(x)))
 
     def backward(
         self,
@@ -315,17 +315,16 @@ class ShardTensor(torch.Tensor):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        if gradient is None:
-            if self.numel() != 1:
-                raise RuntimeError("grad can be implicitly created only for scalar outputs")
-            local = torch.ones_like(self._local)
-        else:
-            local = methods["cotangent"](gradient, self._spec)
+        if gradient is None and self.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        ones = gradient is None
+        local = torch.ones_like(self._local) if ones else methods["cotangent"](gradient, self._spec)
         given = inputs.values() if isinstance(inputs, dict) else inputs
         given = (given,) if isinstance(given, Tensor | GradientEdge) else given
         wrt = None if given is None else [methods["engine_input"](x) for x in given]
         # local tensors all: nothing is dispatched again
-        torch.autograd.backward(self._local, local, retain_graph, create_graph, inputs=wrt)
+        run = methods["watched"](self) if torch.is_anomaly_enabled() else torch.autograd.backward
+        run(self._local, local, retain_graph, create_graph, inputs=wrt)
 
     # values ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,125 @@
+"""torch.autograd.detect_anomaly on shards: a NaN in backward on one rank is an error on all.
+
+Torch's engine raises where it finds one, in the middle of what other ranks wait for. Here backward
+runs to its end, with a hook on each node, and then the ranks tell each other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import _torch, comm
+from ..comm import wire
+from ..later import dt
+from ..registry import method
+from .apart import told
+from .nodes import raw, spec_of
+from .shard_tensor import ShardTensor
+
+# characters of a node's name that are told
+_LENGTH = 64
+# backwards that look for NaNs now, whose own search of torch's is off: a setting of the process,
+# in which simulated ranks are threads
+_running = 0
+
+
+@method
+def watched(x: ShardTensor) -> Callable[..., None]:
+    """torch.autograd.backward of the local tensor of x, in `watching`."""
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        with watching([x]):
+            torch.autograd.backward(*args, **kwargs)
+
+    return backward
+
+
+def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
+    """What a backward from these runs in; NaNs that torch is to find are raised on all ranks.
+
+    Called where `torch.is_anomaly_enabled()`.
+    """
+    found = list(roots)
+    specs = [s for s in map(spec_of, found) if s is not None]
+    if not specs or not (_running or torch.is_anomaly_check_nan_enabled()):
+        return nullcontext()
+    return _watching(found, specs[0].mesh)
+
+
+@contextmanager
+def _watching(roots: list[Any], mesh: DeviceMesh) -> Iterator[None]:
+    global _running
+    found: list[tuple[Any, int]] = []
+    handles = [node.register_hook(_search(node, found)) for node in _nodes(roots)]
+    _running += 1
+    torch.autograd.set_detect_anomaly(True, check_nan=False)
+    try:
+        yield
+    finally:
+        _running -= 1
+        if not _running:
+            torch.autograd.set_detect_anomaly(True, check_nan=True)
+        for handle in handles:
+            handle.remove()
+    _tell(found, mesh)
+
+
+def _search(node: Any, found: list[tuple[Any, int]]) -> Any:
+    # no cycle of a node and its hook, which nobody would free
+    name, metadata = node.name(), node.metadata
+
+    def hook(grads: tuple[Any, ...], _: Any) -> None:
+        for i, g in enumerate(grads if not found else ()):
+            if g is not None and _has_nan(g):
+                found.append((name, i))
+                trace = "".join(metadata.get("traceback_", ()))
+                warnings.warn(
+                    f"Error detected in {name}. Traceback of forward call that caused the error:\n"
+                    f"{trace or 'none: run the forward pass with anomaly detection, too'}",
+                    stacklevel=2,
+                )
+
+    return hook
+
+
+def _has_nan(g: Tensor) -> bool:
+    own = g._local if isinstance(g, ShardTensor) else g
+    own = own.to_local() if isinstance(own, dt.DTensor) else own
+    return any(bool(part.isnan().any()) for part in _torch.dense_parts(own))
+
+
+def _nodes(roots: list[Any]) -> set[Any]:
+    """All nodes that a backward from these may run, but for those of leaves."""
+    first = [
+        raw(x.node) if isinstance(x, GradientEdge) else getattr(x, "_local", x).grad_fn
+        for x in roots
+    ]
+    waiting = [node for node in first if node is not None]
+    seen = set(waiting)
+    while waiting:
+        for other, _ in waiting.pop().next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return {node for node in seen if not hasattr(node, "variable")}
+
+
+def _tell(found: list[tuple[Any, int]], mesh: DeviceMesh) -> None:
+    """Raise on all ranks of the mesh what the first of them has found."""
+    mine = [0] * (_LENGTH + 1)
+    for name, place in found[:1]:
+        mine[: len(name) + 1] = place + 1, *name.encode()[:_LENGTH]
+    group = comm.group(mesh, tuple(range(mesh.ndim)))
+    for rank, (place, *text) in enumerate(wire.all_gather_numbers(mine, mesh.device_type, group)):
+        if place:
+            name = bytes(text).rstrip(b"\0").decode()
+            what = f"Function '{name}' returned nan values in its {place - 1}th output"
+            raise told(RuntimeError(f"{what}, on rank {rank}"))

@@ -1,0 +1,58 @@
+"""torch.autograd.detect_anomaly: a NaN on one rank is an error on all, after which they go on together."""
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+import shardtensor as st
+from shardtensor.ranks.testing import make_mesh
+
+D = torch.float64
+
+
+def one_rank_has_it(run):
+    """The slope at zero, which the second of three ranks has, is no number."""
+    x = torch.tensor([3.0, 2.0, 1.0, 0.0, 1.0, 2.0], dtype=D)
+    x = st.distribute_tensor(x, make_mesh((3,)), [Shard(0)], src_data_rank=None).requires_grad_()
+    y = (x.sqrt() * x).cumsum(0).sum()
+    try:
+        run(y, x)
+    except RuntimeError as e:
+        seen = str(e)
+    else:
+        seen = "none"
+    (x * 2).cumsum(0).sum().backward()
+    return seen
+
+
+RUNS = {
+    "backward": lambda y, x: y.backward(),
+    "all of them": lambda y, x: torch.autograd.backward([y]),
+    "grad": lambda y, x: torch.autograd.grad(y, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Error detected|Anomaly")
+@pytest.mark.parametrize("run", RUNS)
+def test_all_ranks_raise(run):
+    with torch.autograd.detect_anomaly():
+        found = st.simulate(3, one_rank_has_it, RUNS[run])
+        assert torch.is_anomaly_check_nan_enabled()
+    assert not torch.is_anomaly_enabled()
+    want = "Function 'SqrtBackward0' returned nan values in its 0th output, on rank 1"
+    assert found == [want] * 3
+
+
+def told():
+    x = st.distribute_tensor(torch.zeros(2, dtype=D), make_mesh((1,)), [Shard(0)]).requires_grad_()
+    with (
+        pytest.warns(UserWarning, match=r"x\.sqrt\(\)"),
+        pytest.raises(RuntimeError, match="nan values"),
+    ):
+        (x.sqrt() * x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_the_line_of_forward_is_told():
+    with torch.autograd.detect_anomaly():
+        st.simulate(1, told)
