@@ -52,6 +52,30 @@ def test_a_call_without_backward_keeps_no_weights(quiet, change):
     simulate(2, on_rank)
 
 
+def hooks_are_told_of(hook):
+    model, x = made()
+    mesh = make_mesh((2,))
+    x = st.distribute_tensor(x, mesh, [Shard(1)])
+    handle = getattr(model.weight, hook)(lambda x: None)
+    with pytest.raises(ValueError, match="register them after parallelize"):
+        st.parallelize(model, mesh, fsdp="all")
+    handle.remove()
+    st.parallelize(model, mesh, fsdp="all")
+    seen = []
+    getattr(model.weight, hook)(lambda p: seen.append(p.grad.shape))
+    if hook == "register_hook":
+        with pytest.raises(st.UnsupportedOpError, match="use register_post_accumulate_grad_hook"):
+            model(x)
+    else:
+        model(x).sum().backward()
+        assert seen == [(3, 3)]
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_run_or_are_refused(hook):
+    simulate(2, hooks_are_told_of, hook)
+
+
 def test_a_call_without_gradients_leaves_shards():
     """Of which an optimizer or an average of weights can be made."""
 

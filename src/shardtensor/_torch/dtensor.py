@@ -55,6 +55,25 @@ def whole_gradients(parameters: Iterable[torch.Tensor]) -> list[str]:
     ]
 
 
+def is_around_unit(function: type[torch.autograd.Function]) -> bool:
+    """Whether a Function is the identity of FSDP2 that what a unit is called with passes."""
+    return function.__name__ == "RegisterPostBackwardFunction"
+
+
+def hooked_fsdp(root: torch.nn.Module) -> list[str]:
+    """Names of parameters of a called FSDP2 model that have hooks of register_hook, which no
+    backward calls: FSDP2 puts gradients to their shards by itself.
+    """
+    state: Any = _get_module_state(root)
+    params = (
+        p
+        for each in state._state_ctx.all_states
+        for group in _groups(each)
+        for p in group.fsdp_params
+    )
+    return [p._param_fqn or "a parameter" for p in params if p.sharded_param._backward_hooks]
+
+
 def is_broken_fsdp(root: torch.nn.Module) -> bool:
     """Whether a forward or backward of an FSDP2 model broke off."""
     state: Any = _get_module_state(root)

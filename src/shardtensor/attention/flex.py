@@ -172,13 +172,15 @@ class _Flex(torch.autograd.Function):
         out, top = out.to(q.dtype), sums[0]
         ctx.job = job
         ctx.save_for_backward(q, k, v, out, sums, *captured)
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         ctx.mark_non_differentiable(top)
         return out, top + sums[1].log(), top
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, _: Any) -> Any:
         q, k, v, out, sums, *captured = ctx.saved_tensors
+        if g is None and g_lse is None:
+            return (None,) * (4 + len(captured))
         if g is None:
             g = torch.zeros_like(out)
         again = torch.is_grad_enabled()
@@ -197,10 +199,13 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, n: int, *xs: Tensor) -> Any:
+        ctx.materialize_grads = False
         return tuple(x.view_as(x) for x in xs[:n])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         raise UnsupportedOpError(
             "the second derivative of flex_attention, which torch has not either: use "
             "F.scaled_dot_product_attention with a mask"

@@ -41,13 +41,12 @@ def define(
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shardtensor::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"shardtensor::{name}", adjoint, setup_context=setup, lib=_library
-    )
+    kept, back = _left_out(setup, adjoint)
+    torch.library.register_autograd(f"shardtensor::{name}", back, setup_context=kept, lib=_library)
     op = getattr(torch.ops.shardtensor, name).default
     KERNELS[op] = kernel
     _torch.keep_apart(op)
-    _ALONE[op] = _alone(name, kernel, setup, adjoint)
+    _ALONE[op] = _alone(name, kernel, setup, back)
     if under is None:
         under = linear(
             lambda *args: op(*args) if probe.dispatch_modes() else kernel(*args),
@@ -103,10 +102,30 @@ def run(op: Any, *args: Any) -> Any:
     return _torch.apply(_ALONE[op], *args)
 
 
+def _left_out(setup: Callable, adjoint: Callable) -> tuple[Callable, Callable]:
+    """Both, where no gradient leads to none and nothing is sent, as in torch's own ops."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.materialize_grads = False
+        setup(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        for g in grads:
+            if g is not None and not (isinstance(g, list) and all(x is None for x in g)):
+                return adjoint(ctx, *grads)
+        # lists of tensors have lists of gradients
+        return tuple(
+            [[None] * len(n) if isinstance(n, list) else None for n in ctx.needs_input_grad]
+        )
+
+    return keep, backward
+
+
 def _alone(
     name: str, kernel: Callable, setup: Callable, adjoint: Callable
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
+        ctx.materialize_grads = False
         found = kernel(*args)
         # no view, to which autograd would let nobody write
         out = tuple([x.data for x in found]) if isinstance(found, tuple) else found.data
@@ -190,12 +209,14 @@ def paired(
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, *facts: Any) -> Tensor:
+            ctx.materialize_grads = False
             ctx.facts = facts
             return kernel(x, *facts)
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-            return adjoint(g, *ctx.facts), *[None] * len(ctx.facts)
+        def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+            gx = None if g is None else adjoint(g, *ctx.facts)
+            return gx, *[None] * len(ctx.facts)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.facts = inputs[1].facts

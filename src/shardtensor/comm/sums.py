@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import is_not
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from ..errors import UnsupportedOpError
 from . import wire
 from .define import define
 
+# without a call of Python
+is_there = partial(is_not, None)
+
 
 def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.rest = inputs[1:]
@@ -24,6 +29,8 @@ class Identity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, about: Any, *xs: Tensor) -> tuple[Tensor, ...]:
+        # as `set_materialize_grads` does, with no call
+        ctx.materialize_grads = False
         ctx.about = about
         return tuple([x.view_as(x) for x in xs])
 
@@ -32,8 +39,10 @@ class Vary(Identity):
     """`vary` along a group without the dispatcher, outside of tracing: a third of the cost."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *reduce(grads, "sum", ctx.about)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(map(is_there, grads)):
+            return None, *reduce(grads, "sum", ctx.about)  # type: ignore[arg-type]
+        return None, *of_given(reduce, grads, "sum", ctx.about)
 
 
 class Reduce(torch.autograd.Function):
@@ -41,11 +50,12 @@ class Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: str, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.materialize_grads = False
         ctx.op, ctx.group = op, group
         return tuple(_reduce(xs, op, group))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return None, None, *_reduce_adjoint(ctx, grads)
 
 
@@ -121,10 +131,24 @@ def _reduce_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, ctx.op, ctx.group = inputs
 
 
-def _reduce_adjoint(ctx: Any, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+def _reduce_adjoint(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     if ctx.op != "sum":
         raise NotImplementedError(f"the gradient of an all-reduce with {ctx.op}")
-    return vary(grads, ctx.group)
+    if all(map(is_there, grads)):
+        return vary(grads, ctx.group)  # type: ignore[arg-type]
+    return of_given(vary, grads, ctx.group)
+
+
+def of_given(
+    do: Callable[..., Sequence[Tensor]], grads: Sequence[Tensor | None], *how: Any
+) -> Sequence[Tensor | None]:
+    """What do(gradients, *how) makes of those that are there, and None of the others.
+
+    Which are there follows from the graph, alike on all ranks.
+    """
+    there = list(filter(is_there, grads))
+    found = iter(do(there, *how) if there else ())
+    return [None if g is None else next(found) for g in grads]
 
 
 vary_op = define(
@@ -132,7 +156,7 @@ vary_op = define(
     _vary,
     lambda xs, group: [torch.empty_like(x) for x in xs],
     _keep_arguments,
-    lambda ctx, grads: (reduce_op(grads, "sum", *ctx.rest), None),
+    lambda ctx, grads: (list(of_given(reduce_op, grads, "sum", *ctx.rest)), None),
 )
 reduce_op: Any = define(
     "reduce(Tensor[] xs, str op, str group) -> Tensor[]",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, later
-from .sums import Identity, reduce_op
+from .sums import Identity, is_there, of_given, reduce_op
 
 # bytes of the gradients of one call up to which they wait, and of all that do
 SMALL, MOST = 2**16, 2**22
@@ -154,17 +154,17 @@ class Backward:
         self.bytes = self.calls = 0
 
     def add(
-        self, call: Call, parts: Sequence[Tensor], number: int
+        self, call: Call, parts: Sequence[Tensor | None], there: Sequence[Tensor], number: int
     ) -> tuple[Message, list[int | None]]:
         """The message of some parts, and where in it their sums will be."""
         if call.number is not None:
             message = self.alone.setdefault(_source(call), Message())
         else:
-            key = call.group, parts[0].dtype, parts[0].device
+            key = call.group, there[0].dtype, there[0].device
             message = self.waiting.setdefault(key, Message())
-            self.bytes += sum([g.numel() * g.element_size() for g in parts])
+            self.bytes += sum([g.numel() * g.element_size() for g in there])
         pairs = zip(call.sources, parts, strict=True)
-        return message, [message.add(*each, number) for each in pairs]
+        return message, [None if g is None else message.add(s, g, number) for s, g in pairs]
 
     def send(self, call: Call | None = None) -> None:
         """Sum all that waits, in the order of the last node of each message.
@@ -199,14 +199,14 @@ class Wait(Identity):
     """The identity; backward gives the sums of the parts that `Start` took."""
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.about
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: `Start` summed it
             return None, *parts
         if call.place is None or call.task != _torch.graph_task():
-            # `Start` ran in a backward that ended between the two
-            return None, *reduce_op(list(parts), "sum", call.group)
+            # `Start` ran in a backward that ended between the two, or has given none
+            return None, *of_given(reduce_op, parts, "sum", call.group)
         running, message, places = call.place
         call.place = None
         if message.sums is None:
@@ -220,15 +220,19 @@ class Start(Identity):
     """The identity; backward hands in this rank's part of the gradients."""
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.about
         if torch.is_grad_enabled():
-            return None, *reduce_op(list(parts), "sum", call.group)
+            return None, *of_given(reduce_op, parts, "sum", call.group)
+        there: list[Any] = list(filter(is_there, parts))
+        if not there:
+            call.place = None
+            return None, *parts
         call.task = _torch.graph_task()
         running = _running.get(call.task)
         if running is None:
             running = _running[call.task] = Backward()
-        call.place = running, *running.add(call, parts, _torch.number_of(ctx))
+        call.place = running, *running.add(call, parts, there, _torch.number_of(ctx))
         wait = call.wait()
         number = call.number
         if number is None and running.calls < CALLS:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
 from .. import _torch
 from .._torch import probe
+from .._torch.dtensor import is_around_unit
 from ..comm import observers
 from ..errors import UnsupportedOpError
 from ..registry import rules
@@ -34,13 +35,14 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, wrapper: ShardTensor) -> ShardTensor:
+        ctx.materialize_grads = False
         ctx.spec = wrapper._spec
         ctx.mark_dirty(wrapper)
         return wrapper
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return cotangent(grad, ctx.spec), None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else cotangent(grad, ctx.spec), None
 
 
 class _Continue(torch.autograd.Function):
@@ -48,12 +50,13 @@ class _Continue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.materialize_grads = False
         ctx.spec = spec
         return local.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
-        return gradient(grad, ctx.spec), None, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[ShardTensor | None, None, None]:
+        return None if grad is None else gradient(grad, ctx.spec), None, None
 
 
 class _Pass(torch.autograd.Function):
@@ -64,12 +67,13 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wrapper: ShardTensor, local: Tensor, spec: Spec) -> Tensor:
+        ctx.materialize_grads = False
         ctx.spec = spec
         return local
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[ShardTensor, None, None]:
-        return gradient(grad, ctx.spec), None, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[ShardTensor | None, None, None]:
+        return None if grad is None else gradient(grad, ctx.spec), None, None
 
 
 class _Overwrite(torch.autograd.Function):
@@ -77,12 +81,15 @@ class _Overwrite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, wrapper: ShardTensor, spec: Spec) -> Tensor:
+        ctx.materialize_grads = False
         ctx.spec = spec
         ctx.mark_dirty(local)
         return local
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ShardTensor, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ShardTensor | None, None]:
+        if grad is None:
+            return None, None, None
         return torch.zeros_like(grad), gradient(grad, ctx.spec), None
 
 
@@ -113,6 +120,9 @@ def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     out = call(*passed)
     node = _node_of(out)
     if node is not None:
+        if is_around_unit(function):
+            # what has no gradient on one device has none in a unit either
+            node.materialize_grads = False
         _watch_saved(node, out, passed)
         _keep_plain(node, passed)
     return _continue(out, sent)

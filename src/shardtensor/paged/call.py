@@ -186,7 +186,7 @@ class Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, session: Session, *given: Tensor) -> tuple[Tensor, ...]:
         session.go_on()
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         if not session.world.ended:
             ctx.waiting = _Waiting(session)
         outputs = tuple(y for y in session.found if isinstance(y, Tensor))

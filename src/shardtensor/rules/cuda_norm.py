@@ -71,6 +71,7 @@ class _Normalise(torch.autograd.Function):
         kept: list[Any] | None, running: Running | None,
     ) -> Tensor:  # fmt: skip
         """Statistics, one message, one merge, one affine map."""
+        ctx.materialize_grads = False
         rows = way.rows(x)
         mean, slope = _statistics(rows, way, running)
         if kept is not None:
@@ -86,8 +87,10 @@ class _Normalise(torch.autograd.Function):
         return y.data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         """Two sums, one message, one affine map; recorded op by op for second derivatives."""
+        if g is None:
+            return (None,) * 6
         if torch.is_grad_enabled():
             return *program.recorded(ctx, g), None, None, None
         way: Way = ctx.way

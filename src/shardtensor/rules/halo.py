@@ -289,11 +289,10 @@ class _HaloConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
         """The shard between zeros while the last strips travel; their part is added to the rim."""
-        sides = halo.sides
-        came: list[list[Tensor]] = []
+        ctx.materialize_grads = False
+        sides, came = halo.sides, list[list[Tensor]]()
         for side in sides:
-            like = _shaped(x, sides[: len(came)])
-            arrive = start(side.way, like, _given(x, sides, came))
+            arrive = start(side.way, _shaped(x, sides[: len(came)]), _given(x, sides, came))
             if side is not sides[-1]:
                 came.append(arrive())
         y = _conv(x, weight, bias, halo.settings)
@@ -308,8 +307,10 @@ class _HaloConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         """The strips' gradients travel while those of input and weight are computed."""
+        if g is None:
+            return (None,) * 4
         x, weight, bias, *strips = ctx.saved_tensors
         halo: Halo = ctx.halo
         sides, needs = halo.sides, ctx.needs_input_grad[:3]

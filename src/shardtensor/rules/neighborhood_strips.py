@@ -84,6 +84,7 @@ class _Strips(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Spec, reaches: Reaches,
         sides: tuple[Side, ...], call: Call,
     ) -> Tensor:  # fmt: skip
+        ctx.materialize_grads = False
         low: list[Pieced] = [k, v]
         strips: list[Tensor] = []
         for side in sides:
@@ -100,7 +101,9 @@ class _Strips(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 7
         q, k, v, out, lse, *strips = ctx.saved_tensors
         spec, reaches, sides, call = ctx.facts
         needs = ctx.needs_input_grad[:3]

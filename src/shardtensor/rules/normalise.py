@@ -111,6 +111,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
     ) -> Tensor:
         """Statistics, one message, one affine map."""
+        ctx.materialize_grads = False
         rows = way.rows(x) if way.last or way.apart else x
         mean, var = whole_statistics(rows, way)
         kept += [mean, var]
@@ -135,8 +136,10 @@ class _Normalise(torch.autograd.Function):
         return y.data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         """Two sums, one message, the gradient; recorded op by op for second derivatives."""
+        if g is None:
+            return (None,) * 5
         if torch.is_grad_enabled():
             return *recorded(ctx, g), None, None
         way: Way = ctx.way

@@ -242,25 +242,30 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, boxes: tuple[Box, ...]) -> tuple[Tensor, ...]:
+        ctx.materialize_grads = False
         ctx.shape, ctx.boxes, ctx.form = x.shape, boxes, memory_format(x)
         return tuple(_boxed(x, box) for box in boxes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *found: Tensor | None) -> Any:
+        boxes = [box for box, g in zip(ctx.boxes, found, strict=True) if g is not None]
+        grads = [g for g in found if g is not None]
+        if not grads:
+            return None, None
         if torch.is_grad_enabled():
             total: Any = 0
-            for box, g in zip(ctx.boxes, grads, strict=True):
+            for box, g in zip(boxes, grads, strict=True):
                 total = total + among_zeros(g, box, ctx.shape)
             return total, None
         out = rest = empty(grads[0], ctx.shape, ctx.form)
         # the interior, which is nearly all of it, is written once, not added to zeros
         most = max(range(len(grads)), key=lambda i: grads[i].numel())
-        for d, first, rows in ctx.boxes[most]:
+        for d, first, rows in boxes[most]:
             rest.narrow(d, 0, first).zero_()
             rest.narrow(d, first + rows, rest.shape[d] - first - rows).zero_()
             rest = rest.narrow(d, first, rows)
         rest.copy_(grads[most])
-        for i, (box, g) in enumerate(zip(ctx.boxes, grads, strict=True)):
+        for i, (box, g) in enumerate(zip(boxes, grads, strict=True)):
             if i != most:
                 _boxed(out, box).add_(g)
         return out, None
@@ -292,14 +297,17 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, route: Route, like: Tensor, tie: Tensor, *parts: Tensor) -> Tensor:
-        ctx.route, ctx.shape = route, tie.shape
+        ctx.materialize_grads = False
+        ctx.route, ctx.shape, ctx.parts = route, tie.shape, len(parts)
         token: Any = like.new_zeros(1)
         token.arrived = start(route, like, parts)
         token.row = like.new_empty(resized(like.shape, route.dim, 0))
         return token
 
     @staticmethod
-    def backward(ctx: Any, token: Tensor) -> Any:
+    def backward(ctx: Any, token: Tensor | None) -> Any:
+        if token is None:
+            return None, None, None, *[None] * ctx.parts
         came, *rows = apply(_End, ctx.route.back(), token)
         again = torch.is_grad_enabled() or ctx.shape == (1,)
         tied = came.reshape([1] * len(ctx.shape)).expand(ctx.shape) if again else None
@@ -311,12 +319,19 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, route: Route, token: Any) -> tuple[Tensor, ...]:
+        ctx.materialize_grads = False
         ctx.route, ctx.like = route, token.row
-        return token.new_zeros(1), *token.arrived()
+        found = token.new_zeros(1), *token.arrived()
+        ctx.shapes = [x.shape for x in found]
+        return found
 
     @staticmethod
-    def backward(ctx: Any, tie: Tensor, *grads: Tensor) -> Any:
-        return None, apply(_Begin, ctx.route.back(), ctx.like, tie, *grads)
+    def backward(ctx: Any, *found: Tensor | None) -> Any:
+        if all(g is None for g in found):
+            return None, None
+        pairs = zip(ctx.shapes, found, strict=True)
+        grads = [ctx.like.new_zeros(shape) if g is None else g for shape, g in pairs]
+        return None, apply(_Begin, ctx.route.back(), ctx.like, *grads)
 
 
 class _Join(torch.autograd.Function):
@@ -328,13 +343,16 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, d: int, tie: Tensor, *parts: Tensor) -> Tensor:
+        ctx.materialize_grads = False
         ctx.d, ctx.tie, ctx.sizes = d, tie, [p.shape[d] for p in parts]
         ctx.save_for_backward(tie.new_empty(0))
         # no view, which refuses to be written to, of a rank that receives nothing
         return torch.cat(parts, d) if len(parts) > 1 else parts[0].detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return None, None, *[None] * len(ctx.sizes)
         return None, _tie(ctx, g), *g.split(ctx.sizes, ctx.d)
 
 

@@ -94,6 +94,7 @@ class _Grid(torch.autograd.Function):
     def forward(
         ctx: Any, boxes: tuple[Box, ...], shape: list[int], tie: Tensor, *parts: Tensor
     ) -> Tensor:
+        ctx.materialize_grads = False
         ctx.boxes, ctx.tie = boxes, tie
         ctx.save_for_backward(tie.new_empty(0))
         out = empty(parts[0], shape)
@@ -102,5 +103,7 @@ class _Grid(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None, *[None] * len(ctx.boxes)
         return None, None, _tie(ctx, g), *[_boxed(g, box) for box in ctx.boxes]

@@ -38,13 +38,16 @@ class _Extremum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, at: Tensor, values: Tensor, reduce: str) -> Tensor:
+        ctx.materialize_grads = False
         out = _kernel(reduce)(rows, at, values)
         ctx.save_for_backward(at, values, out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None, None
         at, values, out = ctx.saved_tensors
         chosen = (values == out[at]) | values.isnan()
         count = torch.zeros_like(out, dtype=torch.int64).index_add(0, at, chosen.long())

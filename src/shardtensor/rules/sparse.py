@@ -250,11 +250,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.materialize_grads = False
         ctx.save_for_backward(*inputs[:2])
         ctx.rest = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 5
         values, x = ctx.saved_tensors
         part, turned, twice = ctx.rest
         if not twice and torch.is_grad_enabled():

@@ -21,6 +21,7 @@ from .. import comm
 from .._torch.dtensor import (
     drop_stale,
     drop_whole,
+    hooked_fsdp,
     is_broken_fsdp,
     mend_fsdp,
     whole_gradients,
@@ -29,6 +30,7 @@ from ..comm.deferred import rows
 from ..comm.sums import reduce
 from ..compile.blocks import blocks_of
 from ..cuts import Cut
+from ..errors import UnsupportedOpError
 from ..later import dt, fsdp2
 from ..tensor import ShardTensor
 from .options import Options
@@ -64,6 +66,7 @@ class Weighted(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.materialize_grads = False
         ctx.group = inputs[1]
 
     @staticmethod
@@ -71,7 +74,9 @@ class Weighted(torch.autograd.Function):
         return Weighted.apply(x, group), dims[0]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        if g is None:
+            return None, None
         if torch.is_grad_enabled():
             # a gradient of this gradient is wanted: it must be whole now
             return reduce([g], "sum", ctx.group)[0], None
@@ -88,6 +93,7 @@ def shard(
     gradients are still to be summed.
     """
     _check_dense(model)
+    _check_hooks(model)
     over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
     policy = fsdp2.MixedPrecisionPolicy()
     if options.precision is not None:
@@ -125,6 +131,16 @@ def _check_dense(model: nn.Module) -> None:
             )
 
 
+def _check_hooks(model: nn.Module) -> None:
+    """Raise ValueError for hooks on parameters that FSDP2 puts others in the place of."""
+    for name, p in model.named_parameters():
+        if not isinstance(p, ShardTensor) and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise ValueError(
+                f"parallelize(fsdp=...): FSDP2 puts another parameter in the place of {name}, "
+                "whose hooks would be lost: register them after parallelize"
+            )
+
+
 def _mend(model: nn.Module, _: Any) -> None:
     if is_broken_fsdp(model):
         # an optimizer that was made since holds the whole parameters of the pass that broke
@@ -134,6 +150,12 @@ def _mend(model: nn.Module, _: Any) -> None:
 
 
 def _end(model: nn.Module, *_: Any) -> None:
+    hooked = hooked_fsdp(model) if torch.is_grad_enabled() else ()
+    if hooked:
+        raise UnsupportedOpError(
+            f"register_hook on {', '.join(hooked[:3])}, to whose shards FSDP2 brings gradients by "
+            "itself: use register_post_accumulate_grad_hook, which gets the shard"
+        )
     drop_whole(model)
 
 

@@ -258,7 +258,10 @@ class Batch:
     def take(self, places: Sequence[Place]) -> list[Tensor | None]:
         """The whole gradients, made of all ranks' parts; None where there are none."""
         task = _torch.graph_task()
-        found = self.passes[task]
+        found = self.passes.get(task)
+        if found is None:
+            # all that came has been taken: nothing did of these
+            return [None] * len(places)
         wholes = found.take(places)
         if not found.expected and not found.taken:
             del self.passes[task]
@@ -275,7 +278,7 @@ class Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.batch, ctx.places = batch, places
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         return tuple(map(Tensor.detach, xs))
 
     @staticmethod
@@ -292,7 +295,7 @@ class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, batch: Batch, places: Sequence[Place], *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.batch, ctx.places = batch, places
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         values = []
         for place, x in zip(places, xs, strict=True):
             own = x.detach()
@@ -319,6 +322,7 @@ class Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, ranks: Ranks, key: tuple[int, int]) -> Tensor:
+        ctx.materialize_grads = False
         ctx.ranks, ctx.key = ranks, key
         heads = ranks.mean_heads
         heads.begin()
@@ -328,8 +332,8 @@ class Mean(torch.autograd.Function):
         return total[:-LENGTH].view(g.shape).div(ranks.copies)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return Mean.apply(g, ctx.ranks, ctx.key), None, None
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return None if g is None else Mean.apply(g, ctx.ranks, ctx.key), None, None
 
 
 class StandIn(torch.autograd.Function):
@@ -337,12 +341,13 @@ class StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Slot) -> Tensor:
+        ctx.materialize_grads = False
         ctx.slot = slot
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        whole = ctx.slot.whole(g)
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        whole = None if g is None else ctx.slot.whole(g)
         return g if whole is None else whole, None
 
 
