@@ -59,22 +59,25 @@ class UNet3d(nn.Module):
         return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 
-# a call of the model, whose parts need not meet; not of a step, which has rows of its own alone
-CALL = "call"
+# calls of the model, whose parts need not meet; those of a step have their own rows alone
+CALL, LEARN = "call", "learn"
 # model: (how it is made for an edge, dims beside batch and channel)
 MODELS = {
     "unet": (lambda size: UNet(1, 1, width=4), 2),
+    # trained by the statistics that batch norm has kept, which need no other part
+    "frozen": (lambda size: UNet(1, 1, width=4), 2),
     "unet3d": (lambda size: UNet3d(2), 3),
     "vit": (lambda size: ViT((size, size), 16, 1, 1, width=64), 2),
     "fno": (lambda size: fno(), 2),
 }
-# model, edge, what (inference in a step, in a call, training), parts (0: plain), MiB
+# model, edge, what (False: inference in a step; True: training in one), parts (0: plain), MiB
 CASES = [
     ("unet", 2048, False, 0, 0), ("unet", 2048, False, 16, 64), ("unet", 2048, CALL, 16, 64),
     ("unet", 2048, True, 0, 0), ("unet", 2048, True, 16, 128),
     ("vit", 1024, True, 0, 0), ("vit", 1024, True, 4, 64),
     ("fno", 1024, True, 0, 0), ("fno", 1024, True, 8, 64),
     ("unet3d", 128, True, 0, 0), ("unet3d", 128, True, 16, 64),
+    ("frozen", 2048, True, 0, 0), ("frozen", 2048, True, 16, 192), ("frozen", 2048, LEARN, 16, 192),
 ]  # fmt: skip
 LARGE = [
     ("unet", 8192, False, 0, 0), ("unet", 8192, False, 32, 256), ("unet", 8192, CALL, 32, 256),
@@ -84,6 +87,7 @@ LARGE = [
     ("unet3d", 512, False, 0, 0), ("unet3d", 512, False, 128, 256),
     ("vit", 2048, True, 0, 0), ("vit", 2048, True, 8, 64),
     ("fno", 2048, True, 0, 0), ("fno", 2048, True, 16, 128),
+    ("frozen", 4096, True, 0, 0), ("frozen", 4096, True, 16, 640), ("frozen", 4096, LEARN, 16, 640),
 ]  # fmt: skip
 
 
@@ -91,10 +95,10 @@ def one(
     model: str, edge: int, what: bool | str, parts: int, mib: int, folder: Path
 ) -> dict[str, Any]:
     """Run one case in this process."""
-    train = what is True
+    train = what in (True, LEARN)
     make, ndim = MODELS[model]
     torch.manual_seed(0)
-    net = make(edge).train(train)
+    net = make(edge).train(train and model != "frozen")
     channels = 4 if model == "fno" else 1
     shape = (1, channels, *[edge] * ndim)
     source, target = folder / f"{model}_{edge}.raw", folder / f"{model}_{edge}_{parts}.raw"
@@ -104,24 +108,20 @@ def one(
     _warm(make(128), channels, ndim)
     Path("/proc/self/clear_refs").write_text("5")
     before, begin, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
-    paging = None
-    if parts == 0:
+    if what == LEARN:
+        # as if no file could stay in the system's cache, where parts would meet
+        files._free = lambda: 0
+    run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder) if parts else None
+    if run is None or what in (CALL, LEARN):
         with torch.set_grad_enabled(train):
-            y = net(_rows(source, shape, 0, edge))
+            y = net(_rows(source, shape, 0, edge)) if run is None else run(_mapped(source, shape))
         if train:
             y.square().mean().backward()
         else:
             _write(y, target, 0)
-    elif what == CALL:
-        run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
-        with torch.no_grad():
-            _write(run(torch.from_file(str(source), True, math.prod(shape)).view(shape)), target, 0)
-        paging = run.paging
     else:
-        run = st.tiled(net, parts, dim=2, memory=mib * 2**20, spill=folder)
         with torch.set_grad_enabled(train):
             run.run(lambda net, mesh: _step(net, mesh, source, shape, target, train))
-        paging = run.paging
     found = dict(
         MiB=_status("VmHWM") - before,
         seconds=time.perf_counter() - begin,
@@ -130,8 +130,8 @@ def one(
     if train:
         grads = [p.grad for p in net.parameters()]
         torch.save(grads, folder / f"{model}_{edge}_{parts}.pt")
-    if paging:
-        found |= dict(spilled=paging.spilled / 2**20, most=paging.most / 2**20)
+    if run:
+        found |= dict(spilled=run.paging.spilled / 2**20, most=run.paging.most / 2**20)
     return found
 
 
@@ -220,6 +220,11 @@ def _made(path: Path, shape: tuple[int, ...]) -> None:
     with path.open("wb") as f:
         for _ in range(shape[1] * shape[2]):
             random.standard_normal(shape[3:], np.float32).tofile(f)
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A sample in a file, of which memory has what is read."""
+    return torch.from_file(str(path), True, math.prod(shape)).view(shape)
 
 
 def _rows(path: Path, shape: tuple[int, ...], a: int, b: int) -> Tensor:
@@ -346,11 +351,11 @@ def main() -> None:
     plain: set[tuple[Any, ...]] = set()
     for case in LARGE if options.large else CASES:
         model, edge, what, parts, mib = case
-        train = what is True
+        train = what in (True, LEARN)
         if not f"{model} {edge}".startswith(options.only):
             continue
         found = _alone(case, options)
-        kind = "training" if train else "inference" + " in a call" * (what == CALL)
+        kind = ("training" if train else "inference") + " in a call" * (what in (CALL, LEARN))
         name = f"| {model} {edge}^{MODELS[model][1]} | {kind} | {parts or 'plain'} | {mib or ''} |"
         if isinstance(found, str):
             print(f"{name} {found} | | | | |", flush=True)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from ..cuts import cut
 from ..errors import UnsupportedOpError
-from . import deferred, groups, ops, sums, together, wire
+from . import deferred, groups, observers, ops, sums, together, wire
 from .addends import addend_op, alike_op
 from .define import run
 from .exchanges import Exchange, Kept, exchange, whole
@@ -60,7 +60,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     Raises ValueError for a parameter whose gradient is summed over ranks outside of it.
     """
     found = list(xs)
-    learning, alone = torch.is_grad_enabled(), group == groups.ALONE
+    learning, alone = torch.is_grad_enabled(), group == groups.ALONE or observers.alone()
     under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     by_dtype: dict[torch.dtype, list[int]] = {}
     waiting: list[int] = []
@@ -153,6 +153,8 @@ def split(x: Tensor, dim: int, sizes: Sequence[int], group: str, read: bool = Fa
         own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes), read)
         if own is not None:
             return own
+    if observers.alone():
+        return deferred.rows(x, dim, cut(sizes), group, read)
     if read and not (learns or _torch.transforming() or _torch.is_tracing()):
         return deferred.rows(x, dim, cut(sizes), group, read)
     return ops.split(x, dim, cut(sizes), group)
@@ -162,6 +164,11 @@ def planned(
     sizes: Sequence[int], windows: Sequence[tuple[int, int]], group: str, *, wrap: bool = False
 ) -> Exchange:
     """How `window` moves rows, for `windowed`: what is asked often keeps it. Sends nothing."""
+    if observers.alone():
+        # others never run: they ask for nothing, and nothing comes back from them in backward
+        n = len(windows) // len(sizes)
+        mine = rank(group) * n
+        windows = [w if mine <= i < mine + n else (0, 0) for i, w in enumerate(windows)]
     if type(windows) is not Kept:
         windows = tuple(windows)
     return exchange(cut(sizes), windows, wrap, rank(group))

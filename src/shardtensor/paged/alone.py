@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import prod
@@ -35,67 +36,101 @@ from ..ranks.simulate import random_states, restore
 from ..settings import setting
 from ..spec import ALONE, Spec
 from ..tensor import ShardTensor
-from ..tensor.redistribute import reduced
+from ..tensor.redistribute import local_of, reduced
 from ..tensor.shard_tensor import wrap
-from .meeting import Meeting
+from .call import OneCall
+from .meeting import Meeting, check_nodes
 from .pager import Pager
-from .ranks import Ranks, advance, alike, kept, lies, own, replica, state
+from .ranks import advance, alike, kept, lies, own, replica, state
 
 # of the elements that a model makes, those that parts may make once more: of a U-Net 19 % cost less
 # than exchanges and files that the system's cache holds, 38 % more (`benchmarks/tiled.py`)
 MORE = 0.25
+# of the memory, what a part may keep for backward: what goes to files anyway need not be made twice
+KEPT = 1.0
 # the first row, the end, and the rows in all
 Cut = tuple[int, int, int]
+At = tuple[int, ...]
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 def without_meeting(
-    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any,
-    lead: Tensor,
-) -> tuple[list[int], Any] | None:  # fmt: skip
-    """(halo, outputs) of a call, without gradients, whose parts did not meet: see `Alone`.
-
-    None where they must. lead: of what is given the tensor that is cut along dims.
-    """
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if hooked or any(probe.global_hooks()) or 0 in lead.shape:
+    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any
+) -> Alone | None:
+    """A call that has run in parts that did not meet: see `Alone`. None where they must."""
+    tables = ["_forward_hooks", "_forward_pre_hooks"]
+    tables += ["_backward_hooks", "_backward_pre_hooks"] * torch.is_grad_enabled()
+    hooked = any(getattr(m, t) for m in model.modules() for t in tables)
+    if hooked or any(probe.global_hooks()):
         # who looks at parts is to see them as they are
         return None
-    work = Alone(model, parts, dims, pager, given, lead)
+    work = Alone(model, parts, dims, pager, given)
+    if 0 in work.lead.shape or (work.grad and any(x.is_inference() for x in work.tensors)):
+        return None
     try:
         work.go_on()
     except RankError:
         # errors of the model are raised again where parts meet
         return None
-    return None if work.halo is None else (work.halo, work.outputs)
+    return None if work.halo is None else work
 
 
-class Alone(Ranks):
-    """A call without gradients in parts that do not meet.
+@dataclass
+class Made:
+    """A part: the model that made it, what that was given, and gave, flat, with its form."""
 
+    model: nn.Module
+    leaves: list[Any]
+    outputs: list[Any]
+    tree: Any
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """Where gradients end: what was given, here, and trained parameters."""
+        given = [local_of(x) for x in self.leaves if isinstance(x, Tensor)]
+        return [*given, *(p for p in self.model.parameters() if p.requires_grad)]
+
+    def gradients(self, pairs: Pairs) -> list[Tensor | None]:
+        """Those of the sources, by pairs of a result and its cotangent."""
+        asked = [x for x in self.sources if x.requires_grad]
+        if not pairs or not asked:
+            return [None] * len(self.sources)
+        results, cotangents = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(results, asked, cotangents, allow_unused=True))
+        return [next(found) if x.requires_grad else None for x in self.sources]
+
+
+class Alone(OneCall):
+    """A call in parts that do not meet.
+
+    In backward each part is made anew, but for the last ones, as many as fit into memory together.
+    As sums of what all rows of the output add, gradients need nothing of other parts either.
     halo: rows of the input beside a part, in each cut dim; None if they have to meet, or would not
-    gain by it. outputs: of the model, whole.
+    gain by it.
     """
 
     names = (ALONE, "b", "c", "d")
+    sums, again = False, True
 
     def __init__(
-        self, model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager,
-        given: Any, lead: Tensor,
-    ) -> None:  # fmt: skip
-        self.leaves, self.tree = pytree.tree_flatten(given)
-        self.lead, self.dims = lead, dims
-        self.rows = [lead.shape[d] for d in dims]
+        self,
+        model: nn.Module,
+        parts: tuple[int, ...],
+        dims: tuple[int, ...],
+        pager: Pager,
+        given: Any,
+    ) -> None:
+        super().__init__(model, (3,) * len(dims), dims, pager, given)
+        self.lead = self.tensors[0]
+        self.rows = [self.lead.shape[d] for d in dims]
         self.spans: list[list[tuple[int, int]]] = []
         for n, k in zip(self.rows, parts, strict=True):
             sizes = chunk_sizes(n, k)
             # a part without rows has nothing to do
             self.spans.append([(a, a + m) for a, m in zip(sizes.offsets, sizes, strict=False) if m])
-        self.halo: list[int] | None = None
-        self.outputs: Any = None
-        self.wholes: list[Any] = []
+        self.halo: tuple[int, ...] | None = None
         # of each output and part
         self.ends: dict[Any, dict[int, Cut]] = {}
-        super().__init__(model, (3,) * len(dims), pager)
 
     def runs(self, mesh: DeviceMesh) -> bool:
         return all(i == 1 for i in mesh.get_coordinate() or ())
@@ -103,36 +138,61 @@ class Alone(Ranks):
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         observers.thread.alone = True
         begin = random_states()
-        with _torch.outside_modes(), torch.inference_mode(False), torch.no_grad():
+        with _torch.outside_modes(), torch.inference_mode(False), torch.set_grad_enabled(self.grad):
             halo = self._needed(mesh)
         if halo is None:
             return
-        first: Any = None
-        for at in product(*(range(len(s)) for s in self.spans)):
+        # as it is now
+        untouched = replica(self.model) if self.grad else self.model
+        # parts that wait for backward
+        held: dict[At, Made] = {}
+        first: Made | None = None
+        everywhere = list(product(*(range(len(s)) for s in self.spans)))
+        for at in everywhere:
             restore(begin)
-            mine = model if first is None else replica(self.model)
-            leaves, outputs = self._run(mine, mesh, at, halo)
-            found, tree = pytree.tree_flatten(outputs)
-            del outputs
-            self._deliver([reduced(y) for y in found], at)
-            first = first or (mine, leaves, tree)
-            if tree != first[2]:
+            before = self.pager.held
+            made = self._run(replica(untouched) if first else model, mesh, at, halo)
+            made.outputs = [reduced(y) for y in made.outputs]
+            if first is None:
+                first = Made(made.model, made.leaves, [], made.tree)
+                self.gave(made.outputs, made.tree)
+            if made.tree != self.out_tree:
                 raise ValueError("parts with outputs of other forms")
-            del found
-        mine, leaves, tree = first
-        self.ended_forward(mine, True)
-        advance(self.leaves, leaves)
-        self.outputs, self.halo = pytree.tree_unflatten(self.wholes, tree), halo
+            self._deliver(made.outputs, at)
+            mine = self.pager.held - before
+            if any(self.followed):
+                if mine > KEPT * self.pager.budget:
+                    raise ValueError("what a part keeps for backward does not fit into memory")
+                # the next one is to fit beside it, and what backward makes
+                if at == everywhere[-1] or before + 3 * mine <= self.pager.budget:
+                    held[at] = made
+            del made
+        assert first is not None
+        self.ended_forward(first.model, True)
+        advance(self.leaves, first.leaves)
+        self.halo = tuple(halo)
+        del first, model
+        if not any(self.followed):
+            return
+        self.world.turns.leave()
+        for at in [*held, *(at for at in everywhere if at not in held)]:
+            part = held.pop(at, None)
+            if part is None:
+                restore(begin)
+                part = self._run(replica(untouched), mesh, at, halo)
+                part.outputs = [reduced(y) for y in part.outputs]
+            self._add(part, self._arrived(part, at))
+            del part
 
     def _run(
         self,
         model: nn.Module,
         mesh: DeviceMesh,
-        at: tuple[int, ...],
+        at: At,
         halo: Sequence[int],
-        made: Any = None,
-    ) -> tuple[list[Any], Any]:
-        """(what the model was given, what it returned) for a part and the rows beside it."""
+        counts: Any = None,
+    ) -> Made:
+        """What the model made of a part and the rows beside it; counts: of a trial."""
         sizes = {}
         for d, n, i, spans, more in zip(self.dims, self.rows, at, self.spans, halo, strict=True):
             a, b = max(0, spans[i][0] - more), min(n, spans[i][1] + more)
@@ -140,46 +200,49 @@ class Alone(Ranks):
         places = [dt.Shard(d) for d in self.dims]
         leaves: list[Any] = []
         # what is made inside of the model is real: somebody may keep it
-        mode = nullcontext() if made is None else probe.fake_mode()
+        mode = nullcontext() if counts is None else probe.fake_mode()
         for x in self.leaves:
+            follows = isinstance(x, Tensor) and x.requires_grad and self.grad
             if alike(x, self.lead, self.dims):
                 spec = Spec.of(mesh, places, x.shape, sizes)
                 rows = _rows(x.detach(), spec)
                 with mode:
                     local = rows.clone(memory_format=memory_format(x))
-                leaves.append(wrap(local, spec))
+                leaves.append(wrap(local.requires_grad_(follows), spec))
             elif isinstance(x, Tensor):
-                leaves.append(x.detach() if made is None else x.detach().clone())
+                own_x = x.detach() if counts is None else x.detach().clone()
+                leaves.append(own_x.requires_grad_(follows))
             else:
                 leaves.append(own(x))
         given = [x for x in leaves if isinstance(x, Tensor)]
         before = [state(x) for x in given]
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
-        with made or Meeting(0):
+        with counts or Meeting(0):
             outputs = model(*args, **kwargs)
         self.unwritten()
         if any(isinstance(b, ShardTensor) for b in model.buffers()):
             raise ValueError("a buffer of rows that other parts have, too")
         if [state(x) for x in given] != before:
             raise ValueError("the model writes to rows that other parts have, too")
-        return leaves, outputs
+        return Made(model, leaves, *pytree.tree_flatten(outputs))
 
-    def _deliver(self, outputs: list[Any], at: tuple[int, ...]) -> None:
+    @torch.no_grad()
+    def _deliver(self, outputs: list[Any], at: At) -> None:
         """Put the rows that part number `at` has made where the whole outputs are.
 
         Raises ValueError where rows lack between it and the part before.
         """
-        first = not self.wholes
+        first = not self.found
         for i, y in enumerate(outputs):
             if first:
-                self.wholes.append(y)
+                self.found.append(y)
             if isinstance(y, ShardTensor):
                 if first:
                     with _torch.outside_modes():
-                        self.wholes[i] = torch.empty_strided(
+                        self.found[i] = torch.empty_strided(
                             y.shape, lies(y), dtype=y.dtype, device=y.device
                         )
-                _rows(self.wholes[i], y._spec).copy_(y._local)
+                _rows(self.found[i], y._spec).copy_(y._local)
                 self.ends[i, at] = cut = _cut(y)
                 for k, (start, stop, n) in cut.items():
                     last = at[k] == len(self.spans[k]) - 1
@@ -187,9 +250,49 @@ class Alone(Ranks):
                     if start > before or (last and stop < n):
                         raise ValueError(f"rows {before} to {start} of output {i} lack")
             elif isinstance(y, Tensor) and first:
-                self.wholes[i] = kept(y.detach())
+                self.found[i] = kept(y.detach())
             elif any(isinstance(v, ShardTensor) for v in getattr(y, "__dict__", {}).values()):
                 raise ValueError(f"tensors in a {type(y).__name__}")
+
+    def _arrived(self, part: Made, at: At) -> Pairs:
+        """What a part made of the outputs that no part before it has, with its cotangents."""
+        pairs = []
+        for i, (y, g) in enumerate(zip(part.outputs, self.cotangents, strict=True)):
+            if g is None or not y.requires_grad:
+                continue
+            cut = self.ends.get((i, at), {})
+            if any(at[k] for k in range(len(at)) if k not in cut):
+                continue
+            if not isinstance(y, ShardTensor):
+                pairs.append((y, g))
+                continue
+            own, local = list(y._spec.block), y._local
+            for d, dim in enumerate(y._spec.dims):
+                for k in dim.axes:
+                    start, stop, _ = cut[k]
+                    new = self.ends[i, _before(at, k)][k][1] if at[k] else start
+                    own[d] = slice(new, max(new, stop))
+                    local = local.narrow(d, min(new, stop) - start, max(0, stop - new))
+            pairs.append((local, g[tuple(own)]))
+        return pairs
+
+    def _add(self, part: Made, pairs: Pairs) -> None:
+        """Add to the gradients what a part gives."""
+        found = part.gradients(pairs)
+        given = [x for x in part.leaves if isinstance(x, Tensor)]
+        with torch.no_grad():
+            for i, g in enumerate(found[len(given) :]):
+                if g is not None:
+                    known = self.of_parameters[i]
+                    self.of_parameters[i] = kept(g) if known is None else known.add_(g)
+            for i, (x, g) in enumerate(zip(given, found, strict=False)):
+                if g is None:
+                    continue
+                whole = self.of_inputs[i]
+                if whole is None:
+                    with _torch.outside_modes():
+                        whole = self.of_inputs[i] = torch.zeros_like(self.tensors[i])
+                whole[x._spec.block if isinstance(x, ShardTensor) else ()].add_(g)
 
     # how wide -----------------------------------------------------------------------------------
 
@@ -210,7 +313,10 @@ class Alone(Ranks):
         axes = range(len(middle))
         for again in (False, True, True):
             outputs, made = tried(middle, tuple(halo))
-            if made.largest <= self.pager.budget:
+            if self.grad and made.bytes <= self.pager.budget + self.pager.shelf.cached:
+                # to make it anew takes longer than files that are in memory, or none
+                return None
+            if not self.grad and made.largest <= self.pager.budget:
                 # what fits into memory does not go to files
                 return None
             lacks = [-n for n in halo]
@@ -245,13 +351,16 @@ class Alone(Ranks):
 
         Raises ValueError for what parts may not do, RankError for what needs others.
         """
-        made, begin = Meeting(len(self.rows)), random_states()
+        counts, begin = Meeting(len(self.rows)), random_states()
         # what is drawn does not matter
         with setting("matching", False):
-            _, outputs = self._run(replica(self.model), mesh, at, halo, made)
+            made = self._run(replica(self.model), mesh, at, halo, counts)
+            tensors = [local_of(y) for y in made.outputs if isinstance(y, Tensor)]
+            ends = [y for y in tensors if y.requires_grad]
+            check_nodes(ends, made.sources)
+            made.gradients([(y, torch.zeros_like(y)) for y in ends])
         restore(begin)
-        found = pytree.tree_leaves(outputs)
-        return [_cut(y) for y in found if isinstance(y, ShardTensor)], made
+        return [_cut(y) for y in made.outputs if isinstance(y, ShardTensor)], counts
 
 
 def _rows(whole: Tensor, spec: Spec) -> Tensor:

@@ -23,12 +23,17 @@ from ..tensor.shard_tensor import wrap
 from .pager import Pager
 from .ranks import Ranks, advance, alike, kept, lies, own, state
 
-# sessions whose outputs went where ranks could not be ended
-_left: list[Session] = []
+# calls whose outputs went where ranks could not be ended
+_left: list[OneCall] = []
 
 
-class Session(Ranks):
-    """One call: after forward its ranks wait for what comes to the outputs in backward."""
+class OneCall(Ranks):
+    """One call: what it was given, what it gave, and what comes to both in backward.
+
+    again: whether backward makes anew what forward did, so that all it reads must be as it was.
+    """
+
+    again = False
 
     def __init__(
         self,
@@ -42,17 +47,44 @@ class Session(Ranks):
         self.leaves = leaves
         self.tensors = [x for x in leaves if isinstance(x, Tensor)]
         self.dims = dims
-        super().__init__(model, parts, pager)
-        # of the outputs: whole tensors by number, else what rank 0 gave
+        # of the outputs: whole tensors by number, else what the first part gave
         self.found: list[Any] = []
         # which are tensors, and which of these have a gradient
         self.kinds: list[bool] = []
         self.followed: list[bool] = []
         self.out_tree: Any = None
-        # by number of the output, and of the given tensor
+        # by number of the output, of the given tensor, and of the parameter
         self.cotangents: list[Tensor | None] = []
         self.of_inputs: list[Tensor | None] = [None] * len(self.tensors)
+        super().__init__(model, parts, pager)
         self.of_parameters: list[Tensor | None] = [None] * len(self.parameters)
+
+    def gave(self, outputs: list[Any], tree: Any) -> None:
+        """Note the form of what the model returned."""
+        self.out_tree = tree
+        self.kinds = [isinstance(y, Tensor) for y in outputs]
+        self.followed = [y.requires_grad for y in outputs if isinstance(y, Tensor)]
+
+    def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
+        """What the model gave, with these tensors."""
+        tensors = iter(outputs)
+        leaves = [
+            next(tensors) if kind else y for y, kind in zip(self.found, self.kinds, strict=True)
+        ]
+        self.found = []
+        return pytree.tree_unflatten(leaves, self.out_tree)
+
+    def end(self) -> None:
+        """End ranks that wait for a backward that will not come."""
+        if self.world.ended:
+            return
+        self.world.turns.stuck = RankError("the output of a tiled call is gone")
+        with suppress(RankError):
+            self.go_on()
+
+
+class Session(OneCall):
+    """A call whose parts meet: its ranks wait for what comes to the outputs in backward."""
 
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         given = [self._placed(x, mesh) for x in self.tensors]
@@ -68,9 +100,7 @@ class Session(Ranks):
         outputs = [reduced(y) for y in outputs]
         self.ended_forward(model, first)
         if first:
-            self.out_tree = tree
-            self.kinds = [isinstance(y, Tensor) for y in outputs]
-            self.followed = [y.requires_grad for y in outputs if isinstance(y, Tensor)]
+            self.gave(outputs, tree)
         self._deliver(outputs, first)
         if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
             return
@@ -150,28 +180,11 @@ class Session(Ranks):
                 wholes[i] = torch.empty_strided(y.shape, lies(y), dtype=y.dtype, device=y.device)
         wholes[i][y._spec.block].copy_(y.to_local())
 
-    def rebuilt(self, outputs: tuple[Tensor, ...]) -> Any:
-        """What the model gave, with these tensors."""
-        tensors = iter(outputs)
-        leaves = [
-            next(tensors) if kind else y for y, kind in zip(self.found, self.kinds, strict=True)
-        ]
-        self.found = []
-        return pytree.tree_unflatten(leaves, self.out_tree)
-
-    def end(self) -> None:
-        """End ranks that wait for a backward that will not come."""
-        if self.world.ended:
-            return
-        self.world.turns.stuck = RankError("the output of a tiled call is gone")
-        with suppress(RankError):
-            self.go_on()
-
 
 class _Waiting:
     """What autograd keeps of a call: without it its ranks end."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: OneCall) -> None:
         self.session = session
 
     def __del__(self) -> None:
@@ -181,14 +194,15 @@ class _Waiting:
 
 
 class Call(torch.autograd.Function):
-    """A call as one node of autograd: (session, given tensors, parameters) to output tensors."""
+    """A call as one node of autograd: (what ran, given tensors, parameters) to output tensors."""
 
     @staticmethod
-    def forward(ctx: Any, session: Session, *given: Tensor) -> tuple[Tensor, ...]:
-        session.go_on()
+    def forward(ctx: Any, session: OneCall, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.materialize_grads = False
         if not session.world.ended:
             ctx.waiting = _Waiting(session)
+            if session.again:
+                ctx.save_for_backward(*given)
         outputs = tuple(y for y in session.found if isinstance(y, Tensor))
         pairs = zip(outputs, session.followed, strict=True)
         ctx.mark_non_differentiable(*(y for y, followed in pairs if not followed))
@@ -197,11 +211,13 @@ class Call(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        session: Session = ctx.waiting.session
+        session: OneCall = ctx.waiting.session
         if session.world.ended:
             raise RuntimeError(
                 "backward through a tiled call a second time: its ranks have ended; call it again"
             )
+        # raises where they were written to
+        _ = ctx.saved_tensors
         arrived = iter(cotangents)
         session.cotangents = [next(arrived) if kind else None for kind in session.kinds]
         session.go_on()

@@ -35,6 +35,8 @@ class Files(Shelf):
             raise UnsupportedOpError("tiled needs Linux: it maps files to the memory of tensors")
         self.folder = folder
         _small_chunks()
+        # as long as files fit into what the system has free, nothing is read from the disk
+        self.cached = _free()
 
     def put(self, storage: torch.UntypedStorage) -> Any:
         made = mapped(self.folder, storage.nbytes())
@@ -79,6 +81,15 @@ def _libc() -> Any:
     found = ctypes.CDLL(None, use_errno=True)
     found.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return found
+
+
+def _free() -> int:
+    """Bytes of memory that files may take, of the machine and of this process's container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(free, int(text)) if text.isdigit() else free
 
 
 @cache

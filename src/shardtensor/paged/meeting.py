@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -13,6 +16,12 @@ from ..spec import Dim
 from ..tensor import ShardTensor
 from ..tensor.shard_tensor import wrap
 
+# what asks for gradients inside of a model, where those of a part's rows lack what others add; and
+# who is to see gradients, which are of a part's outputs alone
+_ENDS = {
+    torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad,
+}  # fmt: skip
 # by global size and mesh axes of a dim the rows that all operands have
 Rows = dict[tuple[Any, ...], tuple[int, int]]
 
@@ -29,7 +38,7 @@ class Meeting(TorchFunctionMode):
 
     def __init__(self, axes: int) -> None:
         super().__init__()
-        self.elements = self.whole = self.largest = 0
+        self.elements = self.whole = self.largest = self.bytes = 0
         self.most, self.least = [0] * axes, [0] * axes
         # of memory of which some rows met others: itself, which rows it has
         self.parted: dict[int, tuple[Any, Any]] = {}
@@ -42,6 +51,8 @@ class Meeting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ENDS:
+            raise ValueError(f"{func.__name__} inside of a model whose parts do not meet")
         name = getattr(func, "__name__", "")
         writes = is_in_place(func) or name == "__setitem__" or "out" in kwargs
         target = args[0] if args and writes and "out" not in kwargs else None
@@ -89,11 +100,35 @@ class Meeting(TorchFunctionMode):
         n = y.numel()
         self.elements += y._local.numel()
         self.whole += n
+        self.bytes += n * y.element_size()
         self.largest = max(self.largest, n * y.element_size())
         for dim in y._spec.cuts:
             for k in dim.axes:
                 self.most[k] = max(self.most[k], dim.size)
                 self.least[k] = min(self.least[k] or dim.size, dim.size)
+
+
+def check_nodes(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> None:
+    """Raises ValueError where gradients of outputs are not sums of what parts add, of these leaves.
+
+    A Function of others may take those of all rows: one that is clipped, say, is no such sum. Other
+    leaves, which forward closes over, have their gradients from where parts meet.
+    """
+    known = {id(x) for x in leaves}
+    waiting: list[Any] = [y.grad_fn for y in outputs]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        made = getattr(type(node), "_forward_cls", None)
+        if made is not None and not made.__module__.startswith(f"{__package__.split('.')[0]}."):
+            raise ValueError(f"gradients by {made.__name__}")
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(f"a gradient of a tensor of shape {list(leaf.shape)} of others")
+        for later, _ in () if node is None else node.next_functions:
+            if later is not None and later not in seen:
+                seen.add(later)
+                waiting.append(later)
 
 
 def _within(x: ShardTensor, common: Rows) -> ShardTensor:

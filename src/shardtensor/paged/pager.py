@@ -176,6 +176,12 @@ class Pager:
             for key in wanted:
                 self._prefetch(key, wanted)
 
+    @property
+    def held(self) -> int:
+        """Bytes of all storages that somebody has, in memory or not."""
+        self._sweep()
+        return self.resident + sum(p.nbytes for p in self.gone.values())
+
     def close(self) -> None:
         """Bring back what somebody has still, and leave the shelf."""
         # what is on its way back has nobody else

@@ -29,10 +29,11 @@ from .pager import Paged, Pager, Settled
 class Ranks:
     """Ranks of a world that share a pager and the parameters' memory.
 
-    names: of the axes of their mesh.
+    names: of the axes of their mesh. sums: whether they add up gradients of parameters themselves.
     """
 
     names: Sequence[str] = NAMES
+    sums = True
 
     def __init__(self, model: nn.Module, parts: tuple[int, ...], pager: Pager) -> None:
         self.model, self.pager = model, pager
@@ -57,7 +58,7 @@ class Ranks:
                 if not self.runs(mesh):
                     return
                 mine = replica(model)
-                if self.grad and self.parameters:
+                if self.sums and self.grad and self.parameters:
                     parallelize(mine, mesh, sync=False)
                 self.on_rank(mine, mesh)
 

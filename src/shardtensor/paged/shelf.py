@@ -12,12 +12,13 @@ class Shelf:
 
     device: whose they are. share: of a pager's budget, what is copied before it has to leave, and
     fetched before it is read. is_memory: whether a copy is the memory of the storage from then on,
-    so that it never differs from it.
+    so that it never differs from it. cached: bytes that come back faster than they are made anew.
     """
 
     device: torch.device
     share = 0.0
     is_memory = False
+    cached = 0
 
     def takes(self, storage: torch.UntypedStorage) -> bool:
         """Whether a storage may leave."""

@@ -16,7 +16,7 @@ from ..errors import UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
 from .alone import without_meeting
-from .call import Call, Session, end_left
+from .call import Call, OneCall, Session, end_left
 from .files import Files
 from .pager import Pager, Paging
 from .pinned import Pinned
@@ -109,17 +109,15 @@ class Tiled:
         given, self.halo = (args, kwargs), None
         tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
         dims = _dims_of(tensors, self.dims)
-        if not torch.is_grad_enabled():
-            pager = self._pager(tensors[0])
-            alone = without_meeting(self.model, self.parts, dims, pager, given, tensors[0])
-            if alone is not None:
-                self.halo, outputs = tuple(alone[0]), alone[1]
-                return outputs
-        session = Session(self.model, self.parts, dims, self._pager(tensors[0]), given)
-        outputs = Call.apply(
-            session, *session.tensors, *(session.parameters if session.grad else [])
-        )
-        return session.rebuilt(outputs)
+        call: OneCall | None = None
+        call = without_meeting(self.model, self.parts, dims, self._pager(tensors[0]), given)
+        if call is None:
+            call = Session(self.model, self.parts, dims, self._pager(tensors[0]), given)
+            call.go_on()
+        else:
+            self.halo = call.halo
+        outputs = Call.apply(call, *call.tensors, *(call.parameters if call.grad else []))
+        return call.rebuilt(outputs)
 
     def run(self, step: Callable[[nn.Module, DeviceMesh], T]) -> T:
         """step(model, mesh) on every rank, the model and all it makes in files beyond the memory.
