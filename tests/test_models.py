@@ -148,7 +148,7 @@ def refused():
             lambda: torch.normal(s, 1.0, out=torch.empty(4, 8, 8)),
             lambda: s.resize_(2),
             lambda: torch.zeros(4, 8, 8).add_(s),
-            lambda: F.embedding(s.long(), nn.Parameter(torch.ones(9, 2)), scale_grad_by_freq=True),
+            lambda: F.embedding(s.long(), nn.Parameter(torch.ones(9, 2)), sparse=True),
         ):
             with st.fallback("error"), pytest.raises(st.UnsupportedOpError):
                 bad()

@@ -132,3 +132,17 @@ def test_what_is_sent():
         assert st.simulate(2, sent, dict(scale_factor=0.5, mode=mode)) == [0, 0]
     assert st.simulate(2, sent, dict(scale_factor=0.5, mode="bicubic")) == [2 * row, 2 * row]
     assert st.simulate(2, sent, dict(size=(16, 8), mode="bilinear", align_corners=True)) == [0, 0]
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
+def test_areas_of_nothing(size):
+    x = torch.randn(1, 2, 4, 6, dtype=D)
+    for d in (1, 2, 3):
+        T.hold(
+            F.interpolate,
+            [x],
+            [T.shard(d)],
+            (2,),
+            kwargs={"size": size, "mode": "area"},
+            grad=False,
+        )

@@ -134,3 +134,19 @@ def compiled():
 
 def test_compiled():
     st.simulate(2, compiled)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "prod", "mean"])
+def test_complex_numbers_have_a_gradient_where_they_are_written(reduce):
+    at = torch.tensor([[0, 1, 1, 2], [3, 3, 0, 1]])
+    x, y = torch.randn(5, 4, dtype=torch.complex128), torch.randn(2, 4, dtype=torch.complex128)
+
+    def fn(x, y):
+        return x.clone().scatter_reduce_(0, at, y, reduce)
+
+    T.hold(fn, [x, y], [T.shard(0, (1, 0, 4)), T.shard(1)], (3,))
+    with pytest.raises(st.RankError, match="does not support automatic differentiation"):
+        st.simulate(2, lambda: (
+            st.distribute_tensor(x, T.make_mesh((2,)), [Shard(0)]).requires_grad_()
+            .scatter_reduce(0, at, y, reduce)
+        ))  # fmt: skip

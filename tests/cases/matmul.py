@@ -62,4 +62,7 @@ places = integers(0, 9, 2, 7)
 case("embedding", places, normal(9, 9), dims=[(1, 0), (0, 1)], name="cut")(
     lambda i, table: F.embedding(i, table, 4)
 )
+case("embedding", places, normal(9, 9), dims=[(1, 0), (0, 1)], name="by frequency")(
+    lambda i, table: F.embedding(i, table, 4, scale_grad_by_freq=True)
+)
 case("embedding", places % 5, name="module")(torch.nn.Embedding(5, 4, padding_idx=2, dtype=x.dtype))

@@ -75,7 +75,8 @@ def forward(
         if mask.dtype is torch.bool:
             return _where_seen(mask, out, lse)
         return _of_numbers(q, k, block, out, lse, top)
-    elif mask is None and coarse_rows(lse) is None:
+    blind = _blind(q, lse, rule)
+    if mask is None and blind is None and coarse_rows(lse) is None:
         return out, lse
     hidden = None
     sums = torch.stack((lse, torch.ones_like(lse)))
@@ -83,10 +84,11 @@ def forward(
         most = _most(block.bias)
         # some kernels, torch 2.13's for CPUs, give 0 as the log-sum-exp of a row that sees no key
         sums[0].masked_fill_(most == -inf, -inf)
+        blind = None if blind is None else blind & (most != -inf)
         # what another block outweighs by far needs no digits
         coarse = COARSE[lse.dtype]
         hidden = (most < -coarse) & (top.numbers >= -coarse) if top is not None else None
-    rows = coarse_rows(sums[0], hidden)
+    rows = coarse_rows(sums[0], hidden, blind)
     if rows is not None:
         again = _plain_forward(*_part(rows, q, k, v, mask, rule))
         out = out.index_copy(2, rows, again[0].to(out.dtype))
@@ -187,8 +189,20 @@ def _looked_at(lse: Tensor) -> bool:
     return lse.device.type == "cpu" and not probe.is_fake(lse)
 
 
-def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
-    """Rows with a log-sum-exp that has lost digits, None without any.
+def _blind(q: Tensor, lse: Tensor, rule: Rule) -> Tensor | None:
+    """Where a kernel for CPUs saw no score but NaN and -inf: its out and log-sum-exp are 0 there.
+
+    None without any. Rows of NaN themselves stay zeros, where one device's kernel is this one.
+    """
+    if lse.all():
+        return None
+    return lse == 0 if rule.exact else (lse == 0) & q.isfinite().all(-1)
+
+
+def coarse_rows(
+    lse: Tensor, hidden: Tensor | None = None, blind: Tensor | None = None
+) -> Tensor | None:
+    """Rows with a log-sum-exp that has lost digits, or that are `blind`; None without any.
 
     Not on CUDA, where the question would wait for the device: scores of such size have lost as many
     digits already, and rows of a mask of such numbers are `counted`. Nor of a plan's tensors: they
@@ -199,14 +213,16 @@ def coarse_rows(lse: Tensor, hidden: Tensor | None = None) -> Tensor | None:
     low, high = lse.aminmax()
     coarse = COARSE[lse.dtype]
     # one kernel where all are fine, as they are almost always
-    if -coarse <= low.item() and high.item() <= coarse:
+    if blind is None and -coarse <= low.item() and high.item() <= coarse:
         return None
     size = lse.abs()
     found = (size > coarse) & (size < inf)
-    if not found.any():
-        return None
     if hidden is not None:
         found &= ~hidden
+    if blind is not None:
+        found |= blind
+    if not found.any():
+        return None
     rows = found.flatten(0, 1).any(0).nonzero().squeeze(1)
     return rows if rows.numel() else None
 

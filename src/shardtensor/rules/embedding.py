@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import _torch, comm
 from .._torch.probe import is_fake
 from ..dispatch.fallback import fall_back
 from ..dispatch.writes import check_writable
@@ -45,12 +45,15 @@ def embedding(
     """
     # the indices choose first
     p = labels.plan("v c, ... -> ... c", weight, indices, order=(1, 0))
-    if p.varying != p.dims["c"].axes and (scale_grad_by_freq or sparse):
+    parted = p.varying != p.dims["c"].axes
+    if parted and (sparse or (scale_grad_by_freq and _torch.is_tracing())):
         raise UnsupportedOpError(
-            f"embedding with indices on {p.spec(p.terms[1])}: scale_grad_by_freq and sparse "
-            "gradients need all indices on one rank; set both to False"
+            f"embedding with indices on {p.spec(p.terms[1])}: sparse gradients, and compiled ones "
+            "with scale_grad_by_freq, need all indices on one rank; set both to False"
         )
     w, i = p.fit((weight, indices))
+    if parted and scale_grad_by_freq:
+        w, scale_grad_by_freq = _scaled(p, w, i), False
     same = not p.spec(p.terms[1]).varying
     if not p.summed:
         rest = (padding_idx, scale_grad_by_freq, sparse)
@@ -66,6 +69,23 @@ def embedding(
         w, at = w.new_zeros(1, w.shape[1]) + w.sum(), torch.where(others, 0, -1)
     found = of_rows(weight, same, _looked_up, w, at, own)
     return p.result(torch.where(mine.unsqueeze(-1), found, 0))
+
+
+def _scaled(p: labels.Plan, weight: Tensor, indices: Tensor) -> Tensor:
+    """Rows whose gradients are divided by how often all ranks together look them up."""
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight
+    rows, own = p.spec(("v",)), p.spec(p.terms[1])
+    at = indices.flatten().clamp(0, max(0, rows.shape[0] - 1)).long()
+    times = weight.new_zeros(rows.shape[0], dtype=torch.int64)
+    times = times.scatter_add(0, at, torch.ones_like(at))
+    if own.varying:
+        times = comm.reduce(times, comm.group(own.mesh, own.varying))
+    ((first, last),) = rows.spans
+    share = times[first:last, None].clamp(min=1)
+    found = weight.view_as(weight)
+    found.register_hook(lambda g: g / share)
+    return found
 
 
 def _looked_up(weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:

@@ -66,23 +66,31 @@ def _extreme(
         if nan_ties:
             same |= x._local.detach().isnan() & best.detach().isnan()
         ties = same.sum(dims, keepdim)
-        best = best_of(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn)
+        best = best_of(best if keepdim else best.squeeze(dims), ties, x._spec, dims, fn, nan_ties)
     else:
         best = fn(stacked(best if keepdim else best.squeeze(dims), x._spec, dims), 0)
     return wrap(best, spec)
 
 
-def best_of(part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any) -> Tensor:
-    """The best of every rank's part; a rank's share of the gradient is its share of the ties."""
+def best_of(
+    part: Tensor, ties: Tensor, spec: Spec, dims: tuple[int, ...], fn: Any, lone: bool = False
+) -> Tensor:
+    """The best of every rank's part; a rank's share of the gradient is its share of the ties.
+
+    A cotangent of NaN times a share of zero is NaN; lone: what does not tie has no share.
+    """
     dtype = wide(part.dtype)
     both = stacked(torch.stack((part.to(dtype), ties.to(dtype))), spec, dims)
     parts, n = both[:, 0], both[:, 1].detach()
     best = fn(parts.detach(), 0)
     n = torch.where((parts.detach() == best) | (parts.detach().isnan() & best.isnan()), n, 0)
     share = n / n.sum(0)
-    mean = torch.where(n > 0, parts * share, 0).sum(0)
-    # the mean of equal numbers may differ from them by a rounding, unless they are infinite
-    return torch.where(best.isinf(), mean, best + (mean - mean.detach())).to(part.dtype)
+    ends = torch.where(n > 0, parts * share, 0).sum(0)
+    parts = torch.where(n > 0, parts, 0) if lone else parts
+    mean = (parts.nan_to_num(0.0, 0.0, 0.0) * share).sum(0)
+    # the mean of equal numbers may differ from them by a rounding
+    ends = torch.where(best.isfinite(), 0, ends)
+    return (best + (mean - mean.detach()) + ends).to(part.dtype)
 
 
 @rule("amax")

@@ -193,8 +193,12 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
     n = rows.numel() // max(1, rows.shape[1])
     if not way.centred:
         part = n * (var + mean * mean)
+        if isinstance(part, np.ndarray) and np.isnan(part).any():
+            # the square of infinity is no NaN, the variance beside it is
+            dims = (0, *range(2, rows.ndim))
+            part = fresh(torch.linalg.vector_norm(rows, 2, dims, dtype=torch.float64)) ** 2
         whole = part if way.group is None else summed(rows, [part], way.group)[0]
-        return 0.0 * whole, whole / way.n
+        return _zeros(whole), whole / way.n
     if way.width > 1:
         parts, within = mean.reshape(-1, way.width), var.reshape(-1, way.width)
         mean = parts.mean(1)
@@ -227,6 +231,11 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
     var = square - whole**2
     # numpy's own `clip` is three calls of Python
     return whole, var * (var > 0.0)
+
+
+def _zeros(values: Numbers) -> Numbers:
+    """Zeros, also in place of NaN and infinity."""
+    return 0.0 * (values > 0.0)
 
 
 @cached
@@ -266,7 +275,7 @@ def _sums(
         own = tuple(None if w is None else next(found) for w in own)
     elif way.group is not None:
         parts = list(summed(rows, parts, way.group))
-    return parts[0], parts[1] if way.centred else 0.0 * parts[0], own
+    return parts[0], parts[1] if way.centred else _zeros(parts[0]), own
 
 
 def _per_group(rows: Numbers, way: Way) -> Numbers:

@@ -77,7 +77,7 @@ def interpolate(
     """Each rank fetches the rows that its rows of the result are made of."""
     x = reduced(input)
     n = x.ndim - 2
-    out, scales = _sizes(x, n, size, scale_factor, recompute_scale_factor)
+    out, scales = _sizes(x, n, size, scale_factor, recompute_scale_factor, mode)
     if mode in ("nearest", "nearest-exact", "area") and align_corners is not None:
         raise ValueError(f"interpolate: align_corners does not go with mode {mode}")
     if antialias and (mode not in _ANTIALIASED or n != 2):
@@ -101,7 +101,7 @@ def interpolate(
 
 
 def _sizes(
-    x: ShardTensor, n: int, size: Any, scale_factor: Any, recompute: bool | None
+    x: ShardTensor, n: int, size: Any, scale_factor: Any, recompute: bool | None, mode: str
 ) -> tuple[list[int], Scales]:
     """(output sizes, the scale factors that the coordinates use; None: the ratio of sizes)."""
     if (size is None) == (scale_factor is None):
@@ -116,7 +116,7 @@ def _sizes(
         raise ValueError("recompute_scale_factor is not meaningful with an explicit size.")
     else:
         out = [int(m) for m in size] if isinstance(size, list | tuple) else [int(size)] * n
-    if min([*out, *x.shape[2:]]) <= 0:
+    if mode != "area" and min([*out, *x.shape[2:]]) <= 0:
         raise RuntimeError(f"interpolate of {x._spec} to {out}: sizes must be greater than 0")
     scales = (None,) * n if size is not None or recompute else tuple(float(s) for s in given)
     return out, scales
@@ -166,11 +166,13 @@ def _halo(dim: Dim, m: int, scale: float | None, way: Way) -> int | None:
     outputs; None where it cannot be run on shards.
     """
     n = dim.size
+    reach = 0 if way.nearest else 2 if way.mode == "bicubic" else 1
     if m == n:
-        return 0 if scale in (None, 1.0) else None
+        # rows of a weight of zero, which NaN is not lost by
+        beside = reach if way.mode == "bicubic" or way.antialias else 0
+        return beside if scale in (None, 1.0) else None
     if way.align:
         return None
-    reach = 0 if way.nearest else 2 if way.mode == "bicubic" else 1
     if m % n == 0:
         times = m // n
         if scale not in (None, times):
@@ -188,7 +190,7 @@ def _halo(dim: Dim, m: int, scale: float | None, way: Way) -> int | None:
         return None
     if way.antialias:
         return reach * by
-    return by if way.mode == "bicubic" and by == 2 else 0
+    return by if way.mode == "bicubic" and by in (2, 3) else 0
 
 
 def _scaled(
@@ -215,7 +217,8 @@ class Taps(NamedTuple):
     """One dim's map of rows.
 
     reach: the input rows that every rank needs.
-    at: (taps, rows) positions in this rank's window. weights: as many, None for nearest.
+    at: (taps, rows) positions in this rank's window. weights: as many, None for nearest. Rows that
+    torch multiplies by zero are among them: zero times NaN is NaN.
     """
 
     reach: Reach
@@ -241,14 +244,26 @@ def _combined(
             taps = _map(dim, i, out[d - 2], scale, way)
             local = _weighted(fetch(local, d, x._spec, taps.reach), d, taps)
             dims[d], target[d - 2], rest[d - 2] = taps.reach.dim, local.shape[d], None
-        elif way.mode == "bicubic" and out[d - 2] == dim.size and scale not in (None, 1.0):
-            # torch 2.13's gradient is wrong where no size changes, as none may in what is left here
-            whole = Dim(dim.size, (), (dim.size,))
-            local = _weighted(local, d, _map(whole, 0, dim.size, scale, way))
-            rest[d - 2] = None
-    if target != list(local.shape[2:]) or any(s not in (None, 1.0) for s in rest):
-        local = _kernel(local, target, rest, way, out[-1] > 1)
+        elif not way.nearest:
+            # of all dims together the kernel would multiply rows of those that are done by zero
+            local = _along(local, d, out[d - 2], scale, way)
+    if way.nearest and (target != [*local.shape[2:]] or any(s not in (None, 1.0) for s in rest)):
+        local = _kernel(local, target, rest, way)
     return wrap(local.to(dtype), x._spec.with_dims(dims))
+
+
+def _along(local: Tensor, d: int, m: int, scale: float | None, way: Way) -> Tensor:
+    """A plain image with m rows along one dim, by a kernel for lines where there is one."""
+    n, lines = local.shape[d], local.flatten(1, -2)
+    if d < local.ndim - 1 or not (way.antialias or way.mode.endswith("linear")):
+        taps = _map(Dim(n, (), (n,)), 0, m, scale, way)
+        start, stop = taps.reach.windows[0]
+        return _weighted(local.narrow(d, start, stop - start), d, taps)
+    if way.antialias:
+        found = _kernel(lines.unsqueeze(2), [1, m], [None, scale], way, m > 1)
+    else:
+        found = _kernel(lines, [m], [scale], way._replace(mode="linear", spatial=1))
+    return found.view(*local.shape[:-1], m)
 
 
 def _weighted(rows: Tensor, d: int, taps: Taps) -> Tensor:
@@ -274,15 +289,14 @@ def _map(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Taps:
 
 
 def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Taps:
-    lows, weights = _taps(dim.size, m, scale, way)
+    rows, weights = _taps(dim.size, m, scale, way)
     edges = [round(o * m / dim.size) for o in dim.offsets]
-    taps = weights.shape[0]
     windows = [
-        (int(lows[a:b].min()), min(dim.size, int(lows[a:b].max()) + taps)) if a < b else (0, 0)
+        (int(rows[:, a:b].min()), int(rows[:, a:b].max()) + 1) if a < b else (0, 0)
         for a, b in pairwise(edges)
     ]
     a, b = edges[i], edges[i + 1]
-    index = (lows[a:b] + torch.arange(taps)[:, None]).clamp(max=dim.size - 1) - windows[i][0]
+    index = rows[:, a:b] - windows[i][0]
     return Taps(
         reach_of(dim, edges, windows),
         index.to(way.device),
@@ -290,13 +304,19 @@ def _mapped(dim: Dim, i: int, m: int, scale: float | None, way: Way) -> Taps:
     )
 
 
-def _run(signals: Tensor, m: int, scale: float | None, way: Way) -> Tensor:
-    """(k, n) to (k, m), by torch's kernel for as many dims: not all round alike."""
+def _run(
+    signals: Tensor, m: int, scale: float | None, way: Way, by: int = 2, to: int = 2
+) -> Tensor:
+    """(k, n) to (k, m), by torch's kernel for as many dims: not all round alike.
+
+    by, to: the sizes of the other dims, of which the middle is looked at.
+    """
     others = way.spatial - 1
     volume = signals.to(way.device).view([signals.shape[0], 1, -1, *[1] * others])
-    volume = volume.expand(-1, 1, -1, *[2] * others).contiguous()
-    found = _kernel(volume, [m, *[2] * others], [scale, *[None] * others], way)
-    return found.flatten(2).view(signals.shape[0], m, -1)[..., 0].cpu()
+    volume = volume.expand(-1, 1, -1, *[by] * others).contiguous()
+    found = _kernel(volume, [m, *[to] * others], [scale, *[None] * others], way)
+    found = found.flatten(2).view(signals.shape[0], m, -1)
+    return found[..., found.shape[-1] // 2].cpu()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -310,13 +330,14 @@ def _sources(n: int, m: int, scale: float | None, way: Way) -> Tensor:
 
 
 def _taps(n: int, m: int, scale: float | None, way: Way) -> tuple[Tensor, Tensor]:
-    """Output row j is the sum over t of weights[t, j] times input row lows[j] + t.
+    """Output row j is the sum over t of weights[t, j] times input row rows[t, j].
 
     Torch interpolates the indicators of the rows congruent to 0, 1, ... modulo a number larger than
-    its reach; around the place where row j must read, they tell the weights.
+    its reach; around the place where row j must read, they tell the weights. Infinite ones tell
+    which rows it reads: zero times infinity is NaN.
     """
     if way.nearest:
-        return _sources(n, m, scale, way), torch.ones(1, m)
+        return _sources(n, m, scale, way)[None], torch.ones(1, m)
     step = n / m if scale is None else 1 / scale
     if way.align:
         step = (n - 1) / (m - 1) if m > 1 else 0.0
@@ -329,12 +350,29 @@ def _taps(n: int, m: int, scale: float | None, way: Way) -> tuple[Tensor, Tensor
     centre = at * step if corners else (at + 0.5) * step - 0.5
     low = (centre.floor().long() - reach).clamp(min=0, max=max(0, n - 1))
     marks = (torch.arange(n)[None] % period == torch.arange(period)[:, None]).to(_wide(way.dtype))
-    found = _run(marks, m, scale, way)
-    weights = torch.stack([found.gather(0, ((low + t) % period)[None])[0] for t in range(period)])
-    weights = torch.where(low + torch.arange(period)[:, None] < n, weights, 0)
-    # start every row at its first weight that is not zero, and drop taps that nobody uses
-    first = (weights != 0).to(torch.int64).argmax(0)
-    shifted = torch.arange(period)[:, None] + first
-    weights = torch.where(shifted < period, weights.gather(0, shifted.clamp(max=period - 1)), 0)
-    used = int((weights != 0).any(1).nonzero().max()) + 1
-    return low + first, weights[:used]
+    rows = low + torch.arange(period)[:, None]
+    inside = rows < n
+    weights = torch.where(inside, _run(marks, m, scale, way).gather(0, rows % period), 0)
+    large = torch.where(marks > 0, torch.inf, 0.0)
+    # from four to three: of the middle no weight is zero
+    large = torch.where(inside, _run(large, m, scale, way, 4, 3).gather(0, rows % period), 0)
+    # what is read twice, once times zero, is one tap more
+    twice = large.isnan() & (weights != 0)
+    return _packed(
+        torch.cat((rows, rows)),
+        torch.cat((weights, torch.zeros_like(weights))),
+        torch.cat((~large.isfinite(), twice)),
+    )
+
+
+def _packed(rows: Tensor, weights: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """As many used taps of each output row: one in several parts, where it has fewer."""
+    order = used.to(torch.int8).sort(stable=True, dim=0, descending=True)[1]
+    order = order[: int(used.sum(0).max())]
+    rows, weights = rows.gather(0, order), weights.gather(0, order)
+    lacks = ~used.gather(0, order)
+    weights = weights.masked_fill(lacks, 0)
+    main = weights.abs().argmax(0, keepdim=True)
+    parts = lacks | (torch.arange(len(rows))[:, None] == main)
+    share = weights.gather(0, main) / parts.sum(0)
+    return torch.where(parts, rows.gather(0, main), rows), torch.where(parts, share, weights)

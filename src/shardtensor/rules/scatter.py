@@ -237,6 +237,9 @@ def reduce_kernel(reduce: str, include_self: bool) -> Kernel | None:
         return None
 
     def kernel(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
+        if rows.is_complex():
+            # which has a gradient only as it writes
+            return rows.clone().scatter_reduce_(0, at, values, reduce, include_self=include_self)
         return rows.scatter_reduce(0, at, values, reduce, include_self=include_self)
 
     return kernel
@@ -283,7 +286,6 @@ def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     return _scattered("scatter_add", input, dim, index, src, None)
 
 
-@rule("scatter_reduce")
 def scatter_reduce(
     input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
@@ -293,3 +295,18 @@ def scatter_reduce(
 
 for _fn in (scatter, scatter_add, scatter_reduce):
     in_place(_fn, reads=_fn is scatter_reduce)
+
+
+@rule("scatter_reduce")
+def scatter_reduce_apart(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, **options: bool
+) -> Tensor:
+    if (
+        input.is_complex()
+        and torch.is_grad_enabled()
+        and (input.requires_grad or src.requires_grad)
+    ):
+        # torch refuses its gradient, but where it writes
+        one = torch.zeros(1, dtype=input.dtype, requires_grad=True)
+        one.scatter_reduce(0, torch.zeros(1, dtype=torch.int64), one, reduce)
+    return scatter_reduce(input, dim, index, src, reduce, **options)
