@@ -45,9 +45,9 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def made(dtype=D):
+def made(dtype=D, net=Net):
     torch.manual_seed(0)
-    return Net().to(dtype), [torch.randn(2, 2, 8, 6, dtype=dtype) for _ in range(3)]
+    return net().to(dtype), [torch.randn(2, 2, 8, 6, dtype=dtype) for _ in range(3)]
 
 
 def train(model, batches, clip=True, pieces=1):
@@ -159,24 +159,60 @@ def test_ops_sum_no_weights_gradients_over_all():
     assert run_workers(2, largest_message, "all")[0] <= 128
 
 
-def bf16(values):
+class MixedBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.last = nn.LayerNorm(width)
+        self.register_buffer("bias", torch.linspace(0, 1, width)[:, None, None])
+
+    def forward(self, x):
+        y = F.gelu(self.norm(self.conv(x)) + self.bias)
+        return x + self.last(y.movedim(1, -1)).movedim(-1, 1)
+
+
+class Mixed(nn.Module):
+    """Buffers that autocast leaves in fp32, norms of what they meet, a time of four digits."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.first = nn.Conv2d(2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(MixedBlock(width) for _ in range(2))
+        self.fixed = nn.BatchNorm2d(width).eval()
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x, time):
+        x = self.first(self.norm(x)) * torch.cos(time)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.fixed(x).float().mean((2, 3)))
+
+
+TIMES = {Net: {}, Mixed: {"time": torch.tensor(1001.0)}}
+
+
+def bf16(values, net):
     torch.manual_seed(0)
     mesh = make_mesh((2,), names=("domain",))
-    model, batches = made(torch.float32)
+    model, batches = made(torch.float32, net)
     st.parallelize(model, mesh, **values)
     x = st.distribute_tensor(batches[0], mesh, [Shard(2)], src_data_rank=None)
-    y = model(x)
+    y = model(x, **TIMES[net])
     y.square().mean().backward()
     grads = {k: full(p.grad).float() for k, p in model.named_parameters() if p.grad is not None}
     return y.dtype, grads
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize("net", [Net, Mixed])
 @pytest.mark.parametrize("fsdp", [None, "all"])
-def test_precision(fsdp):
-    model, batches = made(torch.float32)
-    model(batches[0]).square().mean().backward()
-    for dtype, grads in run_workers(2, bf16, {"precision": "bf16", "fsdp": fsdp}):
+def test_precision(fsdp, net):
+    """FSDP2's own mixed precision would cast the model's inputs, and no operand within it."""
+    model, batches = made(torch.float32, net)
+    model(batches[0], **TIMES[net]).square().mean().backward()
+    for dtype, grads in run_workers(2, bf16, {"precision": "bf16", "fsdp": fsdp}, net):
         assert dtype is torch.bfloat16
         for k, p in model.named_parameters():
             if p.grad is not None:

@@ -117,6 +117,16 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def single(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    """x, and the weights beside it: under autocast in fp32 at least, as a GPU's autocast has them.
+
+    CPUs take no narrower ones beside an input or statistics in fp32.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *weights]
+    return [x, *(w if w is None else w.to(accumulated(w.dtype)) for w in weights)]
+
+
 def scaled(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a * (x - center) + b, given per channel (C,) or per sample and channel (B, C).
 

@@ -28,7 +28,7 @@ from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import beside, fit, like, reduced, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
-from .moments import Counts, Dims, accumulated, merged, normalised, spread, statistics
+from .moments import Counts, Dims, accumulated, merged, normalised, single, spread, statistics
 from .normalise import Way
 from .numbers import Blocks, Numbers, track
 from .pointwise import function_rule
@@ -118,7 +118,8 @@ def batch_norm(
             mean, var = (r if r is None else like(r, part)._local.clone() for r in running)
         rest: Any = (training, momentum, eps, cudnn_enabled)
         try:
-            y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, local, w, b, mean, var)
+            xs = *single(local, w, b), mean, var
+            y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, *xs)
         finally:  # a checkpoint stops what it repeats where the last tensor is saved
             for r, own in zip(running, (mean, var), strict=True):
                 if training and r is not None and own is not None and own is not r:
@@ -185,7 +186,7 @@ def instance_norm(
     w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
     if not axes and not (tracked and apart):
         rest = (*running, True, momentum, eps, cudnn_enabled)
-        y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, local, w, b)
+        y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, *single(local, w, b))
         return wrap(y, spec)
     kept: list[Numbers] = []
     n = max(1, count(x, dims))
@@ -237,7 +238,8 @@ def group_norm(
             # of a negative one the row in place of none may be NaN
             rest: Any = (eps if local.numel() else abs(eps), cudnn_enabled)
             n = max(1, local.shape[1] // width)
-            y = stock(lambda z, *wb: torch.group_norm(z, n, *wb, *rest), local.shape, local, w, b)
+            xs = single(local, w, b)
+            y = stock(lambda z, *wb: torch.group_norm(z, n, *wb, *rest), local.shape, *xs)
             return wrap(y, spec)
     else:
         w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
@@ -353,9 +355,8 @@ def layer_norm(
         )
         lead = dims[0]
         rest: Any = (eps, cudnn_enable)
-        y = stock(
-            lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, local, w, b
-        )
+        xs = single(local, w, b)
+        y = stock(lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, *xs)
         return wrap(y, spec)
     _check_weights(spec.shape[-len(dims) :], weight, bias)
     (w, b), blocks = _elementwise(spec, mine, weight, bias)

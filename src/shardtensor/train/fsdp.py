@@ -8,6 +8,7 @@ sample counts as often as there are parts. Gradients that are whole on every ran
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -98,12 +99,15 @@ def shard(
     policy = fsdp2.MixedPrecisionPolicy()
     if options.precision is not None:
         policy = fsdp2.MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
+    # coordinates and times keep their digits up to where autocast casts them
+    first = replace(policy, cast_forward_inputs=False)
     scalars = {p for p in model.parameters() if p.ndim == 0 and not isinstance(p, ShardTensor)}
     inside = [b for b in blocks_of(model, options.blocks) if b is not model]
     sharded = {p for p in model.parameters() if isinstance(p, ShardTensor)}
     # blocks in blocks first
     for block in (*reversed(inside), model):
-        fsdp2.fully_shard(block, mesh=over, mp_policy=policy, ignored_params=scalars | sharded)
+        own = first if block is model else policy
+        fsdp2.fully_shard(block, mesh=over, mp_policy=own, ignored_params=scalars | sharded)
     # before FSDP2's own, and after it
     model.register_forward_pre_hook(_mend, prepend=True)
     model.register_forward_hook(_end)

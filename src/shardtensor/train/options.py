@@ -26,7 +26,8 @@ class Options:
         of every outermost nn.ModuleList.
     checkpoint: blocks keep their inputs only and are computed again in the backward pass.
     offload: what is kept for the backward pass waits in host memory.
-    precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it.
+    precision: forward under autocast to "bf16" or "fp16"; with fsdp parameters are gathered in it,
+        and blocks are given their inputs in it, the model its own as they are.
     made_mb: MiB from which on a tensor that the model makes of sizes, indices and coordinates alone
         (a bias of each pair of tokens, a mask, zeros for modes) is made sharded; None: such a
         tensor is whole on every rank. For eager models: 1 to 2 us an op.

@@ -114,7 +114,7 @@ def adapt(model: nn.Module, options: Options) -> None:
             _torch.checkpointed(block)
     if options.offload:
         around(model, lambda *_: offloaded())
-    if options.precision is not None and options.fsdp is None:
+    if options.precision is not None:
         dtype = fsdp.DTYPES[options.precision]
         device = next((p.device.type for p in model.parameters()), "cpu")
         around(model, lambda *_: torch.autocast(device, dtype))
