@@ -32,6 +32,28 @@ CASES = {
 }
 
 
+def deep():
+    """Four convolutions, of which a part needs four rows beside its own."""
+    convs = [nn.Conv2d(4 if i else 2, 4, 3, padding=1) for i in range(4)]
+    return nn.Sequential(*(layer for conv in convs for layer in (conv, nn.GELU())))
+
+
+def counted():
+    """A buffer that counts calls, a mask, every other row, in a dict."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = deep()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x, weight):
+            self.calls += 1
+            return {"y": self.deep(x * weight)[:, :, ::2], "name": "y"}
+
+    return Counted()
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A plan is of parts that meet."""
@@ -39,17 +61,17 @@ def small(monkeypatch):
     monkeypatch.setattr(alone, "MORE", -1.0)
 
 
-def ran(make, shape, parts, memory, train, folder):
-    """What a step in parts moves."""
+def ran(make, shape, parts, memory, train, folder, *others):
+    """`tiled` after a step in parts."""
     torch.manual_seed(0)
     run = st.tiled(make().train(train), parts, 2, memory=memory, spill=folder)
     # attention as the device of the plan has it
     chosen = assume(attention_rates(CPU, DGX_H100, parts))
     with torch.set_grad_enabled(train), chosen:
-        y = run(torch.randn(shape))
+        y = run(torch.randn(shape), *map(torch.randn, others))
         if train:
             y.square().mean().backward()
-    return run.paging
+    return run
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -58,7 +80,7 @@ def test_what_is_said_to_lie_in_files_does(name, train, tmp_path):
     make, shape = CASES[name]
     task = Task(make, [shape], dims=(2,), train=train)
     said = in_parts(task, CPU, memory=2**16, parts=[4])
-    moved = ran(make, shape, 4, 2**16, train, tmp_path)
+    moved = ran(make, shape, 4, 2**16, train, tmp_path).paging
     assert not said.refused and (said.parts, said.dim) == (4, 2)
     assert 0.85 < said.spilled / moved.spilled < 1.15
     assert 0.6 < said.most / moved.most < 1.2
@@ -71,7 +93,7 @@ def test_what_is_proposed_runs_within_the_memory(tmp_path):
     found = in_parts(task, CPU, memory=2**18)
     assert 2 <= found.parts <= 32 and not found.refused
     # an op's result may be larger than what it reads
-    peak = ran(make, shape, found.parts, found.memory, False, tmp_path).peak
+    peak = ran(make, shape, found.parts, found.memory, False, tmp_path).paging.peak
     assert peak <= 1.25 * 2**18
     # with more memory fewer parts, in the end nothing in files
     more = in_parts(task, CPU, memory=2**24)
@@ -79,6 +101,34 @@ def test_what_is_proposed_runs_within_the_memory(tmp_path):
     assert more.times < found.times
     one = in_parts(task, CPU, memory=2**24, parts=[1])
     assert one.parts == 1 and one.spilled == 0
+
+
+# a model, its inputs, (parts, memory), and how many rows parts may make once more
+APART = {
+    "one part": (deep, [(1, 2, 256, 16)], 1, 2**14, 0.25),
+    "parts that spill": (deep, [(1, 2, 256, 16)], 4, 2**14, 0.25),
+    "uneven": (deep, [(1, 2, 256, 16)], 7, 2**15, 0.25),
+    "a mask, a dict": (counted, [(2, 2, 256, 8), (256, 8)], 4, 2**14, 0.25),
+    "pools and skips": (CASES["unet"][0], [(1, 1, 192, 64)], 2, 2**17, 2.0),
+    "too many rows made twice": (deep, [(1, 2, 256, 16)], 32, 2**12, 0.25),
+    "a norm over rows": (lambda: nn.Sequential(deep(), nn.GroupNorm(2, 4)),
+                         [(1, 2, 256, 16)], 4, 2**14, 0.25),
+    "all in memory": (deep, [(1, 2, 256, 16)], 4, 2**16, 0.25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+def test_parts_that_do_not_meet(name, tmp_path, monkeypatch):
+    make, shapes, parts, memory, more = APART[name]
+    monkeypatch.setattr(alone, "MORE", more)
+    said = in_parts(Task(make, shapes, dims=(2,), train=False), CPU, memory=memory, parts=[parts])
+    run = ran(make, shapes[0], parts, memory, False, tmp_path, *shapes[1:])
+    halo = None if run.halo is None else run.halo[0]
+    assert not said.refused and said.halo == halo
+    assert (halo is None) == ("norm" in name or "too" in name or "all" in name)
+    if halo is not None:
+        assert (said.spilled, said.most) == (run.paging.spilled, run.paging.most)
+        assert said.times > 1
 
 
 def test_what_is_not_proposed():

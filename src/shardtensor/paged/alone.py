@@ -12,7 +12,7 @@ otherwise. So does an output that lacks a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,6 @@ from .. import _torch
 from .._torch import probe
 from ..comm import observers
 from ..comm.formats import memory_format
-from ..cuts import chunk_sizes
 from ..errors import RankError
 from ..later import dt
 from ..ranks.simulate import random_states, restore
@@ -41,6 +40,7 @@ from ..tensor.shard_tensor import wrap
 from .call import OneCall
 from .meeting import Meeting, check_nodes
 from .pager import Pager
+from .parts import Cut, Span, check_plain, cut_of, spans_of, widened
 from .ranks import advance, alike, kept, lies, own, replica, state
 
 # of the elements that a model makes, those that parts may make once more: of a U-Net 19 % cost less
@@ -48,10 +48,10 @@ from .ranks import advance, alike, kept, lies, own, replica, state
 MORE = 0.25
 # of the memory, what a part may keep for backward: what goes to files anyway need not be made twice
 KEPT = 1.0
-# the first row, the end, and the rows in all
-Cut = tuple[int, int, int]
 At = tuple[int, ...]
 Pairs = list[tuple[Tensor, Tensor]]
+# of a part and a halo how each sharded output is cut, and what was made
+Tried = Callable[[At, tuple[int, ...]], tuple[list[dict[int, Cut]], Meeting]]
 
 
 def without_meeting(
@@ -123,11 +123,7 @@ class Alone(OneCall):
         super().__init__(model, (3,) * len(dims), dims, pager, given)
         self.lead = self.tensors[0]
         self.rows = [self.lead.shape[d] for d in dims]
-        self.spans: list[list[tuple[int, int]]] = []
-        for n, k in zip(self.rows, parts, strict=True):
-            sizes = chunk_sizes(n, k)
-            # a part without rows has nothing to do
-            self.spans.append([(a, a + m) for a, m in zip(sizes.offsets, sizes, strict=False) if m])
+        self.spans = [spans_of(n, k) for n, k in zip(self.rows, parts, strict=True)]
         self.halo: tuple[int, ...] | None = None
         # of each output and part
         self.ends: dict[Any, dict[int, Cut]] = {}
@@ -139,7 +135,10 @@ class Alone(OneCall):
         observers.thread.alone = True
         begin = random_states()
         with _torch.outside_modes(), torch.inference_mode(False), torch.set_grad_enabled(self.grad):
-            halo = self._needed(mesh)
+            halo = needed(
+                self.rows, self.spans, self._better_met,
+                lambda at, halo: self._tried(mesh, at, halo),
+            )  # fmt: skip
         if halo is None:
             return
         # as it is now
@@ -154,7 +153,9 @@ class Alone(OneCall):
             made = self._run(replica(untouched) if first else model, mesh, at, halo)
             made.outputs = [reduced(y) for y in made.outputs]
             if first is None:
-                first = Made(made.model, made.leaves, [], made.tree)
+                # not its rows, which would be there while the others are made
+                others = [None if isinstance(x, Tensor) else x for x in made.leaves]
+                first = Made(made.model, others, [], made.tree)
                 self.gave(made.outputs, made.tree)
             if made.tree != self.out_tree:
                 raise ValueError("parts with outputs of other forms")
@@ -193,10 +194,8 @@ class Alone(OneCall):
         counts: Any = None,
     ) -> Made:
         """What the model made of a part and the rows beside it; counts: of a trial."""
-        sizes = {}
-        for d, n, i, spans, more in zip(self.dims, self.rows, at, self.spans, halo, strict=True):
-            a, b = max(0, spans[i][0] - more), min(n, spans[i][1] + more)
-            sizes[d] = a, b - a, n - b
+        cuts = zip(self.dims, self.spans, at, halo, self.rows, strict=True)
+        sizes = {d: widened(spans[i], more, n) for d, spans, i, more, n in cuts}
         places = [dt.Shard(d) for d in self.dims]
         leaves: list[Any] = []
         # what is made inside of the model is real: somebody may keep it
@@ -243,7 +242,7 @@ class Alone(OneCall):
                             y.shape, lies(y), dtype=y.dtype, device=y.device
                         )
                 _rows(self.found[i], y._spec).copy_(y._local)
-                self.ends[i, at] = cut = _cut(y)
+                self.ends[i, at] = cut = cut_of(y)
                 for k, (start, stop, n) in cut.items():
                     last = at[k] == len(self.spans[k]) - 1
                     before = self.ends[i, _before(at, k)][k][1] if at[k] else 0
@@ -251,8 +250,8 @@ class Alone(OneCall):
                         raise ValueError(f"rows {before} to {start} of output {i} lack")
             elif isinstance(y, Tensor) and first:
                 self.found[i] = kept(y.detach())
-            elif any(isinstance(v, ShardTensor) for v in getattr(y, "__dict__", {}).values()):
-                raise ValueError(f"tensors in a {type(y).__name__}")
+            else:
+                check_plain(y)
 
     def _arrived(self, part: Made, at: At) -> Pairs:
         """What a part made of the outputs that no part before it has, with its cotangents."""
@@ -296,53 +295,12 @@ class Alone(OneCall):
 
     # how wide -----------------------------------------------------------------------------------
 
-    def _needed(self, mesh: DeviceMesh) -> list[int] | None:
-        """The halo that outputs need, found on fake tensors; None where parts are to meet.
-
-        Rows that a part in the middle and the ones before it both have, or that neither has, tell
-        it.
-        """
-        middle = tuple([len(s) // 2 for s in self.spans])
-        edges = [s[i][0] for s, i in zip(self.spans, middle, strict=True)]
-        # no slab may reach the border that is not its part's: there nothing would lack
-        halo = [
-            max(0, min(int(2 * MORE * s[0][1]), e - 1, n - e - 1))
-            for s, e, n in zip(self.spans, edges, self.rows, strict=True)
-        ]
-        tried = cache(lambda at, halo: self._tried(mesh, at, halo))
-        axes = range(len(middle))
-        for again in (False, True, True):
-            outputs, made = tried(middle, tuple(halo))
-            if self.grad and made.bytes <= self.pager.budget + self.pager.shelf.cached:
-                # to make it anew takes longer than files that are in memory, or none
-                return None
-            if not self.grad and made.largest <= self.pager.budget:
-                # what fits into memory does not go to files
-                return None
-            lacks = [-n for n in halo]
-            for k in axes:
-                if middle[k]:
-                    others, _ = tried(_before(middle, k), tuple(halo))
-                    pairs = [(a[k], b[k]) for a, b in zip(others, outputs, strict=True) if k in b]
-                    lacks[k] = max([self._lack(a, b, k) for a, b in pairs], default=0)
-            if again and all(n <= 0 for n in lacks):
-                break
-            # parts begin anywhere among the rows of which one is made
-            steps = zip(halo, lacks, made.per, strict=True)
-            halo = [max(0, h + n + (per - 1 if h + n else 0)) for h, n, per in steps]
-        else:
-            return None
-        share = made.elements * prod(map(len, self.spans)) / made.whole
-        first, _ = tried((0,) * len(axes), tuple(halo))
-        last, _ = tried(tuple([len(s) - 1 for s in self.spans]), tuple(halo))
-        whole = all(c[0] == 0 for y in first for c in y.values()) and all(
-            c[1] == c[2] for y in last for c in y.values()
-        )
-        return halo if whole and share <= 1 + MORE else None
-
-    def _lack(self, a: Cut, b: Cut, k: int) -> int:
-        """The rows of the input that either side of a cut needs more than it had; less if < 0."""
-        return -((a[1] - b[0]) * self.rows[k] // (2 * a[2]))
+    def _better_met(self, made: Meeting) -> bool:
+        """Whether what was made in all goes to no files, or to such as are in memory."""
+        if self.grad:
+            # to make it anew takes longer
+            return made.bytes <= self.pager.budget + self.pager.shelf.cached
+        return made.largest <= self.pager.budget
 
     def _tried(
         self, mesh: DeviceMesh, at: tuple[int, ...], halo: Sequence[int]
@@ -360,7 +318,7 @@ class Alone(OneCall):
             check_nodes(ends, made.sources)
             made.gradients([(y, torch.zeros_like(y)) for y in ends])
         restore(begin)
-        return [_cut(y) for y in made.outputs if isinstance(y, ShardTensor)], counts
+        return [cut_of(y) for y in made.outputs if isinstance(y, ShardTensor)], counts
 
 
 def _rows(whole: Tensor, spec: Spec) -> Tensor:
@@ -369,17 +327,56 @@ def _rows(whole: Tensor, spec: Spec) -> Tensor:
         return whole[spec.block]
 
 
-def _before(at: tuple[int, ...], k: int) -> tuple[int, ...]:
+def needed(
+    rows: Sequence[int],
+    spans: Sequence[Sequence[Span]],
+    better_met: Callable[[Meeting], bool],
+    tried: Tried,
+) -> list[int] | None:
+    """The halo that outputs need in each dim, found on fake tensors; None where parts are to meet.
+
+    Rows that a part in the middle and the ones before it both have, or that neither has, tell it.
+    """
+    middle = tuple([len(s) // 2 for s in spans])
+    edges = [s[i][0] for s, i in zip(spans, middle, strict=True)]
+    # no slab may reach the border that is not its part's: there nothing would lack
+    halo = [
+        max(0, min(int(2 * MORE * s[0][1]), e - 1, n - e - 1))
+        for s, e, n in zip(spans, edges, rows, strict=True)
+    ]
+    tried = cache(tried)
+    axes = range(len(middle))
+    for again in (False, True, True):
+        outputs, made = tried(middle, tuple(halo))
+        if better_met(made):
+            return None
+        lacks = [-n for n in halo]
+        for k in axes:
+            if middle[k]:
+                others, _ = tried(_before(middle, k), tuple(halo))
+                pairs = [(a[k], b[k]) for a, b in zip(others, outputs, strict=True) if k in b]
+                lacks[k] = max([_lack(a, b, rows[k]) for a, b in pairs], default=0)
+        if again and all(n <= 0 for n in lacks):
+            break
+        # parts begin anywhere among the rows of which one is made
+        steps = zip(halo, lacks, made.per, strict=True)
+        halo = [max(0, h + n + (per - 1 if h + n else 0)) for h, n, per in steps]
+    else:
+        return None
+    share = made.elements * prod(map(len, spans)) / made.whole
+    first, _ = tried((0,) * len(axes), tuple(halo))
+    last, _ = tried(tuple([len(s) - 1 for s in spans]), tuple(halo))
+    whole = all(c[0] == 0 for y in first for c in y.values()) and all(
+        c[1] == c[2] for y in last for c in y.values()
+    )
+    return halo if whole and share <= 1 + MORE else None
+
+
+def _lack(a: Cut, b: Cut, rows: int) -> int:
+    """Of the input's rows those that either side of a cut needs more than it had; less if < 0."""
+    return -((a[1] - b[0]) * rows // (2 * a[2]))
+
+
+def _before(at: At, k: int) -> At:
     """The part before one along a dim."""
     return (*at[:k], at[k] - 1, *at[k + 1 :])
-
-
-def _cut(y: ShardTensor) -> dict[int, Cut]:
-    """For each mesh axis that cuts a dim the first row here, the end, and the rows in all."""
-    found = {}
-    for dim, (a, b) in zip(y._spec.dims, y._spec.spans, strict=True):
-        if dim.axes:
-            # several axes in one dim raise
-            (k,) = dim.axes
-            found[k] = a, b, dim.size
-    return found

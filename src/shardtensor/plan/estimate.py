@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from .. import cache
 from .._torch import probe
@@ -24,11 +24,8 @@ from ..comm import groups
 from ..comm.counters import Sent
 from ..compile.blocks import blocks_of
 from ..errors import UnsupportedOpError
-from ..later import dt
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
-from ..spec import Spec
-from ..tensor import wrap
 from ..train.parallelize import adapt, around, parallelize
 from ..train.tensor_parallel import tensor_parallel
 from .away import Away
@@ -36,10 +33,10 @@ from .build import build
 from .collector import collect
 from .course import Course, course
 from .device import A100, CPU, DEVICES, H100, H200, Device
-from .known import Known
+from .inputs import inputs_of
 from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
-from .trees import At, called, dims_like, filled, formed, tensors
+from .trees import At, called, filled, formed, tensors
 from .turns import paged
 from .update import Update
 from .way import Layout, looked_at
@@ -321,7 +318,7 @@ def _prepared(task: Task, layout: Layout, ledger: Ledger, device: Device) -> Cal
     ledger.mark("parameters", model.parameters())
     ledger.places = Places(model)
     domain = None if mesh is None else mesh[tuple(f"dim{d}" for d in layout.dims)]
-    inputs = [_input(task, layout, domain, i, ledger.known) for i in range(len(task.shapes))]
+    inputs = inputs_of(task, layout, domain, ledger.known)
     ledger.mark("inputs", inputs)
     args, kwargs = called(model, filled(task.form, inputs))
     if not task.train:
@@ -362,39 +359,3 @@ def _loss(task: Task, out: Any) -> Tensor:
     for x in found[1:]:
         total = total + x.float().square().mean()
     return total
-
-
-def _input(task: Task, layout: Layout, domain: DeviceMesh | None, i: int, known: Known) -> Tensor:
-    """This rank's part of input i: sharded where its dims are those of the first input."""
-    first, shape = task.shapes[0], list(task.shapes[i])
-    given = task.values[i]
-    # the first dim of a mask (H, W) is not that of samples, though there be H of them
-    rows = 0 not in task.dims and 0 in (dims_like(shape, first, task.dims) or ())
-    if shape and first and shape[0] == first[0] and layout.data > 1 and not rows:
-        shape[0] //= layout.data
-        given = _narrowed(given, 0, 0, shape[0])
-    dims = dims_like(task.shapes[i], first, layout.dims)
-    spec = None
-    if domain is not None and dims is not None:
-        sizes = {
-            e: layout.cut(first)[d]
-            for d, e, _ in zip(layout.dims, dims, layout.sizes, strict=False)
-        }
-        spec = Spec.of(domain, [dt.Shard(d) for d in dims], shape, sizes)
-        shape = list(spec.local_shape)
-        for d in dims:
-            given = _narrowed(given, d, spec.dims[d].offsets[spec.index[d]], shape[d])
-    if given is None:
-        x = torch.empty(shape, dtype=task.dtypes[i])
-        known.forget(x)
-    else:
-        x = known.fake(given)
-    return x if spec is None else wrap(x, spec)
-
-
-def _narrowed(x: Tensor | None, dim: int, start: int, length: int) -> Tensor | None:
-    """A part of an input's values; a view would count as all that it is of."""
-    if x is None or probe.is_fake(x):
-        return None if x is None else x.narrow(dim, start, length)
-    with probe.outside_fake():
-        return x.narrow(dim, start, length).clone()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..observe.network import DGX_H100, Network
 from ..tensor.random import match_single_device
+from .apart import Apart, apart
 from .estimate import Device, Estimate, Layout, Task, estimate
 from .turns import moved
 
@@ -25,7 +26,8 @@ class InParts:
 
     spilled: bytes that are moved to files in a step; most: in files at once. seconds, times: of a
     step, and over that of one device with memory enough; what a disk takes beyond memory's speed
-    is not in it. refused: why there is no such step; then all else is 0.
+    is not in it. refused: why there is no such step; then all else is 0. halo: rows of the input
+    that a part has beside its own, where parts do not meet (`Tiled.halo`), else None.
     """
 
     parts: int = 0
@@ -36,15 +38,17 @@ class InParts:
     seconds: float = 0.0
     times: float = 0.0
     refused: str = ""
+    halo: int | None = None
 
     def __str__(self) -> str:
         if self.refused:
             return f"one device in parts: refused: {self.refused}"
+        apart = f", each with {self.halo} rows beside its own" if self.halo is not None else ""
+        files = f"{self.most / 2**30:.3g} GiB of files, {self.spilled / 2**30:.3g} GiB written"
         return (
             f"one device in parts: st.tiled(model, {self.parts}, {self.dim}, "
             f"memory={self.memory / 2**30:.3g} * 2**30, spill=...): {self.times:.2f} x the time of "
-            f"one that held all, {self.most / 2**30:.3g} GiB of files, "
-            f"{self.spilled / 2**30:.3g} GiB written"
+            f"one that held all{apart}, {files if self.spilled else 'nothing in files'}"
         )
 
 
@@ -87,7 +91,7 @@ def _along(
     network: Network,
     parts: Sequence[int],
 ) -> InParts:
-    rows, n = task.shapes[0][dim], 2
+    rows, n, largest = task.shapes[0][dim], 2, 0
     while FITS * whole.largest > n * room and n < MOST:
         n *= 2
     for count in parts or (n, 2 * n, 4 * n):
@@ -95,12 +99,26 @@ def _along(
             return InParts(refused=f"dim {dim} of {rows} rows in {count} parts")
         # as tiled runs it: spectra are whole then
         with match_single_device():
+            alone = None if task.train else apart(task, dim, count, room, device, network)
+            if alone is not None:
+                if parts or FITS * alone.largest <= room:
+                    return _apart(alone, dim, count, room, whole)
+                largest = alone.largest
+                continue
             e = estimate(task, Layout(1, (dim,), (count,)), device, network, turns=True)
         if e.refused:
             return InParts(refused=e.refused)
         if parts or FITS * e.largest <= room:
             return _of(e, dim, count, room, whole, device)
-    return InParts(refused=f"an op needs {e.largest} bytes of {room} in {count} parts")
+        largest = e.largest
+    return InParts(refused=f"an op needs {largest} bytes of {room} in {count} parts")
+
+
+def _apart(found: Apart, dim: int, parts: int, room: int, whole: Estimate) -> InParts:
+    return InParts(
+        parts, dim, room, found.spilled, found.most, found.seconds,
+        found.seconds / (whole.compute or 1.0), halo=found.halo,
+    )  # fmt: skip
 
 
 def _of(e: Estimate, dim: int, parts: int, room: int, whole: Estimate, device: Device) -> InParts:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..paged import pager
 from .ledger import Ledger, Move, Turn
 
 # kinds of memory that every rank has of its own
@@ -88,6 +89,8 @@ class _Files:
     def see(self, rank: int, event: Move | tuple[int, ...]) -> None:
         if not isinstance(event, Move):
             self._read([(rank, n) for n in event])
+            return
+        if abs(event.nbytes) < pager.LEAST:
             return
         key = rank, event.number
         if event.nbytes > 0:
