@@ -275,3 +275,24 @@ def test_weights_that_are_kept_for_a_call_are_a_rank_s_own():
     report = st.check(Cached(), image(), [Shard(2)])
     assert report.ok and report.verdict == "right", report
     assert not nn.utils.parametrize._cache
+
+
+class CompiledInside(nn.Module):
+    """A part that torch.compile compiles when it is called: with it whoever looks on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = conv()
+        self.part = torch.compile(lambda x: x * x.sigmoid(), backend=never)
+
+    def forward(self, x):
+        return self.part(self.layer(x))
+
+
+def never(graph, inputs):
+    raise AssertionError("compiled")
+
+
+def test_what_is_compiled_inside_runs_as_it_was_written():
+    report = st.check(CompiledInside(), image(), [Shard(2)])
+    assert report.ok and report.verdict == "right", report

@@ -114,6 +114,35 @@ class Sorted(nn.Module):
         return self.layer(x).sort(1).values
 
 
+class Near(nn.Module):
+    """Features of the nearest points, of each sample its own: rows of other ranks by values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 8)
+
+    def forward(self, pos):
+        at = torch.cdist(pos, pos).topk(4, largest=False).indices
+        x = self.layer(pos)
+        return x.gather(1, at.flatten(1)[..., None].expand(-1, -1, 8)).unflatten(1, at.shape[1:])
+
+
+class Compiled(nn.Module):
+    """A part that torch.compile compiles when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        self.part = torch.compile(lambda x: x * x.sigmoid(), backend=never)
+
+    def forward(self, x):
+        return self.part(self.layer(x))
+
+
+def never(graph, inputs):
+    raise AssertionError("compiled")
+
+
 class Checked(nn.Module):
     """Refuses bad inputs and scales by one of their values."""
 
@@ -161,6 +190,8 @@ KINDS = [
     (Pooled, [(64, 3), torch.arange(64) // 16], (0,), (), ()),
     (Masked, [(1, 8, 64)], (2,), (), ("a mask",)),
     (Sorted, [(1, 64, 8)], (1,), (), ()),
+    (Near, [(2, 64, 3)], (1,), (), ()),
+    (Compiled, IMAGE, (2, 3), (), ()),
     (Checked, [(1, 64, 8)], (1,), (), ("any is", "all is", "a number")),
     (FromWeights, IMAGE, (2, 3), (), ()),
 ]

@@ -51,7 +51,17 @@ def flops_of(op: Any) -> Any:
 @contextmanager
 def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
     """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
-    with silent_world(rank, ranks), mode.fake, mode, not_tracing(), _copied_deeply():
+    with silent_world(rank, ranks), mode.fake, mode, not_tracing(), _copied_deeply(), as_written():
+        yield
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, what torch.compile made runs eagerly: Dynamo would compile who looks on, too."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

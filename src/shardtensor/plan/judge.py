@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._torch import probe
 from ..caller import error_line
 from ..dispatch.fallback import FallbackWarning
 from ..errors import DivergenceError, RankError, UnsupportedOpError
@@ -69,7 +70,7 @@ class Case:
 
     def findings(self, layouts: Sequence[Layout]) -> list[Finding]:
         """On each layout, after the runs on one device."""
-        with left_alone(self.model, tensors((self.args, self.kwargs))):
+        with left_alone(self.model, tensors((self.args, self.kwargs))), probe.as_written():
             self._alone()
             found = [self._on(layout) for layout in layouts]
             if all(f.ok for f in found):

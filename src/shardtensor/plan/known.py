@@ -25,7 +25,8 @@ from .ops import leaves, mapped
 from .replay import Call
 
 aten = torch.ops.aten
-_READ = aten._local_scalar_dense.default
+# below autograd, as in a collective, the second is not taken apart
+_READS = (aten._local_scalar_dense.default, aten.item.default)
 # elements of a tensor up to which its values are computed; of random ones and of empty memory,
 # which weights are made from
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
@@ -62,7 +63,7 @@ class Known:
         if call.key is not None or not op.depends:
             out = call.run(self.fakes)
         elif known:
-            if self._guessed and func is _READ and id_of(args[0]) in self._guessed:
+            if self._guessed and func in _READS and id_of(args[0]) in self._guessed:
                 _refuse_loop()
             return mapped(self._real(func, args, kwargs), self.fake)
         else:
@@ -193,7 +194,7 @@ class Known:
 
     def _bounded(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an op can give at most, or a stand-in for a number that it reads."""
-        if func is _READ:
+        if func in _READS:
             return self._number(args[0])
         if func is aten.equal.default:
             self._note("equal is taken to be True")
