@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shardtensor import spec
+from shardtensor.comm import transport
 from shardtensor.ranks import testing
 from shardtensor.tensor import aliases, layout
 
@@ -44,6 +45,15 @@ def backward(request):
 
     with all_apart() if request.config.getoption("--backward-apart") else nullcontext():
         yield
+
+
+@pytest.fixture
+def plain_transport(monkeypatch):
+    """For tests that count: the strict transport has copies, messages and turns of its own."""
+    monkeypatch.delenv("SHARDTENSOR_TRANSPORT", raising=False)
+    transport.of_process.cache_clear()
+    yield
+    transport.of_process.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

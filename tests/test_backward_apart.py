@@ -13,6 +13,7 @@ from flex import flex
 from test_flex import packed
 from threads import backward_apart
 from torch import nn
+from torch.autograd import Variable
 from torch.distributed.tensor import Shard
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
@@ -161,7 +162,22 @@ def test_second_derivatives(apart):
     want = second(normal(1, 2, 7).requires_grad_())
     for got in st.simulate(2, of_shards):
         assert torch.allclose(got, want, rtol=1e-12)
-    assert apart.passes == 6
+    assert apart.passes == 3
+
+
+def test_a_graph_of_gradients_is_made_on_one_thread(monkeypatch):
+    """As each thread counts the nodes it makes, and the engine goes by these numbers."""
+    threads, engine = [], Variable._execution_engine
+
+    class Engine:
+        def run_backward(self, *args, **kwargs):
+            threads.append(torch._C._is_multithreading_enabled())
+            return engine.run_backward(*args, **kwargs)
+
+    monkeypatch.setattr(Variable, "_execution_engine", Engine())
+    second(normal(1, 2, 7).requires_grad_())
+    torch.autograd.backward(second(normal(1, 2, 7).requires_grad_()).requires_grad_().sum())
+    assert threads == [False, True, False, True, True] and torch._C._is_multithreading_enabled()
 
 
 class Net(nn.Module):

@@ -64,7 +64,7 @@ CALLS = {
 
 
 @pytest.fixture
-def count(monkeypatch, nothing_before):
+def count(monkeypatch, nothing_before, plain_transport):
     """The Python calls of a warm call on one of so many ranks, on which nothing is received."""
 
     def run(call, ranks):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from threads import backward_apart
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -228,6 +229,11 @@ def test_every_rank_names_rank_op_and_line(ranks):
 @pytest.mark.parametrize("case", [c for c in PARTED if c not in (raises, hook_raises)])
 def test_on_simulated_ranks(case, ranks):
     check(case, st.simulate(ranks, guarded, case))
+
+
+def test_a_backward_on_a_thread_of_its_own_has_the_line_that_called_it():
+    with backward_apart():
+        check(in_backward, st.simulate(2, guarded, in_backward))
 
 
 def unguarded(case):

@@ -49,7 +49,7 @@ def test_an_optimizer_s_step_is_that_of_the_device():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm([256, 256])])
-def test_a_norm_has_the_kernels_that_it_runs(norm):
+def test_a_norm_has_the_kernels_that_it_runs(norm, plain_transport):
     """Numbers between its kernels are numpy's, of fake tensors too."""
     shape, plain = (2, 8, 256, 256), torch.randn(2, 8, 256, 256)
     task = Task(lambda: copy.deepcopy(norm), [shape], dims=(2,))

@@ -76,7 +76,7 @@ def ran(make, shape, parts, memory, train, folder, *others):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_said_to_lie_in_files_does(name, train, tmp_path):
+def test_what_is_said_to_lie_in_files_does(name, train, tmp_path, plain_transport):
     make, shape = CASES[name]
     task = Task(make, [shape], dims=(2,), train=train)
     said = in_parts(task, CPU, memory=2**16, parts=[4])

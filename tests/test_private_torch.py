@@ -127,6 +127,7 @@ USED = {
     torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
     torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
     torch._C.DispatchKeySet
+    torch._C._DisableFuncTorch
     torch._C._DisableTorchDispatch
     torch._C._ExcludeDispatchKeyGuard
     torch._C._functorch

@@ -267,7 +267,7 @@ def test_parts_meet_where_that_is_cheaper(tmp_path, monkeypatch):
     assert held(model, (x,), 4, 2, tmp_path, 2**9).halo is not None
 
 
-def test_nothing_is_exchanged_and_little_is_in_files(tmp_path, monkeypatch):
+def test_nothing_is_exchanged_and_little_is_in_files(tmp_path, monkeypatch, plain_transport):
     torch.manual_seed(0)
     layers = [layer for i in range(4) for layer in (conv(4 if i else 2, 4), nn.GELU())]
     model = nn.Sequential(*layers).double()

@@ -11,6 +11,19 @@ from shardtensor.comm import observers
 from shardtensor.ranks import workers
 
 
+def _inherited():
+    """Whether there is what torch's threads inherit, and ours do not: modes, levels, profilers."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    level = torch._C._functorch.maybe_current_level() is not None
+    return modes or level or torch._C._autograd._profiler_enabled()
+
+
+def unseen(fn):
+    """fn, whose frames are no lines that a user could open: torch's threads have none."""
+    fn.__code__ = fn.__code__.replace(co_filename="<the engine>")
+    return fn
+
+
 class Engine:
     """Torch's engine, whose backward passes each run on a new thread."""
 
@@ -20,14 +33,17 @@ class Engine:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
+    @unseen
     def run_backward(self, *args, **kwargs):
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-            # torch's threads inherit modes, ours do not
+        create_graph = len(args) >= 4 and args[3]
+        # which the library has where it is called
+        if create_graph or _inherited():
             return self.engine.run_backward(*args, **kwargs)
         self.passes += 1
         rank, done = observers.thread.__dict__, {}
         world = getattr(threaded.ThreadLocalWorld._world, "world", None)
 
+        @unseen
         def body():
             # which simulated rank this is
             observers.thread.__dict__.update(rank)

@@ -29,6 +29,9 @@ _STEPS = tuple(
 )
 _SITE = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
+# frames of what called autograd's engine and is not back: its own threads have none of a user's
+backwards: list[FrameType] = []
+
 
 @lru_cache(maxsize=4096)
 def is_library(file: str) -> bool:
@@ -57,16 +60,18 @@ def caller() -> FrameType | None:
 def call_of_user(frame: FrameType | None = None) -> tuple[str, str]:
     """ "file:line" of the innermost frame outside of this package, torch and Python's library.
 
-    And the name of the function of this package that it called, if it called one. "" where there is
-    no such frame, as in a thread of autograd's own. frame: where to begin, if not here.
+    And the name of the function of this package that it called, if it called one. In a thread of
+    autograd's own that of the call of backward, "" in others. frame: where to begin, if not here.
     """
-    frame, called = frame or sys._getframe(1), ""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if _of_user(file):
-            return f"{file}:{frame.f_lineno}", called
-        called = frame.f_code.co_name if file.startswith(_OURS[0]) else ""
-        frame = frame.f_back
+    for begin in (frame or sys._getframe(1), *backwards[-1:]):
+        at: FrameType | None = begin
+        called = ""
+        while at is not None:
+            file = at.f_code.co_filename
+            if _of_user(file):
+                return f"{file}:{at.f_lineno}", called
+            called = at.f_code.co_name if file.startswith(_OURS[0]) else ""
+            at = at.f_back
     return "", ""
 
 

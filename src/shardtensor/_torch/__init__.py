@@ -86,6 +86,7 @@ from .transforms import (
     functorch_level,
     is_batched,
     lift_transforms,
+    outside_levels,
     shared_dual_level,
     transforming,
 )
@@ -149,6 +150,7 @@ __all__ = [
     "not_tracing",
     "number_of",
     "ops_of",
+    "outside_levels",
     "outside_modes",
     "overloads",
     "override_checks",

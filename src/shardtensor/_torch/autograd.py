@@ -8,9 +8,11 @@ import operator
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd import set_multithreading_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
@@ -65,10 +67,12 @@ def install_engine_hook(
     unwrap: Callable[[Any], Any],
     found: Callable[[Any, Any], Any],
     around: Callable[[Any], AbstractContextManager[Any]],
+    under_way: list[FrameType],
 ) -> None:
     """Map what goes to the engine and comes from it; it runs in around(outputs) under anomalies.
 
     roots(outputs, grads, whether leaves accumulate), unwrap(an input), found(inputs, gradients).
+    under_way has a frame below each call that the engine is at.
     """
     engine = torch.autograd._engine_run_backward
 
@@ -78,11 +82,19 @@ def install_engine_hook(
             args = (*args[:2], tuple(unwrap(x) for x in inputs), *args[3:])
         accumulate = kwargs.get("accumulate_grad", False)
         given = roots(outputs, grads, accumulate)
-        if torch.is_anomaly_enabled():
-            with around(outputs):
+        create_graph, anomalies = len(args) >= 2 and args[1], torch.is_anomaly_enabled()
+        under_way.append(sys._getframe())
+        try:
+            if create_graph or anomalies:
+                # Nodes that are ready run in the order in which they were made, as each thread
+                # counts. Those of two threads would run in another where a shard takes other nodes
+                looking = around(outputs) if anomalies else nullcontext()
+                with looking, set_multithreading_enabled(False):
+                    out = engine(*given, *args, **kwargs)
+            else:
                 out = engine(*given, *args, **kwargs)
-        else:
-            out = engine(*given, *args, **kwargs)
+        finally:
+            under_way.remove(sys._getframe())
         return found(inputs, out) if inputs and not accumulate else out
 
     torch.autograd._engine_run_backward = run

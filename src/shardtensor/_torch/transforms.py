@@ -21,6 +21,9 @@ functorch_level = _functorch.maybe_current_level
 # they are asked without `transforming`
 dual_level = functools.partial(getattr, forward_ad, "_current_level")
 
+# inside, ops are those of no torch.func transform
+outside_levels = torch._C._DisableFuncTorch
+
 
 def transforming() -> bool:
     """Whether torch.func or forward mode follows the ops of this thread."""

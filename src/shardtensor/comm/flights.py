@@ -217,7 +217,9 @@ def poison(x: torch.Tensor) -> None:
 
 
 def _checksum(flat: torch.Tensor) -> int:
-    return zlib.crc32(flat.cpu().numpy().data)
+    # where a level of torch.func is on, nothing has memory
+    with _torch.outside_levels():
+        return zlib.crc32(_torch.unwrapped(flat).cpu().numpy().data)
 
 
 def delay() -> None:

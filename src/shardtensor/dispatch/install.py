@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import _torch, settings
+from .. import _torch, caller, settings
 from .._torch import checkpoint, dtensor, script
 from ..tensor import ShardTensor, nodes, wrap
 from ..tensor.anomaly import watching
@@ -22,7 +22,11 @@ def install() -> None:
     # C++ that looks at wrappers, which have neither versions nor history
     _torch.install_function_hook(functions.around_apply)
     _torch.install_engine_hook(
-        functions.engine_roots, engine_input, functions.engine_results, watching
+        functions.engine_roots,
+        engine_input,
+        functions.engine_results,
+        watching,
+        caller.backwards,
     )
     _torch.install_node_hooks(lambda x: isinstance(x, ShardTensor), nodes.accumulator, nodes.raw)
     _torch.install_ddp_hook(local_of)
