@@ -10,6 +10,7 @@ from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, route
 from shardtensor.ranks.measure import peak_bytes
+from shardtensor.rules import routes
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -121,6 +122,33 @@ def test_what_it_takes(width, monkeypatch):
         # the result, and of a part what leaves or is placed, and what arrives
         assert peak_bytes(lambda: x.detach()[at]) < 1.25 * share
         assert peak_bytes(lambda: torch.autograd.grad(y, x, y.detach())) < 1.25 * share
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_new_index_takes(again, monkeypatch):
+    monkeypatch.setattr(route, "ROUND", 2**14)
+    monkeypatch.setattr(route, "_SOME", 2**12)
+    monkeypatch.setattr(routes, "_LONG", 0)
+    ranks, n = 8, 2**19
+    with silent_world(1, ranks), groups.taken_spread():
+        spec = Spec.of(T.make_mesh((ranks,)), [Shard(0)], (n,))
+        x, g = wrap(torch.zeros(spec.local_shape), spec), torch.Generator().manual_seed(0)
+        at = torch.randint(n, (2, n), generator=g) if again else torch.randperm(n, generator=g)
+        at = at.view(-1, n)
+        share, new = x[at[0]]._local.nbytes, at[-1].flip(0)
+        # in 4 bytes each: the result, rows that others ask for, where entries go, what is compared;
+        # to put them in order as much as four; with rows that have more entries: which, and on the
+        # way the same in another order, too
+        assert peak_bytes(lambda: x[new]) < (6.5 if again else 4.5) * share
+
+
+def test_a_long_index_is_compared_exactly(monkeypatch):
+    monkeypatch.setattr(routes, "_LONG", 0)
+    at = torch.arange(N)
+    for other, same in ((at.clone(), True), (at + 2**32, False), (at.flip(0), False)):
+        assert routes._same(routes._copy(at), other) == same
+    assert routes._copy(at).dtype == torch.int32
+    assert torch.equal(routes._copy(at + 2**32), at + 2**32)
 
 
 def test_ranks_send_alike_where_only_one_index_is_long(monkeypatch):

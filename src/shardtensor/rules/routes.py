@@ -22,6 +22,8 @@ from ..comm import wire
 from ..tensor.redistribute import local_of
 
 _MOST = 64
+# bytes of a long index, which is compared in so many turns
+_LONG, _TURNS = 2**22, 16
 V = TypeVar("V")
 
 
@@ -50,6 +52,24 @@ def _versions(xs: Sequence[Tensor]) -> tuple[int, ...] | None:
     return None if any(x.is_inference() for x in xs) else tuple(x._version for x in xs)
 
 
+def _copy(x: Tensor) -> Tensor:
+    """A long index in 4 bytes a number, which hold most."""
+    if x.dtype == torch.int64 and x.nbytes >= _LONG and x.is_contiguous():
+        short = x.int()
+        if _same(short, x):
+            return short
+    return x.clone()
+
+
+def _same(was: Tensor, x: Tensor) -> bool:
+    if was.dtype == x.dtype:
+        return torch.equal(was, x)
+    # some numbers at a time, exactly
+    some = -(-x.numel() // _TURNS)
+    pairs = zip(was.view(-1).split(some), x.view(-1).split(some), strict=True)
+    return all(torch.equal(a.long(), b) for a, b in pairs)
+
+
 class _Kept:
     """What was found of indices; that of indices that are gone is dropped."""
 
@@ -73,7 +93,7 @@ class _Kept:
             return None
         stamped = bool(owners) and waits(at[0])
         if not (stamped and key in self.stamps and self.stamps[key].holds(owners)):
-            if not all(map(torch.equal, was, at)):
+            if not all(map(_same, was, at)):
                 return None
             if stamped:
                 self.stamps[key] = _Stamp(owners)
@@ -97,7 +117,7 @@ class _Kept:
     ) -> None:
         for k in [k for k, (r, *_) in self.found.items() if r.expired()]:
             self._drop(k)
-        self.found[key] = ref, tuple([x.clone() for x in at]), found
+        self.found[key] = ref, tuple(map(_copy, at)), found
         self.found.move_to_end(key)
         if owners:
             self.stamps[key] = _Stamp(owners)
