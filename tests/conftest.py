@@ -16,6 +16,8 @@ from shardtensor.ranks import testing
 from shardtensor.tensor import aliases, layout
 
 ROOT = Path(__file__).parent.parent
+# the file and how many modules there were when all was frozen
+_frozen = None
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -66,14 +68,22 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "gloo"))))
 
 
+def _freeze(now=None):
+    """What imports and other files made is not gone through by whatever collects garbage, as plans do."""
+    global _frozen
+    if now is None or now != _frozen:
+        gc.collect()
+        gc.freeze()
+    _frozen = now
+
+
 def pytest_collection_finish():
-    """What imports made is not gone through again by whatever collects garbage, as parallelize does."""
-    gc.collect()
-    gc.freeze()
+    _freeze()
 
 
 def pytest_runtest_setup(item):
     """Worker processes are forks of one that has imported what any seed or optimizer imports, too."""
+    _freeze((item.path, len(sys.modules) // 32))
     if item.get_closest_marker("gloo"):
         forkserver.set_forkserver_preload(
             ["shardtensor", "shardtensor.checkpoint", "torch._dynamo"]
