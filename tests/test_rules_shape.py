@@ -73,3 +73,13 @@ def test_dims_of_a_number_are_moved():
             assert y.shape == () and y.item() == 3
 
     st.simulate(2, run)
+
+
+def test_a_flip_of_too_few_dims_is_refused_as_in_torch():
+    def run():
+        x = st.distribute_tensor(torch.arange(3.0), T.make_mesh((2,)), [Shard(0)])
+        for fn, y in ((torch.flipud, x.sum()), (torch.fliplr, x)):
+            with pytest.raises(RuntimeError, match="Input must be"):
+                fn(y)
+
+    st.simulate(2, run)

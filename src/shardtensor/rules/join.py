@@ -169,11 +169,15 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
 
 @rule("fliplr")
 def fliplr(input: ShardTensor) -> ShardTensor:
+    if input.ndim < 2:
+        raise RuntimeError("Input must be >= 2-d.")
     return flip(input, 1)
 
 
 @rule("flipud")
 def flipud(input: ShardTensor) -> ShardTensor:
+    if not input.ndim:
+        raise RuntimeError("Input must be >= 1-d.")
     return flip(input, 0)
 
 
