@@ -3,6 +3,9 @@
 import copy
 import os
 import random
+import signal
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -237,3 +240,24 @@ def test_ranks_begin_with_the_random_states_of_their_program():
     found = st.simulate(3, lambda: (random.random(), float(np.random.rand())))
     assert random.getstate() == before
     assert found == [(random.random(), float(np.random.rand()))] * 3
+
+
+def endless(how):
+    while dist.get_world_size():
+        if how == "all wait" or (how == "one waits" and dist.get_rank()):
+            dist.barrier()
+
+
+@pytest.mark.parametrize("how", ["all wait", "one waits", "none waits"])
+def test_an_interrupt_ends_all_ranks(how):
+    threads, hook, state = threading.active_count(), sys.excepthook, torch.get_rng_state()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            st.simulate(2, endless, how)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert threading.active_count() == threads
+    assert sys.excepthook is hook and torch.equal(torch.get_rng_state(), state)
+    assert st.simulate(2, collectives)[0] == ([1.0, 1.0], [0.0, 1.0])

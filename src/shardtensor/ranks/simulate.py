@@ -6,6 +6,7 @@ deterministic, each has its own random state, and ranks that can never meet rais
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import threading
@@ -235,18 +236,34 @@ class World:
                 for t in self.threads:
                     t.start()
             turns.go[next(r for r in range(len(turns.go)) if r not in turns.ended)].set()
-            turns.back.wait()
-            if self.ended:
-                for t in self.threads:
-                    t.join()
-        cache.clear()
-        restore(before)
-        cache_weights(*kept)
-        # init_process_group puts "[rank0]" before every later traceback of this process
-        sys.excepthook = hook
+            try:
+                turns.back.wait()
+            except BaseException:
+                # Ctrl-C: no rank may run on beside what this process does next
+                self._end()
+                raise
+            finally:
+                if self.ended:
+                    for t in self.threads:
+                        t.join()
+                    groups.forget(turns.number)
+                cache.clear()
+                restore(before)
+                cache_weights(*kept)
+                # init_process_group puts "[rank0]" before every later traceback of this process
+                sys.excepthook = hook
         if self.ended:
-            groups.forget(turns.number)
             self._raise()
+
+    def _end(self) -> None:
+        """End all ranks: the others where they wait, the one that runs where it is."""
+        turns, told = self.turns, set[int]()
+        turns.stuck = RankError("interrupted")
+        while any(t.is_alive() for t in self.threads) and not turns.back.wait(0.05):
+            for thread in {t for r, t in turns.threads.items() if r not in turns.waiting} - told:
+                told.add(thread)
+                error = ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
 
     def _run(self, rank: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """What the thread of a rank does."""
@@ -274,8 +291,9 @@ class World:
         except BaseException as e:
             if not isinstance(e, RankError) or not turns.errors:
                 turns.errors.setdefault(rank, e)
-        turns.ended.add(rank)
-        turns.next_after(rank)
+        finally:
+            turns.ended.add(rank)
+            turns.next_after(rank)
 
     def _raise(self) -> None:
         """What the first rank raised that raised something of its own."""
