@@ -162,6 +162,27 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         checkpoint.load([0], tmp_path / "good")
 
 
+def odd(folder, value):
+    mesh = make_mesh((3,))
+    state = {"x": st.distribute_tensor(torch.ones(2), mesh, [Shard(0)], src_data_rank=None)}
+    if dist.get_rank() == 1:
+        state |= {"own": 5, "v": value}
+    else:
+        state["v"] = torch.ones(2)
+    with pytest.raises(
+        RuntimeError, match=r"a was not saved.*v is a tensor .* on rank 0, .* on ran"
+    ):
+        checkpoint.save({"s": state}, folder, "a")
+    state["v"] = torch.zeros(2)
+    checkpoint.save({"s": state}, folder, "a")
+    return checkpoint.load({"s": state}, folder / "a", strict=False)["s"]["v"].tolist()
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, dtype=torch.int64), 5])
+def test_ranks_that_save_different_tensors(tmp_path, value):
+    assert st.simulate(3, odd, tmp_path, value) == [[0.0, 0.0]] * 3
+
+
 def test_states_that_cannot_be_filled(tmp_path):
     checkpoint.save({"w": torch.ones(2)}, tmp_path, "a")
     for x, said in [

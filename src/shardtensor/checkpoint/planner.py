@@ -36,6 +36,19 @@ class SavePlanner(DefaultSavePlanner):
                 raise ValueError(f"{key} is a tensor {kind}: give a dense one with values")
         return super().create_local_plan()
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        known: dict[str, tuple[str, int]] = {}
+        for rank, plan in enumerate(all_plans):
+            for item in plan.items:
+                kind = _kind(item)
+                first, before = known.setdefault(item.index.fqn, (kind, rank))
+                if kind != first:
+                    raise ValueError(
+                        f"{item.index.fqn} is {first} on rank {before}, {kind} on rank {rank}: one "
+                        "of them would be kept; give a key to each rank's own"
+                    )
+        return super().create_global_plan(all_plans)
+
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         try:
             data = super().transform_object(write_item, object)
@@ -47,6 +60,13 @@ class SavePlanner(DefaultSavePlanner):
                 f"numbers, text and containers of these ({e}): give it as such"
             ) from e
         return data
+
+
+def _kind(item: WriteItem) -> str:
+    data = item.tensor_data
+    if data is None:
+        return "no tensor"
+    return f"a tensor of {data.properties.dtype} {tuple(data.size)}"
 
 
 class Planner(DefaultLoadPlanner):
