@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from ..containers import each, leaves, tensors
 from ..later import dt
 from ..tensor import ShardTensor
 from ..train import whole
@@ -211,12 +211,11 @@ class Accelerator(accelerate.Accelerator):
     # metrics: each sample once, whole
 
     def gather(self, tensor: Any) -> Any:
-        return pytree.tree_map(self._gathered, full(tensor))
+        return each(self._gathered, full(tensor))
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         data = full(input_data)
-        tensors = all(isinstance(x, Tensor) for x in pytree.tree_leaves(data))
-        objects = use_gather_object or not tensors
+        objects = use_gather_object or len(tensors(data)) < len([*leaves(data)])
         if objects:
             found: list[Any] = [None] * self._data.size()
             dist.all_gather_object(found, data, group=self._data.get_group())
@@ -225,7 +224,7 @@ class Accelerator(accelerate.Accelerator):
             data = self.gather(data)
         if not self.gradient_state.end_of_dataloader:
             return data
-        return self._once(data) if objects else pytree.tree_map(self._once, data)
+        return self._once(data) if objects else each(self._once, data)
 
     def _once(self, rows: Any) -> Any:
         """The rows of a last batch without those of samples that fill it up."""
@@ -248,7 +247,7 @@ class Accelerator(accelerate.Accelerator):
             dist.all_reduce(x, op, group=self._data.get_group())
             return x / self._data.size() if reduction == "mean" else x
 
-        return pytree.tree_map(reduced, full(tensor))
+        return each(reduced, full(tensor))
 
     def pad_across_processes(
         self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
@@ -377,7 +376,7 @@ def full(tree: Any) -> Any:
                 return x.full_tensor().detach()
         return x
 
-    return pytree.tree_map(plain, tree)
+    return each(plain, tree)
 
 
 def _filled(loader: DataLoader[Any]) -> int:

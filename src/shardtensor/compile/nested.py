@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..containers import tensors
 from ..dispatch.fallback import is_shard
 from ..errors import UnsupportedOpError
 
@@ -67,7 +68,10 @@ def holds_tensors(x: Any) -> bool:
 def check_results(leaves: list[Any]) -> None:
     """Refuse a result with tensors that no graph gives."""
     for x in leaves:
-        if not isinstance(x, Tensor) and holds_tensors([*getattr(x, "__dict__", {}).values()]):
+        if isinstance(x, Tensor):
+            continue
+        # a class of dict or list is a leaf here
+        if tensors(x) or holds_tensors([*getattr(x, "__dict__", {}).values()]):
             raise UnsupportedOpError(
                 f"a result of type {type(x).__name__} with tensors in it: return them in a "
                 "dataclass, a dict or a tuple"

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
 from .. import _torch
 from .._torch import probe
 from ..comm import observers
 from ..comm.formats import memory_format
+from ..containers import flatten
 from ..errors import RankError
 from ..later import dt
 from ..ranks.simulate import random_states, restore
@@ -215,7 +215,7 @@ class Alone(OneCall):
                 leaves.append(own(x))
         given = [x for x in leaves if isinstance(x, Tensor)]
         before = [state(x) for x in given]
-        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        args, kwargs = self.tree.of(leaves)
         with counts or Meeting(0):
             outputs = model(*args, **kwargs)
         self.unwritten()
@@ -223,7 +223,7 @@ class Alone(OneCall):
             raise ValueError("a buffer of rows that other parts have, too")
         if [state(x) for x in given] != before:
             raise ValueError("the model writes to rows that other parts have, too")
-        return Made(model, leaves, *pytree.tree_flatten(outputs))
+        return Made(model, leaves, *flatten(outputs))
 
     @torch.no_grad()
     def _deliver(self, outputs: list[Any], at: At) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
 from .. import _torch
+from ..containers import flatten
 from ..errors import RankError, UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
@@ -21,6 +21,7 @@ from ..tensor.construct import distribute_tensor
 from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
+from .parts import hides
 from .ranks import Ranks, advance, alike, kept, lies, own, state
 
 # calls whose outputs went where ranks could not be ended
@@ -43,7 +44,7 @@ class OneCall(Ranks):
         pager: Pager,
         given: Any,
     ) -> None:
-        leaves, self.tree = pytree.tree_flatten(given)
+        leaves, self.tree = flatten(given)
         self.leaves = leaves
         self.tensors = [x for x in leaves if isinstance(x, Tensor)]
         self.dims = dims
@@ -72,7 +73,7 @@ class OneCall(Ranks):
             next(tensors) if kind else y for y, kind in zip(self.found, self.kinds, strict=True)
         ]
         self.found = []
-        return pytree.tree_unflatten(leaves, self.out_tree)
+        return self.out_tree.of(leaves)
 
     def end(self) -> None:
         """End ranks that wait for a backward that will not come."""
@@ -91,8 +92,8 @@ class Session(OneCall):
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(x, Tensor) else own(x) for x in self.leaves]
         before = [state(x) for x in given]
-        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
-        outputs, tree = pytree.tree_flatten(model(*args, **kwargs))
+        args, kwargs = self.tree.of(leaves)
+        outputs, tree = flatten(model(*args, **kwargs))
         first = mesh.get_rank() == 0
         self.unwritten()
         self._changed(given, before, leaves, first)
@@ -158,10 +159,10 @@ class Session(OneCall):
         for i, y in enumerate(outputs):
             if isinstance(y, Tensor):
                 self._gather(self.found, i, y, y, first)
-            elif any(isinstance(v, ShardTensor) for v in getattr(y, "__dict__", {}).values()):
+            elif hides(y):
                 raise UnsupportedOpError(
                     f"tiled: the model returns tensors in a {type(y).__name__}: return them in a "
-                    "tuple, list or dict, or register it with torch.utils._pytree"
+                    "tuple, list, dict or dataclass, or register it with torch.utils._pytree"
                 )
             elif first:
                 self.found[i] = y

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
-from .. import _torch
+from .. import _torch, containers
 from ..errors import UnsupportedOpError
 from ..later import dt
 from ..tensor import ShardTensor
@@ -107,7 +106,7 @@ class Tiled:
         """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
         end_left()
         given, self.halo = (args, kwargs), None
-        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        tensors = containers.tensors(given)
         dims = _dims_of(tensors, self.dims)
         call: OneCall | None = None
         call = without_meeting(self.model, self.parts, dims, self._pager(tensors[0]), given)
@@ -180,7 +179,7 @@ class _Step(Ranks):
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         result = self.step(model, mesh)
         self.unwritten()
-        if any(isinstance(x, ShardTensor) for x in pytree.tree_leaves(result)):
+        if any(isinstance(x, ShardTensor) for x in containers.tensors(result)):
             raise ValueError(
                 "the step returned a ShardTensor, whose ranks end here: return full_tensor(), or "
                 "write it to a file"

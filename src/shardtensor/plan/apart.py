@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils import _pytree as pytree
 
 from .. import cache
 from .._torch import probe
 from ..attention import assume
 from ..comm import groups, observers
+from ..containers import leaves
 from ..observe.network import Network
 from ..observe.trace import trace
 from ..paged.alone import needed
@@ -131,7 +131,7 @@ class _Parts:
         before = [state(x) for x in inputs]
         args, kwargs = called(model, filled(self.task.form, inputs))
         with trace() as t, made:
-            outputs = pytree.tree_leaves(model(*args, **kwargs))
+            outputs = [y for _, y in leaves(model(*args, **kwargs))]
         if t.sent or [state(x) for x in inputs] != before:
             raise ValueError("parts that need others, or write to rows that others have")
         if any(isinstance(b, ShardTensor) for b in model.buffers()):

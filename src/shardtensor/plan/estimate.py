@@ -23,6 +23,7 @@ from ..caller import error_line
 from ..comm import groups
 from ..comm.counters import Sent
 from ..compile.blocks import blocks_of
+from ..containers import tensors
 from ..errors import UnsupportedOpError
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
@@ -36,7 +37,7 @@ from .device import A100, CPU, DEVICES, H100, H200, Device
 from .inputs import inputs_of
 from .ledger import Ledger, Turn
 from .tree import GRADIENTS, Part, Places, Tree, parts
-from .trees import At, called, filled, formed, tensors
+from .trees import At, called, filled, formed
 from .turns import paged
 from .update import Update
 from .way import Layout, looked_at

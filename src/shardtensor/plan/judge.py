@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._torch import probe
 from ..caller import error_line
+from ..containers import mapped, tensors
 from ..dispatch.fallback import FallbackWarning
 from ..errors import DivergenceError, RankError, UnsupportedOpError
 from ..later import dt
@@ -31,7 +32,7 @@ from .copies import casts, copied, left_alone, seed, states
 from .layouts import Layout, in_job
 from .record import Held, Run, Widened, doubled, run
 from .report import Finding
-from .trees import dims_like, mapped, tensors
+from .trees import dims_like
 
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
          torch.complex64: torch.complex128}  # fmt: skip

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..caller import is_library
 from ..comm import counters
+from ..containers import leaves
 from ..ranks.tolerance import gap
 from ..spec import Spec
 from ..tensor import ShardTensor
 from ..tensor.shard_tensor import wrap
-from .trees import leaves
 
 # (module, its call, op or "", line, which of its results, which time)
 Key = tuple[str, int, str, str, int, int]

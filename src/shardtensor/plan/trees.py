@@ -1,70 +1,14 @@
-"""Inputs and outputs of any make: tensors in dicts, tuples and dataclasses, nested."""
+"""Inputs by the arguments of forward and by their shapes; where they have the dims of the first."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-
-def mapped(fn: Callable[[Any], Any], tree: Any, made: dict[int, Any] | None = None) -> Any:
-    """The same tree with fn(x) in place of each leaf x; what occurs twice is made once."""
-    made = {} if made is None else made
-    if id(tree) not in made:
-        # the original is kept, too: another object must not get its id
-        made[id(tree)] = tree, _mapped(fn, tree, lambda x: mapped(fn, x, made))
-    return made[id(tree)][1]
-
-
-def _mapped(fn: Callable[[Any], Any], tree: Any, inside: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if isinstance(tree, Mapping):
-        items = {k: inside(v) for k, v in tree.items()}
-        if type(tree) is dict or not isinstance(tree, MutableMapping):
-            return items
-        held: Any = copy.copy(tree)
-        for k, v in items.items():
-            held[k] = v
-        return held
-    if is_dataclass(tree) and not isinstance(tree, type):
-        other: Any = copy.copy(tree)
-        for f in fields(tree):
-            if hasattr(tree, f.name):
-                object.__setattr__(other, f.name, inside(getattr(tree, f.name)))
-        return other
-    if isinstance(tree, list | tuple):
-        values = [inside(v) for v in tree]
-        if hasattr(tree, "_fields"):
-            return type(tree)(*values)
-        return type(tree)(values) if type(tree) in (list, tuple) else tree
-    return fn(tree)
-
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of all that is no container, in order."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for k, v in tree.items():
-            yield from leaves(v, f"{path}[{k!r}]")
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for f in fields(tree):
-            yield from leaves(getattr(tree, f.name, None), f"{path}.{f.name}")
-    elif isinstance(tree, list | tuple):
-        for i, v in enumerate(tree):
-            yield from leaves(v, f"{path}[{i}]")
-    else:
-        yield path, tree
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """All tensors in it, in order."""
-    return [x for _, x in leaves(tree) if isinstance(x, Tensor)]
+from ..containers import mapped, parts
 
 
 def called(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,7 +62,8 @@ def formed(inputs: Any) -> tuple[Any, list[Any]]:
         if isinstance(x, Tensor) or _is_shape(x):
             found.append(x)
             return At(len(found) - 1)
-        return _mapped(lambda kept: kept, x, of)
+        inside = parts(x)
+        return x if inside is None else inside.make([of(v) for v in inside.values])
 
     return of(inputs), found
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
 from .. import comm
 from ..comm import wire
+from ..containers import mapped
 from ..cuts import cut
 from ..observe.trace import Trace, trace
 from ..shares import balanced as sizes
@@ -192,9 +192,9 @@ class Balancer:
             self._cut_module(what)
         elif isinstance(what, torch.optim.Optimizer):
             for state in what.state.values():
-                state.update(pytree.tree_map(self._cut, dict(state)))
+                state.update(mapped(self._cut, dict(state)))
         else:
-            return pytree.tree_map(self._cut, what)
+            return mapped(self._cut, what)
         return what
 
     def _cut(self, x: Any) -> Any:

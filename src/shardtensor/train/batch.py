@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
+from ..containers import mapped
 from ..later import dt
 from ..tensor import ShardTensor
 from ..tensor.construct import distribute_tensor
@@ -34,7 +34,7 @@ def cut_batch(batch: Any, shard: Shard, domain: DeviceMesh) -> Any:
         return batch
     if not isinstance(shard, int):
         return shard(batch, domain)
-    return pytree.tree_map(partial(_cut, dim=shard, mesh=domain), batch)
+    return mapped(partial(_cut, dim=shard, mesh=domain), batch)
 
 
 def _cut(x: Any, dim: int, mesh: DeviceMesh) -> Any:
