@@ -176,6 +176,20 @@ for name in sys.argv[2:]:
             ).fit(made(), *loaders())
         except ValueError as e:
             os.write(1, f"averaged {'Leave fsdp out' in str(e)}\\n".encode())
+
+
+def stop(*_):
+    raise RuntimeError("a hook's")
+
+
+task, called = made(), st.lightning.strategy._called
+task.forward = own = lambda *_: None
+called(task, "eval", (), {})
+task.register_forward_pre_hook(stop)
+try:
+    called(task, "eval", (), {})
+except RuntimeError:
+    os.write(1, f"kept {vars(task)['forward'] is own}\\n".encode())
 """
 
 
@@ -236,4 +250,4 @@ def test_twenty_steps_of_a_trainer(tmp_path):
         assert text.count(f"{way} True True") == 2, text[-3000:]
     assert text.count("predicted True") == 2, text[-3000:]
     assert text.count("refused True") == text.count("alike True") == 2, text[-3000:]
-    assert text.count("averaged True") == 2, text[-3000:]
+    assert text.count("averaged True") == text.count("kept True") == 2, text[-3000:]

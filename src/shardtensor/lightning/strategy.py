@@ -199,14 +199,24 @@ def _check_averages(callbacks: Sequence[Any]) -> None:
 
 def _called(module: Any, method: str, args: Any, kwargs: Any) -> Any:
     """What a method of a module gives inside of the module's hooks, which a call of it runs."""
+    own = module.__dict__
+    # of a module whose forward is compiled
+    before = {k: own[k] for k in ("forward",) if k in own}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         # the method itself may call the module
-        del module.__dict__["forward"]
+        own.pop("forward")
+        own.update(before)
         return getattr(module, method)(*args, **kwargs)
 
-    module.__dict__["forward"] = forward
-    return module(*args, **kwargs)
+    own["forward"] = forward
+    try:
+        return module(*args, **kwargs)
+    finally:
+        # a hook may have raised before it was called
+        if own.get("forward") is forward:
+            own.pop("forward")
+            own.update(before)
 
 
 def _log(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
