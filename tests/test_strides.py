@@ -1,6 +1,7 @@
 """Strides of the whole, where shards of one row, or gaps of some ranks, do not show them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ from shardtensor.ranks.testing import make_mesh, same, simulate
 
 LAST = torch.channels_last
 X = torch.linspace(-1, 1, 3 * 4 * 2 * 5, dtype=torch.float64).reshape(3, 4, 2, 5)
+
+
+def image(x):
+    return x.contiguous(memory_format=LAST)
+
+
 WAYS = {
     "transpose": lambda x: x.transpose(0, 1),
     "then an op": lambda x: x.transpose(0, 1) * 2,
@@ -58,10 +65,49 @@ WAYS = {
     "diff of a turned dim": lambda x: x.permute(3, 2, 1, 0).diff(dim=2),
     "group_norm": lambda x: F.group_norm(x.transpose(1, 3), 1),
     "group_norm of an image": lambda x: F.group_norm(x.contiguous(memory_format=LAST), 2),
+    "conv of columns": lambda x: torch.conv2d(image(x)[:, :2], x.new_ones(2, 2, 1, 1)),
+    "group_norm of columns": lambda x: F.group_norm(image(x)[:, :2], 2),
+    "pooled columns": lambda x: F.avg_pool2d(image(x)[:, 1:3], (1, 2)),
+    "diff of columns": lambda x: image(x)[:, 1:].diff(dim=3),
+    "shuffled steps": lambda x: F.channel_shuffle(x[:, ::2], 2),
+    "copied": lambda x: x.mT.index_copy(2, torch.tensor([0, 1]), x.mT[:, :, :2]),
+    "scattered": lambda x: x.mT.scatter_add(2, torch.zeros(3, 4, 5, 2).long(), x.mT),
+    "put": lambda x: x.mT.put(torch.tensor([0, 3]), x.new_ones(2)),
+    "renorm": lambda x: x.transpose(0, 1).renorm(2, 0, 1),
+    "narrow_copy": lambda x: x.transpose(0, 1).narrow_copy(3, 1, 2),
+    "turned by four": lambda x: x.transpose(0, 1).rot90(4),
+    "split at numbers in a tensor": lambda x: x.tensor_split(torch.tensor([1, 3]), 1)[1],
+    "in doubles": lambda x: x[:, ::2].double(memory_format=LAST),
+    "places": lambda x: (x.transpose(0, 1) > -9).nonzero(),
+    "with a turned plain one": lambda x: torch.ones(3, 5, 4, dtype=x.dtype).mT * x[:, :, 0],
+    "raveled steps": lambda x: x[..., ::2].ravel(),
+    "as it is": lambda x: x[:, 1:].conj_physical(),
+    "from a number in a tensor": lambda x: x.narrow(1, torch.tensor(1), 2),
+    "with what moves": lambda x: x[:2, :2].permute(2, 0, 1, 3) + x[:2, :2].permute(0, 1, 2, 3),
+    "steps joined": lambda x: x[..., ::2].view(12, 2, 3),
+    "steps joined, as another": lambda x: x[..., ::2].view_as(x.new_ones(12, 2, 3)),
+    "a copy as a view": lambda x: torch.view_copy(x.mT, (3, -1)),
+    "on a diagonal": lambda x: torch.diag_embed(x.mT, 1, 1, 2),
+    "signs": lambda x: x.copysign(x.transpose(0, 1).reshape(3, 2, 5, 4).permute(0, 3, 1, 2)),
+    "fft": lambda x: torch.fft.fft(x, dim=1),
+    "fft of two dims": lambda x: torch.fft.fftn(x, dim=(0, 2)),
+    "rfft": lambda x: torch.fft.rfft(x, dim=0),
+    "rfft of a turned one": lambda x: torch.fft.rfft(x.transpose(0, 1)),
+    "irfft": lambda x: torch.fft.irfft(torch.fft.rfft2(x, dim=(0, 3)), dim=2),
+    "hfft": lambda x: torch.fft.hfft(x, dim=1),
+    "reflectors": lambda x: torch.geqrf(x.flatten(1))[0],
     "reshape": lambda x: x.transpose(0, 1).reshape(4, -1),
     "view": lambda x: x.transpose(0, 1).unsqueeze(0).flatten(2, 3),
 }  # fmt: skip
-CUTS = [(0, (1, 1, 1)), (0, (2, 0, 1)), (1, (1, 3)), (1, (2, 2)), (2, (1, 1)), (3, (1, 1, 2, 1))]
+CUTS = [
+    (0, (1, 1, 1)),
+    (0, (2, 0, 1)),
+    (1, (1, 3)),
+    (1, (2, 2)),
+    (2, (1, 1)),
+    (3, (1, 1, 2, 1)),
+    (3, (2, 3)),
+]
 
 
 def seen(x):
@@ -82,6 +128,51 @@ def test_strides_are_those_of_one_device(dim, sizes):
             same(got, want, name)
 
     simulate(len(sizes), run)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (0, 5), (1, 4)])
+def test_a_dim_of_one_row_tells_nothing_of_the_others(sizes):
+    """Its own stride may be any."""
+    part = X.contiguous(memory_format=LAST)[:, 1:2].detach().requires_grad_()
+    (part * part).sum().backward()
+
+    def run():
+        s = st.distribute_tensor(
+            image(X), make_mesh((2,)), [Shard(3)], src_data_rank=None, sizes={3: sizes}
+        )
+        p = s[:, 1:2].detach().requires_grad_()
+        (p * p).sum().backward()
+        assert seen(p.grad)[0] == seen(part.grad)[0]
+
+    simulate(2, run)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 2, 1)])
+def test_a_view_as_another_is_no_copy(sizes):
+    def run():
+        s = st.distribute_tensor(
+            X, make_mesh((3,)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        for x in (X, s):
+            with pytest.raises(RuntimeError, match="view size is not compatible"):
+                x.transpose(0, 1).view_as(x.flatten())
+            same(x.transpose(0, 1).reshape_as(x.flatten()), X.transpose(0, 1).flatten(), "copied")
+
+    simulate(3, run)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 2, 1)])
+def test_what_is_pickled_keeps_the_order_of_its_dims(sizes):
+    def run():
+        s = st.distribute_tensor(
+            X, make_mesh((3,)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        for way in (lambda x: x.permute(3, 0, 2, 1), image, lambda x: x.mT[1:]):
+            got, want = pickle.loads(pickle.dumps(way(s))), way(X).clone()
+            assert seen(got) == seen(want)
+            same(got, want, "pickled")
+
+    simulate(3, run)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 2, 1)])

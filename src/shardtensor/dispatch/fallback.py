@@ -17,10 +17,9 @@ from ..comm import counters
 from ..errors import UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.apart import alike
 from ..tensor.dense import refuse_not_dense
-from ..tensor.layout import as_stored
 from ..tensor.offset import begins_its_memory
 from ..tensor.random import matching, memory_order
 from ..tensor.redistribute import replicate, to_dims
@@ -125,12 +124,12 @@ def into_plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _whole(x: ShardTensor) -> torch.Tensor:
-    """The whole tensor, under match_single_device with one device's order of dims in memory."""
+    """The whole tensor, with one device's order of dims in memory."""
     local = replicate(x)._local
-    order = memory_order(x) if matching() else ()
+    order = memory_order(x) if matching() else layout.order(x)
     if list(order) == sorted(order):
         return local
-    return as_stored(torch.Tensor.contiguous, local, order)
+    return layout.as_stored(torch.Tensor.contiguous, local, order)
 
 
 def is_shard(x: Any) -> bool:
@@ -200,11 +199,13 @@ def _warn(name: str, nbytes: int) -> None:
 
 def _shard_again(t: torch.Tensor, sharded: list[ShardTensor]) -> ShardTensor:
     whole = wrap(t, Spec.whole(sharded[0]._spec.mesh, t.shape))
-    for x in sharded:
-        if x._spec.varying and x.shape == t.shape:
-            return to_dims(whole, x._spec.dims)
-    # rows that were cut are cut again where the result has as many
-    again = {
-        d: dim for d, dim in enumerate(sharded[0]._spec.dims[: t.ndim]) if dim.size == t.shape[d]
-    }
-    return to_dims(whole, whole._spec.replace(again).dims)
+    dims = next((x._spec.dims for x in sharded if x._spec.varying and x.shape == t.shape), None)
+    if dims is None:
+        # rows that were cut are cut again where the result has as many
+        rows = zip(sharded[0]._spec.dims, t.shape, strict=False)
+        again = {d: dim for d, (dim, n) in enumerate(rows) if dim.size == n}
+        dims = whole._spec.replace(again).dims
+    out = to_dims(whole, dims)
+    if not t.is_contiguous():
+        out._strides = layout.Strides.of(t.shape, t.stride())
+    return out

@@ -9,12 +9,14 @@ match_single_device, every result: torch draws in the order of memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _torch
+from .._torch import probe
 from ..cache import register
 from ..comm.formats import FORMATS, memory_format
 from ..spec import Spec
@@ -39,33 +41,38 @@ _OWN = {
     "clone", "contiguous", "to", "_to_copy", "zeros_like", "ones_like", "full_like", "empty_like",
     "rand_like", "randn_like", "randint_like", "index", "einsum", "tensordot", "stft", "istft",
     "cdist", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "convolution", "nonzero", "cholesky", "qr", "inverse", "lu", "cat", "stack",
-    "sort", "topk",
+    "conv_transpose3d", "convolution", "nonzero", "cat", "stack", "sort", "topk", "float", "double",
+    "half", "bfloat16", "cfloat", "cdouble", "chalf", "bool", "byte", "char", "short", "int",
+    "long",
 }  # fmt: skip
-_OWN_FAMILIES = ("linalg_", "fft_")
-# whose results torch lays out in another way on each device
-_UNKNOWN = (
-    "scaled_dot_product", "_scaled_dot_product", "fft_hfft", "fft_rfft", "fft_irfft", "linalg_eig",
-    "max_unpool", "pad", "reflection_pad", "replication_pad",
-)  # fmt: skip
+# laid out by libraries, in another way on each device
+_LIBRARIES = ("fft_", "linalg_", "_linalg_", "cholesky", "qr", "inverse", "lu", "triangular_solve",
+              "scaled_dot_product", "_scaled_dot_product", "ormqr", "geqrf", "svd")  # fmt: skip
+# whose results torch lays out otherwise than it says of tensors without memory
+_UNKNOWN = ("max_unpool", "nonzero_static", "pad", "reflection_pad", "replication_pad", "copysign",
+            "floor_divide")  # fmt: skip
 # images with the channels last give such images; what has no memory is not asked for its format
 _OF_IMAGES = ("conv", "group_norm", "batch_norm", "native_batch_norm", "native_group_norm",
               "pixel_shuffle", "channel_shuffle", "native_channel_shuffle", "roll")  # fmt: skip
 # views of what need not be the first element
 _WITHIN = {"select", "unbind", "diagonal", "imag"}
-NOT, VIEW, PART, TURN, OWN = range(5)
+NOT, VIEW, PART, TURN, OWN, LIBRARY, MOVED = range(7)
+_NEW = (NOT, OWN, LIBRARY, MOVED)
 
 
 def kind_of(name: str) -> int:
     """Of an op: a VIEW, one of some rows (PART), one that strides otherwise (TURN), or none (NOT).
 
-    OWN: it orders the dims of a new tensor.
+    OWN, LIBRARY: it orders the dims of a new tensor, whose shards show it unless they MOVED.
     """
     if name in _VIEWS or name in _PARTS:
         return VIEW if name in _VIEWS else PART
     if name in ("unfold", "diagonal"):
         return TURN
-    return OWN if name in _OWN or name.startswith(_OWN_FAMILIES) else NOT
+    if name.startswith(_LIBRARIES):
+        # the rule of transforms knows where rows moved
+        return OWN if name.startswith("fft_") else LIBRARY
+    return OWN if name in _OWN else NOT
 
 
 def begins_within(name: str) -> bool:
@@ -78,9 +85,11 @@ def hides(kind: int, args: tuple[Any, ...], out: Any) -> bool:
     first = out[0] if type(out) is tuple and out else out
     if type(first) is not ShardTensor or first._spec.thin:
         return not isinstance(first, Lazy)
-    if kind == OWN or not args:
+    if kind in (OWN, MOVED) or not args:
         return kind != OWN
     x = args[0]
+    if kind == LIBRARY:
+        return type(x) is not ShardTensor or x._spec.cuts != first._spec.cuts
     if type(x) is not ShardTensor or x._strides is not None:
         return True
     return kind in (PART, TURN) and _gaps(kind, x, first._spec)
@@ -90,9 +99,9 @@ def follow(kind: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Let the results of func remember the strides of the whole, if they must."""
     given = [*_shards(args), *_shards(kwargs.values())]
     outs = out if isinstance(out, tuple | list) else (out,)
-    # what is lazy knows its strides
-    kinds = [o for o in outs if isinstance(o, ShardTensor) and not isinstance(o, Lazy)]
-    new = [o for o in kinds if not any(o is x for x in given)]
+    # what is lazy, and what was told its strides already, knows them
+    unknown = [o for o in outs if isinstance(o, ShardTensor) and o._strides is None]
+    new = [o for o in unknown if not any(o is x for x in given)]
     if not new or not given:
         return
     odd = any(x._strides is not None and x._strides.turned for x in given)
@@ -101,12 +110,10 @@ def follow(kind: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return
     found = _found(func, args, kwargs, outs)
     if found is None or len(found) != len(outs):
-        found = [_made_like(o, given) if odd and kind in (NOT, OWN) else None for o in outs]
+        found = [_made_like(o, given) if odd and kind in _NEW else None for o in outs]
     for o, strides in zip(outs, found, strict=True):
         if strides is not None and any(o is n for n in new) and len(strides) == o.ndim:
-            # cheaper without, where local strides show it
-            shown = not every and not o._spec.thin and strides == layout.dense(o.shape)
-            o._strides = None if shown else layout.Strides.of(o.shape, strides)
+            layout.told(o, strides)
 
 
 def _made_like(out: Any, given: list[ShardTensor]) -> tuple[int, ...] | None:
@@ -114,8 +121,7 @@ def _made_like(out: Any, given: list[ShardTensor]) -> tuple[int, ...] | None:
     same = [x for x in given if isinstance(out, ShardTensor) and x.shape == out.shape]
     if not same:
         return None
-    whole = torch.empty_strided(same[0].shape, layout.stride(same[0]), device="meta")
-    return torch.empty_like(whole).stride()
+    return layout.kept(same[0].shape, layout.stride(same[0]))
 
 
 def _gaps(kind: int, x: ShardTensor, new: Spec) -> bool:
@@ -187,13 +193,21 @@ def _is_torchs(func: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None] | None:
-    index = getattr(func, "__name__", "") == "__getitem__"
+    name = str(getattr(func, "__name__", ""))
+    index = name == "__getitem__"
     options = {k: v for k, v in kwargs.items() if k not in ("generator", "pin_memory", "out")}
-    if options.get("device") is not None:
+    fake = name.startswith(_LIBRARIES)
+    if options.get("device") is not None and not fake:
         options["device"] = "meta"
     try:
-        with torch.no_grad(), _torch.no_torch_function_at_all(), _torch.outside_modes():
-            out = func(*_meta(args, index), **{k: _meta(v, index) for k, v in options.items()})
+        with (
+            torch.no_grad(),
+            _torch.no_torch_function_at_all(),
+            _torch.outside_modes(),
+            probe.fake_mode() if fake else nullcontext(),
+        ):
+            made = [_meta(v, index, fake) for v in (*args, *options.values())]
+            out = func(*made[: len(args)], **dict(zip(options, made[len(args) :], strict=True)))
     except Exception:
         # numbers that it needs
         return None
@@ -201,15 +215,16 @@ def _run(func: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None] | No
     return [tuple(o.stride()) if isinstance(o, Tensor) else None for o in outs]
 
 
-def _meta(x: Any, index: bool) -> Any:
-    if isinstance(x, ShardTensor):
-        return torch.empty_strided(x.shape, layout.stride(x), dtype=x.dtype, device="meta")
+def _meta(x: Any, index: bool, fake: bool) -> Any:
+    """An argument without memory; fake: where fakes are made, which have a device."""
     if isinstance(x, Tensor):
-        if index and not x.ndim and not x.is_floating_point() and x.dtype != torch.bool:
+        plain = not isinstance(x, ShardTensor)
+        if index and plain and not (x.ndim or x.is_floating_point() or x.dtype == torch.bool):
             return int(x)
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        strides, device = x.stride() if plain else layout.stride(x), x.device if fake else "meta"
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=device)
     if type(x) in (list, tuple):
-        return type(x)(_meta(v, index) for v in x)
+        return type(x)(_meta(v, index, fake) for v in x)
     return x
 
 

@@ -111,6 +111,9 @@ def view_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
+        if name == "view" and len(args) > 1 and not isinstance(args[1], torch.dtype):
+            # of what is no view torch copies all the same
+            name = "reshape"
         view = getattr(torch.Tensor, name, getattr(torch, name, torch.ops.aten.slice.Tensor))
         made = handlers[view](view, args, kwargs)
     rows = torch.contiguous_format

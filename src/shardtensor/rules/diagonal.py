@@ -15,6 +15,7 @@ from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
+from .rows import in_order
 from .shape import _index, _permuted
 
 
@@ -115,7 +116,7 @@ def diag_embed(input: ShardTensor, offset: int = 0, dim1: int = -2, dim2: int = 
     order = list(range(n - 2))
     order.insert(r, n - 2)
     order.insert(c, n - 1)
-    return _permuted(wrap(local, made), order)
+    return in_order(_permuted(wrap(local, made), order))
 
 
 @rule("diag")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
+from .._torch import probe
 from ..cache import cached
 from ..dispatch.fallback import fall_back
 from ..registry import rule
@@ -73,10 +75,10 @@ def fft(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # nothing else could be sharded
         return fall_back(func, args, kwargs)
     x = _autocast(x)
-    check(func, x, args[1:], kwargs)
+    strides = check(func, x, args[1:], kwargs)
     job = job_of(name, dims, given, norm)
-    spectrum = begun(x, job)
-    return transformed(x, job) if spectrum is None else spectrum
+    spectrum = begun(x, job, strides)
+    return layout.told(transformed(x, job), strides) if spectrum is None else spectrum
 
 
 def _autocast(x: ShardTensor) -> ShardTensor:
@@ -87,16 +89,22 @@ def _autocast(x: ShardTensor) -> ShardTensor:
     return x.to(made if x.is_complex() else made.to_real())  # type: ignore[return-value]
 
 
-def check(func: Any, x: ShardTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise what torch raises for these arguments."""
+def check(
+    func: Any, x: ShardTensor, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """The strides of the whole result. Raises what torch raises for these arguments."""
     given = tuple(tuple(a) if isinstance(a, list) else a for a in args)
     named = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in kwargs.items())
-    _passes(func, x.shape, x.dtype, given, tuple(kv for kv in named if kv[0] != "input"))
+    lies = x.shape, layout.stride(x), x.dtype, x.device
+    return _passes(func, lies, given, tuple(kv for kv in named if kv[0] != "input"))
 
 
 @cached
-def _passes(func: Any, shape: Any, dtype: torch.dtype, args: Any, kwargs: Any) -> None:
-    func(torch.empty(shape, dtype=dtype, device="meta"), *args, **dict(kwargs))
+def _passes(func: Any, lies: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
+    shape, strides, dtype, device = lies
+    with _torch.outside_modes(), probe.fake_mode():
+        x = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        return func(x, *args, **dict(kwargs)).stride()
 
 
 # complex numbers as pairs ------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def rot90(input: ShardTensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tenso
     if a == b:
         raise RuntimeError(f"expected rotation dims to be different, but got dim0 = dim1 = {a}")
     if k % 4 == 0:
-        return input.clone()
+        return input.clone(memory_format=torch.contiguous_format)
     if k % 4 == 2:
         return input.flip(a, b)
     return input.flip(b if k % 4 == 1 else a).transpose(a, b)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dispatch.trial import few
 from ..registry import rule
 from ..spec import Spec
-from ..tensor import wrap
+from ..tensor import layout, wrap
 from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
 from .rows import Kernel, dims_of, in_order, lifted, mesh_of, read, summed, write
@@ -53,7 +53,8 @@ def _rows_written(
         source = source.movedim(d, 0)
     x = lifted(x, index, source)
     out: Tensor = write(x.movedim(d, 0), index, source, kernel, negative=source is None, op=op)
-    out = in_order(out.movedim(0, d), x)
+    # torch fills a clone, which lies as it does, and has the others' results rows first
+    out = in_order(out.movedim(0, d), x if source is None else None)
     return out if input.ndim else out.reshape(())
 
 
@@ -167,7 +168,9 @@ def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) 
     out: Any = write(
         x.reshape(-1), index.reshape(-1), source.reshape(-1), kernel, negative=True, op="put"
     )
-    return to_dims(out.reshape(x.shape), x._spec.dims).reshape(input.shape)
+    out = to_dims(out.reshape(x.shape), x._spec.dims).reshape(input.shape)
+    order = layout.order(x)
+    return layout.as_stored(torch.Tensor.contiguous, out, order) if order else out
 
 
 for _fn in (index_add, index_copy, index_fill, index_reduce, put):

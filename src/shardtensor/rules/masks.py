@@ -16,7 +16,7 @@ from .. import _torch, comm
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import ShardTensor, layout, wrap
 from ..tensor.recut import on_dim
 from ..tensor.redistribute import fit, reduced, to_dims
 from . import labels
@@ -218,7 +218,8 @@ def _nonzero(input: ShardTensor) -> ShardTensor:
     start = torch.tensor(spec.offset, device=found.device)
     lead = next((d for d in spec.dims if d.axes), Dim(0))
     rows = learnt(len(found), found, lead, spec)
-    return wrap(found + start, spec.with_dims([rows, Dim(x.ndim)]))
+    # torch gives all numbers of one dim after the other
+    return layout.told(wrap(found + start, spec.with_dims([rows, Dim(x.ndim)])), (1, rows.size))
 
 
 def places(mask: Tensor) -> tuple[Tensor, ...]:
@@ -241,7 +242,7 @@ def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def nonzero_static(input: ShardTensor, *, size: int, fill_value: int = -1) -> ShardTensor:
     if size < 0:
         raise RuntimeError(f"nonzero_static: 'size' must be an non-negative integer, not {size}")
-    found = _nonzero(input)
+    found: Any = _nonzero(input).contiguous()
     rows, of = found._spec.dims
     if not rows.axes:
         short = max(0, size - rows.size)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..cache import cached
+from ..dispatch.follow import MOVED, follow
 from ..dispatch.trial import tried
 from ..dispatch.writes import check_writable
 from ..errors import UnsupportedOpError
@@ -59,6 +60,9 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*inside)
         return target
     out = func(*inside)
+    if out is inside[0]:
+        # what torch gives as it is
+        return args[0]
     return wrap(out, spec) if out.__class__ is Tensor else _wrap_all(out, spec)
 
 
@@ -103,12 +107,21 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = _summed_into(values, tensors, wanted, spec)
         if result is not None:
             return wrap(result, spec)
-    args = tuple(values[at.index(i)] if i in at else a for i, a in enumerate(args))
-    kwargs = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
-    result = func(*args, **kwargs)
+    inside = [values[at.index(i)] if i in at else a for i, a in enumerate(args)]
+    more = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
+    result = func(*inside, **more)
     if in_place:
         return target
-    return _wrap_all(result, spec)
+    made = _wrap_all(result, spec)
+    hidden, turned = spec.thin, False
+    for x, dims in zip(tensors, wanted, strict=True):
+        cut = isinstance(x, ShardTensor)
+        hidden = hidden or (cut and x._spec.dims != dims)
+        turned = turned or not (x._local if cut else x).is_contiguous()
+    if hidden and turned:
+        # an operand whose strides show decides how a result lies whose own do not
+        follow(MOVED, func, args, kwargs, made)
+    return made
 
 
 def _summed_into(values: Any, tensors: list[Tensor], wanted: Any, spec: Spec) -> Tensor | None:

@@ -93,6 +93,13 @@ def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> Sha
     return _shaped(x, _reshaped(x._spec, _laid(x), tuple(shape)), op, strict)
 
 
+@cached
+def _viewed(shape: tuple[int, ...], stride: tuple[int, ...], target: tuple[int, ...]) -> Any:
+    """The strides of a view."""
+    with _torch.outside_modes():
+        return torch.empty_strided(shape, stride, device="meta").view(target).stride()
+
+
 def _laid(x: ShardTensor) -> Stride:
     """The strides of the whole, None for rows first."""
     if x._strides is None and (x._spec.thin or x._local.is_contiguous()):
@@ -128,7 +135,10 @@ def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTenso
     if even is not None:
         out = like(out, even)
     stands_for_view(out._local, x._local, op)
-    return out
+    # what moved has no gaps
+    return (
+        out if _laid(x) is None else layout.told(out, _viewed(x.shape, layout.stride(x), out.shape))
+    )
 
 
 @function_rule("view")
@@ -195,8 +205,13 @@ def reshape_alias(input: ShardTensor, size: Sequence[int], stride: Sequence[int]
     return _reshape(input, size, "reshape", False)
 
 
-@rule("view_as", "reshape_as")
+@rule("view_as")
 def view_as(input: Tensor, other: Tensor) -> Tensor:
+    return input.view(other.shape)
+
+
+@rule("reshape_as")
+def reshape_as(input: Tensor, other: Tensor) -> Tensor:
     return input.reshape(other.shape)
 
 
@@ -221,7 +236,9 @@ def _flattened(spec: Spec, stride: Stride, start_dim: int, end_dim: int) -> Resh
 
 @rule("ravel")
 def ravel(input: ShardTensor) -> ShardTensor:
-    return _reshape(input, [-1] if input.numel() else [0], "ravel", False)
+    # torch copies what has gaps, even those that a view could have
+    x: Any = input.contiguous()
+    return _reshape(x, [-1] if x.numel() else [0], "ravel", False)
 
 
 @rule("unflatten")

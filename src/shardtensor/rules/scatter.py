@@ -188,7 +188,7 @@ def _scattered(
         rowwise = None if kernel is None else by_row(kernel)
         full: Tensor = lifted(x, index, src)
         out: Tensor = write(full.movedim(d, 0), _along(index, d), src.movedim(d, 0), rowwise, op=op)
-        return in_order(out.movedim(0, d), full)
+        return in_order(out.movedim(0, d))
     old, own = dims_of(x), dims_of(index)
     given = own if src is None else dims_of(src)
     dims = list(old)
@@ -219,7 +219,7 @@ def _scattered(
     every = Dim(rows.size * n, rows.axes, tuple(s * n for s in rows.sizes))
     new = settle(moved.reshape(-1), places.reshape(-1), values, kernel, every, spec, along.axes)
     made = wrap(new.reshape(moved.shape).movedim(0, d), target)
-    found = in_order(to_dims(made, target.replace({d: old[d]}).dims), x)
+    found = in_order(to_dims(made, target.replace({d: old[d]}).dims))
     return found if shape else found.reshape(())
 
 

@@ -72,5 +72,5 @@ def channel_shuffle(input: ShardTensor, groups: int) -> Tensor:
     b, c, *rest = x.shape
     if not x._spec.dims[1].axes:
         return _on_shards(x, lambda own: torch.channel_shuffle(own, groups), x._spec.dims)
-    y = x.reshape(b, groups, c // groups, *rest).transpose(1, 2).reshape(b, c, *rest)
+    y = x.reshape(b, groups, c // groups, *rest).transpose(1, 2).contiguous().reshape(b, c, *rest)
     return layout.like_image(y, x)

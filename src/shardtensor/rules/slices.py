@@ -126,7 +126,8 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
         inexact = start.is_floating_point() or start.is_complex() or start.dtype is torch.bool
         if start.ndim or inexact:
             raise RuntimeError("start must be an 0-dim integral Tensor.")
-        start = int(start)
+        # by a number, of which strides follow
+        return input.narrow(dim, int(start), length)
     first = operator.index(start)
     if not isinstance(input, ShardTensor):
         return input.narrow(dim, first, length)
@@ -256,9 +257,9 @@ def tensor_split(
             raise RuntimeError(
                 f"tensor_split at {at.dtype} of {at.ndim} dims: expected a long vector"
             )
-        at = at.tolist()
-    if not isinstance(input, ShardTensor):
-        return torch.tensor_split(input, at, dim)
+        # by numbers, of which strides follow
+        return torch.tensor_split(input, at.tolist(), dim)
+    assert isinstance(input, ShardTensor)
     d = _index(dim, input.ndim)
     n = input.shape[d]
     if isinstance(at, SupportsIndex):
@@ -276,7 +277,7 @@ def tensor_split(
 
 @rule("narrow_copy")
 def narrow_copy(input: Tensor, dim: int, start: int, length: int) -> Tensor:
-    return narrow(input, dim, start, length).clone()
+    return narrow(input, dim, start, length).clone(memory_format=torch.contiguous_format)
 
 
 @rule("unsafe_split", "unsafe_split_with_sizes")

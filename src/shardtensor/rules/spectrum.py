@@ -58,7 +58,7 @@ def home() -> dict[Any, tuple[Dim, ...]]:
 settings.remembered["home"] = home
 
 
-def begun(x: ShardTensor, job: Transform) -> Lazy | None:
+def begun(x: ShardTensor, job: Transform, strides: tuple[int, ...]) -> Lazy | None:
     """A transform of which the local steps are done; None where it must be finished at once."""
     spec = x._spec
     lengths = dict(zip(job.dims, job.lengths, strict=True))
@@ -74,11 +74,11 @@ def begun(x: ShardTensor, job: Transform) -> Lazy | None:
         if len(lay) > 256:
             lay.clear()
         lay[spec.mesh, job.dims, sizes] = tuple(spec.dims[d] for d in job.dims)
-    return _whole(_Root(x, job))
+    return _whole(_Root(x, job), strides)
 
 
-def _whole(root: _Root) -> Lazy:
-    made = lazy(Spectrum(root, every(root.spec.shape)), root.spec)
+def _whole(root: _Root, strides: tuple[int, ...] | None = None) -> Lazy:
+    made = lazy(Spectrum(root, every(root.spec.shape)), root.spec, strides)
     root.of = weakref.ref(made)
     return made
 

@@ -20,6 +20,7 @@ from . import labels
 from .empty import stock
 from .in_place import in_place
 from .reduce import over
+from .rows import in_order
 
 
 @rule("linalg_cross")
@@ -95,7 +96,7 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
         norm = torch.linalg.vector_norm(torch.where(larger, input, 0), p, others, True, dtype=dtype)
     # torch's own guard against a division by zero
     factor = torch.where(larger, maxnorm / (norm + 1e-7), 1.0)
-    return input * factor.to(input.dtype)
+    return in_order(input * factor.to(input.dtype))
 
 
 in_place(renorm, reads=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..registry import method
+from . import layout
 from .aliases import relate_copies
 from .offset import copy_place
 from .shard_tensor import ShardTensor, wrap
@@ -64,7 +65,7 @@ def deep_copy(x: ShardTensor, memo: dict[int, Any]) -> ShardTensor:
 @method
 def pickled(x: ShardTensor, protocol: Any) -> Any:
     """The full value as a plain tensor or parameter: every rank must pickle."""
-    whole = x.full_tensor().detach()
+    whole = layout.in_order_of(x.full_tensor().detach(), layout.stride(x))
     if isinstance(x, nn.Parameter):
         whole = nn.Parameter(whole, x.requires_grad)
     elif x.requires_grad:

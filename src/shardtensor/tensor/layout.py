@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._torch import outside_modes
 from ..cache import cached
-from ..comm.formats import FORMATS
+from ..comm.formats import FORMATS, lie_last
 from ..spec import Spec
 
 # tensors of another order of dims that live, and blocks inside which all are followed
@@ -34,10 +34,16 @@ class Strides:
     turned: bool = field(compare=False)
 
     @classmethod
-    def of(cls, shape: Sequence[int], strides: tuple[int, ...]) -> Strides:
-        """Kept in mind as long as it lives, where it is turned."""
+    def of(
+        cls, shape: Sequence[int], strides: tuple[int, ...], local: Tensor | None = None
+    ) -> Strides:
+        """Kept in mind as long as it lives, where it is turned, or the local tensor beside it."""
         long = [s for s, n in zip(strides, shape, strict=True) if n > 1]
-        made = cls(strides, 0 in long or long != sorted(long, reverse=True))
+        odd = 0 in long or long != sorted(long, reverse=True)
+        if not odd and local is not None:
+            long = [s for s, n in zip(local.stride(), local.shape, strict=True) if n > 1]
+            odd = long != sorted(long, reverse=True)
+        made = cls(strides, odd)
         if made.turned:
             key = id(made)
             turned[key] = weakref.ref(made, lambda _: turned.pop(key, None))
@@ -61,6 +67,14 @@ def stride(x: Any) -> tuple[int, ...]:
         known: tuple[int, ...] = x._strides.strides
         return known
     return dense(x._spec.shape) if x._spec.thin else strides(x._spec, x._local.stride())
+
+
+def told(x: Any, strides: tuple[int, ...]) -> Any:
+    """x, new, of which the whole lies so: noted where local strides do not show it."""
+    rows = zip(x._spec.shape, strides, stride(x), strict=True)
+    if x._spec.thin or any(a != b for n, a, b in rows if n > 1):
+        x._strides = Strides.of(x._spec.shape, strides, x._local)
+    return x
 
 
 def dense(shape: Sequence[int]) -> tuple[int, ...]:
@@ -93,8 +107,10 @@ def strides(spec: Spec, own: tuple[int, ...]) -> tuple[int, ...]:
         found[d] = (
             own[d] * step // dense if exact or own[d] < dense else step * (own[d] // dense + 1)
         )
-        step = found[d] * max(1, spec.shape[d])
-        dense = own[d] * max(1, spec.local_shape[d])
+        # one row may lie anywhere
+        if spec.shape[d] != 1:
+            step = found[d] * max(1, spec.shape[d])
+            dense = own[d] * max(1, spec.local_shape[d])
     return tuple(found)
 
 
@@ -147,7 +163,9 @@ def image_format(x: Any) -> torch.memory_format:
     rows, form = torch.contiguous_format, FORMATS.get(x.ndim)
     if form is None or (x._strides is None and x._local.is_contiguous()):
         return rows
-    return form if is_contiguous(x, form) and not is_contiguous(x, rows) else rows
+    if is_contiguous(x, rows):
+        return rows
+    return form if is_contiguous(x, form) or lie_last(x.shape, stride(x)) else rows
 
 
 def suggested(x: Any) -> Any:
@@ -158,12 +176,11 @@ def suggested(x: Any) -> Any:
 
 
 def order(x: Any) -> list[int]:
-    """The dims as they lie dense in memory, the outermost first; none where that is rows first."""
+    """The dims as `kept` has them in memory, the outermost first; none where that is rows first."""
     if x._local.is_contiguous() if x._strides is None else not x._strides.turned:
         return []
-    own = stride(x)
-    found = _outermost_first(own)
-    return found if found != sorted(found) and _in_order(x.shape, own, found) else []
+    found = _outermost_first(kept(x._spec.shape, stride(x)))
+    return found if found != sorted(found) else []
 
 
 def as_stored(op: Callable[[Any], Any], x: Any, order: Sequence[int]) -> Any:
@@ -187,6 +204,13 @@ def takes_format(x: Any, memory_format: torch.memory_format) -> bool:
     with outside_modes():
         whole = torch.empty_strided(x.shape, stride(x), device="meta")
         return whole.to(memory_format=memory_format) is whole
+
+
+@cached
+def kept(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of what is made like a tensor: without gaps, its dims in the same order."""
+    with outside_modes():
+        return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 @cached
@@ -230,9 +254,7 @@ def is_view(shape: Sequence[int], stride: Sequence[int], target: Sequence[int]) 
 
 def in_order_of(x: Tensor, strides: Sequence[int]) -> Tensor:
     """x with its dims in memory in the order of such strides, as torch's ops keep it."""
-    with outside_modes():
-        own = torch.empty_like(torch.empty_strided(x.shape, strides, device="meta")).stride()
-    return as_stored(Tensor.contiguous, x, _outermost_first(own))
+    return as_stored(Tensor.contiguous, x, _outermost_first(kept(x.shape, tuple(strides))))
 
 
 def real_view(x: Tensor) -> Tensor:

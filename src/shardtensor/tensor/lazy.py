@@ -193,7 +193,10 @@ def lazy(recipe: Recipe, spec: Spec, strides: tuple[int, ...] | None = None) -> 
     made = _torch.make_wrapper(Lazy, spec.shape, dtype=recipe.dtype, device=recipe.device)
     made._recipe = recipe
     made._spec = spec
-    made._strides = layout.Strides(layout.dense(spec.shape) if strides is None else strides, False)
+    if strides is None:
+        made._strides = layout.Strides(layout.dense(spec.shape), False)
+    else:
+        made._strides = layout.Strides.of(spec.shape, strides)
     return made
 
 

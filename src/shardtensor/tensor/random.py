@@ -184,9 +184,7 @@ def memory_order(x: Any) -> tuple[int, ...]:
 def _order(shape: Sequence[int], strides: tuple[int, ...]) -> list[int]:
     span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     if span != prod(shape) or 0 in strides:
-        with _torch.outside_modes():
-            gaps = torch.empty_strided(shape, strides, device="meta")
-            strides = torch.empty_like(gaps).stride()
+        strides = layout.kept(tuple(shape), strides)
     # of equal strides the dim with more rows lies further out
     return sorted(range(len(shape)), key=lambda d: (-strides[d], -shape[d], d))
 
