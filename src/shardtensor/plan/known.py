@@ -32,6 +32,8 @@ _READS = (aten._local_scalar_dense.default, aten.item.default)
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
 # what reads values for the code that calls it
 _ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/numbers.py", "rules/rule.py")
+# what takes floats of one dtype alone, on CPUs and GPUs, under autocast too once it has cast
+_ALIKE = {aten.mm.default, aten.addmm.default, aten.index_add.default, aten.index_add_.default}
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
@@ -59,6 +61,8 @@ class Known:
                 return self._lifted(args[0])
             call = Call(func, *mapped((args, kwargs), self.fake))
             args, kwargs = call.args, call.kwargs
+        if func in _ALIKE:
+            _check_dtypes(call)
         known = all(map(self.has, call.given))
         if call.key is not None or not op.depends:
             out = call.run(self.fakes)
@@ -239,6 +243,13 @@ class Known:
 def id_of(x: Tensor) -> int:
     """The number of a tensor's memory."""
     return x.untyped_storage()._cdata
+
+
+def _check_dtypes(call: Call) -> None:
+    """Raise as kernels do, and fakes of them do not."""
+    found = sorted({str(x.dtype) for x in call.given if x.dtype.is_floating_point})
+    if len(found) > 1:
+        raise RuntimeError(f"{call.op.name}: operands of {' and '.join(found)}; cast one of them")
 
 
 def _refuse_loop() -> None:
