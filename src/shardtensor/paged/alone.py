@@ -50,14 +50,18 @@ MORE = 0.25
 KEPT = 1.0
 At = tuple[int, ...]
 Pairs = list[tuple[Tensor, Tensor]]
-# of a part and a halo how each sharded output is cut, and what was made
-Tried = Callable[[At, tuple[int, ...]], tuple[list[dict[int, Cut]], Meeting]]
+# of a part, a halo and whether backward runs, how each sharded output is cut, and what was made
+Tried = Callable[[At, tuple[int, ...], bool], tuple[list[dict[int, Cut]], Meeting]]
 
 
 def without_meeting(
-    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any
-) -> Alone | None:
-    """A call that has run in parts that did not meet: see `Alone`. None where they must."""
+    model: nn.Module, parts: tuple[int, ...], dims: tuple[int, ...], pager: Pager, given: Any,
+    known: tuple[int, ...] | None,
+) -> Alone | None:  # fmt: skip
+    """A call that has run in parts that did not meet: see `Alone`. None where they must.
+
+    known: the halo of another call of the model, which may do here as well.
+    """
     tables = ["_forward_hooks", "_forward_pre_hooks"]
     tables += ["_backward_hooks", "_backward_pre_hooks"] * torch.is_grad_enabled()
     hooked = any(getattr(m, t) for m in model.modules() for t in tables)
@@ -65,6 +69,7 @@ def without_meeting(
         # who looks at parts is to see them as they are
         return None
     work = Alone(model, parts, dims, pager, given)
+    work.known = known
     if 0 in work.lead.shape or (work.grad and any(x.is_inference() for x in work.tensors)):
         return None
     try:
@@ -125,6 +130,7 @@ class Alone(OneCall):
         self.rows = [self.lead.shape[d] for d in dims]
         self.spans = [spans_of(n, k) for n, k in zip(self.rows, parts, strict=True)]
         self.halo: tuple[int, ...] | None = None
+        self.known: tuple[int, ...] | None = None
         # of each output and part
         self.ends: dict[Any, dict[int, Cut]] = {}
 
@@ -137,7 +143,7 @@ class Alone(OneCall):
         with _torch.outside_modes(), torch.inference_mode(False), torch.set_grad_enabled(self.grad):
             halo = needed(
                 self.rows, self.spans, self._better_met,
-                lambda at, halo: self._tried(mesh, at, halo),
+                lambda at, halo, back: self._tried(mesh, at, halo, back), self.known,
             )  # fmt: skip
         if halo is None:
             return
@@ -303,11 +309,12 @@ class Alone(OneCall):
         return made.largest <= self.pager.budget
 
     def _tried(
-        self, mesh: DeviceMesh, at: tuple[int, ...], halo: Sequence[int]
+        self, mesh: DeviceMesh, at: At, halo: Sequence[int], back: bool
     ) -> tuple[list[dict[int, Cut]], Meeting]:
         """(how each sharded output is cut, what was made) of a part, on fake tensors.
 
-        Raises ValueError for what parts may not do, RankError for what needs others.
+        back: whether backward runs, too. Raises ValueError for what parts may not do, RankError for
+        what needs others.
         """
         counts, begin = Meeting(len(self.rows)), random_states()
         # what is drawn does not matter
@@ -315,8 +322,9 @@ class Alone(OneCall):
             made = self._run(replica(self.model), mesh, at, halo, counts)
             tensors = [local_of(y) for y in made.outputs if isinstance(y, Tensor)]
             ends = [y for y in tensors if y.requires_grad]
-            check_nodes(ends, made.sources)
-            made.gradients([(y, torch.zeros_like(y)) for y in ends])
+            if back:
+                check_nodes(ends, made.sources)
+                made.gradients([(y, torch.zeros_like(y)) for y in ends])
         restore(begin)
         return [cut_of(y) for y in made.outputs if isinstance(y, ShardTensor)], counts
 
@@ -332,10 +340,12 @@ def needed(
     spans: Sequence[Sequence[Span]],
     better_met: Callable[[Meeting], bool],
     tried: Tried,
+    known: Sequence[int] | None = None,
 ) -> list[int] | None:
     """The halo that outputs need in each dim, found on fake tensors; None where parts are to meet.
 
     Rows that a part in the middle and the ones before it both have, or that neither has, tell it.
+    known: a halo that may do.
     """
     middle = tuple([len(s) // 2 for s in spans])
     edges = [s[i][0] for s, i in zip(spans, middle, strict=True)]
@@ -344,16 +354,18 @@ def needed(
         max(0, min(int(2 * MORE * s[0][1]), e - 1, n - e - 1))
         for s, e, n in zip(spans, edges, rows, strict=True)
     ]
+    if known is not None:
+        halo = [min(n, most) for n, most in zip(known, halo, strict=True)]
     tried = cache(tried)
     axes = range(len(middle))
-    for again in (False, True, True):
-        outputs, made = tried(middle, tuple(halo))
+    for again in (known is not None, True, True):
+        outputs, made = tried(middle, tuple(halo), again)
         if better_met(made):
             return None
         lacks = [-n for n in halo]
         for k in axes:
             if middle[k]:
-                others, _ = tried(_before(middle, k), tuple(halo))
+                others, _ = tried(_before(middle, k), tuple(halo), False)
                 pairs = [(a[k], b[k]) for a, b in zip(others, outputs, strict=True) if k in b]
                 lacks[k] = max([_lack(a, b, rows[k]) for a, b in pairs], default=0)
         if again and all(n <= 0 for n in lacks):
@@ -364,8 +376,8 @@ def needed(
     else:
         return None
     share = made.elements * prod(map(len, spans)) / made.whole
-    first, _ = tried((0,) * len(axes), tuple(halo))
-    last, _ = tried(tuple([len(s) - 1 for s in spans]), tuple(halo))
+    first, _ = tried((0,) * len(axes), tuple(halo), True)
+    last, _ = tried(tuple([len(s) - 1 for s in spans]), tuple(halo), True)
     whole = all(c[0] == 0 for y in first for c in y.values()) and all(
         c[1] == c[2] for y in last for c in y.values()
     )

@@ -105,11 +105,11 @@ class Tiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As model(*args, **kwargs): the outputs, plain and whole, with their gradients."""
         end_left()
-        given, self.halo = (args, kwargs), None
+        given, known, self.halo = (args, kwargs), self.halo, None
         tensors = containers.tensors(given)
         dims = _dims_of(tensors, self.dims)
         call: OneCall | None = None
-        call = without_meeting(self.model, self.parts, dims, self._pager(tensors[0]), given)
+        call = without_meeting(self.model, self.parts, dims, self._pager(tensors[0]), given, known)
         if call is None:
             call = Session(self.model, self.parts, dims, self._pager(tensors[0]), given)
             call.go_on()

@@ -88,7 +88,10 @@ class _Parts:
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         if hooked or any(probe.global_hooks()):
             return None
-        halo = needed([self.rows], [self.spans], lambda made: made.largest <= room, self._tried)
+        halo = needed(
+            [self.rows], [self.spans], lambda made: made.largest <= room,
+            lambda at, halo, _: self._tried(at, halo),
+        )  # fmt: skip
         if halo is None:
             return None
         n = len(self.spans)
