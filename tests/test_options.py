@@ -220,6 +220,21 @@ def test_precision(fsdp, net):
                 assert 0 < away < 0.1, k
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_hook_that_raises_before_autocast_begins():
+    def refuse(*_):
+        raise ValueError("no")
+
+    def rank():
+        model = st.parallelize(nn.Linear(2, 2), make_mesh((1,)), precision="bf16")
+        model.register_forward_pre_hook(refuse, prepend=True)
+        with pytest.raises(ValueError, match="no"):
+            model(torch.ones(2))
+        assert not torch.is_autocast_enabled("cpu")
+
+    st.simulate(1, rank)
+
+
 def kept(values):
     mesh = make_mesh((2,), names=("domain",))
     torch.manual_seed(0)

@@ -134,7 +134,9 @@ def around(model: nn.Module, make: Callable[..., Any]) -> None:
         here.__dict__.setdefault("entered", []).append(context)
 
     def leave(_: nn.Module, __: Any, out: Any) -> Any:
-        here.entered.pop().__exit__(None, None, None)
+        # none where a hook before this one raised
+        if entered := here.__dict__.get("entered"):
+            entered.pop().__exit__(None, None, None)
         return out
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
