@@ -16,10 +16,10 @@ from shardtensor.comm import groups, together
 
 # model of `benchmarks/share.py`: the most kernels and calls beyond those of the plain model
 MOST = {
-    "ConvNet": (168, 1740),
-    "ViT": (26, 3470),
-    "DiT": (122, 3810),
-    "U-Net": (206, 2780),
+    "ConvNet": (168, 1440),
+    "ViT": (26, 3200),
+    "DiT": (122, 3160),
+    "U-Net": (200, 2400),
 }
 
 
@@ -67,4 +67,4 @@ def test_attention_around_two_ranks_is_few_kernels():
         finally:
             cache.clear()
             groups.forget()
-    assert found[0] <= 39 and found[1] <= 345, found
+    assert found[0] <= 39 and found[1] <= 315, found

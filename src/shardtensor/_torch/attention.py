@@ -193,9 +193,12 @@ def _padded(kernel: AttentionKernel) -> AttentionKernel:
     return AttentionKernel(forward, backward)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The tensor with rows that lie in one piece, as the kernels ask."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows(*xs: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with rows that lie in one piece, as the kernels ask."""
+    found = []
+    for x in xs:
+        found.append(x if x.stride(-1) == 1 else x.contiguous())
+    return found
 
 
 def _heads(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -223,7 +226,7 @@ def _seeded(device: torch.device, block: Block) -> Iterator[None]:
 
 def _flash_cpu(q: Any, k: Any, v: Any, block: Block) -> Any:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _rows(q), _rows(k), _rows(v), 0.0, block.causal, attn_mask=block.bias, scale=block.scale
+        *_rows(q, k, v), 0.0, block.causal, attn_mask=block.bias, scale=block.scale
     )
 
 
@@ -231,7 +234,7 @@ def _flash_cpu_backward(
     g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: Block, mask_grad: bool
 ) -> Any:
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _rows(g), _rows(q), _rows(k), _rows(v), _rows(out), lse, 0.0, block.causal,
+        *_rows(g, q, k, v, out), lse, 0.0, block.causal,
         attn_mask=block.bias, scale=block.scale,
     )  # fmt: skip
     return *grads, None
@@ -241,7 +244,7 @@ def _flash_cuda(q: Any, k: Any, v: Any, block: Block) -> Any:
     same = q.shape[1] // k.shape[1]
     with _seeded(q.device, block):
         return torch.ops.aten._scaled_dot_product_flash_attention(
-            _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), block.drop, block.causal,
+            *_rows(q, _heads(k, same), _heads(v, same)), block.drop, block.causal,
             False, scale=block.scale,
         )[:2]  # fmt: skip
 
@@ -258,7 +261,7 @@ def _flash_cuda_backward(
         numbers[:1].fill_(block.seed)
         numbers[1:].zero_()
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), out,
+        g.contiguous(), *_rows(q, _heads(k, same), _heads(v, same)), out,
         lse.contiguous(), None, None, q.shape[2], k.shape[2], block.drop, block.causal, state,
         unused, scale=block.scale,
     )  # fmt: skip
@@ -281,7 +284,7 @@ def _efficient_cuda(q: Any, k: Any, v: Any, block: Block) -> Any:
     same = q.shape[1] // k.shape[1]
     with _seeded(q.device, block):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), _aligned(block.bias, q, k),
+            *_rows(q, _heads(k, same), _heads(v, same)), _aligned(block.bias, q, k),
             True, block.drop, block.causal, scale=block.scale,
         )  # fmt: skip
     # the kernel pads the rows of lse to a multiple of 32
@@ -296,7 +299,7 @@ def _efficient_cuda_backward(
     # on the host, where the kernel looks for them
     seed, drawn = (torch.tensor(n, dtype=torch.int64, device="cpu") for n in (block.seed, 0))
     dq, dk, dv, bias = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)),
+        g.contiguous(), *_rows(q, _heads(k, same), _heads(v, same)),
         _aligned(block.bias, q, k), out, padded.contiguous(), seed, drawn, block.drop,
         [True, True, True, mask_grad], block.causal, scale=block.scale,
     )  # fmt: skip
@@ -306,7 +309,7 @@ def _efficient_cuda_backward(
 def _cudnn(q: Any, k: Any, v: Any, block: Block) -> Any:
     same = q.shape[1] // k.shape[1]
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), _aligned(block.bias, q, k), True,
+        *_rows(q, _heads(k, same), _heads(v, same)), _aligned(block.bias, q, k), True,
         0.0, block.causal, False, scale=block.scale,
     )  # fmt: skip
     return out, lse.reshape(out.shape[:3])
@@ -319,7 +322,7 @@ def _cudnn_backward(
     # without dropout the kernel does not read its random state
     state = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        g.contiguous(), _rows(q), _rows(_heads(k, same)), _rows(_heads(v, same)), out,
+        g.contiguous(), *_rows(q, _heads(k, same), _heads(v, same)), out,
         lse.contiguous().unsqueeze(-1), state, state, _aligned(block.bias, q, k), None, None,
         q.shape[2], k.shape[2], 0.0, block.causal, scale=block.scale,
     )  # fmt: skip

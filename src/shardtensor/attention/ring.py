@@ -39,8 +39,10 @@ from .merge import Merge, relative
 from .twice import attend_plainly
 
 
-def _cut(x: Tensor, rows: Span) -> Tensor:
-    return x if rows == (0, x.shape[2]) else x[:, :, rows[0] : rows[1]]
+def _cut(rows: Span, *xs: Tensor) -> Sequence[Tensor]:
+    """These rows of tensors that have as many."""
+    a, b = rows
+    return xs if rows == (0, xs[0].shape[2]) else [x[:, :, a:b] for x in xs]
 
 
 def _part(mask: Tensor | None, seen: Seen) -> Tensor | None:
@@ -101,12 +103,13 @@ def _turn(
         arriving, _ = start(call, step, held, [], like)
         every = call.seen(q, call.held(call.me, step))
         for i, seen in enumerate(every):
+            (queries,), (keys, values) = _cut(seen.rows, q), _cut(seen.keys, held.keys, held.values)
             found = forward(
-                _cut(q, seen.rows), _cut(held.keys, seen.keys), _cut(held.values, seen.keys),
-                _part(mask, seen), seen.rule, top.cut(seen.rows) if top else None,
+                queries, keys, values, _part(mask, seen), seen.rule,
+                top.cut(seen.rows) if top else None,
             )  # fmt: skip
             total.add(seen.rows, *found, last=alone and step == steps and i == len(every) - 1)
-            del found
+            del found, keys, values
         held = arriving()
         # what was sent goes
         del arriving
@@ -191,9 +194,10 @@ def _turn_back(
         own = [] if alone else [beside(x, dtype).zero_() for x in (held.keys, held.values)]
         for seen in every:
             every_row = seen.rows == (0, q.shape[2])
+            dy, queries, y = _cut(seen.rows, g, q, out)
+            keys, values = _cut(seen.keys, held.keys, held.values)
             found = backward(
-                _cut(g, seen.rows), _cut(q, seen.rows), _cut(held.keys, seen.keys),
-                _cut(held.values, seen.keys), _part(mask, seen), _cut(out, seen.rows),
+                dy, queries, keys, values, _part(mask, seen), y,
                 sums if every_row else sums[..., seen.rows[0] : seen.rows[1]],
                 seen.rule, mask_grad,
             )  # fmt: skip
@@ -201,15 +205,15 @@ def _turn_back(
                 dq = found[0]
             else:
                 dq = beside(q, dtype).zero_() if dq is None else dq
-                _cut(dq, seen.rows).add_(found[0])
+                _cut(seen.rows, dq)[0].add_(found[0])
             if alone:
                 own = [found[1], found[2]]
             else:
-                add([_cut(x, seen.keys) for x in own], found[1:3])
+                add(_cut(seen.keys, *own), found[1:3])
             part = _part(dmask, seen)
             if part is not None and found[3] is not None:
                 part.add_(found[3])
-            del found
+            del found, keys, values
         if step:
             add(home, returning())
         else:

@@ -85,7 +85,8 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
         if len(waiting) == 1:
             values: Sequence[Tensor | None] = (slots[0].use(found[waiting[0]]),)
         else:
-            values = deferred.use_all(slots, [found[i] for i in waiting])
+            given = found if len(waiting) == len(found) else [found[i] for i in waiting]
+            values = deferred.use_all(slots, given)
         for i, value in zip(waiting, values, strict=True):
             if value is not None:
                 found[i] = value

@@ -84,7 +84,7 @@ def unpacked(flat: Tensor, out: Tensor, dim: int, sizes: Cut, but: int = -1) -> 
 def joined(parts: list[Tensor], like: Tensor) -> Tensor:
     """The elements of tensors one after the other: as they lie, else copied at once."""
     if len(parts) < 2:
-        return parts[0].reshape(-1) if parts else like.new_empty(0)
+        return parts[0].contiguous().view(-1) if parts else like.new_empty(0)
     first = parts[0]
     if not (_torch.is_tracing() or _torch.transforming()) and _adjacent(parts):
         return first.as_strided((sum([x.numel() for x in parts]),), (1,))

@@ -32,7 +32,8 @@ class Identity(torch.autograd.Function):
         # as `set_materialize_grads` does, with no call
         ctx.materialize_grads = False
         ctx.about = about
-        return tuple([x.view_as(x) for x in xs])
+        # one, as most are, without a comprehension, which is a call of Python
+        return (xs[0].view_as(xs[0]),) if len(xs) == 1 else tuple([x.view_as(x) for x in xs])
 
 
 class Vary(Identity):

@@ -162,9 +162,12 @@ class Backward:
         else:
             key = call.group, there[0].dtype, there[0].device
             message = self.waiting.setdefault(key, Message())
-            self.bytes += sum([g.numel() * g.element_size() for g in there])
-        pairs = zip(call.sources, parts, strict=True)
-        return message, [None if g is None else message.add(s, g, number) for s, g in pairs]
+            for g in there:
+                self.bytes += g.nbytes
+        places = list[int | None]()
+        for source, part in zip(call.sources, parts, strict=True):
+            places.append(None if part is None else message.add(source, part, number))
+        return message, places
 
     def send(self, call: Call | None = None) -> None:
         """Sum all that waits, in the order of the last node of each message.
@@ -212,8 +215,11 @@ class Wait(Identity):
         if message.sums is None:
             running.send(call)
         assert message.sums is not None
-        sums = message.sums
-        return None, *[None if i is None else sums[i] for i in places]
+        # a loop: a comprehension is a call of Python
+        sums, found = message.sums, list[Tensor | None]()
+        for i in places:
+            found.append(None if i is None else sums[i])
+        return None, *found
 
 
 class Start(Identity):

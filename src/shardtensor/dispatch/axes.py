@@ -28,6 +28,8 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.construct import from_dtensor
 
 NOWHERE = object()
+# types of what strides, shapes and indices are made of
+_NUMBERS = frozenset({int, float, bool, str, slice, type(None), type(...)})
 Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -45,7 +47,7 @@ def mesh_of(values: Iterable[Any], mesh: Any) -> Any:
                 return NOWHERE
         elif kind is dt.DTensor:
             return NOWHERE
-        elif kind is list or kind is tuple:
+        elif (kind is list or kind is tuple) and not _NUMBERS.issuperset(map(type, x)):
             mesh = mesh_of(x, mesh)
             if mesh is NOWHERE:
                 return mesh

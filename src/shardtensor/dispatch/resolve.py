@@ -23,6 +23,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.layout import turned
 from ..tensor.offset import take_rows
 from .axes import NOWHERE, mesh_of, met
+from .direct import DIRECT
 from .fallback import fall_back, into_plain, is_shard, op_name
 from .follow import NOT, begins_within, follow, hides, kind_of
 from .results import keep_result, saves_result
@@ -386,8 +387,9 @@ def _asks(x: Any) -> bool:
 
 
 def _opened(func: Any) -> Handler:
-    body = opened(func)
-    return lambda f, args, kwargs: body(*args, **kwargs)
+    body, direct = opened(func), DIRECT.get(func)
+    run: Handler = lambda f, args, kwargs: body(*args, **kwargs)  # noqa: E731
+    return run if direct is None else direct(run)
 
 
 handlers.resolve = _resolve

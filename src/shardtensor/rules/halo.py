@@ -116,8 +116,8 @@ def beside(above: Any, below: Any, me: int) -> tuple[int, int, int, int, bool]:
 class Side(NamedTuple):
     """What the rows beside the shard along one dim add to the convolution of the shard.
 
-    way, back: the strips' exchange, and their gradients'. up, down: how many rows of either end the
-    neighbours before and behind are given. above, below: how many are read beyond the shard, of a
+    way, back: the strips' exchange, and their gradients'. ends: (rows, whether they are the last)
+    for the neighbours, where they get any. above, below: how many are read beyond the shard, of a
     neighbour or of zeros. strips: those that come here; along the dims of sides before they have
     what lies beside the shard there.
     """
@@ -125,16 +125,10 @@ class Side(NamedTuple):
     d: int
     way: Route
     back: Route
-    up: int
-    down: int
+    ends: tuple[tuple[int, bool], ...]
     above: int
     below: int
     strips: tuple[Strip, ...]
-
-    @property
-    def ends(self) -> list[tuple[int, bool]]:
-        """(rows, whether they are the last) for the neighbours, where they get any."""
-        return [(rows, i) for rows, i in ((self.up, False), (self.down, True)) if rows]
 
     def around(self, x: Tensor, strips: list[Tensor]) -> Tensor:
         """x between what lies beside it: strips, zeros at the border."""
@@ -150,6 +144,11 @@ class Side(NamedTuple):
         rows = g.shape[self.d] - self.above - self.below
         before, own, after = g.split([self.above, rows, self.below], self.d)
         return own, [after if s.below else before for s in self.strips]
+
+
+def ends(up: int, down: int) -> tuple[tuple[int, bool], ...]:
+    """Of `Side`: up, down: how many rows the neighbours before and behind are given."""
+    return tuple([(rows, i) for rows, i in ((up, False), (down, True)) if rows])
 
 
 class Halo(NamedTuple):
@@ -211,8 +210,8 @@ def laid(
             if comes[i]
         ]
         reaches.append((d, reach))
-        sides.append(Side(d, way, way.back(), own.up, own.down, own.above, max(0, own.below),
-                          tuple(strips)))  # fmt: skip
+        sides.append(Side(d, way, way.back(), ends(own.up, own.down), own.above,
+                          max(0, own.below), tuple(strips)))  # fmt: skip
     joined = settings._replace(padding=tuple(padding))
     return Halo(spec, tuple(reaches), settings, tuple(sides), joined), tuple(rest)
 
@@ -292,7 +291,8 @@ class _HaloConv(torch.autograd.Function):
         ctx.materialize_grads = False
         sides, came = halo.sides, list[list[Tensor]]()
         for side in sides:
-            arrive = start(side.way, _shaped(x, sides[: len(came)]), _given(x, sides, came))
+            like = _shaped(x, sides[: len(came)]) if came else x
+            arrive = start(side.way, like, _given(x, sides, came))
             if side is not sides[-1]:
                 came.append(arrive())
         y = _conv(x, weight, bias, halo.settings)
@@ -336,28 +336,28 @@ class _HaloConv(torch.autograd.Function):
             return None if gs is None else _fitted(gs, d, s.rows, s.below), gt
 
         came = iter(strips)
-        each = [[(s, next(came)) for s in side.strips] for side in sides]
         # those of a large kernel are found one at a time, not kept while that of the shard is found
         both = needs[0] and needs[1] and weight.nbytes <= SMALL_KERNEL
-        outward, of_taps = list[list[Tensor]](), list[Tensor]()
-        for side, pairs in zip(sides, each, strict=True) if needs[0] else ():
-            every = [of_strip(side, *pair, True, both) for pair in pairs]
-            outward.append([gs for gs, _ in every])
-            of_taps += [gt for _, gt in every if both]
-        owed: list[tuple[int, int, bool, Tensor]] = []
-        arrive = None
-        if needs[0]:
-            for i in reversed(range(len(sides))):
-                arrive = start(sides[i].back, _shaped(x, sides[:i]), outward[i])
-                owed += _shared(sides[: i + 1], arrive(), outward) if i else []
+        outward, of_taps = list[list[Tensor]](), list[Tensor | None]()
+        for side in sides if needs[0] else ():
+            out = []
+            for s, strip in zip(side.strips, came, strict=False):
+                gs, gt = of_strip(side, s, strip, True, both)
+                out.append(gs)
+                of_taps.append(gt)
+            outward.append(out)
+        owed, arrive = list[tuple[int, int, bool, Tensor]](), None
+        for i in reversed(range(len(outward))):
+            arrive = start(sides[i].back, _shaped(x, sides[:i]) if i else x, outward[i])
+            owed += _shared(sides[: i + 1], arrive(), outward) if i else []
         gx, gw, gb = _gradients(g, x, weight, bias, halo.settings, needs)
         if arrive is not None:
             owed += _shared(sides[:1], arrive(), outward)
         for d, rows, below, back in owed:
             _end(gx, d, rows, below).add_(back)
-        kept = iter(of_taps)
-        for side, pairs in zip(sides, each, strict=True) if needs[1] else ():
-            for s, strip in pairs:
+        came, kept = iter(strips), iter(of_taps)
+        for side in sides if needs[1] else ():
+            for s, strip in zip(side.strips, came, strict=False):
                 taps = gw.narrow(side.d, s.first, s.taps)
                 taps.add_(next(kept) if both else of_strip(side, s, strip, False, True)[1])
         return gx, gw, gb, None

@@ -13,7 +13,7 @@ import numpy as np
 from ..cache import cached
 from ..cuts import table
 from ..spec import Spec
-from .halo import Halo, Settings, Side, Strip, beside
+from .halo import Halo, Settings, Side, Strip, beside, ends
 from .overlap import route
 from .sliding import Reads
 from .windows import Reach, Stencil
@@ -44,15 +44,15 @@ def reached(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Reached | Non
     neighbours alone do.
     """
     dim, me = spec.dims[d], spec.index[d]
-    edges, ends, stride = dim.edges, reach.dim.edges, stencil.stride
+    edges, out, stride = dim.edges, reach.dim.edges, stencil.stride
     a, b = edges[:-1], edges[1:]
-    start = ends[:-1] - (a * stride - stencil.before)
-    behind = (b - 1) * stride - stencil.before + stencil.extent - ends[1:]
+    start = out[:-1] - (a * stride - stencil.before)
+    behind = (b - 1) * stride - stencil.before + stencil.extent - out[1:]
     # rows outside are zeros, which reach nothing
     windows = table(reach.windows).clip(0, dim.size)
     above, below = (a - windows[:, 0]).clip(0), (windows[:, 1] - b).clip(0)
     sizes = b - a
-    served = (start >= 0) & (behind >= 0) & (np.diff(ends) > 0) & (sizes > 0)
+    served = (start >= 0) & (behind >= 0) & (np.diff(out) > 0) & (sizes > 0)
     served &= stencil.extent >= stride
     if not served.all() or (above[1:] > sizes[:-1]).any() or (below[:-1] > sizes[1:]).any():
         return None
@@ -96,7 +96,7 @@ def laid_transposed(spec: Spec, reads: Reads, joined: Settings) -> tuple[Halo | 
         fetched = _along(fetched, d, joined.padding[i], (joined.more or ())[i], crop)
         _, way, _ = route(spec, d, reach)
         sides.append(
-            Side(d, way, way.back(), own.up, own.down, own.above, own.below, tuple(strips))
+            Side(d, way, way.back(), ends(own.up, own.down), own.above, own.below, tuple(strips))
         )
         reaches.append((d, reach))
         inner = _all(inner, d, own.start + own.above * stencil.stride, rows)

@@ -38,7 +38,7 @@ from .reduce import count
 def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
     """The input with nothing partial; a plain one lies whole on the mesh of another operand."""
     if isinstance(input, ShardTensor):
-        return reduced(input)
+        return reduced(input) if input._spec.partial else input
     mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
     return wrap(input, Spec.whole(mesh, input.shape))
 
@@ -100,7 +100,9 @@ def batch_norm(
         ))  # fmt: skip
     if len(spec.dims) < 2:
         raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
-    running = [buffer("batch_norm", r) for r in (running_mean, running_var)]
+    running = [running_mean, running_var]
+    if isinstance(running_mean, ShardTensor) or isinstance(running_var, ShardTensor):
+        running = [buffer("batch_norm", r) for r in running]
     channels = spec.dims[1]
     for w in (weight, bias):
         if w is not None and w.numel() != channels.size:
@@ -127,7 +129,7 @@ def batch_norm(
         return wrap(y, spec)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
-    tracked = any(r is not None for r in running)
+    tracked = running[0] is not None or running[1] is not None
     moved = None if channels.axes else Running(running[0], running[1], momentum)
     try:
         y = normalise(local, w, b, way, kept if tracked else None, moved)

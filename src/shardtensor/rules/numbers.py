@@ -99,7 +99,9 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
 
 def move(x: Tensor, values: Numbers, by: float) -> None:
     """Bring x, which has no gradient, a part of the way to values."""
-    if isinstance(values, Tensor) or x.dtype not in _DTYPES or not on_host(x):
+    # as `on_host`
+    here = type(x) in READ and x.dtype in _DTYPES and x.device.type == "cpu"
+    if isinstance(values, Tensor) or not here:
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
     into: Any = _zeros(x) if type(x) is probe.FakeTensor else np.from_dlpack(x.detach())

@@ -274,7 +274,7 @@ class _Cut(torch.autograd.Function):
 def start(route: Route, like: Tensor, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Send parts, rank by rank; calling what it returns gives those that came, rank by rank."""
     p = _parcels(route, like.shape, like.element_size())
-    return wire.start_parcels([x.contiguous() for x in parts], p, like, route.group, "halo")
+    return wire.start_parcels(list(parts), p, like, route.group, "halo")
 
 
 @cached

@@ -75,11 +75,11 @@ def _wrap_all(out: Any, spec: Spec) -> Any:
 def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """func on local tensors of operands that broadcast, cut alike."""
     name = func.__name__
-    named = [k for k, v in kwargs.items() if isinstance(v, Tensor)]
-    at = [i for i, v in enumerate(args) if isinstance(v, Tensor)]
-    tensors = [reduced(x) for x in (
-        *(args[i] for i in at), *(kwargs[k] for k in named)
-    )]  # fmt: skip
+    # loops: a comprehension is a call of Python
+    given, named, tensors = [*args], {**kwargs}, list[Tensor]()
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            tensors.append(reduced(x))
     in_place = is_in_place(func)
     spec, wanted = align(*tensors)
     if in_place:
@@ -107,9 +107,14 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = _summed_into(values, tensors, wanted, spec)
         if result is not None:
             return wrap(result, spec)
-    inside = [values[at.index(i)] if i in at else a for i, a in enumerate(args)]
-    more = {k: values[len(at) + named.index(k)] if k in named else v for k, v in kwargs.items()}
-    result = func(*inside, **more)
+    found = iter(values)
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor):
+            given[i] = next(found)
+    for key, x in kwargs.items():
+        if isinstance(x, Tensor):
+            named[key] = next(found)
+    result = func(*given, **named)
     if in_place:
         return target
     made = _wrap_all(result, spec)

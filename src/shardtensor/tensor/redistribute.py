@@ -394,7 +394,7 @@ def fit(mesh: DeviceMesh, varying: Sequence[int], *operands: tuple[Tensor | None
             alike.setdefault(same, []).append(i)
     for axes, picked in alike.items():
         group = comm.group(mesh, axes)
-        given: list[Any] = [found[i] for i in picked]
+        given: list[Any] = found if len(picked) == len(found) else [found[i] for i in picked]
         for i, value in zip(picked, comm.vary(given, group, mesh), strict=True):
             found[i] = value
     return tuple(found)
