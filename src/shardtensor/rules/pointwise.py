@@ -76,7 +76,7 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """func on local tensors of operands that broadcast, cut alike."""
     name = func.__name__
     # loops: a comprehension is a call of Python
-    given, named, tensors = [*args], {**kwargs}, list[Tensor]()
+    given, named, tensors = [*args], {**kwargs}, list[Any]()
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             tensors.append(reduced(x))
