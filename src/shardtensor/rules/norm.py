@@ -100,9 +100,7 @@ def batch_norm(
         ))  # fmt: skip
     if len(spec.dims) < 2:
         raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
-    running = [running_mean, running_var]
-    if isinstance(running_mean, ShardTensor) or isinstance(running_var, ShardTensor):
-        running = [buffer("batch_norm", r) for r in running]
+    running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
     channels = spec.dims[1]
     for w in (weight, bias):
         if w is not None and w.numel() != channels.size:
