@@ -187,6 +187,41 @@ WRITTEN = {
 }  # fmt: skip
 
 
+def turned(change):
+    """A view of a tensor that then takes another shape in place; writes to both after it."""
+
+    def fn(x):
+        base = x * x
+        view = base.t()
+        change(base)
+        with torch.no_grad():
+            base.sub_(1)
+        view.relu_()
+        return base.pow(3).sum() + view.roll(1, 0).pow(3)
+
+    return fn
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 0, 3)])
+@pytest.mark.parametrize(
+    "change", [lambda b: b.t_(), lambda b: b.unsqueeze_(0), lambda b: b.swapaxes_(0, 1)]
+)
+def test_views_of_what_takes_another_shape(change, sizes):
+    held(turned(change), rand(5, 4), sizes)
+
+
+def test_another_shape_is_a_write():
+    def run():
+        x = st.distribute_tensor(rand(5, 4), make_mesh((2,)), [Shard(0)]).requires_grad_()
+        y = x * 2
+        saved = y * y
+        y.t_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
+
+    simulate(2, run)
+
+
 @pytest.mark.parametrize("sizes", [(3, 2), (2, 0, 3)])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_views_that_are_written_to(name, sizes):

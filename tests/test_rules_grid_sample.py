@@ -143,3 +143,14 @@ def compiled():
 
 def test_compiled():
     st.simulate(2, compiled)
+
+
+def nameless():
+    x = st.distribute_tensor(random(1, 2, 6, 4), make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    for way in ((-1, 0), (3, 0), (0, -9), (0, 3)):
+        with pytest.raises(st.UnsupportedOpError, match="no name"):
+            torch.grid_sampler(x, places(1, 4, 3, 2), *way, False)
+
+
+def test_modes_that_have_no_name():
+    st.simulate(2, nameless)

@@ -55,3 +55,14 @@ def small():
 
 def test_small():
     st.simulate(2, small)
+
+
+def test_numbers_as_masks_of_an_index():
+    index, mask = torch.tensor([2, 9, 0, -1]), torch.tensor([2, 0, 1, -3])
+    fn = torch.ops.aten._unsafe_masked_index
+    T.hold(
+        lambda x, m: fn(x, m, [index], 0.5),
+        [torch.arange(4.0), mask],
+        [T.shard(0), T.shard(0)],
+        (2,),
+    )

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _torch, comm
 from ..cache import cached
 from ..comm.constants import constant
+from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
@@ -89,6 +90,9 @@ def _check(x: Tensor, g: Tensor, way: Way) -> None:
             f"{n} coordinates, but got input with sizes {list(x.shape)} and grid with sizes "
             f"{list(g.shape)}"
         )
+    if not (0 <= way.mode <= 2 and 0 <= way.padding <= 2):
+        # torch asks only in F.grid_sample, where they are names
+        raise UnsupportedOpError("grid_sampler of a mode that has no name: use F.grid_sample")
     if n == 3 and way.mode == BICUBIC:
         # torch before 2.15 refuses it
         one = torch.zeros((1, 1, 1, 1, 1), dtype=x.dtype, device=x.device)

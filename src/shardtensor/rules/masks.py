@@ -160,7 +160,7 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 @rule("_unsafe_masked_index")
 def unsafe_masked_index(input: Tensor, mask: Tensor, indices: Any, fill: Any) -> Tensor:
     """input[indices] where the mask is true, whatever the other indices are; fill elsewhere."""
-    return torch.where(mask, input[_clamped(input, indices)], fill)
+    return input[_clamped(input, indices)].masked_fill(~mask.bool(), fill)
 
 
 @rule("_unsafe_masked_index_put_accumulate")
@@ -174,7 +174,7 @@ def unsafe_masked_index_put_accumulate(
     return torch.ops.aten.index_put(
         input,
         [e if isinstance(e, Tensor) else None for e in index],
-        values.masked_fill(~mask, 0),
+        values.masked_fill(~mask.bool(), 0),
         True,
     )
 

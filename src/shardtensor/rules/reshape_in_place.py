@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..dispatch.writes import reshaped_in_place
 from ..errors import UnsupportedOpError
@@ -25,15 +23,20 @@ def _refuse_hidden(x: ShardTensor, op: str) -> None:
         )
 
 
-def _changed(
-    x: ShardTensor, op: str, change: Callable[[Tensor], Any], dims: tuple[Dim, ...]
-) -> ShardTensor:
-    """x after change(its local tensor), which leaves it in these dims."""
+def _changed(x: ShardTensor, op: str, args: tuple[Any, ...], dims: tuple[Dim, ...]) -> ShardTensor:
+    """x after op(its local tensor, *args), which leaves it in these dims."""
     _refuse_hidden(x, op)
     spec = Spec(x._spec.mesh, dims, x._spec.partial)
     if x._strides is not None or x._spec.thin:
-        x._strides = layout.Strides.of(spec.shape, layout.after(x, change))
-    change(x._local)
+        x._strides = layout.Strides.of(
+            spec.shape, layout.after(x, lambda whole: getattr(whole, op)(*args))
+        )
+    if x._local.grad_fn is None:
+        getattr(x._local, op)(*args)
+    else:
+        # others that are views of it may be taken anew, of the shape that they know
+        torch.autograd.graph.increment_version(x._local)
+        x._local = getattr(x._local, op[:-1])(*args)
     x._spec, x._slice = spec, None
     reshaped_in_place(x, op)
     return x
@@ -46,7 +49,7 @@ def transpose_(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
     a, b = _index(dim0, input.ndim), _index(dim1, input.ndim)
     dims = list(input._spec.dims)
     dims[a], dims[b] = dims[b], dims[a]
-    return _changed(input, "transpose_", lambda local: local.transpose_(a, b), tuple(dims))
+    return _changed(input, "transpose_", (a, b), tuple(dims))
 
 
 @rule("t_")
@@ -54,7 +57,7 @@ def t_(input: ShardTensor) -> ShardTensor:
     if input.ndim > 2:
         raise RuntimeError(f"t_() expects a tensor with <= 2 dimensions, but self is {input.ndim}D")
     if input.ndim < 2:
-        return _changed(input, "t_", lambda local: local, input._spec.dims)
+        return _changed(input, "t_", (), input._spec.dims)
     return transpose_(input, 0, 1)
 
 
@@ -62,7 +65,7 @@ def t_(input: ShardTensor) -> ShardTensor:
 def unsqueeze_(input: ShardTensor, dim: int) -> ShardTensor:
     d = _index(dim, input.ndim + 1)
     dims = input._spec.insert(d, Dim(1)).dims
-    return _changed(input, "unsqueeze_", lambda local: local.unsqueeze_(d), dims)
+    return _changed(input, "unsqueeze_", (d,), dims)
 
 
 @rule("squeeze_")
@@ -72,7 +75,7 @@ def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
     gone = tuple(d for d in chosen if input.shape[d] == 1)
     if not any(input._spec.dims[d].axes for d in gone):
         dims = input._spec.drop(gone).dims
-        return _changed(input, "squeeze_", lambda local: local.squeeze_(gone), dims)
+        return _changed(input, "squeeze_", (gone,), dims)
     if input.is_leaf and input.requires_grad:
         if torch.is_grad_enabled():
             raise RuntimeError(
