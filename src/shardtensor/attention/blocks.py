@@ -75,10 +75,9 @@ def forward(
         if mask.dtype is torch.bool:
             return _where_seen(mask, out, lse)
         return _of_numbers(q, k, block, out, lse, top)
-    blind = _blind(q, lse, rule)
-    if mask is None and blind is None and coarse_rows(lse) is None:
+    if mask is None and _usual(lse):
         return out, lse
-    hidden = None
+    blind, hidden = _blind(q, lse, rule), None
     sums = torch.stack((lse, torch.ones_like(lse)))
     if block.bias is not None:
         most = _most(block.bias)
@@ -187,6 +186,15 @@ def is_counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 def _looked_at(lse: Tensor) -> bool:
     """Whether the digits of log-sum-exps are asked for."""
     return lse.device.type == "cpu" and not probe.is_fake(lse)
+
+
+def _usual(lse: Tensor) -> bool:
+    """Whether no log-sum-exp has lost digits or is 0: one kernel where all are on one side of 0."""
+    if not lse.numel():
+        return True
+    low, high = (x.item() for x in lse.aminmax())
+    coarse = COARSE[lse.dtype]
+    return -coarse <= low and high <= coarse and (low > 0 or high < 0 or bool(lse.all()))
 
 
 def _blind(q: Tensor, lse: Tensor, rule: Rule) -> Tensor | None:
