@@ -1,8 +1,8 @@
 """Functions of torch.nn.functional that ask who overrides them, then call one op: its handler.
 
 Calling their body, as `resolve.opened` does, comes back through `__torch_function__` for the op:
-four to seven calls of Python more. What is not as torch hands it over, and what the body refuses,
-goes there all the same.
+four to seven calls of Python more. What is not as torch hands it over, and what the body or the
+arguments of the op refuse, goes there all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from ..registry import Handler, handlers
 from ..tensor import ShardTensor
+
+_SHAPES, _INT = (tuple, list, torch.Size), frozenset({int})
 
 
 def relu(body: Handler) -> Handler:
@@ -34,6 +36,8 @@ def dropout(body: Handler) -> Handler:
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) != 1 or kwargs.keys() != names or not 0.0 <= kwargs["p"] <= 1.0:
             return body(func, args, kwargs)
+        if type(kwargs["training"]) is not bool:
+            return body(func, args, kwargs)
         op = torch.dropout_ if kwargs["inplace"] else torch.dropout
         return handlers[op](op, (args[0], kwargs["p"], kwargs["training"]), {})
 
@@ -45,6 +49,8 @@ def layer_norm(body: Handler) -> Handler:
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) != 2 or kwargs.keys() != names:
+            return body(func, args, kwargs)
+        if type(args[1]) not in _SHAPES or not _INT.issuperset(map(type, args[1])):
             return body(func, args, kwargs)
         # torch has no use for the last
         given = *args, kwargs["weight"], kwargs["bias"], kwargs["eps"], True
@@ -61,6 +67,8 @@ def batch_norm(body: Handler) -> Handler:
         if type(x) is not ShardTensor or len(args) != 3 or kwargs.keys() != names:
             return body(func, args, kwargs)
         shape, training, eps = x._spec.shape, kwargs["training"], kwargs["eps"]
+        if type(training) is not bool or type(kwargs["momentum"]) is not float:
+            return body(func, args, kwargs)
         # of one value a channel, or such an eps, torch learns nothing
         if len(shape) < 2 or eps <= 0.0 or (training and prod(shape) <= shape[1]):
             return body(func, args, kwargs)
