@@ -33,6 +33,12 @@ def _groups(state: Any) -> list[Any]:
     return [g for g in groups if g is not None]
 
 
+def _params_of(root: Any) -> list[Any]:
+    """FSDP2's parameters of a called model, by its state."""
+    every = root._state_ctx.all_states
+    return [p for each in every for group in _groups(each) for p in group.fsdp_params]
+
+
 def _fsdp_params() -> Iterator[Any]:
     for module in list(_module_state_mapping):
         for group in _groups(_get_module_state(module)):
@@ -64,13 +70,7 @@ def hooked_fsdp(root: torch.nn.Module) -> list[str]:
     """Names of parameters of a called FSDP2 model that have hooks of register_hook, which no
     backward calls: FSDP2 puts gradients to their shards by itself.
     """
-    state: Any = _get_module_state(root)
-    params = (
-        p
-        for each in state._state_ctx.all_states
-        for group in _groups(each)
-        for p in group.fsdp_params
-    )
+    params = _params_of(_get_module_state(root))
     return [p._param_fqn or "a parameter" for p in params if p.sharded_param._backward_hooks]
 
 
@@ -95,8 +95,7 @@ def mend_fsdp(root: torch.nn.Module) -> None:
             "a forward or backward of this FSDP2 model broke off, and this torch can not mend it: "
             "make the model anew and load its weights, or use torch 2.13 or newer"
         )
-    every = state._state_ctx.all_states
-    params = [p for each in every for group in _groups(each) for p in group.fsdp_params]
+    params = _params_of(state)
     # torch 2.15 drops what passes before the broken one left there
     kept = [(p.sharded_param, p.sharded_param.grad) for p in params]
     state._reset_iter_state()
