@@ -1,6 +1,7 @@
 """`tiled` without gradients: parts that do not meet, where all that the model does is local."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models import UNet
 from torch import nn
 
 import shardtensor as st
-from shardtensor.paged import alone, pager
+from shardtensor.paged import alone, pager, ranks
 from shardtensor.ranks.simulate import Turns
 
 BUDGET = 2**12
@@ -250,6 +251,26 @@ def test_parts_meet_where_they_must(name, tmp_path):
     model, x = copy.deepcopy(MEETING[name]).double(), torch.randn(1, 2, 36, 6).double()
     run = held(model, (x,), 3, 2, tmp_path, 2**9)
     assert run.halo is None or name == "a part is written"
+
+
+DRAWS = {
+    "dropout": (lambda x: F.dropout(x, 0.5), True),
+    "noise": (torch.rand_like, True),
+    "what all parts have": (lambda x: x * torch.rand(6), False),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_parts_whose_draws_are_their_own_meet(name, tmp_path, monkeypatch):
+    # as on a GPU, where no part can draw what one device does
+    monkeypatch.setattr(ranks, "match_single_device", nullcontext)
+    draw, meet = DRAWS[name]
+    model = Net(lambda m, x: draw(m["a"](x)), a=conv(2, 3, 1))
+    run = st.tiled(model, 3, 2, memory=2**9, spill=tmp_path)
+    with torch.no_grad():
+        y = run(torch.ones(1, 2, 36, 6))
+    assert (run.halo is None) == meet
+    assert meet != y[:, :, :12].equal(y[:, :, 12:24])
 
 
 def test_buffers_and_calls_are_counted_once(tmp_path):

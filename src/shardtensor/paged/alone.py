@@ -35,6 +35,7 @@ from ..ranks.simulate import random_states, restore
 from ..settings import setting
 from ..spec import ALONE, Spec
 from ..tensor import ShardTensor
+from ..tensor.random import matching
 from ..tensor.redistribute import local_of, reduced
 from ..tensor.shard_tensor import wrap
 from .call import OneCall
@@ -317,8 +318,8 @@ class Alone(OneCall):
         what needs others.
         """
         counts, begin = Meeting(len(self.rows)), random_states()
-        # what is drawn does not matter
-        with setting("matching", False):
+        # what is drawn does not matter here; parts draw what one device does, or must meet
+        with setting("any draw", matching()), setting("matching", False):
             made = self._run(replica(self.model), mesh, at, halo, counts)
             tensors = [local_of(y) for y in made.outputs if isinstance(y, Tensor)]
             ends = [y for y in tensors if y.requires_grad]

@@ -21,7 +21,7 @@ from .. import _torch, comm
 from .._torch import probe
 from ..cache import capturing
 from ..comm import wire
-from ..errors import UnsupportedOpError
+from ..errors import RankError, UnsupportedOpError
 from ..settings import current, setting
 from ..spec import Spec
 from . import layout
@@ -66,6 +66,8 @@ def generator_for(
             f"a draw for {spec} that match_single_device cannot repeat: leave the block around it, "
             "or draw on a plain tensor and distribute it"
         )
+    if spec.alone and not current("any draw", False):
+        raise RankError(f"a draw for {spec} would be the same in all parts, which do not meet")
     if tape() is not None:
         raise UnsupportedOpError(
             f"a draw for {spec} that depends on values cannot be compiled: leave it out of "
