@@ -213,6 +213,17 @@ def test_what_only_moves_keeps_its_strides():
     simulate(2, run)
 
 
+@pytest.mark.parametrize("change", [lambda x: x.transpose_(0, 1), lambda x: x.unsqueeze_(0)])
+def test_a_leaf_that_is_refused_lies_as_before(change):
+    def run():
+        s = st.distribute_tensor(X, make_mesh((3,)), [Shard(0)]).requires_grad_()
+        with pytest.raises(RuntimeError, match="leaf Variable"):
+            change(s)
+        assert s.stride() == X.stride() and s.is_contiguous()
+
+    simulate(3, run)
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (2, 1), (0, 1, 2)])
 def test_writes_to_expanded_rows_raise_alike(sizes):
     def fail(x):

@@ -237,7 +237,7 @@ def _flattened(spec: Spec, stride: Stride, start_dim: int, end_dim: int) -> Resh
 @rule("ravel")
 def ravel(input: ShardTensor) -> ShardTensor:
     # torch copies what has gaps, even those that a view could have
-    x: Any = input.contiguous()
+    x: Any = input if _laid(input) is None else input.contiguous()
     return _reshape(x, [-1] if x.numel() else [0], "ravel", False)
 
 

@@ -27,16 +27,18 @@ def _changed(x: ShardTensor, op: str, args: tuple[Any, ...], dims: tuple[Dim, ..
     """x after op(its local tensor, *args), which leaves it in these dims."""
     _refuse_hidden(x, op)
     spec = Spec(x._spec.mesh, dims, x._spec.partial)
+    lies = None
     if x._strides is not None or x._spec.thin:
-        x._strides = layout.Strides.of(
-            spec.shape, layout.after(x, lambda whole: getattr(whole, op)(*args))
-        )
+        lies = layout.after(x, lambda whole: getattr(whole, op)(*args))
     if x._local.grad_fn is None:
         getattr(x._local, op)(*args)
     else:
         # others that are views of it may be taken anew, of the shape that they know
         torch.autograd.graph.increment_version(x._local)
         x._local = getattr(x._local, op[:-1])(*args)
+    # torch refuses leaves, which stay as they were
+    if lies is not None:
+        x._strides = layout.Strides.of(spec.shape, lies)
     x._spec, x._slice = spec, None
     reshaped_in_place(x, op)
     return x
