@@ -142,8 +142,10 @@ def test_what_a_new_index_takes(again, monkeypatch):
         assert peak_bytes(lambda: x[new]) < (6.5 if again else 4.5) * share
 
 
-def test_a_long_index_is_compared_exactly(monkeypatch):
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_long_index_is_compared_exactly(waits, monkeypatch):
     monkeypatch.setattr(routes, "_LONG", 0)
+    monkeypatch.setattr(routes, "waits", lambda x: waits)
     at = torch.arange(N)
     for other, same in ((at.clone(), True), (at + 2**32, False), (at.flip(0), False)):
         assert routes._same(routes._copy(at), other) == same

@@ -254,11 +254,12 @@ def _combined(
 
 def _along(local: Tensor, d: int, m: int, scale: float | None, way: Way) -> Tensor:
     """A plain image with m rows along one dim, by a kernel for lines where there is one."""
-    n, lines = local.shape[d], local.flatten(1, -2)
+    n = local.shape[d]
     if d < local.ndim - 1 or not (way.antialias or way.mode.endswith("linear")):
         taps = _map(Dim(n, (), (n,)), 0, m, scale, way)
         start, stop = taps.reach.windows[0]
         return _weighted(local.narrow(d, start, stop - start), d, taps)
+    lines = local.flatten(1, -2)
     if way.antialias:
         found = _kernel(lines.unsqueeze(2), [1, m], [None, scale], way, m > 1)
     else:
