@@ -43,6 +43,11 @@ class Rows(list):
     pass
 
 
+class Two(tuple):
+    def __new__(cls, x, y):
+        return super().__new__(cls, (x, y))
+
+
 class Known:
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -59,6 +64,7 @@ MAKE = {
     "mapping": lambda x, y: MappingProxyType({"x": x, "y": y}),
     "namedtuple": lambda x, y: Pair(x, {0: y}),
     "class of list": lambda x, y: Rows([x, y]),
+    "class of tuple": Two,
     "deque": lambda x, y: deque([x, y]),
     "dataclass": lambda x, y: Sample(x, [y]),
     "frozen": lambda x, y: Fixed(x, Sample(y)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +80,9 @@ def _set(tree: Any, names: list[str]) -> Callable[[list[Any]], Any]:
 
 def _sequence(tree: list[Any] | tuple[Any, ...]) -> Callable[[list[Any]], Any]:
     if isinstance(tree, tuple):
-        return type(tree)
+        kind = type(tree)
+        # a __new__ of Python's may take other arguments
+        return partial(tuple.__new__, kind) if isinstance(kind.__new__, FunctionType) else kind
     empty = copy.copy(tree)
     empty.clear()
 
