@@ -43,6 +43,31 @@ def test_all_ranks_raise(run):
     assert found == [want] * 3
 
 
+class Größe(torch.autograd.Function):
+    """In whose name some letters are two bytes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.abs()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0] / ctx.saved_tensors[0].abs()
+
+
+@pytest.mark.filterwarnings("ignore:Error detected|Anomaly")
+def test_names_of_any_letters_are_told():
+    def named():
+        x = torch.tensor([1.0, 1.0, 0.0], dtype=D)
+        x = st.distribute_tensor(x, make_mesh((3,)), [Shard(0)], src_data_rank=None)
+        with pytest.raises(RuntimeError, match=r"'GrößeBackward' returned nan values.*on rank 2"):
+            Größe.apply(x.requires_grad_()).cumsum(0).sum().backward()
+
+    with torch.autograd.detect_anomaly():
+        st.simulate(3, named)
+
+
 def told():
     x = st.distribute_tensor(torch.zeros(2, dtype=D), make_mesh((1,)), [Shard(0)]).requires_grad_()
     with (

@@ -24,7 +24,7 @@ from .apart import told
 from .nodes import raw, spec_of
 from .shard_tensor import ShardTensor
 
-# characters of a node's name that are told
+# bytes of a node's name that are told
 _LENGTH = 64
 # backwards that look for NaNs now, whose own search of torch's is off: a setting of the process,
 # in which simulated ranks are threads
@@ -116,10 +116,11 @@ def _tell(found: list[tuple[Any, int]], mesh: DeviceMesh) -> None:
     """Raise on all ranks of the mesh what the first of them has found."""
     mine = [0] * (_LENGTH + 1)
     for name, place in found[:1]:
-        mine[: len(name) + 1] = place + 1, *name.encode()[:_LENGTH]
+        text = name.encode()[:_LENGTH]
+        mine[: len(text) + 1] = place + 1, *text
     group = comm.group(mesh, tuple(range(mesh.ndim)))
-    for rank, (place, *text) in enumerate(wire.all_gather_numbers(mine, mesh.device_type, group)):
+    for rank, (place, *sent) in enumerate(wire.all_gather_numbers(mine, mesh.device_type, group)):
         if place:
-            name = bytes(text).rstrip(b"\0").decode()
+            name = bytes(sent).rstrip(b"\0").decode(errors="replace")
             what = f"Function '{name}' returned nan values in its {place - 1}th output"
             raise told(RuntimeError(f"{what}, on rank {rank}"))
