@@ -44,6 +44,8 @@ UNDEFINED = {
 
 # torch's own gives something else with `out=`, or has an argument for each result
 OTHER_OUT = {"fft.ihfftn", "_batch_norm_with_update"}
+# torch's own resizes what it is to write to
+RESIZES = {"addbmm"}
 # second derivatives: the kernel of attention that torch takes on CPUs has none; that of the other moves by
 # 1e-8 where its input moves by one rounding
 ONCE = {"nn.functional.scaled_dot_product_attention", "pca_lowrank"}
@@ -154,7 +156,7 @@ class Case:
         self.way = rng.choice(WAYS)
         if self.way == "out" and (not self.op.supports_out or self.op.name in OTHER_OUT):
             self.way = "value"
-        if self.way == "in place" and self.op.get_inplace() is None:
+        if self.way == "in place" and (self.op.get_inplace() is None or self.op.name in RESIZES):
             self.way = "second"
         if self.way == "mistake" and self.op.error_inputs_func is None:
             self.way = "second"
