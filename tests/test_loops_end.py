@@ -85,7 +85,7 @@ print("ended in order")
     "loop, case, why",
     [
         ("lightning", "index", "rank 1 raised IndexError: index out of range in self"),
-        ("lightning", "nan", "rank 0 raised RuntimeError: Function 'MulBackward0' returned nan"),
+        ("lightning", "nan", "'MulBackward0' returned nan values in its 0th output, on rank 0"),
         ("accelerate", "index", "rank 1 raised IndexError: index out of range in self"),
         ("accelerate", "alone", "takes each of 2 ranks for the only process"),
         ("accelerate", "well", ""),

@@ -192,8 +192,8 @@ def _usual(lse: Tensor) -> bool:
     """Whether no log-sum-exp has lost digits or is 0: one kernel where all are on one side of 0."""
     if not lse.numel():
         return True
-    low, high = (x.item() for x in lse.aminmax())
-    coarse = COARSE[lse.dtype]
+    least, most = lse.aminmax()
+    low, high, coarse = least.item(), most.item(), COARSE[lse.dtype]
     return -coarse <= low and high <= coarse and (low > 0 or high < 0 or bool(lse.all()))
 
 
