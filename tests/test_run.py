@@ -8,7 +8,7 @@ import yaml
 from forked import Program
 
 import shardtensor as st
-from shardtensor.cli.run import _count
+from shardtensor.cli.run import _count, _is_of_an_end
 from shardtensor.train.launch import _asked
 
 MAIN = "from shardtensor.cli import main; main()"
@@ -54,6 +54,13 @@ def test_the_first_error_alone(tmp_path):
     assert code == 1
     assert text.count("rank 1 of 2 failed") == text.count("KeyError: 'of rank one'") == 1
     assert "rank 0 of 2" not in text and text.count("UserWarning: of rank 0") == 1
+
+
+@pytest.mark.parametrize("before", ["", "[rank0]: "])
+def test_lines_that_begin_an_error(before):
+    """Torch's hook for exceptions begins each line with the rank, once there is a group."""
+    assert _is_of_an_end(f"{before}Traceback (most recent call last):\n")
+    assert not _is_of_an_end(f"{before}epoch 3: Traceback is a word\n")
 
 
 def test_sizes_that_do_not_fit(monkeypatch):

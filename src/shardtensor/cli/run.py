@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -144,7 +145,8 @@ class Rank:
 def _is_of_an_end(line: str) -> bool:
     """Whether a line begins what a rank says of an error, its own or another's."""
     other = line.startswith("shardtensor: ") and line.rstrip().endswith(" ends.")
-    return other or line.startswith("Traceback (most recent call last)")
+    # torch's own hook for exceptions begins lines with the rank
+    return other or bool(re.match(r"(\[rank\d+\]: )?Traceback \(most recent call last\)", line))
 
 
 def _first(ranks: list[Rank]) -> Rank | None:

@@ -75,12 +75,6 @@ class ShardNode(Node):
             found[self.place] = _Facts(self.spec, found[self.place])
         return found
 
-    @property
-    def variable(self) -> Any:
-        """The leaf whose gradient the node accumulates, if the node was found by that leaf."""
-        local = self.node.variable
-        return self._refuse("variable") if self._leaf is None else self._leaf(local)
-
     def _sequence_nr(self) -> int:
         return _torch.number_of(self.node)
 
@@ -142,6 +136,12 @@ class ShardNode(Node):
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name == "variable":
+            local = self.node.variable
+            if self._leaf is None:
+                # what walks a graph asks whether a node has one
+                raise AttributeError("variable of a node that was not found by its leaf")
+            return self._leaf(local)
         if name.startswith(("_saved_", "_raw_saved_")):
             found = getattr(self.node, name)
             return found if self._plain() else self._refuse(name)
