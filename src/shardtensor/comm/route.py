@@ -24,7 +24,7 @@ from .rows import Ints, exchange_rows, repeated, requests_in_order
 # least
 ROUNDS = 16
 ROUND = 2**22
-# entries that are copied to places of 8 bytes at a time
+# entries at least that are copied to places of 8 bytes at a time
 _SOME = 2**16
 # what a number of 4 bytes does not hold
 _LONG = 2**31
@@ -105,7 +105,8 @@ def _within(come: Tensor, lengths: Tensor) -> Tensor:
     places = torch.arange(len(come), dtype=come.dtype, device=come.device)
     places -= repeated((lengths.cumsum(0) - lengths).to(come.dtype), lengths, len(come))
     found = torch.empty_like(come)
-    for at, place in zip(come.split(_SOME), places.split(_SOME), strict=True):
+    some = max(_SOME, -(-len(come) // ROUNDS))
+    for at, place in zip(come.split(some), places.split(some), strict=True):
         found.index_copy_(0, at.long(), place)
     return found
 
