@@ -165,8 +165,10 @@ def test_second_derivatives(apart):
     assert apart.passes == 3
 
 
-def test_a_graph_of_gradients_is_made_on_one_thread(monkeypatch):
+@pytest.mark.parametrize("ranks", [False, True])
+def test_ranks_make_a_graph_of_gradients_on_one_thread(ranks, monkeypatch):
     """As each thread counts the nodes it makes, and the engine goes by these numbers."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ranks)
     threads, engine = [], Variable._execution_engine
 
     class Engine:
@@ -177,7 +179,8 @@ def test_a_graph_of_gradients_is_made_on_one_thread(monkeypatch):
     monkeypatch.setattr(Variable, "_execution_engine", Engine())
     second(normal(1, 2, 7).requires_grad_())
     torch.autograd.backward(second(normal(1, 2, 7).requires_grad_()).requires_grad_().sum())
-    assert threads == [False, True, False, True, True] and torch._C._is_multithreading_enabled()
+    assert threads == [not ranks, True, not ranks, True, True]
+    assert torch._C._is_multithreading_enabled()
 
 
 class Net(nn.Module):

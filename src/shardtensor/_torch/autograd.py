@@ -85,7 +85,7 @@ def install_engine_hook(
         create_graph, anomalies = len(args) >= 2 and args[1], torch.is_anomaly_enabled()
         under_way.append(sys._getframe())
         try:
-            if create_graph or anomalies:
+            if anomalies or (create_graph and torch.distributed.is_initialized()):
                 # Nodes that are ready run in the order in which they were made, as each thread
                 # counts. Those of two threads would run in another where a shard takes other nodes
                 looking = around(outputs) if anomalies else nullcontext()
