@@ -203,7 +203,7 @@ def no_default_device():
     before = torch.get_default_device()
     torch.set_default_device(None)
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(None if before.type == "cpu" else before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
