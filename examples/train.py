@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import UNet, ViT
 from rich.progress import Progress
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -93,16 +92,11 @@ def main():
     parser.add_argument("--plain", action="store_true", help="one device, no sharding")
     parser.add_argument("--out", help="where rank 0 writes the results (torch.save)")
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    device = torch.device(device)
-    mesh = None
-    if cuda:
-        torch.cuda.set_device(device)
+    mesh, device = None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not args.plain:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-        dist.init_process_group("nccl" if cuda else "gloo")
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("domain",))
+        # ends the ranks together, too: gloo aborts one now and then that others leave behind
+        mesh, device = st.init()
     first = mesh is None or dist.get_rank() == 0
     results = {}
     with WellFile(args.data) as file, Progress(disable=not first) as bar:
