@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..containers import each, leaves, tensors
+from ..containers import each, leaves
 from ..later import dt
 from ..tensor import ShardTensor
 from ..train import whole
@@ -215,7 +215,7 @@ class Accelerator(accelerate.Accelerator):
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         data = full(input_data)
-        objects = use_gather_object or len(tensors(data)) < len([*leaves(data)])
+        objects = use_gather_object or not all(isinstance(x, Tensor) for _, x in leaves(data))
         if objects:
             found: list[Any] = [None] * self._data.size()
             dist.all_gather_object(found, data, group=self._data.get_group())

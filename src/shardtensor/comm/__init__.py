@@ -154,9 +154,8 @@ def split(x: Tensor, dim: int, sizes: Sequence[int], group: str, read: bool = Fa
         own: Tensor | None = None if traced else slot.cut(x, dim, cut(sizes), read)
         if own is not None:
             return own
-    if observers.alone():
-        return deferred.rows(x, dim, cut(sizes), group, read)
-    if read and not (learns or _torch.transforming() or _torch.is_tracing()):
+    followed = learns or _torch.transforming() or _torch.is_tracing()
+    if observers.alone() or (read and not followed):
         return deferred.rows(x, dim, cut(sizes), group, read)
     return ops.split(x, dim, cut(sizes), group)
 

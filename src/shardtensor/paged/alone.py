@@ -63,11 +63,7 @@ def without_meeting(
 
     known: the halo of another call of the model, which may do here as well.
     """
-    tables = ["_forward_hooks", "_forward_pre_hooks"]
-    tables += ["_backward_hooks", "_backward_pre_hooks"] * torch.is_grad_enabled()
-    hooked = any(getattr(m, t) for m in model.modules() for t in tables)
-    if hooked or any(probe.global_hooks()):
-        # who looks at parts is to see them as they are
+    if hooked(model):
         return None
     work = Alone(model, parts, dims, pager, given)
     work.known = known
@@ -79,6 +75,13 @@ def without_meeting(
         # errors of the model are raised again where parts meet
         return None
     return None if work.halo is None else work
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether somebody looks at modules: at parts as they are, not at wider ones."""
+    tables = ["_forward_hooks", "_forward_pre_hooks"]
+    tables += ["_backward_hooks", "_backward_pre_hooks"] * torch.is_grad_enabled()
+    return any(getattr(m, t) for m in model.modules() for t in tables) or any(probe.global_hooks())
 
 
 @dataclass

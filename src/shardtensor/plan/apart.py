@@ -15,7 +15,7 @@ from ..comm import groups, observers
 from ..containers import leaves
 from ..observe.network import Network
 from ..observe.trace import trace
-from ..paged.alone import needed
+from ..paged.alone import hooked, needed
 from ..paged.meeting import Meeting
 from ..paged.parts import Cut, check_plain, cut_of, spans_of, widened
 from ..paged.ranks import replica, state
@@ -85,8 +85,7 @@ class _Parts:
         ledger.mark("parameters", self.model.parameters())
 
     def found(self, room: int, device: Device) -> Apart | None:
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        if hooked or any(probe.global_hooks()):
+        if hooked(self.model):
             return None
         halo = needed(
             [self.rows], [self.spans], lambda made: made.largest <= room,
