@@ -114,28 +114,35 @@ def same(got, want):
 
 
 @torch.no_grad()
-def held(model, args, parts, dim, folder, budget=BUDGET, **kwargs):
-    """The tiled model, whose call gave what the plain one gives, and left what that leaves."""
+def called(call, net, args, kwargs):
+    """What a call leaves: outputs, what it was given, buffers, the next random number."""
+    own = copy.deepcopy(args)
+    torch.manual_seed(3)
+    return call(*own, **kwargs), own, list(net.buffers()), torch.rand(2)
+
+
+def held(model, args, parts, dim, folder, budget=BUDGET, leaves=called, **kwargs):
+    """The tiled model, of which leaves(call, net, args, kwargs) is what it is of the plain one."""
     twin = copy.deepcopy(model)
     run = st.tiled(twin, parts, dim, memory=budget, spill=folder)
-    results = []
-    for call, net in ((run, twin), (model, model)):
-        own = copy.deepcopy(args)
-        torch.manual_seed(3)
-        results.append((call(*own, **kwargs), own, list(net.buffers()), torch.rand(2)))
-    same(*results)
+    same(leaves(run, twin, args, kwargs), leaves(model, model, args, kwargs))
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_values_are_those_of_the_plain_model(name, tmp_path, monkeypatch):
+def held_apart(name, folder, monkeypatch, leaves=called):
+    """One of the CASES, whose parts do not meet."""
     if "narrower" in name or "empty" in name:
         monkeypatch.setattr(alone, "MORE", 50.0)
     make, shape, parts, dim = CASES[name]
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
-    run = held(model, (x,), parts, dim, tmp_path, 2**9)
+    run = held(model, (x,), parts, dim, folder, 2**9, leaves)
     assert run.halo is not None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_the_plain_model(name, tmp_path, monkeypatch):
+    held_apart(name, tmp_path, monkeypatch)
 
 
 def test_keywords_masks_and_what_is_the_same_for_all(tmp_path):

@@ -1,8 +1,10 @@
 """`tiled` with gradients: parts that do not meet, made once more in backward."""
 
 import copy
+from functools import partial
 
 import pytest
+import test_tiled_alone
 import torch
 import torch.nn.functional as F
 from test_tiled_alone import CASES, Net, conv, same
@@ -40,23 +42,12 @@ def step(call, net, args, kwargs):
     return outputs, len(learnt), grads, list(net.buffers()), drawn
 
 
-def held(model, args, parts, dim, folder, budget=2**12, **kwargs):
-    """The tiled model, whose step gave what the plain one gives."""
-    twin = copy.deepcopy(model)
-    run = st.tiled(twin, parts, dim, memory=budget, spill=folder)
-    same(step(run, twin, args, kwargs), step(model, model, args, kwargs))
-    return run
+held = partial(test_tiled_alone.held, leaves=step)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_plain_model(name, tmp_path, monkeypatch):
-    if "narrower" in name or "empty" in name:
-        monkeypatch.setattr(alone, "MORE", 50.0)
-    make, shape, parts, dim = CASES[name]
-    torch.manual_seed(0)
-    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
-    run = held(model, (x,), parts, dim, tmp_path, 2**9)
-    assert run.halo is not None
+    test_tiled_alone.held_apart(name, tmp_path, monkeypatch, step)
 
 
 class Rows(nn.Module):

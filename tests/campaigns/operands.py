@@ -145,6 +145,16 @@ def _total(outs: list[Any], seed: float) -> Tensor | None:
     return total
 
 
+def way_of(rng: random.Random, op: Any, ways: list[str], otherwise: str) -> str:
+    """How an op is called; otherwise: in place of "in place", of one that cannot be."""
+    way = rng.choice(ways)
+    if way == "out" and (not op.supports_out or op.name in OTHER_OUT):
+        return "value"
+    if way == "in place" and (op.get_inplace() is None or op.name in RESIZES):
+        return otherwise
+    return way
+
+
 class Case:
     """One sample of an op, and where its operands lie."""
 
@@ -153,11 +163,7 @@ class Case:
     def __init__(self, rng: random.Random) -> None:
         self.mesh = rng.choice(MESHES)
         self.op = rng.choice(_ops())
-        self.way = rng.choice(WAYS)
-        if self.way == "out" and (not self.op.supports_out or self.op.name in OTHER_OUT):
-            self.way = "value"
-        if self.way == "in place" and (self.op.get_inplace() is None or self.op.name in RESIZES):
-            self.way = "second"
+        self.way = way_of(rng, self.op, WAYS, "second")
         if self.way == "mistake" and self.op.error_inputs_func is None:
             self.way = "second"
         if self.way == "second" and self.op.name in ONCE:

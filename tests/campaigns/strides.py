@@ -21,7 +21,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
 import shardtensor as st
-from campaigns.operands import OTHER_OUT, UNDEFINED, Place, _place
+from campaigns.operands import UNDEFINED, Place, _place, way_of
 from shardtensor.comm.formats import FORMATS
 
 MESHES = [(1,), (2,), (2,), (3,), (2, 2)]
@@ -105,11 +105,7 @@ class Case:
     def __init__(self, rng: random.Random) -> None:
         self.mesh = rng.choice(MESHES)
         self.op = rng.choice(_ops())
-        self.way = rng.choice(WAYS)
-        if self.way == "out" and (not self.op.supports_out or self.op.name in OTHER_OUT):
-            self.way = "value"
-        if self.way == "in place" and (self.op.get_inplace() is None or self.op.name == "addbmm"):
-            self.way = "value"
+        self.way = way_of(rng, self.op, WAYS, "value")
         seed = rng.randrange(1 << 30)
         random.seed(seed)
         np.random.seed(seed)
