@@ -20,6 +20,8 @@ import shardtensor as st
 mesh, device = st.init()
 print("mesh", mesh.mesh_dim_names, tuple(mesh.shape), sys.argv[1:], flush=True)
 warnings.warn(f"of rank {dist.get_rank()}")
+# what fails ends the others, which are to have warned
+dist.barrier()
 if sys.argv[1] == "go":
     logging.getLogger().error("got over it", exc_info=KeyError("of a step"))
 if sys.argv[1] == "fail" and dist.get_rank() == 1:
