@@ -81,7 +81,7 @@ apart: .venv/.stamp ## The tests with backward on a thread of its own, as that o
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --backward-apart $(ARGS)
 
 fuzz: .venv/.stamp ## Random programs and campaigns of cases; CASES=20000 tries more
-	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest tests/test_programs.py tests/test_campaigns.py $(ARGS)
+	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/pytest -n $(JOBS) --dist worksteal tests/test_programs.py tests/test_campaigns.py $(ARGS)
 
 campaigns: .venv/.stamp ## docs/campaigns.md, from CASES cases of each campaign
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -W ignore -m campaigns --docs $(CASES) > ../docs/campaigns.md
