@@ -3,25 +3,26 @@
     OMP_NUM_THREADS=1 python benchmarks/share.py [--models U-Net ...] [--ranks 2] [--repeats 9]
         [--ops] [--kernels]
 
-One rank, alone (`shardtensor.rehearse`'s silent world), so nothing waits and the wire costs
-nothing: what is left over one is what sharding computes, copies and calls beside the model. Both
-run in turns in one process, and the least CPU time of each counts, which other programs on the
-machine hardly touch. kernels: ops of torch that work on memory in a step; calls: of Python.
-Attention's share is its own queries to all keys.
+Prints the table of docs/performance.md. One rank, alone (`shardtensor.rehearse`'s silent world), so
+nothing waits and the wire costs nothing: what is left over one is what sharding computes, copies
+and calls beside the model. Both run in turns in one process, and the least CPU time of each counts,
+which other programs on the machine hardly touch. Floor: of a step whose convolutions, by torch's
+kernels alone, read the rows of their neighbours too, in one window. Kernels: ops of torch that work
+on memory. Attention's share is its own queries to all keys.
 --ops: what each op adds, and each kind of them, by the profiler, whose time goes on while others
-run. --kernels: no models, but what oneDNN's kernels of a resnet18's convolutions take of the rows
-of a shard with their neighbours', over what they take of the shard: the floor for these shapes.
+run. --kernels: what a window takes over the shard, of each convolution.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,22 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], tuple[int, ..
         lambda rows: (2, 3, rows, 256),
     ),
 }
+
+
+def keep_memory() -> None:
+    """From now on glibc keeps the memory that this process lets go of, which makes steps alike.
+
+    It would give large buffers back, and take them again at the next step or not, as it happens to
+    come out: then thousands of page faults are part of one step and not of the other.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    if not all(libc.mallopt(of, 2**30) for of in (trim_threshold, mmap_threshold)):
+        raise OSError("glibc refuses: page faults would be measured")
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Pair:
@@ -108,35 +125,38 @@ class Pair:
         return found
 
 
-def measured(name: str, n: int, rows: int, repeats: int, ops: bool) -> None:
-    """Print one row."""
+def measured(name: str, options: argparse.Namespace) -> str:
+    """A row of the table."""
+    n, repeats = options.ranks, options.repeats
     cache.clear()
     together.forget()
     with silent_world(n // 2, n):
         try:
-            pair = Pair(name, n, rows)
-            found: dict[tuple[bool, bool], float] = {}
+            pair = Pair(name, n, options.rows)
+            # seconds, and page faults meanwhile
+            found: dict[tuple[bool, bool], tuple[float, int]] = {}
             for backward in (False, True):
                 for i in range(repeats + 1):
                     for sharded in (False, True):
-                        t = pair.step(sharded, backward)
+                        begin = faults()
+                        t = pair.step(sharded, backward), faults() - begin
                         least = found.get((backward, sharded), t) if i > 1 else t
                         found[backward, sharded] = min(t, least)
             steps = [partial(pair.step, s) for s in (False, True)]
             counts = [*map(kernels, steps), *(python_calls(s, ("call",)) for s in steps)]
-            ideal = [1e3 * found[b, False] for b in (False, True)]
-            over = [found[b, True] / found[b, False] for b in (False, True)]
-            print(
-                f"{name:10} {ideal[0]:9.1f} {ideal[1]:8.1f} {over[0]:9.2f} {over[1]:8.2f} "
-                f"{counts[0]:9} {counts[1]:8} {counts[2]:8} {counts[3]:8}",
-                flush=True,
-            )
-            if ops:
+            ideal = found[True, False][0]
+            over = [found[b, True][0] / found[b, False][0] for b in (False, True)]
+            over += [1 + windows(pair, repeats, options.kernels) / ideal]
+            if most := max(n for _, n in found.values()) // 100 * 100:
+                print(f"    {name}: over {most} page faults in a step that counts")
+            if options.ops:
                 beside(pair, repeats)
         finally:
             cache.clear()
             groups.forget()
             together.forget()
+    cells = [f"{1e3 * ideal:.0f}", *(f"{x:.2f}" for x in over), *map(str, counts)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def beside(pair: Pair, repeats: int) -> None:
@@ -159,35 +179,78 @@ def beside(pair: Pair, repeats: int) -> None:
         print(f"    {key[:44]:44} {b:8.2f} ms {m:4} {a:8.2f} ms {n:4} {more:+8.2f}")
 
 
-def floors(n: int, repeats: int) -> None:
-    """Print a row for each convolution 3 x 3 of a resnet18, of the first of n ranks."""
-    # pages of memory that is given back and comes anew would count now and then
-    ctypes.CDLL(None).mallopt(-1, 2**30)
-    ctypes.CDLL(None).mallopt(-3, 2**30)
-    print("{:>12} {:>9} {:>8} {:>8}".format("convolution", "shard ms", "window", "strip"))
-    for i, channels in enumerate((64, 128, 256, 512)):
-        rows, columns = ROWS // 4 // 2**i // n, ROWS // 4 // 2**i
-        w = torch.randn(channels, channels, 3, 3)
-        g, x, window = (torch.randn(2, channels, rows + k, columns) for k in (0, 0, 2))
-        ways: list[list[tuple[Tensor, ...]]] = [
-            [(g, x, w)], [(g, window, w)],
-            [(g, x, w), (g.narrow(2, 0, 1), x.narrow(2, 0, 1).clone(), w.narrow(2, 0, 1))],
-        ]  # fmt: skip
-        pads = [[1], [0], [1, 0]]
-        least = [1e9] * 3
-        for _ in range(3 * repeats):
-            for k, way in enumerate(ways):
-                begin = time.thread_time()
-                for (dy, rows_in, kernel), pad in zip(way, pads[k], strict=True):
-                    F.conv2d(rows_in, kernel, None, 1, (pad, 1))
-                    torch.ops.aten.convolution_backward(
-                        dy, rows_in, kernel, None, (1, 1), (pad, 1), (1, 1), False, (0, 0), 1,
-                        (True, True, False),
-                    )  # fmt: skip
-                least[k] = min(least[k], time.thread_time() - begin)
-        name = f"{channels}: {rows}x{columns}"
-        over = [f"{t / least[0]:8.2f}" for t in least[1:]]
-        print(f"{name:>12} {1e3 * least[0]:9.2f}", *over, flush=True)
+def convolutions(pair: Pair) -> list[tuple[nn.Conv2d, tuple[int, ...], bool]]:
+    """Those of the ideal's step: module, shape of its input, whether that has a gradient."""
+    found: list[tuple[nn.Conv2d, tuple[int, ...], bool]] = []
+
+    def note(module: nn.Conv2d, args: tuple[Tensor]) -> None:
+        found.append((module, tuple(args[0].shape), args[0].requires_grad))
+
+    hooks = [
+        m.register_forward_pre_hook(note) for m in pair.twin.modules() if isinstance(m, nn.Conv2d)
+    ]
+    pair.step(False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class Convolution:
+    """Both ways of one, of torch's kernels alone, on random numbers."""
+
+    def __init__(self, module: nn.Conv2d, shape: tuple[int, ...], into: bool) -> None:
+        self.module, self.into = module, into
+        (dilation, _), (stride, _), (pad, along) = (
+            module.dilation, module.stride, cast("tuple[int, int]", module.padding)
+        )  # fmt: skip
+        reach = dilation * (module.kernel_size[0] - 1) + 1
+        rows = (shape[2] + 2 * pad - reach) // stride + 1
+        # rows of the shard, and all rows that those of its result read
+        self.ways = [
+            (torch.randn(*shape[:2], rows_in, shape[3]), (above, along))
+            for rows_in, above in ((shape[2], pad), ((rows - 1) * stride + reach, 0))
+        ]
+        self.g = torch.randn_like(self.run(*self.ways[0]))
+        self.least = [1e9] * len(self.ways)
+
+    def run(self, x: Tensor, pad: tuple[int, int]) -> Tensor:
+        m = self.module
+        return F.conv2d(x, m.weight.detach(), None, m.stride, pad, m.dilation, m.groups)
+
+    def measure(self) -> None:
+        """Run each way once; the least CPU time of each is kept."""
+        m = self.module
+        for i, (x, pad) in enumerate(self.ways):
+            begin = time.thread_time()
+            self.run(x, pad)
+            torch.ops.aten.convolution_backward(
+                self.g, x, m.weight.detach(), None, m.stride, pad, m.dilation, False, (0, 0),
+                m.groups, (self.into, True, False),
+            )  # fmt: skip
+            self.least[i] = min(self.least[i], time.thread_time() - begin)
+
+
+def windows(pair: Pair, repeats: int, told: bool) -> float:
+    """Seconds that a step's convolutions take more of a shard's rows with their neighbours'.
+
+    told: print each, too.
+    """
+    found: dict[str, list[float]] = {}
+    more = 0.0
+    for module, shape, into in convolutions(pair):
+        # 1 x 1 and patches have no neighbours
+        if not int(module.padding[0]):
+            continue
+        name = f"{tuple(module.weight.shape)} by {module.stride[0]} on {shape}"
+        if name not in found:
+            kernel = Convolution(module, shape, into)
+            for _ in range(2 * repeats):
+                kernel.measure()
+            found[name] = kernel.least
+        more += found[name][1] - found[name][0]
+    for name, (shard, window) in found.items() if told else ():
+        print(f"    {name}: {1e3 * shard:.2f} ms, a window {window / shard:.2f} of it")
+    return more
 
 
 def main() -> None:
@@ -201,17 +264,20 @@ def main() -> None:
     options = parser.parse_args()
     # what arrives is made up: of numbers next to zero, which are slow, there are none in a run
     torch.set_flush_denormal(True)
+    keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread, one of {options.ranks}")
-    if options.kernels:
-        floors(options.ranks, options.repeats)
-        return
-    heads = "ideal ms", "step", "over it", "step", "kernels", "sharded", "calls", "sharded"
-    print("{:10} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}".format("", *heads))
+    heads = "ideal ms, step", "forward", "step", "floor of a step", *(
+        f"{what}, {of}"
+        for what in ("kernels of a step", "calls of Python")
+        for of in ("ideal", "sharded")
+    )  # fmt: skip
+    rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in options.models:
         try:
-            measured(name, options.ranks, options.rows, options.repeats, options.ops)
+            rows.append(measured(name, options))
         except ModuleNotFoundError as e:
-            print(f"{name:10} not measured: {e}")
+            print(f"    {name} is not measured: {e}")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
