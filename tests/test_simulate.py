@@ -34,6 +34,13 @@ def test_torch_distributed_inside():
     assert st.simulate(3, collectives) == [([3.0, 3.0], [0.0, 1.0, 2.0])] * 3
 
 
+@pytest.mark.parametrize("threads", [True, False])
+def test_backward_runs_on_threads_after_as_it_did_before(threads):
+    with torch.autograd.set_multithreading_enabled(threads):
+        st.simulate(2, dist.get_rank)
+        assert torch.autograd.is_multithreading_enabled() == threads
+
+
 def test_sixteen_ranks():
     conv = nn.Conv2d(2, 3, 5, padding=2, dtype=torch.float64)
     x = torch.randn(1, 2, 33, 4, dtype=torch.float64)

@@ -39,7 +39,7 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
             join(str(self.key), self.size, rank, self.collective, data)
             return threaded.ret_work(data)
 
-    kept = threaded.Collective
+    kept, threads = threaded.Collective, torch.autograd.is_multithreading_enabled()
     threaded.Collective = Collective
     # the stock creator blocks in a store until all ranks come; here ranks run one at a time
     dist.Backend.register_backend(
@@ -59,6 +59,8 @@ def threaded_world(join: Callable[[str, int, int, Any, Any], Any]) -> Iterator[N
         yield
     finally:
         threaded._uninstall_threaded_pg()
+        # torch 2.11 leaves it off in the caller's thread
+        torch.autograd.set_multithreading_enabled(threads)
         threaded.ProcessLocalGroup.reset()
         threaded.Collective = kept
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
