@@ -39,6 +39,8 @@ REDUCE = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
+# bytes of a rank from which on gloo, which copies what it gathers, does it in parts; how many
+COPIED, PARTS = 2**21, 8
 # post(what is received, what is sent) starts a collective
 Post = Callable[[torch.Tensor, torch.Tensor], list[Any]]
 
@@ -121,7 +123,15 @@ def all_gather(received: torch.Tensor, send: torch.Tensor, group: str) -> None:
     """Every rank's vector, of which all have as long ones, one after the other."""
 
     def post(into: torch.Tensor, out: torch.Tensor) -> list[Any]:
-        all_gather_flat(as_bytes(into), as_bytes(out), group=groups.resolve(group))
+        to, into, out = groups.resolve(group), as_bytes(into), as_bytes(out)
+        if len(out) < COPIED or dist.get_backend(to) != "gloo":
+            all_gather_flat(into, out, group=to)
+            return []
+        # gloo receives all ranks' in memory of its own, and copies it from there
+        step = -(-len(out) // PARTS)
+        rows = into.view(-1, len(out)).split(step, 1)
+        for row, part in zip(rows, out.split(step), strict=True):
+            dist.all_gather(list(row.unbind()), part, group=to)
         return []
 
     _start(post, received, send, group, "all_gather", dict(lengths=[send.numel()]), True)
