@@ -73,6 +73,38 @@ def test_a_plan_leaves_no_tables_without_memory(reads):
     torch.testing.assert_close(model(x), want)
 
 
+class Keeps(Scaled):
+    """Values are read, and what is cached goes with the model, round which it lies."""
+
+    def __init__(self):
+        super(Scaled, self).__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.at = functools.lru_cache(self.made)
+        bytes(self.at(8).numpy())
+
+    def made(self, n):
+        return torch.linspace(0, self.conv.kernel_size[0], n)
+
+    def forward(self, x):
+        return self.conv(x) + self.at(8)
+
+
+# table, weights and Tables.shared are filled once, where the constructor runs for real once more
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(lambda: nn.Conv2d(1, 2, 3, padding=1), 0), (Keeps, 0), (lambda: Scaled(True), 2)],
+)
+def test_modules_are_looked_through_where_something_is_left(make, most, monkeypatch):
+    for cached in (table, Tables.shared):
+        cached.cache_clear()
+    looked = []
+    stock = caches._caches
+    monkeypatch.setattr(caches, "_caches", lambda module: looked.append(module) or stock(module))
+    assert len(st.plan(make, [(1, 1, 16, 8)], 2)) > 1
+    assert sum(m is sys.modules[__name__] for m in looked) == most
+    assert len(looked) <= most * len(sys.modules)
+
+
 class Layers(nn.Module):
     """As DETR and nn.TransformerEncoder make theirs; too large to be made for real."""
 

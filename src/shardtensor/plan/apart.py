@@ -54,9 +54,9 @@ def apart(
     They have to where `tiled` finds it so, and where the model cannot be planned like this, which
     a plan of parts that meet tells.
     """
-    ledger = Ledger(turns=True)
     cache.clear()
     collect()
+    ledger = Ledger(turns=True)
     chosen = assume(attention_rates(device, network, 3))
     drawn = torch.random.fork_rng(devices=[])
     with drawn, probe.fake_world(1, 3, ledger), chosen, groups.taken_spread(), torch.no_grad():

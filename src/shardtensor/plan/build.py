@@ -11,6 +11,7 @@ from torch import nn
 from .._torch.dispatcher import outside_modes
 from ..errors import UnsupportedOpError
 from . import caches
+from .collector import collect
 from .known import MOST_DRAWN
 from .ledger import Ledger
 
@@ -38,18 +39,22 @@ def build(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
 
 
 def _built(make: Callable[[], nn.Module], ledger: Ledger) -> nn.Module:
-    begun = len(ledger.moves)
+    begun, first = len(ledger.moves), ledger.next
     try:
         return make()
     except Exception as e:
-        error = e.with_traceback(None)
+        # not the error itself, which holds the frames, and these what was made
+        error = f"{type(e).__name__}: {e}"
     made = sum(n for _, n in ledger.moves[begun:] if n > 0)
     if made > REAL:
         raise UnsupportedOpError(
-            f"the model's constructor needs values of weights ({type(error).__name__}: {error}), "
+            f"the model's constructor needs values of weights ({error}), "
             f"and its {made / 2**30:.0f} GiB are too many to make them: build fewer layers"
         )
-    caches.forget()
+    if ledger.keeps(first):
+        collect()
+        if ledger.keeps(first):
+            caches.forget()
     with outside_modes(), _unfilled():
         model = make()
     for module in model.modules():

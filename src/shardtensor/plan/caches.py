@@ -8,16 +8,29 @@ import sys
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
 from .._torch import probe
 
+# of the plan that runs
+modes: WeakSet[Any] = WeakSet()
 _Cache = type(functools.lru_cache(len))
 # tables may lie in results of results
 _DEPTH = 6
 # what knows fake tensors
 _OWN = ("torch.", "shardtensor.", "sympy.")
+
+
+def left_over() -> bool:
+    """Whether a fake tensor of a plan that has ended lives on: each holds its mode."""
+    if modes:
+        # round the collector's way, with something that is older
+        gc.collect()
+    found = len(modes) > 0
+    modes.clear()
+    return found
 
 
 def forget() -> None:

@@ -25,10 +25,13 @@ def quick_collector() -> Iterator[None]:
     try:
         yield
     finally:
-        caches.forget()
+        # what it made, while all else is frozen
+        gc.collect()
         if _quick:
             gc.unfreeze()
         _quick = before
+        if caches.left_over():
+            caches.forget()
 
 
 def collect() -> None:

@@ -201,10 +201,10 @@ def _of_rank(
     """One rank's step on fake tensors: what it holds at its peak, computes and sends."""
     if torch.distributed.is_initialized():
         raise RuntimeError("plan in a process of its own: torch.distributed is initialised")
-    ledger = Ledger(turns=turns)
     cache.clear()
     # what is booked must be released when it is, not when the collector comes round
     collect()
+    ledger = Ledger(turns=turns)
     chosen = assume(attention_rates(device, network, layout.ranks))
     drawn = torch.random.fork_rng(devices=[])
     with drawn, probe.fake_world(rank, layout.ranks, ledger), chosen, groups.taken_spread():

@@ -14,6 +14,7 @@ from .. import _torch
 from .._torch import probe
 from ..comm.counters import Sent
 from ..later import dt
+from . import caches
 from .kinds import Work, class_of, copied, fresh, groups_of, inside
 from .known import Known
 from .ops import leaves
@@ -53,6 +54,7 @@ class Ledger(probe.Watching):
     def __init__(self, *, turns: bool = False) -> None:
         super().__init__()
         self.fake = probe.fake_mode()
+        caches.modes.add(self.fake)
         self.known = Known(self.fake)
         self.moves: list[tuple[int, int]] = []
         # of every move the ops before it; names of what begins after so many ops
@@ -74,6 +76,8 @@ class Ledger(probe.Watching):
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
         self.next = 0
+        # whether a tensor on the meta device was met, whose end nobody tells
+        self._meta = False
         # bytes in host memory: now, and at the most
         self.away = self.most_away = 0
 
@@ -177,6 +181,7 @@ class Ledger(probe.Watching):
         else:
             device, storage = x.device, local(x).untyped_storage()
         if device.type == "meta":
+            self._meta = True
             return False
         at = storage._cdata
         if at in self._numbers:
@@ -213,6 +218,10 @@ class Ledger(probe.Watching):
         if self._numbers.get(at) == number:
             del self._numbers[at]
             self._move(number, -nbytes)
+
+    def keeps(self, first: int) -> bool:
+        """Whether a tensor of this number or a later one may still be somewhere."""
+        return self._meta or any(number >= first for number in self._ends)
 
     def _move(self, number: int, nbytes: int) -> None:
         self.moves.append((number, nbytes))
