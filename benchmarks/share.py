@@ -41,6 +41,10 @@ from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, together
 
 ROWS = 256
+# of a step; what is above is printed once more, with its floor
+AIM = dict.fromkeys(("ConvNet", "ViT", "DiT"), 1.05) | dict.fromkeys(
+    ("U-Net", "FNO", "resnet18"), 1.10
+)
 # name -> (model, shape of its input), by the rows of the whole
 CASES: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], tuple[int, ...]]]] = {
     "ConvNet": (lambda rows: convnet(), lambda rows: (1, 3, rows, 256)),
@@ -125,8 +129,8 @@ class Pair:
         return found
 
 
-def measured(name: str, options: argparse.Namespace) -> str:
-    """A row of the table."""
+def measured(name: str, options: argparse.Namespace) -> tuple[str, list[float]]:
+    """A row of the table, and of it forward, step and floor."""
     n, repeats = options.ranks, options.repeats
     cache.clear()
     together.forget()
@@ -156,7 +160,7 @@ def measured(name: str, options: argparse.Namespace) -> str:
             groups.forget()
             together.forget()
     cells = [f"{1e3 * ideal:.0f}", *(f"{x:.2f}" for x in over), *map(str, counts)]
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {name} | {' | '.join(cells)} |", over
 
 
 def beside(pair: Pair, repeats: int) -> None:
@@ -272,12 +276,16 @@ def main() -> None:
         for of in ("ideal", "sharded")
     )  # fmt: skip
     rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    above = ["| a step of | aim | now | floor |", "|---|---|---|---|"]
     for name in options.models:
         try:
-            rows.append(measured(name, options))
+            row, (_, step, least) = measured(name, options)
+            rows.append(row)
+            if step >= AIM[name] + 0.005:
+                above.append(f"| {name} | {AIM[name]:.2f} | {step:.2f} | {least:.2f} |")
         except ModuleNotFoundError as e:
             print(f"    {name} is not measured: {e}")
-    print("\n".join(rows))
+    print("\n".join([*rows, "", *above]))
 
 
 if __name__ == "__main__":
