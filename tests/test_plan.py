@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.gloo
-def test_what_is_planned_is_what_is_measured(name, cuts, options, data):
+def test_what_is_planned_is_what_is_measured(request, name, cuts, options, data):
     layout = Layout(data, (2, 3), cuts, options)
     real = run_workers(layout.ranks, measured, name, 2, cuts, options, data)
     found = estimate(task(name), layout)
@@ -80,7 +80,9 @@ def test_what_is_planned_is_what_is_measured(name, cuts, options, data):
     assert found.peak == pytest.approx(peak, rel=0.1)
     # what FSDP2 sends is not in a trace of the real run
     sent = [(s.collective, s.bytes, s.messages) for s in found.sent if s.op != "fsdp"]
-    assert sent in [s for _, s in real]
+    # a checkpoint whose backward has a thread of its own comes to its branches in another order
+    order = sorted if request.config.getoption("--backward-apart") else list
+    assert order(sent) in [order(s) for _, s in real]
 
 
 def test_kinds():

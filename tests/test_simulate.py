@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardtensor as st
 from shardtensor import testing as T
@@ -247,6 +249,59 @@ def test_ranks_begin_with_the_random_states_of_their_program():
     found = st.simulate(3, lambda: (random.random(), float(np.random.rand())))
     assert random.getstate() == before
     assert found == [(random.random(), float(np.random.rand()))] * 3
+
+
+@contextmanager
+def wide():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def reproducible():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("within", "asked"),
+    [
+        (lambda: sdpa_kernel(SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
+        (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
+        (wide, torch.get_default_dtype),
+        (reproducible, torch.are_deterministic_algorithms_enabled),
+    ],
+    ids=["kernels", "anomalies", "dtype", "determinism"],
+)
+def test_each_rank_has_switches_of_its_own(within, asked):
+    """What a `with` switches for a process ends with it, in whatever order ranks come to its end."""
+
+    def run():
+        rank, found = dist.get_rank(), []
+        for longer in (0, 1):
+            with within():
+                dist.barrier()
+                found.append(asked())
+                if rank == longer:
+                    dist.barrier()
+            if rank != longer:
+                found.append(asked())
+                dist.barrier()
+            found.append(asked())
+        return found
+
+    before = asked()
+    with within():
+        inside = asked()
+    for found in st.simulate(2, run):
+        assert found.count(inside) == 2 and set(found) == {before, inside}
+    assert asked() == before != inside
 
 
 def endless(how):

@@ -23,7 +23,7 @@ MOST = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("nothing_before")
+pytestmark = pytest.mark.usefixtures("nothing_before", "plain_transport")
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -182,7 +182,7 @@ def test_a_halo_that_is_known_is_tried_first(tmp_path, monkeypatch):
     assert run.halo == (4,)
 
 
-def test_nothing_goes_to_files(tmp_path, monkeypatch):
+def test_nothing_goes_to_files(tmp_path, monkeypatch, plain_transport):
     torch.manual_seed(0)
     layers = [layer for i in range(4) for layer in (conv(4 if i else 2, 4), nn.GELU())]
     model, x = nn.Sequential(*layers).double(), torch.randn(1, 2, 256, 8).double()

@@ -14,6 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cache import unseen
 
+# in which order kernels are tried, where several can and `sdpa_kernel` was given an order
+sdp_priority = torch._C._get_sdp_priority_order
+set_sdp_priority = torch._C._set_sdp_priority_order
+
 
 class Block(NamedTuple):
     """How a kernel weighs the keys of a block. bias: numbers to add to the scores.

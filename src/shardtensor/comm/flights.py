@@ -56,11 +56,12 @@ class Flight:
         delay()
         for work in self.works:
             work.wait()
-        if self.sent is not None and self.sent.changed():
-            raise failed(f"{self.what}: what is sent was written to before the wait")
-        if _checksum(self.received) != self.poison:
-            raise failed(f"{self.what}: what is received was written to before the wait")
-        self.received.copy_(self.arrived)
+        with _torch.outside_levels():
+            if self.sent is not None and self.sent.changed():
+                raise failed(f"{self.what}: what is sent was written to before the wait")
+            if _checksum(self.received) != self.poison:
+                raise failed(f"{self.what}: what is received was written to before the wait")
+            self.received.copy_(self.arrived)
 
     def __del__(self) -> None:
         if not self.done:
@@ -217,9 +218,7 @@ def poison(x: torch.Tensor) -> None:
 
 
 def _checksum(flat: torch.Tensor) -> int:
-    # where a level of torch.func is on, nothing has memory
-    with _torch.outside_levels():
-        return zlib.crc32(_torch.unwrapped(flat).cpu().numpy().data)
+    return zlib.crc32(flat.cpu().numpy().data)
 
 
 def delay() -> None:

@@ -200,11 +200,24 @@ def _start(
         send = send.clone()
     if not is_strict():
         return post(received, send)
-    record = _record(label, send, facts)
-    what = position(record)
+    # where a level of torch.func is on, what ops make has no memory
+    with _torch.outside_levels():
+        return _start_strictly(post, received, send, group, _record(label, send, facts), wait)
+
+
+def _start_strictly(
+    post: Post,
+    received: torch.Tensor,
+    send: torch.Tensor,
+    group: str,
+    record: dict[str, Any],
+    wait: bool,
+) -> list[Any]:
+    """Post it when all ranks come to the same; what it sends and receives is looked after."""
+    what, reduces = position(record), "by" in record["facts"]
     flights.check()
-    _check(received, group, what, reduces="by" in facts)
-    _check(send, group, what, reduces="by" in facts, parts=received is not send)
+    _check(received, group, what, reduces=reduces)
+    _check(send, group, what, reduces=reduces, parts=received is not send)
     if received.dtype is not send.dtype:
         raise flights.failed(f"{what}: what is received is taken for {received.dtype}")
     _same_everywhere(record, group, send.device)

@@ -31,7 +31,7 @@ from ..comm.formats import memory_format
 from ..containers import flatten
 from ..errors import RankError
 from ..later import dt
-from ..ranks.simulate import random_states, restore
+from ..ranks.own import random_states, restore
 from ..settings import setting
 from ..spec import ALONE, Spec
 from ..tensor import ShardTensor

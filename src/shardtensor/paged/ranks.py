@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _torch
 from ..errors import UnsupportedOpError
-from ..ranks.simulate import Turns, World, random_states, restore
+from ..ranks.own import random_states, restore
+from ..ranks.simulate import Turns, World
 from ..ranks.testing import NAMES, make_mesh
 from ..settings import bringing, setting
 from ..tensor import ShardTensor, layout

@@ -7,24 +7,22 @@ deterministic, each has its own random state, and ranks that can never meet rais
 from __future__ import annotations
 
 import ctypes
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, TypeVar
 
-import numpy
 import torch
 import torch.distributed as dist
 
 from .. import _torch, cache
-from .._torch.modules import cache_weights, cached_weights
 from ..caller import call_of_user, described, op_of
 from ..comm import counters, flights, groups, observers
 from ..comm.mismatch import Record, difference, position
 from ..comm.transport import chosen
 from ..errors import DivergenceError, RankError
+from .own import held, random_states, switches, take_up
 from .seen import seen
 
 T = TypeVar("T")
@@ -89,14 +87,13 @@ class Turns:
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Record) -> None:
         """Let other ranks run until ready()."""
-        states, kept = random_states(), cached_weights()
+        own = held()
         self.waiting[rank] = (ready, what)
         self.next_after(rank)
         self.go[rank].wait()
         self.go[rank].clear()
         del self.waiting[rank]
-        restore(states)
-        cache_weights(*kept)
+        take_up(own)
         if not ready():
             assert self.stuck is not None
             raise type(self.stuck)(*self.stuck.args)
@@ -145,21 +142,6 @@ class Turns:
             collective.work(datas)
 
 
-def random_states() -> tuple[Any, ...]:
-    """Of all generators that a program draws from unless it says another; no device is asked."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state(), gpus
-
-
-def restore(states: tuple[Any, ...]) -> None:
-    """Let all of them go on from there."""
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    numpy.random.set_state(states[2])
-    if states[3] is not None:
-        torch.cuda.set_rng_state_all(states[3])
-
-
 def _called() -> str:
     """The function of torch.distributed that is running in this thread."""
     frame = sys._getframe(2)
@@ -204,7 +186,7 @@ class World:
         self.turns = turns
         self.results: list[Any] = [None] * world_size
         self.store = dist.HashStore()
-        self.random = random_states()
+        self.random, self.switches = random_states(), switches()
         ranks = range(world_size)
         self.threads = [
             threading.Thread(target=self._run, args=(r, fn, args), daemon=True) for r in ranks
@@ -224,8 +206,7 @@ class World:
             self._go_on()
 
     def _go_on(self) -> None:
-        turns, before, hook = self.turns, random_states(), sys.excepthook
-        kept = cached_weights()
+        turns, before, hook = self.turns, held(), sys.excepthook
         # a mesh of an earlier world may equal one of this
         cache.clear()
         turns.outside.clear()
@@ -248,8 +229,7 @@ class World:
                         t.join()
                     groups.forget(turns.number)
                 cache.clear()
-                restore(before)
-                cache_weights(*kept)
+                take_up(before)
                 # init_process_group puts "[rank0]" before every later traceback of this process
                 sys.excepthook = hook
         if self.ended:
@@ -276,8 +256,8 @@ class World:
         observers.thread.transport = self.transport
         observers.thread.pause = turns.pause
         turns.threads[rank] = threading.get_ident()
-        restore(self.random)
-        cache_weights(0, {})
+        # what `parametrize.cached` keeps of a weight is of one rank
+        take_up((self.random, (0, {}), self.switches))
         try:
             with torch.autograd.set_multithreading_enabled(False):
                 world_size = len(self.threads)
