@@ -90,3 +90,17 @@ def test_plain_calls_stay():
     torch.testing.assert_close(chosen(one), one + 1)
     torch.testing.assert_close(torch.compile(chosen, backend="eager", fullgraph=True)(one), one + 1)
     assert torch.jit.trace(lambda y: y * 2, (one,))(one).tolist() == [2, 2, 2]
+
+
+def test_a_plain_step_with_its_backward_is_compiled():
+    """Dynamo runs what the library has around autograd's engine as it is."""
+    weight = torch.ones(3, requires_grad=True)
+
+    @torch.compile(backend="eager")
+    def step(x):
+        loss = (weight * x).square().sum()
+        loss.backward()
+        return loss
+
+    assert step(torch.full((3,), 2.0)).item() == 12
+    assert weight.grad.tolist() == [8, 8, 8]

@@ -17,7 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
 
-from .dispatcher import no_torch_function, outside_modes
+from .dispatcher import hide_from_dynamo, no_torch_function, outside_modes
 from .memory import storage
 
 
@@ -97,6 +97,8 @@ def install_engine_hook(
             under_way.remove(sys._getframe())
         return found(inputs, out) if inputs and not accumulate else out
 
+    # as torch.autograd, which Dynamo leaves alone
+    hide_from_dynamo(run)
     torch.autograd._engine_run_backward = run
 
 
