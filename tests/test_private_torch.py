@@ -37,6 +37,8 @@ USED = {
     torch._C._is_view_replay_enabled
     torch._C._current_autograd_node
     torch._C._current_graph_task_id
+    torch._C._disabled_torch_function_impl
+    torch._C._dispatch_get_all_op_names
     torch._C._dispatch_has_kernel
     torch._C._dispatch_has_kernel_for_dispatch_key
     torch._C._dispatch_tls_is_dispatch_key_included
@@ -126,6 +128,8 @@ USED = {
     torch._C._nn.pad_sequence
     torch._nested_tensor_from_mask_left_aligned
     torch.Tensor._make_subclass
+    torch._C.DispatchKey.AutocastCPU
+    torch._C.DispatchKey.AutocastCUDA
     torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
     torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
     torch._C.DispatchKeySet

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from .. import cache
 from .._torch import probe
+from .._torch.autocast import as_on_gpus
 from ..attention import RATES, Rates, assume
 from ..caller import error_line
 from ..comm import groups
@@ -207,7 +209,8 @@ def _of_rank(
     ledger = Ledger(turns=turns)
     chosen = assume(attention_rates(device, network, layout.ranks))
     drawn = torch.random.fork_rng(devices=[])
-    with drawn, probe.fake_world(rank, layout.ranks, ledger), chosen, groups.taken_spread():
+    world = probe.fake_world(rank, layout.ranks, ledger)
+    with drawn, world, chosen, groups.taken_spread(), casts_of(device):
         try:
             step = _prepared(task, layout, ledger, device)
             at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
@@ -280,6 +283,11 @@ def _reason(e: Exception) -> str:
         )
     kind = "" if isinstance(e, UnsupportedOpError) else f"{type(e).__name__}: "
     return f"{kind}{text}{at}"
+
+
+def casts_of(device: Device) -> AbstractContextManager[None]:
+    """Inside, autocast casts as it does on the device."""
+    return nullcontext() if device.name == CPU else as_on_gpus()
 
 
 def attention_rates(device: Device, network: Network, ranks: int) -> dict[int, Rates]:

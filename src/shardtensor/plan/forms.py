@@ -86,6 +86,19 @@ def _batch_norm_backward(given: Sequence[Tensor], args: Any, kwargs: Any) -> For
     return [form if m else None for form, m in zip((own, each, each), mask, strict=True)]
 
 
+def _softmax(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:
+    """On GPUs float16 may give fp32."""
+    x, _, widens = args
+    if not x.is_contiguous():
+        return None
+    return [(tuple(x.shape), x.stride(), 0, torch.float32 if widens else x.dtype)]
+
+
+def _softmax_backward(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:
+    grad, _, _, dtype = args
+    return [(tuple(grad.shape), grad.stride(), 0, dtype)] if grad.is_contiguous() else None
+
+
 def _statistics(given: Sequence[Tensor], args: Any, kwargs: Any) -> Forms:
     """There is no kernel for "meta": a fake mode would run it on real zeros as large as x."""
     x, kept, *_ = args
@@ -132,6 +145,8 @@ _FORMS: dict[str, Callable[[Sequence[Tensor], Any, Any], Forms]] = {
     "_to_copy": _cast,
     "native_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
+    **dict.fromkeys(("_softmax", "_log_softmax"), _softmax),
+    **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _softmax_backward),
     "batch_norm_update_stats": _statistics,
     "convolution": _convolved,
     "convolution_backward": _convolved_backward,
