@@ -316,17 +316,20 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
     By specs and by strides of dims that are whole on each rank: an empty shard raises as well.
     """
     own = x._local.stride()
-    if layout.expanded(x) and x.numel() and name not in _ONLY_WARN:
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a "
-            "single memory location. Please clone() the tensor before performing the operation."
-        )
-    refuse_overlap(x, name)
+    if _overlaps(x):
+        if layout.expanded(x) and x.numel() and name not in _ONLY_WARN:
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to a "
+                "single memory location. Please clone() the tensor before performing the operation."
+            )
+        refuse_overlap(x, name)
     for other in others:
-        if not isinstance(other, ShardTensor) or not (x.numel() and other.numel()):
+        if not isinstance(other, ShardTensor):
             continue
         a, b = x._local, other._local
         if a is b or _torch.storage(a)._cdata != _torch.storage(b)._cdata:
+            continue
+        if not (x.numel() and other.numel()):
             continue
         known = _apart(x, other)
         # what moves between ranks is a copy, whose version does not tell autograd of the write
