@@ -197,6 +197,16 @@ def test_a_row_that_a_cut_table_lacks_is_an_error_of_all(cut, row):
     assert st.simulate(len(cut), run) == pytest.approx([X.sum().item()] * len(cut))
 
 
+def test_an_assertion_is_one_of_all():
+    def run():
+        x = st.distribute_tensor(X, make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        torch._assert((x > 0).all(), "below")
+        torch._assert(True, "plain")
+        return type(raised(torch._assert, (x < 0.8).all(), "above"))
+
+    assert st.simulate(2, run) == [AssertionError] * 2
+
+
 def test_a_failure_travels_with_the_loss():
     def run():
         mesh = make_mesh((2,))

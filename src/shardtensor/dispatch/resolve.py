@@ -362,8 +362,10 @@ def opened(func: Any) -> Callable[..., Any]:
     `max_pool2d`), whose check would lead back to func.
     """
     inside = dict(func.__globals__)
-    if inside.get("torch") is torch and "overrides" in func.__code__.co_names:
-        inside["torch"] = _unasking
+    for name, instead in (("torch", _unasking), ("overrides", _unasking.overrides)):
+        # torch's own file has the module by its bare name
+        if inside.get(name) is instead._module and "overrides" in func.__code__.co_names:
+            inside[name] = instead
     for name in _torch.override_checks(inside):
         inside[name] = lambda *_: False
     for name in func.__code__.co_names:

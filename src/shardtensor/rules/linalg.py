@@ -19,7 +19,7 @@ from ..registry import rule
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
-from . import labels
+from . import labels, phases
 from .agreed import agreed
 from .empty import cut, some
 from .pointwise import function_rule
@@ -78,6 +78,7 @@ def batched(
     found = agreed(lambda: (call or func)(*args, **kwargs), p.spec(lead), p.varying)
     if isinstance(found, Tensor):
         return _wrapped(found, p, batch, right or None)
+    phases.watch(found, p.spec(lead), p.varying)
     named = (*(right.split(",") if right else ()), *(None,) * len(found))
     return type(found)([_wrapped(y, p, batch, c) for y, c in zip(found, named, strict=False)])
 

@@ -26,6 +26,8 @@ from .shard_tensor import ShardTensor
 
 # bytes of a node's name that are told
 _LENGTH = 64
+# in the metadata of a node whose result left a ShardTensor: its mesh
+_MESH = "shardtensor_mesh"
 # backwards that look for NaNs now, whose own search of torch's is off: a setting of the process,
 # in which simulated ranks are threads
 _running = 0
@@ -42,23 +44,34 @@ def watched(x: ShardTensor) -> Callable[..., None]:
     return backward
 
 
+@method
+def left(local: Tensor, mesh: DeviceMesh) -> None:
+    """Note that backward from a plain tensor that comes of this one runs on the ranks of a mesh."""
+    node: Any = local.grad_fn
+    if node is not None:
+        node.metadata[_MESH] = mesh
+
+
 def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
     """What a backward from these runs in; NaNs that torch is to find are raised on all ranks.
 
-    Called where `torch.is_anomaly_enabled()`.
+    Called where `torch.is_anomaly_enabled()`. From a plain tensor it is known whose ranks run it if
+    anomalies were looked for in its forward, too.
     """
-    found = list(roots)
-    specs = [s for s in map(spec_of, found) if s is not None]
-    if not specs or not (_running or torch.is_anomaly_check_nan_enabled()):
+    if not (_running or torch.is_anomaly_check_nan_enabled()):
         return nullcontext()
-    return _watching(found, specs[0].mesh)
+    found = list(roots)
+    nodes = _nodes(found)
+    meshes = [s.mesh for s in map(spec_of, found) if s is not None]
+    meshes = meshes or [node.metadata[_MESH] for node in nodes if _MESH in node.metadata]
+    return _watching(nodes, max(meshes, key=DeviceMesh.size)) if meshes else nullcontext()
 
 
 @contextmanager
-def _watching(roots: list[Any], mesh: DeviceMesh) -> Iterator[None]:
+def _watching(nodes: set[Any], mesh: DeviceMesh) -> Iterator[None]:
     global _running
     found: list[tuple[Any, int]] = []
-    handles = [node.register_hook(_search(node, found)) for node in _nodes(roots)]
+    handles = [node.register_hook(_search(node, found)) for node in nodes]
     _running += 1
     torch.autograd.set_detect_anomaly(True, check_nan=False)
     try:

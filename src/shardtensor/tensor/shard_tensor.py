@@ -187,6 +187,8 @@ class ShardTensor(torch.Tensor):
         """
         if stale:
             refuse_stale(self._local)
+        if torch.is_anomaly_enabled():
+            methods["left"](self._local, self._spec.mesh)
         if grad_placements is None:
             return self._local
         return methods["graded"](self._local, self._spec, grad_placements)
