@@ -87,3 +87,16 @@ def test_a_cotangent_of_nan_beside_the_largest(fn):
     for value in (x[1, 0].item(), NAN, INF):
         x[1, 0] = value
         T.hold(lambda x: fn(x) * torch.tensor([NAN, 2.0]), [x], [T.shard(0, (3, 0, 2))], (3,))
+
+
+@pytest.mark.parametrize("rows", [[0], [5], [2, 4]])
+def test_products_beside_infinity(rows):
+    """Of an infinity in the last shard nobody else's slopes are to know."""
+    x = torch.randn(6, 2, dtype=D)
+    x[rows, 0] = INF
+    for cut in ((4, 2), (3, 0, 3), (4, 2, 0)):
+        for fn in (
+            lambda x: x.prod(0),
+            *[lambda x: x.cumprod(0), lambda x: x.logcumsumexp(0)] * (rows == [5]),
+        ):
+            T.hold(fn, [x], [T.shard(0, cut)], (len(cut),))

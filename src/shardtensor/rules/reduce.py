@@ -203,8 +203,17 @@ def prod(
             row = local if keepdim else local.unsqueeze(dims[0])
             row = through(row, x._local, dims[0])
             local = row if keepdim else row.squeeze(dims[0])
-        local = stacked(local, x._spec, dims).prod(0, dtype=local.dtype)
+        local = _product(stacked(local, x._spec, dims))
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))
+
+
+def _product(parts: Tensor) -> Tensor:
+    """As prod(0), whose slope, a quotient, would be NaN beside infinity and wait for a GPU."""
+    while len(parts) > 1:
+        half, odd = divmod(len(parts), 2)
+        pairs = parts[:half] * parts[half : 2 * half]
+        parts = torch.cat([pairs, parts[-1:]]) if odd else pairs
+    return parts[0]
 
 
 @rule("all")
