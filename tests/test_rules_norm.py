@@ -1,6 +1,7 @@
 """Normalisation: against plain torch."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor.ranks.testing import make_mesh
 
 torch.manual_seed(0)
 D = torch.float64
@@ -282,3 +284,26 @@ def test_group_norm_of_a_group_that_is_not_a_number():
     assert want.isnan().tolist() == [True] * 3 + [False] * 3
     for got in st.simulate(3, run):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", [
+    lambda v, one: F.batch_norm(v, one, one, training=True),
+    lambda v, one: F.batch_norm(v, None, None, one, one, training=True),
+    lambda v, one: F.instance_norm(v, None, None, one, one),
+    lambda v, one: F.group_norm(v, 2, one, one),
+])  # fmt: skip
+def test_dtypes_that_torch_refuses_together(norm):
+    v = torch.randn(2, 4, 6)
+    for one, other in itertools.permutations([torch.float64, torch.float32, torch.bfloat16], 2):
+
+        def said(given, weights):
+            try:
+                return norm(given, weights).dtype
+            except RuntimeError as e:
+                return str(e)
+
+        def sharded(given, weights):
+            return said(st.distribute_tensor(given, make_mesh((2,)), [Shard(2)]), weights)
+
+        operands = v.to(one), torch.ones(4, dtype=other)
+        assert st.simulate(2, sharded, *operands) == [said(*operands)] * 2

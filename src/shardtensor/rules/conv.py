@@ -28,7 +28,7 @@ from .empty import cut as first_rows
 from .empty import some
 from .halo import Halo, Settings, cropped, halo_conv, laid
 from .halo_transposed import laid_transposed
-from .norm import sharded
+from .operands import sharded
 from .overlap import pays
 from .sliding import Plan, Reads, fetched, plan, slide, whole
 from .windows import Ints, Reach, Stencil, checked, each, spread, trim

@@ -13,7 +13,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .empty import stock
-from .norm import sharded
+from .operands import sharded
 from .rows import mesh_of
 from .shape import _index
 from .sliding import sliding

@@ -25,22 +25,15 @@ from ..later import dt
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, layout, wrap
-from ..tensor.redistribute import beside, fit, like, reduced, replicate
+from ..tensor.redistribute import beside, fit, like, replicate
 from .cuda_norm import Running, normalise
 from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, single, spread, statistics
 from .normalise import Way
 from .numbers import Blocks, Numbers, track
+from .operands import hold_dtypes, sharded
 from .pointwise import function_rule
 from .reduce import count
-
-
-def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
-    """The input with nothing partial; a plain one lies whole on the mesh of another operand."""
-    if isinstance(input, ShardTensor):
-        return reduced(input) if input._spec.partial else input
-    mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
-    return wrap(input, Spec.whole(mesh, input.shape))
 
 
 def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,6 +118,7 @@ def batch_norm(
                 if training and r is not None and own is not None and own is not r:
                     r.copy_(whole(spec, mine, own)[0])
         return wrap(y, spec)
+    hold_dtypes(torch.batch_norm, local, weight, bias, *running)
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
     tracked = running[0] is not None or running[1] is not None
@@ -179,6 +173,7 @@ def instance_norm(
     )).contiguous()  # fmt: skip
     running = [buffer("instance_norm", r) for r in (running_mean, running_var)]
     tracked = any(r is not None for r in running)
+    hold_dtypes(torch.instance_norm, local, weight, bias, *running)
     channels = spec.dims[1]
     dims = tuple(range(2, len(spec.dims)))
     axes, counts = spread(spec, dims)
@@ -227,6 +222,7 @@ def group_norm(
     if not channels.size:  # torch 2.14 refuses it
         torch.group_norm(local.new_empty((1, 0)), num_groups)
         return x
+    hold_dtypes(torch.group_norm, local, weight, bias)
     width = channels.size // num_groups
     aligned = all(start % width == 0 for start in channels.offsets)
     dims = tuple(range(2, len(spec.dims)))

@@ -1,0 +1,48 @@
+"""What an op gets beside its input: on which mesh both lie, and dtypes that torch refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..spec import Spec
+from ..tensor import ShardTensor, wrap
+from ..tensor.redistribute import reduced
+
+
+def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
+    """The input with nothing partial; a plain one lies whole on the mesh of another operand."""
+    if isinstance(input, ShardTensor):
+        return reduced(input) if input._spec.partial else input
+    mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
+    return wrap(input, Spec.whole(mesh, input.shape))
+
+
+def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
+    """Raise what torch's batch, instance or group norm says of such dtypes, where they differ."""
+    if all(t is None or t.dtype is x.dtype for t in others) or _torch.under_modes():
+        return
+    if torch.is_autocast_enabled(x.device.type):
+        # which casts
+        return
+    said = _said(op, x.device, x.dtype, *(t if t is None else t.dtype for t in others))
+    if said is not None:
+        raise RuntimeError(said)
+
+
+@cache
+def _said(op: Callable[..., Tensor], device: torch.device, *dtypes: Any) -> str | None:
+    others = [d if d is None else torch.ones(2, dtype=d, device=device) for d in dtypes[1:]]
+    x = torch.ones((1, 2, 2), dtype=dtypes[0], device=device)
+    rest = (True, 0.1, 1e-5, False)
+    try:
+        with torch.no_grad():
+            op(x, 1, *others) if op is torch.group_norm else op(x, *others, *rest)
+    except RuntimeError as e:
+        return str(e)
+    return None
