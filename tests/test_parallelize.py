@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh, run_workers
-from shardtensor.train.parallelize import around, restore
+from shardtensor.train.around import around
+from shardtensor.train.parallelize import restore
 
 D = torch.float64
 
@@ -211,6 +212,40 @@ def test_a_context_is_left_by_the_thread_that_entered_it():
         go[name].set()
         thread.join()
     assert left == {"a": "a", "b": "b"}
+
+
+class Broken(nn.Module):
+    """It is interrupted once."""
+
+    error = KeyboardInterrupt
+
+    def forward(self, x):
+        if self.error is not None:
+            raise self.error
+        return x @ x
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, ValueError])
+@pytest.mark.parametrize("way", ["", "compiled", "copied"])
+def test_a_context_is_left_whatever_ends_forward(error, way):
+    def run():
+        model = st.parallelize(Broken(), make_mesh((1,)), precision="bf16")
+        x = st.distribute_tensor(torch.ones(2, 2), make_mesh((1,)), [Shard(0)])
+        if way == "copied":
+            # the copy learns of it as it is called
+            model.error = None
+            model = copy.deepcopy(model)
+            model(x)
+        if way == "compiled":
+            model.compile(backend="aot_eager")
+        model.error = error
+        with pytest.raises(error):
+            model(x)
+        assert not torch.is_autocast_enabled("cpu")
+        model.error = None
+        assert model(x).dtype is torch.bfloat16
+
+    st.simulate(1, run)
 
 
 def compiled():

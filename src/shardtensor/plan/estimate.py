@@ -29,7 +29,8 @@ from ..containers import tensors
 from ..errors import UnsupportedOpError
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
-from ..train.parallelize import adapt, around, parallelize
+from ..train.around import around
+from ..train.parallelize import adapt, parallelize
 from ..train.tensor_parallel import tensor_parallel
 from .away import Away
 from .build import build

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,6 +22,7 @@ from ..dispatch.axes import is_slice
 from ..later import dt, fsdp2
 from ..tensor import ShardTensor
 from . import fsdp, made
+from .around import around, left
 from .fsdp import local
 from .offload import offloaded
 from .options import Options
@@ -123,26 +123,6 @@ def adapt(model: nn.Module, options: Options) -> None:
         around(model, lambda *given: made.around(given, least))
 
 
-def around(model: nn.Module, make: Callable[..., Any]) -> None:
-    """Run the model's forward inside the context that make(*arguments) gives."""
-    # contexts are left where they were entered: threads may be in forward at once
-    here = threading.local()
-
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        context = make(*args, *kwargs.values())
-        context.__enter__()
-        here.__dict__.setdefault("entered", []).append(context)
-
-    def leave(_: nn.Module, __: Any, out: Any) -> Any:
-        # none where a hook before this one raised
-        if entered := here.__dict__.get("entered"):
-            entered.pop().__exit__(None, None, None)
-        return out
-
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, always_call=True)
-
-
 def restore(model: nn.Module) -> None:
     """Undo `parallelize`: every op sums its own weights' gradients again."""
     trained = _trained.pop(model)
@@ -167,7 +147,7 @@ def _compile(model: nn.Module, *, blocks: Iterable[str] | None = None, **options
     elif blocks is not None:
         compile_blocks(model, blocks=blocks, **options)
     else:
-        model._compiled_call_impl = Compiled(model, options, call=model._call_impl)
+        model._compiled_call_impl = left(Compiled(model, options, call=model._call_impl))
 
 
 def _tensor_axes(model: nn.Module, mesh: DeviceMesh) -> set[int]:
