@@ -3,12 +3,14 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
+from shardtensor.ranks.testing import make_mesh
 
 D = torch.float64
 
@@ -86,3 +88,23 @@ def test_deep_copies_made_together_are_views_of_one_another_or_refused():
             # moved between ranks: it has memory of its own, which the write misses
             assert other is None and torch.equal(a, b)
             assert all(map(torch.equal, originals, others))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 4), (0, 5), (2, 1, 2)])
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 0, 1)])
+def test_data_that_is_cut_otherwise_keeps_its_strides(sizes, order):
+    """As of a weight to which a plain or a gathered one is assigned."""
+    back = [order.index(d) for d in range(3)]
+    value = torch.arange(60.0).view(4, 5, 3).permute(order).contiguous().permute(back)
+
+    def run():
+        mesh = make_mesh((len(sizes),))
+        whole = st.ShardTensor.from_local(value, mesh, [Replicate()])
+        for given in (value, whole, whole.redistribute(mesh, [Shard(0)])):
+            x = torch.zeros(4, 5, 3)
+            x = st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None, sizes={1: sizes})
+            x.data = given
+            assert x.stride() == value.stride() and torch.equal(x.full_tensor(), value)
+            assert x.to_local().permute(order).is_contiguous()
+
+    st.simulate(len(sizes), run)

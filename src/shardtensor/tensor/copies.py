@@ -9,9 +9,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..registry import method
+from ..registry import method, methods
 from . import layout
 from .aliases import relate_copies
 from .offset import copy_place
@@ -72,3 +72,13 @@ def pickled(x: ShardTensor, protocol: Any) -> Any:
         whole.requires_grad_()
     vars(whole).update(_attributes(x))
     return whole.__reduce_ex__(protocol)
+
+
+@method
+def take_data(x: ShardTensor, value: Tensor) -> None:
+    """x.data = value: its memory where it lies as x does, else a copy in its strides."""
+    new: ShardTensor = methods["like"](value, x._spec)
+    if new._local is not getattr(value, "_local", value):
+        lies = value.stride()
+        new = layout.told(wrap(layout.in_order_of(new._local, lies), x._spec), lies)
+    x._local.data, x._strides = new._local, new._strides

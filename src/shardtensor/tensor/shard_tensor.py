@@ -278,8 +278,7 @@ class ShardTensor(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        new = methods["like"](value, self._spec)
-        self._local.data, self._strides = new._local, new._strides
+        methods["take_data"](self, value)
 
     def detach(self) -> ShardTensor:
         return wrap(self._local.detach(), self._spec, self._strides)
