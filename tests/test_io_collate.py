@@ -1,15 +1,18 @@
 """Samples of any structure as one batch, as torch's DataLoader has it."""
 
+from collections import UserDict, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from test_containers import MAKE
 from torch.distributed.tensor import Shard
 from torch.utils.data import default_collate
 
 import shardtensor as st
+from shardtensor import containers
 from shardtensor import testing as T
 from shardtensor.io.collate import collate, moved
 
@@ -89,7 +92,22 @@ class KeysOnly(dict):
 def test_mappings_that_have_keys_only():
     samples = [KeysOnly(a=torch.full((2,), i), b=KeysOnly(c=i)) for i in range(3)]
     batch = collate(samples)
-    assert type(batch) is dict and batch["a"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert type(batch) is KeysOnly and batch["a"].tolist() == [[0, 0], [1, 1], [2, 2]]
     assert batch["b"]["c"].tolist() == [0, 1, 2]
     assert moved(batch, torch.device("cpu"))["a"].equal(batch["a"])
-    assert type(moved(samples[0], torch.device("cpu"))) is dict
+    assert type(moved(samples[0], torch.device("cpu"))) is KeysOnly
+
+
+def test_containers_stay_what_they_are():
+    x, y = torch.ones(2), torch.zeros(2)
+    for make in MAKE.values():
+        batch = collate([make(x, y), make(y, x)])
+        assert type(batch) in (type(make(x, y)), dict)
+        assert torch.equal(containers.tensors(batch)[0], torch.stack([x, y]))
+        again = moved(batch, torch.device("cpu"))
+        assert containers.Form(again) == containers.Form(batch)
+    kept = UserDict(x=x)
+    kept.of = "here"
+    assert collate([kept, kept]).of == "here"
+    with pytest.raises(ValueError, match=r"deque of \[0\], \[1\], deque of \[0\]"):
+        collate([deque([1, 2]), deque([1])])

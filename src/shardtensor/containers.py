@@ -40,11 +40,13 @@ def parts(tree: Any) -> Parts | None:
     values, spec = pytree.tree_flatten(tree, is_leaf=inside)
     inside.tree = None
     if not spec.is_leaf():
-        places = tree if isinstance(tree, dict) else range(len(values))
+        keys = list(tree.keys()) if isinstance(tree, Mapping) else []
+        places = keys if len(keys) == len(values) else range(len(values))
         names = [f"[{k!r}]" for k in places]
         return Parts(names, values, lambda made: pytree.tree_unflatten(made, spec))
     if isinstance(tree, Mapping):
-        keys = list(tree)
+        # a mapping that has keys need not be one to iterate over
+        keys = list(tree.keys())
         return Parts([f"[{k!r}]" for k in keys], [tree[k] for k in keys], _mapping(tree, keys))
     if is_dataclass(tree) and not isinstance(tree, type):
         known = [f.name for f in fields(tree) if hasattr(tree, f.name)]

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from ..containers import mapped
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
-from .collate import collate, with_leaves
+from .collate import collate
 
 
 class Failed:
@@ -146,7 +147,7 @@ class InProcesses:
             # without the other one, whose frames would keep the processes
             raise RuntimeError(f"its process did not send it: {why}")
         self.counted(nbytes)
-        return with_leaves(batch, self._wrapped)
+        return mapped(self._wrapped, batch)
 
     def _wrapped(self, x: Any) -> Any:
         if not isinstance(x, Sent):
@@ -174,7 +175,7 @@ class Forked(Samples):
         if isinstance(found, Failed):
             # exceptions of some libraries cannot be sent
             found.error = RuntimeError(str(found.error) or type(found.error).__name__)
-        return with_leaves(found, self._sent), getattr(self.dataset, "bytes_read", 0) - before
+        return mapped(self._sent, found), getattr(self.dataset, "bytes_read", 0) - before
 
     def sample(self, i: int) -> Any:
         seed = crc32(f"{self.seed} {i}".encode())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..containers import Parts, mapped, parts
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 
@@ -20,12 +19,14 @@ def collate(samples: Sequence[Any]) -> Any:
 
     ShardTensors of one spec get a batch dim in front without communication, as do tensors and
     arrays of numbers of one shape. Numbers become a tensor, of Python's floats in float64, as
-    torch's DataLoader has it. Dicts, tuples (named ones too), lists and dataclasses stay what they
-    are; anything else, and what differs from sample to sample, becomes a list.
+    torch's DataLoader has it. Containers stay what they are, as `containers` finds them; anything
+    else, and what differs from sample to sample, becomes a list. Raises ValueError for samples that
+    differ in structure.
     """
     first = samples[0]
-    if _parts(first) is not None:
-        return _with_parts(first, [collate(parts) for parts in _columns(samples)])
+    found = parts(first)
+    if found is not None:
+        return found.make([collate(column) for column in _columns(samples, found)])
     if isinstance(first, ShardTensor):
         if any(not isinstance(s, ShardTensor) or s.spec != first.spec for s in samples):
             return list(samples)
@@ -53,53 +54,26 @@ def moved(x: Any, device: torch.device) -> Any:
             return v
         return v.pin_memory().to(device, non_blocking=True)
 
-    return with_leaves(x, on_device)
+    return mapped(on_device, x)
 
 
-def with_leaves(x: Any, fn: Callable[[Any], Any]) -> Any:
-    """A batch like this one with fn of what its containers hold."""
-    parts = _parts(x)
-    if parts is None:
-        return fn(x)
-    return _with_parts(x, [with_leaves(v, fn) for v in parts.values()])
-
-
-def _parts(x: Any) -> dict[Any, Any] | None:
-    """What a container holds; None for a leaf."""
-    if isinstance(x, Mapping):
-        return dict(x)
-    if isinstance(x, tuple | list):
-        return dict(enumerate(x))
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-    return None
-
-
-def _columns(samples: Sequence[Any]) -> list[list[Any]]:
+def _columns(samples: Sequence[Any], first: Parts) -> list[list[Any]]:
     """Equal parts of all samples together. Raises ValueError where their structures differ."""
-    all_parts = [_parts(s) for s in samples]
-    first = all_parts[0] or {}
-    for s, parts in zip(samples, all_parts, strict=True):
-        if parts is None or parts.keys() != first.keys():
+    columns: dict[str, list[Any]] = {name: [] for name in first.names}
+    for s in samples:
+        found = parts(s)
+        if found is None or set(found.names) != set(first.names):
             raise ValueError(
-                f"samples of one batch differ in structure: {type(samples[0]).__name__} of "
-                f"{list(first)}, {type(s).__name__}" + (f" of {list(parts)}" if parts else "")
+                f"samples of one batch differ in structure: {_told(samples[0])}, {_told(s)}"
             )
-    return [[parts[k] for parts in all_parts if parts is not None] for k in first]
+        for name, value in zip(found.names, found.values, strict=True):
+            columns[name].append(value)
+    return list(columns.values())
 
 
-def _with_parts(like: Any, parts: list[Any]) -> Any:
-    """A container like this one of other parts."""
-    if isinstance(like, Mapping):
-        # a TensorDict has keys, and cannot be iterated over
-        return dict(zip(like.keys(), parts, strict=True))
-    if isinstance(like, tuple | list):
-        make: Callable[..., Any] = type(like)
-        return make(*parts) if hasattr(like, "_fields") else make(parts)
-    found = copy.copy(like)
-    for f, part in zip(dataclasses.fields(like), parts, strict=True):
-        object.__setattr__(found, f.name, part)
-    return found
+def _told(sample: Any) -> str:
+    found, kind = parts(sample), type(sample).__name__
+    return kind if found is None else f"{kind} of {', '.join(found.names) or 'nothing'}"
 
 
 def _tensor(x: Any) -> Tensor:
