@@ -183,6 +183,25 @@ def selected(lazy, values):
         io.open_array([1.0])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_xarray_has_not_decoded(tmp_path, case):
+    dtype, attrs, wanted = CASES[case]
+    path = as_netcdf(tmp_path, dtype, attrs, "NETCDF4")
+    with xr.open_dataset(path, decode_cf=False) as raw:
+        if case == "packed floats":
+            with pytest.raises(ValueError, match="it may be decoded already"):
+                io.open_array(raw, "t")
+            return
+        source = io.open_array(raw, "t")
+        found = source.read([(0, 2), (0, 4)])
+        np.testing.assert_array_equal(found, io.open_array(path, "t").read([(0, 2), (0, 4)]))
+        assert found.dtype == source.dtype == wanted
+        # decoded by hand, attributes kept
+        if "scale" in case:
+            with pytest.raises(ValueError, match="it may be decoded already"):
+                io.open_array((raw["t"] * 0.01).assign_attrs(attrs))
+
+
 # other processes ------------------------------------------------------------------------------------
 
 VALUES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)

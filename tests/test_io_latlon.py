@@ -199,6 +199,15 @@ def test_times_are_those_of_xarray(units, calendar, dtype):
     assert (found == wanted.astype("datetime64[s]")).all()
 
 
+def test_decoded_times_are_rounded():
+    """Hours as days of 32 bits are a little less than they are."""
+    days = np.arange(48, dtype=np.float32) / np.float32(24)
+    raw = xr.Dataset({"time": ("time", days, {"units": "days since 2000-01-01"})})
+    wanted = np.datetime64("2000-01-01", "s") + np.arange(48) * np.timedelta64(3600, "s")
+    for data in (raw, xr.decode_cf(raw)):
+        assert (decoded_times(io.open_array(data, "time")) == wanted).all()
+
+
 @pytest.mark.parametrize(
     "units, calendar, text",
     [

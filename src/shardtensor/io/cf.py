@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 _FILLS = ("_FillValue", "missing_value")
-PACKING = (*_FILLS, "scale_factor", "add_offset", "_Unsigned")
 
 
 @dataclass(frozen=True)

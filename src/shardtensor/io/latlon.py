@@ -302,7 +302,8 @@ def decoded_times(source: Source) -> np.ndarray:
     if np.isnat(values).any() if source.dtype.kind == "M" else np.isnan(values).any():
         raise ValueError(f"{source.name}: times are missing")
     if source.dtype.kind == "M":
-        return values.astype("datetime64[s]")
+        # what was decoded from floats is a little off
+        return (values + np.timedelta64(500, "ms")).astype("datetime64[s]")
     units = str(source.attrs.get("units", ""))
     calendar = str(source.attrs.get("calendar", "standard")).lower()
     found = re.fullmatch(_SINCE, units.strip(), re.IGNORECASE)

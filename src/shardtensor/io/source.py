@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .cf import PACKING, Packing, packing
+from .cf import Packing, packing
 from .chunks import covered
 from .foreign import member, named, refuse_pickles, zarr_store
 from .where import ending, has_magic, is_store, is_url, local_file, need
@@ -340,13 +340,18 @@ def _xarray(data: Any, variable: str | None) -> Source:
         # coordinates can be named
         known = data.data_vars if variable is None else data.variables
         data = data[_chosen("dataset", list(map(str, known)), variable)]
+    name, stored = str(getattr(data, "name", None) or "array"), np.dtype(data.dtype)
+    if stored.kind in "fc" and {"scale_factor", "add_offset"} & set(data.attrs):
+        raise ValueError(
+            f"{name}: attributes say that it is packed, and it may be decoded already: give "
+            "xr.decode_cf(...) of what is packed, or take scale_factor and add_offset out"
+        )
+    # what xarray has decoded it says no more; other arrays than of numbers are coordinates
+    packed = packing(stored, data.attrs, name) if numbers(stored) else None
     return Source(
-        str(getattr(data, "name", None) or "array"), data.shape,
-        np.dtype(data.dtype).newbyteorder("="),
-        _stored_chunks(data), tuple(map(str, data.dims)),
-        # xarray has decoded what it read
-        {k: v for k, v in data.attrs.items() if k not in PACKING},
-        _Values(data), origin=(data, None),
+        name, data.shape, stored.newbyteorder("=") if packed is None else packed.dtype,
+        _stored_chunks(data), tuple(map(str, data.dims)), dict(data.attrs),
+        _Values(data), stored.itemsize, packing=packed, origin=(data, None),
     )  # fmt: skip
 
 
