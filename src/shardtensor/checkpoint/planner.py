@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -23,18 +25,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 
+from .alike import digest
 from .storage import loaded
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Refuses to write what `load` would refuse to read."""
+    """Refuses to write what `load` would refuse to read; of a value that ranks have otherwise each
+    writes the first one's.
+    """
 
     def create_local_plan(self) -> SavePlan:
         for key, value in self.state_dict.items():
             if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
                 kind = "without memory (meta)" if value.is_meta else f"of {value.layout}"
                 raise ValueError(f"{key} is a tensor {kind}: give a dense one with values")
-        return super().create_local_plan()
+        plan = super().create_local_plan()
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return plan
+        digests = [digest(self.lookup_object(item.index)) for item in plan.items]
+        return replace(plan, planner_data=(plan.planner_data, digests))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         known: dict[str, tuple[str, int]] = {}
@@ -47,6 +56,8 @@ class SavePlanner(DefaultSavePlanner):
                         f"{item.index.fqn} is {first} on rank {before}, {kind} on rank {rank}: one "
                         "of them would be kept; give a key to each rank's own"
                     )
+        if len(all_plans) > 1:
+            all_plans = _of_first(all_plans)
         return super().create_global_plan(all_plans)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
@@ -60,6 +71,30 @@ class SavePlanner(DefaultSavePlanner):
                 f"numbers, text and containers of these ({e}): give it as such"
             ) from e
         return data
+
+
+def _of_first(plans: list[SavePlan]) -> list[SavePlan]:
+    """The plans without the values that differ from those of the first rank; a warning tells."""
+    known: dict[MetadataIndex, tuple[int, int]] = {}
+    kept, others = [], dict[str, str]()
+    for rank, plan in enumerate(plans):
+        mappings, digests = plan.planner_data
+        items = []
+        for item, mine in zip(plan.items, digests, strict=True):
+            first, of = known.setdefault(item.index, (mine, rank))
+            if mine == first:
+                items.append(item)
+            else:
+                others.setdefault(item.index.fqn, f"{item.index.fqn} (ranks {of} and {rank})")
+        kept.append(replace(plan, items=items, planner_data=mappings))
+    if others:
+        warnings.warn(
+            f"checkpoint: ranks have other values of {_some(list(others.values()))}; that of the "
+            "first of them is saved, and all will load it. Give each rank's own a key of its own, "
+            "or make them the same before",
+            stacklevel=1,
+        )
+    return kept
 
 
 def _kind(item: WriteItem) -> str:
