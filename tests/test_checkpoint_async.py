@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict, namedtuple
 
 import forked
 import numpy as np
@@ -22,6 +23,7 @@ from shardtensor import checkpoint
 from shardtensor.checkpoint.states import Randomness
 from shardtensor.ranks.testing import make_mesh, run_workers
 
+Pair = namedtuple("Pair", "x y")
 X = torch.arange(9 * 5, dtype=torch.float64).reshape(9, 5)
 
 
@@ -56,6 +58,20 @@ def test_saves_the_state_of_the_call(tmp_path, ranks):
 
 def test_on_simulated_ranks(tmp_path):
     assert all(x.equal(X + 100) for x in st.simulate(2, changing, tmp_path / "c"))
+
+
+def test_containers_that_cannot_be_saved(tmp_path):
+    """As `save` has it, once it is written."""
+    state = {"pair": Pair(1, torch.ones(2))}
+    with pytest.raises(RuntimeError, match="pair is Pair, and checkpoints hold tensors"):
+        checkpoint.save(state, tmp_path, "a")
+    with pytest.raises(RuntimeError, match="a was not saved"):
+        checkpoint.save_async(state, tmp_path, "a").wait()
+    kept = {"n": {"size": torch.Size([1, 2]), "of": OrderedDict(x=1), "all": {1, 2}}}
+    checkpoint.finish()
+    checkpoint.save_async(kept, tmp_path, "b").wait()
+    back = checkpoint.load({"n": {"size": 0, "of": {"x": 0}, "all": 0}}, tmp_path / "b")
+    assert back == kept and type(back["n"]["size"]) is torch.Size
 
 
 def failing(folder):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ..comm.observers import simulated_rank
+from ..containers import parts
 from ..later import dt
 from ..tensor import ShardTensor, wrap
 from .storage import loaded
@@ -23,10 +24,9 @@ def snapshot(state: Any) -> Any:
     """A copy in host memory that training does not change; Stateful objects give their state."""
     if isinstance(state, Stateful) and not isinstance(state, Tensor):
         return snapshot(state.state_dict())
-    if isinstance(state, dict):
-        return {k: snapshot(v) for k, v in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(snapshot(v) for v in state)
+    found = parts(state)
+    if found is not None:
+        return found.make([snapshot(v) for v in found.values])
     if isinstance(state, ShardTensor):
         return wrap(_copied(state.to_local()), state.spec)
     if isinstance(state, dt.DTensor):
