@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
+from shardtensor.checkpoint import files
 from shardtensor.checkpoint.alike import digest
 from shardtensor.ranks.testing import make_mesh
 
@@ -289,6 +290,21 @@ def test_the_first_rank_decides(tmp_path):
     checkpoint.save({"x": 1}, tmp_path / "c", "a")
     said = st.simulate(2, blind, tmp_path / "c")
     assert said[0] == said[1] and "complete already" in said[0]
+
+
+def test_whatever_the_first_rank_meets(tmp_path, monkeypatch):
+    """Of errors that are none of files too the others are told."""
+
+    def odd(path):
+        raise MemoryError("of this much")
+
+    monkeypatch.setattr(files, "contents", odd)
+
+    def run():
+        with pytest.raises(RuntimeError, match="MemoryError: of this much"):
+            checkpoint.load({"x": 0}, tmp_path)
+
+    st.simulate(2, run)
 
 
 def named_by_time(folder):

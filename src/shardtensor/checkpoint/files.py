@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ..caller import described
 from ..comm import counters, groups
 from ..comm.observers import simulated_rank
 from ..errors import UnsupportedOpError
@@ -337,6 +338,9 @@ def _decide(work: Callable[[], T], group: Any = None) -> T:
             told[0] = work()
         except (OSError, ValueError, RuntimeError) as e:
             told[1] = e
+        except Exception as e:
+            # of any other the others may have no class
+            told[1] = RuntimeError(described(e))
     dist.broadcast_object_list(told, src=0, group=group)
     if told[1] is not None:
         raise told[1]
