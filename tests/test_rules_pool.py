@@ -40,6 +40,22 @@ def test_ties_and_nan():
         T.hold(m, [low], [T.On([Shard(2), Shard(3)])], (2, 2), grad=False)
 
 
+@pytest.mark.parametrize("cut", [(1, 1), (0, 1, 1)])
+def test_a_row_of_a_volume_without_a_batch(cut):
+    """It looks like images with the channels last, which torch does not take for a volume."""
+
+    def pooled(a, b):
+        x = torch.einsum("abc,z->azbc", a, b)
+        return nn.MaxUnpool3d(1)(*nn.MaxPool3d(1, return_indices=True)(x))
+
+    T.hold(
+        pooled,
+        [torch.randn(4, 3, 2).double(), torch.randn(2).double()],
+        [None, T.shard(0, cut)],
+        (len(cut),),
+    )
+
+
 def test_dtypes():
     whole, half = torch.randint(-50, 50, (2, 3, 9, 8)), (x * 2e4).half()
     for m in (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, False, False), nn.MaxPool2d(3, 2, 1)):

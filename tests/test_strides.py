@@ -294,6 +294,10 @@ PARTS = {
     "by rows": lambda x: x.scatter_add(2, torch.zeros(2, 4, 1, 8).long(), torch.ones(2, 4, 1, 8)),
     "filled": lambda x: x.index_fill(2, torch.tensor([0, 5]), 1.0),
     "padded": lambda x: F.pad(x.mT.contiguous().mT, (0, 0, 1, 1)),
+    "powers": lambda x: torch.pow(2.0, x.mT.contiguous().mT),
+    "powers by the operator": lambda x: 2.0 ** x.mT.contiguous().mT,
+    "powers in double": lambda x: torch.float_power(2.0, x.mT.contiguous().mT),
+    "divided": lambda x: x.contiguous(memory_format=LAST).div(2, rounding_mode="floor")[:, 0],
 }
 
 

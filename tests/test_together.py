@@ -215,6 +215,30 @@ def test_groups_dtypes_and_what_was_written_to():
         assert sent == 2
 
 
+def _penalty(cut=None):
+    """Gradients of gradients through a write to a view that is gone, beside what came after."""
+    x = torch.linspace(-1, 1, 12, dtype=D).view(4, 3)
+    if cut is not None:
+        mesh = T.make_mesh((len(cut),))
+        x = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None, sizes={0: cut})
+    leaf = torch.ones(4, dtype=D).requires_grad_()
+    found = []
+    for _ in range(2):
+        c = leaf * 2
+        c[1:].expm1_()
+        y = (x.mT @ c[:4]).sin()
+        (g,) = torch.autograd.grad(y.sum(), [leaf], create_graph=True)
+        more = (x.mT @ c.cos()).square().sum()
+        found.append(torch.autograd.grad(g.square().sum() + T.full(more), [leaf])[0])
+    return found
+
+
+@pytest.mark.parametrize("cut", [(2, 2), (1, 0, 3)])
+def test_gradients_of_gradients_through_what_was_written_to(cut):
+    for got in st.simulate(len(cut), _penalty, cut):
+        torch.testing.assert_close(got, _penalty(), rtol=1e-9, atol=1e-12)
+
+
 def _halves():
     """A backward that ends between the two nodes, and another that goes on from there."""
     mesh = T.make_mesh((2,))

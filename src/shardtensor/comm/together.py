@@ -38,6 +38,7 @@ def begin() -> None:
         # numbers up to CALLS are those of `Wait`; 0 is that of parameters, which come last
         _torch.skip_numbers(CALLS + 1)
         _here.begun, _here.leaves, _here.fsdp = True, False, 0
+        _here.order = Order()
 
 
 def forget() -> None:
@@ -78,11 +79,25 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
         return None
     if _torch.is_tracing() or _torch.transforming():
         return None
-    call = Call(group, None if small else _torch.number_of(xs[0].grad_fn))
+    if _here.order.ended:
+        _here.order = Order()
+    call = Call(group, None if small else _torch.number_of(xs[0].grad_fn), _here.order)
     held = _torch.apply(Wait, call, *xs)
     call.wait = ref(held[0].grad_fn)
     call.sources = sources
     return _torch.apply(Start, call, *held)
+
+
+class Order:
+    """Whether what some calls led to has a graph of gradients: then none of them waits any more.
+
+    Where a view is gone that was written to, torch puts what wrote into such a graph twice, as a
+    node and within that of the write, which has to run first, as its number says.
+    """
+
+    def __init__(self) -> None:
+        # whether there is one, and whether a backward that makes none came after
+        self.kept = self.ended = False
 
 
 class Call:
@@ -91,8 +106,8 @@ class Call:
     number: of `Wait`, which sends its own message; None: with others, when nothing else is left.
     """
 
-    def __init__(self, group: str, number: int | None) -> None:
-        self.group, self.number = group, number
+    def __init__(self, group: str, number: int | None, order: Order) -> None:
+        self.group, self.number, self.order = group, number, order
         self.wait: Any = None
         # where the gradients go
         self.sources: list[tuple[Any, int]] = []
@@ -228,8 +243,16 @@ class Start(Identity):
     @staticmethod
     def backward(ctx: Any, *parts: Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.about
+        wait = call.wait()
         if torch.is_grad_enabled():
+            call.order.kept = True
             return None, *of_given(reduce_op, parts, "sum", call.group)
+        if call.order.kept:
+            call.order.ended, call.place = True, None
+            if wait is not None:
+                # which has another if it waited before
+                _torch.run_after(wait, _torch.number_of(ctx))
+            return None, *parts
         there: list[Any] = list(filter(is_there, parts))
         if not there:
             call.place = None
@@ -239,7 +262,6 @@ class Start(Identity):
         if running is None:
             running = _running[call.task] = Backward()
         call.place = running, *running.add(call, parts, there, _torch.number_of(ctx))
-        wait = call.wait()
         number = call.number
         if number is None and running.calls < CALLS:
             # later ones come after all that the sums of this one lead to; no two have one number:

@@ -51,6 +51,8 @@ _LIBRARIES = ("fft_", "linalg_", "_linalg_", "cholesky", "qr", "inverse", "lu", 
 # whose results torch lays out otherwise than it says of tensors without memory
 _UNKNOWN = ("max_unpool", "nonzero_static", "pad", "reflection_pad", "replication_pad", "copysign",
             "floor_divide")  # fmt: skip
+# of a number to powers that are tensors: rows first
+_POWERS = ("pow", "float_power")
 # images with the channels last give such images; what has no memory is not asked for its format
 _OF_IMAGES = ("conv", "group_norm", "batch_norm", "native_batch_norm", "native_group_norm",
               "pixel_shuffle", "channel_shuffle", "native_channel_shuffle", "roll")  # fmt: skip
@@ -156,8 +158,10 @@ register(_kept)
 def _found(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[int, ...] | None] | None:
     """The strides of the results, None if torch does not tell."""
     name = str(getattr(func, "__name__", "")).split(".")[0]
-    if name.startswith(_UNKNOWN) or not _is_torchs(func):
+    if name.startswith(_UNKNOWN) or kwargs.get("rounding_mode") or not _is_torchs(func):
         return None
+    if name == "__rpow__" or (name in _POWERS and not isinstance(args[0], Tensor)):
+        return [layout.dense(x.shape) for x in out]
     if name.startswith(_OF_IMAGES):
         return _of_images(args, kwargs, out)
     try:

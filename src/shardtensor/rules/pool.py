@@ -72,10 +72,19 @@ def result_dtype(x: ShardTensor, n: int, op: Callable[[Tensor], Tensor]) -> torc
 
 # max ---------------------------------------------------------------------------------------------
 
+
+def _max_pool3d(x: Tensor, *how: Any) -> Any:
+    """As torch's, which takes a volume of one row without a batch for images, and refuses it."""
+    if x.ndim != 4:
+        return kernels.nn.max_pool3d_with_indices(x, *how)
+    out, index = kernels.nn.max_pool3d_with_indices(x.unsqueeze(0), *how)
+    return out.squeeze(0), index.squeeze(0)
+
+
 _MAX: dict[int, Callable[..., Any]] = {
     1: torch.max_pool1d_with_indices,
     2: kernels.nn.max_pool2d_with_indices,
-    3: kernels.nn.max_pool3d_with_indices,
+    3: _max_pool3d,
 }
 
 
