@@ -70,6 +70,21 @@ def test_history_forcings_leads_and_times(names, selected):
         assert (times == data[time].values[picked].astype("datetime64[s]")).all()
 
 
+def test_statistics_that_one_rank_cannot_read(tmp_path):
+    made().to_zarr(tmp_path / "store.zarr")
+
+    def run():
+        mesh = T.make_mesh((2,))
+        weather = io.LatLon(str(tmp_path / "store.zarr"), ["t"], mesh, [Shard(1)])
+        if mesh.get_rank():
+            weather._block = lambda *_: 1 / 0
+        with pytest.raises((RuntimeError, ZeroDivisionError)) as e:
+            weather.statistics()
+        return e.type
+
+    assert st.simulate(2, run) == [RuntimeError, ZeroDivisionError]
+
+
 def test_statistics_of_all_ranks(tmp_path):
     data = made()
     data.to_zarr(tmp_path / "store.zarr")

@@ -192,6 +192,8 @@ def test_sparse_gradients_under_fsdp():
         words = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
         with pytest.raises(ValueError, match=r"0 \(Embedding\) has sparse gradients"):
             st.parallelize(words, mesh, fsdp="all")
+        with pytest.raises(st.UnsupportedOpError, match=r"weight is complex.*view_as_complex"):
+            st.parallelize(nn.Linear(2, 2).to(torch.complex64), mesh, fsdp="all", precision="bf16")
         words[0].weight.requires_grad_(False)
         st.parallelize(words, mesh, fsdp="all")
 

@@ -239,21 +239,32 @@ class LatLon:
         names: variables and forcings, default the variables. Each rank reads its own part, of
         `times` (default all); NaN does not count. Collective: one
         all-reduce over the ranks that share a sample. In the units of the file. Raises ValueError
-        for names that are not read.
+        for names that are not read, and on all ranks where one cannot read its part.
         """
         names = self.variables if names is None else tuple(names)
         if set(names) - set(self.sources):
             raise ValueError(f"statistics of {names}: there are {tuple(self.sources)}")
         weights = self.area_weights()[slice(*self.spec.spans[1])].double()[None, :, None]
         sums = torch.zeros(3, sum(max(1, len(self._levels[n])) for n in names), dtype=torch.float64)
-        for time in range(len(self.times)) if times is None else times:
-            block = torch.cat([self._block(name, time) for name in names]).double()
-            good = block.isfinite()
-            w, block = weights * good, block.where(good, 0.0)
-            sums += torch.stack([w, w * block, w * block * block]).sum((-2, -1))
+        error: Exception | None = None
+        try:
+            for time in range(len(self.times)) if times is None else times:
+                block = torch.cat([self._block(name, time) for name in names]).double()
+                good = block.isfinite()
+                w, block = weights * good, block.where(good, 0.0)
+                sums += torch.stack([w, w * block, w * block * block]).sum((-2, -1))
+        except Exception as e:
+            error = e
         axes = axes_in(self.spec.dims)
         device = self.spec.mesh.device_type
-        total = comm.reduce(sums.to(device), comm.group(self.spec.mesh, axes)).cpu()
+        # whether a rank failed travels with its sums
+        sent = torch.cat([sums.view(-1), sums.new_tensor([float(error is not None)])]).to(device)
+        sent = comm.reduce(sent, comm.group(self.spec.mesh, axes)).cpu()
+        if error is not None:
+            raise error
+        if sent[-1]:
+            raise RuntimeError("another rank could not read its part of the data")
+        total = sent[:-1].view_as(sums)
         mean = total[1] / total[0]
         std = (total[2] / total[0] - mean * mean).clamp(min=0).sqrt()
         sizes = [max(1, len(self._levels[n])) for n in names]

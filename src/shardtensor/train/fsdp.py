@@ -98,6 +98,7 @@ def shard(
     over = _flat(mesh, axes) if options.fsdp == "all" else mesh[options.data or ""]
     policy = fsdp2.MixedPrecisionPolicy()
     if options.precision is not None:
+        _check_real(model, options.precision)
         policy = fsdp2.MixedPrecisionPolicy(DTYPES[options.precision], torch.float32)
     # coordinates and times keep their digits up to where autocast casts them
     first = replace(policy, cast_forward_inputs=False)
@@ -132,6 +133,17 @@ def _check_dense(model: nn.Module) -> None:
             raise ValueError(
                 f"parallelize(fsdp=...): {name or 'the model'} ({type(module).__name__}) has "
                 "sparse gradients, which FSDP2 does not sum; make it with sparse=False"
+            )
+
+
+def _check_real(model: nn.Module, precision: str) -> None:
+    """Raise UnsupportedOpError for weights of which FSDP2 would gather the real part."""
+    for name, p in model.named_parameters():
+        if p.is_complex() and not isinstance(p, ShardTensor):
+            raise UnsupportedOpError(
+                f"parallelize(fsdp=..., precision={precision!r}): {name} is complex, and FSDP2 "
+                f"gathers weights in {precision}: keep it as real numbers, and call "
+                "torch.view_as_complex in forward, or leave precision out"
             )
 
 
