@@ -100,3 +100,13 @@ def test_products_beside_infinity(rows):
             *[lambda x: x.cumprod(0), lambda x: x.logcumsumexp(0)] * (rows == [5]),
         ):
             T.hold(fn, [x], [T.shard(0, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("equation", ["ik,kj->", "ik,kj->i", "kj,ik->j"])
+def test_einsum_sums_what_broadcasts_before_the_product(equation):
+    """Infinity times a sum is infinite, a sum of its products NaN where signs differ."""
+    many = torch.tensor([1.0, 2.0, 3.0, -1.0, -1.0, -1.0], dtype=D)[:, None].repeat(1, 4)
+    operands, on = [torch.full((5, 1), -INF, dtype=D), many], [None, T.shard(0)]
+    if equation[0] == "k":
+        operands, on = operands[::-1], on[::-1]
+    T.hold(lambda *x: torch.einsum(equation, *x), operands, on, (2,), grad=False)

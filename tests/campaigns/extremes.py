@@ -113,7 +113,7 @@ def _places(kinds: tuple[Any, ...], grads: Any) -> Any:
 
 
 def _sample(rng: random.Random) -> _Sample:
-    while _is_open((found := _Sample(rng)).op.name):
+    while _is_open((found := _Sample(rng)).op.full_name):
         pass
     return found
 

@@ -94,6 +94,9 @@ def hides(kind: int, args: tuple[Any, ...], out: Any) -> bool:
         return type(x) is not ShardTensor or x._spec.cuts != first._spec.cuts
     if type(x) is not ShardTensor or x._strides is not None:
         return True
+    if kind == VIEW and len(x._spec.cuts) > len(first._spec.cuts):
+        # a row that another rank has
+        return True
     return kind in (PART, TURN) and _gaps(kind, x, first._spec)
 
 

@@ -133,14 +133,14 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     for shift, dim in zip(many(shifts), many(dims), strict=True):
         d = _index(dim, x.ndim)
         spec_dim = x._spec.dims[d]
-        if not spec_dim.axes:
-            local = local.roll(shift, d)
-        elif spec_dim.size and shift % spec_dim.size:
-            s = shift % spec_dim.size
+        s = shift % max(1, spec_dim.size)
+        if not s or not spec_dim.axes:
+            local = local.roll(s, d)
+        else:
             group = comm.along(x._spec, d)
             windows = spec_dim.windows(s, -s)
             local = comm.window(local, d, spec_dim.sizes, windows, group, wrap=True)
-    return wrap(local.clone() if local is x._local else local, x._spec)
+    return wrap(local, x._spec)
 
 
 @cached

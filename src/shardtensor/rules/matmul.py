@@ -316,9 +316,7 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     if any(len(set(t)) != len(t) for t in terms):
         # an index twice in one operand is a diagonal, which has no rule
         return fall_back(torch.einsum, (equation, *operands), {})
-    pending = [_summed_alone(x, t, terms, i, out) for i, (x, t) in enumerate(
-        zip(operands, terms, strict=True)
-    )]  # fmt: skip
+    pending = [_summed_alone(operands, terms, i, out) for i in range(len(operands))]
     (x, lx), *rest = pending
     while rest:
         (y, ly), *rest = rest
@@ -387,11 +385,15 @@ def _terms(equation: str, ndims: tuple[int, ...]) -> tuple[tuple[Labels, ...], L
 
 
 def _summed_alone(
-    x: Tensor, labels: Labels, terms: Sequence[Labels], i: int, out: Labels
+    operands: Sequence[Tensor], terms: Sequence[Labels], i: int, out: Labels
 ) -> tuple[Tensor, Labels]:
-    """Sum away what only this operand has."""
-    others = {name for j, t in enumerate(terms) if j != i for name in t} | set(out)
-    gone = [d for d, name in enumerate(labels) if name not in others]
+    """Sum away what only this operand has more than one row of: before products, as torch does."""
+    x, labels = operands[i], terms[i]
+    others = {*out}
+    for j, (y, term) in enumerate(zip(operands, terms, strict=True)):
+        if j != i:
+            others.update(name for n, name in zip(y.shape, term, strict=True) if n != 1)
+    gone = [d for d, name in enumerate(labels) if name not in others and x.shape[d] != 1]
     if not gone or len(terms) == 1:
         return x, labels
-    return x.sum(gone), tuple(n for n in labels if n in others)
+    return x.sum(gone), tuple(n for d, n in enumerate(labels) if d not in gone)
