@@ -28,8 +28,8 @@ from .empty import cut as first_rows
 from .empty import some
 from .halo import Halo, Settings, cropped, halo_conv, laid
 from .halo_transposed import laid_transposed
-from .operands import sharded
 from .overlap import pays
+from .rows import lifted
 from .sliding import Plan, Reads, fetched, plan, slide, whole
 from .windows import Ints, Reach, Stencil, checked, each, spread, trim
 
@@ -84,7 +84,7 @@ def conv(
     dilation: Ints = 1,
     groups: int = 1,
 ) -> ShardTensor:
-    x = sharded(input, weight, bias)
+    x = lifted(input, weight, bias)
     known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
     given: Any = stride, padding, dilation
     stride_, padding_, dilation_ = [
@@ -126,7 +126,7 @@ def conv_transpose(
     dilation: Ints = 1,
 ) -> ShardTensor:
     """The rows that reach this rank's rows of the result, the stock op, a crop."""
-    x = sharded(input, weight, bias)
+    x = lifted(input, weight, bias)
     n = weight.ndim - 2
     given: Any = stride, padding, output_padding, dilation
     stride_, padding_, more, dilation_ = [v if type(v) is int else each(v, n) for v in given]

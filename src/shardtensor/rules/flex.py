@@ -26,13 +26,13 @@ from ..attention.strategy import chosen
 from ..cache import of_tensor
 from ..dispatch.rule import rule
 from ..errors import UnsupportedOpError
-from ..spec import Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import told
 from ..tensor.redistribute import fit, reduced
 from .attention import autocast, heads_apart, heads_fit, repeated
 from .attention_plan import Plan, plan, spans
 from .labels import known
+from .rows import lifted
 
 MODULE = "torch.nn.attention.flex_attention"
 
@@ -118,8 +118,7 @@ def _on_mesh(operands: list[Tensor], captured: list[Tensor]) -> list[Tensor]:
     """The operands; as ShardTensors where only captured tensors are some."""
     if any(isinstance(x, ShardTensor) for x in operands):
         return operands
-    mesh = next(x._spec.mesh for x in captured if isinstance(x, ShardTensor))
-    return [wrap(x, Spec(mesh, whole_dims(x.shape))) for x in operands]
+    return [lifted(x, *captured) for x in operands]
 
 
 def _count(recording: Recording | None) -> int:

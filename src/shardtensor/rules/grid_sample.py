@@ -33,7 +33,7 @@ from . import labels
 from .empty import stock
 from .extents import Window, by_shard, extent, tell
 from .routes import waits
-from .rows import dims_of
+from .rows import dims_of, mesh_of
 
 NEAREST, BICUBIC = 1, 2
 ZEROS, BORDER, REFLECTION = range(3)
@@ -60,7 +60,7 @@ def grid_sampler(
     x, g = (reduced(t) for t in (input, grid))
     way = Way(interpolation_mode, padding_mode, bool(align_corners))
     _check(x, g, way)
-    mesh = next(t._spec.mesh for t in (x, g) if isinstance(t, ShardTensor))
+    mesh = mesh_of(x, g)
     n = x.ndim - 2
     wanted, out = _plan(*(Spec(mesh, dims_of(t)) for t in (x, g)))
     local, at = fit(mesh, out.varying, (x, wanted.dims), (g, [out.dims[0], *out.dims[2:], Dim(n)]))

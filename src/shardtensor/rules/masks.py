@@ -22,7 +22,7 @@ from ..tensor.redistribute import fit, reduced, to_dims
 from . import labels
 from .in_place import assigned
 from .pointwise import function_rule, pointwise
-from .rows import mesh_of
+from .rows import lifted
 from .shape import _index, _permuted
 
 
@@ -146,8 +146,7 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         raise RuntimeError("masked_scatter: expected self and source to have same dtypes")
     shape = torch.broadcast_shapes(input.shape, mask.shape)
     x, m = _broadcast(input, mask)
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec.whole(mesh_of(mask, source), x.shape))
+    x = lifted(x, mask, source)
     y, at, spec = _meet(x, 0, m)
     rows = learnt(int(at.sum()), at, spec.dims[0], spec)
     if rows.size > source.numel():
@@ -169,10 +168,8 @@ def unsafe_masked_index_put_accumulate(
 ) -> Tensor:
     index = _clamped(input, indices)
     known = [e for e in index if isinstance(e, Tensor)]
-    if not isinstance(input, ShardTensor):
-        input = wrap(input, Spec.whole(mesh_of(mask, *known, values), input.shape))
     return torch.ops.aten.index_put(
-        input,
+        lifted(input, mask, *known, values),
         [e if isinstance(e, Tensor) else None for e in index],
         values.masked_fill(~mask.bool(), 0),
         True,
@@ -266,9 +263,7 @@ def repeat_interleave(
     if repeats is None:
         whole = torch.arange(len(input), device=input.device)
         return repeat_interleave(whole, input, 0, output_size=output_size)
-    x: Any = reduced(input)
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec.whole(mesh_of(repeats), x.shape))
+    x: Any = lifted(input, repeats)
     if dim is None or x.ndim == 0:
         x, dim = x.reshape(-1), 0
     d = _index(dim, x.ndim)

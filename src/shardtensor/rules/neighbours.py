@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import rule
-from ..spec import Spec
 from ..tensor import ShardTensor, layout, wrap
-from ..tensor.redistribute import reduced
 from .empty import stock
-from .operands import sharded
-from .rows import mesh_of
+from .rows import lifted
 from .shape import _index
 from .sliding import sliding
 from .windows import Stencil, checked
@@ -29,21 +26,17 @@ def diff(
     append: Tensor | None = None,
 ) -> ShardTensor:
     """The n-th differences, in one exchange however large n is."""
-    x = input
-    if not isinstance(x, ShardTensor):
-        x = wrap(x, Spec.whole(mesh_of(prepend, append), x.shape))
     given = [t for t in (prepend, append) if t is not None]
-    if given or x.ndim == 0 or n < 1:
+    if given or input.ndim == 0 or n < 1:
         # raises what torch raises
         meta = [t if t is None else torch.empty(t.shape, device="meta") for t in (prepend, append)]
-        torch.diff(torch.empty(x.shape, device="meta"), n, dim, *meta)
-    x = reduced(x)
+        torch.diff(torch.empty(input.shape, device="meta"), n, dim, *meta)
+    x = lifted(input, prepend, append)
     d = _index(dim, x.ndim)
     if n == 0:
         return wrap(x._local.clone(), x._spec)
     if given:
-        x = torch.cat([t for t in (prepend, x, append) if t is not None], dim)
-        assert isinstance(x, ShardTensor)
+        x = lifted(torch.cat([t for t in (prepend, x, append) if t is not None], dim))
     stored = layout.order(x)
     if stored:
         return layout.as_stored(lambda y: diff(y, n, stored.index(d)), x, stored)
@@ -56,7 +49,7 @@ def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> ShardTensor:
     """Each element by its neighbours along channels."""
-    x = sharded(input)
+    x = lifted(input)
     if x.ndim > 2 and not x.numel():
         return x
     before, after = size // 2, (size - 1) // 2

@@ -31,9 +31,10 @@ from .empty import stock
 from .moments import Counts, Dims, accumulated, merged, normalised, single, spread, statistics
 from .normalise import Way
 from .numbers import Blocks, Numbers, track
-from .operands import hold_dtypes, sharded
+from .operands import hold_dtypes
 from .pointwise import function_rule
 from .reduce import count
+from .rows import lifted
 
 
 def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
@@ -85,7 +86,7 @@ def batch_norm(
     cudnn_enabled: bool = True,
 ) -> ShardTensor:
     """Per channel, over all other dims; sharded channels stay where they are."""
-    x = sharded(input, weight, bias, running_mean, running_var)
+    x = lifted(input, weight, bias, running_mean, running_var)
     spec, local = x._spec, x._local
     if torch.is_autocast_enabled(local.device.type):
         local = autocast(local, lambda z: torch.batch_norm(
@@ -165,7 +166,7 @@ def instance_norm(
         return batch_norm(
             input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
         )
-    x = sharded(input, weight, bias, running_mean, running_var)
+    x = lifted(input, weight, bias, running_mean, running_var)
     spec, local = x._spec, x._local
     # torch gives rows first, whatever it gets
     local = autocast(local, lambda z: torch.instance_norm(
@@ -211,7 +212,7 @@ def group_norm(
     Sharded channels stay where they are: groups that straddle shards take their statistics from
     those of the channels, which one more small all-gather brings together.
     """
-    x = layout.suggested(sharded(input, weight, bias))
+    x = layout.suggested(lifted(input, weight, bias))
     spec, local = x._spec, x._local
     batch, channels = spec.dims[:2]
     if num_groups <= 0 or channels.size % num_groups:
@@ -341,7 +342,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> ShardTensor:
     """Over the last dims; where they are sharded, weight and bias are cut like them."""
-    x = sharded(input, weight, bias)
+    x = lifted(input, weight, bias)
     spec, local = x._spec, x._local
     dims, mine, group, counts, n, varying = _last("layer_norm", spec, tuple(normalized_shape))
     local = autocast(local, _layer_normed)
@@ -372,7 +373,7 @@ def rms_norm(
     eps: float | None = None,
 ) -> ShardTensor:
     """As layer_norm without the mean: sharded dims take one all-reduce of the sums of squares."""
-    x = sharded(input, weight)
+    x = lifted(input, weight)
     spec, local = x._spec, x._local
     dims, mine, group, counts, n, _ = _last("rms_norm", spec, tuple(normalized_shape))
     local = autocast(local, lambda z: torch.rms_norm(z, (1,)))

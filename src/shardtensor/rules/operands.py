@@ -1,4 +1,4 @@
-"""What an op gets beside its input: on which mesh both lie, and dtypes that torch refuses."""
+"""Dtypes of operands that torch refuses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..spec import Spec
-from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import reduced
-
-
-def sharded(input: Tensor, *others: Tensor | None) -> ShardTensor:
-    """The input with nothing partial; a plain one lies whole on the mesh of another operand."""
-    if isinstance(input, ShardTensor):
-        return reduced(input) if input._spec.partial else input
-    mesh = next(o._spec.mesh for o in others if isinstance(o, ShardTensor))
-    return wrap(input, Spec.whole(mesh, input.shape))
 
 
 def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:

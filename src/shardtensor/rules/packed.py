@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import UnsupportedOpError
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
-from ..tensor.redistribute import fit, like, reduced
+from ..tensor.redistribute import fit, like
 from .empty import with_one
-from .rows import cut_axes, mesh_of, read
+from .rows import cut_axes, lifted, read
 
 _NAMES = ("input", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train")
 
@@ -27,8 +27,8 @@ def packed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, hx, weights = given["input"], given["hx"], list(given["params"])
     alone = not isinstance(hx, list | tuple)
     states = [hx] if alone else list(hx)
-    mesh = mesh_of(x, *states, *weights)
-    x = reduced(x) if isinstance(x, ShardTensor) else wrap(x, Spec.whole(mesh, x.shape))
+    x = lifted(x, *states, *weights)
+    mesh = x._spec.mesh
     if given["train"] and given["dropout"] and given["num_layers"] > 1:
         raise UnsupportedOpError(
             f"{func.__name__} of packed sequences on {x._spec} with dropout between layers: "

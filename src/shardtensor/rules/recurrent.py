@@ -20,7 +20,7 @@ from . import labels
 from .empty import with_one
 from .packed import packed
 from .pointwise import function_rule
-from .rows import mesh_of
+from .rows import lifted
 
 
 @function_rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -33,9 +33,7 @@ def recurrent(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     x, hx, weights = given["input"], given["hx"], list(given["params"])
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
-    if not isinstance(x, ShardTensor):
-        mesh = mesh_of(*states, *weights)
-        x = wrap(x, Spec.whole(mesh, x.shape))
+    x = lifted(x, *states, *weights)
     batch = 0 if given["batch_first"] else 1
     lead = ("n", "T") if batch == 0 else ("T", "n")
     # the state of an LSTM may be narrower than its cells

@@ -47,7 +47,7 @@ def mesh_of(*xs: object) -> DeviceMesh:
 def lifted(x: Tensor, *others: object) -> ShardTensor:
     """x without addends; a plain one lies whole on the mesh of another operand."""
     if isinstance(x, ShardTensor):
-        return reduced(x)
+        return reduced(x) if x._spec.partial else x
     return wrap(x, Spec.whole(mesh_of(*others), x.shape))
 
 

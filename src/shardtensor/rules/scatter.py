@@ -13,7 +13,7 @@ from .. import _torch, comm
 from ..comm import wire
 from ..registry import rule
 from ..spec import Dim, Spec, axes_in
-from ..tensor import ShardTensor, wrap
+from ..tensor import wrap
 from ..tensor.apart import alike
 from ..tensor.redistribute import fit, like, local_of, to_dims
 from . import flat
@@ -209,9 +209,7 @@ def _scattered(
     varying = sorted({*axes_in(dims), *axes_in(lead)})
     v, at = fit(mesh, varying, (src, lead), (index, lead))
     at = bounded(index, at, spec, rows.size, op).movedim(d, 0)
-    local = like(
-        x if isinstance(x, ShardTensor) else wrap(x, Spec.whole(mesh, x.shape)), target
-    )._local
+    local = like(lifted(x, index, src), target)._local
     moved = local.movedim(d, 0)
     n = prod(moved.shape[1:])
     places = _elements(at, spec.with_dims(_first(lead, d)), moved.shape[1:], [False] * x.ndim)
