@@ -29,34 +29,25 @@ def _matrix(x: ShardTensor, name: str) -> None:
         raise RuntimeError(f"{name}: input tensor must have at least 2 dimensions")
 
 
-@rule("tril")
-def tril(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
-    _matrix(input, "tril")
-    x = reduced(input)
-    return wrap(x._local.tril(diagonal + _shift(x._spec, -2, -1)), x._spec)
+def _define_triangle(name: str) -> None:
+    in_place = name + "_"
+
+    @rule(name)
+    def triangle(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+        _matrix(input, name)
+        x = reduced(input)
+        return wrap(getattr(x._local, name)(diagonal + _shift(x._spec, -2, -1)), x._spec)
+
+    @rule(in_place)
+    def triangle_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
+        _matrix(input, in_place)
+        check_writable(input, in_place)
+        getattr(input._local, in_place)(diagonal + _shift(input._spec, -2, -1))
+        return input
 
 
-@rule("triu")
-def triu(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
-    _matrix(input, "triu")
-    x = reduced(input)
-    return wrap(x._local.triu(diagonal + _shift(x._spec, -2, -1)), x._spec)
-
-
-@rule("tril_")
-def tril_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
-    _matrix(input, "tril_")
-    check_writable(input, "tril_")
-    input._local.tril_(diagonal + _shift(input._spec, -2, -1))
-    return input
-
-
-@rule("triu_")
-def triu_(input: ShardTensor, diagonal: int = 0) -> ShardTensor:
-    _matrix(input, "triu_")
-    check_writable(input, "triu_")
-    input._local.triu_(diagonal + _shift(input._spec, -2, -1))
-    return input
+_define_triangle("tril")
+_define_triangle("triu")
 
 
 # diagonals of matrices ---------------------------------------------------------------------------

@@ -120,18 +120,16 @@ def _of_all(fn: Any, input: ShardTensor) -> Any:
     return wrap(best, without(x._spec, range(x.ndim), False))
 
 
-@rule("median")
-def median(input: ShardTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    if dim is None:
-        return _of_all(torch.median, input)
-    return _along(torch.median, input, dim=dim, keepdim=keepdim)
+def _define_median(fn: Any) -> None:
+    @rule(fn.__name__)
+    def median(input: ShardTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+        if dim is None:
+            return _of_all(fn, input)
+        return _along(fn, input, dim=dim, keepdim=keepdim)
 
 
-@rule("nanmedian")
-def nanmedian(input: ShardTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    if dim is None:
-        return _of_all(torch.nanmedian, input)
-    return _along(torch.nanmedian, input, dim=dim, keepdim=keepdim)
+_define_median(torch.median)
+_define_median(torch.nanmedian)
 
 
 @rule("kthvalue")
@@ -221,25 +219,18 @@ def _interpolated(
     return torch.lerp(low, high, weight)
 
 
-@rule("quantile")
-def quantile(
-    input: Tensor,
-    q: Any,
-    dim: int | None = None,
-    keepdim: bool = False,
-    *,
-    interpolation: str = "linear",
-) -> Tensor:
-    return _quantile(torch.quantile, input, q, dim, keepdim, interpolation)
+def _define_quantile(fn: Any) -> None:
+    @rule(fn.__name__)
+    def quantile(
+        input: Tensor,
+        q: Any,
+        dim: int | None = None,
+        keepdim: bool = False,
+        *,
+        interpolation: str = "linear",
+    ) -> Tensor:
+        return _quantile(fn, input, q, dim, keepdim, interpolation)
 
 
-@rule("nanquantile")
-def nanquantile(
-    input: Tensor,
-    q: Any,
-    dim: int | None = None,
-    keepdim: bool = False,
-    *,
-    interpolation: str = "linear",
-) -> Tensor:
-    return _quantile(torch.nanquantile, input, q, dim, keepdim, interpolation)
+_define_quantile(torch.quantile)
+_define_quantile(torch.nanquantile)

@@ -5,10 +5,10 @@ One small gather in the forward, nothing in the backward; keeps only the input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import comm
 from ..registry import rule
@@ -17,14 +17,6 @@ from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .moments import accumulated, spread, statistics
 from .reduce import Dims, over, without
-
-
-def _arguments(dim: Any, unbiased: bool | None, correction: float | None) -> tuple[Dims, float]:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    if correction is None:
-        correction = 1 if unbiased is None or unbiased else 0
-    return dim, correction
 
 
 def _moments(
@@ -60,50 +52,26 @@ def _root(v: ShardTensor) -> ShardTensor:
     return wrap(v._local.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0), v._spec)
 
 
-@rule("var")
-def var(
-    input: ShardTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> Tensor:
-    return _moments(input, *_arguments(dim, unbiased, correction), keepdim)[0]
+def _define(name: str, result: Callable[[ShardTensor, ShardTensor], Any]) -> None:
+    """The rule of an op whose result is made of (variance, mean)."""
+
+    @rule(name)
+    def statistic(
+        input: ShardTensor,
+        dim: Any = None,
+        unbiased: bool | None = None,
+        keepdim: bool = False,
+        *,
+        correction: float | None = None,
+    ) -> Any:
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        if correction is None:
+            correction = 1 if unbiased is None or unbiased else 0
+        return result(*_moments(input, dim, correction, keepdim))
 
 
-@rule("std")
-def std(
-    input: ShardTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> Tensor:
-    return _root(_moments(input, *_arguments(dim, unbiased, correction), keepdim)[0])
-
-
-@rule("var_mean")
-def var_mean(
-    input: ShardTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _moments(input, *_arguments(dim, unbiased, correction), keepdim)
-
-
-@rule("std_mean")
-def std_mean(
-    input: ShardTensor,
-    dim: Any = None,
-    unbiased: bool | None = None,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    v, m = _moments(input, *_arguments(dim, unbiased, correction), keepdim)
-    return _root(v), m
+_define("var", lambda v, m: v)
+_define("std", lambda v, m: _root(v))
+_define("var_mean", lambda v, m: (v, m))
+_define("std_mean", lambda v, m: (_root(v), m))
