@@ -84,16 +84,21 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[int], list[int]], tuple[int,
 }  # fmt: skip
 
 
-def run(name: str, size: int) -> list[tuple[float, float, float]]:
-    """(seconds alone, of delays, together) for each of two delays."""
-    global delay, exchanges
-    wire.start_parcels = slow
+def made(name: str, size: int) -> tuple[Any, Tensor, Tensor]:
+    """The case's function, its input of two shards and a cotangent, after a first call."""
     build, shape, _, dim = CASES[name]
     torch.manual_seed(0)
     fn = build()
     x = st.distribute_tensor(torch.randn(shape(size)), make_mesh((2,)), [Shard(dim)])
     x.requires_grad_()
-    g = torch.ones_like(fn(x).detach())
+    return fn, x, torch.ones_like(fn(x).detach())
+
+
+def run(name: str, size: int) -> list[tuple[float, float, float]]:
+    """(seconds alone, of delays, together) for each of two delays."""
+    global delay, exchanges
+    wire.start_parcels = slow
+    fn, x, g = made(name, size)
 
     def once() -> float:
         dist.barrier()
@@ -134,12 +139,7 @@ def strips(on: bool) -> None:
 
 def ratio(name: str, size: int, switch: Callable[[bool], None]) -> float:
     """Time with a switch on over that with it off: both in turn, the median of the ratios."""
-    build, shape, _, dim = CASES[name]
-    torch.manual_seed(0)
-    fn = build()
-    x = st.distribute_tensor(torch.randn(shape(size)), make_mesh((2,)), [Shard(dim)])
-    x.requires_grad_()
-    g = torch.ones_like(fn(x).detach())
+    fn, x, g = made(name, size)
     worth, ratios = overlap.WORTH, []
     for _ in range(4 * REPEATS):
         times = []

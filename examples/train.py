@@ -24,7 +24,6 @@ from shardtensor.ranks import measure
 
 FIELD = ["vorticity"]
 BATCH, RATE, SEED = 4, 1e-3, 0
-DTYPE = torch.float32
 
 
 def build(name, shape):

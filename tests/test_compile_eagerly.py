@@ -35,11 +35,6 @@ def differentiated(x):
     return torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)[0]
 
 
-def int_of_a_buffer(x):
-    n = torch.tensor(2)
-    return x[: int(n)] if int(n) > 1 else x
-
-
 REFUSED = {
     "Function": (lambda x: Doubled.apply(x), "autograd|would lose its backward"),
     "reentrant checkpoint": (

@@ -54,10 +54,6 @@ TALL = {
 }
 
 
-def on_lower(fn):
-    return lambda A, B: fn(torch.tril(A), B)
-
-
 SOLVERS = {
     "solve": L.solve,
     "solve_ex": lambda A, B: L.solve_ex(A, B)[0],

@@ -77,11 +77,6 @@ def rows(x: Tensor, dim: int, sizes: Cut, group: str, read: bool) -> Tensor:
 SLOT = "_shardtensor_slot"
 
 
-def slot_of(x: Tensor) -> Slot | None:
-    """The slot of a parameter, or of a DTensor parameter's local tensor."""
-    return getattr(x, SLOT, None)
-
-
 def slots_of(tensors: Sequence[Tensor]) -> list[Slot | None]:
     """The slot of each of them."""
     return [getattr(x, SLOT, None) for x in tensors]
