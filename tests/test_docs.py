@@ -28,7 +28,6 @@ PAGES = [
     "balance.md",
     "decode.md",
     "errors.md",
-    "loops.md",
     "migrate.md",
     "pages.md",
     "plan.md",
