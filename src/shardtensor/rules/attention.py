@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _torch
 from .._torch import probe
-from ..attention import attend, attend_balanced, attend_in_teams, chosen, rates, strategy
+from ..attention import Way, attend, attend_balanced, attend_in_teams, chosen, rates, strategy
 from ..cache import cached
 from ..dispatch.fallback import gathered
 from ..registry import rule
@@ -122,11 +122,26 @@ def scaled_dot_product_attention(
 
         out = local(q, k, v, mask) if shape.numel() else stock(local, shape, q, k, v, mask)
         return wrap(out, p.spec)
-    lead = shape[:-2]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    scale = max(1, p.width) ** -0.5 if scale is None else scale
+    return _in_blocks(p, goes, (q, k, v, mask), rows, is_causal, scale, exact, dropout_p)
+
+
+def _in_blocks(
+    p: Plan,
+    goes: Way,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    rows: str,
+    causal: bool,
+    scale: float,
+    exact: bool,
+    drop: float,
+) -> ShardTensor:
+    """Block by block around the ring that `goes` says, merged; rows: those of a mask in a team."""
+    shape, (q, k, v, mask) = p.spec.local_shape, operands
+    lead = shape[:-2]
     if not p.lies:
         q, k, v = heads_apart(q, k, v, lead)
-    scale = max(1, p.width) ** -0.5 if scale is None else scale
     (ring, merged), (q_spans, k_spans) = p.groups, spans(p)
     if goes.kind == "zigzag":
         sizes = p.keys.sizes
@@ -136,8 +151,8 @@ def scaled_dot_product_attention(
         return wrap(out.reshape(shape), p.spec)
     apart = None if mask is None else _mask_apart(autocast(mask), lead)
     common: dict[str, Any] = dict(
-        q_spans=q_spans, k_spans=k_spans, causal=is_causal, scale=scale, exact=exact,
-        drop=dropout_p, seed=_seed(p, q.device) if dropout_p else 0, group=ring, merged=merged,
+        q_spans=q_spans, k_spans=k_spans, causal=causal, scale=scale, exact=exact,
+        drop=drop, seed=_seed(p, q.device) if drop else 0, group=ring, merged=merged,
     )  # fmt: skip
     if goes.kind == "usp":
         out = attend_in_teams(q, k, v, apart, team=goes.team, rows=rows, **common)

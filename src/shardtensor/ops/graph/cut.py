@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ... import comm
 from ...spec import Dim, Spec
@@ -166,31 +167,9 @@ def cut(
     joins to one that is cut and for edge lists of another shape or of unknown kinds, IndexError for
     nodes that do not exist.
     """
-    given = {k: x for k, x in nodes.items() if isinstance(x, ShardTensor)}
-    if not given or any(not x._spec.dims[0].axes for x in given.values()):
-        raise ValueError(
-            "graph.cut: one kind of nodes at least is a ShardTensor sharded along dim 0"
-        )
-    for (a, b), e in edges.items():
-        if a not in nodes or b not in nodes:
-            raise ValueError(f"graph.cut: edges {(a, b)} of nodes {sorted(nodes)}")
-        if isinstance(e, ShardTensor) or e.ndim != 2 or e.shape[0] != 2 or e.dtype != torch.int64:
-            raise ValueError(f"graph.cut: edges {(a, b)}: a plain edge list (2, E) of int64")
-        for kind, at in ((a, e[0]), (b, e[1])):
-            n = _number(nodes[kind])
-            if len(at) and not 0 <= int(at.min()) <= int(at.max()) < n:
-                raise IndexError(
-                    f"graph.cut: edges {(a, b)} name nodes {kind!r} outside 0..{n - 1}"
-                )
-    first = next(iter(given.values()))
-    spec = first._spec
-    mesh, axes = spec.mesh, spec.dims[0].axes
-    if any(x._spec.mesh != mesh or x._spec.dims[0].axes != axes for x in given.values()):
-        raise ValueError("graph.cut: all kinds of nodes on one mesh, cut by the same axes")
-    known = {k: x._spec.dims[0] for k, x in given.items()}
+    mesh, known = _checked(nodes, edges)
+    axes = next(iter(known.values())).axes
     group = comm.group(mesh, axes)
-    if not edges:
-        raise ValueError("graph.cut: no edges")
     device = next(iter(edges.values())).device
     marks = files.Marks(known, edges, nodes)
     found = files.read(folder, marks, mesh, axes, group) if folder is not None else None
@@ -211,6 +190,33 @@ def cut(
     if folder is not None:
         files.write(folder, marks, parts, made, group)
     return Graph(parts, made)
+
+
+def _checked(
+    nodes: Mapping[str, Tensor | int], edges: Mapping[Edge, Tensor]
+) -> tuple[DeviceMesh, dict[str, Dim]]:
+    """The mesh, and how the kinds of nodes lie that are cut already; raises what `cut` raises."""
+    given = {k: x._spec for k, x in nodes.items() if isinstance(x, ShardTensor)}
+    if not given or any(not s.dims[0].axes for s in given.values()):
+        raise ValueError(
+            "graph.cut: one kind of nodes at least is a ShardTensor sharded along dim 0"
+        )
+    for (a, b), e in edges.items():
+        if a not in nodes or b not in nodes:
+            raise ValueError(f"graph.cut: edges {(a, b)} of nodes {sorted(nodes)}")
+        if isinstance(e, ShardTensor) or e.ndim != 2 or e.shape[0] != 2 or e.dtype != torch.int64:
+            raise ValueError(f"graph.cut: edges {(a, b)}: a plain edge list (2, E) of int64")
+        for kind, at in ((a, e[0]), (b, e[1])):
+            n = _number(nodes[kind])
+            if len(at) and not 0 <= int(at.min()) <= int(at.max()) < n:
+                raise IndexError(
+                    f"graph.cut: edges {(a, b)} name nodes {kind!r} outside 0..{n - 1}"
+                )
+    if len({(s.mesh, s.dims[0].axes) for s in given.values()}) > 1:
+        raise ValueError("graph.cut: all kinds of nodes on one mesh, cut by the same axes")
+    if not edges:
+        raise ValueError("graph.cut: no edges")
+    return next(iter(given.values())).mesh, {k: s.dims[0] for k, s in given.items()}
 
 
 def _number(nodes: Tensor | int) -> int:
