@@ -13,8 +13,6 @@ measures what that model needs (`attention.strategy.RATES`), each by the least t
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import extend, hardware
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -177,7 +176,7 @@ def main():
     if args.choice:
         choices()
         return
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    machine = hardware()
     if args.rates:
         print(f"{args.ranks} ranks; {machine}")
         print("Rates(" + ", ".join(f"{x:.1e}" for x in measured_rates(args.ranks)) + ")")
@@ -203,9 +202,7 @@ def main():
             rows.append(
                 [machine, args.ranks, args.heads, tokens, kind, slow[kind], over, cpu, sent]
             )
-    if args.csv:
-        with args.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(rows)
+    extend(args.csv, rows)
 
 
 if __name__ == "__main__":

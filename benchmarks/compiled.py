@@ -11,7 +11,6 @@ ViT of one block and of sixteen, compiled by blocks: CPU seconds of compiling, w
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import time
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bench_models import MODELS, ViT
+from tables import extend
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.distributed.tensor import Shard
@@ -116,9 +116,7 @@ def main() -> None:
     print(f"{'ViT, 1 block':26} {one:35.1f}")
     print(f"{'ViT, 16 blocks':26} {sixteen:35.1f}  {sixteen / one:.2f} x that of one")
     pool.close()
-    if options.csv:
-        with options.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(rows)
+    extend(options.csv, rows)
 
 
 if __name__ == "__main__":

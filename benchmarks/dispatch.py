@@ -9,8 +9,6 @@ shape" are the median of first calls, each on a shape not seen before.
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 import timeit
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import extend, hardware
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -129,7 +128,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    machine = hardware()
     print(f"microseconds a call; {machine}, shardtensor {st.__version__}")
     print(
         f"{'':20} {'plain':>8} {'ShardTensor':>12} {'DTensor':>9} {'over plain':>11} {'ratio':>6}"
@@ -146,9 +145,7 @@ def main():
         print(f"{name:20} {plain:8.2f} {ours:12.2f} {dtensor:9.2f} {over:11.2f} {ratio:6.2f}")
         rows.append([machine, st.__version__, name, plain, ours, dtensor])
     print("ratio: what is over plain, of what DTensor has over plain")
-    if args.csv:
-        with args.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(rows)
+    extend(args.csv, rows)
     dist.destroy_process_group()
 
 

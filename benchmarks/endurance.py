@@ -13,10 +13,8 @@ Ends with status 1 where memory grows by more than 5 %, tensors at all, or a los
 """
 
 import argparse
-import csv
 import gc
 import os
-import platform
 import random
 import signal
 import socket
@@ -28,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tables import extend, hardware
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -231,13 +230,11 @@ def main():
                 (f"memory growth of rank {r} over starts, percent", 100 * (int(b) / int(a) - 1))
             )
             rows.append((f"more live tensors on rank {r} over starts", int(n) - int(m)))
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    machine = hardware()
     print(f"{machine}, {args.ranks} ranks, {args.steps} steps")
     for what, value in rows:
         print(f"{what:52} {value:10.2f}")
-    if args.csv:
-        with args.csv.open("a", newline="") as f:
-            csv.writer(f).writerows([machine, args.ranks, args.steps, *row] for row in rows)
+    extend(args.csv, ([machine, args.ranks, args.steps, *row] for row in rows))
     bad = [
         w
         for w, v in rows

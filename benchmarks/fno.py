@@ -8,13 +8,12 @@ each way. The last row is the layer on one process.
 """
 
 import argparse
-import csv
-import platform
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tables import extend, hardware
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -66,7 +65,7 @@ def main():
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     n, size = args.ranks, args.size
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    machine = hardware()
     print(f"{CHANNELS} channels, {size} x {size}, {MODES} modes; {machine}, st {st.__version__}")
     print(f"{'':12} {'ranks':>5} {'ms':>8} {'bytes':>12} {'of spectrum':>12}")
     swap = CHANNELS * (size // n) * (size // 2 + 1) * 8 * (n - 1) // n
@@ -75,9 +74,7 @@ def main():
         found = run_workers(ranks, measured, fn, size, ranks > 1)
         ms, sent = max(f[0] for f in found), max(f[1] for f in found)
         print(f"{name:12} {ranks:5} {ms:8.1f} {sent:12} {sent / (4 * swap):12.3f}")
-        if args.csv:
-            with args.csv.open("a", newline="") as f:
-                csv.writer(f).writerow([name, ranks, size, f"{ms:.1f}", sent, machine])
+        extend(args.csv, [[name, ranks, size, f"{ms:.1f}", sent, machine]])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ their ratios, forward alone and with backward.
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import extend, hardware
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
@@ -175,11 +174,8 @@ def main() -> None:
             f"{row['step']:8.2f} {row['messages']:9.0f} {row['MB']:10.3f}",
             flush=True,
         )
-        if options.csv:
-            with options.csv.open("a", newline="") as f:
-                values = [f"{v:.4g}" for v in row.values()]
-                machine = f"{platform.machine()} torch {torch.__version__}"
-                csv.writer(f).writerow([name, options.ranks, *values, machine])
+        values = [f"{v:.4g}" for v in row.values()]
+        extend(options.csv, [[name, options.ranks, *values, hardware()]])
     pool.close()
 
 

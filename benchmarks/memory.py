@@ -9,12 +9,12 @@ Of the activations and gradients that forward and backward hold at once, paramet
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from bench_models import MODELS, step
+from tables import extend
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -58,9 +58,7 @@ def main() -> None:
                 f"{name:8} {n:5} {most[0] / 2**20:10.1f} {ratios[0]:9.2f} "
                 f"{most[1] / 2**20:10.1f} {ratios[1]:9.2f}"
             )
-            if options.csv:
-                with options.csv.open("a", newline="") as f:
-                    csv.writer(f).writerow([name, n, *most, *(f"{r:.3f}" for r in ratios)])
+            extend(options.csv, [[name, n, *most, *(f"{r:.3f}" for r in ratios)]])
         pool.close()
 
 

@@ -22,7 +22,6 @@ exchange that serves every stencil.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import extend
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
@@ -194,9 +194,7 @@ def main() -> None:
                 )
                 lines.append([name, size, alone, wait, both, hidden])
     pool.close()
-    if options.csv:
-        with options.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(lines)
+    extend(options.csv, lines)
 
 
 if __name__ == "__main__":

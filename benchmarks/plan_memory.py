@@ -88,7 +88,7 @@ def main() -> None:
             found.append(row(pool, name, ranks))
             print(", ".join(f"{k} {v}" for k, v in found[-1].items()), flush=True)
         pool.close()
-    for told in found if options.csv else ():
+    for told in found:
         append(options.csv, FIELDS, told)
     near = sum(0.9 <= r["ratio"] <= 1.1 for r in found)
     print(

@@ -199,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     names = [n for n in MODELS if not options.names or n in options.names]
     found = [row for n in options.ranks for row in rows(n, names, options.cpu)]
-    for row in found if options.csv else ():
+    for row in found:
         append(options.csv, FIELDS, row)
     good = sum(AIM[0] <= r["ratio"] <= AIM[1] for r in found)
     ratios = sorted(r["ratio"] for r in found)

@@ -24,7 +24,6 @@ back are counted from it, and its layers run on a shard.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_models import UNet, ViT
+from tables import extend
 from torch import Tensor, nn
 
 from shardtensor.comm.counters import Sent
@@ -270,9 +270,7 @@ def main() -> None:
         for kind in ("strong", "weak"):
             row = table(name, kind, options.ranks, options.jitter)
             rows += row
-    if options.csv:
-        with options.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(rows)
+    extend(options.csv, rows)
 
 
 def table(name: str, kind: str, ranks: Sequence[int], jitter: float) -> list[Any]:

@@ -15,7 +15,6 @@ tells how far a projection can be trusted. Projected: one rank alone on an assum
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing as mp
 import os
 import statistics
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_models import MODELS, step
+from tables import extend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
@@ -173,9 +173,7 @@ def main() -> None:
                     continue
                 row = line(name, kind, n, size, crowds.get(n))
                 rows.append(row)
-    if options.csv:
-        with options.csv.open("a", newline="") as f:
-            csv.writer(f).writerows(rows)
+    extend(options.csv, rows)
     if options.picture:
         draw(rows, options.rows, options.picture)
 

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def append(path: Path, fields: Sequence[str], row: dict[str, Any]) -> None:
-    """Write a row to the end of a CSV file, under a header if it is the first."""
+def hardware() -> str:
+    """What a figure was measured on."""
+    return f"{platform.processor() or platform.machine()}, torch {version('torch')}"
+
+
+def append(path: Path | None, fields: Sequence[str], row: dict[str, Any]) -> None:
+    """Write a row to the end of a CSV file, if one is named, under a header if it is the first."""
+    if path is None:
+        return
     begun = path.exists()
     with path.open("a", newline="") as f:
         writer = csv.DictWriter(f, fields)
         if not begun:
             writer.writeheader()
         writer.writerow(row)
+
+
+def extend(path: Path | None, rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows without a header to the end of a CSV file, if one is named."""
+    if path is not None:
+        with path.open("a", newline="") as f:
+            csv.writer(f).writerows(rows)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

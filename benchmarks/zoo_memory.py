@@ -352,8 +352,7 @@ def main() -> None:
             f"{row.get('made', 0):6.2f} {row.get('seconds', 0):5.1f} s  {row.get('where', '')}",
             flush=True,
         )
-        if options.csv:
-            append(options.csv, FIELDS, row)
+        append(options.csv, FIELDS, row)
 
 
 if __name__ == "__main__":
