@@ -20,6 +20,7 @@ from ..errors import UnsupportedOpError
 from ..registry import OUT, POINTWISE, Handler, handlers, rules
 from ..spec import Spec, hollow, when_hollow
 from ..tensor import ShardTensor, wrap
+from ..tensor.aliases import stale
 from ..tensor.layout import turned
 from ..tensor.offset import take_rows
 from .axes import NOWHERE, mesh_of, met
@@ -28,7 +29,7 @@ from .fallback import fall_back, into_plain, is_shard, op_name
 from .follow import NOT, begins_within, follow, hides, kind_of
 from .results import keep_result, saves_result
 from .trial import ENGINE, is_tried, try_out, vacant
-from .writes import check_readable, stale, writing
+from .writes import check_readable, writing
 
 # dunder methods whose aten op has another name; those in _REFLECTED swap their arguments
 _DUNDER = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}

@@ -19,14 +19,10 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from ..registry import Handler
 from ..tensor import ShardTensor, layout
-from ..tensor.aliases import Part, Piece, family_of, forget_dead, refuse_stale, relate, stale
+from ..tensor.aliases import Part, Piece, family_of, forget_dead, refuse_stale, relate
 from ..tensor.redistribute import reduced
 from .results import lose_result
 
-__all__ = [
-    "check_readable", "check_writable", "part_of", "refuse_overlap", "reshaped_in_place",
-    "slice_of", "stale", "stands_for_rows", "writing",
-]  # fmt: skip
 # of an expanded tensor torch writes these all the same, and warns, or copies rows on themselves
 _ONLY_WARN = ("copy_", "index_fill_", "index_put_", "masked_fill_")
 

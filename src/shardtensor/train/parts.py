@@ -104,12 +104,8 @@ class Pass:
     """The parts of a bucket in one backward."""
 
     def __init__(self, batch: Any, expected: set[Place], task: int) -> None:
-        self.ranks, self.number, self.expected, self.task = (
-            batch.ranks,
-            batch.number,
-            expected,
-            task,
-        )
+        self.ranks, self.number = batch.ranks, batch.number
+        self.expected, self.task = expected, task
         self.parts: dict[Place, Tensor] = {}
         # what brings it, if it is not there yet
         self.taken: dict[Place, tuple[Message | None, Tensor | None]] = {}
