@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from drawn import drawn
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_module
 
@@ -36,10 +37,6 @@ D = torch.float64
 
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
 
 
 def manager(*shape, names=("domain",)):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -10,14 +11,9 @@ from shardtensor import _torch
 from shardtensor.ranks.testing import make_mesh, same, simulate
 from shardtensor.spec import hollow
 
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-W, INDEX = rand(4, 4, seed=1), torch.tensor([3, 0, 3, 1])
-GRID = rand(5, 3, 3, 2, seed=2).tanh() * 0.9
-KERNEL = rand(3, 4, 3, seed=3)
+W, INDEX = drawn(4, 4, seed=1), torch.tensor([3, 0, 3, 1])
+GRID = drawn(5, 3, 3, 2, seed=2).tanh() * 0.9
+KERNEL = drawn(3, 4, 3, seed=3)
 
 # what is cut is dim 0 of x, of shape (5, 4) or as named
 OPS = {
@@ -112,7 +108,7 @@ def held(fn, x, sizes):
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 0), (0, 5)])
 @pytest.mark.parametrize("name", OPS)
 def test_derivatives_of_every_order(name, sizes):
-    held(OPS[name], rand(5, 4), sizes)
+    held(OPS[name], drawn(5, 4), sizes)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 0), (0, 4)])
@@ -143,7 +139,7 @@ VECTORS = {
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 0), (0, 5), (5, 0, 0)])
 @pytest.mark.parametrize("name", VECTORS)
 def test_derivatives_of_vectors(name, sizes):
-    held(VECTORS[name], rand(5), sizes)
+    held(VECTORS[name], drawn(5), sizes)
 
 
 ZERO, FEW = (
@@ -164,7 +160,7 @@ SHORT = {
 @pytest.mark.parametrize("sizes", [(5, 0), (0, 2, 2, 1)])
 @pytest.mark.parametrize("name", SHORT)
 def test_shortcuts_of_torch(name, sizes):
-    held(SHORT[name], rand(5, 4), sizes)
+    held(SHORT[name], drawn(5, 4), sizes)
 
 
 def written(view, result):
@@ -207,12 +203,12 @@ def turned(change):
     "change", [lambda b: b.t_(), lambda b: b.unsqueeze_(0), lambda b: b.swapaxes_(0, 1)]
 )
 def test_views_of_what_takes_another_shape(change, sizes):
-    held(turned(change), rand(5, 4), sizes)
+    held(turned(change), drawn(5, 4), sizes)
 
 
 def test_another_shape_is_a_write():
     def run():
-        x = st.distribute_tensor(rand(5, 4), make_mesh((2,)), [Shard(0)]).requires_grad_()
+        x = st.distribute_tensor(drawn(5, 4), make_mesh((2,)), [Shard(0)]).requires_grad_()
         y = x * 2
         saved = y * y
         y.t_()
@@ -225,14 +221,14 @@ def test_another_shape_is_a_write():
 @pytest.mark.parametrize("sizes", [(3, 2), (2, 0, 3)])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_views_that_are_written_to(name, sizes):
-    held(WRITTEN[name], rand(5, 4), sizes)
+    held(WRITTEN[name], drawn(5, 4), sizes)
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_convolution_with_fewer_output_channels_than_ranks(ranks):
-    weights = {F.conv1d: rand(2, 3, 3), F.conv_transpose1d: rand(3, 2, 3)}
+    weights = {F.conv1d: drawn(2, 3, 3), F.conv_transpose1d: drawn(3, 2, 3)}
     for fn, w in weights.items():
-        operands = [rand(2, 3, 6), w, rand(2)]
+        operands = [drawn(2, 3, 6), w, drawn(2)]
 
         def both(x, w, b, fn=fn):
             g = torch.autograd.grad((fn(x, w, b) ** 3).sum(), (x, w, b), create_graph=True)
@@ -272,14 +268,14 @@ def test_the_op_that_makes_the_first_empty_shards_alone_replays_views():
 
     def run():
         mesh = make_mesh((2,))
-        x = st.distribute_tensor(rand(5, 4), mesh, [Shard(0)]).requires_grad_()
+        x = st.distribute_tensor(drawn(5, 4), mesh, [Shard(0)]).requires_grad_()
 
         def breaks():
             with pytest.raises(ValueError, match="after"):
                 broken(x)
 
         def makes():
-            return st.distribute_tensor(rand(1, 4), mesh, [Shard(0)])
+            return st.distribute_tensor(drawn(1, 4), mesh, [Shard(0)])
 
         for first in (makes, breaks, lambda: torch.relu_((x * 1)[:3])):
             hollow.clear()
@@ -294,7 +290,7 @@ def test_the_op_that_makes_the_first_empty_shards_alone_replays_views():
 @pytest.mark.parametrize("center", [True, False])
 def test_stft_of_one_long_signal_of_two(center):
     """What the trial on two samples says of a window of 64 is no error of these."""
-    x, window = rand(1, 2000), torch.hann_window(64, dtype=torch.float64)
+    x, window = drawn(1, 2000), torch.hann_window(64, dtype=torch.float64)
 
     def spectrum(x):
         return torch.stft(x, 64, window=window, center=center, return_complex=True)

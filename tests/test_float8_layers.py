@@ -3,6 +3,7 @@ of past steps in a buffer. Each trains on shards as on one device."""
 
 import pytest
 import torch
+from drawn import drawn
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -111,10 +112,6 @@ def trained(model, x, dtype):
     return [whole(y.detach()), whole(x.grad), *grads]
 
 
-def numbers(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 LIES = [
     ((2,), [Shard(1)], {1: (6, 6)}),
     ((3,), [Shard(1)], {1: (5, 0, 7)}),
@@ -130,7 +127,7 @@ LIES = [
 @pytest.mark.parametrize("lies", LIES, ids=str)
 def test_a_subclass_that_wraps_shards_trains_as_on_one_device(lies, by_row):
     mesh, placements, sizes = lies
-    x = numbers(B, T, K)
+    x = drawn(B, T, K)
     wants = trained(net(Linear8, by_row=by_row), x, torch.float64)
 
     def run():
@@ -145,7 +142,7 @@ def test_a_subclass_that_wraps_shards_trains_as_on_one_device(lies, by_row):
 
 @pytest.mark.parametrize("by_row", [False, True])
 def test_it_trains_with_the_products_of_the_hardware(by_row):
-    x = numbers(B, T, K).float()
+    x = drawn(B, T, K).float()
     options = dict(by_row=by_row, kernel=by_hardware)
     wants = trained(net(Linear8, **options), x, torch.float32)
 
@@ -164,7 +161,7 @@ def test_it_trains_with_the_products_of_the_hardware(by_row):
 
 
 def test_a_scale_of_all_is_one_number_and_one_of_rows_sends_nothing():
-    x = numbers(1, T, K)
+    x = drawn(1, T, K)
 
     def run():
         s = st.distribute_tensor(
@@ -241,7 +238,7 @@ def steps(model, xs):
 @pytest.mark.parametrize("lies", LIES, ids=str)
 def test_scales_of_past_steps_are_those_of_one_device(lies):
     mesh, placements, sizes = lies
-    xs = [numbers(B, T, K, seed=s) * (1 + s) for s in range(5)]
+    xs = [drawn(B, T, K, seed=s) * (1 + s) for s in range(5)]
     wants = steps(net(DelayedLinear), xs)
 
     def run():
@@ -259,7 +256,7 @@ def test_scales_of_past_steps_are_those_of_one_device(lies):
 
 def test_torchao_as_it_is():
     float8 = pytest.importorskip("torchao.float8")
-    x = numbers(B, T, K).bfloat16()
+    x = drawn(B, T, K).bfloat16()
 
     def model(recipe):
         torch.manual_seed(0)

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -15,10 +16,6 @@ from shardtensor.rules.conv import _transposed as transposed
 from shardtensor.rules.sliding import Stencil, plan, sliding
 
 D = torch.float64
-
-
-def numbers(*shape, dtype=D):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
 def conv(*args, **kwargs):
@@ -41,7 +38,7 @@ def test_a_shard_narrower_than_the_halo(cut, kernel, dilation, by_strips):
     """Its neighbours need rows of ranks beyond it: strips of direct neighbours do not do."""
     width = dilation * (kernel - 1) // 2
     module = conv(2, 3, (kernel, 3), padding=(width, 1), dilation=(dilation, 1))
-    T.hold(module, [numbers(1, 2, 12, 4)], [T.shard(2, cut)], (len(cut),))
+    T.hold(module, [drawn(1, 2, 12, 4)], [T.shard(2, cut)], (len(cut),))
     assert not by_strips
 
 
@@ -57,7 +54,7 @@ STRIPS = {
 
 @pytest.mark.parametrize("name", STRIPS)
 def test_what_strips_do_not_serve(name, by_strips):
-    T.hold(conv(2, 3, **STRIPS[name]), [numbers(2, 2, 12, 5)], [T.shard(2, (5, 7))], (2,))
+    T.hold(conv(2, 3, **STRIPS[name]), [drawn(2, 2, 12, 5)], [T.shard(2, (5, 7))], (2,))
     assert not by_strips
 
 
@@ -101,28 +98,28 @@ def test_stencils_that_strips_do_not_serve(name, by_strips):
     assert rims(stencil, *cut) is None
     if stencil.after is None:
         module = conv(1, 2, stencil.size, stencil.stride, stencil.before, dims="l")
-        T.hold(module, [numbers(1, 1, sum(cut))], [T.shard(2, cut)], (len(cut),))
+        T.hold(module, [drawn(1, 1, sum(cut))], [T.shard(2, cut)], (len(cut),))
         assert not by_strips
 
 
 def test_strips_of_one_sample_without_a_batch_and_of_addends(by_strips):
-    T.hold(conv(2, 3, 3, padding=1), [numbers(2, 12, 5)], [T.shard(1, (5, 7))], (2,))
-    T.hold(conv(2, 3, 3, padding=1, dims="l"), [numbers(2, 12)], [T.shard(1, (5, 7))], (2,))
+    T.hold(conv(2, 3, 3, padding=1), [drawn(2, 12, 5)], [T.shard(1, (5, 7))], (2,))
+    T.hold(conv(2, 3, 3, padding=1, dims="l"), [drawn(2, 12)], [T.shard(1, (5, 7))], (2,))
     module = conv(4, 3, 3, padding=1)
-    T.hold(module, [numbers(1, 4, 8, 5)], [T.On([Shard(1), Shard(2)])], (2, 2))
+    T.hold(module, [drawn(1, 4, 8, 5)], [T.On([Shard(1), Shard(2)])], (2, 2))
     assert not by_strips
 
 
 def test_strips_beside_an_empty_shard_of_another_dim(by_strips):
     on = T.On([Shard(2), Shard(3)], {2: (4, 0), 3: (3, 4)})
-    T.hold(conv(2, 3, 3, padding=1), [numbers(1, 2, 4, 7)], [on], (2, 2))
+    T.hold(conv(2, 3, 3, padding=1), [drawn(1, 2, 4, 7)], [on], (2, 2))
     assert by_strips
 
 
 @pytest.mark.parametrize("wanted", ["weight", "bias", "input"])
 def test_strips_where_one_gradient_is_wanted(wanted, by_strips):
     def run():
-        mesh, x, w, b = T.make_mesh((3,)), numbers(1, 2, 9, 4), numbers(3, 2, 3, 3), numbers(3)
+        mesh, x, w, b = T.make_mesh((3,)), drawn(1, 2, 9, 4), drawn(3, 2, 3, 3), drawn(3)
         given = {"input": x, "weight": w, "bias": b}
         given[wanted].requires_grad_()
         (want,) = torch.autograd.grad(F.conv2d(x, w, b, padding=1).sin().sum(), given[wanted])
@@ -141,7 +138,7 @@ def test_strips_where_one_gradient_is_wanted(wanted, by_strips):
 def test_strips_under_autocast_are_halves(by_strips):
     def run():
         x = st.distribute_tensor(
-            numbers(1, 3, 8, 8, dtype=torch.float32), T.make_mesh((2,)), [Shard(2)]
+            drawn(1, 3, 8, 8, dtype=torch.float32), T.make_mesh((2,)), [Shard(2)]
         )
         module = conv(3, 4, 3, padding=1).float()
         with torch.autocast("cpu", torch.bfloat16), st.trace() as t:
@@ -154,24 +151,22 @@ def test_strips_under_autocast_are_halves(by_strips):
 
 
 WRONG = {
-    "same with a stride": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 2, "same"),
-    "a kernel larger than its input": lambda x: F.conv2d(x, numbers(2, 2, 9, 3), None, 1, 0),
-    "a kernel larger, dilated": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 0, (4, 1)),
-    "no stride": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 0),
-    "no dilation": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, 1, (0, 1)),
-    "no kernel": lambda x: F.conv2d(x, numbers(2, 2, 0, 3)),
-    "negative padding": lambda x: F.conv2d(x, numbers(2, 2, 3, 3), None, 1, -1),
-    "too few dims": lambda x: F.conv2d(x[0, 0], numbers(2, 2, 3, 3)),
-    "too many dims": lambda x: F.conv2d(x[None], numbers(2, 2, 3, 3)),
-    "transposed, no stride": lambda x: F.conv_transpose2d(x, numbers(2, 2, 3, 3), None, 0),
-    "transposed, no dilation": lambda x: F.conv_transpose2d(x, numbers(2, 2, 3, 3), dilation=0),
-    "transposed, negative padding": lambda x: F.conv_transpose2d(
-        x, numbers(2, 2, 3, 3), None, 1, -1
-    ),
+    "same with a stride": lambda x: F.conv2d(x, drawn(2, 2, 3, 3), None, 2, "same"),
+    "a kernel larger than its input": lambda x: F.conv2d(x, drawn(2, 2, 9, 3), None, 1, 0),
+    "a kernel larger, dilated": lambda x: F.conv2d(x, drawn(2, 2, 3, 3), None, 1, 0, (4, 1)),
+    "no stride": lambda x: F.conv2d(x, drawn(2, 2, 3, 3), None, 0),
+    "no dilation": lambda x: F.conv2d(x, drawn(2, 2, 3, 3), None, 1, 1, (0, 1)),
+    "no kernel": lambda x: F.conv2d(x, drawn(2, 2, 0, 3)),
+    "negative padding": lambda x: F.conv2d(x, drawn(2, 2, 3, 3), None, 1, -1),
+    "too few dims": lambda x: F.conv2d(x[0, 0], drawn(2, 2, 3, 3)),
+    "too many dims": lambda x: F.conv2d(x[None], drawn(2, 2, 3, 3)),
+    "transposed, no stride": lambda x: F.conv_transpose2d(x, drawn(2, 2, 3, 3), None, 0),
+    "transposed, no dilation": lambda x: F.conv_transpose2d(x, drawn(2, 2, 3, 3), dilation=0),
+    "transposed, negative padding": lambda x: F.conv_transpose2d(x, drawn(2, 2, 3, 3), None, 1, -1),
     "transposed, output padding": lambda x: F.conv_transpose2d(
-        x, numbers(2, 2, 3, 3), None, 2, 1, (2, 0)
+        x, drawn(2, 2, 3, 3), None, 2, 1, (2, 0)
     ),
-    "transposed, no output": lambda x: F.conv_transpose2d(x, numbers(2, 2, 1, 1), None, 1, (4, 0)),
+    "transposed, no output": lambda x: F.conv_transpose2d(x, drawn(2, 2, 1, 1), None, 1, (4, 0)),
     "pool: no stride": lambda x: F.max_pool2d(x, 2, (0, 1)),
     "pool: no dilation": lambda x: F.max_pool2d(x, 3, 1, 1, (0, 1)),
     "pool: no kernel": lambda x: F.max_pool2d(x, (0, 2), 1),
@@ -186,10 +181,10 @@ WRONG = {
 def test_what_torch_refuses_is_refused_before_anything_is_sent(name, dim):
     fn = WRONG[name]
     with pytest.raises((RuntimeError, ValueError)):
-        fn(numbers(1, 2, 8, 8))
+        fn(drawn(1, 2, 8, 8))
 
     def run():
-        x = st.distribute_tensor(numbers(1, 2, 8, 8), T.make_mesh((3,)), [Shard(dim)])
+        x = st.distribute_tensor(drawn(1, 2, 8, 8), T.make_mesh((3,)), [Shard(dim)])
         with st.trace() as t, pytest.raises((RuntimeError, ValueError)) as error:
             fn(x)
         assert not isinstance(error.value, st.DivergenceError)
@@ -204,7 +199,7 @@ def test_what_the_op_of_a_transposed_convolution_is_given_is_what_torch_takes():
     def run():
         mesh, kinds = T.make_mesh((4,)), product((1, 2, 4), (1, 2, 5), (0, 1, 2), (1, 3))
         for (k, s, p, d), cut in product(kinds, T.cuts(7)[-2:]):
-            x = st.distribute_tensor(numbers(1, 1, 7), mesh, [Shard(2)], sizes={2: cut})
+            x = st.distribute_tensor(drawn(1, 1, 7), mesh, [Shard(2)], sizes={2: cut})
             if 6 * s - 2 * p + d * (k - 1) + 1 > 0:
                 made = transposed(x.spec, (k,), (s,), (p,), (0,), (d,))
                 assert made.padding[0] <= d * (k - 1) and 0 <= made.output_padding[0] < max(s, d)
@@ -213,11 +208,11 @@ def test_what_the_op_of_a_transposed_convolution_is_given_is_what_torch_takes():
 
 
 def test_a_sharded_weight_of_groups_and_of_axes_that_shard_the_input():
-    x, w, b = numbers(2, 4, 8, 5), numbers(6, 2, 3, 3), numbers(6)
+    x, w, b = drawn(2, 4, 8, 5), drawn(6, 2, 3, 3), drawn(6)
     grouped = lambda x, w, b: F.conv2d(x, w, b, 1, 1, 1, 2)  # noqa: E731
     T.hold(grouped, [x, w, b], [T.shard(2), T.shard(0), None], (2,))
     T.hold(grouped, [x, w, b], [T.replicated(), T.shard(0), None], (2,))
-    one = numbers(6, 4, 3, 3)
+    one = drawn(6, 4, 3, 3)
     T.hold(
         lambda x, w, b: F.conv2d(x, w, b, 1, 1), [x, one, b], [T.shard(2), T.shard(0), None], (2,)
     )
@@ -229,7 +224,7 @@ def test_a_sharded_weight_of_groups_and_of_axes_that_shard_the_input():
 
 @pytest.mark.parametrize("cut", [(3, 9), (1, 10, 0, 1), (2, 2, 8)])
 def test_pools_by_strips_fill_with_what_loses(cut, by_strips):
-    x = -numbers(2, 2, 12, 4).abs()
+    x = -drawn(2, 2, 12, 4).abs()
     T.hold(lambda x: F.max_pool2d(x, 3, 1, 1), [x], [T.shard(2, cut)], (len(cut),))
     T.hold(lambda x: F.max_pool2d(x, (5, 1), 2, (2, 0)), [x], [T.shard(2, cut)], (len(cut),))
 
@@ -256,7 +251,7 @@ def weighted_rule(x, before, after):
 @pytest.mark.parametrize("before, after", [(2, 0), (0, 3), (3, 1), (1, 1), (2, 1)])
 def test_a_stencil_that_reaches_further_to_one_side(cut, before, after):
     """As many rows as there were lie as these did, and padding is the same in whole dims."""
-    args = [numbers(2, 9), before, after]
+    args = [drawn(2, 9), before, after]
     (spec,) = T.hold(weighted, args, [T.shard(1, cut), None, None], (len(cut),))
     assert spec.sizes == {1: cut}
     T.hold(weighted, args, [T.shard(0), None, None], (2,))
@@ -276,9 +271,9 @@ def test_whether_it_pays_is_asked_of_a_shard(monkeypatch):
 
 
 OWN = {
-    "as wide as the stride": (lambda x: F.conv2d(x, numbers(3, 2, 2, 2), stride=2), (4, 8)),
-    "narrower than the stride": (lambda x: F.conv2d(x, numbers(3, 2, 1, 1), stride=2), (4, 8)),
-    "zeros only": (lambda x: F.conv2d(x, numbers(3, 2, 3, 3), None, 3, 1), (5, 7)),
+    "as wide as the stride": (lambda x: F.conv2d(x, drawn(3, 2, 2, 2), stride=2), (4, 8)),
+    "narrower than the stride": (lambda x: F.conv2d(x, drawn(3, 2, 1, 1), stride=2), (4, 8)),
+    "zeros only": (lambda x: F.conv2d(x, drawn(3, 2, 3, 3), None, 3, 1), (5, 7)),
     "pool": (lambda x: F.max_pool2d(x, 2), (4, 8)),
 }
 
@@ -286,11 +281,11 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_nothing_is_by_strips_where_nobody_reads_others(name, by_strips):
     fn, cut = OWN[name]
-    T.hold(fn, [numbers(2, 2, 12, 5)], [T.shard(2, cut)], (2,))
+    T.hold(fn, [drawn(2, 2, 12, 5)], [T.shard(2, cut)], (2,))
 
     def run():
         mesh = T.make_mesh((2,))
-        x = st.distribute_tensor(numbers(1, 2, 12, 4), mesh, [Shard(2)], sizes={2: cut})
+        x = st.distribute_tensor(drawn(1, 2, 12, 4), mesh, [Shard(2)], sizes={2: cut})
         x.requires_grad_()
         with st.trace() as t:
             fn(x).sum().backward()
@@ -302,13 +297,13 @@ def test_nothing_is_by_strips_where_nobody_reads_others(name, by_strips):
 
 def test_nothing_is_by_strips_in_a_graph(by_strips):
     def run():
-        x = st.distribute_tensor(numbers(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
+        x = st.distribute_tensor(drawn(1, 2, 8, 4), T.make_mesh((2,)), [Shard(2)])
         x.requires_grad_()
-        w = numbers(3, 2, 3, 3)
+        w = drawn(3, 2, 3, 3)
         fn = lambda x: F.max_pool2d(F.conv2d(x, w, padding=1), 3, 1, 1)  # noqa: E731
         y = st.compile(fn, backend="aot_eager")(x)
         y.square().sum().backward()
-        whole = numbers(1, 2, 8, 4).requires_grad_()
+        whole = drawn(1, 2, 8, 4).requires_grad_()
         want = fn(whole)
         want.square().sum().backward()
         T.same(y, want.detach(), "value")
@@ -320,7 +315,7 @@ def test_nothing_is_by_strips_in_a_graph(by_strips):
 
 def test_padding_in_one_shard_is_left_to_the_op():
     def run():
-        x = st.distribute_tensor(numbers(1, 1, 6, 6), T.make_mesh((1,)), [Shard(2)])
+        x = st.distribute_tensor(drawn(1, 1, 6, 6), T.make_mesh((1,)), [Shard(2)])
         made = plan(x.spec, ((2, Stencil(3, 1, 1)),))
         return made.reaches, made.left, F.max_pool2d(x, 3, 1, 1).placements
 
@@ -339,4 +334,4 @@ def means_rule(x):
 
 @pytest.mark.parametrize("cut", [(1, 0), (0, 0, 1), (1, 1), (0, 2), (2, 1), (0, 0)])
 def test_fewer_rows_than_a_kernel_has(cut):
-    T.hold(means, [numbers(sum(cut), 2)], [T.shard(0, cut)], (len(cut),))
+    T.hold(means, [drawn(sum(cut), 2)], [T.shard(0, cut)], (len(cut),))

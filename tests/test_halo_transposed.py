@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -18,10 +19,6 @@ D = torch.float64
 def taken(in_flight):
     """The convolutions by strips."""
     return in_flight(halo._HaloConv)
-
-
-def numbers(*shape, dtype=D):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
 
 
 def module(*args, **kwargs):
@@ -42,7 +39,7 @@ KINDS = {
 @pytest.mark.parametrize("cut", [(5, 7), (3, 4, 5)])
 @pytest.mark.parametrize("name", KINDS)
 def test_one_dim(name, cut, taken):
-    x = numbers(2, 4, 12, 5)
+    x = drawn(2, 4, 12, 5)
     T.hold(module(4, 6, **KINDS[name]), [x], [T.shard(2, cut)], (len(cut),))
     assert len(taken) >= len(cut)
     last = x.mT.contiguous(memory_format=torch.channels_last)
@@ -54,7 +51,7 @@ def test_one_dim(name, cut, taken):
 def test_two_dims(name, dims, taken):
     """What comes along the second has what came along the first at its ends; so has its adjoint."""
     place = T.On([Shard(d) for d in dims], {dims[0]: (5, 6), dims[1]: (3, 4, 5)})
-    x = numbers(2, 4, 12, 12)[:, :, : 11 if dims[0] == 2 else 12, : 11 if dims[0] == 3 else 12]
+    x = drawn(2, 4, 12, 12)[:, :, : 11 if dims[0] == 2 else 12, : 11 if dims[0] == 3 else 12]
     T.hold(module(4, 4, **KINDS[name]), [x], [place], (2, 3))
     assert taken
 
@@ -62,7 +59,7 @@ def test_two_dims(name, dims, taken):
 def test_groups_that_lie_on_one_rank_each(taken):
     place = T.On([Shard(1), Shard(2)], {1: (1, 3), 2: (3, 5)})
     conv = module(4, 8, **KINDS["3 by 2"], groups=4)
-    T.hold(conv, [numbers(2, 4, 8, 6)], [place], (2, 2))
+    T.hold(conv, [drawn(2, 4, 8, 6)], [place], (2, 2))
     assert taken
 
 
@@ -76,7 +73,7 @@ def test_twice_derived(name, taken):
         (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
         return g * g
 
-    x, w = numbers(1, 2, 8, 6), numbers(2, 3, size, size)
+    x, w = drawn(1, 2, 8, 6), drawn(2, 3, size, size)
     T.hold(penalty, [x, w], [T.shard(2, (3, 5)), None], (2,))
     T.hold(penalty, [x, w], [T.On([Shard(2), Shard(3)]), None], (2, 2))
     assert taken
@@ -88,18 +85,18 @@ def test_one_and_three_dims(taken):
         5: lambda x, w: F.conv_transpose3d(x, w, stride=2, padding=1),
     }
     for n, dims in [(3, (2,)), (5, (3,)), (5, (2, 4))]:
-        x, w = numbers(2, 2, *[6, 4, 4][: n - 2]), numbers(2, 3, *[3] * (n - 2))
+        x, w = drawn(2, 2, *[6, 4, 4][: n - 2]), drawn(2, 3, *[3] * (n - 2))
         T.hold(fns[n], [x, w], [T.On([Shard(d) for d in dims]), None], (2,) * len(dims))
     assert taken
 
 
 NOT_SERVED = {
-    "narrower than the halo": (numbers(1, 2, 8, 4), (1, 6, 0, 1), dict(kernel_size=5)),
-    "rows that nothing reaches": (numbers(1, 2, 8, 4), (3, 5), dict(kernel_size=2, stride=3)),
+    "narrower than the halo": (drawn(1, 2, 8, 4), (1, 6, 0, 1), dict(kernel_size=5)),
+    "rows that nothing reaches": (drawn(1, 2, 8, 4), (3, 5), dict(kernel_size=2, stride=3)),
     "more output padding than padding": (
-        numbers(1, 2, 8, 4), (3, 5), dict(kernel_size=3, stride=3, output_padding=2),
+        drawn(1, 2, 8, 4), (3, 5), dict(kernel_size=3, stride=3, output_padding=2),
     ),
-    "no batch": (numbers(2, 8, 4), (3, 5), dict(kernel_size=3, stride=2)),
+    "no batch": (drawn(2, 8, 4), (3, 5), dict(kernel_size=3, stride=2)),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from math import inf, log
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
@@ -75,13 +76,9 @@ def kernel(request, monkeypatch):
     return found, calls
 
 
-def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
-
-
 def of_all_sizes(*shape):
     """Rows that hide all keys, by numbers or wholly, or some of them, or those of some blocks."""
-    mask = numbers(*shape, 8, 8, seed=3)
+    mask = drawn(*shape, 8, 8, seed=3)
     mask[..., 0, :] -= 1e9
     mask[..., 1, :] = -inf
     mask[..., 2, 3:] = -inf
@@ -131,7 +128,7 @@ def alone(kernel, given):
 @pytest.mark.parametrize("shape", [(), (2, 4)], ids=str)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_masks_of_numbers_of_all_sizes(cut, shape, learnt, kernel):
-    given = [numbers(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
+    given = [drawn(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
     given.append(of_all_sizes(*shape).requires_grad_(learnt))
     want = alone(kernel[0], given)
     places = [*[Shard(2)] * 3, Replicate()]
@@ -141,7 +138,7 @@ def test_masks_of_numbers_of_all_sizes(cut, shape, learnt, kernel):
 
 
 def test_one_row_for_all_queries_and_one_number_for_all_keys(kernel):
-    given = [numbers(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
+    given = [drawn(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
     sizes = of_all_sizes()
     # of the last one all gradients are noise
     for mask, n in ((sizes[3:4], 4), (sizes[:, :1].contiguous(), 4), (sizes[6:7], 1)):
@@ -155,13 +152,13 @@ def test_one_row_for_all_queries_and_one_number_for_all_keys(kernel):
 @pytest.mark.parametrize("place", [[None, T.shard(2), T.shard(2)], [T.shard(2), None, None]])
 def test_keys_alone_and_queries_alone(place, kernel):
     """Of keys alone ranks merge what they found; numbers that lose no digits are plain torch's."""
-    given = [*(numbers(2, 4, 8, 4, seed=i) for i in range(3)), numbers(8, 8)]
+    given = [*(drawn(2, 4, 8, 4, seed=i) for i in range(3)), drawn(8, 8)]
     given[3][2, :5] = -inf
     T.hold(attend, given, [*place, None], (3,))
 
 
 def test_ranks_that_have_other_keys_for_the_same_queries(kernel):
-    given = [numbers(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
+    given = [drawn(2, 4, 8, 4, seed=i).requires_grad_() for i in range(3)]
     mask = of_all_sizes()
     # powers of two round the difference of two such numbers, which ranks take exactly
     mask[0], mask[5] = -1e9, 1e8
@@ -173,8 +170,8 @@ def test_ranks_that_have_other_keys_for_the_same_queries(kernel):
 
 
 def test_shared_heads(kernel):
-    given = [numbers(2, 4, 8, 4).requires_grad_()]
-    given += [numbers(2, 2, 8, 4, seed=i).requires_grad_() for i in (1, 2)]
+    given = [drawn(2, 4, 8, 4).requires_grad_()]
+    given += [drawn(2, 2, 8, 4, seed=i).requires_grad_() for i in (1, 2)]
     given.append(of_all_sizes())
     want = alone(kernel[0], given)
     places = [*[Shard(2)] * 3, Replicate()]
@@ -184,7 +181,7 @@ def test_shared_heads(kernel):
 
 
 def test_blocks_are_counted_only_where_several_are_merged(kernel):
-    given = [numbers(1, 2, 8, 4, seed=i) for i in range(3)]
+    given = [drawn(1, 2, 8, 4, seed=i) for i in range(3)]
 
     def run(places):
         mesh = make_mesh((2,))
@@ -201,8 +198,8 @@ def test_blocks_are_counted_only_where_several_are_merged(kernel):
 def test_halves_are_counted_as_exactly_as_they_are_rounded(kernel):
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):
-        given = [numbers(2, 4, 8, 4, seed=i).to(dtype) for i in range(3)]
-        mask = numbers(8, 8).to(dtype)
+        given = [drawn(2, 4, 8, 4, seed=i).to(dtype) for i in range(3)]
+        mask = drawn(8, 8).to(dtype)
         mask[1] -= 3e4
         mask[2, :6] = torch.finfo(dtype).min
         mask[3] = -inf
@@ -249,8 +246,8 @@ MASKS = [None, "bool", "numbers", "learnt", "learnt, whose gradient the kernel h
 
 @pytest.mark.parametrize("masked", MASKS)
 def test_backward_drops_what_forward_dropped(masked, kernel, monkeypatch):
-    x, way = numbers(3, 2, 4, 8, 4), numbers(3, 2, 4, 8, 4, seed=9)
-    mask = numbers(8, 8, seed=2)
+    x, way = drawn(3, 2, 4, 8, 4), drawn(3, 2, 4, 8, 4, seed=9)
+    mask = drawn(8, 8, seed=2)
     mask = None if masked is None else mask > -1 if masked == "bool" else mask
     if masked and "learnt" in masked:
         mask.requires_grad_()

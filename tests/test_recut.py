@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -27,10 +28,6 @@ def always(monkeypatch):
     cache.clear()
 
 
-def made(*shape):
-    return torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(0))
-
-
 REDUCED = {
     "sum": lambda x: x.sum(0),
     "mean kept": lambda x: x.mean(0, keepdim=True),
@@ -53,13 +50,13 @@ REDUCED = {
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", REDUCED)
 def test_what_is_left_is_cut(name, cut):
-    T.hold(REDUCED[name], [made(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
+    T.hold(REDUCED[name], [drawn(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
 
 
 @pytest.mark.parametrize("name", sorted(REDUCED.keys() - {"amin of two"}))
 def test_no_rank_has_it_whole(name):
     with silent_world(1, 4):
-        x = wrap(made(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
+        x = wrap(drawn(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
         for y in T.tensors(REDUCED[name](x)):
             assert y._spec.varying and y._local.numel() == y.numel() // 4
 
@@ -68,8 +65,8 @@ def test_two_axes():
     def run(x):
         return x.amax((0, 1)), x.select(0, 3).sum(0), x.max(1)[0]
 
-    T.hold(run, [made(4, 4, 6, 8)], [T.On([Shard(0), Shard(1)])], (2, 2))
-    T.hold(run, [made(4, 4, 6, 8)], [T.On([Shard(0), Shard(0)])], (2, 2))
+    T.hold(run, [drawn(4, 4, 6, 8)], [T.On([Shard(0), Shard(1)])], (2, 2))
+    T.hold(run, [drawn(4, 4, 6, 8)], [T.On([Shard(0), Shard(0)])], (2, 2))
 
 
 def test_a_row_is_written_through():
@@ -83,31 +80,31 @@ def test_a_row_is_written_through():
         return y, row, y.sum()
 
     for cut in CUTS:
-        T.hold(run, [made(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
+        T.hold(run, [drawn(5, 8, 6)], [T.shard(0, cut)], (len(cut),))
 
 
 PRODUCTS = {
     # features are cut, and their addends would be large
-    "linear": (F.linear, [made(3, 9, 8), made(7, 8), made(7)], [T.shard(2), None, None]),
-    "matmul": (torch.matmul, [made(3, 9, 8), made(8, 5)], [T.shard(2), None]),
-    "of a view": (lambda x, w: x.mT @ w, [made(3, 8, 9), made(8, 5)], [T.shard(1), None]),
-    "both": (torch.matmul, [made(3, 9, 8), made(3, 8, 9)], [T.shard(2), T.shard(1)]),
+    "linear": (F.linear, [drawn(3, 9, 8), drawn(7, 8), drawn(7)], [T.shard(2), None, None]),
+    "matmul": (torch.matmul, [drawn(3, 9, 8), drawn(8, 5)], [T.shard(2), None]),
+    "of a view": (lambda x, w: x.mT @ w, [drawn(3, 8, 9), drawn(8, 5)], [T.shard(1), None]),
+    "both": (torch.matmul, [drawn(3, 9, 8), drawn(3, 8, 9)], [T.shard(2), T.shard(1)]),
     # queries are cut along one label, and keys along another
     "scores": (
         lambda q, k: torch.einsum("b h i d, b h j d -> b h i j".replace(" ", ""), q, k),
-        [made(8, 2, 5, 3), made(8, 2, 6, 3)],
+        [drawn(8, 2, 5, 3), drawn(8, 2, 6, 3)],
         [T.shard(2), T.shard(2)],
     ),
-    "bmm": (torch.bmm, [made(8, 5, 4), made(8, 4, 6)], [T.shard(1), T.shard(2)]),
-    "few heads": (torch.matmul, [made(3, 5, 4), made(3, 4, 6)], [T.shard(1), T.shard(2)]),
+    "bmm": (torch.bmm, [drawn(8, 5, 4), drawn(8, 4, 6)], [T.shard(1), T.shard(2)]),
+    "few heads": (torch.matmul, [drawn(3, 5, 4), drawn(3, 4, 6)], [T.shard(1), T.shard(2)]),
 }
 
 
 def test_what_is_less_to_gather_is_gathered():
     with silent_world(1, 4), st.trace() as t:
         mesh = make_mesh((4,))
-        x = wrap(made(4, 8, 6), Spec.of(mesh, [Shard(0)], (16, 8, 6)))
-        y = wrap(made(2, 6), Spec.of(mesh, [Shard(0)], (8, 6)))
+        x = wrap(drawn(4, 8, 6), Spec.of(mesh, [Shard(0)], (16, 8, 6)))
+        y = wrap(drawn(2, 6), Spec.of(mesh, [Shard(0)], (8, 6)))
         assert (x + y)._spec == x._spec
     assert {s.collective for s in t.sent} == {"all_gather"}
 
@@ -136,10 +133,10 @@ def windows(x):
 
 def test_what_windows_left_lopsided():
     for cut in ([3, 3, 3, 3], [1, 5, 6, 0]):
-        T.hold(windows, [made(3, 12, 5)], [T.shard(1, cut)], (4,))
+        T.hold(windows, [drawn(3, 12, 5)], [T.shard(1, cut)], (4,))
     cache.clear()
     with silent_world(3, 4):
-        x = wrap(made(3, 3, 5), Spec.of(make_mesh((4,)), [Shard(1)], (3, 12, 5)))
+        x = wrap(drawn(3, 3, 5), Spec.of(make_mesh((4,)), [Shard(1)], (3, 12, 5)))
         assert list(windows(x)._spec.dims[1].sizes) == [3, 3, 3, 3]
 
 
@@ -163,7 +160,7 @@ FEW = {
 @pytest.mark.parametrize("name", FEW)
 def test_few_rows_in_front_leave_no_rank_without(name):
     shape, dim, fn, cut = FEW[name]
-    x = made(*shape)
+    x = drawn(*shape)
     for sizes in (None, [0, shape[dim] - 2, 1, 1]):
         T.hold(lambda x: fn(x * 2).sin(), [x], [T.shard(dim, sizes)], (4,))
     cache.clear()
@@ -176,7 +173,7 @@ def test_few_rows_in_front_leave_no_rank_without(name):
 
 
 def test_few_rows_in_front_on_two_axes():
-    x = made(3, 12, 8, 8)
+    x = drawn(3, 12, 8, 8)
     for on in ([Shard(1), Shard(2)], [Shard(2), Shard(1)], [Shard(1), Shard(1)]):
         T.hold(lambda x: x.view(3, 1, 12, 1, 8, 8) * 2, [x], [T.On(on)], (2, 2))
         T.hold(lambda x: x.view(3, 2, 6, 64) * 2, [x], [T.On(on)], (2, 2))
@@ -193,7 +190,7 @@ def test_a_view_that_went_around_is_one():
         return z
 
     with pytest.raises(st.RankError, match="view"):
-        T.hold(run, [made(3, 12, 8)], [T.shard(1)], (4,))
+        T.hold(run, [drawn(3, 12, 8)], [T.shard(1)], (4,))
 
 
 PEAKS = {
@@ -218,7 +215,7 @@ def test_results_of_their_usual_size_stay(monkeypatch):
     monkeypatch.setattr(recut, "WHOLE", 2**18)
     cache.clear()
     with silent_world(0, 4), st.trace() as t:
-        x = wrap(made(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
+        x = wrap(drawn(2, 8, 6), Spec.of(make_mesh((4,)), [Shard(0)], (8, 8, 6)))
         for y in (x.sum(0), x.amax(0), x[5]):
             assert not y._spec.varying
     assert "swap" not in {s.collective for s in t.sent}

@@ -3,19 +3,16 @@
 import itertools
 
 import torch
+from drawn import drawn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import full, make_mesh
 
 
-def random(*shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
 def in_place_and_partial():
     mesh = make_mesh((2,))
-    x = random(5, 5)
+    x = drawn(5, 5)
     s = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
     assert torch.equal(full(s.clone().tril_(1)), x.tril(1))
     assert torch.equal(full(s.clone().triu_(-1)), x.triu(-1))
@@ -34,7 +31,7 @@ def test_in_place_and_partial():
 
 def created():
     mesh = make_mesh((2,))
-    s = st.distribute_tensor(random(5, 4), mesh, [Shard(0)], src_data_rank=None)
+    s = st.distribute_tensor(drawn(5, 4), mesh, [Shard(0)], src_data_rank=None)
     for new in (s.new_zeros(5, 4), s.new_ones((5, 4)), s.new_empty([5, 4]),
                 s.new_zeros(size=(5, 4)), s.new_full((5, 4), 2.0),
                 s.new_empty_strided((5, 4), (4, 1))):  # fmt: skip
@@ -65,7 +62,7 @@ def public(name):
 
 def foreach():
     mesh = make_mesh((2,))
-    xs = [random(5, 4) + 3, random(3)]
+    xs = [drawn(5, 4) + 3, drawn(3)]
     ss = [st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) for x in xs]
     ys = [xs[0] / 2, xs[1] * 2]
     calls = {

@@ -4,18 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.fold import unpooled
+from drawn import drawn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import hold, shard
 
 
-def image(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
 def test_columns_stay_sharded():
-    columns = F.unfold(image(2, 3, 9, 6), 3)
+    columns = F.unfold(drawn(2, 3, 9, 6), 3)
     (spec,) = hold(F.fold, [columns, (9, 6), 3], [shard(2), None, None], (3,))
     assert spec.dims[2].axes == (0,)
 
@@ -38,7 +35,7 @@ def test_only_halos_are_sent():
 
 
 def bad_index():
-    x = st.distribute_tensor(image(1, 1, 4, 2), st.testing.make_mesh((2,)), [Shard(2)])
+    x = st.distribute_tensor(drawn(1, 1, 4, 2), st.testing.make_mesh((2,)), [Shard(2)])
     index = torch.arange(8).view(1, 1, 4, 2)
     index[0, 0, 3, 1] = 99
     with pytest.raises(RuntimeError, match="invalid max index"):
@@ -51,7 +48,7 @@ def test_an_index_outside_is_an_error_on_all_ranks():
 
 def compiled():
     mesh = st.testing.make_mesh((3,))
-    x = image(2, 3, 7, 5)
+    x = drawn(2, 3, 7, 5)
     blocks = {"kernel_size": 3, "padding": 1}
     fns = [
         lambda x: F.unfold(x, **blocks),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.grid_sample import MODES, places, sampled
+from drawn import drawn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -11,16 +12,12 @@ from shardtensor.ranks.testing import full, hold, make_mesh, shard
 from shardtensor.rules import grid_sample
 
 
-def random(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("dim", [2, 3])
 def test_places_stay_sharded_as_the_image(dim):
-    args = [random(2, 2, 7, 7), places(2, 4, 6, 2)]
+    args = [drawn(2, 2, 7, 7), places(2, 4, 6, 2)]
     (spec,) = hold(sampled(*MODES[0]), args, [shard(dim, (3, 0, 4)), None], (3,))
     assert spec.dims[dim].axes == (0,)
-    (spec,) = hold(F.affine_grid, [random(3, 2, 3), (3, 1, 4, 5)], [shard(0, (2, 1)), None], (2,))
+    (spec,) = hold(F.affine_grid, [drawn(3, 2, 3), (3, 1, 4, 5)], [shard(0, (2, 1)), None], (2,))
     assert spec.dims[0].sizes == (2, 1)
 
 
@@ -38,7 +35,7 @@ def test_samples_on_rows_and_between(how, size):
         at = 2 * at / (size - 1) - 1 if how[2] else (2 * at + 1) / size - 1
         for flip in (1, -1):
             g = torch.stack([torch.zeros_like(at), flip * at], -1).view(1, -1, 1, 2)
-            args = [random(1, 2, size, 3), g]
+            args = [drawn(1, 2, size, 3), g]
             hold(sampled(*how), args, [shard(2), None], (3,))
             hold(sampled(*how), [args[0].mT, g.flip(-1)], [shard(3, (size - 1, 1)), shard(1)], (2,))
 
@@ -52,7 +49,7 @@ def test_identity(align, size, dtype):
         shape = [1, 2, 5, 5]
         shape[dim] = size
         g = identity(1, *shape[2:], align, dtype)
-        args = [random(*shape).to(dtype), g]
+        args = [drawn(*shape).to(dtype), g]
         rtol = 1e-12 if dtype is torch.float64 else 5e-5
         hold(sampled("bilinear", "zeros", align), args, [shard(dim), None], (3,), rtol=rtol)
         hold(sampled("bilinear", "border", align), args, [shard(dim), shard(1)], (2,), rtol=rtol)
@@ -62,7 +59,7 @@ def test_identity(align, size, dtype):
 @pytest.mark.parametrize("size", [7, 11])
 def test_identity_of_volumes(align, size):
     args = [
-        random(1, 1, size, 3, 3),
+        drawn(1, 1, size, 3, 3),
         F.affine_grid(torch.eye(3, 4).double()[None], [1, 1, size, 3, 3], align),
     ]
     hold(sampled("bilinear", "zeros", align), args, [shard(2), None], (2,))
@@ -72,13 +69,13 @@ def test_identity_of_volumes(align, size):
 def test_not_finite(how):
     g = places(1, 6, 1, 2)
     g[0, 1, 0, 1], g[0, 2, 0, 1], g[0, 4, 0, 1] = float("nan"), float("inf"), -float("inf")
-    args = [random(1, 2, 6, 3), g]
+    args = [drawn(1, 2, 6, 3), g]
     hold(sampled(*how), args, [shard(2), None], (3,), grad=False)
 
 
 def far_away():
     mesh = make_mesh((2,))
-    x = st.distribute_tensor(random(1, 1, 6, 3), mesh, [Shard(2)], src_data_rank=None)
+    x = st.distribute_tensor(drawn(1, 1, 6, 3), mesh, [Shard(2)], src_data_rank=None)
     g = torch.tensor([[[[0.0, float("nan")], [0.0, 1e30]], [[0.0, -1e30], [0.0, 0.3]]]]).double()
     for padding in ("border", "reflection"):
         y = full(F.grid_sample(x, g, padding_mode=padding, align_corners=True))
@@ -92,12 +89,12 @@ def test_places_that_are_no_numbers_crash_nothing():
 def test_batches_channels_and_small_images():
     for how in (MODES[0], MODES[3], MODES[14]):
         for d, sizes in ((0, (0, 3)), (1, (2, 0)), (0, (1, 2)), (2, (1, 0)), (3, (0, 1))):
-            args = [random(3, 2, 1, 1), places(3, 4, 2, 2)]
+            args = [drawn(3, 2, 1, 1), places(3, 4, 2, 2)]
             hold(sampled(*how), args, [shard(d, sizes), None], (2,))
             hold(sampled(*how), args, [shard(d, sizes), shard(1)], (2,))
         hold(sampled(*how), args, [None, shard(0, (0, 3))], (2,))
         hold(sampled(*how), args, [None, shard(3)], (2,))
-    hold(sampled(*MODES[0]), [random(1, 1, 6, 5).float(), places(1, 4, 3, 2).float()],
+    hold(sampled(*MODES[0]), [drawn(1, 1, 6, 5).float(), places(1, 4, 3, 2).float()],
          [shard(2), None], (2,))  # fmt: skip
 
 
@@ -124,7 +121,7 @@ def test_all_rows_of_a_small_image_come_where_a_look_would_wait(how, monkeypatch
     for dim, cut in ((2, (3, 0, 4)), (3, (1, 6))):
         hold(
             sampled(*how),
-            [random(2, 2, 7, 7), places(2, 4, 6, 2)],
+            [drawn(2, 2, 7, 7), places(2, 4, 6, 2)],
             [shard(dim, cut), None],
             (len(cut),),
         )
@@ -133,7 +130,7 @@ def test_all_rows_of_a_small_image_come_where_a_look_would_wait(how, monkeypatch
 def compiled():
     mesh = make_mesh((2,))
     for how in (MODES[0], MODES[9], MODES[16]):
-        x, g = random(1, 2, 6, 4), places(1, 4, 3, 2)
+        x, g = drawn(1, 2, 6, 4), places(1, 4, 3, 2)
         fn = st.compile(sampled(*how), backend="aot_eager")
         s = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None).requires_grad_()
         for more in (0.0, 0.3):
@@ -146,7 +143,7 @@ def test_compiled():
 
 
 def nameless():
-    x = st.distribute_tensor(random(1, 2, 6, 4), make_mesh((2,)), [Shard(2)], src_data_rank=None)
+    x = st.distribute_tensor(drawn(1, 2, 6, 4), make_mesh((2,)), [Shard(2)], src_data_rank=None)
     for way in ((-1, 0), (3, 0), (0, -9), (0, 3)):
         with pytest.raises(st.UnsupportedOpError, match="no name"):
             torch.grid_sampler(x, places(1, 4, 3, 2), *way, False)

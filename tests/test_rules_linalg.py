@@ -3,38 +3,35 @@
 import pytest
 import torch
 from cases.linalg import L, positive
+from drawn import drawn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import full, hold, make_mesh, shard
 
 
-def random(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def spd(*batch, n=4):
-    return positive(random(*batch, n, n))
+    return positive(drawn(*batch, n, n))
 
 
 def test_vectors_and_sides():
     how = {"rtol": 1e-9}
-    hold(L.solve, [spd(3), random(3, 4)], [shard(0), None], (2,), **how)
+    hold(L.solve, [spd(3), drawn(3, 4)], [shard(0), None], (2,), **how)
     # a shard of three matrices must not take a 3 x 3 right-hand side for three vectors
-    hold(L.solve, [spd(6, n=3), random(3, 3)], [shard(0), None], (2,), **how)
-    hold(L.solve, [spd(4), random(1, 4, 2)], [shard(0), None], (2,), **how)
+    hold(L.solve, [spd(6, n=3), drawn(3, 3)], [shard(0), None], (2,), **how)
+    hold(L.solve, [spd(4), drawn(1, 4, 2)], [shard(0), None], (2,), **how)
     hold(
-        lambda A, B: L.solve(A, B, left=False), [spd(), random(5, 4)], [None, shard(0)], (2,), **how
+        lambda A, B: L.solve(A, B, left=False), [spd(), drawn(5, 4)], [None, shard(0)], (2,), **how
     )
     hold(
         lambda A, B: L.solve_triangular(A, B, upper=True, left=False),
-        [spd(), random(5, 4)], [None, shard(0)], (2,), **how,
+        [spd(), drawn(5, 4)], [None, shard(0)], (2,), **how,
     )  # fmt: skip
-    hold(L.tensorsolve, [random(4, 2, 8), random(4, 2)], [shard(0), None], (2,), gather=True, **how)
-    hold(L.tensorinv, [random(4, 2, 8)], [shard(2)], (2,), gather=True, **how)
+    hold(L.tensorsolve, [drawn(4, 2, 8), drawn(4, 2)], [shard(0), None], (2,), gather=True, **how)
+    hold(L.tensorinv, [drawn(4, 2, 8)], [shard(2)], (2,), gather=True, **how)
     tolerance = torch.zeros(3).double()
-    hold(lambda x: L.pinv(x, atol=tolerance), [random(3, 4, 2)], [shard(0)], (2,), **how)
-    A = torch.complex(random(3, 3, 3), random(3, 3, 3, seed=4))
+    hold(lambda x: L.pinv(x, atol=tolerance), [drawn(3, 4, 2)], [shard(0)], (2,), **how)
+    A = torch.complex(drawn(3, 3, 3), drawn(3, 3, 3, seed=4))
     hold(L.inv, [A], [shard(0)], (2,), **how)
     hold(L.inv, [spd(3).float()], [shard(1)], (2,))
 
@@ -57,7 +54,7 @@ def errors():
     deficient = A.clone()
     deficient[1, :, 0] = 0
     t = st.distribute_tensor(deficient[..., :3], mesh, [Shard(0)], src_data_rank=None)
-    b = random(3, 4, 2)
+    b = drawn(3, 4, 2)
     for g, w in zip(
         L.lstsq(t, b, driver="gelsd"), L.lstsq(deficient[..., :3], b, driver="gelsd"), strict=True
     ):
@@ -101,7 +98,7 @@ def learned():
     """A right-hand side that is a weight, and larger than the matrices: these stay on their ranks."""
     mesh = make_mesh((3,))
     s = st.distribute_tensor(spd(3), mesh, [Shard(0)], src_data_rank=None)
-    weight = random(3, 4, 5).requires_grad_()
+    weight = drawn(3, 4, 5).requires_grad_()
     with st.trace() as t:
         assert L.solve(s, weight)._spec.dims[0].axes == (0,)
     # whether one of them was singular

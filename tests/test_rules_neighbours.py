@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import drawn
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -11,19 +12,15 @@ from shardtensor import testing as T
 D = torch.float64
 
 
-def numbers(*shape, dtype=D):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=dtype)
-
-
 @pytest.mark.parametrize("cut", T.cuts(7))
 @pytest.mark.parametrize("n", [0, 1, 2, 6, 7, 9])
 def test_diff(cut, n):
-    T.hold(torch.diff, [numbers(2, 7, 3), n, 1], [T.shard(1, cut), None, None], (len(cut),))
+    T.hold(torch.diff, [drawn(2, 7, 3), n, 1], [T.shard(1, cut), None, None], (len(cut),))
 
 
 @pytest.mark.parametrize("cut", T.cuts(5))
 def test_diff_with_more_at_the_ends(cut):
-    x, a, b = numbers(2, 5), numbers(2, 2), numbers(2, 1)
+    x, a, b = drawn(2, 5), drawn(2, 2), drawn(2, 1)
     on, places = T.shard(1, cut), [T.shard(1), T.shard(0), None]
     for place in places:
         T.hold(torch.diff, [x, 2, -1, a, b], [on, None, None, place, None], (len(cut),))
@@ -33,12 +30,12 @@ def test_diff_with_more_at_the_ends(cut):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.bfloat16])
 def test_diff_of_other_dtypes(dtype):
-    x = (numbers(9, 2) > 0).to(dtype)
+    x = (drawn(9, 2) > 0).to(dtype)
     T.hold(lambda x: x.diff(dim=0), [x], [T.shard(0, (1, 0, 8))], (3,))
 
 
 def test_diff_of_two_axes_sums_and_nothing():
-    x = numbers(4, 6)
+    x = drawn(4, 6)
     T.hold(torch.diff, [x, 2], [T.On([Shard(1), Shard(1)]), None], (2, 2))
     T.hold(torch.diff, [x, 2], [T.On([Shard(0), Shard(1)]), None], (2, 2))
     T.hold(lambda x: x.sum(0).diff(), [x], [T.On([Shard(0), Shard(1)])], (2, 2))
@@ -61,7 +58,7 @@ def test_diff_refuses_what_torch_refuses(args):
 
 def test_differences_of_any_order_are_one_exchange():
     def run():
-        x = st.distribute_tensor(numbers(12, 2), T.make_mesh((3,)), [Shard(0)])
+        x = st.distribute_tensor(drawn(12, 2), T.make_mesh((3,)), [Shard(0)])
         with st.trace() as t:
             y = torch.diff(x, 3, 0)
         assert y.spec.sizes == {0: (3, 4, 2)}
@@ -72,7 +69,7 @@ def test_differences_of_any_order_are_one_exchange():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_local_response_norm_lies_as_its_input(size):
-    x = numbers(2, 6, 3, 2)
+    x = drawn(2, 6, 3, 2)
     for cut in T.cuts(6):
         (spec,) = T.hold(
             F.local_response_norm, [x, size], [T.shard(1, cut), None], (len(cut),)
