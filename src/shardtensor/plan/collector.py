@@ -18,9 +18,9 @@ def quick_collector() -> Iterator[None]:
     Where somebody has frozen objects already it looks at all others.
     """
     global _quick
-    gc.collect()
     before, _quick = _quick, not gc.get_freeze_count()
     if _quick:
+        # with what nobody holds any longer, of which nothing is booked: to look for it takes long
         gc.freeze()
     try:
         yield
