@@ -10,10 +10,11 @@ from models import UNet, ViT
 from torch import nn
 
 import shardtensor as st
+from shardtensor import containers
 from shardtensor.attention import assume
 from shardtensor.observe.network import DGX_H100
-from shardtensor.paged import alone, pager
-from shardtensor.plan.estimate import Device, Task, attention_rates
+from shardtensor.paged import alone, files, pager
+from shardtensor.plan.estimate import H100, Device, Task, attention_rates
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
 
@@ -70,7 +71,7 @@ def ran(make, shape, parts, memory, train, folder, *others):
     with torch.set_grad_enabled(train), chosen:
         y = run(torch.randn(shape), *map(torch.randn, others))
         if train:
-            y.square().mean().backward()
+            sum(v.square().mean() for v in containers.tensors(y)).backward()
     return run
 
 
@@ -129,6 +130,68 @@ def test_parts_that_do_not_meet(name, tmp_path, monkeypatch):
     if halo is not None:
         assert (said.spilled, said.most) == (run.paging.spilled, run.paging.most)
         assert said.times > 1
+
+
+def clipped():
+    """Gradients of all rows, of which those of parts are no sums."""
+    model = deep()
+    model[2].register_full_backward_hook(lambda m, into, out: (into[0].clamp(-0.1, 0.1),))
+    return model
+
+
+# a model, its inputs, (parts, memory), whether parts meet
+LEARNT = {
+    "most are kept": (deep, [(1, 2, 256, 16)], 4, 2**18, False),
+    "some are kept": (deep, [(1, 2, 256, 16)], 7, 2**17, False),
+    "none is, which spills": (deep, [(1, 2, 256, 16)], 7, 3 * 2**15, False),
+    "a mask, a dict": (counted, [(2, 2, 256, 8), (256, 8)], 4, 2**18, False),
+    "pools and dropout": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.AvgPool2d(2), nn.Dropout(),
+                              nn.Upsample(scale_factor=4), nn.Conv2d(4, 1, 3, padding=1)),
+        [(1, 1, 768, 32)], 3, 2**19, False,
+    ),
+    "a part's own does not fit": (deep, [(1, 2, 256, 16)], 4, 2**16, True),
+    "all fits": (deep, [(1, 2, 256, 16)], 4, 2**22, True),
+    "a hook": (clipped, [(1, 2, 256, 16)], 4, 2**18, True),
+    "statistics": (lambda: nn.Sequential(deep(), nn.BatchNorm2d(4)), [(1, 2, 256, 16)], 4, 2**18, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_parts_that_do_not_meet_in_training(name, tmp_path, monkeypatch):
+    make, shapes, parts, memory, meet = LEARNT[name]
+    monkeypatch.setattr(alone, "MORE", 0.25)
+    monkeypatch.setattr(files, "_free", lambda: 0)
+    full = replace(CPU, memory=memory)
+    said = in_parts(Task(make, shapes, dims=(2,)), full, memory=memory, parts=[parts])
+    run = ran(make, shapes[0], parts, memory, True, tmp_path, *shapes[1:])
+    assert not said.refused and said.halo == (run.halo and run.halo[0])
+    assert (said.halo is None) == meet
+    if not meet:
+        assert (said.spilled, said.most) == (run.paging.spilled, run.paging.most)
+        assert said.times > 1
+
+
+def test_parts_that_draw_meet_on_a_gpu(monkeypatch):
+    make, shape = CASES["dropout"]
+    monkeypatch.setattr(alone, "MORE", 0.25)
+    task = Task(make, [shape], dims=(2,), train=False)
+    drawing = replace(task, make=lambda: Drawn())
+    for asked, host, gpu in ((task, 2, 2), (drawing, 2, None)):
+        for device, halo in ((CPU, host), (H100, gpu)):
+            assert in_parts(asked, device, memory=2**14, parts=[4]).halo == halo
+
+
+class Drawn(nn.Module):
+    """Noise, in inference too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y + torch.randn_like(y))
 
 
 def test_what_is_not_proposed():

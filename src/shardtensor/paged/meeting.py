@@ -120,7 +120,7 @@ def check_nodes(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> None:
     while waiting:
         node = waiting.pop()
         made = getattr(type(node), "_forward_cls", None)
-        if made is not None and not made.__module__.startswith(f"{__package__.split('.')[0]}."):
+        if made is not None and not _is_own(made):
             raise ValueError(f"gradients by {made.__name__}")
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
@@ -129,6 +129,12 @@ def check_nodes(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> None:
             if later is not None and later not in seen:
                 seen.add(later)
                 waiting.append(later)
+
+
+def _is_own(made: Any) -> bool:
+    """Whether a Function is a collective of the library: its own, or what torch makes of the op."""
+    package = __package__.split(".")[0]
+    return made.__module__.startswith(f"{package}.") or f"_{package}_" in made.__name__
 
 
 def _within(x: ShardTensor, common: Rows) -> ShardTensor:

@@ -34,7 +34,14 @@ class Move(NamedTuple):
     nbytes: int
 
 
-Turn = Move | tuple[int, ...] | None
+class Read(NamedTuple):
+    """The tensors that an op reads, and the bytes of its largest argument."""
+
+    numbers: tuple[int, ...]
+    nbytes: int
+
+
+Turn = Move | Read | None
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -69,7 +76,7 @@ class Ledger(probe.Watching):
         self.workers: list[str] = []
         self.senders: list[str] = []
         self.heard: Sequence[Sent] = ()
-        # moves, the tensors that each op reads, and None where ranks meet, in order; if wanted
+        # moves, what each op reads, and None where ranks meet, in order; if wanted
         self.turns: list[Turn] | None = [] if turns else None
         self._met = 0
         self._sending = 0
@@ -112,7 +119,7 @@ class Ledger(probe.Watching):
             self._note(call)
         out = self.known.run(call)
         if self.turns is not None:
-            self._read(func, given)
+            self.read(func, given)
         made = [out] if isinstance(out, Tensor) else [*leaves(out)]
         kind = "communication" if self._sending else "activations"
         # each is booked
@@ -121,14 +128,14 @@ class Ledger(probe.Watching):
             self.does(self._cost(call, out, made))
         return out
 
-    def _read(self, func: Any, given: list[Tensor]) -> None:
+    def read(self, func: Any, given: list[Tensor]) -> None:
         """Note which tensors' memory an op reads."""
         if func in _torch.TOUCH_NOTHING:
             return
-        found = (self._numbers.get(local(x).untyped_storage()._cdata) for x in given)
-        read = tuple(n for n in found if n is not None)
-        if read and self.turns is not None:
-            self.turns.append(read)
+        if given and self.turns is not None:
+            found = (self._numbers.get(local(x).untyped_storage()._cdata) for x in given)
+            read = tuple(n for n in found if n is not None)
+            self.turns.append(Read(read, max(map(_bytes, given))))
 
     def does(self, work: Work) -> None:
         """Enter what the module that runs does."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ..observe.network import DGX_H100, Network
 from ..tensor.random import match_single_device
 from .apart import Apart, apart
+from .device import CPU
 from .estimate import Device, Estimate, Layout, Task, estimate
 from .turns import moved
 
@@ -97,12 +99,12 @@ def _along(
     for count in parts or (n, 2 * n, 4 * n):
         if count > min(rows, MOST):
             return InParts(refused=f"dim {dim} of {rows} rows in {count} parts")
-        # as tiled runs it: spectra are whole then
-        with match_single_device():
-            alone = None if task.train else apart(task, dim, count, room, device, network)
+        # as tiled runs it on a CPU: spectra are whole then
+        with match_single_device() if device.name == CPU else nullcontext():
+            alone = apart(task, dim, count, room, device, network)
             if alone is not None:
                 if parts or FITS * alone.largest <= room:
-                    return _apart(alone, dim, count, room, whole)
+                    return _apart(alone, dim, count, room, whole, task.train)
                 largest = alone.largest
                 continue
             e = estimate(task, Layout(1, (dim,), (count,)), device, network, turns=True)
@@ -114,10 +116,12 @@ def _along(
     return InParts(refused=f"an op needs {largest} bytes of {room} in {count} parts")
 
 
-def _apart(found: Apart, dim: int, parts: int, room: int, whole: Estimate) -> InParts:
+def _apart(found: Apart, dim: int, parts: int, room: int, whole: Estimate, train: bool) -> InParts:
+    # the optimizer steps once
+    seconds = found.seconds + (whole.compute - _before(whole) if train else 0.0)
     return InParts(
-        parts, dim, room, found.spilled, found.most, found.seconds,
-        found.seconds / (whole.compute or 1.0), halo=found.halo,
+        parts, dim, room, found.spilled, found.most, seconds,
+        seconds / (whole.compute or 1.0), halo=found.halo,
     )  # fmt: skip
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from ..paged import pager
-from .ledger import Ledger, Move, Turn
+from .ledger import Ledger, Move, Read, Turn
 
 # kinds of memory that every rank has of its own
 _OWN = ("activations", "communication", "inputs", "gradients")
 # events that are replayed at most: of fewer ranks in less memory, then
-_EVENTS = 2**21
+EVENTS = 2**21
 
 
 class Moved(NamedTuple):
@@ -28,24 +28,29 @@ def paged(ledger: Ledger, begin: int) -> tuple[Turn, ...]:
     What was there before begins first.
     """
 
-    def own(number: int) -> bool:
+    held: dict[int, int] = {}
+    for turn in own(ledger, 0, begin):
+        if isinstance(turn, Move):
+            held[turn.number] = held.get(turn.number, 0) + turn.nbytes
+    before: list[Turn] = [Move(n, nbytes) for n, nbytes in held.items() if nbytes]
+    return (*before, *own(ledger, begin))
+
+
+def own(ledger: Ledger, begin: int, end: int | None = None) -> list[Turn]:
+    """The turns from one to another that are about what a rank has of its own."""
+
+    def is_own(number: int) -> bool:
         return ledger.kinds[number] in _OWN
 
-    held: dict[int, int] = {}
-    turns = ledger.turns or []
-    for turn in turns[:begin]:
-        if isinstance(turn, Move) and own(turn.number):
-            held[turn.number] = held.get(turn.number, 0) + turn.nbytes
-    found: list[Turn] = [Move(n, nbytes) for n, nbytes in held.items() if nbytes]
-    for turn in turns[begin:]:
+    found: list[Turn] = []
+    for turn in (ledger.turns or [])[begin:end]:
         if turn is None:
             found.append(None)
         elif isinstance(turn, Move):
-            found += [turn] if own(turn.number) else []
+            found += [turn] if is_own(turn.number) else []
         else:
-            read = tuple(n for n in turn if own(n))
-            found += [read] if read else []
-    return tuple(found)
+            found.append(turn._replace(numbers=tuple(filter(is_own, turn.numbers))))
+    return found
 
 
 def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
@@ -54,9 +59,9 @@ def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
     After that those go on first which stopped last, the very last after the one before it, as
     `paged.ranks` has it.
     """
-    few = min(ranks, max(2, _EVENTS // max(1, len(turns))))
+    few = min(ranks, max(2, EVENTS // max(1, len(turns))))
     files, order = _Files(memory * few // ranks), [*range(few)]
-    segment: list[Move | tuple[int, ...]] = []
+    segment: list[Move | Read] = []
     for turn in (*turns, None):
         if turn is not None:
             segment.append(turn)
@@ -67,6 +72,22 @@ def moved(turns: Sequence[Turn], ranks: int, memory: int) -> Moved:
         segment, order = [], order[::-1]
         order[:2] = order[1::-1]
     return Moved(files.spilled * ranks // few, files.most * ranks // few)
+
+
+def moved_apart(segments: Iterable[tuple[Any, Sequence[Turn]]], memory: int) -> Moved:
+    """Of segments one after the other, each of which names whose its tensors are."""
+    files = _Files(memory)
+    for key, turns in segments:
+        for event in turns:
+            if event is not None:
+                files.see(key, event)
+    return Moved(files.spilled, files.most)
+
+
+def left(turns: Sequence[Turn]) -> int:
+    """Bytes that are held after so many turns, as the pager counts them."""
+    moves = [t.nbytes for t in turns if isinstance(t, Move)]
+    return sum(n for n in moves if abs(n) >= pager.LEAST)
 
 
 class _Page:
@@ -82,13 +103,13 @@ class _Files:
     def __init__(self, memory: int) -> None:
         self.memory = memory
         # in memory, the one used longest ago first; and those that are in files alone
-        self.held: OrderedDict[tuple[int, int], _Page] = OrderedDict()
-        self.gone: dict[tuple[int, int], _Page] = {}
+        self.held: OrderedDict[tuple[Any, int], _Page] = OrderedDict()
+        self.gone: dict[tuple[Any, int], _Page] = {}
         self.resident = self.filed = self.spilled = self.most = 0
 
-    def see(self, rank: int, event: Move | tuple[int, ...]) -> None:
+    def see(self, rank: Any, event: Move | Read) -> None:
         if not isinstance(event, Move):
-            self._read([(rank, n) for n in event])
+            self._read([(rank, n) for n in event.numbers], event.nbytes)
             return
         if abs(event.nbytes) < pager.LEAST:
             return
@@ -104,27 +125,22 @@ class _Files:
         if page is not None and page.filed:
             self.filed -= page.nbytes
 
-    def _hold(self, key: tuple[int, int], page: _Page) -> None:
+    def _hold(self, key: tuple[Any, int], page: _Page) -> None:
         self.held[key] = page
         self.resident += page.nbytes
 
-    def _read(self, keys: list[tuple[int, int]]) -> None:
-        largest = 0
+    def _read(self, keys: list[tuple[Any, int]], nbytes: int) -> None:
         for key in keys:
-            page = self.held.get(key)
-            if page is not None:
+            if key in self.held:
                 self.held.move_to_end(key)
             elif key in self.gone:
                 page = self.gone.pop(key)
                 self._room(page.nbytes, keys)
                 self._hold(key, page)
-            else:
-                continue
-            largest = max(largest, page.nbytes)
         # a result like the largest argument
-        self._room(largest, keys)
+        self._room(nbytes, keys)
 
-    def _room(self, nbytes: int, used: list[tuple[int, int]]) -> None:
+    def _room(self, nbytes: int, used: list[tuple[Any, int]]) -> None:
         going = []
         for key, page in self.held.items():
             if self.resident + nbytes <= self.memory:
