@@ -73,6 +73,13 @@ def test_not_finite(how):
     hold(sampled(*how), args, [shard(2), None], (3,), grad=False)
 
 
+@pytest.mark.parametrize("how", [m for m in MODES if m[1] == "border" and m[0] != "bicubic"])
+def test_infinities_are_clipped(how):
+    g = places(1, 6, 1, 2)
+    g[0, 2, 0, 1], g[0, 4, 0, 1] = float("inf"), -float("inf")
+    hold(sampled(*how), [drawn(1, 2, 6, 3), g], [shard(2), None], (3,))
+
+
 def far_away():
     mesh = make_mesh((2,))
     x = st.distribute_tensor(drawn(1, 1, 6, 3), mesh, [Shard(2)], src_data_rank=None)

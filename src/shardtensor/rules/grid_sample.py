@@ -187,8 +187,11 @@ class Rows(NamedTuple):
 
 def _rows(g: Tensor, size: int, way: Way, fused: bool) -> Rows:
     """The coordinates g in [-1, 1] as rows of the image (aten/native/GridSampler.h)."""
-    bad = ~g.isfinite()
-    at = _scaled(g.masked_fill(bad, 0.0), size, way.align, fused)
+    # infinities are clipped to the outer rows, as all beyond [-1, 1]
+    clipped = way.padding == BORDER and way.mode != BICUBIC
+    bad = g.isnan() if clipped else ~g.isfinite()
+    far = 3.0 if clipped else 0.0
+    at = _scaled(g.nan_to_num(0.0, far, -far), size, way.align, fused)
     slope: Tensor | float = 1.0
     if way.padding == REFLECTION:
         at, slope = _reflected(at, size, way.align)
@@ -298,7 +301,7 @@ def _local(g: Tensor, rows: Rows, start: int, length: int, size: int, way: Way) 
         return target
     slope = rows.slope if isinstance(rows.slope, Tensor) else torch.ones_like(target)
     slope = slope.masked_fill(rows.outside, 0.0)
-    known = g.masked_fill(rows.bad, 0.0)
+    known = g.nan_to_num(0.0, 0.0, 0.0)
     return target + (known - known.detach()) * (slope * (whole / part))
 
 
