@@ -51,6 +51,32 @@ class Fields(Numbers):
         return {"one": Sample(x, noise, i, f"s{i}"), "two": (x * 2, SAMPLES[i, 0])}
 
 
+def every(data, n):
+    fields = Rows(io.open_array(data, "t"), T.make_mesh((1,)))
+    order = io.DomainSampler(n, fields.mesh, shuffle=False)
+    found = [x.to_local() for x in Loader(fields, fields.mesh, sampler=order, workers=4)]
+    return torch.cat(found)
+
+
+class Rows(Numbers):
+    def __init__(self, source, mesh):
+        super().__init__(source.shape[0])
+        self.source, self.mesh = source, mesh
+
+    def __getitem__(self, i):
+        return io.read(self.source, self.mesh, [Shard(0)], index={0: i})
+
+
+@pytest.mark.parametrize("form", ["NETCDF3_64BIT", "NETCDF4"])
+def test_files_that_xarray_has_open(tmp_path, form):
+    """Forked processes have one position in such a file: each read from where others had been."""
+    xr = pytest.importorskip("xarray")
+    values = np.random.default_rng(0).normal(size=(60, 400)).astype(np.float32)
+    xr.Dataset({"t": (("time", "x"), values)}).to_netcdf(tmp_path / "a.nc", format=form)
+    with xr.open_dataset(tmp_path / "a.nc") as data:
+        assert st.simulate(1, every, data, 60)[0].equal(torch.from_numpy(values))
+
+
 def read(url, name, shape, workers):
     mesh = mesh_of(shape)
     data = Fields(url, mesh, name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from os import PathLike, fspath
 from typing import Any
@@ -84,6 +86,7 @@ class Source:
             return np.zeros(shape, self.dtype)
         if self._process != os.getpid():
             # forked: handles of files, and a lock that another thread may have held
+            _let_go(os.getpid())
             self.__setstate__(self.__getstate__())
         with self._lock:
             self.bytes_wanted += prod(shape) * self.item
@@ -363,6 +366,14 @@ class _Values:
 
     def __call__(self, block: tuple[slice, ...]) -> Any:
         return self.data[block].values
+
+
+@cache
+def _let_go(process: int) -> None:
+    """Have xarray open its files anew, once in a forked process, which shares positions in them."""
+    files = sys.modules.get("xarray.backends.file_manager")
+    if files is not None:
+        files.FILE_CACHE.clear()
 
 
 def _stored_chunks(data: Any) -> tuple[int, ...] | None:
