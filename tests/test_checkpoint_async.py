@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict, namedtuple
 
@@ -67,6 +68,10 @@ def test_containers_that_cannot_be_saved(tmp_path):
         checkpoint.save(state, tmp_path, "a")
     with pytest.raises(RuntimeError, match="a was not saved"):
         checkpoint.save_async(state, tmp_path, "a").wait()
+    checkpoint.save_async({"lock": threading.Lock()}, tmp_path, "a")
+    with pytest.raises(RuntimeError, match="a was not saved") as caught:
+        checkpoint.finish()
+    assert "lock is lock, and checkpoints hold" in str(caught.value.__cause__)
     kept = {"n": {"size": torch.Size([1, 2]), "of": OrderedDict(x=1), "all": {1, 2}}}
     checkpoint.finish()
     checkpoint.save_async(kept, tmp_path, "b").wait()

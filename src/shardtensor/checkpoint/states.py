@@ -36,7 +36,11 @@ def snapshot(state: Any) -> Any:
         )  # fmt: skip
     if isinstance(state, Tensor):
         return _copied(state)
-    return copy.deepcopy(state)
+    try:
+        return copy.deepcopy(state)
+    except Exception:
+        # nothing that could be saved: where it is written, it is refused by its key, on all ranks
+        return state
 
 
 def _copied(x: Tensor) -> Tensor:
