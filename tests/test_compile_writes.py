@@ -10,6 +10,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
+from shardtensor import testing as T
 from shardtensor.ranks.testing import make_mesh
 
 D = torch.float64
@@ -240,3 +241,45 @@ def test_an_argument_that_is_a_view_of_another(first, backend):
             torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
     st.simulate(2, run)
+
+
+def _selected(x):
+    x.select(1, 2).add_(1)
+    return x.detach() * 1
+
+
+def _of_an_argument(x):
+    x.select(1, 2).mul_(2)
+    return x.new_ones(2)
+
+
+def _of_a_result(x):
+    y = x * 1
+    y[..., 2].mul_(2)
+    y.unbind(1)[0].sub_(1)
+    return y
+
+
+@pytest.mark.parametrize("body", [_selected, _of_an_argument, _of_a_result])
+@pytest.mark.parametrize("sizes", [(2, 1), (0, 3)], ids=str)
+def test_a_view_that_was_moved_between_ranks_is_written_back(body, sizes):
+    """By the eager call: no graph writes back to what the view is of."""
+    whole = torch.arange(6, dtype=D).view(2, 3)
+
+    def run():
+        mesh, found = make_mesh((len(sizes),)), []
+        for call in (body, st.compile(body, backend="eager")):
+            x = st.distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None, sizes={1: sizes})
+            if call is body:
+                y = call(x)
+            else:
+                with pytest.warns(UserWarning, match="runs eagerly"):
+                    y = call(x)
+            found += [x.full_tensor(), T.full(y)]
+        return found
+
+    x = whole.clone()
+    y = body(x)
+    for found in st.simulate(len(sizes), run):
+        for got, want in zip(found, (x, y, x, y), strict=True):
+            assert torch.equal(got, want)

@@ -26,6 +26,7 @@ from .._torch import probe
 from ..cache import register
 from ..caller import described, error_line
 from ..comm import observers
+from ..dispatch.writes import check_readable
 from ..errors import UnsupportedOpError
 from ..settings import setting
 from ..spec import Spec
@@ -350,6 +351,8 @@ class Compiled:
             reads.close()
             flat, spec = nested.flat(out)
             nested.check_results(flat)
+            # where a write to a view would have to be written back
+            check_readable((*own.values(), *given, *flat), {})
             form.extend([reads, (spec, [seen(x) for x in flat])])
             return [x._local if isinstance(x, ShardTensor) else x for x in flat]
 
