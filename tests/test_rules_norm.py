@@ -267,6 +267,26 @@ def test_gradient_of_other_strides(shape):
         T.hold(lambda x: F.group_norm(x, 2).transpose(1, 2), [last], [T.shard(2)], (2,))
 
 
+@pytest.mark.parametrize("name", ["instance", "of an image", "fixed"])
+def test_gradient_of_images_that_lie_in_two_ways(name):
+    """A sample, a row or a column looks as if its channels lay first and last."""
+    w, b = torch.rand(2, 6, dtype=D) + 0.5
+    norms = {
+        "instance": (lambda x: F.instance_norm(x, None, None, w, b), x),
+        "of an image": (lambda x: F.instance_norm(x, w, b, w, b, False), x[..., :1]),
+        "fixed": (lambda x: F.batch_norm(x, w, b, w, b), x.new_ones(2, 6, 7, 1) * x[..., :1]),
+    }
+    norm, image = norms[name]
+    last = image.contiguous(memory_format=torch.channels_last)
+
+    def tokens(x):
+        return norm(x).permute(0, 2, 3, 1).contiguous().sin()
+
+    for cut in ((1, 1), (0, 2)):
+        T.hold(tokens, [image], [T.shard(0, cut)], (2,))
+        T.hold(tokens, [last], [T.shard(0, cut)], (2,))
+
+
 def test_group_norm_of_a_group_that_is_not_a_number():
     """A rank without samples adds nothing to the gradient of other groups' weights."""
     x = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

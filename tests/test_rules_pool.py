@@ -56,6 +56,25 @@ def test_a_row_of_a_volume_without_a_batch(cut):
     )
 
 
+def _to_nothing(pool, x):
+    y = pool(x)
+    (y.sum() + x.sum()).backward()
+    return T.full(y).shape, T.full(x.grad)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d((0, 2)), nn.AdaptiveMaxPool2d((1, 0))])
+def test_adaptive_pooling_to_nothing(pool, dim):
+    """Torch raises in backward; here ranks without rows would go on."""
+
+    def run():
+        y = st.distribute_tensor(x, make_mesh((4,)), [Shard(dim)], src_data_rank=None)
+        return _to_nothing(pool, y.requires_grad_())
+
+    for shape, grad in st.simulate(4, run):
+        assert shape == pool(x).shape and torch.equal(grad, torch.ones_like(x))
+
+
 def test_dtypes():
     whole, half = torch.randint(-50, 50, (2, 3, 9, 8)), (x * 2e4).half()
     for m in (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, False, False), nn.MaxPool2d(3, 2, 1)):

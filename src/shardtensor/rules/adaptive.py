@@ -193,6 +193,12 @@ def _local(local: Tensor, n: int, here: list[int], op: Callable[..., Any]) -> An
     )  # fmt: skip
 
 
+def _nothing(x: ShardTensor, n: int, targets: list[int]) -> ShardTensor:
+    """A result without elements, of which torch gives no gradient: on ranks with rows it raises."""
+    spec, _, _ = _split_up(x, n, targets)
+    return wrap(x._local.flatten()[:0].reshape(spec.local_shape), spec)
+
+
 # max ---------------------------------------------------------------------------------------------
 
 
@@ -307,6 +313,8 @@ def _define_adaptive(n: int) -> None:
         hold_to_dims(input, n, getattr(F, f"adaptive_avg_pool{n}d"), output_size)
         x = _floating(input, f"adaptive_avg_pool{n}d")
         targets = _targets(x, n, output_size)
+        if 0 in targets:
+            return _nothing(x, n, targets)
         if all(m == 1 for m in targets):
             mean = x.mean(tuple(range(x.ndim - n, x.ndim)), keepdim=True)
             return mean.to(result_dtype(x, n, lambda some: _AVG[n](some, [1] * n)))
@@ -320,6 +328,8 @@ def _define_adaptive(n: int) -> None:
         hold_to_dims(input, n, getattr(F, f"adaptive_max_pool{n}d"), output_size)
         x = _floating(input, f"adaptive_max_pool{n}d")
         targets = _targets(x, n, output_size)
+        if 0 in targets:
+            return _nothing(x, n, targets), _nothing(x.detach(), n, targets).long()
         spec, here, plans = _split_up(x, n, targets)
         if plans:
             return _maxima(x, n, targets)

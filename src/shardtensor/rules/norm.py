@@ -30,7 +30,7 @@ from .empty import stock
 from .moments import Dims, accumulated, merged, normalised, single, spread, statistics
 from .normalise import Way
 from .numbers import Numbers, track
-from .operands import hold_dtypes
+from .operands import hold_dtypes, of_images
 from .pointwise import function_rule
 from .reduce import count
 from .rows import lifted
@@ -109,7 +109,7 @@ def batch_norm(
         rest: Any = (training, momentum, eps, cudnn_enabled)
         try:
             xs = *single(local, w, b), mean, var
-            y = stock(lambda *z: torch.batch_norm(*z, *rest), local.shape, *xs)
+            y = stock(lambda *z: of_images(torch.batch_norm, *z, *rest), local.shape, *xs)
         finally:  # a checkpoint stops what it repeats where the last tensor is saved
             for r, own in zip(running, (mean, var), strict=True):
                 if training and r is not None and own is not None and own is not r:
@@ -178,7 +178,8 @@ def instance_norm(
     w, b = fit(spec.mesh, apart, (weight, (channels,)), (bias, (channels,)))
     if not axes and not (tracked and apart):
         rest = (*running, True, momentum, eps, cudnn_enabled)
-        y = stock(lambda *z: torch.instance_norm(*z, *rest), local.shape, *single(local, w, b))
+        xs = single(local, w, b)
+        y = stock(lambda *z: of_images(torch.instance_norm, *z, *rest), local.shape, *xs)
         return wrap(y, spec)
     kept: list[Numbers] = []
     n = max(1, count(x, dims))

@@ -1,4 +1,4 @@
-"""Dtypes of operands that torch refuses."""
+"""Dtypes and images that torch does not take as they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..comm.formats import memory_format
+
+
+def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    """norm(x, *others); of images of one sample, row or column as of sequences.
+
+    Their gradient may look like one with the channels first and last: torch 2.13 takes it for the
+    wrong one on a CPU.
+    """
+    if x.device.type != "cpu" or x.ndim < 4 or 1 not in (x.shape[0], *x.shape[2:]):
+        return norm(x, *others)
+    y = norm(x.flatten(2), *others).view(x.shape)
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
