@@ -104,3 +104,17 @@ def test_a_plain_step_with_its_backward_is_compiled():
 
     assert step(torch.full((3,), 2.0)).item() == 12
     assert weight.grad.tolist() == [8, 8, 8]
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile")
+def test_what_torch_compile_meets_of_the_library_runs_as_it_is():
+    """Dynamo leaves verbs, what is below them and collectives alone."""
+
+    @torch.compile(backend="eager")
+    def turned(x, mesh):
+        rows = st.distribute_tensor(x, mesh, [Shard(0)])
+        return rows.redistribute(placements=[Shard(1)]).full_tensor()
+
+    x = torch.arange(15.0, requires_grad=True).view(5, 3)
+    for got in st.simulate(2, lambda: turned(x, make_mesh((2,)))):
+        torch.testing.assert_close(got, x)

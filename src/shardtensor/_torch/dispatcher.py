@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -92,6 +92,19 @@ def hide_from_dynamo(fn: Callable[..., Any]) -> None:
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(fn.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def leave_alone(modules: Iterable[str]) -> None:
+    """Let Dynamo run functions of these modules as they are, where it meets them: they communicate.
+
+    Not those that stand around torch's own functions, which it looks through.
+    """
+
+    def skip(rules: Any) -> None:
+        for name in modules:
+            rules.add(name)
+
+    when_loaded("torch._dynamo.trace_rules", skip)
 
 
 def tell_dynamo(warn: Callable[..., None], why: str) -> None:

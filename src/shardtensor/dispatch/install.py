@@ -11,6 +11,14 @@ from ..tensor.redistribute import local_of
 from . import functions
 from .resolve import handler_of_shards
 
+# what Dynamo runs as it is where it meets it: what is below a program's own calls. It looks through
+# what stands around torch's own functions, and at `ShardTensor.__torch_function__`
+_ALONE = (
+    *("_torch.autograd", "_torch.world", "cache", "caller", "checkpoint", "comm", "containers"),
+    *("cuts", "io", "observe", "paged", "plan", "ranks", "registry", "settings", "shares", "spec"),
+    *("tensor.construct", "tensor.random", "tensor.recut", "tensor.redistribute", "train"),
+)
+
 
 def install() -> None:
     """Lead to the library what does not ask for `__torch_function__` by itself.
@@ -19,6 +27,7 @@ def install() -> None:
     """
     _torch.hide_from_dynamo(ShardTensor.__torch_function__)
     _torch.hide_from_dynamo(Lazy.__torch_function__)
+    _torch.leave_alone([f"shardtensor.{name}" for name in _ALONE])
     # C++ that looks at wrappers, which have neither versions nor history
     _torch.install_function_hook(functions.around_apply)
     _torch.install_engine_hook(
