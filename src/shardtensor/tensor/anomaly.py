@@ -7,6 +7,7 @@ runs to its end, with a hook on each node, and then the ranks tell each other.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch, comm
 from ..comm import wire
+from ..comm.observers import simulated_rank
 from ..later import dt
 from ..registry import method
 from .apart import told
@@ -28,9 +30,8 @@ from .shard_tensor import ShardTensor
 _LENGTH = 64
 # in the metadata of a node whose result left a ShardTensor: its mesh
 _MESH = "shardtensor_mesh"
-# backwards that look for NaNs now, whose own search of torch's is off: a setting of the process,
-# in which simulated ranks are threads
-_running = 0
+# backwards of a rank that look for NaNs now, one within another: torch's own search is off there
+_running: Counter[int | None] = Counter()
 
 
 @method
@@ -58,7 +59,7 @@ def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
     Called where `torch.is_anomaly_enabled()`. From a plain tensor it is known whose ranks run it if
     anomalies were looked for in its forward, too.
     """
-    if not (_running or torch.is_anomaly_check_nan_enabled()):
+    if not (_running[simulated_rank()] or torch.is_anomaly_check_nan_enabled()):
         return nullcontext()
     found = list(roots)
     nodes = _nodes(found)
@@ -69,16 +70,16 @@ def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _watching(nodes: set[Any], mesh: DeviceMesh) -> Iterator[None]:
-    global _running
+    me = simulated_rank()
     found: list[tuple[Any, int]] = []
     handles = [node.register_hook(_search(node, found)) for node in nodes]
-    _running += 1
+    _running[me] += 1
     torch.autograd.set_detect_anomaly(True, check_nan=False)
     try:
         yield
     finally:
-        _running -= 1
-        if not _running:
+        _running[me] -= 1
+        if not _running[me]:
             torch.autograd.set_detect_anomaly(True, check_nan=True)
         for handle in handles:
             handle.remove()
