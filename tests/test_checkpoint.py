@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -142,3 +143,24 @@ def test_partial_sums_are_refused():
             partial.__create_chunk_list__()
 
     st.simulate(2, run)
+
+
+class Broken:
+    """It has no state on the second rank."""
+
+    def state_dict(self):
+        return {"all": 1 // (1 - dist.get_rank())}
+
+    def load_state_dict(self, state):
+        raise NotImplementedError
+
+
+def test_a_state_that_one_rank_cannot_give(tmp_path):
+    def run():
+        x = st.distribute_tensor(torch.ones(2), make_mesh((2,)), [Shard(0)], src_data_rank=None)
+        with pytest.raises(RuntimeError, match="was not saved: rank 1: integer division"):
+            checkpoint.save({"x": x, "s": Broken()}, tmp_path, "a")
+        checkpoint.save({"x": x}, tmp_path, "a")
+        return x.sum().item()
+
+    assert st.simulate(2, run) == [2.0, 2.0]

@@ -33,7 +33,7 @@ from ..registry import before_end, method
 from ..tensor import ShardTensor
 from .planner import Planner, SavePlanner
 from .states import Randomness as Randomness
-from .states import snapshot
+from .states import snapshot, stated
 from .storage import METADATA, Contents, Reader, Writer, complete, contents
 
 _pending: Saving | None = None
@@ -259,18 +259,24 @@ def _partial(path: Path) -> Path:
 def _write(state: dict[str, Any], path: Path, keep: int, group: Any) -> None:
     """Write the files beside their name; when all ranks are done, rank 0 renames."""
     partial = _partial(path)
+    # an error of one rank's object travels with the plans
+    error: Exception | None = None
+    try:
+        state = stated(state)
+    except Exception as e:
+        state, error = {}, e
     try:
         dcp.save(
             state,
             storage_writer=Writer(partial),
-            planner=SavePlanner(),
+            planner=SavePlanner(error),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
     except CheckpointException as e:
         rank = min(e.failures)
-        error = e.failures[rank][0]
-        raise RuntimeError(f"checkpoint {path} was not saved: rank {rank}: {error}") from error
+        first = e.failures[rank][0]
+        raise RuntimeError(f"checkpoint {path} was not saved: rank {rank}: {first}") from first
 
     def named() -> None:
         _date(partial, path.parent)

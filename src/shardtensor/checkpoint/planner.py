@@ -32,9 +32,17 @@ from .storage import loaded
 class SavePlanner(DefaultSavePlanner):
     """Refuses to write what `load` would refuse to read; of a value that ranks have otherwise each
     writes the first one's.
+
+    error: what this rank's state raised, which all are to raise.
     """
 
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self.error = error
+
     def create_local_plan(self) -> SavePlan:
+        if self.error is not None:
+            raise self.error
         for key, value in self.state_dict.items():
             if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
                 kind = "without memory (meta)" if value.is_meta else f"of {value.layout}"

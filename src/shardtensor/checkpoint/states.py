@@ -20,6 +20,11 @@ from ..tensor import ShardTensor, wrap
 from .storage import loaded
 
 
+def stated(state: dict[str, Any]) -> dict[str, Any]:
+    """A state in which Stateful objects among the first keys have given theirs."""
+    return {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state.items()}
+
+
 def snapshot(state: Any) -> Any:
     """A copy in host memory that training does not change; Stateful objects give their state."""
     if isinstance(state, Stateful) and not isinstance(state, Tensor):
