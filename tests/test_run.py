@@ -1,5 +1,8 @@
 """`shardtensor run`: the mesh of the script, one log, the first error only."""
 
+import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -56,6 +59,29 @@ def test_the_first_error_alone(tmp_path):
     assert code == 1
     assert text.count("rank 1 of 2 failed") == text.count("KeyError: 'of rank one'") == 1
     assert "rank 0 of 2" not in text and text.count("UserWarning: of rank 0") == 1
+
+
+ASLEEP = """
+import os, sys, time
+print("rank", os.environ["RANK"], os.getpid())
+time.sleep(60)
+"""
+
+
+def test_no_rank_outlives_it(tmp_path):
+    """A scheduler ends what it has started, and nothing else."""
+    (tmp_path / "main.py").write_text(MAIN)
+    (tmp_path / "job.py").write_text(ASLEEP)
+    program = Program(tmp_path / "main.py", "run", "--domain", 2, "--all", tmp_path / "job.py")
+    program.until("rank 0")
+    program.until("rank 1")
+    program.process.terminate()
+    code, text = program.ended(20)
+    assert code == 128 + signal.SIGTERM
+    for number in re.findall(r"rank \d (\d+)", text):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number), 0)
+    assert text.count("rank") == 2
 
 
 @pytest.mark.parametrize("before", ["", "[rank0]: "])

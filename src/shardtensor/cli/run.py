@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -56,12 +57,21 @@ def run(
     env |= {"LOCAL_WORLD_SIZE": str(n), "SHARDTENSOR_MESH": axes}
     command = [sys.executable, *([] if named else ["-m"]), script, *(args or ())]
     file = None if log is None else log.open("w")
-    ranks = [Rank(r, command, env, file, r == 0 or every) for r in range(n)]
+    ranks: list[Rank] = []
+    # what a scheduler ends would leave the ranks behind
+    before = signal.signal(signal.SIGTERM, _ended)
     try:
+        for r in range(n):
+            ranks.append(Rank(r, command, env, file, r == 0 or every))
         failed = _first(ranks)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for rank in ranks:
-            rank.end()
+            rank.process.terminate()
+        until = time.monotonic() + PATIENCE
+        for rank in ranks:
+            rank.end(max(0.0, until - time.monotonic()))
+        signal.signal(signal.SIGTERM, before)
         if file is not None:
             file.close()
     for rank in ranks:
@@ -129,17 +139,19 @@ class Rank:
             if self.log is not None:
                 self.log.write(f"[{self.number}] {line}")
 
-    def end(self) -> None:
-        """Stop the process, if it still runs, and read all it has said."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+    def end(self, seconds: float) -> None:
+        """Wait so long for the process, which was told to end; read all it has said."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         for thread in self.threads:
             thread.join(PATIENCE)
+
+
+def _ended(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _is_of_an_end(line: str) -> bool:
