@@ -148,6 +148,7 @@ def test_refusals(tmp_path):
             (["geopotential"], [Shard(1)], dict(levels=[7]), "no levels"),
             (["geopotential"], [Shard(0)], {}, "latitude and longitude"),
             (["geopotential"], [Shard(1)], dict(mean={"geopotential": [1, 2]}), "2 statistics"),
+            (["2m_temperature"], [Shard(1)], dict(std={"2m_temperature": 0}), "std .* constant"),
         ]:
             with pytest.raises(ValueError, match=text):
                 io.LatLon(url, names, mesh, places, **more)

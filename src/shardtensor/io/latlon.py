@@ -53,7 +53,8 @@ class LatLon:
     channels: names, as "geopotential@500"; of one state, forcings not among them. times:
     datetime64. latitude, longitude: degrees, as stored. bytes_read: by this rank so far. A sample
     is read without communication. Raises ValueError for variables, times and units that are not
-    in the schema, a history below 1, a lead below 0, and placements that shard the channels.
+    in the schema, a history below 1, a lead below 0, a std that is not above 0, and placements that
+    shard the channels.
     """
 
     fill: float | None
@@ -114,6 +115,11 @@ class LatLon:
         self.mean = self._statistics(mean, 0.0, self.variables)
         self.std = self._statistics(std, 1.0, self.variables)
         self._forced = [self._statistics(g, d, self.forcings) for g, d in ((mean, 0.0), (std, 1.0))]
+        for of, by in ((self.variables, self.std), (self.forcings, self._forced[1])):
+            owners = [n for n in of for _ in range(max(1, len(self._levels[n])))]
+            wrong = {n: s for n, s in zip(owners, by.flatten().tolist(), strict=True) if not s > 0}
+            if wrong:
+                raise ValueError(f"std {wrong}, by which is divided: give 1 for what is constant")
 
     def _add(
         self, where: Any, name: str, source: Source, levels: Sequence[float] | None
