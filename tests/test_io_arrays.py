@@ -12,6 +12,7 @@ import shardtensor as st
 from shardtensor import io
 from shardtensor import testing as T
 from shardtensor.io import chunks
+from shardtensor.io.collate import collate
 
 h5py = pytest.importorskip("h5py")
 zarr = pytest.importorskip("zarr")
@@ -311,3 +312,12 @@ def test_aligned_sizes_touch_no_chunk_twice(tmp_path, n):
     for whole, touched, wanted, _ in found:
         np.testing.assert_array_equal(whole, VALUES)
         assert touched == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_arrays_upside_down(rows):
+    """NumPy calls one row contiguous, whose stride is below 0; torch takes none."""
+    x = VALUES[:rows, 0][::-1]
+    for blocks in st.simulate(2, lambda: io.read(x, T.make_mesh((2,)), [Shard(0)]).full_tensor()):
+        assert blocks.equal(torch.from_numpy(x.copy()))
+    assert collate([x[:1], x[:1]]).equal(torch.from_numpy(np.stack([x[:1]] * 2)))

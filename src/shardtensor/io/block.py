@@ -96,7 +96,7 @@ def read_block(
     whole = block.reshape([n for d, n in enumerate(block.shape) if d not in picked])
     if not numbers(whole.dtype):
         raise ValueError(f"{source.name}: {whole.dtype} is not a dtype of numbers")
-    found = torch.from_numpy(np.require(whole, requirements=["C", "W"]))
+    found = torch.from_numpy(whole)
     return found if dtype is None else found.to(dtype)
 
 

@@ -78,4 +78,10 @@ def _told(sample: Any) -> str:
 
 def _tensor(x: Any) -> Tensor:
     x = np.asarray(x)
-    return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "W"]))
+    return torch.from_numpy(as_torch_takes(x, x.dtype.newbyteorder("=")))
+
+
+def as_torch_takes(x: Any, dtype: np.dtype) -> np.ndarray:
+    """Rows first, writable, and no stride below 0, which NumPy leaves where there is one row."""
+    found = np.require(x, dtype, ["C", "W"])
+    return found.copy() if min(found.strides, default=0) < 0 else found

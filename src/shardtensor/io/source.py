@@ -18,6 +18,7 @@ import numpy as np
 
 from .cf import Packing, packing
 from .chunks import covered
+from .collate import as_torch_takes
 from .foreign import member, named, refuse_pickles, zarr_store
 from .where import ending, has_magic, is_store, is_url, local_file, need
 
@@ -96,7 +97,7 @@ class Source:
             if list(block.shape) != shape:
                 raise ValueError(f"rows {list(ranges)} are a block of {block.shape}")
             found = block if self.packing is None else self.packing.decode(block)
-            return np.require(found, self.dtype, ["C", "W"])
+            return as_torch_takes(found, self.dtype)
 
     def touched(self, ranges: Sequence[Range]) -> int:
         """Bytes (uncompressed) of the chunks that a block meets."""
