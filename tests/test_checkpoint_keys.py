@@ -225,6 +225,13 @@ def test_digests_tell_every_bit(dtype):
     assert digest(torch.tensor([0, 1])) != digest(torch.tensor([3, 0]))
 
 
+def test_what_has_no_rows_is_saved_on_ranks_as_on_one(tmp_path):
+    state = {"pair": (torch.eye(2).to_sparse(), 1), "none": torch.zeros(0, 3)}
+    st.simulate(2, checkpoint.save, state, tmp_path, "a")
+    back = checkpoint.load({"pair": 0, "none": torch.ones(0, 3)}, tmp_path / "a")
+    assert back["pair"][0].to_dense().equal(torch.eye(2))
+
+
 def test_states_that_cannot_be_filled(tmp_path):
     checkpoint.save({"w": torch.ones(2)}, tmp_path, "a")
     for x, said in [

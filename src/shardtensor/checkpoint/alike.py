@@ -16,18 +16,24 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torc
 
 
 def digest(x: Any) -> int:
-    """A number of 64 bits that differs where values do; of other objects their type counts."""
-    if isinstance(x, Tensor):
+    """A number that differs where values do; of objects, and of tensors that are no rows of
+    numbers (sparse, nested, quantized), their type counts.
+    """
+    if isinstance(x, Tensor) and _has_rows(x):
         return _of_bits(x.detach())
     return crc32(repr(sorted((path, _said(v)) for path, v in leaves(x))).encode())
 
 
 def _said(x: Any) -> str:
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and _has_rows(x):
         return f"{x.dtype} {tuple(x.shape)} {_of_bits(x.detach())}"
     if isinstance(x, set | frozenset):
         return repr(sorted(map(_said, x)))
     return f"{type(x).__name__} {x!r}" if isinstance(x, _PLAIN) else type(x).__name__
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.layout is torch.strided and not (x.is_nested or x.is_quantized or x.is_meta)
 
 
 def _of_bits(x: Tensor) -> int:
