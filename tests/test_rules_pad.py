@@ -36,6 +36,19 @@ def test_too_much_raises(pad, mode):
     st.simulate(2, run)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_cropped_to_nothing_or_to_too_few_rows(dim):
+    x = torch.randn(2, 3, 4, dtype=D)
+    T.hold(lambda x: F.pad(x, (-2, -2), "circular"), [x], [T.shard(dim)], (3,))
+
+    def run():
+        y = st.distribute_tensor(x, T.make_mesh((3,)), [Shard(dim)], src_data_rank=None)
+        with pytest.raises(st.UnsupportedOpError, match="too few rows to repeat"):
+            F.pad(y, (4, -1), "circular")
+
+    st.simulate(3, run)
+
+
 @pytest.mark.parametrize(
     "mode, rows", [("constant", 0), ("reflect", 0), ("replicate", 0), ("circular", 4)]
 )

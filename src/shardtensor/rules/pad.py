@@ -131,11 +131,13 @@ def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[i
         if min(low, high) < 0:
             x = sliced(x, d, max(0, -low), x.shape[d] - max(0, -high))
     rest = tuple(max(0, n) for n in pad)
-    if any(ends != (0, 0) and not x.shape[d] for d, ends in _ends(rest, x.ndim)):
-        raise UnsupportedOpError(
-            f"pad: {pad} in mode circular leave no rows to repeat, which torch fills with whatever "
-            "is in memory"
-        )
+    for d, (low, high) in _ends(pad, x.ndim):
+        n, most = x.shape[d], max(0, low, high)
+        if most > n and (not n or min(low, high) < 0):
+            raise UnsupportedOpError(
+                f"pad: {pad} in mode circular leave too few rows to repeat, and torch fills the "
+                "rest with whatever is in memory"
+            )
     return x, rest
 
 
@@ -197,7 +199,7 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str, moves: bool) -> Plan:
 
 def _check(n: int, low: int, high: int, mode: str) -> None:
     most = {"reflect": n - 1, "circular": n}.get(mode)
-    least = 0 if mode == "constant" else 1
+    least = 0 if mode in ("constant", "circular") else 1
     if most is not None and max(low, high) > most:
         raise RuntimeError(f"pad: {low, high} rows in mode {mode} for a dim of size {n}: too many")
     if n + low + high < least or (mode == "constant" and min(low, high) < -n):
