@@ -195,10 +195,10 @@ def in_chunks(x, y, e, chunks, keep=False):
     return out, t.original(messages)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 8])
-def test_chunks(chunks):
+@pytest.mark.parametrize(("chunks", "keep"), [(1, False), (3, False), (3, True), (8, False)])
+def test_chunks(chunks, keep):
     def fn(x, y, e):
-        return in_chunks(x, y, e, chunks if isinstance(x, st.ShardTensor) else None)
+        return in_chunks(x, y, e, chunks if isinstance(x, st.ShardTensor) else None, keep)
 
     layer = Layer().double()
 

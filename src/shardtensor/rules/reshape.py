@@ -88,9 +88,9 @@ def _nearly_even(dim: Dim, spec: Spec) -> bool:
     return off <= parts or dim == Dim.chunked(dim.size, dim.axes, spec.mesh)
 
 
-def _reshape(x: ShardTensor, shape: Sequence[int], op: str, strict: bool) -> ShardTensor:
+def _reshape(x: ShardTensor, shape: Sequence[int], op: str) -> ShardTensor:
     """A local reshape where cuts fall on rows of both shapes; else shards move there."""
-    return _shaped(x, _reshaped(x._spec, _laid(x), tuple(shape)), op, strict)
+    return _shaped(x, _reshaped(x._spec, _laid(x), tuple(shape)), op)
 
 
 @cached
@@ -107,7 +107,7 @@ def _laid(x: ShardTensor) -> Stride:
     return layout.stride(x)
 
 
-def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool) -> ShardTensor:
+def _shaped(x: ShardTensor, plan: Reshaped, op: str, strict: bool = False) -> ShardTensor:
     stays, before, spec, local_shape, view, even = plan
     if strict and not view:
         raise RuntimeError(
@@ -197,12 +197,12 @@ def _other_items(x: ShardTensor, dtype: torch.dtype) -> ShardTensor:
 @rule("reshape", "_unsafe_view")
 def reshape(input: ShardTensor, *shape: Any, **kwargs: Any) -> ShardTensor:
     first = shape[0] if shape else kwargs["shape"]
-    return _reshape(input, many(first, shape[1:]), "reshape", False)
+    return _reshape(input, many(first, shape[1:]), "reshape")
 
 
 @rule("_reshape_alias")
 def reshape_alias(input: ShardTensor, size: Sequence[int], stride: Sequence[int]) -> ShardTensor:
-    return _reshape(input, size, "reshape", False)
+    return _reshape(input, size, "reshape")
 
 
 @rule("view_as")
@@ -238,7 +238,7 @@ def _flattened(spec: Spec, stride: Stride, start_dim: int, end_dim: int) -> Resh
 def ravel(input: ShardTensor) -> ShardTensor:
     # torch copies what has gaps, even those that a view could have
     x: Any = input if _laid(input) is None else input.contiguous()
-    return _reshape(x, [-1] if x.numel() else [0], "ravel", False)
+    return _reshape(x, [-1] if x.numel() else [0], "ravel")
 
 
 @rule("unflatten")
