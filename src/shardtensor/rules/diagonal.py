@@ -16,7 +16,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .rows import in_order
-from .shape import _index, _permuted
+from .shape import checked_dim, permuted
 
 
 def _shift(spec: Spec, rows: int, columns: int) -> int:
@@ -59,7 +59,7 @@ def diagonal(
 ) -> ShardTensor:
     """A view where at most one of the dims is sharded; else each rank's part is added up."""
     x = reduced(input)
-    r, c = _index(dim1, x.ndim), _index(dim2, x.ndim)
+    r, c = checked_dim(dim1, x.ndim), checked_dim(dim2, x.ndim)
     if r == c:
         raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
     spec = x._spec
@@ -92,7 +92,7 @@ def diag_embed(input: ShardTensor, offset: int = 0, dim1: int = -2, dim2: int = 
     """Sharded entries make sharded rows; nothing is sent."""
     x = reduced(input)
     n = x.ndim + 1
-    r, c = _index(dim1, n), _index(dim2, n)
+    r, c = checked_dim(dim1, n), checked_dim(dim2, n)
     if r == c:
         raise RuntimeError(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
     if r > c:
@@ -107,7 +107,7 @@ def diag_embed(input: ShardTensor, offset: int = 0, dim1: int = -2, dim2: int = 
     order = list(range(n - 2))
     order.insert(r, n - 2)
     order.insert(c, n - 1)
-    return in_order(_permuted(wrap(local, made), order))
+    return in_order(permuted(wrap(local, made), order))
 
 
 @rule("diag")

@@ -21,7 +21,7 @@ from ..spec import Dim
 from ..tensor import ShardTensor, layout, wrap
 from ..tensor.redistribute import reduced
 from .pointwise import function_rule
-from .shape import _index, many, whole_in
+from .shape import checked_dim, many, whole_in
 from .spectrum import begun
 from .transforms import KINDS, Transform, local_call, transformed
 
@@ -51,7 +51,7 @@ def arguments(func: Any, args: Any, kwargs: Any) -> tuple[str, Any, tuple[int, .
         first = 0 if given is None else x.ndim - len(given)
         dims = tuple(range(max(0, first), x.ndim))
     else:
-        dims = tuple(_index(d, x.ndim) for d in many(dim))
+        dims = tuple(checked_dim(d, x.ndim) for d in many(dim))
     return name.removesuffix(count), x, dims, given, norm
 
 

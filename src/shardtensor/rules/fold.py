@@ -23,7 +23,7 @@ from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims
 from .reshape_plan import gathered_on_lead, on_multiples
-from .shape import _index
+from .shape import checked_dim
 from .sliding import sliding
 from .windows import Ints, Stencil, added_to, each, fetch, spread, stencils, strided
 
@@ -127,7 +127,7 @@ def unfold(input: ShardTensor, dimension: int, size: int, step: int) -> ShardTen
     if input.ndim == 0:
         return fall_back(torch.Tensor.unfold, (input, dimension, size, step), {})
     x = reduced(input)
-    d = _index(dimension, x.ndim)
+    d = checked_dim(dimension, x.ndim)
     spec, dim = x._spec, x._spec.dims[d]
     if not dim.axes:
         local = x._local.unfold(d, size, step)
@@ -147,7 +147,7 @@ def rot90(input: ShardTensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tenso
         raise RuntimeError(f"expected total rotation dims == 2, but got dims = {len(dims)}")
     if input.ndim < 2:
         raise RuntimeError(f"expected total dims >= 2, but got total dims = {input.ndim}")
-    a, b = (_index(d, input.ndim) for d in dims)
+    a, b = (checked_dim(d, input.ndim) for d in dims)
     if a == b:
         raise RuntimeError(f"expected rotation dims to be different, but got dim0 = dim1 = {a}")
     if k % 4 == 0:

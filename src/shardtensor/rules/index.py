@@ -22,13 +22,13 @@ from .in_place import assigned
 from .masks import is_mask, mask_put, masked, places, without_lead
 from .modes import written, zeros
 from .nodes import rows_written
-from .pointwise import _wanted, align, function_rule
+from .pointwise import align, dims_for, function_rule
 from .rows import covering, cut_axes, dims_of, in_order, lifted, normal, read, summed, write
-from .shape import _index, _permuted
+from .shape import checked_dim, permuted
 from .slices import selected, sliced, span
 
 
-def _entries(index: Any, ndim: int) -> list[Any] | None:
+def spelled(index: Any, ndim: int) -> list[Any] | None:
     """The index as one entry per dim and None, the ellipsis spelled out; None if it cannot be."""
     if type(index) is slice and ndim:
         return [index] + [slice(None)] * (ndim - 1)
@@ -105,7 +105,7 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if part:
             out._slice = slice_of(x, part) if own else (None, spec, part)
         return out
-    entries = _entries(index, x.ndim)
+    entries = spelled(index, x.ndim)
     if entries is None:
         return fall_back(func, args, kwargs)
     if not isinstance(x, ShardTensor):
@@ -155,7 +155,7 @@ def _one_row_dim(
 ) -> tuple[ShardTensor, Tensor, bool | None]:
     """The indexed dims as one, the first; the index into it; `negative` of `read` and `write`."""
     at = sorted(rest)
-    y: Any = _permuted(x, at + [d for d in range(x.ndim) if d not in rest])
+    y: Any = permuted(x, at + [d for d in range(x.ndim) if d not in rest])
     if len(at) == 1:
         # as it was given: what is found of it is kept, its bounds among that
         return y, rest[at[0]].to(x.device), True
@@ -191,7 +191,7 @@ def picked(x: ShardTensor, rest: dict[int, Tensor]) -> ShardTensor:
     out = read(y, flat, negative=negative)
     n = flat.ndim
     order = [*range(n, n + front), *range(n), *range(n + front, out.ndim)]
-    return in_order(_permuted(out, order)) if front else out
+    return in_order(permuted(out, order)) if front else out
 
 
 def _indices(
@@ -205,7 +205,7 @@ def _indices(
     else:
         lead = whole_dims(torch.broadcast_shapes(*(t.shape for t in tensors)))
     lead = covering(mesh, lead, (), axes_in(x._spec.dims))
-    found = fit(mesh, (), *((t.to(x.device), _wanted(lead, t.shape)) for t in tensors))
+    found = fit(mesh, (), *((t.to(x.device), dims_for(lead, t.shape)) for t in tensors))
     at = dict(zip(sorted(rest), found, strict=True))
     if x.numel() and not (x._local.numel() or any(d.axes for d in lead)):
         # a shard without elements takes any index where others raise
@@ -247,7 +247,7 @@ def put_at(
     order = at + [d for d in range(x.ndim) if d not in rest]
     out = out.reshape([dims[d].size for d in order]) if len(at) > 1 else out
     back = sorted(range(x.ndim), key=lambda i: order[i])
-    return to_dims(_permuted(out, back), dims)
+    return to_dims(permuted(out, back), dims)
 
 
 def _overwrite(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def index_put_(
 def diagonal_scatter(
     input: Tensor, src: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
 ) -> ShardTensor:
-    r, c = _index(dim1, input.ndim), _index(dim2, input.ndim)
+    r, c = checked_dim(dim1, input.ndim), checked_dim(dim2, input.ndim)
     n = max(0, min(input.shape[r] + min(0, offset), input.shape[c] - max(0, offset)))
     want = [*(m for d, m in enumerate(input.shape) if d not in (r, c)), n]
     if list(src.shape) != want:
@@ -296,7 +296,7 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Assignment to slices, rows, masks and tensors of indices."""
     x, index, value = args
     if not isinstance(x, ShardTensor):
-        places = _entries(index, x.ndim)
+        places = spelled(index, x.ndim)
         target = None if places is None else rows_written(x.shape, places, value)
         # adopting counts the references to x: this must be its only name here
         if target is not None:
@@ -324,7 +324,7 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = index.reshape((*index.shape, *[1] * (x.ndim - index.ndim)))
         x.masked_fill_(mask, value.reshape(()))
         return
-    entries = _entries(index, x.ndim)
+    entries = spelled(index, x.ndim)
     if entries is None or None in [e for e in entries if not isinstance(e, Tensor)]:
         raise UnsupportedOpError(
             f"x[index] = value with None, True or False in the index of x on {x._spec}: leave None "

@@ -15,11 +15,11 @@ from ..tensor.redistribute import reduced, to_dims
 from .in_place import in_place
 from .rows import Kernel, dims_of, in_order, lifted, mesh_of, read, summed, write
 from .scatter import by_row, reduce_kernel
-from .shape import _index
+from .shape import checked_dim
 
 
 def _row_index(x: Tensor, dim: int, index: Tensor, op: str) -> tuple[int, Tensor]:
-    d = _index(dim, max(1, x.ndim))
+    d = checked_dim(dim, max(1, x.ndim))
     if index.ndim > 1:
         raise IndexError(f"{op}(): Index is supposed to be a vector")
     if index.dtype not in (torch.int64, torch.int32):

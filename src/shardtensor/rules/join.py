@@ -21,7 +21,7 @@ from .empty import joined
 from .joined import join, stays
 from .labels import Known
 from .pointwise import align
-from .shape import _index, many
+from .shape import checked_dim, many
 
 
 @rule("cat", "concat", "concatenate")
@@ -31,7 +31,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     if any(x.ndim != 1 for x in parts):
         parts = [x for x in parts if x.shape != (0,)]
     skipped = [x for x in tensors if x.shape == (0,)] if len(parts) < len(tensors) else []
-    d = _index(dim, parts[0].ndim)
+    d = checked_dim(dim, parts[0].ndim)
     for x in parts:
         if [*x.shape[:d], *x.shape[d + 1 :]] != [*parts[0].shape[:d], *parts[0].shape[d + 1 :]]:
             raise RuntimeError(
@@ -115,7 +115,7 @@ def _cat_plan(known: tuple[Known, ...], d: int) -> tuple[Spec, tuple[tuple[Dim, 
 @rule("stack")
 def stack(tensors: Sequence[Tensor], dim: int = 0) -> ShardTensor:
     parts = [reduced(x) for x in tensors]
-    d = _index(dim, parts[0].ndim + 1)
+    d = checked_dim(dim, parts[0].ndim + 1)
     if any(x.shape != parts[0].shape for x in parts):
         raise RuntimeError("stack expects each tensor to be equal size")
     spec, wanted = align(*parts)
@@ -131,7 +131,7 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     x = reduced(input)
     local = x._local
     for shift, dim in zip(many(shifts), many(dims), strict=True):
-        d = _index(dim, x.ndim)
+        d = checked_dim(dim, x.ndim)
         spec_dim = x._spec.dims[d]
         s = shift % max(1, spec_dim.size)
         if not s or not spec_dim.axes:
@@ -154,7 +154,7 @@ def flip(input: ShardTensor, *dims: Any, **kwargs: Any) -> ShardTensor:
     local = x._local
     given = dims or ((kwargs["dims"],) if "dims" in kwargs else ())
     # torch takes 0 and -1 as dims of a scalar
-    mirrored = [_index(d, max(x.ndim, 1)) for d in many(given[0], given[1:])] if given else []
+    mirrored = [checked_dim(d, max(x.ndim, 1)) for d in many(given[0], given[1:])] if given else []
     mirrored = mirrored if x.ndim else []
     stored = layout.order(x)
     if stored:

@@ -24,7 +24,7 @@ from .index_dim import index_select
 from .labels import Known
 from .nodes import note
 from .routes import kept
-from .shape import _index
+from .shape import checked_dim
 
 
 class Joined(Recipe):
@@ -116,7 +116,7 @@ def _read(input: Any, dim: Any, index: Any, negative: bool = False) -> Any:
         return NotImplemented
     if type(dim) is not int or not -input.ndim <= dim < input.ndim:
         return NotImplemented
-    if _index(dim, input.ndim) != recipe.d or (
+    if checked_dim(dim, input.ndim) != recipe.d or (
         isinstance(index, ShardTensor) and index._spec.partial
     ):
         return NotImplemented

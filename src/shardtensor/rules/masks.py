@@ -23,7 +23,7 @@ from . import labels
 from .in_place import assigned
 from .pointwise import function_rule, pointwise
 from .rows import lifted
-from .shape import _index, _permuted
+from .shape import checked_dim, permuted
 
 
 def is_mask(e: Any) -> bool:
@@ -84,7 +84,7 @@ def masked(x: Tensor, d: int, mask: Tensor) -> ShardTensor:
     out = y[m]
     rows = learnt(len(out), out, spec.dims[0], spec)
     made = wrap(out, spec.replace({0: rows}))
-    return _permuted(made, [*range(1, d + 1), 0, *range(d + 1, made.ndim)]) if d else made
+    return permuted(made, [*range(1, d + 1), 0, *range(d + 1, made.ndim)]) if d else made
 
 
 def mask_put(x: ShardTensor, d: int, mask: Tensor, values: Tensor) -> ShardTensor:
@@ -266,7 +266,7 @@ def repeat_interleave(
     x: Any = lifted(input, repeats)
     if dim is None or x.ndim == 0:
         x, dim = x.reshape(-1), 0
-    d = _index(dim, x.ndim)
+    d = checked_dim(dim, x.ndim)
     own = x._spec.dims[d]
     if isinstance(repeats, Tensor) and repeats.numel() == 1 and repeats.ndim <= 1:
         repeats = int(repeats)

@@ -24,7 +24,7 @@ from . import labels, sparse
 from .in_place import in_place
 from .labels import Labels
 from .reduce import wide
-from .shape import _index
+from .shape import checked_dim
 
 
 def _labels(prefix: str, n: int) -> Labels:
@@ -270,8 +270,8 @@ def tensordot(
     input: Tensor, other: Tensor, dims_self: Sequence[int], dims_other: Sequence[int]
 ) -> Tensor:
     """The builtin below torch.tensordot, which passes two lists of dims."""
-    left = [_index(d, input.ndim) for d in dims_self]
-    right = [_index(d, other.ndim) for d in dims_other]
+    left = [checked_dim(d, input.ndim) for d in dims_self]
+    right = [checked_dim(d, other.ndim) for d in dims_other]
     for d, e in zip(left, right, strict=True):
         # a dim of size 1 is broadcast: the other operand's dim is summed
         if input.shape[d] == 1 != other.shape[e]:

@@ -12,7 +12,7 @@ from ..registry import rule
 from ..tensor import ShardTensor, layout, wrap
 from .empty import stock
 from .rows import lifted
-from .shape import _index
+from .shape import checked_dim
 from .sliding import sliding
 from .windows import Stencil, checked
 
@@ -32,7 +32,7 @@ def diff(
         meta = [t if t is None else torch.empty(t.shape, device="meta") for t in (prepend, append)]
         torch.diff(torch.empty(input.shape, device="meta"), n, dim, *meta)
     x = lifted(input, prepend, append)
-    d = _index(dim, x.ndim)
+    d = checked_dim(dim, x.ndim)
     if n == 0:
         return wrap(x._local.clone(), x._spec)
     if given:

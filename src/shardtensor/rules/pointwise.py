@@ -178,10 +178,10 @@ def _align(*known: labels.Known) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
 
 def align_to(spec: Spec, *tensors: Tensor) -> tuple[Spec, tuple[tuple[Dim, ...], ...]]:
     """As `align`, for a result whose spec is given."""
-    return spec, tuple(_wanted(spec.dims, x.shape) for x in tensors)
+    return spec, tuple(dims_for(spec.dims, x.shape) for x in tensors)
 
 
-def _wanted(dims: tuple[Dim, ...], shape: torch.Size) -> tuple[Dim, ...]:
+def dims_for(dims: tuple[Dim, ...], shape: torch.Size) -> tuple[Dim, ...]:
     own = dims[len(dims) - len(shape) :]
     return tuple(d if d.size == n else Dim(n) for d, n in zip(own, shape, strict=True))
 

@@ -20,7 +20,7 @@ from ..tensor.redistribute import convert, like, reduced, replicate
 from .agreed import agreed
 from .pointwise import function_rule
 from .reshape_plan import on_multiples, plan
-from .shape import _index, many, moved
+from .shape import checked_dim, many, moved
 
 # of a whole tensor; None: rows first
 Stride = tuple[int, ...] | None
@@ -224,7 +224,7 @@ def flatten(input: ShardTensor, start_dim: int = 0, end_dim: int = -1) -> ShardT
 @cached
 def _flattened(spec: Spec, stride: Stride, start_dim: int, end_dim: int) -> Reshaped | None:
     n = max(1, len(spec.dims))
-    start, end = _index(start_dim, n), _index(end_dim, n)
+    start, end = checked_dim(start_dim, n), checked_dim(end_dim, n)
     if start > end:
         raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
     if spec.dims and start == end:
@@ -249,5 +249,5 @@ def unflatten(input: ShardTensor, dim: int, sizes: Sequence[int]) -> ShardTensor
 
 @cached
 def _unflattened(spec: Spec, stride: Stride, dim: int, sizes: tuple[int, ...]) -> Reshaped:
-    d, shape = _index(dim, len(spec.dims)), spec.shape
+    d, shape = checked_dim(dim, len(spec.dims)), spec.shape
     return _reshaped(spec, stride, (*shape[:d], *_infer(sizes, shape[d]), *shape[d + 1 :]))

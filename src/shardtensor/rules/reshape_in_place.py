@@ -11,7 +11,7 @@ from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, layout
-from .shape import _index, many, squeeze
+from .shape import checked_dim, many, squeeze
 
 
 def _refuse_hidden(x: ShardTensor, op: str) -> None:
@@ -48,7 +48,7 @@ def _changed(x: ShardTensor, op: str, args: tuple[Any, ...], dims: tuple[Dim, ..
 def transpose_(input: ShardTensor, dim0: int, dim1: int) -> ShardTensor:
     if not input.ndim:
         return input
-    a, b = _index(dim0, input.ndim), _index(dim1, input.ndim)
+    a, b = checked_dim(dim0, input.ndim), checked_dim(dim1, input.ndim)
     dims = list(input._spec.dims)
     dims[a], dims[b] = dims[b], dims[a]
     return _changed(input, "transpose_", (a, b), tuple(dims))
@@ -65,7 +65,7 @@ def t_(input: ShardTensor) -> ShardTensor:
 
 @rule("unsqueeze_")
 def unsqueeze_(input: ShardTensor, dim: int) -> ShardTensor:
-    d = _index(dim, input.ndim + 1)
+    d = checked_dim(dim, input.ndim + 1)
     dims = input._spec.insert(d, Dim(1)).dims
     return _changed(input, "unsqueeze_", (d,), dims)
 
@@ -73,7 +73,7 @@ def unsqueeze_(input: ShardTensor, dim: int) -> ShardTensor:
 @rule("squeeze_")
 def squeeze_(input: ShardTensor, dim: Any = None) -> ShardTensor:
     n = input.ndim
-    chosen = range(n) if dim is None else [_index(d, n) for d in many(dim) if n]
+    chosen = range(n) if dim is None else [checked_dim(d, n) for d in many(dim) if n]
     gone = tuple(d for d in chosen if input.shape[d] == 1)
     if not any(input._spec.dims[d].axes for d in gone):
         dims = input._spec.drop(gone).dims

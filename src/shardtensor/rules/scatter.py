@@ -34,7 +34,7 @@ from .rows import (
     summed,
     write,
 )
-from .shape import _index
+from .shape import checked_dim
 
 
 def _elements(at: Tensor, index: Spec, shape: Sequence[int], whole: Sequence[bool]) -> Tensor:
@@ -101,7 +101,7 @@ def _along(index: Tensor, d: int) -> Tensor:
 def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     """Sharded as the index where input has the dim whole, else as input, in the others as both."""
     shape = index.shape
-    d = _index(dim, max(1, input.ndim))
+    d = checked_dim(dim, max(1, input.ndim))
     index = integers(index, "gather")
     x, index = summed(input), summed(index)
     if not index.numel():
@@ -165,7 +165,7 @@ def _scattered(
     op: str, input: Tensor, dim: int, index: Tensor, src: Any, kernel: Kernel | None
 ) -> Tensor:
     """input with elements of src (a tensor, or None: the kernel's value) written along dim."""
-    d = _index(dim, max(1, input.ndim))
+    d = checked_dim(dim, max(1, input.ndim))
     index = integers(index, op)
     shape = input.shape
     x, index, src = summed(input), summed(index), summed(src)

@@ -52,7 +52,7 @@ def whole_in(x: ShardTensor, dims: Sequence[int], op: str, lost: bool = False) -
     return y
 
 
-def _index(dim: int, ndim: int) -> int:
+def checked_dim(dim: int, ndim: int) -> int:
     if not -ndim <= dim < ndim:
         raise IndexError(f"Dimension out of range (expected to be in [{-ndim}, {ndim - 1}])")
     return dim % ndim
@@ -65,7 +65,7 @@ def _index(dim: int, ndim: int) -> int:
 Order = tuple[tuple[int, ...], Spec]
 
 
-def _permuted(x: ShardTensor, order: Sequence[int]) -> ShardTensor:
+def permuted(x: ShardTensor, order: Sequence[int]) -> ShardTensor:
     order, spec = _order(x._spec, tuple(order))
     return wrap(x._local.permute(order), spec)
 
@@ -73,7 +73,7 @@ def _permuted(x: ShardTensor, order: Sequence[int]) -> ShardTensor:
 @cached
 def _order(spec: Spec, dims: tuple[int, ...]) -> Order:
     n = len(spec.dims)
-    order = tuple([_index(d, n) for d in dims])
+    order = tuple([checked_dim(d, n) for d in dims])
     if sorted(order) != list(range(n)):
         raise RuntimeError(f"permute(dims): {list(order)} for a tensor of {n} dims")
     return order, Spec(spec.mesh, tuple([spec.dims[d] for d in order]), spec.partial)
@@ -155,8 +155,8 @@ def movedim(input: ShardTensor, source: Any, destination: Any) -> ShardTensor:
 @cached
 def _moved(spec: Spec, source: tuple[int, ...], destination: tuple[int, ...]) -> Order:
     n = len(spec.dims)
-    old = [_index(d, max(1, n)) for d in source]
-    new = [_index(d, max(1, n)) for d in destination]
+    old = [checked_dim(d, max(1, n)) for d in source]
+    new = [checked_dim(d, max(1, n)) for d in destination]
     if len(old) != len(new):
         raise RuntimeError(f"movedim: {len(old)} dims to {len(new)} places")
     for name, dims in (("source", old), ("destination", new)):
@@ -184,7 +184,7 @@ def squeeze(input: ShardTensor, dim: Any = None) -> ShardTensor:
 def _squeezed(spec: Spec, dims: tuple[int, ...] | None) -> tuple[tuple[int, ...], Spec, bool]:
     """(the dims that go, the spec of the result, whether mesh axes shard one of them)."""
     n = len(spec.dims)
-    chosen = range(n) if dims is None else [_index(d, max(n, 1)) for d in dims]
+    chosen = range(n) if dims is None else [checked_dim(d, max(n, 1)) for d in dims]
     for d in set(chosen):
         if chosen.count(d) > 1:
             raise RuntimeError(f"dim {d} appears multiple times in the list of dims")
@@ -201,7 +201,7 @@ def unsqueeze(input: ShardTensor, dim: int) -> ShardTensor:
 
 @cached
 def _with_one(spec: Spec, dim: int) -> Spec:
-    return spec.insert(_index(dim, len(spec.dims) + 1), Dim(1))
+    return spec.insert(checked_dim(dim, len(spec.dims) + 1), Dim(1))
 
 
 @rule("expand", "broadcast_to")

@@ -18,7 +18,7 @@ from ..tensor import ShardTensor, recut, wrap
 from ..tensor.recut import lasting
 from ..tensor.redistribute import convert, fit, reduced
 from .rows import dims_of, mesh_of
-from .shape import _index, many, whole_in
+from .shape import checked_dim, many, whole_in
 
 
 @cached
@@ -63,7 +63,7 @@ def sliced(x: ShardTensor, d: int, start: int, stop: int, step: int = 1) -> Shar
 @cached
 def _of_row(spec: Spec, dim: int, index: int) -> tuple[int, int, Spec]:
     """(the dim, the row, the spec of what it is)."""
-    d = _index(dim, len(spec.dims))
+    d = checked_dim(dim, len(spec.dims))
     n = spec.dims[d].size
     if not -n <= index < n:
         raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
@@ -116,7 +116,7 @@ def select(input: ShardTensor, dim: int, index: int) -> ShardTensor:
 def slice_(
     input: ShardTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> ShardTensor:
-    d = _index(dim, input.ndim)
+    d = checked_dim(dim, input.ndim)
     return sliced(input, d, *span(start, end, step, input.shape[d]), step)
 
 
@@ -137,7 +137,7 @@ def narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
 
 @cached
 def _narrowed(spec: Spec, dim: int, first: int, length: int) -> Rows:
-    d = _index(dim, len(spec.dims))
+    d = checked_dim(dim, len(spec.dims))
     n = spec.dims[d].size
     if length < 0:
         raise RuntimeError("narrow(): length must be non-negative.")
@@ -163,7 +163,7 @@ def unbind(input: ShardTensor, dim: int = 0) -> tuple[ShardTensor, ...]:
 @cached
 def _unbound(spec: Spec, dim: int) -> tuple[int, Spec, bool]:
     """(the dim, the spec of its rows, whether mesh axes shard it)."""
-    d = _index(dim, len(spec.dims))
+    d = checked_dim(dim, len(spec.dims))
     return d, spec.drop([d]), bool(spec.dims[d].axes)
 
 
@@ -195,7 +195,7 @@ class Parts(NamedTuple):
 
 @cached
 def _split(spec: Spec, dim: int, sizes: int | tuple[int, ...]) -> Parts:
-    d = _index(dim, len(spec.dims))
+    d = checked_dim(dim, len(spec.dims))
     n = spec.dims[d].size
     sizes = _even(n, sizes) if isinstance(sizes, int) else sizes
     if any(k < 0 for k in sizes):
@@ -235,7 +235,7 @@ def chunk(input: ShardTensor, chunks: int, dim: int = 0) -> tuple[ShardTensor, .
 def _chunked(spec: Spec, chunks: int, dim: int) -> Parts:
     if chunks < 1:
         raise RuntimeError(f"chunk expects `chunks` to be greater than 0, got: {chunks}")
-    n = spec.dims[_index(dim, len(spec.dims))].size
+    n = spec.dims[checked_dim(dim, len(spec.dims))].size
     return _split(spec, dim, _even(n, -(-n // chunks)) if n else (0,) * chunks)
 
 
@@ -260,7 +260,7 @@ def tensor_split(
         # by numbers, of which strides follow
         return torch.tensor_split(input, at.tolist(), dim)
     assert isinstance(input, ShardTensor)
-    d = _index(dim, input.ndim)
+    d = checked_dim(dim, input.ndim)
     n = input.shape[d]
     if isinstance(at, SupportsIndex):
         sections = operator.index(at)
@@ -299,13 +299,13 @@ def slice_scatter(
     input: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> ShardTensor:
     """Every rank writes the rows that it holds; those of src move to where they belong."""
-    d = _index(dim, input.ndim)
+    d = checked_dim(dim, input.ndim)
     return _written(input, src, d, *span(start, end, step, input.shape[d]), step)
 
 
 @rule("select_scatter")
 def select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> ShardTensor:
-    d = _index(dim, input.ndim)
+    d = checked_dim(dim, input.ndim)
     n = input.shape[d]
     if not -n <= index < n:
         raise IndexError(f"index {index} is out of bounds for dimension {d} with size {n}")
