@@ -43,13 +43,16 @@ def autocast(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
     return x.to(op(x.detach().new_zeros((1,) * x.ndim)).dtype)
 
 
-def buffer(name: str, x: Tensor | None) -> Tensor | None:
-    """The plain running statistic, whole on this rank."""
-    if isinstance(x, ShardTensor) and (x._spec.varying or x._spec.partial):
-        raise UnsupportedOpError(
-            f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
-        )
-    return x._local if isinstance(x, ShardTensor) else x
+def buffers(name: str, *xs: Tensor | None) -> list[Tensor | None]:
+    """The plain running statistics, whole on this rank."""
+    found = []
+    for x in xs:
+        if isinstance(x, ShardTensor) and (x._spec.varying or x._spec.partial):
+            raise UnsupportedOpError(
+                f"{name}: running statistics on {x._spec}; keep them as plain or replicated tensors"
+            )
+        found.append(x._local if isinstance(x, ShardTensor) else x)
+    return found
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ def batch_norm(
         ))  # fmt: skip
     if len(spec.dims) < 2:
         raise UnsupportedOpError(f"batch_norm of {spec}, which has no dim of channels")
-    running = [buffer("batch_norm", running_mean), buffer("batch_norm", running_var)]
+    running = buffers("batch_norm", running_mean, running_var)
     channels = spec.dims[1]
     for w in (weight, bias):
         if w is not None and w.numel() != channels.size:
@@ -135,8 +138,7 @@ def native_batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Gathered; running statistics that are cut would be updated in a copy."""
     names = ("input", "weight", "bias", "running_mean", "running_var")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name in names[3:]:
-        buffer(func.__name__, given.get(name))
+    buffers(func.__name__, *(given.get(name) for name in names[3:]))
     return fall_back(func, args, kwargs)
 
 
@@ -168,7 +170,7 @@ def instance_norm(
     local = autocast(local, lambda z: torch.instance_norm(
         z, None, None, None, None, True, 0.0, 1.0, False
     )).contiguous()  # fmt: skip
-    running = [buffer("instance_norm", r) for r in (running_mean, running_var)]
+    running = buffers("instance_norm", running_mean, running_var)
     tracked = any(r is not None for r in running)
     hold_dtypes(torch.instance_norm, local, weight, bias, *running)
     channels = spec.dims[1]

@@ -27,7 +27,12 @@ def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
 
 def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
     """Raise what torch's batch, instance or group norm says of such dtypes, where they differ."""
-    if all(t is None or t.dtype is x.dtype for t in others) or _torch.under_modes():
+    for t in others:
+        if t is not None and t.dtype is not x.dtype:
+            break
+    else:
+        return
+    if _torch.under_modes():
         return
     if torch.is_autocast_enabled(x.device.type):
         # which casts
