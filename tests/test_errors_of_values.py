@@ -1,5 +1,7 @@
 """Errors that depend on values: raised on every rank, whichever holds them, in step with the others."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import make_mesh
+from shardtensor.rules.agreed import agreed_sums
 
 X = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).reshape(6, 4)
 LABELS = torch.tensor([0, 1, 2, 3, 0, 9])
@@ -74,6 +77,8 @@ APART = {
 
 @pytest.mark.parametrize("name", APART)
 def test_a_rank_that_caught_what_others_know_nothing_of_meets_them_no_more(name):
+    want = type(raised(APART[name], X, LABELS))
+
     def run():
         mesh = make_mesh((3,))
         x, t = (
@@ -81,6 +86,7 @@ def test_a_rank_that_caught_what_others_know_nothing_of_meets_them_no_more(name)
             for v in (X, LABELS)
         )
         error = raised(APART[name], x, t)
+        assert type(error) in (want, type(None)), repr(error)
         # what the others get in the next step would be what this one has in another
         after = raised(lambda: x.sum().item())
         return error is not None, str(after)
@@ -225,6 +231,19 @@ def test_a_failure_travels_with_the_loss():
 
     for found in st.simulate(2, run):
         assert found == [1, 1, 1, 1]
+
+
+def test_memory_that_a_gpu_lacks_is_no_class_out_of_range():
+    """Trainers look for the type."""
+
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class OnGPU:
+        dims, mesh = (), SimpleNamespace(device_type="cuda")
+
+    error = raised(agreed_sums, run, 1, OnGPU(), torch.float32, IndexError)
+    assert isinstance(error, torch.OutOfMemoryError), repr(error)
 
 
 SCRIPT = """

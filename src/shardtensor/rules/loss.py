@@ -171,7 +171,13 @@ def _nll(
         return (1 - smoothing) * values[0] + smoothing / logs.shape[classes] * values[1]
 
     if reduction == NONE:
-        return p.result(smoothed(parts()))
+        try:
+            return p.result(smoothed(parts()))
+        except RuntimeError as e:
+            if "out of bounds" not in str(e):
+                raise
+            # of torch's type, with the place where it was raised, at which `apart.note` looks
+            raise IndexError(str(e)).with_traceback(e.__traceback__) from None
     # all sums in one message
     dtype = wide(logs.dtype)
     *totals, weights = agreed_sums(
