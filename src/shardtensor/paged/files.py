@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from .shelf import Shelf
 
+# of control groups of either version: the limit, what is used, and what of that are files' pages
+_FIRST = (
+    "memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file",
+)  # fmt: skip
+_SECOND = "memory.max", "memory.current", "active_file", "inactive_file"
 _MALLOPT_MMAP_THRESHOLD, _MADV_WILLNEED, _MADV_DONTNEED = -3, 3, 4
 
 
@@ -36,7 +43,7 @@ class Files(Shelf):
         self.folder = folder
         _small_chunks()
         # as long as files fit into what the system has free, nothing is read from the disk
-        self.cached = _free()
+        self.cached = min(_free(), shutil.disk_usage(folder).free)
 
     def put(self, storage: torch.UntypedStorage) -> Any:
         made = mapped(self.folder, storage.nbytes())
@@ -83,13 +90,31 @@ def _libc() -> Any:
     return found
 
 
-def _free() -> int:
-    """Bytes of memory that files may take, of the machine and of this process's container."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+def _free(root: Path = Path("/")) -> int:
+    """Bytes of memory that files may take, of the machine and of this process's containers."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
     free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(free, int(text)) if text.isdigit() else free
+    return max(0, min([free, *_left(root)]))
+
+
+def _left(root: Path) -> Iterator[int]:
+    """What each container around this process may still take: pages of files make room."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, kind, place = line.split(":", 2)
+        if kind and "memory" not in kind.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if kind else "")
+        names = _FIRST if kind else _SECOND
+        own = top / place.strip("/")
+        # what a container sees at the top is often its own, whatever its place
+        for at in (own, *own.parents):
+            if not at.is_relative_to(top) or not (at / names[0]).exists():
+                continue
+            limit, used = ((at / name).read_text().strip() for name in names[:2])
+            stat = dict(x.split() for x in (at / "memory.stat").read_text().splitlines())
+            if limit.isdigit():
+                yield int(limit) - int(used) + sum(int(stat.get(name, 0)) for name in names[2:])
 
 
 @cache
