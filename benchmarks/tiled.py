@@ -59,7 +59,7 @@ class UNet3d(nn.Module):
         return self.last(torch.cat([x, self.up(self.inner(self.down(x)))], 1))
 
 
-# calls of the model, whose parts need not meet; those of a step have their own rows alone
+# calls of the model, of whole inputs and outputs; in a step a part reads and writes its own rows
 CALL, LEARN = "call", "learn"
 # model: (how it is made for an edge, dims beside batch and channel)
 MODELS = {

@@ -13,7 +13,7 @@ import shardtensor as st
 from shardtensor import containers
 from shardtensor.attention import assume
 from shardtensor.observe.network import DGX_H100
-from shardtensor.paged import alone, files, pager
+from shardtensor.paged import files, pager, width
 from shardtensor.plan.estimate import H100, Device, Task, attention_rates
 from shardtensor.plan.parts import in_parts
 from shardtensor.plan.plans import Plans
@@ -59,7 +59,7 @@ def counted():
 def small(monkeypatch):
     """A plan is of parts that meet."""
     monkeypatch.setattr(pager, "LEAST", 512)
-    monkeypatch.setattr(alone, "MORE", -1.0)
+    monkeypatch.setattr(width, "MORE", -1.0)
 
 
 def ran(make, shape, parts, memory, train, folder, *others):
@@ -121,7 +121,7 @@ APART = {
 @pytest.mark.parametrize("name", APART)
 def test_parts_that_do_not_meet(name, tmp_path, monkeypatch):
     make, shapes, parts, memory, more = APART[name]
-    monkeypatch.setattr(alone, "MORE", more)
+    monkeypatch.setattr(width, "MORE", more)
     said = in_parts(Task(make, shapes, dims=(2,), train=False), CPU, memory=memory, parts=[parts])
     run = ran(make, shapes[0], parts, memory, False, tmp_path, *shapes[1:])
     halo = None if run.halo is None else run.halo[0]
@@ -160,7 +160,7 @@ LEARNT = {
 @pytest.mark.parametrize("name", LEARNT)
 def test_parts_that_do_not_meet_in_training(name, tmp_path, monkeypatch):
     make, shapes, parts, memory, meet = LEARNT[name]
-    monkeypatch.setattr(alone, "MORE", 0.25)
+    monkeypatch.setattr(width, "MORE", 0.25)
     monkeypatch.setattr(files, "_free", lambda: 0)
     full = replace(CPU, memory=memory)
     said = in_parts(Task(make, shapes, dims=(2,)), full, memory=memory, parts=[parts])
@@ -174,7 +174,7 @@ def test_parts_that_do_not_meet_in_training(name, tmp_path, monkeypatch):
 
 def test_parts_that_draw_meet_on_a_gpu(monkeypatch):
     make, shape = CASES["dropout"]
-    monkeypatch.setattr(alone, "MORE", 0.25)
+    monkeypatch.setattr(width, "MORE", 0.25)
     task = Task(make, [shape], dims=(2,), train=False)
     drawing = replace(task, make=lambda: Drawn())
     for asked, host, gpu in ((task, 2, 2), (drawing, 2, None)):

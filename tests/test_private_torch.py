@@ -66,6 +66,7 @@ USED = {
     torch._functorch.vmap._add_batch_dim
     torch.fx._symbolic_trace._create_wrapped_func
     torch._fused_sdp_choice
+    torch._is_zerotensor
     torch._library.custom_ops.CustomOpDef
     torch._ops.OpOverload
     torch._ops.OpOverloadPacket

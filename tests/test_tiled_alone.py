@@ -10,7 +10,7 @@ from models import UNet
 from torch import nn
 
 import shardtensor as st
-from shardtensor.paged import alone, pager, ranks
+from shardtensor.paged import pager, ranks, width
 from shardtensor.ranks.simulate import Turns
 
 BUDGET = 2**12
@@ -20,7 +20,7 @@ BUDGET = 2**12
 def small(monkeypatch):
     """Nearly everything would be paged, and the rows made twice may be as many as those made."""
     monkeypatch.setattr(pager, "LEAST", 512)
-    monkeypatch.setattr(alone, "MORE", 2.0)
+    monkeypatch.setattr(width, "MORE", 2.0)
 
 
 class Net(nn.Module):
@@ -132,7 +132,7 @@ def held(model, args, parts, dim, folder, budget=BUDGET, leaves=called, **kwargs
 def held_apart(name, folder, monkeypatch, leaves=called):
     """One of the CASES, whose parts do not meet."""
     if "narrower" in name or "empty" in name:
-        monkeypatch.setattr(alone, "MORE", 50.0)
+        monkeypatch.setattr(width, "MORE", 50.0)
     make, shape, parts, dim = CASES[name]
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -288,9 +288,9 @@ def test_buffers_and_calls_are_counted_once(tmp_path):
 def test_parts_meet_where_that_is_cheaper(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, x = unet().double(), torch.randn(1, 2, 96, 8).double()
-    monkeypatch.setattr(alone, "MORE", 0.2)
+    monkeypatch.setattr(width, "MORE", 0.2)
     assert held(model, (x,), 4, 2, tmp_path, 2**9).halo is None
-    monkeypatch.setattr(alone, "MORE", 2.0)
+    monkeypatch.setattr(width, "MORE", 2.0)
     assert held(model, (x,), 4, 2, tmp_path, 2**30).halo is None
     assert held(model, (x,), 4, 2, tmp_path, 2**9).halo is not None
 
@@ -304,7 +304,7 @@ def test_nothing_is_exchanged_and_little_is_in_files(tmp_path, monkeypatch, plai
     monkeypatch.setattr(Turns, "wait", lambda *args: turns.append(1) or wait(*args))
     found = []
     for more in (-1.0, 0.5):
-        monkeypatch.setattr(alone, "MORE", more)
+        monkeypatch.setattr(width, "MORE", more)
         turns.clear()
         run = held(model, (x,), 8, 2, tmp_path, 2**17 - 1)
         found.append((run.halo, len(turns), run.paging))

@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import shardtensor as st
-from shardtensor.paged import alone, files, pager
+from shardtensor.paged import alone, files, pager, width
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Nearly everything is paged, and the rows made twice may be as many as those made."""
     monkeypatch.setattr(pager, "LEAST", 512)
-    monkeypatch.setattr(alone, "MORE", 2.0)
+    monkeypatch.setattr(width, "MORE", 2.0)
     monkeypatch.setattr(alone, "KEPT", 1e9)
     monkeypatch.setattr(files, "_free", lambda: 0)
 
@@ -188,7 +188,7 @@ def test_nothing_goes_to_files(tmp_path, monkeypatch, plain_transport):
     model, x = nn.Sequential(*layers).double(), torch.randn(1, 2, 256, 8).double()
     found = []
     for more in (-1.0, 0.5):
-        monkeypatch.setattr(alone, "MORE", more)
+        monkeypatch.setattr(width, "MORE", more)
         run = held(model, (x,), 8, 2, tmp_path, 2**18)
         found.append((run.halo, run.paging))
     (_, met), (halo, apart) = found

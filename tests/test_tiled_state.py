@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.errors import RankError
@@ -81,6 +82,34 @@ def test_an_input_that_is_written_to_is_written_to(tmp_path):
     given = [X.clone(), X.clone()]
     torch.testing.assert_close(run(given[0]), model(given[1]), rtol=0, atol=1e-12)
     torch.testing.assert_close(*given, rtol=0, atol=0)
+
+
+def test_what_raises_changes_nothing(tmp_path):
+    """Of the caller's, also what ranks have written that had ended before another raised."""
+
+    def writes(self, y, x, generator, fails):
+        self.last += x.add_(torch.rand(x.shape, generator=generator)).mean()
+        if fails:
+            raise KeyError("late")
+        return y
+
+    def late(model, mesh):
+        x = st.distribute_tensor(X.clone(), mesh, [Shard(2)])
+        model(x, torch.Generator().manual_seed(1), False).sum().backward()
+        if mesh.get_rank() == 1:
+            raise KeyError("late")
+
+    _, run = pair(writes, tmp_path)
+    run.model.register_buffer("last", torch.zeros((), dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    given, states = X.clone(), [generator.get_state(), torch.get_rng_state()]
+    for call in (lambda: run(given, generator, True), lambda: run.run(late)):
+        with pytest.raises(RankError, match="late"):
+            call()
+    assert given.equal(X) and run.model.last == 0 and run.model.conv.weight.grad is None
+    assert all(map(torch.equal, states, [generator.get_state(), torch.get_rng_state()]))
+    run(given, generator, False)
+    assert not given.equal(X) and run.model.last != 0
 
 
 @pytest.mark.parametrize("made", [False, True])

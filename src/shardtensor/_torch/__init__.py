@@ -52,6 +52,7 @@ from .dispatcher import (
 )
 from .memory import (
     dense_parts,
+    is_zero,
     owns_memory,
     same_memory,
     storage,
@@ -141,6 +142,7 @@ __all__ = [
     "is_random",
     "is_tracing",
     "is_view",
+    "is_zero",
     "keep_apart",
     "leaf_call",
     "leave_alone",

@@ -46,6 +46,11 @@ def dense_parts(x: torch.Tensor) -> list[torch.Tensor]:
     return []
 
 
+def is_zero(x: torch.Tensor) -> bool:
+    """Whether a tensor is one of zeros without memory, as tangents of forward mode are at first."""
+    return torch._is_zerotensor(x)
+
+
 def storage_ref(x: torch.Tensor) -> Any:
     """A weak reference to the memory of x: `cdata` names it, `expired()` tells when it is gone."""
     from torch.multiprocessing.reductions import StorageWeakRef

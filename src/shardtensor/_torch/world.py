@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _python_dispatch
 
 # torch 2.13 renamed all_gather_into_tensor
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -128,6 +130,17 @@ def group_of(ranks: list[int]) -> Any:
     finally:
         if bound is not None:
             everyone.bound_device_id = bound
+
+
+class Middle(DeviceMesh):
+    """Three ranks along each axis, of which the middle one is here, and there are no others."""
+
+
+def middle_mesh(device: str, axes: int, names: tuple[str, ...]) -> DeviceMesh:
+    """Such a mesh, which needs no process group."""
+    with _python_dispatch._disable_current_modes(), torch.device("cpu"):
+        ranks = torch.arange(3**axes).view((3,) * axes)
+        return Middle(device, ranks, mesh_dim_names=names, _init_backend=False, _rank=3**axes // 2)
 
 
 def is_over() -> bool:

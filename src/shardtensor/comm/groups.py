@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
-from .._torch.world import group_of, is_silent
+from .._torch.world import Middle, group_of, is_silent
 from ..cache import cached, clear
 from ..caller import call_of_user, loop_of_user, op_of
-from ..errors import DivergenceError, UnsupportedOpError
+from ..errors import DivergenceError, RankError, UnsupportedOpError
 from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank, thread
 
@@ -45,10 +45,12 @@ ALONE = "self"
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group that `group` registered under this name.
 
-    Raises DivergenceError on a rank that `part` has set apart.
+    Raises DivergenceError on a rank that `part` has set apart, RankError where there is no other.
     """
     made = _groups.get(name)
     if made is None:
+        if _place(name) not in _apart:
+            raise RankError("this needs rows of other parts, which do not meet")
         raise DivergenceError(_apart[_place(name)])
     return made
 
@@ -96,6 +98,12 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
     place = mesh.get_coordinate()
     if place is None:
         raise ValueError("this rank is not part of the mesh")
+    if isinstance(mesh, Middle):
+        # what asks a rank of it finds none, see `resolve`
+        name = _name(f"{mesh.shape}{axes}")
+        size = prod(mesh.size(a) for a in axes)
+        _facts[name] = _Facts(size, size // 2, False)
+        return name
     at = tuple(slice(None) if a in axes else place[a] for a in range(mesh.ndim))
     ranks = mesh.mesh[at].flatten().tolist()
     if ranks != sorted(ranks):

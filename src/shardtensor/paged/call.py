@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..tensor.redistribute import reduced
 from ..tensor.shard_tensor import wrap
 from .pager import Pager
 from .parts import hides
-from .ranks import Ranks, advance, alike, kept, lies, own, state
+from .ranks import Ranks, alike, kept, lies, own, state
 
 # calls whose outputs went where ranks could not be ended
 _left: list[OneCall] = []
@@ -149,9 +150,9 @@ class Session(OneCall):
                     f"tiled: the model writes to a tensor of shape {list(x.shape)}, and is given "
                     "its memory in another argument, too: give clones"
                 )
-            x.detach()[y._spec.block].copy_(y.to_local())
+            self.after.append(partial(x.detach()[y._spec.block].copy_, y.to_local()))
         if first:
-            advance(self.leaves, leaves)
+            self.advance(self.leaves, leaves)
 
     def _deliver(self, outputs: list[Any], first: bool) -> None:
         """Put this rank's part of the outputs where the whole ones are made."""

@@ -137,6 +137,8 @@ class Pager:
                 continue
             if key in self.pages or key in self.gone or key in self.clean or key in self.fixed:
                 continue
+            if _torch.is_zero(x):
+                continue
             end = weakref.ref(storage, partial(_ended, self.ended, key))
             page = Page(_torch.storage_ref(x), end, n, rank, self.made.get(rank, 0))
             self.pages[key] = page

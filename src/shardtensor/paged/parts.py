@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._torch.world import middle_mesh
 from ..cuts import chunk_sizes
+from ..spec import ALONE
 from ..tensor import ShardTensor
 
 Span = tuple[int, int]
@@ -17,6 +21,11 @@ def spans_of(rows: int, parts: int) -> list[Span]:
     """The rows (start, stop) of each part; one without rows has nothing to do."""
     sizes = chunk_sizes(rows, parts)
     return [(a, a + n) for a, n in zip(sizes.offsets, sizes, strict=False) if n]
+
+
+def middle(device: str, axes: int) -> DeviceMesh:
+    """What tensors of a part lie on that does not meet others."""
+    return middle_mesh(device, axes, (ALONE, *map(str, range(1, axes))))
 
 
 def widened(span: Span, halo: int, rows: int) -> tuple[int, int, int]:

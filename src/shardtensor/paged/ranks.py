@@ -18,7 +18,7 @@ from .. import _torch
 from ..errors import UnsupportedOpError
 from ..ranks.own import random_states, restore
 from ..ranks.simulate import Turns, World
-from ..ranks.testing import NAMES, make_mesh
+from ..ranks.testing import make_mesh
 from ..settings import bringing, setting
 from ..tensor import ShardTensor, layout
 from ..tensor.random import match_single_device
@@ -30,18 +30,19 @@ from .pager import Paged, Pager, Settled
 class Ranks:
     """Ranks of a world that share a pager and the parameters' memory.
 
-    names: of the axes of their mesh. sums: whether they add up gradients of parameters themselves.
+    sums: whether they add up gradients of parameters themselves.
     """
 
-    names: Sequence[str] = NAMES
     sums = True
 
     def __init__(self, model: nn.Module, parts: tuple[int, ...], pager: Pager) -> None:
-        self.model, self.pager = model, pager
+        self.model, self.parts, self.pager = model, parts, pager
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.versions = {name: version(p) for name, p in model.named_parameters()}
         self.grad = torch.is_grad_enabled()
         self.random: Any = None
+        # what is done to what the caller has, once no rank has raised
+        self.after: list[Callable[[], Any]] = []
         device, n = pager.shelf.device, prod(parts)
         modes = _modes_of_caller(device)
 
@@ -55,19 +56,22 @@ class Ranks:
                 if device.type == "cpu":
                     stack.enter_context(match_single_device())
                 stack.enter_context(setting("paged", True))
-                mesh = make_mesh(parts, device.type, self.names)
-                if not self.runs(mesh):
-                    return
+                mesh = self.mesh()
                 mine = replica(model)
-                if self.sums and self.grad and self.parameters:
+                if self.parallelized:
                     parallelize(mine, mesh, sync=False)
                 self.on_rank(mine, mesh)
 
         self.world = World(n, bringing(rank), (), _Latest(n, pager))
 
-    def runs(self, mesh: DeviceMesh) -> bool:
-        """Whether a rank has anything to do."""
-        return True
+    @property
+    def parallelized(self) -> bool:
+        """Whether a rank's gradients of parameters are summed in buckets."""
+        return bool(self.sums and self.grad and self.parameters)
+
+    def mesh(self) -> DeviceMesh:
+        """What a rank's tensors lie on."""
+        return make_mesh(self.parts, self.pager.shelf.device.type)
 
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """What a rank does with its copy of the model."""
@@ -86,6 +90,9 @@ class Ranks:
         """Run all ranks until they end, or leave to wait for what is outside."""
         try:
             self.world.go_on()
+            with torch.no_grad(), Paged(self.pager):
+                while self.after:
+                    self.after.pop(0)()
         finally:
             if self.world.ended:
                 self.pager.close()
@@ -104,16 +111,20 @@ class Ranks:
                     continue
                 if isinstance(y, ShardTensor):
                     y = reduced(y)
-                    b[y._spec.block].copy_(y._local)
+                    self.after.append(partial(b[y._spec.block].copy_, y._local))
                 elif first:
-                    b.copy_(y)
+                    self.after.append(partial(b.copy_, y))
         if not first:
             return
         self.random = random_states()
         for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
-            for name, x in vars(ours).items():
-                if isinstance(x, torch.Generator):
-                    x.set_state(vars(theirs)[name].get_state())
+            self.advance(*([vars(m).get(name) for name in vars(ours)] for m in (ours, theirs)))
+
+    def advance(self, ours: Iterable[Any], theirs: Iterable[Any]) -> None:
+        """Leave generators of the caller's as a part left its own copies."""
+        for x, y in zip(ours, theirs, strict=True):
+            if isinstance(x, torch.Generator):
+                self.after.append(partial(x.set_state, y.get_state()))
 
     def gradients(self, model: nn.Module) -> list[Tensor | None]:
         """Of the model's trained parameters, in memory of their own."""
@@ -181,13 +192,6 @@ def own(x: Any) -> Any:
                 f"tiled: the first part would use up a {type(x).__name__}: give a list"
             ) from None
         return x
-
-
-def advance(ours: Iterable[Any], theirs: Iterable[Any]) -> None:
-    """Leave generators among what was given as a part left its own copies."""
-    for x, y in zip(ours, theirs, strict=True):
-        if isinstance(x, torch.Generator):
-            x.set_state(y.get_state())
 
 
 def alike(x: Any, lead: Tensor, dims: Sequence[int]) -> bool:

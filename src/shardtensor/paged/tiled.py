@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from .pinned import Pinned
 from .ranks import Ranks
 from .shelf import Shelf
 from .streams import Streams
+from .within import Calls
 
 T = TypeVar("T")
 
@@ -56,8 +58,9 @@ def tiled(
     `run` gives a step the sharded model itself, for inputs and outputs in files. Python state that
     forward changes, and new buffers, stay with the ranks' copies of the model; buffers come back.
     Raises ValueError for arguments that do not fit, UnsupportedOpError for tensors of other devices
-    than CPUs and CUDA GPUs, and for folders on other systems than Linux, and what `simulate` raises
-    for errors of the model. A second derivative raises RuntimeError.
+    than CPUs and CUDA GPUs, for folders on other systems than Linux, and inside of torch.func, and
+    what `simulate` raises for errors of the model: then buffers, generators, inputs and gradients
+    are as they were, so that it can be called again. A second derivative raises RuntimeError.
     """
     return Tiled(model, parts, dim, memory, spill)
 
@@ -66,7 +69,7 @@ class Tiled:
     """A model that `tiled` runs in parts. paging: what the last call has moved (see `Paging`).
 
     halo: the rows of the input that each of its parts had on either side of its own in each dim,
-    where they did not meet; else None.
+    where they did not meet, else None; of a step, of the model's last call in it.
 
     Raises ValueError for arguments that `tiled` does not take.
     """
@@ -107,6 +110,11 @@ class Tiled:
         end_left()
         given, known, self.halo = (args, kwargs), self.halo, None
         tensors = containers.tensors(given)
+        if _torch.functorch_level() is not None or any(_torch.followed(x) for x in tensors):
+            raise UnsupportedOpError(
+                "tiled: torch.func or forward mode around a call in parts: use it in the model's "
+                "forward, whose parts do so, or on the model itself"
+            )
         dims = _dims_of(tensors, self.dims)
         call: OneCall | None = None
         call = without_meeting(self.model, self.parts, dims, self._pager(tensors[0]), given, known)
@@ -127,9 +135,11 @@ class Tiled:
         is to be plain (a ShardTensor raises ValueError).
         """
         end_left()
+        self.halo = None
         pager = self._pager(next(self.model.parameters(), None))
         work = _Step(self.model, self.parts, pager, step)
         work.go_on()
+        self.halo = work.calls.last
         result: Any = work.result
         return result
 
@@ -175,8 +185,10 @@ class _Step(Ranks):
     ) -> None:
         self.step, self.result = step, None
         super().__init__(model, parts, pager)
+        self.calls = Calls(pager, self.world.turns)
 
     def on_rank(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        self.calls.follow(model, mesh, hooks=int(self.parallelized))
         result = self.step(model, mesh)
         self.unwritten()
         if any(isinstance(x, ShardTensor) for x in containers.tensors(result)):
@@ -188,7 +200,10 @@ class _Step(Ranks):
         self.ended_forward(model, first)
         if first:
             self.result = result
-            with torch.no_grad(), _torch.outside_modes():
-                for p, g in zip(self.parameters, self.gradients(model), strict=True):
-                    if g is not None:
-                        p.grad = g if p.grad is None else p.grad + g
+            self.after.append(partial(self._add, self.gradients(model)))
+
+    def _add(self, gradients: list[Tensor | None]) -> None:
+        with _torch.outside_modes():
+            for p, g in zip(self.parameters, gradients, strict=True):
+                if g is not None:
+                    p.grad = g if p.grad is None else p.grad + g

@@ -17,10 +17,11 @@ from ..comm import groups, observers
 from ..containers import leaves
 from ..observe.network import Network
 from ..observe.trace import trace
-from ..paged.alone import KEPT, At, hooked, needed
+from ..paged.alone import KEPT
 from ..paged.meeting import Meeting, check_nodes
 from ..paged.parts import check_plain, cut_of, spans_of, widened
 from ..paged.ranks import replica, state
+from ..paged.width import At, hooked, needed
 from ..spec import ALONE
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
