@@ -205,6 +205,8 @@ class Known:
             return True
         if func is aten.index.Tensor:
             return self._indexed(func, *args)
+        if func is aten.masked_select.default and self.has(args[1]):
+            return self._indexed(aten.index.Tensor, *torch.broadcast_tensors(*args))
         bound = _BOUNDS.get(func)
         if bound is None:
             return func(*args, **kwargs)
@@ -213,11 +215,16 @@ class Known:
         return bound(*args, **kwargs)
 
     def _indexed(self, func: Any, x: Tensor, index: list[Tensor | None]) -> Any:
-        """Boolean masks pick every element."""
+        """Boolean masks whose values nobody knows pick every element."""
         found: list[Tensor | None] = []
         for i in index:
             if i is None or i.dtype not in (torch.bool, torch.uint8):
                 found.append(i)
+                continue
+            if self.has(i):
+                with probe.outside_fake():
+                    places = [p.contiguous() for p in self.value(i).nonzero().unbind(1)]
+                found += map(self.fake, places)
                 continue
             self._note("a mask is taken to pick all")
             n = prod(i.shape)

@@ -6,13 +6,15 @@ that of the whole tensor, so the dims that a mask covers are sharded along the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _torch, comm
+from ..comm.constants import constant
 from ..errors import UnsupportedOpError
 from ..registry import rule
 from ..spec import Dim, Spec
@@ -46,6 +48,20 @@ def learnt(n: int, like: Tensor, dim: Dim, spec: Spec) -> Dim:
 
 def _counts(n: int, like: Tensor, dim: Dim, spec: Spec) -> Sequence[int]:
     return comm.counts(n, like, comm.group(spec.mesh, dim.axes)) if dim.axes else [n]
+
+
+def _true(n: Callable[[], int], m: Tensor, mask: Tensor, dim: Dim, spec: Spec) -> Dim:
+    """The rows where a mask is true, of which this rank has n() in its own part m.
+
+    One that every rank has whole tells those of the others, too.
+    """
+    is_cut = isinstance(mask, ShardTensor) and (mask._spec.varying or mask._spec.partial)
+    if not dim.axes or is_cut:
+        return learnt(n(), m, dim, spec)
+    whole = mask._local if isinstance(mask, ShardTensor) else mask
+    before = F.pad(whole.flatten().bool().cumsum(0), (1, 0))
+    sizes = before[constant(tuple(dim.offsets), torch.int64, before)].diff().tolist()
+    return Dim(sum(sizes), dim.axes, tuple(sizes))
 
 
 def _eager(op: str, spec: Spec) -> None:
@@ -82,7 +98,7 @@ def masked(x: Tensor, d: int, mask: Tensor) -> ShardTensor:
     """x[:, ..., mask] with the mask at dims d, d + 1, ...: the rows where it is true."""
     y, m, spec = _meet(x, d, mask)
     out = y[m]
-    rows = learnt(len(out), out, spec.dims[0], spec)
+    rows = _true(lambda: len(out), m, mask, spec.dims[0], spec)
     made = wrap(out, spec.replace({0: rows}))
     return permuted(made, [*range(1, d + 1), 0, *range(d + 1, made.ndim)]) if d else made
 
@@ -105,7 +121,7 @@ def mask_put(x: ShardTensor, d: int, mask: Tensor, values: Tensor) -> ShardTenso
         assert isinstance(out, ShardTensor)
         return to_dims(out, x._spec.dims)
     y, m, spec = _meet(x, d, mask)
-    rows = learnt(int(m.sum()), m, spec.dims[0], spec)
+    rows = _true(lambda: int(m.sum()), m, mask, spec.dims[0], spec)
     v = values.expand(*x.shape[:d], rows.size, *x.shape[d + k :])
     v = v.movedim(d, 0) if d else v
     (v,) = fit(spec.mesh, spec.varying, (v, (rows, *spec.dims[1:])))
