@@ -84,6 +84,12 @@ def test_no_rank_outlives_it(tmp_path):
     assert text.count("rank") == 2
 
 
+@pytest.mark.parametrize("option", ["--nproc-per-node", "-m"])
+def test_options_of_other_launchers(tmp_path, option):
+    code, text = started(tmp_path, option, 2, tmp_path / "job.py")
+    assert code != 0 and f"{option} is no option of run: it takes --data" in text
+
+
 @pytest.mark.parametrize("before", ["", "[rank0]: "])
 def test_lines_that_begin_an_error(before):
     """Torch's hook for exceptions begins each line with the rank, once there is a group."""

@@ -45,6 +45,11 @@ def run(
     groups = 1 if data is None else data
     n = _count(groups, domain, processes)
     axes = f"domain={n // groups}" if data is None else f"data={data},domain={n // data}"
+    if script.startswith("-"):
+        raise ValueError(
+            f"{script} is no option of run: it takes --data, --domain, --processes (torchrun's "
+            "--nproc-per-node), --log and --all, then train.py or a module's name without -m"
+        )
     named = script.endswith(".py") or Path(script).is_file()
     if named and not Path(script).is_file():
         raise ValueError(f"there is no file {script}")
