@@ -283,3 +283,29 @@ def test_a_view_that_was_moved_between_ranks_is_written_back(body, sizes):
     for found in st.simulate(len(sizes), run):
         for got, want in zip(found, (x, y, x, y), strict=True):
             assert torch.equal(got, want)
+
+
+class Counts(nn.Module):
+    """Keeps a tensor that is no buffer, and writes to a row of it."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.kept = [counts]
+
+    def forward(self, x):
+        self.kept[0].select(1, 2).add_(1)
+        return x * 2
+
+
+def test_nor_is_that_of_a_tensor_that_is_no_input():
+    def run():
+        mesh = make_mesh((2,))
+        x = st.distribute_tensor(torch.zeros(2, 3, dtype=D), mesh, [Shard(1)], src_data_rank=None)
+        module = Counts(x)
+        compiled = st.compile(module, backend="eager")
+        for _ in range(2):
+            compiled(x.detach() * 1)
+        return x.full_tensor()
+
+    for got in st.simulate(2, run):
+        assert got.tolist() == [[0.0, 0.0, 2.0]] * 2

@@ -16,6 +16,7 @@ from ..dispatch.fallback import is_shard
 from ..errors import UnsupportedOpError
 from ..spec import Spec
 from ..tensor import ShardTensor
+from ..tensor.aliases import stale
 from ..tensor.tape import Tape
 
 
@@ -78,6 +79,15 @@ class NoWrites(TorchDispatchMode):
         self.tape = tape
         # kept, so that nothing else gets their memory
         self.made: dict[int, Tensor] = {}
+        self.stale = set(stale)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Take back what is stale of such tensors, whose copies were written to, and raise."""
+        super().__exit__(kind, error, trace)
+        roots = {c: e.piece.roots[0]() for c, e in stale.items() if c not in self.stale}
+        missed = [stale.pop(c) for c, x in roots.items() if x is not None and not probe.is_fake(x)]
+        if missed and error is None:
+            raise UnsupportedOpError(str(missed[0]))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
