@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
+from torch.func import jvp
 from torch.nn.attention.flex_attention import flex_attention
 
 import shardtensor as st
@@ -89,6 +90,10 @@ def test_plain_calls_stay():
     one = torch.ones(3)
     torch.testing.assert_close(chosen(one), one + 1)
     torch.testing.assert_close(torch.compile(chosen, backend="eager", fullgraph=True)(one), one + 1)
+    tangent = torch.compile(
+        lambda y: jvp(torch.sin, (y,), (y,))[1], backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(tangent(one), one.cos())
     assert torch.jit.trace(lambda y: y * 2, (one,))(one).tolist() == [2, 2, 2]
 
 

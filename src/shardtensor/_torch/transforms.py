@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ def is_batched(x: torch.Tensor) -> bool:
     return bool(_functorch.is_functorch_wrapped_tensor(x))
 
 
+def _looked_into(function: Any) -> Any:
+    """A function of torch's for Dynamo to go through, which would do so only by the name it had."""
+    code = function.__code__.replace(co_filename=__file__)
+    same = FunctionType(code, function.__globals__, argdefs=function.__defaults__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    return same
+
+
 def lift_transforms(
     is_ours: Callable[[Any], bool],
     inside: Callable[[Any, Callable[[Any], Any]], Any],
@@ -90,7 +99,7 @@ def lift_transforms(
             return unbatch(x, dim, size, lambda local: remove(local, level, size, dim))
         return remove(x, level, size, dim)
 
-    make, unpack = forward_ad.make_dual, forward_ad.unpack_dual
+    make, unpack = map(_looked_into, (forward_ad.make_dual, forward_ad.unpack_dual))
 
     @functools.wraps(make)
     def make_dual(tensor: Any, tangent: Any, *, level: int | None = None) -> Any:
