@@ -156,7 +156,8 @@ def load(state: dict[str, Any], path: str | Path, *, strict: bool = True) -> dic
     must match: raises RuntimeError that names the keys which the file does not have, and those for
     which the state has no place; with strict=False both are left as they are. The state_dict of an
     optimizer that has not stepped yet takes what the file has. A tensor is converted to the dtype
-    of the state's, not from float to integer or from complex to real.
+    of the state's where that holds it: no float as an integer, no complex one as a real, none
+    beyond its largest.
 
     No code of the file is executed: only tensors, numbers, text, bytes and containers of them are
     loaded. What a rank reads is held against the checksums that `save` wrote. Raises RuntimeError

@@ -168,10 +168,28 @@ class Planner(DefaultLoadPlanner):
             at = at[_key(at, step)]
         at[_key(at, last)] = value
 
+    def fill(self, request: ReadItem, part: Tensor) -> None:
+        """Copy numbers into their tensor, whose dtype must hold them."""
+        target = self.resolve_tensor(request).detach()
+        if not torch.can_cast(part.dtype, target.dtype):
+            raise ValueError(f"{part.dtype} does not go into a tensor of {target.dtype}")
+        made = part.to(target.dtype)
+        if made.dtype != part.dtype and not _held(part, made):
+            raise ValueError(f"its numbers of {part.dtype} are too large for {target.dtype}")
+        target.copy_(made)
+        self.commit_tensor(request, target)
+
     def undo(self) -> None:
         """Take back what was made for a checkpoint that could not be loaded."""
         for into, key in reversed(self._made):
             into.pop(key, None)
+
+
+def _held(x: Tensor, made: Tensor) -> bool:
+    """Whether made has the whole numbers of x, or is finite where x is."""
+    if x.is_floating_point() or x.is_complex():
+        return bool((made == made).equal(x == x) and (made.abs() == torch.inf).equal(x.isinf()))
+    return made.to(x.dtype).equal(x)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
