@@ -29,6 +29,7 @@ from ..containers import tensors
 from ..errors import UnsupportedOpError
 from ..observe.network import DGX_H100, Network
 from ..observe.trace import trace
+from ..rules.routes import are_kept
 from ..train.around import around
 from ..train.parallelize import adapt, parallelize
 from ..train.tensor_parallel import tensor_parallel
@@ -214,12 +215,17 @@ def _of_rank(
     with drawn, world, chosen, groups.taken_spread(), casts_of(device):
         try:
             step = _prepared(task, layout, ledger, device)
-            at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
-            begin = len(ledger.turns or ())
-            with trace() as t:
-                ledger.heard, ledger.senders = t.sent, []
-                step()
-            ledger.heard = ()
+            # routes of indices are found once: a step is one that has them
+            for _ in range(2):
+                at, begun, sent = len(ledger.moves), len(ledger.work), len(ledger.sent)
+                begin = len(ledger.turns or ())
+                ledger.phases.clear()
+                with trace() as t:
+                    ledger.heard, ledger.senders = t.sent, []
+                    step()
+                ledger.heard = ()
+                if not are_kept():
+                    break
             (memory, owned), work = ledger.peak(at), ledger.work[begun:]
             # ops alike have one cost
             costs = {id(w): device.bound(w) for w in {id(w): w for w in work}.values()}

@@ -148,6 +148,11 @@ cache.register(_kept)
 cache.register(_routes)
 
 
+def are_kept() -> bool:
+    """Whether there are routes that a step like the last one would find."""
+    return any(kept.found for kept in _routes.values())
+
+
 @cache.unseen
 def route_of(index: Tensor, at: Tensor, key: Any, group: str, make: Callable[[], V]) -> V:
     """make(), the route of an index, of which this rank has the entries `at`; kept with it.
