@@ -36,7 +36,7 @@ MOST = 256
 
 class Model:
     """A published model. build: of an input's shape; at: (label, shape) as published, then larger;
-    dim: of the input, cut; why: in words, no number of GPUs tried holds it."""
+    dim: of the input, cut; why: in words, no number of GPUs tried holds it; precision: of autocast."""
 
     def __init__(
         self,
@@ -45,8 +45,10 @@ class Model:
         at: Sequence[tuple[str, Shape]],
         dim: int = 2,
         why: str = "",
+        precision: str | None = "bf16",
     ) -> None:
         self.name, self.build, self.at, self.dim, self.why = name, build, at, dim, why
+        self.precision = precision
 
 
 def _joined(model: nn.Module, x: Tensor) -> Any:
@@ -88,8 +90,10 @@ def _volumes() -> Iterator[Model]:
         (32, 64, 128, 256, 512), (2, 2, 2, 2), num_res_units=2), at(1))  # fmt: skip
     yield Model("UNETR (MONAI)", lambda s: new(MONAI + "UNETR", 4, 3, s[2:], feature_size=16,
         hidden_size=768, mlp_dim=3072, num_heads=12), at(4))  # fmt: skip
-    yield Model("FNO3d (neuraloperator)", lambda s: new("neuralop.models.FNO", n_modes=(16, 16, 16),
-        hidden_channels=64, in_channels=4, out_channels=4, n_layers=4), at(4))  # fmt: skip
+    # it transforms what autocast gives it
+    yield Model("FNO3d, fp32 (neuraloperator)", lambda s: new("neuralop.models.FNO",
+        n_modes=(16, 16, 16), hidden_channels=64, in_channels=4, out_channels=4, n_layers=4),
+        at(4), precision=None)  # fmt: skip
 
 
 def _points() -> Iterator[Model]:
@@ -147,7 +151,8 @@ HEAD = """# What it takes
 
 Published models, each built unmodified by its own package, at its usual resolution and at a larger
 one, with the widths and depths that the script gives (near those published, not held to the papers): a training step of one sample (of two where it
-says so, as batch norm cannot train on one) with AdamW under bf16 autocast, planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
+says so, as batch norm cannot train on one) with AdamW under bf16 autocast (in fp32 where it
+says so, as GPUs do not transform bf16), planned by `st.plan` for H100s of 80 GB, eight to a node. **Planned only: nothing here was
 run**, and what kernels allocate inside themselves is not counted ([Before the run](plan.md) says
 what a plan is worth). Made by `benchmarks/what_it_takes.py`.
 
@@ -168,7 +173,7 @@ def planned(model: Model, shape: Shape, devices: int) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = st.plan(partial(model.build, shape), [shape], devices, dims=(model.dim,),
-                        precisions=("bf16",))  # fmt: skip
+                        precisions=(model.precision,))  # fmt: skip
     if not found:
         return {"result": f"dim {model.dim} has fewer than {devices} rows"}
     best = found[0]
