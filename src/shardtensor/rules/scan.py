@@ -7,6 +7,7 @@ only message. So zeros, infinities and NaN, and their gradients, are those of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ..tensor.redistribute import reduced, to_dims
 from .empty import joined, stock, through, with_one
 from .in_place import assigned
 from .reduce import given, over, wide
+
+Total = Callable[[Tensor, int], Tensor]
 
 
 @cached
@@ -47,8 +50,9 @@ def _totals(x: ShardTensor, d: int, total: Tensor) -> Tensor:
 
 
 def _scan(
-    fn: Any, total: Callable[[Tensor, int], Tensor], input: ShardTensor, dim: int, **options: Any
+    fn: Any, total: Total, input: ShardTensor, dim: int, unread: Total | None = None, **options: Any
 ) -> ShardTensor:
+    """unread: in place of the total of the last shard with rows, which nobody reads."""
     x = reduced(input)
     dims = over(dim, x.ndim)
     if not dims or not x._spec.dims[dims[0]].is_cut:
@@ -59,14 +63,22 @@ def _scan(
     local = x._local.to(wide(out))
     # an empty shard has a total too, and sends none: traced graphs must have the same messages
     row = [min(1, n) if i == d else n for i, n in enumerate(local.shape)]
-    if not any(x._spec.dims[d].sizes[x._spec.index[d] + 1 :]):
-        # a row that nobody reads: the slope of a total beside infinity times zero would be NaN
-        total = lambda t, d: t.narrow(d, 0, 1)  # noqa: E731
+    if unread and not any(x._spec.dims[d].sizes[x._spec.index[d] + 1 :]):
+        total = unread
     before = _totals(x, d, stock(lambda z: total(z, d), row, with_one(local, dims, 1)))
     rows = joined([before, local], d)
     found = stock(lambda z: fn(z, d), rows.shape, rows)
     own = compact(found.narrow(d, before.shape[d], local.shape[d]), found)
     return wrap(own.to(out), x._spec)
+
+
+def _unread(t: Tensor, d: int) -> Tensor:
+    """A row without the slope of a total, which times zero would be NaN beside infinity.
+
+    Backward keeps what it is made of, as a total's does, and raises if that was written to.
+    """
+    row = t.narrow(d, 0, 1)
+    return row * row if row.is_complex() else row.clamp(min=-inf)
 
 
 @rule("cumsum")
@@ -82,7 +94,7 @@ def cumprod(input: ShardTensor, dim: int, *, dtype: Any = None) -> ShardTensor:
     def total(t: Tensor, d: int) -> Tensor:
         return through(t.prod(d, True, dtype=t.dtype), t, d)
 
-    return _scan(scan, total, input, dim, dtype=dtype)
+    return _scan(scan, total, input, dim, _unread, dtype=dtype)
 
 
 @rule("logcumsumexp", "_logcumsumexp")
@@ -95,7 +107,7 @@ def logcumsumexp(input: ShardTensor, dim: int) -> Any:
             return fall_back(torch.logcumsumexp, (x, dim), {})
         local = stock(lambda z: torch.logcumsumexp(z, dim), y._local.shape, y._local)
         return to_dims(wrap(local, y._spec), x._spec.dims)
-    return _scan(torch.logcumsumexp, lambda t, d: t.logsumexp(d, True), input, dim)
+    return _scan(torch.logcumsumexp, lambda t, d: t.logsumexp(d, True), input, dim, _unread)
 
 
 @rule("cumsum_")
