@@ -48,6 +48,11 @@ def test_a_plan_knows_them(sizes):
     assert said in [sent for _, sent in sent(sizes)]
 
 
+def test_a_plan_of_one_rank_knows_them():
+    found = estimate(Task(Wet, [(ROWS, 4)], dims=(0,)), Layout(1, (0,), (1,)))
+    assert not found.refused and not found.assumed
+
+
 @pytest.mark.parametrize("cut", T.cuts(7))
 @pytest.mark.parametrize("flat", [False, True])
 def test_nobody_asks_for_them(cut, flat):

@@ -206,7 +206,8 @@ class Known:
         if func is aten.index.Tensor:
             return self._indexed(func, *args)
         if func is aten.masked_select.default and self.has(args[1]):
-            return self._indexed(aten.index.Tensor, *torch.broadcast_tensors(*args))
+            x, mask = torch.broadcast_tensors(*args)
+            return self._indexed(aten.index.Tensor, x, [mask])
         bound = _BOUNDS.get(func)
         if bound is None:
             return func(*args, **kwargs)
