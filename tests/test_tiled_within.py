@@ -127,6 +127,55 @@ def test_parts_of_a_step_meet_where_they_must(name, tmp_path):
         assert held(model, x, 3, 2, tmp_path).halo is None
 
 
+class Switched(nn.Module):
+    """What it needs of other rows changes with an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.centred = conv(2, 2), False
+
+    def forward(self, x):
+        y = F.dropout(self.conv(x), 0.3)
+        return y - y.mean() if self.centred else y
+
+
+@torch.no_grad()
+def test_a_call_meets_that_needs_more_than_one_like_it_before(tmp_path):
+    torch.manual_seed(0)
+    model, x = Switched().double(), torch.randn(1, 2, 30, 6).double()
+
+    def calls(model, x):
+        torch.manual_seed(1)
+        found = []
+        for model.centred in (False, True, True):
+            found.append(whole(model(x)))
+        return found
+
+    def step(model, mesh):
+        return calls(model, st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None))
+
+    run = st.tiled(copy.deepcopy(model), 3, 2, memory=2**9, spill=tmp_path)
+    same(run.run(step), calls(model, x))
+    assert run.halo is None
+
+
+def test_the_halo_is_that_of_the_last_call(tmp_path):
+    model, x = Net(lambda m, x: m["a"](x), a=conv(2, 3)).double(), torch.randn(1, 2, 30, 6).double()
+    run = st.tiled(model, 3, 2, memory=2**9, spill=tmp_path)
+    found = []
+    for last in (False, True):
+
+        def step(model, mesh, last=last):
+            given = st.distribute_tensor(x, mesh, [Shard(2)], src_data_rank=None)
+            for grad in (not last, last):
+                with torch.set_grad_enabled(grad):
+                    model(given)
+
+        run.run(step)
+        found.append(run.halo)
+    assert found == [(1,), None]
+
+
 def test_a_hook_of_the_step_sees_the_rows_of_its_part(tmp_path):
     seen = []
 
