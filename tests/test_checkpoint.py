@@ -1,5 +1,7 @@
 """Checkpoints: saved from n ranks, loaded on m, however cut; never half of one."""
 
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,11 +147,18 @@ def test_partial_sums_are_refused():
     st.simulate(2, run)
 
 
+class Missing(Exception):
+    def __init__(self, what, where):
+        super().__init__(f"no {what} in {where}")
+
+
 class Broken:
     """It has no state on the second rank."""
 
     def state_dict(self):
-        return {"all": 1 // (1 - dist.get_rank())}
+        if dist.get_rank() == 1:
+            raise Missing("moments", "it")
+        return {"all": 1}
 
     def load_state_dict(self, state):
         raise NotImplementedError
@@ -158,8 +167,14 @@ class Broken:
 def test_a_state_that_one_rank_cannot_give(tmp_path):
     def run():
         x = st.distribute_tensor(torch.ones(2), make_mesh((2,)), [Shard(0)], src_data_rank=None)
-        with pytest.raises(RuntimeError, match="was not saved: rank 1: integer division"):
-            checkpoint.save({"x": x, "s": Broken()}, tmp_path, "a")
+        state = {"x": x, "s": Broken()}
+        with pytest.raises(RuntimeError, match="saved: rank 1: Missing: no moments in it") as e:
+            checkpoint.save(state, tmp_path, "a")
+        # as processes send it
+        assert "no moments" in str(pickle.loads(pickle.dumps(e.value.__cause__)))
+        with pytest.raises(RuntimeError, match="was not saved") as e:
+            checkpoint.save_async(state, tmp_path, "a").wait()
+        assert "rank 1: Missing" in str(e.value.__cause__)
         checkpoint.save({"x": x}, tmp_path, "a")
         return x.sum().item()
 

@@ -145,6 +145,16 @@ def test_tensors_and_values_are_not_mixed_up(tmp_path):
     assert checkpoint.load({"f": half}, tmp_path / "a")["f"].isinf().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e8m0fnu, torch.float8_e4m3fn])
+def test_what_a_dtype_holds_is_loaded(dtype, tmp_path):
+    # of which the absolute value is beyond float32's largest
+    x = torch.tensor([3e38 + 3e38j, 2]) if dtype.is_complex else torch.tensor([4.0, torch.nan])
+    checkpoint.save({"x": x.to(torch.complex128) if dtype.is_complex else x}, tmp_path, "a")
+    got = checkpoint.load({"x": torch.ones(2).to(dtype)}, tmp_path / "a")["x"]
+    got = got if dtype.is_complex else got.float()
+    torch.testing.assert_close(got, x, equal_nan=True)
+
+
 def test_numbers_as_keys(tmp_path):
     """DCP makes text of them."""
     state = {"s": {0: {"a": 1, (1, 2): 2}, 7: torch.ones(1), None: "n"}, "l": [{3: 4}, {"5": 6}]}

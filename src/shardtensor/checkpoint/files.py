@@ -82,7 +82,8 @@ def save(state: dict[str, Any], folder: str | Path, name: str, *, keep: int = 2)
     keep = _checked(state, name, keep)
     finish()
     path = _prepare(folder, name)
-    _write(state, path, keep, None)
+    given, error = _given(stated, state)
+    _write(given, path, keep, None, error)
     return path
 
 
@@ -98,11 +99,11 @@ def save_async(state: dict[str, Any], folder: str | Path, name: str, *, keep: in
     keep = _checked(state, name, keep)
     finish()
     path = _prepare(folder, name)
-    copy = snapshot(state)
+    copy, error = _given(snapshot, state)
     if dist.is_initialized() and simulated_rank() is None and _group is None:
         # collectives of a thread must not meet those of training
         _group = dist.new_group(backend="gloo")
-    saving = Saving(copy, path, keep)
+    saving = Saving(copy, path, keep, error)
     if simulated_rank() is None:
         _pending = saving
     return saving
@@ -114,18 +115,20 @@ class Saving:
     error: list[BaseException]
     path: Path
 
-    def __init__(self, state: dict[str, Any], path: Path, keep: int) -> None:
+    def __init__(
+        self, state: dict[str, Any], path: Path, keep: int, failed: Exception | None
+    ) -> None:
         self.path, self.error = path, list[BaseException]()
-        self._thread = threading.Thread(target=self._run, args=(state, keep))
+        self._thread = threading.Thread(target=self._run, args=(state, keep, failed))
         if simulated_rank() is None:
             self._thread.start()
         else:
             # a simulated rank is a thread: another one would be no rank
-            self._run(state, keep)
+            self._run(state, keep, failed)
 
-    def _run(self, state: dict[str, Any], keep: int) -> None:
+    def _run(self, state: dict[str, Any], keep: int, failed: Exception | None) -> None:
         try:
-            _write(state, self.path, keep, _group)
+            _write(state, self.path, keep, _group, failed)
         except BaseException as e:
             self.error.append(e)
 
@@ -257,15 +260,25 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _write(state: dict[str, Any], path: Path, keep: int, group: Any) -> None:
-    """Write the files beside their name; when all ranks are done, rank 0 renames."""
-    partial = _partial(path)
-    # an error of one rank's object travels with the plans
-    error: Exception | None = None
+def _given(
+    make: Callable[[dict[str, Any]], dict[str, Any]], state: dict[str, Any]
+) -> tuple[dict[str, Any], Exception | None]:
+    """What a rank's state gives, and what it raises, which travels with the plans."""
     try:
-        state = stated(state)
+        return make(state), None
     except Exception as e:
-        state, error = {}, e
+        # of its class others may have none, or other arguments
+        return {}, RuntimeError(described(e))
+
+
+def _write(
+    state: dict[str, Any], path: Path, keep: int, group: Any, error: Exception | None
+) -> None:
+    """Write the files beside their name; when all ranks are done, rank 0 renames.
+
+    error: what this rank's state raised, which all are to raise.
+    """
+    partial = _partial(path)
     try:
         dcp.save(
             state,
