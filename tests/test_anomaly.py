@@ -47,6 +47,32 @@ def test_all_ranks_raise(run):
     assert found == [want] * 3
 
 
+def on_two_meshes():
+    """Which of some backwards raise that run on two meshes of one size; the first rank has a NaN."""
+    mesh, found = make_mesh((2, 2)), []
+    for i in range(4):
+        xs = [
+            st.distribute_tensor(
+                torch.arange(2, dtype=D), mesh[name], [Shard(0)], src_data_rank=None
+            )
+            for name in mesh.mesh_dim_names
+        ]
+        x, y = [(x.requires_grad_() * 2).to_local() for x in xs]
+        others = float(torch.distributed.get_rank() != 0)
+        try:
+            ((x + others).sqrt() * x + y).sum().backward()
+        except RuntimeError:
+            found.append(i)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Error detected|Anomaly")
+def test_ranks_take_the_same_of_two_meshes():
+    with torch.autograd.detect_anomaly():
+        found = st.simulate(4, on_two_meshes)
+    assert found[0] == [*range(4)] and sorted(map(len, found)) == [0, 0, 4, 4]
+
+
 class Größe(torch.autograd.Function):
     """In whose name some letters are two bytes."""
 

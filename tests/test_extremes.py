@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import Shard
 
+import shardtensor as st
 from shardtensor import testing as T
 
 torch.manual_seed(0)
@@ -100,6 +102,22 @@ def test_products_beside_infinity(rows):
             *[lambda x: x.cumprod(0), lambda x: x.logcumsumexp(0)] * (rows == [5]),
         ):
             T.hold(fn, [x], [T.shard(0, cut)], (len(cut),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_products_of_large_and_small_numbers(dtype):
+    """Of neighbours they stay in range; of large halves in single precision, as on a GPU."""
+    big = 300.0 if dtype is torch.float16 else 1e30
+    rows = [big, 1 / big, big, 1 / big] if dtype is torch.float32 else [big, big, 1 / big, 1 / big]
+    x = torch.tensor(rows, dtype=dtype)
+
+    def run():
+        y = st.distribute_tensor(x, T.make_mesh((4,)), [Shard(0)], src_data_rank=None)
+        return y.prod(0).full_tensor(), y.prod().full_tensor()
+
+    for found in st.simulate(4, run):
+        for got in found:
+            torch.testing.assert_close(got, x.double().prod().to(dtype))
 
 
 @pytest.mark.parametrize("equation", ["ik,kj->", "ik,kj->i", "kj,ik->j"])

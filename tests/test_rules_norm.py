@@ -311,6 +311,7 @@ def test_group_norm_of_a_group_that_is_not_a_number():
     lambda v, one: F.batch_norm(v, None, None, one, one, training=True),
     lambda v, one: F.instance_norm(v, None, None, one, one),
     lambda v, one: F.group_norm(v, 2, one, one),
+    lambda v, one: F.layer_norm(v.mT, (6, 4), one.expand(6, 4)),
 ])  # fmt: skip
 def test_dtypes_that_torch_refuses_together(norm):
     v = torch.randn(2, 4, 6)

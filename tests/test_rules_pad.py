@@ -25,7 +25,7 @@ def test_result_is_a_copy():
 
 @pytest.mark.parametrize(
     "pad, mode", [((5, 0), "reflect"), ((0, 6), "circular"), ((-3, -3), "constant"),
-                  ((-2, 4), "circular"), ((-5, 0), "replicate"), ((1,), "constant")]
+                  ((-2, 4), "circular"), ((-6, 0), "circular"), ((-5, 0), "replicate"), ((1,), "constant")]
 )  # fmt: skip
 def test_too_much_raises(pad, mode):
     def run():

@@ -299,7 +299,7 @@ PARTS = {
     "padded": lambda x: F.pad(x.mT.contiguous().mT, (0, 0, 1, 1)),
     "powers": lambda x: torch.pow(2.0, x.mT.contiguous().mT),
     "powers by the operator": lambda x: 2.0 ** x.mT.contiguous().mT,
-    "powers in double": lambda x: torch.float_power(2.0, x.mT.contiguous().mT),
+    "powers by name": lambda x: torch.float_power(self=2.0, exponent=x.mT.contiguous().mT),
     "divided": lambda x: x.contiguous(memory_format=LAST).div(2, rounding_mode="floor")[:, 0],
 }
 

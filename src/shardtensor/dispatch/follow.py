@@ -163,7 +163,7 @@ def _found(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[int, ...] 
     name = str(getattr(func, "__name__", "")).split(".")[0]
     if name.startswith(_UNKNOWN) or kwargs.get("rounding_mode") or not _is_torchs(func):
         return None
-    if name == "__rpow__" or (name in _POWERS and not isinstance(args[0], Tensor)):
+    if name == "__rpow__" or (name in _POWERS and not isinstance(_first(args, kwargs), Tensor)):
         return [layout.dense(x.shape) for x in out]
     if name.startswith(_OF_IMAGES):
         return _of_images(args, kwargs, out)
@@ -181,6 +181,10 @@ def _found(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[int, ...] 
             _kept.clear()
         _kept[key] = made
     return made
+
+
+def _first(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get("input", kwargs.get("self"))
 
 
 def _of_images(args: Any, kwargs: Any, outs: Any) -> list[tuple[int, ...] | None]:

@@ -25,6 +25,7 @@ from .moments import Counts, Dims, accumulated, single, spread
 from .norm import autocast
 from .normalise import Way
 from .numbers import Blocks
+from .operands import hold_dtypes
 from .rows import lifted
 
 
@@ -116,6 +117,7 @@ def layer_norm(
         y = stock(lambda z, *wb: torch.layer_norm(z, z.shape[lead:], *wb, *rest), local.shape, *xs)
         return wrap(y, spec)
     _check_weights(spec.shape[-len(dims) :], weight, bias)
+    hold_dtypes(torch.layer_norm, local, weight, bias)
     (w, b), blocks = _elementwise(spec, mine, weight, bias)
     way = Way(counts, n, group, eps, last=len(dims), blocks=blocks)
     return wrap(normalise(local, w, b, way), spec)

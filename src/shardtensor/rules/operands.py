@@ -12,6 +12,11 @@ from torch import Tensor
 from .. import _torch
 from ..comm.formats import memory_format
 
+# of norms that are told it before their operands: a number of groups, the dims
+_LED: dict[Callable[..., Tensor], tuple[Any, ...]] = {
+    torch.group_norm: (1,), torch.layer_norm: ((2,),),
+}  # fmt: skip
+
 
 def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
     """norm(x, *others); of images of one sample, row or column as of sequences.
@@ -26,7 +31,7 @@ def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
 
 
 def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
-    """Raise what torch's batch, instance or group norm says of such dtypes, where they differ."""
+    """Raise what a norm of torch's says of such dtypes, where they differ."""
     for t in others:
         if t is not None and t.dtype is not x.dtype:
             break
@@ -46,10 +51,10 @@ def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) ->
 def _said(op: Callable[..., Tensor], device: torch.device, *dtypes: Any) -> str | None:
     others = [d if d is None else torch.ones(2, dtype=d, device=device) for d in dtypes[1:]]
     x = torch.ones((1, 2, 2), dtype=dtypes[0], device=device)
-    rest = (True, 0.1, 1e-5, False)
+    rest = () if op in _LED else (True, 0.1, 1e-5, False)
     try:
         with torch.no_grad():
-            op(x, 1, *others) if op is torch.group_norm else op(x, *others, *rest)
+            op(x, *_LED.get(op, ()), *others, *rest)
     except RuntimeError as e:
         return str(e)
     return None

@@ -129,6 +129,8 @@ def _cropped(x: ShardTensor, pad: tuple[int, ...]) -> tuple[ShardTensor, tuple[i
     """The negative part of pad done: torch repeats what cropping leaves."""
     for d, (low, high) in _ends(pad, x.ndim):
         if min(low, high) < 0:
+            if x.shape[d] + low + high < 0:
+                raise RuntimeError(f"pad: {low, high} rows for a dim of size {x.shape[d]}: too few")
             x = sliced(x, d, max(0, -low), x.shape[d] - max(0, -high))
     rest = tuple(max(0, n) for n in pad)
     for d, (low, high) in _ends(pad, x.ndim):

@@ -195,24 +195,29 @@ def prod(
     dims = over(dim, input.ndim)
     x = apart(reduced(input), dims)
     where = () if dim is None else (dim, keepdim)
-    local = x._local.prod(*where, dtype=dtype)
-    if axes_of(x._spec, dims):
+    if not axes_of(x._spec, dims):
+        local = x._local.prod(*where, dtype=dtype)
+    else:
+        out = given(torch.prod, x._local, dtype)
+        local = x._local.prod(*where, dtype=wide(out))
         if dim is None:
             local = through(local.reshape(1), x._local.reshape(-1), 0).reshape(local.shape)
         else:
             row = local if keepdim else local.unsqueeze(dims[0])
             row = through(row, x._local, dims[0])
             local = row if keepdim else row.squeeze(dims[0])
-        local = _product(stacked(local, x._spec, dims))
+        local = _product(stacked(local, x._spec, dims)).to(out)
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))
 
 
 def _product(parts: Tensor) -> Tensor:
-    """As prod(0), whose slope, a quotient, would be NaN beside infinity and wait for a GPU."""
+    """As prod(0), whose slope, a quotient, would be NaN beside infinity and wait for a GPU.
+
+    Of neighbours first: numbers that alternate between large and small stay in range.
+    """
     while len(parts) > 1:
-        half, odd = divmod(len(parts), 2)
-        pairs = parts[:half] * parts[half : 2 * half]
-        parts = torch.cat([pairs, parts[-1:]]) if odd else pairs
+        pairs = parts[:-1:2] * parts[1::2]
+        parts = torch.cat([pairs, parts[-1:]]) if len(parts) % 2 else pairs
     return parts[0]
 
 

@@ -69,7 +69,7 @@ def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _watching(nodes: set[Any], mesh: DeviceMesh) -> Iterator[None]:
+def _watching(nodes: list[Any], mesh: DeviceMesh) -> Iterator[None]:
     me = simulated_rank()
     found: list[tuple[Any, int]] = []
     handles = [node.register_hook(_search(node, found)) for node in nodes]
@@ -110,20 +110,23 @@ def _has_nan(g: Tensor) -> bool:
     return any(bool(part.isnan().any()) for part in _torch.dense_parts(own))
 
 
-def _nodes(roots: list[Any]) -> set[Any]:
-    """All nodes that a backward from these may run, but for those of leaves."""
+def _nodes(roots: list[Any]) -> list[Any]:
+    """All nodes that a backward from these may run, but for those of leaves.
+
+    In the order in which they are met, which is the same on all ranks.
+    """
     first = [
         raw(x.node) if isinstance(x, GradientEdge) else getattr(x, "_local", x).grad_fn
         for x in roots
     ]
     waiting = [node for node in first if node is not None]
-    seen = set(waiting)
+    seen = dict.fromkeys(waiting)
     while waiting:
         for other, _ in waiting.pop().next_functions:
             if other is not None and other not in seen:
-                seen.add(other)
+                seen[other] = None
                 waiting.append(other)
-    return {node for node in seen if not hasattr(node, "variable")}
+    return [node for node in seen if not hasattr(node, "variable")]
 
 
 def _tell(found: list[tuple[Any, int]], mesh: DeviceMesh) -> None:
