@@ -78,7 +78,10 @@ def _unread(t: Tensor, d: int) -> Tensor:
     Backward keeps what it is made of, as a total's does, and raises if that was written to.
     """
     row = t.narrow(d, 0, 1)
-    return row * row if row.is_complex() else row.clamp(min=-inf)
+    if row.is_complex():
+        return row * row
+    # integers, which this would make floating-point, have no slopes
+    return row.clamp(min=-inf) if row.is_floating_point() else row
 
 
 @rule("cumsum")
