@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import checkpoint
+from shardtensor.checkpoint import planner
 from shardtensor.checkpoint.alike import digest
 from shardtensor.ranks.testing import make_mesh
 
@@ -33,6 +34,28 @@ def test_values_that_differ_are_those_of_the_first_rank(tmp_path, save):
         assert st.simulate(3, own_values, tmp_path, save) == [0.5] * 3
     (said,) = (str(w.message) for w in told if "other values" in str(w.message))
     assert "big (ranks 0 and 2), s.loss (ranks 0 and 1); that of the first" in said
+
+
+def parts_of_ranks(folder):
+    mesh = make_mesh((2, 2))
+    sizes = {0: (3, 1), 1: (0, 3)}
+    state = {
+        name: st.distribute_tensor(torch.ones(4, 3), mesh, places, src_data_rank=None, sizes=cut)
+        for name, places, cut in (
+            ("own", [Shard(0), Shard(1)], sizes),
+            ("shared", [Shard(0), Replicate()], None),
+        )
+    }
+    checkpoint.save(state, folder, "a")
+
+
+def test_only_rows_that_others_have_are_read_to_compare(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(planner, "digest", lambda x: read.append(tuple(x.shape)) or 0)
+    st.simulate(4, parts_of_ranks, tmp_path)
+    assert read == [(2, 3)] * 4
+    back = checkpoint.load({"own": torch.zeros(4, 3)}, tmp_path / "a")
+    assert back["own"].equal(torch.ones(4, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.complex64])

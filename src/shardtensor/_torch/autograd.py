@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
 
 from .dispatcher import hide_from_dynamo, no_torch_function, outside_modes
-from .memory import storage
+from .memory import is_zero, storage
 
 
 def c_grad_fn(x: torch.Tensor) -> Any:
@@ -258,7 +258,7 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
 
 def _fills_memory(x: torch.Tensor) -> bool:
     """Whether its values are what its memory holds, and all of that."""
-    if x.layout is not torch.strided or x._is_zerotensor() or x.is_neg() or x.is_conj():
+    if x.layout is not torch.strided or is_zero(x) or x.is_neg() or x.is_conj():
         return False
     own = storage(x)
     return x.is_contiguous() and own.resizable() and own.nbytes() == x.nbytes

@@ -46,9 +46,9 @@ def dense_parts(x: torch.Tensor) -> list[torch.Tensor]:
     return []
 
 
-def is_zero(x: torch.Tensor) -> bool:
-    """Whether a tensor is one of zeros without memory, as tangents of forward mode are at first."""
-    return torch._is_zerotensor(x)
+# whether a tensor is one of zeros without memory, as tangents of forward mode are at first; no
+# function of Python: where each message passes, it is asked
+is_zero = torch._is_zerotensor
 
 
 def storage_ref(x: torch.Tensor) -> Any:

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 
+from ..later import dt
+from ..tensor import ShardTensor
 from .alike import digest
 from .storage import loaded
 
@@ -50,7 +52,11 @@ class SavePlanner(DefaultSavePlanner):
         plan = super().create_local_plan()
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return plan
-        digests = [digest(self.lookup_object(item.index)) for item in plan.items]
+        digests = [
+            0 if _is_own(self.state_dict[item.index.fqn])
+            else digest(self.lookup_object(item.index))
+            for item in plan.items
+        ]  # fmt: skip
         return replace(plan, planner_data=(plan.planner_data, digests))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -79,6 +85,13 @@ class SavePlanner(DefaultSavePlanner):
                 f"numbers, text and containers of these ({e}): give it as such"
             ) from e
         return data
+
+
+def _is_own(x: Any) -> bool:
+    """Whether no other rank has the rows of a tensor that this one has."""
+    if not isinstance(x, ShardTensor | dt.DTensor):
+        return False
+    return x.device_mesh.size() == dist.get_world_size() and all(p.is_shard() for p in x.placements)
 
 
 def _of_first(plans: list[SavePlan]) -> list[SavePlan]:

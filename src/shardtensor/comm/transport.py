@@ -195,7 +195,7 @@ def _start(
                 "(full_tensor())"
             )
         received, send = _torch.unwrapped(received), _torch.unwrapped(send)
-    if send._is_zerotensor():
+    if _torch.is_zero(send):
         # autograd's zeros, as of the second derivative of `abs`, have no memory that could be sent
         send = send.clone()
     if not is_strict():

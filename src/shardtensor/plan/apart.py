@@ -33,7 +33,7 @@ from .inputs import inputs_of, same_dims
 from .kinds import Work
 from .ledger import Ledger, Move, Turn, local
 from .trees import called, filled
-from .turns import EVENTS, left, moved, moved_apart, own, paged
+from .turns import EVENTS, alive, left, moved, moved_apart, own, paged
 from .way import Layout
 
 _COPY = torch.ops.aten.copy_.default
@@ -194,7 +194,7 @@ class _Parts:
         ledger.read(_COPY, [y._local for y in ran.sharded])
         end, forth = len(ledger.turns or ()), ledger.work[work:]
         forward = own(ledger, begin, end)
-        ended: list[Turn] = [Move(n, -size) for n, size in _alive(forward)]
+        ended: list[Turn] = [Move(n, -size) for n, size in alive(forward)]
         self._back(ran)
         copied = ran.copied
         del ran
@@ -255,12 +255,3 @@ class _Parts:
 
 def _seconds(work: Sequence[Work], device: Device) -> float:
     return sum(device.bound(w)[1] for w in work)
-
-
-def _alive(turns: Sequence[Turn]) -> list[tuple[int, int]]:
-    """Of tensors that are there after so many turns the numbers and bytes."""
-    held: dict[int, int] = {}
-    for t in turns:
-        if isinstance(t, Move):
-            held[t.number] = held.get(t.number, 0) + t.nbytes
-    return [(n, size) for n, size in held.items() if size]

@@ -27,13 +27,16 @@ def paged(ledger: Ledger, begin: int) -> tuple[Turn, ...]:
 
     What was there before begins first.
     """
+    return (*alive(own(ledger, 0, begin)), *own(ledger, begin))
 
+
+def alive(turns: Iterable[Turn]) -> list[Move]:
+    """What is held after so many turns: of each tensor all its moves in one."""
     held: dict[int, int] = {}
-    for turn in own(ledger, 0, begin):
+    for turn in turns:
         if isinstance(turn, Move):
             held[turn.number] = held.get(turn.number, 0) + turn.nbytes
-    before: list[Turn] = [Move(n, nbytes) for n, nbytes in held.items() if nbytes]
-    return (*before, *own(ledger, begin))
+    return [Move(n, nbytes) for n, nbytes in held.items() if nbytes]
 
 
 def own(ledger: Ledger, begin: int, end: int | None = None) -> list[Turn]:
