@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -60,10 +61,19 @@ def resident():
 
 
 def live_tensors():
-    # what a hook in C++ holds is seen as garbage only once its owner has been collected
-    for _ in range(3):
-        gc.collect()
-    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+    """Tensors of this process by type and shape, once nothing lets go of any more."""
+    found = None
+    while True:
+        # what a hook in C++ holds is seen as garbage only once its owner has been collected
+        for _ in range(3):
+            gc.collect()
+        objects = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+        now = Counter((type(x).__name__, tuple(x.shape)) for x in objects)
+        if now == found:
+            return now
+        # a thread of gloo lets go of what it sent a moment after its sender went on
+        found = now
+        time.sleep(0.02)
 
 
 def train(folder, steps, every):
@@ -96,7 +106,7 @@ def train(folder, steps, every):
                     {**state, "step": step + 1}, folder / "checkpoints", str(step + 1)
                 )
             if step + 1 in (steps // 10, steps):
-                marks[step + 1] = (resident(), live_tensors())
+                marks[step + 1] = (resident(), live_tensors().total())
     with (folder / f"memory-{dist.get_rank()}").open("w") as f:
         f.writelines(f"{k} {m} {n}\n" for k, (m, n) in marks.items())
 
@@ -112,7 +122,7 @@ def cycle(ports):
         del net
         dist.destroy_process_group()
         if i in (max(1, len(ports) // 10), len(ports) - 1):
-            marks.append((resident(), live_tensors()))
+            marks.append((resident(), live_tensors().total()))
     os.write(
         1, f"{marks[0][0]} {marks[-1][0]} {marks[0][1]} {marks[-1][1]} {loss.hex()}\n".encode()
     )

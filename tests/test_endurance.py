@@ -36,7 +36,8 @@ def long_training(steps):
 def test_memory_is_flat():
     losses = set()
     for ((tensors, resident), (later, more)), loss in T.run_workers(2, long_training, 60):
-        assert later <= tensors and more < 1.05 * resident
+        assert not later - tensors
+        assert more < 1.05 * resident
         losses.add(loss)
     assert len(losses) == 1
 
@@ -49,7 +50,7 @@ def long_guarded_training():
 @pytest.mark.slow
 def test_the_guard_keeps_nothing():
     for ((tensors, _), (later, _)), _ in st.simulate(2, long_guarded_training):
-        assert later <= tensors
+        assert later.total() <= tensors.total()  # of both ranks, wherever they are
 
 
 def models_one_after_the_other():
