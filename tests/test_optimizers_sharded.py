@@ -198,3 +198,27 @@ def test_sparse_gradients_under_fsdp():
         st.parallelize(words, mesh, fsdp="all")
 
     st.simulate(2, run)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.clip_grad_norm_, nn.utils.get_total_norm])
+@pytest.mark.parametrize("order", [math.inf, -math.inf, -2])
+def test_norms_where_ranks_have_no_row(norm, order):
+    """Of a layer with fewer outputs than ranks, by orders that nothing has a norm of."""
+
+    def found(mesh=None):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 2).to(D), torch.randn(2, 5, 3, dtype=D)
+        if mesh is not None:
+            st.parallelize(model, mesh, fsdp="all")
+            x = st.distribute_tensor(x, mesh, [Shard(1)])
+        model(x).square().mean().backward()
+        clips = norm is nn.utils.clip_grad_norm_
+        grads = [p.grad for p in model.parameters()]
+        norms = [
+            norm(*((model.parameters(), 1e-3) if clips else (grads,)), order, foreach=foreach)
+            for foreach in (None, False)
+        ]
+        return [getattr(x, "full_tensor", lambda x=x: x)() for x in (*norms, *grads)]
+
+    for got in T.simulate(3, lambda: found(T.make_mesh((3,)))):
+        torch.testing.assert_close(got, found(), rtol=1e-9, atol=1e-12)

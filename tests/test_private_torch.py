@@ -92,6 +92,7 @@ USED = {
     torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers
     torch.distributed.tensor._api._FromTorchTensor
     torch.nn.parallel.distributed._find_tensors
+    torch.nn.utils.clip_grad._get_total_norm
     torch.nn.utils.parametrize._cache
     torch.nn.utils.parametrize._cache_enabled
     torch.nn.utils.stateless._functional_call

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils import clip_grad
 
 from ..later import dt, styles, when_loaded
 
@@ -222,3 +223,35 @@ def _check_alike(_: Any) -> None:
         return None
 
     handlers[op] = run
+
+
+def let_norms_meet_no_rows() -> None:
+    """Let clip_grad_norm_ take shards without rows by an order that nothing has a norm of.
+
+    torch (2.11 to 2.15) raises for inf and negative orders, on ranks without a row alone.
+    """
+    when_loaded("torch.distributed.tensor", _fill_before_norms)
+
+
+def _fill_before_norms(_: Any) -> None:
+    total = clip_grad._get_total_norm
+
+    @functools.wraps(total)
+    def run(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Any:
+        if (order := float(norm_type)) < 0 or order == torch.inf:
+            every = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+            # what changes neither a largest nor a smallest element, nor a sum of inverse powers
+            tensors = [_filled(x, torch.inf if order < 0 else 0) for x in every]
+        return total(tensors, norm_type, *args, **kwargs)
+
+    clip_grad._get_total_norm = torch.nn.utils.get_total_norm = run
+
+
+def _filled(x: torch.Tensor, value: float) -> torch.Tensor:
+    """A DTensor of which this rank has nothing, with one such element in its place."""
+    if not isinstance(x, dt.DTensor) or x._local_tensor.numel() or not x.numel():
+        return x
+    local = x._local_tensor.new_full((1,) * x.ndim, value)
+    return dt.DTensor.from_local(
+        local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )

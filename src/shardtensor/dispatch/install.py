@@ -58,3 +58,4 @@ def install() -> None:
     dtensor.let_styles_pass(ShardTensor)
     dtensor.agree_on_overflow()
     dtensor.plan_by_rank()
+    dtensor.let_norms_meet_no_rows()
