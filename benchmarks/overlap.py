@@ -15,8 +15,8 @@ of one haloed copy, forward and backward.
 
     OMP_NUM_THREADS=1 python benchmarks/overlap.py --strips
 
-What convolutions gain from an exchange of their own (`rules/halo.py`): their time over that by the
-exchange that serves every stencil.
+What convolutions gain from an exchange of their own (`rules/conv/halo.py`): their time over that by
+the exchange that serves every stencil.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from shardtensor.attention import strategy
 from shardtensor.comm import wire
 from shardtensor.ranks.testing import make_mesh
 from shardtensor.ranks.workers import Pool
-from shardtensor.rules import conv as conv_rule
 from shardtensor.rules import overlap
+from shardtensor.rules.conv import conv as conv_rule
 
 REPEATS = 9
 stock, forward = wire.start_parcels, conv_rule._forward

@@ -10,7 +10,7 @@ HEAD = """# Layers
 
 A package imports only those below it, and a module of a package only those below it there;
 `lint-imports` holds this, and that every module has its layer. What has no gap between does not
-import each other, in `rules` not in circles. Made by `docs/layers.py`."""
+import each other. Made by `docs/layers.py`."""
 TABLE = "| {} | what it is |\n|---|---|"
 
 

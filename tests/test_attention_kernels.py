@@ -20,7 +20,7 @@ from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups, ops, transport
 from shardtensor.comm.pack import joined
 from shardtensor.ranks.testing import make_mesh
-from shardtensor.rules import attention
+from shardtensor.rules.attention.sdpa import _stacked
 
 RANKS, TOKENS = 8, 64
 
@@ -182,7 +182,7 @@ def test_parts_of_one_tensor(order, train):
     """Seen as they lie where they lie so, whatever their order."""
     x = numbers(3, 2, 8, 6, 4)[0].requires_grad_(train)
     parts = [x[i] for i in order]
-    found = attention._stacked(parts)
+    found = _stacked(parts)
     assert torch.equal(found, torch.stack(parts, -3))
     seen = found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert seen == (not train and order in ((0, 1, 2), (1, 1, 1)))

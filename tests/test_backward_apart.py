@@ -22,7 +22,7 @@ import shardtensor as st
 from shardtensor import _torch, attention, cache
 from shardtensor import testing as T
 from shardtensor.dispatch.fallback import limit
-from shardtensor.rules import halo
+from shardtensor.rules.conv import halo
 from shardtensor.tensor import recut
 
 ATTENTION = partial(F.scaled_dot_product_attention, is_causal=True)

@@ -18,7 +18,7 @@ from shardtensor.attention import blocks, counted
 from shardtensor.attention.cost import Rates
 from shardtensor.attention.strategy import assume, strategy
 from shardtensor.ranks.testing import make_mesh
-from shardtensor.rules.attention_plan import Plan
+from shardtensor.rules.attention.plan import Plan
 
 KEYS = 8
 TINY = torch.finfo(torch.float32).tiny

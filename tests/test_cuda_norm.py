@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardtensor import testing as T
-from shardtensor.rules import cuda_norm
+from shardtensor.rules.norm import cuda_norm
 
 D = torch.float64
 

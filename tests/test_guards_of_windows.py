@@ -11,8 +11,9 @@ from torch.distributed.tensor import Replicate, Shard
 
 import shardtensor as st
 from shardtensor import testing as T
-from shardtensor.rules import halo, overlap
-from shardtensor.rules.conv import _transposed as transposed
+from shardtensor.rules import overlap
+from shardtensor.rules.conv import halo
+from shardtensor.rules.conv.conv import _transposed as transposed
 from shardtensor.rules.sliding import Stencil, plan, sliding
 
 D = torch.float64

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.ranks.measure import saved_bytes
-from shardtensor.rules import halo
+from shardtensor.rules.conv import halo
 
 D = torch.float64
 

@@ -10,7 +10,8 @@ from torch.distributed.tensor import Shard
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.ranks.measure import saved_bytes
-from shardtensor.rules import halo, overlap
+from shardtensor.rules import overlap
+from shardtensor.rules.conv import halo
 
 D = torch.float64
 

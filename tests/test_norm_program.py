@@ -19,7 +19,7 @@ from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.comm import groups, wire
 from shardtensor.ranks.testing import make_mesh
-from shardtensor.rules import moments, normalise, numbers, part_moments
+from shardtensor.rules.norm import moments, normalise, numbers, part_moments
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 

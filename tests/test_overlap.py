@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.ranks.measure import saved_bytes
-from shardtensor.rules import halo, overlap, sliding
+from shardtensor.rules import overlap, sliding
+from shardtensor.rules.conv import halo
 
 D = torch.float64
 

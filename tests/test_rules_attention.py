@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import shardtensor as st
 from shardtensor import testing as T
 from shardtensor.attention import blocks, chosen, strategy
-from shardtensor.rules import attention
+from shardtensor.rules.attention.sdpa import _refusal
 
 torch.manual_seed(0)
 D = torch.float64
@@ -170,13 +170,13 @@ def test_a_mask_beside_is_causal_where_torch_takes_them_nowhere(monkeypatch):
         return call(q, k, v, mask, *args, is_causal=is_causal, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", strict)
-    attention._refusal.cache_clear()
+    _refusal.cache_clear()
     try:
         found = st.simulate(
             2, lambda: raised(lambda: call(*sharded_on_two(), bias, is_causal=True))
         )
     finally:
-        attention._refusal.cache_clear()
+        _refusal.cache_clear()
     assert [str(e) for e in found] == ["not both, says this torch"] * 2
 
 

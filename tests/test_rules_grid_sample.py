@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor.ranks.testing import full, hold, make_mesh, shard
-from shardtensor.rules import grid_sample
+from shardtensor.rules.images import grid_sample
 
 
 @pytest.mark.parametrize("dim", [2, 3])

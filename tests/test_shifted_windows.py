@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardtensor import testing as T
-from shardtensor.rules.reshape_plan import on_multiples
+from shardtensor.rules.views.reshape_plan import on_multiples
 from shardtensor.spec import Dim
 
 torch.manual_seed(0)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch.rule import rule
-from ..rules.rows import cut_axes, lifted
+from ..rules.operands import cut_axes, lifted
 from ..spec import Dim
 from ..tensor.redistribute import to_dims
 

@@ -17,7 +17,7 @@ import torch
 from ..attention import neighborhood
 from ..dispatch.rule import rule
 from ..errors import UnsupportedOpError
-from ..rules.neighborhood import run
+from ..rules.attention.neighborhood import run
 from ..tensor import ShardTensor
 
 MEANT = ("kernel_size", "stride", "dilation", "is_causal", "scale")

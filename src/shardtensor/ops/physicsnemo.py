@@ -21,7 +21,7 @@ from ..dispatch.fallback import fall_back
 from ..dispatch.rule import rule
 from ..rules.empty import with_one
 from ..rules.labels import run
-from ..rules.rows import cut_axes, dims_of, mesh_of
+from ..rules.operands import cut_axes, dims_of, mesh_of
 from ..spec import Dim, Spec, axes_in, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import comm
-from ..rules.modes import everywhere
-from ..rules.transforms import on_some
-from ..rules.waves import modes_of, real_rows_of, rows_of
+from ..rules.fourier.modes import everywhere
+from ..rules.fourier.transforms import on_some
+from ..rules.fourier.waves import modes_of, real_rows_of, rows_of
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rules.pad import padded
+from ..rules.images.pad import padded
 from ..spec import Dim
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced, to_dims

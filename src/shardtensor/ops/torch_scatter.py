@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.rule import rule
-from ..rules.rows import cut_axes, dims_of
+from ..rules.operands import cut_axes, dims_of
 from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 

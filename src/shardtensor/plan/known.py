@@ -31,7 +31,7 @@ _READS = (aten._local_scalar_dense.default, aten.item.default)
 # which weights are made from
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
 # what reads values for the code that calls it
-_ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/numbers.py", "rules/rule.py")
+_ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/norm/numbers.py")
 # what takes floats of one dtype alone, on CPUs and GPUs, under autocast too once it has cast
 _ALIKE = {aten.mm.default, aten.addmm.default, aten.index_add.default, aten.index_add_.default}
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}

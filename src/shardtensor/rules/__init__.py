@@ -1,7 +1,7 @@
-"""The rules, one file per family of ops; importing this package registers them."""
+"""The rules, by families of ops, and the engines below; importing this package registers them."""
 
 import importlib
 import pkgutil
 
-for _found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_found.name}")
+for _found in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_found.name)

@@ -18,8 +18,8 @@ from ..spec import Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import reduced
 from .nodes import lies
+from .operands import many
 from .pointwise import check_number, function_rule, pointwise
-from .shape import many
 
 
 def _made(x: ShardTensor, shape: tuple[int, ...], make: Any) -> ShardTensor:

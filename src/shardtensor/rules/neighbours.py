@@ -11,8 +11,7 @@ from torch import Tensor
 from ..registry import rule
 from ..tensor import ShardTensor, layout, wrap
 from .empty import stock
-from .rows import lifted
-from .shape import checked_dim
+from .operands import checked_dim, lifted
 from .sliding import sliding
 from .windows import Stencil, checked
 

@@ -1,60 +1,93 @@
-"""Dtypes and images that torch does not take as they are."""
+"""What rules ask of their operands: mesh and dims, dims by number, no addends, a dim whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Sequence
+from operator import index
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _torch
-from ..comm.formats import memory_format
+from ..dispatch.writes import stands_for_rows, stands_for_view
+from ..spec import Dim, Spec, whole_dims
+from ..tensor import ShardTensor, recut, wrap
+from ..tensor.recut import lasting
+from ..tensor.redistribute import convert, like, reduced, to_dims
 
-# of norms that are told it before their operands: a number of groups, the dims
-_LED: dict[Callable[..., Tensor], tuple[Any, ...]] = {
-    torch.group_norm: (1,), torch.layer_norm: ((2,),),
-}  # fmt: skip
-
-
-def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-    """norm(x, *others); of images of one sample, row or column as of sequences.
-
-    Their gradient may look like one with the channels first and last: torch 2.13 takes it for the
-    wrong one on a CPU.
-    """
-    if x.device.type != "cpu" or x.ndim < 4 or 1 not in (x.shape[0], *x.shape[2:]):
-        return norm(x, *others)
-    y = norm(x.flatten(2), *others).view(x.shape)
-    return y.contiguous(memory_format=memory_format(x))
+Dims = tuple[Dim, ...]
 
 
-def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
-    """Raise what a norm of torch's says of such dtypes, where they differ."""
-    for t in others:
-        if t is not None and t.dtype is not x.dtype:
-            break
-    else:
-        return
-    if _torch.under_modes():
-        return
-    if torch.is_autocast_enabled(x.device.type):
-        # which casts
-        return
-    said = _said(op, x.device, x.dtype, *(t if t is None else t.dtype for t in others))
-    if said is not None:
-        raise RuntimeError(said)
+def mesh_of(*xs: object) -> DeviceMesh:
+    """The mesh of the first ShardTensor."""
+    return next(x._spec.mesh for x in xs if isinstance(x, ShardTensor))
 
 
-@cache
-def _said(op: Callable[..., Tensor], device: torch.device, *dtypes: Any) -> str | None:
-    others = [d if d is None else torch.ones(2, dtype=d, device=device) for d in dtypes[1:]]
-    x = torch.ones((1, 2, 2), dtype=dtypes[0], device=device)
-    rest = () if op in _LED else (True, 0.1, 1e-5, False)
-    try:
-        with torch.no_grad():
-            op(x, *_LED.get(op, ()), *others, *rest)
-    except RuntimeError as e:
-        return str(e)
-    return None
+def dims_of(x: Tensor) -> Dims:
+    """How x lies; whole for a plain tensor."""
+    return x._spec.dims if isinstance(x, ShardTensor) else whole_dims(x.shape)
+
+
+def cut_axes(dim: Dim) -> tuple[int, ...]:
+    """The mesh axes of a dim that lies in several shards."""
+    return dim.axes if dim.is_cut else ()
+
+
+def lifted(x: Tensor, *others: object) -> ShardTensor:
+    """x without addends; a plain one lies whole on the mesh of another operand."""
+    if isinstance(x, ShardTensor):
+        return reduced(x) if x._spec.partial else x
+    return wrap(x, Spec.whole(mesh_of(*others), x.shape))
+
+
+def summed(x: Any) -> Any:
+    """A tensor without partial sums; the first dim of a 0-dim one."""
+    if not isinstance(x, Tensor):
+        return x
+    x = reduced(x)
+    return x if x.ndim else x.reshape(1)
+
+
+def in_order(out: Any, x: Tensor | None = None) -> Any:
+    """A result with its rows first in memory, as torch gives it; as it is if x lies otherwise."""
+    return out.contiguous() if x is None or x.is_contiguous() else out
+
+
+def many(first: Any, rest: tuple[Any, ...] = ()) -> tuple[int, ...]:
+    """The integers of f(1, 2), f((1, 2)), f(torch.Size([1, 2])) and f(1, torch.tensor(2))."""
+    return tuple(map(index, first if isinstance(first, list | tuple) else (first, *rest)))
+
+
+def checked_dim(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"Dimension out of range (expected to be in [{-ndim}, {ndim - 1}])")
+    return dim % ndim
+
+
+def moved(x: ShardTensor, dims: Sequence[Dim], op: str) -> ShardTensor:
+    """x in other dims, for an op that is a view in torch; addends stay addends."""
+    y = like(x, Spec(x._spec.mesh, tuple(dims), x._spec.partial))
+    if y is not x:
+        stands_for_view(y._local, x._local, op)
+    return y
+
+
+def whole_in(x: ShardTensor, dims: Sequence[int], op: str, lost: bool = False) -> ShardTensor:
+    """x with some dims gathered; where they are `lost` and it is large, others are cut instead."""
+    if not any(x._spec.dims[d].axes for d in dims):
+        return x
+    spec = x._spec
+    there = lasting(spec, tuple(dims)) if lost and spec.shape.numel() >= recut.WHOLE else spec
+    whole = there.whole_in(dims).dims
+    if spec.partial:
+        return moved(x, whole, op)
+    y = to_dims(x, whole)
+    gathered = y._spec
+
+    def write(base: Tensor, rows: Tensor) -> None:
+        # x may have other dims by then (squeeze_, t_).
+        # The memory of y keeps this function, which must not keep y
+        base.copy_(convert(rows, gathered, spec))
+
+    stands_for_rows(y._local, x, op, write)
+    return y

@@ -21,7 +21,7 @@ from ..tensor import ShardTensor, wrap
 from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
 from .empty import through, with_one
-from .shape import many
+from .operands import many
 
 Dims = int | Sequence[int] | None
 _HALVES = (torch.float16, torch.bfloat16)

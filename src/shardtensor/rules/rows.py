@@ -19,41 +19,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch, comm
 from ..cache import cached
 from ..comm.route import Route, deliver, fetch, find, parts_of
-from ..spec import Dim, Spec, axes_in, whole_dims
+from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor, wrap
 from ..tensor.apart import alike, of_rows
-from ..tensor.redistribute import fit, like, reduced
+from ..tensor.redistribute import fit, like
 from . import routes
 from .empty import with_one
 from .nodes import note
+from .operands import Dims, cut_axes, dims_of, lifted, mesh_of
 
-Dims = tuple[Dim, ...]
 # kernel(rows, index (E,), values (E, ...)) gives the rows after the write; values may be None
 Kernel = Callable[[Tensor, Tensor, Any], Tensor]
 # gloo cannot add these up
 _NO_SUM = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
-
-
-def dims_of(x: Tensor) -> Dims:
-    """How x lies; whole for a plain tensor."""
-    return x._spec.dims if isinstance(x, ShardTensor) else whole_dims(x.shape)
-
-
-def mesh_of(*xs: object) -> DeviceMesh:
-    """The mesh of the first ShardTensor."""
-    return next(x._spec.mesh for x in xs if isinstance(x, ShardTensor))
-
-
-def lifted(x: Tensor, *others: object) -> ShardTensor:
-    """x without addends; a plain one lies whole on the mesh of another operand."""
-    if isinstance(x, ShardTensor):
-        return reduced(x) if x._spec.partial else x
-    return wrap(x, Spec.whole(mesh_of(*others), x.shape))
-
-
-def cut_axes(dim: Dim) -> tuple[int, ...]:
-    """The mesh axes of a dim that lies in several shards."""
-    return dim.axes if dim.is_cut else ()
 
 
 @cached
@@ -112,19 +90,6 @@ def bounded(index: Tensor, at: Tensor, spec: Spec, size: int, op: str) -> Tensor
     every = comm.group(spec.mesh, axes_in(spec.dims))
     routes.route_of(index, at, (spec, size, "bounds"), every, look)
     return at.long()
-
-
-def summed(x: Any) -> Any:
-    """A tensor without partial sums; the first dim of a 0-dim one."""
-    if not isinstance(x, Tensor):
-        return x
-    x = reduced(x)
-    return x if x.ndim else x.reshape(1)
-
-
-def in_order(out: Any, x: Tensor | None = None) -> Any:
-    """A result with its rows first in memory, as torch gives it; as it is if x lies otherwise."""
-    return out.contiguous() if x is None or x.is_contiguous() else out
 
 
 def integers(index: Tensor, op: str) -> Tensor:

@@ -15,7 +15,7 @@ from ..registry import rule
 from ..tensor import ShardTensor, wrap
 from ..tensor.recut import apart
 from ..tensor.redistribute import reduced
-from .moments import accumulated, spread, statistics
+from .norm.moments import accumulated, spread, statistics
 from .reduce import Dims, over, without
 
 

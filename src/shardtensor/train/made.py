@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _torch, settings
 from .._torch import probe
-from ..rules import modes
-from ..rules.index import spelled
+from ..rules.fourier import modes
+from ..rules.index.index import spelled
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, wrap
 from ..tensor.redistribute import like

@@ -11,7 +11,7 @@ import torch
 
 from ...later import when_loaded
 from ...rules.empty import with_one
-from ...rules.rows import dims_of, mesh_of
+from ...rules.operands import dims_of, mesh_of
 from ...rules.windows import fetch
 from ...spec import Dim, Spec, axes_in
 from ...tensor import ShardTensor, wrap

@@ -13,8 +13,9 @@ from ... import comm
 from ...comm.groups import ALONE
 from ...comm.route import fetch, find
 from ...errors import UnsupportedOpError
-from ...rules.rows import axes_in, covering, cut_axes, dims_of, mesh_of
-from ...spec import Dim, Spec, whole_dims
+from ...rules.operands import cut_axes, dims_of, mesh_of
+from ...rules.rows import covering
+from ...spec import Dim, Spec, axes_in, whole_dims
 from ...tensor import ShardTensor, wrap
 from ...tensor.redistribute import fit
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import comm
 from ...comm.groups import ALONE
 from ...errors import UnsupportedOpError
-from ...rules.rows import covering, cut_axes, dims_of, mesh_of, normal
+from ...rules.operands import cut_axes, dims_of, mesh_of
+from ...rules.rows import covering, normal
 from ...spec import Dim, Spec
 from ...tensor import ShardTensor, wrap
 from ...tensor.redistribute import fit

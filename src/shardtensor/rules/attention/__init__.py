@@ -1,0 +1,1 @@
+"""Attention: whole, masked by blocks, of neighbourhoods, of sequences of several lengths"""

@@ -1,0 +1,1 @@
+"""Products, matrices and vectors: contractions, factors, norms, distances, diagonals"""

@@ -1,0 +1,1 @@
+"""Normalisations: batch, instance, group, layer and rms norm, and the statistics they share"""

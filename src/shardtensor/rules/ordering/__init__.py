@@ -1,0 +1,1 @@
+"""What compares elements: the largest, sorted, counted, distinct, the k-th"""

@@ -1,0 +1,1 @@
+"""RNN, GRU and LSTM, and sequences of several lengths"""
