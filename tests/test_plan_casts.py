@@ -1,6 +1,8 @@
 """A plan for GPUs casts under autocast what GPUs do, and one for CPUs what CPUs do."""
 
 from contextlib import contextmanager
+from copy import deepcopy
+from threading import Thread
 
 import pytest
 import torch
@@ -141,3 +143,39 @@ def test_plans_of_both_devices_differ(ranks):
 def test_autocast_of_the_model_itself_counts():
     assert not planned(Own, H100, None).refused
     assert Own.seen == (torch.float32, torch.float32, torch.bfloat16)
+
+
+class Aside(Scores):
+    """While it is planned, another thread runs under a CPU's autocast, on fakes of its own, too."""
+
+    def forward(self, x):
+        aside = Thread(target=lambda: Aside.found.append(of_a_cpu()))
+        aside.start()
+        aside.join()
+        return super().forward(x)
+
+
+def of_a_cpu():
+    """What autocast of a CPU makes of ops, a layer's values and gradients, and a copy of it."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softmax(-1))
+    x = torch.rand(4, 8, requires_grad=True)
+    with autocast("cpu"):
+        with probe.fake_mode():
+            dtypes = {name: result(op, "cpu") for name, op in OPS.items()}
+        y = layer(x)
+        cuda = torch.autocast("cuda", torch.bfloat16).device
+    y.square().sum().backward()
+    grads = [p.grad for p in (*layer.parameters(), deepcopy(x))]
+    return dtypes, cuda, [y.detach(), *grads]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_threads_are_cast_as_before():
+    Aside.found = []
+    assert not planned(Aside, H100).refused
+    dtypes, cuda, values = of_a_cpu()
+    for seen in Aside.found:
+        assert seen[:2] == (dtypes, cuda)
+        torch.testing.assert_close(seen[2], values, rtol=0, atol=0)
+    assert Aside.found and cuda == "cuda"

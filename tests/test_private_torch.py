@@ -41,12 +41,15 @@ USED = {
     torch._C._dispatch_get_all_op_names
     torch._C._dispatch_has_kernel
     torch._C._dispatch_has_kernel_for_dispatch_key
+    torch._C._dispatch_keyset_full_after
     torch._C._dispatch_tls_is_dispatch_key_included
     torch._C._dispatch_tls_local_exclude_set
     torch._C._dispatch_tls_local_include_set
     torch._C._distributed_c10d._set_thread_isolation_mode
     torch._C._dynamo.eval_frame
+    torch._C._TorchDispatchModeKey.FAKE
     torch._C._functorch.maybe_current_level
+    torch._C._get_dispatch_mode
     torch._C._len_torch_dispatch_stack
     torch._C._nn
     torch._C._select_conv_backend

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .dispatcher import outside_modes
+from .dispatcher import fake_mode_here, outside_modes
 
 _aten = torch.ops.aten
 _CPU, _GPU = "AutocastCPU", "AutocastCUDA"
-_BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_OWN = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
 # on a GPU they read float16, and give fp32
 _WIDENING = {
     _aten.softmax.int: _aten._softmax.default,
@@ -59,13 +60,13 @@ class _Twin(Tensor):
 def as_on_gpus() -> Iterator[None]:
     """Inside, autocast of CPUs casts what that of GPUs does, and `autocast("cuda")` means it.
 
-    For all threads of the process: what else computes there under autocast would be cast so, too.
+    For what runs under this thread's fake mode, backward too: other threads are cast as before.
     """
     library = torch.library.Library("aten", "IMPL", _CPU)
-    stock = torch.autocast.__init__
+    stock, mode = torch.autocast.__init__, fake_mode_here()
 
     def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
-        if device_type == "cuda":
+        if device_type == "cuda" and fake_mode_here() is mode:
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         stock(self, device_type, dtype, *args, **kwargs)
 
@@ -74,7 +75,7 @@ def as_on_gpus() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for op in _listed():
-                library.impl(op, _kernel(op), _CPU)
+                library.impl(op, _kernel(op, mode), _CPU, with_keyset=True)
         yield
     finally:
         setattr(torch.autocast, "__init__", stock)  # noqa: B010
@@ -118,17 +119,29 @@ def _like(kind: Any, dtype: torch.dtype, casts: list[torch.dtype]) -> Any:
     return None if text.startswith("Optional") else plain.get(text, 1)
 
 
-@cache
-def _kernel(op: Any) -> Callable[..., Any]:
-    """What autocast does with an op on a GPU; found when it is called first."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), _GPU):
-        return torch.library.fallthrough_kernel
+def _kernel(op: Any, mode: Any) -> Callable[..., Any]:
+    """What autocast does with an op on a GPU, found when it is called first, under a fake mode."""
+    listed = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), _GPU)
+    stock = _stock(op)
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if fake_mode_here() is not mode:
+            return stock(keys, *args, **kwargs)
+        if not listed:
+            return op.redispatch(keys & _BELOW, *args, **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(_OWN):
             return _way(op)(*args, **kwargs)
 
     return kernel
+
+
+@cache
+def _stock(op: Any) -> Callable[..., Any]:
+    """What autocast does with an op on a CPU."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), _CPU):
+        found: Callable[..., Any] = torch.library.get_kernel(op, _CPU).call_boxed
+        return found
+    return lambda keys, *args, **kwargs: op.redispatch(keys & _BELOW, *args, **kwargs)
 
 
 @cache

@@ -123,6 +123,11 @@ def under_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def fake_mode_here() -> Any:
+    """The fake mode of this thread, or of whose backward it runs; None where there is none."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+
+
 _SELECTING = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
 
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..later import flop_counter, symbolic
-from .dispatcher import not_tracing
+from .dispatcher import fake_mode_here, not_tracing
 from .world import silent_world
 
 _aten = torch.ops.aten
@@ -67,11 +67,14 @@ def as_written() -> Iterator[None]:
 
 @contextmanager
 def _copied_deeply() -> Iterator[None]:
-    """Inside, copy.deepcopy makes fake tensors, of fake and of real ones, without memory."""
-    stock = torch.Tensor.__deepcopy__
+    """Inside, copy.deepcopy makes fake tensors, of fake and of real ones, without memory.
+
+    Under this thread's fake mode: other threads copy as before.
+    """
+    stock, mode = torch.Tensor.__deepcopy__, fake_mode_here()
 
     def deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-        if not self.is_leaf or id(self) in memo:
+        if not self.is_leaf or id(self) in memo or fake_mode_here() is not mode:
             return stock(self, memo)
         new = self.detach().clone(memory_format=torch.preserve_format)
         if isinstance(self, torch.nn.Parameter):

@@ -41,7 +41,8 @@ class Op:
         self.sends = func.namespace == "c10d"
         self.lifts = func in probe.LIFTED
         self.depends = bool(_DEPENDS & tags)
-        self.resizes = torch.Tag.out in tags
+        # torch 2.11 has no tag for it
+        self.resizes = any(a.is_out for a in func._schema.arguments)
         self.drawn = torch.Tag.nondeterministic_seeded in tags
         self.view = bool(getattr(func, "is_view", False))
         self.single = len(func._schema.returns) == 1
