@@ -31,6 +31,7 @@ PAGES = [
     "migrate.md",
     "pages.md",
     "plan.md",
+    "questions.md",
     "trace.md",
     *(f"tutorials/{p.name}" for p in (DOCS / "tutorials").glob("*")),
 ]
@@ -41,6 +42,23 @@ def test_the_code_of_a_page(page):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
     assert blocks or page == "errors.md"
     exec(compile("\n".join(blocks), page, "exec"), {})
+
+
+def _script_of_fsdp():
+    """What its ranks return, and one device's losses."""
+    page = (DOCS / "tutorials" / "fsdp.md").read_text()
+    # what a process draws that nobody has told a seed
+    torch.seed()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)), names := {})
+    return *names["main"](), names["serial"], sum(p.numel() for p in names["make"]().parameters())
+
+
+@pytest.mark.gloo
+def test_the_script_of_fsdp():
+    groups, numbers, serial, total = zip(*T.run_workers(4, _script_of_fsdp), strict=True)
+    assert serial[0] == serial[3] and sum(numbers) == total[0]
+    for of_groups, want in zip(zip(*groups, strict=True), serial[0], strict=True):
+        assert sum(of_groups) / 4 == pytest.approx(want, rel=1e-5)
 
 
 def test_the_example_of_the_readme():
@@ -249,6 +267,14 @@ def test_the_examples_of_data(tmp_path, monkeypatch):
     names: dict = {}
     st.simulate(1, lambda: exec("".join(blocks), names))
     assert names["x"].shape == (64, 96) and names["told"].amplification == 1.0
+
+
+def test_the_example_of_tiled(tmp_path):
+    block, *_ = re.findall(r"```python\n(.*?)```", (DOCS / "tiled.md").read_text(), re.S)
+    exec(block.replace('"/scratch"', "str(folder)"), names := {"folder": tmp_path})
+    before = (names["y"] - names["target"]).square().mean()
+    torch.testing.assert_close(names["loss"].detach(), before)
+    assert all(p.grad is not None for p in names["model"].parameters())
 
 
 def test_the_example_of_checkpoints(tmp_path, monkeypatch):
