@@ -394,7 +394,7 @@ def _summed_alone(
     for j, (y, term) in enumerate(zip(operands, terms, strict=True)):
         if j != i:
             others.update(name for n, name in zip(y.shape, term, strict=True) if n != 1)
-    gone = [d for d, name in enumerate(labels) if name not in others and x.shape[d] != 1]
-    if not gone or len(terms) == 1:
+    gone = [d for d, name in enumerate(labels) if name not in others]
+    if len(terms) == 1 or all(x.shape[d] == 1 for d in gone):
         return x, labels
     return x.sum(gone), tuple(n for d, n in enumerate(labels) if d not in gone)
