@@ -128,5 +128,49 @@ def test_what_does_not_fit_is_told():
             io.LatLon(data, ["t"], mesh, [Shard(1)], history=0)
         with pytest.raises(IndexError, match="sample 6 of 6"):
             io.LatLon(data, ["t"], mesh, [Shard(1)], history=2)[6]
+        for variables, options, told in [
+            ([], {}, "LatLon of no variables"),
+            (["t"], {"levels": []}, "t: no levels at all"),
+            (["t", "sst"], {"mean": {"t": 1}}, "mean and std of sst are missing"),
+        ]:
+            with pytest.raises(ValueError, match=told):
+                io.LatLon(data, variables, mesh, [Shard(1)], **options)
+        with pytest.raises(ValueError, match=r"time: a coordinate of shape \(\) is none of a dim"):
+            io.LatLon(data.isel(time=0), ["t"], mesh, [Shard(1)])
 
     st.simulate(2, run)
+
+
+def test_one_variable_and_leads_of_numpy():
+    """A DataArray has its coordinates; any integer is a number of steps."""
+    data = made()
+
+    def run():
+        one = io.LatLon(data["sst"], ["sst"], T.make_mesh((2,)), [Shard(1)], lead=np.int64(2))
+        with pytest.raises(ValueError, match="variable 't'; there are lat, lon, time"):
+            io.LatLon(data["sst"], ["t"], T.make_mesh((2,)), [Shard(1)])
+        mean = one.statistics(times=slice(2, None))[0]["sst"]
+        return one[1]["y"].full_tensor(), one.times, mean
+
+    y, times, mean = st.simulate(2, run)[0]
+    assert torch.equal(y.nan_to_num(), state(data, 3)[-1:].nan_to_num())
+    assert (times == TIMES.astype("datetime64[s]")).all() and np.isfinite(mean).all()
+    for array in (np.zeros(3), data["sst"].drop_vars(["time", "lat", "lon"])):
+        with pytest.raises(ValueError, match="variable 'u'"):
+            io.open_array(array, "u")
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 3), slice(2, 4), slice(0, 1)])
+def test_areas_of_a_region_are_those_of_the_globe(rows):
+    """Rows as far apart everywhere; those at its borders are no larger than others."""
+    data = made()
+
+    def run():
+        every, few = (
+            io.LatLon(d, ["t"], T.make_mesh((2,)), [Shard(2)]).area_weights()
+            for d in (data, data.isel(lat=rows))
+        )
+        return every[rows], few
+
+    every, few = st.simulate(2, run)[0]
+    torch.testing.assert_close(few, every / every.mean())

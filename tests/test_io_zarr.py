@@ -105,3 +105,74 @@ def test_conflicts_raise_on_every_rank(tmp_path):
     url = str(tmp_path / "c.zarr")
     st.simulate(2, conflicting, url)
     np.testing.assert_array_equal(zarr.open_group(url)["t"][:], np.ones((4, 6)))
+
+
+def test_numbers_of_numpy(tmp_path):
+    """Steps and attributes may be; a fill value is where xarray looks for it."""
+    attrs = {"a": np.float32(1), "b": np.arange(3), "_FillValue": np.float32(-1)}
+    values = torch.view_as_complex(torch.from_numpy(VALUES[:, :, :2]).contiguous()).conj()
+
+    def run():
+        x = st.distribute_tensor(torch.from_numpy(VALUES[0]), T.make_mesh((2,)), [Shard(0)])
+        for step in np.arange(2):
+            io.write_zarr(
+                x.round(),
+                tmp_path / "a.zarr",
+                "t",
+                step=step,
+                dims=("t", "y", "x"),
+                attrs=attrs,
+            )
+        x = st.distribute_tensor(values, T.make_mesh((2,)), [Shard(0)])
+        io.write_zarr(x, tmp_path / "b.zarr", "conj")
+
+    st.simulate(2, run)
+    found = xr.open_zarr(tmp_path / "a.zarr")["t"]
+    assert found.attrs == {"a": 1.0, "b": [0, 1, 2]} and found.encoding["_FillValue"] == -1
+    np.testing.assert_array_equal(
+        found[1], np.where(VALUES[0].round() == -1, np.nan, VALUES[0].round())
+    )
+    np.testing.assert_array_equal(
+        zarr.open_group(tmp_path / "b.zarr")["conj"][:], values.resolve_conj().numpy()
+    )
+
+
+@pytest.mark.parametrize(
+    "name, options, told",
+    [
+        ("u", dict(dims=("y", "y")), "a name for each"),
+        ("u", dict(dims=(0, 1)), "a name for each"),
+        ("u", dict(zarr_format=4), "zarr_format 4"),
+        ("t/u", {}, "t is no group but an array"),
+        ("deep", {}, "a group is there"),
+        ("s", dict(step=1), "coordinate time is there with 1 values and none for it"),
+        ("u", dict(dims=lambda rank: ("y", f"x{rank}")), "ranks part"),
+    ],
+)
+def test_what_has_no_place_is_told_on_every_rank(tmp_path, name, options, told):
+    url = str(tmp_path / "a.zarr")
+
+    def run():
+        mesh = T.make_mesh((2,))
+        x = st.distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+        io.write_zarr(x, url, "t")
+        io.write_zarr(x, url, "deep/t")
+        io.write_zarr(x, url, "s", step=0, dims=("time", "y", "x"), coords={"time": 0})
+        given = {k: v(mesh.get_rank()) if callable(v) else v for k, v in options.items()}
+        with pytest.raises((ValueError, RuntimeError), match=told):
+            io.write_zarr(x, url, name, **given)
+
+    st.simulate(2, run)
+    assert zarr.open_group(url)["s"].shape == (1, 4, 3)
+
+
+def test_dtypes_that_zarr_has_not(tmp_path):
+    def run():
+        x = st.ShardTensor.from_local(
+            torch.ones(4).to(torch.float8_e5m2), T.make_mesh((2,)), [Shard(0)]
+        )
+        io.write_zarr(x, tmp_path / "a.zarr", "t")
+
+    with pytest.raises(st.RankError, match=r"write_zarr of torch.*e5m2, which Zarr has not"):
+        st.simulate(2, run)
+    assert not (tmp_path / "a.zarr").exists()

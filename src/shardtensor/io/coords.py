@@ -51,13 +51,15 @@ class Coordinate:
             raise ValueError(f"coords {name}: {found.shape} values for a dim of {size} rows")
         time: Mapping[str, str] = {}
         if found.dtype.kind == "M":
+            if np.isnat(found).any():
+                raise ValueError(f"coords {name}: times are missing (NaT)")
             if (found.astype("datetime64[s]") != found).any():
                 raise ValueError(f"coords {name}: times of parts of a second; give numbers, units")
             found, time = found.astype("datetime64[s]").astype(np.int64), _EPOCH
         if found.dtype.kind not in "biuf":
             raise ValueError(f"coords {name}: {found.dtype}; give numbers or datetime64")
         self.values = found
-        self.attrs = {**_KNOWN.get(_NAMES.get(name, name), {}), **time, **attrs}
+        self.attrs = {**_KNOWN.get(_NAMES.get(name, name), {}), **time, **plain_attrs(attrs)}
 
     def check(self, group: Any) -> None:
         """Raise ValueError where the group has another coordinate of this name."""
@@ -106,6 +108,28 @@ class Coordinate:
         if not grows:
             array[:] = self.values
         array.attrs.update(attrs)
+
+
+def grows_with(
+    group: Any, dims: Sequence[str] | None, step: int, axes: Sequence[Coordinate]
+) -> None:
+    """Raise ValueError where a step has no place in the coordinate that is there of the steps:
+    readers would find two lengths of one dim.
+    """
+    own = dims[0] if dims else None
+    if own is None or own not in group or any(axis.name == own for axis in axes):
+        return
+    n: Sequence[int] = getattr(group[own], "shape", ())
+    if len(n) == 1 and n[0] <= step:
+        raise ValueError(
+            f"step {step}: the coordinate {own} is there with {n[0]} values and none for it: give "
+            f"coords={{{own!r}: ...}}"
+        )
+
+
+def plain_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as JSON takes them: numbers of NumPy as Python's."""
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in attrs.items()}
 
 
 def consolidate(zarr: Any, url: str) -> None:

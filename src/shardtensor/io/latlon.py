@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import comm
+from ..caller import described
 from ..later import dt
 from ..spec import Dim, Spec, axes_in
 from ..tensor import ShardTensor
 from .block import placed
 from .chunks import Cut, heed
+from .failing import reason
 from .source import Source, open_array
 
 Number = float | Sequence[float]
@@ -88,6 +91,8 @@ class LatLon:
         fill: float | None = None,
     ) -> None:
         self.variables, self.forcings = tuple(variables), tuple(forcings)
+        if not self.variables:
+            raise ValueError("LatLon of no variables: give the names of some")
         names = dict.fromkeys((*variables, *forcings))
         self.sources = {name: open_array(where, name) for name in names}
         known = [d for s in self.sources.values() for d in s.dims or ()]
@@ -99,8 +104,8 @@ class LatLon:
         every = decoded_times(open_array(where, self._named["time"]))
         self._steps = np.arange(len(every))[slice(None) if times is None else times]
         self.times = every[self._steps]
-        self.lead, self.history, self.fill = lead, history, fill
-        self._leads = [lead] if isinstance(lead, int) else list(lead)
+        self.lead, self.history, self.fill = lead, index(history), fill
+        self._leads = [index(v) for v in np.atleast_1d(np.asarray(lead, object))]
         if history < 1 or not self._leads or min(self._leads) < 0:
             raise ValueError(f"history {history}, lead {lead}: at least 1, and none before 0")
         self.channels: list[str] = []
@@ -140,8 +145,8 @@ class LatLon:
         stored = [float(v) for v in _axis(where, self._named["level"])]
         wanted = stored if levels is None else [float(v) for v in levels]
         unknown = sorted(set(wanted) - set(stored))
-        if unknown:
-            raise ValueError(f"{name}: no levels {unknown}; there are {stored}")
+        if unknown or not wanted:
+            raise ValueError(f"{name}: no levels {unknown or 'at all'}; there are {stored}")
         self._levels[name] = [stored.index(v) for v in wanted]
         return [f"{name}@{v:g}" for v in wanted]
 
@@ -160,7 +165,7 @@ class LatLon:
         sample: dict[str, Any] = {"x": placed(local, self.spec.replace({0: channels}))}
         targets = [self.state(now + lead) for lead in self._leads if lead or len(self._leads) > 1]
         if targets:
-            sample["y"] = targets[0] if isinstance(self.lead, int) else targets
+            sample["y"] = targets if np.ndim(self.lead) else targets[0]
         return sample
 
     def state(self, time: int) -> ShardTensor:
@@ -219,12 +224,17 @@ class LatLon:
     def area_weights(self) -> Tensor:
         """Weights of all latitudes, float32 (latitude,), of mean 1: the area of a row of cells.
 
-        sin of the upper minus sin of the lower border (WeatherBench 2, equation 1).
+        sin of the upper minus sin of the lower border (WeatherBench 2, equation 1). The outermost
+        rows of a globe end at the poles, those of a region half a row farther out.
         """
-        degrees = np.deg2rad(np.sort(self.latitude.astype(np.float64)))
+        degrees = np.sort(self.latitude.astype(np.float64))
         inner = (degrees[1:] + degrees[:-1]) / 2
-        borders = np.concatenate([[-np.pi / 2], inner, [np.pi / 2]])
-        weights = np.diff(np.sin(borders))
+        ends = [-90.0, 90.0]
+        for i, beside in ((0, 1), (-1, -2)) if len(degrees) > 1 else ():
+            row = abs(degrees[beside] - degrees[i])
+            if abs(ends[i] - degrees[i]) > 1.01 * row:
+                ends[i] = degrees[i] + np.sign(ends[i]) * row / 2
+        weights = np.diff(np.sin(np.deg2rad([ends[0], *inner, ends[1]])))
         weights = weights[np.argsort(np.argsort(self.latitude))]
         return torch.from_numpy(weights / weights.mean()).float()
 
@@ -238,7 +248,7 @@ class LatLon:
         return sum(s.bytes_wanted for s in self.sources.values())
 
     def statistics(
-        self, names: Sequence[str] | None = None, times: Sequence[int] | None = None
+        self, names: Sequence[str] | None = None, times: slice | Sequence[int] | None = None
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """(mean, std) of each variable's channels over area and time, as `mean` and `std` take.
 
@@ -254,7 +264,7 @@ class LatLon:
         sums = torch.zeros(3, sum(max(1, len(self._levels[n])) for n in names), dtype=torch.float64)
         error: Exception | None = None
         try:
-            for time in range(len(self.times)) if times is None else times:
+            for time in np.arange(len(self.times))[slice(None) if times is None else times]:
                 block = torch.cat([self._block(name, time) for name in names]).double()
                 good = block.isfinite()
                 w, block = weights * good, block.where(good, 0.0)
@@ -265,11 +275,11 @@ class LatLon:
         device = self.spec.mesh.device_type
         # whether a rank failed travels with its sums
         sent = torch.cat([sums.view(-1), sums.new_tensor([float(error is not None)])]).to(device)
-        sent = comm.reduce(sent, comm.group(self.spec.mesh, axes)).cpu()
-        if error is not None:
-            raise error
+        group = comm.group(self.spec.mesh, axes)
+        sent = comm.reduce(sent, group).cpu()
         if sent[-1]:
-            raise RuntimeError("another rank could not read its part of the data")
+            why = reason("" if error is None else described(error), device, group)
+            raise error or RuntimeError(f"another rank could not read its part of the data: {why}")
         total = sent[:-1].view_as(sums)
         mean = total[1] / total[0]
         std = (total[2] / total[0] - mean * mean).clamp(min=0).sqrt()
@@ -291,6 +301,8 @@ class LatLon:
             ):
                 values = np.full(max(1, len(levels)), default)
             elif isinstance(given, Mapping):
+                if name not in given:
+                    raise ValueError(f"mean and std of {name} are missing; there are {[*given]}")
                 values = np.atleast_1d(np.asarray(given[name], dtype=np.float64))
             else:
                 stored = open_array(given, name)
@@ -303,7 +315,15 @@ class LatLon:
 
 
 def _axis(where: Any, name: str) -> np.ndarray:
-    source = open_array(where, name)
+    return _of_dim(open_array(where, name))
+
+
+def _of_dim(source: Source) -> np.ndarray:
+    if len(source.shape) != 1:
+        raise ValueError(
+            f"{source.name}: a coordinate of shape {source.shape} is none of a dim; keep a single "
+            "row's dim, as .isel(time=[0]) does"
+        )
     return source.read([(0, n) for n in source.shape])
 
 
@@ -315,7 +335,7 @@ def decoded_times(source: Source) -> np.ndarray:
     """
     if source.dtype.kind not in "iufM":
         raise ValueError(f"{source.name}: times of {source.dtype}; expected numbers or datetime64")
-    values = source.read([(0, n) for n in source.shape])
+    values = _of_dim(source)
     if np.isnat(values).any() if source.dtype.kind == "M" else np.isnan(values).any():
         raise ValueError(f"{source.name}: times are missing")
     if source.dtype.kind == "M":

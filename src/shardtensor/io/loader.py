@@ -17,6 +17,7 @@ from .. import comm
 from ..comm import wire
 from .ahead import Failed, InProcesses, InThread, Samples
 from .collate import moved
+from .failing import reason
 
 # what ranks tell each other of a batch: 0, or that time is over, or
 _FAILED = 2
@@ -333,11 +334,15 @@ class Loader:
         if comm.size(group) > 1:
             flag = torch.tensor([told], dtype=torch.uint8, device=self.device)
             told = int(wire.all_reduce([flag], "max", group)[0])
-        if failed is not None:
-            why = str(failed.error) or type(failed.error).__name__
-            raise RuntimeError(f"sample {failed.index}: {why}") from failed.error
         if told == _FAILED:
-            raise RuntimeError("another rank could not read its part of a sample")
+            why, error = "", None
+            if failed is not None:
+                error = failed.error
+                why = f"sample {failed.index}: {str(error) or type(error).__name__}"
+            first = reason(why, self.device, group)
+            raise RuntimeError(
+                why or f"another rank could not read its part of a sample: {first}"
+            ) from error
         self.over = bool(told)
         return self.over
 

@@ -20,7 +20,7 @@ from .cf import Packing, packing
 from .chunks import covered
 from .collate import as_torch_takes
 from .foreign import member, named, refuse_pickles, zarr_store
-from .where import ending, has_magic, is_store, is_url, local_file, need
+from .where import ending, has_magic, is_store, is_url, local_file, need, only
 
 Range = tuple[int, int]
 
@@ -136,6 +136,7 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     if isinstance(where, np.ma.MaskedArray):
         raise TypeError("open_array of a masked array: give x.filled(...), of floats with NaN")
     if isinstance(where, np.ndarray):
+        only("array", "", variable)
         return _plain(where, "array", where)
     kind = type(where).__module__.split(".")[0]
     if kind == "xarray":
@@ -151,6 +152,7 @@ def open_array(where: Any, variable: str | None = None) -> Source:
     bare = ending(url)
     with named(url):
         if bare.endswith(".npy"):
+            only(url, "", variable)
             return _npy(url)
         if bare.endswith((".h5", ".hdf5", ".nc", ".nc4", ".cdf", ".he5")) or has_magic(url):
             found = _file(url, variable)
@@ -242,7 +244,9 @@ def _netcdf3(url: str, variable: str | None) -> Source:
 def _member(where: Any, variable: str | None, kind: str) -> Source:
     """An array of a Zarr or HDF5 group, or the array itself."""
     name = getattr(where, "filename", None) or str(getattr(where, "store_path", where.name))
-    if not hasattr(where, "dtype"):
+    if hasattr(where, "dtype"):
+        only(name, str(where.name), variable)
+    else:
         arrays = _names(where)
         chosen = _chosen(name, arrays, variable)
         where = member(where, chosen, name) if kind == "h5py" else where[chosen]
@@ -261,7 +265,7 @@ def _member(where: Any, variable: str | None, kind: str) -> Source:
         masked = "_ARRAY_DIMENSIONS" in attrs and where.metadata.zarr_format == 2
         if masked and where.fill_value is not None:
             attrs["_FillValue"] = where.fill_value
-    found = _of(name, where, _dims(where, kind), attrs, where.chunks)
+    found = _of(name, where, dims_of(where, kind), attrs, where.chunks)
     found.origin = origin
     return found
 
@@ -326,7 +330,7 @@ def _chosen(where: str, names: list[str], variable: str | None) -> str:
     raise ValueError(f"{where}: variable {variable!r}; there are {there}")
 
 
-def _dims(array: Any, kind: str) -> Sequence[str] | None:
+def dims_of(array: Any, kind: str) -> Sequence[str] | None:
     if kind == "h5py":
         names = [_scale(d) for d in array.dims]
         return names if all(names) else None
@@ -344,6 +348,8 @@ def _xarray(data: Any, variable: str | None) -> Source:
         # coordinates can be named
         known = data.data_vars if variable is None else data.variables
         data = data[_chosen("dataset", list(map(str, known)), variable)]
+    elif variable is not None and variable != data.name:
+        data = data[_chosen(str(data.name), list(map(str, data.coords)), variable)]
     name, stored = str(getattr(data, "name", None) or "array"), np.dtype(data.dtype)
     if stored.kind in "fc" and {"scale_factor", "add_offset"} & set(data.attrs):
         raise ValueError(

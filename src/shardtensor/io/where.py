@@ -54,3 +54,10 @@ def local_file(url: str) -> str:
             f"{url}: NetCDF 3 is read from local files: give simplecache::{url}, or copy it"
         ) from e
     return found
+
+
+def only(where: str, name: str, variable: str | None) -> None:
+    """Raise ValueError for the variable of one array that is not its own name."""
+    own = name.strip("/")
+    if variable is not None and variable.strip("/") not in (own, own.rpartition("/")[2]):
+        raise ValueError(f"{where}: variable {variable!r} of one array, {own or 'without a name'}")

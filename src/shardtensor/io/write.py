@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from operator import index
 from os import PathLike, fspath
 from pathlib import Path
+from struct import pack
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import comm
+from ..caller import described
 from ..comm import wire
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
 from . import staged
 from .chunks import chunked
-from .coords import Coordinate, consolidate
+from .coords import Coordinate, consolidate, grows_with, plain_attrs
+from .failing import reason
+from .source import dims_of
 from .where import need
 
 
@@ -56,12 +64,16 @@ def write_zarr(
             f"write_zarr of a {type(x).__name__}, which has no mesh: where every rank has it "
             "whole, give ShardTensor.from_local(x, mesh, [Replicate()])"
         )
+    step = None if step is None else index(step)
     if not name or {"", ".", ".."} & set(name.split("/")) or (step is not None and step < 0):
         raise ValueError(
             f"write_zarr: name {name!r}, step {step}; a name stays in the store (no '..', no empty "
             "part), and steps count from 0"
         )
+    if zarr_format not in (2, 3):
+        raise ValueError(f"zarr_format {zarr_format!r}: 2 or 3")
     url = fspath(url)
+    _dtype(x)
     x = reduced(x.detach())
     if chunks is not None and (len(chunks) != x.ndim or min(chunks, default=1) < 1):
         raise ValueError(
@@ -70,12 +82,16 @@ def write_zarr(
     shape = (*(() if step is None else (step + 1,)), *x.shape)
     if dims is not None and len(dims) != len(shape):
         raise ValueError(f"dims {list(dims)} for an array of shape {shape}")
+    if len({d for d in dims or () if d and isinstance(d, str)}) != len(dims or ()):
+        raise ValueError(f"dims {list(dims or ())}: a name for each, no two alike")
     own = name.rpartition("/")[2]
     axes = [Coordinate(k, v, dims or (), shape, step, own) for k, v in (coords or {}).items()]
     mesh, first = x.device_mesh, _first(x.device_mesh)
     part = staged.place(url, name)
     with ExitStack() as held:
         error, unit = None, [1] * (x.ndim + 1)
+        # where ranks write, which has to be one place
+        where = crc32(repr((name, step, chunks and tuple(chunks), dims and tuple(dims))).encode())
         if first:
             try:
                 if part is not None:
@@ -86,7 +102,11 @@ def write_zarr(
                     )
             except Exception as e:
                 error = e
-        unit = _agree(mesh, error, f"{name} could not be made by the first rank", unit)
+        *unit, most, least = _agree(
+            mesh, error, f"{name} could not be made by the first rank", [*unit, where, -where]
+        )
+        if most != -least:
+            raise ValueError(f"{name}: ranks part: give all the same name, step, chunks and dims")
         aligned: dict[int, Sequence[int]] = {
             d: chunked(0, dim.size, unit[1 + d], len(dim.sizes))
             for d, dim in enumerate(x.spec.dims)
@@ -151,12 +171,17 @@ def _prepare(
         group = zarr.open_group(url, mode="a", zarr_format=zarr_format)
     for axis in axes:
         axis.check(_beside(group, name))
+    if step is not None:
+        named = dims_of(group[name], "zarr") if name in group and not dims else dims
+        grows_with(_beside(group, name), named, step, axes)
     lead: tuple[int, ...] = () if step is None else (step + 1,)
     shape = (*lead, *x.shape)
-    dtype = _numbers(x.to_local()[..., :0] if x.ndim else x.to_local()).dtype
+    dtype = _dtype(x)
     there = name in group
     if there:
         array = group[name]
+        if not hasattr(array, "shards"):
+            raise ValueError(f"{name}: a group is there; give the array another name")
         _check(name, array, shape, dtype, chunks, len(lead))
     if part is not None:
         version = group.metadata.zarr_format
@@ -180,7 +205,10 @@ def _prepare(
 def _beside(group: Any, name: str) -> Any:
     """The group of which the array is."""
     path = name.rpartition("/")[0]
-    return group.require_group(path) if path else group
+    try:
+        return group.require_group(path) if path else group
+    except TypeError as e:
+        raise ValueError(f"{name}: {path} is no group but an array: give another name") from e
 
 
 def _check(
@@ -213,15 +241,20 @@ def _made(
 ) -> Any:
     """A new array of a Zarr group, with names of dims where its format keeps them."""
     names = list(dims) if dims else None
-    more = dict(attrs or {})
+    more = plain_attrs(attrs or {})
     extra: dict[str, Any] = {}
     if group.metadata.zarr_format == 2:
         # xarray takes a fill value of 0 for a mask of all zeros
         extra["fill_value"] = None
         if names:
             more["_ARRAY_DIMENSIONS"] = names
-    elif names:
-        extra["dimension_names"] = names
+    else:
+        if names:
+            extra["dimension_names"] = names
+        fill = more.get("_FillValue")
+        if fill is not None and np.dtype(dtype).kind == "f":
+            # as xarray has it there
+            more["_FillValue"] = b64encode(pack("<d", fill)).decode()
     chunks = (*(1 for _ in shape[len(chunks) :]), *chunks)
     array = group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, **extra)
     array.attrs.update(more)
@@ -234,8 +267,15 @@ def _largest(x: ShardTensor) -> tuple[int, ...]:
 
 def _numbers(local: Tensor) -> Any:
     """As NumPy has it; bfloat16, which it has not, as float32."""
-    local = local.detach().cpu()
+    local = local.detach().cpu().resolve_conj().resolve_neg()
     return (local.float() if local.dtype is torch.bfloat16 else local).numpy()
+
+
+def _dtype(x: Tensor) -> Any:
+    try:
+        return _numbers(torch.empty(0, dtype=x.dtype)).dtype
+    except TypeError:
+        raise ValueError(f"write_zarr of {x.dtype}, which Zarr has not: give x.float()") from None
 
 
 def _first(mesh: DeviceMesh) -> bool:
@@ -260,8 +300,11 @@ def _agree(
     if comm.size(group) > 1:
         (numbers,) = wire.all_reduce([numbers], "max", group)
     failed, *found = numbers.tolist()
+    if failed:
+        said = "" if error is None else described(error)
+        why = reason(said, mesh.device_type, group)
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(elsewhere)
+        raise RuntimeError(f"{elsewhere}: {why}")
     return found
