@@ -16,6 +16,7 @@ from shardtensor._torch import attention as kinds
 from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import blocks, counted
+from shardtensor.attention.gradients import Given
 from shardtensor.attention.strategy import strategy
 from shardtensor.comm import groups, ops, transport
 from shardtensor.comm.pack import joined
@@ -310,7 +311,8 @@ def test_a_block_takes_the_kernel_of_plain_attention(dtype, masked, drop, width,
     both = sums if sums.ndim == 4 else torch.stack((sums, torch.ones_like(sums)))
     settled = blocks.settled(both)
     assert blocks._fused(q, k, v, mask, rule, learnt) is KERNELS[plain]
-    found = blocks.backward(out.to(dtype), q, k, v, mask, out.to(dtype), settled, rule, learnt)
+    given = Given(out.to(dtype), q, k, v, mask, out.to(dtype), settled)
+    found = blocks.backward(given, rule, learnt)
     assert [x.shape for x in found[:3]] == [q.shape, k.shape, v.shape]
     assert (found[3].shape == mask.shape) if learnt else found[3] is None
     # nothing is drawn from others' generator

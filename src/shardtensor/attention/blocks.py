@@ -25,6 +25,7 @@ from .. import _torch
 from .._torch import probe
 from ..comm.constants import constant
 from .counted import COARSE, HUGE, NOTHING, Top, counted, from_base
+from .gradients import Given
 
 # scores that plain matrix products hold at a time, in elements
 CHUNK = 1 << 22
@@ -128,23 +129,16 @@ def _most(bias: Tensor) -> Tensor:
 
 
 def backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    sums: Tensor,
-    rule: Rule,
-    mask_grad: bool,
+    given: Given, rule: Rule, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dmask) of a block, given out and `settled` sums over all keys."""
+    """(dq, dk, dv, dmask) of a block."""
+    g, q, k, v, mask, out, sums = given
     kernel = _fused(q, k, v, mask, rule, mask_grad)
     lse = sums[2]
     if kernel is None:
         if not rule.exact:
-            sums = torch.stack((lse, torch.ones_like(lse), lse))
-        return _plain_backward(g, q, k, v, mask, out, sums, rule, mask_grad)
+            given = given._replace(sums=torch.stack((lse, torch.ones_like(lse), lse)))
+        return _plain_backward(given, rule, mask_grad)
     rows = coarse_rows(sums[0]) if rule.exact else None
     if rows is not None:
         lse = lse.index_fill(2, rows, inf)
@@ -153,10 +147,9 @@ def backward(
     if dbias is not None and mask is not None:
         dbias = dbias.to(wide(q.dtype)).sum_to_size(mask.shape)
     if rows is not None:
-        part, *kv, seen, one = _part(rows, q, k, v, mask, rule)
-        more = _plain_backward(
-            g[:, :, rows], part, kv[0], kv[1], seen, out[:, :, rows], sums[..., rows], one, False
-        )
+        some, k, v, mask, one = _part(rows, q, k, v, mask, rule)
+        part = Given(g[:, :, rows], some, k, v, mask, out[:, :, rows], sums[..., rows])
+        more = _plain_backward(part, one, False)
         dq = dq.to(more[0].dtype).index_copy(2, rows, more[0])
         dk, dv = dk + more[1], dv + more[2]
     return dq, dk, dv, dbias
@@ -354,17 +347,10 @@ def weighed(
 
 
 def _plain_backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    sums: Tensor,
-    rule: Rule,
-    mask_grad: bool,
+    given: Given, rule: Rule, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask) of a block by products, in chunks of queries."""
+    g, q, k, v, mask, out, sums = given
     dtype = wide(q.dtype)
     generator = _generator(q, rule)
     groups = k.shape[1]

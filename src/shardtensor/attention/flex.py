@@ -21,6 +21,7 @@ from torch import Tensor
 from ..comm import wire
 from ..errors import UnsupportedOpError
 from .blocks import settled, wide
+from .gradients import Given
 from .merge import Merge
 from .modified import Job, added, among, backward, forward, taken
 from .needs import Part
@@ -102,19 +103,11 @@ def _forward(
 
 
 def _backward(
-    job: Job,
-    g: Tensor,
-    g_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    captured: Sequence[Tensor],
+    job: Job, given: Given, g_lse: Tensor | None, captured: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Gradients of q, k, v and of captured tensors, of this rank's queries for all keys."""
+    g, q, k, v, _, out, sums = given
     go, dtype = job.way, wide(q.dtype)
-    sums = settled(sums)
     dq = torch.zeros_like(q, dtype=dtype)
     home = [torch.zeros_like(x, dtype=dtype) for x in (k, v)]
     others = [torch.zeros_like(x) if x.requires_grad else None for x in captured]
@@ -129,10 +122,10 @@ def _backward(
             at = job.indices(part, spans, q.device)
             keys, values = (taken(x, part.keys, 2) for x in held)
             r = slice(*part.rows)
-            found = backward(
-                job, _rows(g, part), None if g_lse is None else g_lse[:, :, r], _rows(q, part),
-                keys, values, captured, _rows(out, part), sums[..., r], at,
-            )  # fmt: skip
+            rows = Given(
+                _rows(g, part), _rows(q, part), keys, values, None, _rows(out, part), sums[..., r]
+            )
+            found = backward(job, rows, None if g_lse is None else g_lse[:, :, r], captured, at)
             if found[0] is not None:
                 _rows(dq, part).add_(found[0])
             for into, x in zip(own, found[1:3], strict=True):
@@ -185,11 +178,12 @@ class _Flex(torch.autograd.Function):
             g = torch.zeros_like(out)
         again = torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            found = _backward(ctx.job, g, g_lse, q, k, v, out, sums, captured)
+            given = Given(g, q, k, v, None, out, settled(sums))
+            found = _backward(ctx.job, given, g_lse, captured)
         if again:
             asked = [i for i, x in enumerate(found) if x is not None]
-            given = [found[i] for i in asked]
-            for i, x in zip(asked, _Once.apply(len(given), *given, q, k, v, g), strict=True):
+            some = [found[i] for i in asked]
+            for i, x in zip(asked, _Once.apply(len(some), *some, q, k, v, g), strict=True):
                 found[i] = x
         return None, *found
 

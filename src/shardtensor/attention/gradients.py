@@ -1,11 +1,48 @@
-"""Where gradients of queries, keys and values are added up, and how they lie in memory."""
+"""What gradients of attention are made of, where they are added up, and how they lie in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Given(NamedTuple):
+    """What the gradients of a block are made of: g, that of its result, and what forward had.
+
+    out, sums: over all keys, the sums `settled`.
+    """
+
+    g: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    out: Tensor
+    sums: Tensor
+
+
+class OfQueries:
+    """The gradient of queries, to which blocks add theirs; the kernel's own where one has all rows.
+
+    total: memory for it, filled with zeros.
+    """
+
+    def __init__(self, q: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> None:
+        self.q, self.dtype, self.total = q, dtype, total
+
+    def add(self, rows: tuple[int, int], part: Tensor) -> None:
+        whole = rows == (0, self.q.shape[2])
+        if self.total is None and whole and lies(part, self.dtype):
+            self.total = part
+            return
+        total = self.total = self.result()
+        (total if whole else total[:, :, rows[0] : rows[1]]).add_(part)
+
+    def result(self) -> Tensor:
+        return beside(self.q, self.dtype).zero_() if self.total is None else self.total
 
 
 def sums_of(own: list[Tensor], dtype: torch.dtype, into: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -14,6 +14,7 @@ from ..comm import groups
 from ..comm.constants import constant
 from . import blocks
 from .blocks import CHUNK, Rule, wide
+from .gradients import Given
 from .mods import Recording
 from .needs import Needs, Part, Way, way
 from .schedule import Spans
@@ -140,23 +141,15 @@ def forward(
 
 
 def backward(
-    job: Job,
-    g: Tensor,
-    g_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    out: Tensor,
-    sums: Tensor,
-    at: list[Tensor],
+    job: Job, given: Given, g_lse: Tensor | None, captured: Sequence[Tensor], at: list[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v and the captured tensors of a part, given all keys' out and sums."""
+    """Gradients of q, k, v and the captured tensors of a part; g_lse: that of log-sum-exps."""
     none: list[Tensor | None] = [None] * len(captured)
     if job.score is None and g_lse is None:
         seen = _hidden(job, captured, at)
-        found = blocks.backward(g, q, k, v, seen, out, sums, Rule(job.scale), False)
+        found = blocks.backward(given._replace(mask=seen), Rule(job.scale), False)
         return [*found[:3], *none]
+    g, q, k, v, _, out, sums = given
     dtype, groups_ = wide(q.dtype), k.shape[1]
     q, k, v, g, out = (x.to(dtype) for x in (q, k, v, g, out))
     s = blocks.scores(q, k, None, Rule(job.scale), 0)

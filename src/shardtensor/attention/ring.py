@@ -34,7 +34,7 @@ from .around import Held, Shapes, in_turns, own_part, shared, start
 from .blocks import backward, forward, is_based, is_counted, settled, wide
 from .call import INTEGERS, Call, Seen, Span, call_of
 from .counted import refused, top_of
-from .gradients import add, beside, lies, sums_of
+from .gradients import Given, OfQueries, add, beside, lies, sums_of
 from .merge import Merge, relative
 from .twice import attend_plainly
 
@@ -151,69 +151,45 @@ def _attention_backward(
     if q.device.type != "cpu":
         # once, as kernels ask for it
         g = g.contiguous()
+    given = Given(g, q, k, v, mask, out, sums)
     turns = in_turns(call, q, k, mask_grad)
     if len(turns) == 1:
-        return _turn_back(call, g, q, k, v, mask, out, sums, mask_grad)
+        return _turn_back(call, given, mask_grad)
     dq, home = beside(q, q.dtype), sums_of([k, v], k.dtype)
     for heads, keys in turns:
-        _turn_back(
-            call, _heads(g, heads), _heads(q, heads), _heads(k, keys), _heads(v, keys),
-            _heads_of_mask(mask, heads), _heads(out, heads), sums[:, :, heads[0] : heads[1]],
-            False, _heads(dq, heads), [x.narrow(-3, keys[0], keys[1] - keys[0]) for x in home],
-        )  # fmt: skip
+        into = [x.narrow(-3, keys[0], keys[1] - keys[0]) for x in home]
+        _turn_back(call, _some_heads(given, heads, keys), False, _heads(dq, heads), into)
     dk, dv = home[0] if len(home) == 1 else home
     return dq, dk, dv, q.new_empty([0])
 
 
+def _some_heads(x: Given, heads: Span, keys: Span) -> Given:
+    """What the gradients of some heads of queries, and of the keys that they share, are made of."""
+    return Given(
+        _heads(x.g, heads), _heads(x.q, heads), _heads(x.k, keys), _heads(x.v, keys),
+        _heads_of_mask(x.mask, heads), _heads(x.out, heads), x.sums[:, :, heads[0] : heads[1]],
+    )  # fmt: skip
+
+
 def _turn_back(
     call: Call,
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    sums: Tensor,
+    given: Given,
     mask_grad: bool,
     into_q: Tensor | None = None,
     into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of some heads, also in `into_q` and `into`, whose dtype may be that of the sums."""
+    _, q, k, v, mask, *_ = given
     steps, dtype = call.steps, wide(q.dtype)
     k, v = shared(call, k, v)
     inside = into_q is not None and into_q.dtype is dtype
-    dq = into_q.zero_() if into_q is not None and inside else None
+    dq = OfQueries(q, dtype, into_q.zero_() if into_q is not None and inside else None)
     dmask = q.new_zeros(mask.shape, dtype=dtype) if mask_grad and mask is not None else None
     like, held = Shapes.of(k, v), Held.of(k, v, steps)
     home, grads = list[Tensor](), list[Tensor]()
     for step in range(steps + 1):
         arriving, returning = start(call, step, held, grads, like)
-        every = call.seen(q, call.held(call.me, step))
-        # what queries find for all keys at once is not added up
-        alone = len(every) == 1 and every[0].keys == (0, held.keys.shape[2])
-        own = [] if alone else [beside(x, dtype).zero_() for x in (held.keys, held.values)]
-        for seen in every:
-            every_row = seen.rows == (0, q.shape[2])
-            dy, queries, y = _cut(seen.rows, g, q, out)
-            keys, values = _cut(seen.keys, held.keys, held.values)
-            found = backward(
-                dy, queries, keys, values, _part(mask, seen), y,
-                sums if every_row else sums[..., seen.rows[0] : seen.rows[1]],
-                seen.rule, mask_grad,
-            )  # fmt: skip
-            if dq is None and every_row and lies(found[0], dtype):
-                dq = found[0]
-            else:
-                dq = beside(q, dtype).zero_() if dq is None else dq
-                _cut(seen.rows, dq)[0].add_(found[0])
-            if alone:
-                own = [found[1], found[2]]
-            else:
-                add(_cut(seen.keys, *own), found[1:3])
-            part = _part(dmask, seen)
-            if part is not None and found[3] is not None:
-                part.add_(found[3])
-            del found, keys, values
+        own = _step_back(given, call.seen(q, call.held(call.me, step)), held, dq, dmask)
         if step:
             add(home, returning())
         else:
@@ -228,17 +204,42 @@ def _turn_back(
         del arriving, returning
     if grads:
         add(home, start(call, steps + 1, held, grads, like)[1]())
-    if dq is None:
-        dq = beside(q, dtype).zero_()
     if into_q is not None and not inside:
-        add([into_q.zero_(), *(x.zero_() for x in into)], [dq, *home])
+        add([into_q.zero_(), *(x.zero_() for x in into)], [dq.result(), *home])
     dk, dv = home[0] if len(home) == 1 else home
     return (
-        dq.to(q.dtype),
+        dq.result().to(q.dtype),
         dk.to(k.dtype),
         dv.to(v.dtype),
         q.new_empty([0]) if dmask is None or mask is None else dmask.to(mask.dtype),
     )
+
+
+def _step_back(
+    given: Given, every: Sequence[Seen], held: Held, dq: OfQueries, dmask: Tensor | None
+) -> list[Tensor]:
+    """The gradients of a step's keys and values; those of queries and mask are added up."""
+    dtype, rows = dq.dtype, given.q.shape[2]
+    # what queries find for all keys at once is not added up
+    alone = len(every) == 1 and every[0].keys == (0, held.keys.shape[2])
+    own = [] if alone else [beside(x, dtype).zero_() for x in (held.keys, held.values)]
+    for seen in every:
+        dy, queries, y = _cut(seen.rows, given.g, given.q, given.out)
+        keys, values = _cut(seen.keys, held.keys, held.values)
+        sums, (a, b) = given.sums, seen.rows
+        sums = sums if (a, b) == (0, rows) else sums[..., a:b]
+        block = Given(dy, queries, keys, values, _part(given.mask, seen), y, sums)
+        found = backward(block, seen.rule, dmask is not None)
+        dq.add(seen.rows, found[0])
+        if alone:
+            own = [found[1], found[2]]
+        else:
+            add(_cut(seen.keys, *own), found[1:3])
+        part = _part(dmask, seen)
+        if part is not None and found[3] is not None:
+            part.add_(found[3])
+        del found, block, keys, values
+    return own
 
 
 # the ops -----------------------------------------------------------------------------------------

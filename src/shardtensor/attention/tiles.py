@@ -26,6 +26,7 @@ from ..cache import unseen
 from ..comm.define import define, run
 from ..errors import UnsupportedOpError
 from .blocks import CHUNK, Rule, backward, coarse_rows, forward, settled, wide
+from .gradients import Given
 from .merge import log_of
 from .pieces import At, Pieced, box_shape, boxes, taken
 
@@ -220,9 +221,8 @@ def add_gradients(
         sums = torch.stack((found, torch.ones_like(found), found))
         if coarse_rows(found) is not None:
             sums = settled(forward(*operands, mask, rule)[1])
-        grads = backward(
-            _taken(g, queries), *operands, mask, _taken(out, queries), sums, rule, False
-        )
+        given = Given(_taken(g, queries), *operands, mask, _taken(out, queries), sums)
+        grads = backward(given, rule, False)
         for x, into, at in zip(grads[:3], (dq, dk, dv), (queries, keys, keys), strict=True):
             # tiles share keys
             for place, part in _parts(x, into, at):
