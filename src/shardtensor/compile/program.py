@@ -13,35 +13,23 @@ import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from .. import _torch
-from .._torch import probe
 from ..cache import register
 from ..caller import described, error_line
 from ..comm import observers
-from ..dispatch.writes import check_readable
 from ..errors import UnsupportedOpError
-from ..settings import setting
-from ..spec import Spec
-from ..tensor import ShardTensor, wrap
+from ..tensor import wrap
 from ..tensor.apart import note
-from ..tensor.tape import Tape
 from . import nested, varied, writes
 from .blocks import Programs, blocks_of
-from .draws import Draw, hoist
-from .guards import Reads, recording
-from .inputs import Call, Own, further, key_of, modes_of, parted, parts_of, replaced, seen, using
+from .inputs import Call, Own, further, key_of, modes_of, parted, parts_of
 from .members import Members
-from .refused import NoHooks, NoWrites, check_whole, without_what_no_graph_holds
-from .varied import Varied
-from .writes import Before
+from .traced import Graph, graph_of, name_of
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -121,7 +109,7 @@ def compile(
     if blocks is None:
         return Compiled(fn, options)
     if not isinstance(fn, nn.Module):
-        raise ValueError(f"blocks of {_name(fn)}, which is no module: leave them out")
+        raise ValueError(f"blocks of {name_of(fn)}, which is no module: leave them out")
     found = blocks_of(fn, tuple(blocks))
     if not found:
         raise ValueError(
@@ -141,27 +129,6 @@ def compile_forward(modules: Iterable[nn.Module], options: dict[str, Any]) -> No
         module.__dict__["forward"] = Compiled(module, options, call, programs)
 
 
-@dataclass
-class _Graph:
-    """A compiled program, and as it is without; what it reads, returns and draws.
-
-    twins: the parameters whose gradients are summed later, by name. varied: inputs whose gradients
-    are summed over ranks; written: that it writes to; before: of which it takes copies. specs: of
-    all that its functions took.
-    """
-
-    run: Callable[..., Any]
-    whole: Callable[..., Any]
-    reads: Reads
-    out: tuple[pytree.TreeSpec, list[tuple[Spec, Any] | None]]
-    draws: list[Draw]
-    twins: list[str]
-    varied: list[Varied]
-    written: list[int]
-    before: list[Before]
-    specs: list[Spec]
-
-
 class Compiled:
     """What `compile` returns. `traces` counts the graphs made so far."""
 
@@ -170,7 +137,7 @@ class Compiled:
     options: dict[str, Any]
     programs: Programs
     members: Members
-    traced: OrderedDict[Any, list[_Graph]]
+    traced: OrderedDict[Any, list[Graph]]
     traces: int
 
     most: ClassVar[int] = 32
@@ -250,17 +217,19 @@ class Compiled:
     def _told(self, why: str, level: int = 4) -> None:
         """Warn that calls run eagerly; raise where that is not wanted."""
         if self.options.get("fullgraph"):
-            raise UnsupportedOpError(f"{_name(self.fn)} {why}")
+            raise UnsupportedOpError(f"{name_of(self.fn)} {why}")
         self._warn(why, level + 1)
 
     def _warn(self, why: str, level: int = 4) -> None:
-        warnings.warn(f"{_name(self.fn)} {why}", stacklevel=level)
+        warnings.warn(f"{name_of(self.fn)} {why}", stacklevel=level)
 
-    def _make(self, key: tuple[Any, ...], call: Call) -> _Graph | None:
+    def _make(self, key: tuple[Any, ...], call: Call) -> Graph | None:
         """A graph for a call, None if it changes what it reads, or does what no graph holds."""
         self._note(key)
         try:
-            graph, changed = self._trace(call)
+            graph, changed = graph_of(
+                self.fn, self.call, call, self.members.modules, self._programs(call)
+            )
         except UnsupportedOpError as e:
             line = error_line(e.__cause__ or e)
             text = f"{e} ({line})" if line and line not in str(e) else str(e)
@@ -283,10 +252,16 @@ class Compiled:
         self.traces += 1
         return graph
 
+    def _programs(self, call: Call) -> Callable[[torch.fx.GraphModule], Callable[..., Any]]:
+        """What runs a graph of the call."""
+        # whether modules train is part of the graph already
+        modes = (call.modes[0], *call.modes[2:])
+        return lambda graph: self.programs.of(graph, modes, self.options)
+
     def _tried(self, key: Any, why: str) -> None:
         """Note that a call was traced in vain; warn where none like it will be again."""
         self.changing[key] += 1
-        log.info("a call of %s %s", _name(self.fn), why)
+        log.info("a call of %s %s", name_of(self.fn), why)
         if self.changing[key] >= _TRIES:
             self._told(why, 5)
 
@@ -298,7 +273,7 @@ class Compiled:
         ]
         changed += [g.reads.changed() for g in self.traced.get(key, ())[-1:]]
         what = "; ".join(changed) or f"specs: {now['specs']}"
-        log.info("graph %d of %s: %s", self.traces + 1, _name(self.fn), what)
+        log.info("graph %d of %s: %s", self.traces + 1, name_of(self.fn), what)
         self.last = now
         if sum(map(len, self.traced.values())) < self.most:
             return
@@ -306,94 +281,6 @@ class Compiled:
             log.warning(
                 "%s has more than %d graphs: those not used for long are dropped and will be "
                 "compiled again. The newest differs in %s",
-                _name(self.fn), self.most, what,
+                name_of(self.fn), self.most, what,
             )  # fmt: skip
         self.traced.popitem(last=False)
-
-    def _trace(self, call: Call) -> tuple[_Graph, str]:
-        """The graph of a call, and what of the state that it reads it changed."""
-        nested.check_scripted(self.members.modules)
-        leaves, state = call.leaves, call.own
-        form: list[Any] = []
-        changed, tape, hooks = "", Tape(), NoHooks()
-
-        def local(*tensors: Tensor) -> list[Any]:
-            """The call on local tensors alone, which is traced; notes specs and state."""
-            nonlocal changed
-            own, given = state.inside(iter(tensors), leaves, call.again)
-            kept = [x._local if isinstance(x, ShardTensor) else x for x in given]
-            args, kwargs = pytree.tree_unflatten(given, call.tree)
-            with (
-                using(self.fn, own),
-                recording(inputs, tape, lambda: (self.fn, args, kwargs)) as reads,
-                setting("tape", tape),
-                hooks,
-                NoWrites(tape),
-            ):
-                try:
-                    out = self.call(*args, **kwargs)
-                    tape.check()
-                except BaseException:
-                    # what was done so far will be done again
-                    reads.restore()
-                    raise
-                changed = reads.changed() or replaced(self.fn, own)
-                if changed:
-                    reads.restore()
-            if any(
-                isinstance(x, ShardTensor) and x._local is not k
-                for x, k in zip(given, kept, strict=True)
-            ):
-                raise UnsupportedOpError(
-                    f"{_name(self.fn)} gives an argument other data or another spec in place, "
-                    "which a compiled program cannot: return a new tensor"
-                )
-            reads.close()
-            flat, spec = nested.flat(out)
-            nested.check_results(flat)
-            # where a write to a view would have to be written back
-            check_readable((*own.values(), *given, *flat), {})
-            form.extend([reads, (spec, [seen(x) for x in flat])])
-            return [x._local if isinstance(x, ShardTensor) else x for x in flat]
-
-        inputs = frozenset(map(id, self.members.modules))
-        tensors = [*state.tensors, *state.doubles(), *call.tensors]
-        # what is traced sets the mode; an error would leave it so
-        grad = torch.is_grad_enabled()
-        trace = make_fx(local, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
-        try:
-            # a checkpoint that runs the call again finds its graph
-            with without_what_no_graph_holds(), _torch.saving_here():
-                graph = trace(*tensors)
-        except probe.depends_on_values() as e:
-            raise UnsupportedOpError(
-                f"Python in {_name(self.fn)} needs the value of a tensor (int, item, if), which a "
-                "compiled program cannot hold: keep it as a Python number, use torch.where, or "
-                "leave it out of st.compile"
-            ) from e
-        finally:
-            torch.set_grad_enabled(grad)
-            tape.close()
-        check_whole(graph)
-        places = (n for n in graph.graph.nodes if n.op == "placeholder")
-        graded = {n for n, x in zip(places, tensors, strict=True) if grad and x.requires_grad}
-        draws = hoist(graph, tape)
-        twins = state.used(graph, writes.written(graph.graph.nodes))
-        further = varied.hoist(graph)
-        written, before = writes.hoist(graph, graded)
-        # Dynamo takes neither names for the profiler nor questions about dtypes, traced too
-        for node in reversed(graph.graph.nodes):
-            if getattr(node.target, "namespace", "") == "profiler":
-                graph.graph.erase_node(node)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        # forward: hooks of all modules are part of the graph already
-        modes = (call.modes[0], *call.modes[2:])
-        run = self.programs.of(graph, modes, self.options)
-        hoisted = (draws, twins, further, written, before)
-        specs = [*hooks.specs]
-        return _Graph(run, graph.forward, form[0], form[1], *hoisted, specs), changed
-
-
-def _name(fn: Any) -> str:
-    return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))

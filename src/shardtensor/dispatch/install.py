@@ -16,7 +16,8 @@ from .resolve import handler_of_shards
 _ALONE = (
     *("_torch.autograd", "_torch.world", "cache", "caller", "checkpoint", "comm", "containers"),
     *("cuts", "io", "observe", "paged", "plan", "ranks", "registry", "settings", "shares", "spec"),
-    *("tensor.construct", "tensor.random", "tensor.recut", "tensor.redistribute", "train"),
+    *("tensor.construct", "tensor.convert", "tensor.random", "tensor.recut", "tensor.redistribute"),
+    "train",
 )
 
 

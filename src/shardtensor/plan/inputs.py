@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +13,9 @@ from ..later import dt
 from ..spec import Spec
 from ..tensor import wrap
 from .known import Known
+from .task import Task
 from .trees import dims_like
 from .way import Layout
-
-if TYPE_CHECKING:
-    from .estimate import Task
-
 
 Like = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[int, ...] | None]
 

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..dispatch.writes import stands_for_rows, stands_for_view
 from ..spec import Dim, Spec, whole_dims
 from ..tensor import ShardTensor, recut, wrap
+from ..tensor.convert import convert
 from ..tensor.recut import lasting
-from ..tensor.redistribute import convert, like, reduced, to_dims
+from ..tensor.redistribute import like, reduced, to_dims
 
 Dims = tuple[Dim, ...]
 

@@ -30,8 +30,9 @@ from ...dispatch.fallback import gathered
 from ...registry import rule
 from ...spec import Dim, Spec
 from ...tensor import ShardTensor, wrap
+from ...tensor.convert import convert
 from ...tensor.random import generator_for, matching
-from ...tensor.redistribute import convert, fit, like, reduced, to_dims
+from ...tensor.redistribute import fit, like, reduced, to_dims
 from ..empty import stock
 from ..labels import Known, known
 from .plan import (
@@ -96,14 +97,7 @@ def scaled_dot_product_attention(
         assert axis is not None
         return _by_heads(p, (query, key, value), axis, {"is_causal": is_causal, **options})
     for_q, for_k, for_v, for_mask = p.wanted
-    rows = "own"
-    if attn_mask is not None and attn_mask.shape[-2] == 1:
-        rows = "one"
-    elif goes.kind == "usp" and for_mask is not None and not isinstance(masked, Spec):
-        # a mask that every rank has needs no exchange within a team
-        rows = "whole"
-    if goes.kind == "usp" and for_mask is not None and rows != "own":
-        for_mask = (*for_mask[:-2], for_mask[-2].whole, for_mask[-1])
+    rows, for_mask = _rows_of_mask(p, goes, masked)
     if p.lies and attn_mask is None:
         # as `fit` does, at a fraction of its cost
         q, k, v, mask = query._local, key._local, value._local, None  # type: ignore[attr-defined]
@@ -125,6 +119,21 @@ def scaled_dot_product_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = max(1, p.width) ** -0.5 if scale is None else scale
     return _in_blocks(p, goes, (q, k, v, mask), rows, is_causal, scale, exact, dropout_p)
+
+
+def _rows_of_mask(p: Plan, goes: Way, mask: Known | None) -> tuple[str, tuple[Dim, ...] | None]:
+    """Which rows of a mask a rank of a team has, and in which dims it is wanted."""
+    rows, wanted = "own", p.wanted[3]
+    if wanted is None or mask is None:
+        return rows, wanted
+    if (mask.shape if isinstance(mask, Spec) else mask)[-2] == 1:
+        rows = "one"
+    elif goes.kind == "usp" and not isinstance(mask, Spec):
+        # a mask that every rank has needs no exchange within a team
+        rows = "whole"
+    if goes.kind == "usp" and rows != "own":
+        wanted = (*wanted[:-2], wanted[-2].whole, wanted[-1])
+    return rows, wanted
 
 
 def _in_blocks(

@@ -339,7 +339,12 @@ def setitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = x._local.new_zeros(()).masked_fill(true, value.reshape(()))
         _same_dtype(x, value)
         _set_at(x, entries, value)
-        return
+    else:
+        _set_ranges(x, entries, value)
+
+
+def _set_ranges(x: ShardTensor, entries: list[Any], value: Tensor) -> None:
+    """x[entries] = value for slices and integers."""
     # one row of a sharded dim stays as a range, which leaves other ranks with nothing to write
     ranges, single = [], []
     for e, dim in zip(entries, x._spec.dims, strict=True):

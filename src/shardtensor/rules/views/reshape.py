@@ -16,7 +16,8 @@ from ...dispatch.writes import stands_for_view
 from ...registry import rule
 from ...spec import Dim, Spec
 from ...tensor import ShardTensor, layout, recut, wrap
-from ...tensor.redistribute import convert, like, reduced, replicate
+from ...tensor.convert import convert
+from ...tensor.redistribute import like, reduced, replicate
 from ..agreed import agreed
 from ..operands import checked_dim, many, moved
 from ..pointwise import function_rule

@@ -15,8 +15,9 @@ from ...dispatch.writes import slice_of, stands_for_rows
 from ...registry import rule
 from ...spec import Dim, Spec
 from ...tensor import ShardTensor, recut, wrap
+from ...tensor.convert import convert
 from ...tensor.recut import lasting
-from ...tensor.redistribute import convert, fit, reduced
+from ...tensor.redistribute import fit, reduced
 from ..operands import checked_dim, dims_of, many, mesh_of, whole_in
 
 
