@@ -63,7 +63,7 @@ def install_function_hook(around: Callable[[Callable[..., Any], tuple[Any, ...]]
 
 
 def install_engine_hook(
-    roots: Callable[[Any, Any, bool], tuple[Any, Any]],
+    roots: Callable[[Any, Any, bool, Any], tuple[Any, Any]],
     unwrap: Callable[[Any], Any],
     found: Callable[[Any, Any], Any],
     around: Callable[[Any], AbstractContextManager[Any]],
@@ -71,7 +71,8 @@ def install_engine_hook(
 ) -> None:
     """Map what goes to the engine and comes from it; it runs in around(outputs) under anomalies.
 
-    roots(outputs, grads, whether leaves accumulate), unwrap(an input), found(inputs, gradients).
+    roots(outputs, grads, whether leaves accumulate, inputs), unwrap(an input), found(inputs, their
+    gradients).
     under_way has a frame below each call that the engine is at.
     """
     engine = torch.autograd._engine_run_backward
@@ -81,7 +82,7 @@ def install_engine_hook(
         if inputs:
             args = (*args[:2], tuple(unwrap(x) for x in inputs), *args[3:])
         accumulate = kwargs.get("accumulate_grad", False)
-        given = roots(outputs, grads, accumulate)
+        given = roots(outputs, grads, accumulate, inputs)
         create_graph, anomalies = len(args) >= 2 and args[1], torch.is_anomaly_enabled()
         under_way.append(sys._getframe())
         try:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad
 
 from ..later import dt, styles, when_loaded
+from .held import Held, writes
 
 
 def when_made_from_local(then: Callable[[Any], object]) -> None:
@@ -32,6 +33,20 @@ def _groups(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]
     return [g for g in groups if g is not None]
+
+
+def hold_for_graphs(module: torch.nn.Module) -> None:
+    """Let a unit of FSDP2 keep its weights whole as long as a graph of gradients reads them."""
+    state: Any = _get_module_state(module)
+    for group in _groups(state):
+        Held(group, state)
+
+
+def _held_of(root: Any) -> list[Held]:
+    """The groups of a model, by its state, that are whole for a graph of gradients."""
+    every = [g for state in root._state_ctx.all_states for g in _groups(state)]
+    found = [getattr(g, "_shardtensor_held", None) for g in every]
+    return [h for h in found if h is not None and h.hooks is not None]
 
 
 def _params_of(root: Any) -> list[Any]:
@@ -60,6 +75,18 @@ def whole_gradients(parameters: Iterable[torch.Tensor]) -> list[str]:
         if id(p.sharded_param) in own
         and getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
     ]
+
+
+def weights_of_units(xs: Iterable[Any], shards: bool) -> list[str]:
+    """Names of those that are parameters of units of ours; shards: only in the form of shards."""
+    wanted, found = set(map(id, xs)), []
+    for module in list(_module_state_mapping):
+        for group in _groups(_get_module_state(module)):
+            for p in group.fsdp_params if hasattr(group, "_shardtensor_held") else ():
+                whole = None if shards else getattr(p, "_unsharded_param", None)
+                if not wanted.isdisjoint((id(p.sharded_param), id(whole))):
+                    found.append(p._param_fqn or "a parameter")
+    return found
 
 
 def is_around_unit(function: type[torch.autograd.Function]) -> bool:
@@ -99,6 +126,8 @@ def mend_fsdp(root: torch.nn.Module) -> None:
     params = _params_of(state)
     # torch 2.15 drops what passes before the broken one left there
     kept = [(p.sharded_param, p.sharded_param.grad) for p in params]
+    for held in _held_of(state):
+        held.release()
     state._reset_iter_state()
     for shard, grad in kept:
         shard.grad = grad
@@ -116,10 +145,13 @@ def drop_stale(root: torch.nn.Module) -> None:
     It keeps them whole after a forward for the backward to come (torch 2.11 to 2.14). If none came
     and an optimizer stepped, the next forward would take the old ones.
     """
-    for group in _groups(_get_module_state(root)):
-        shards = [p.sharded_param for p in group.fsdp_params]
-        # ops on a DTensor do not count as writes to its local tensor
-        written = [(p._version, p._local_tensor._version) for p in shards]
+    state: Any = _get_module_state(root)
+    for held in _held_of(state):
+        if held.written != writes(held.group):
+            held.release()
+            held.group.reshard()
+    for group in _groups(state):
+        written = writes(group)
         if group.is_unsharded and written != getattr(group, "_shardtensor_written", written):
             group.reshard()
         group._shardtensor_written = written

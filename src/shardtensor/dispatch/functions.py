@@ -17,9 +17,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction as _Checkpoint
 
-from .. import _torch
+from .. import _torch, later
 from .._torch import probe
-from .._torch.dtensor import is_around_unit
+from .._torch.dtensor import is_around_unit, weights_of_units
 from ..comm import observers
 from ..errors import UnsupportedOpError
 from ..registry import rules
@@ -251,8 +251,10 @@ def _continue(out: Any, sent: dict[int, ShardTensor]) -> Any:
 
 
 def engine_roots(
-    outputs: Any, grads: Any, accumulate: bool
+    outputs: Any, grads: Any, accumulate: bool, inputs: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    if inputs and later.fsdp_classes():
+        _refuse_weights(inputs, accumulate)
     roots: tuple[Any, ...] = tuple(outputs)
     sharded = False
     for x in roots:
@@ -269,6 +271,18 @@ def engine_roots(
         for g, spec in zip(grads, specs, strict=True)
     ]
     return roots, tuple(paired)
+
+
+def _refuse_weights(inputs: Any, accumulate: bool) -> None:
+    """Raise where gradients are asked for of weights to whose shards FSDP2 brings them."""
+    asked = [x for x in inputs if isinstance(x, torch.nn.Parameter)]
+    names = weights_of_units(asked, accumulate) if asked else []
+    if names:
+        asked_by = "backward(inputs=...)" if accumulate else "torch.autograd.grad"
+        raise UnsupportedOpError(
+            f"{asked_by} of {', '.join(names[:3])}, to whose shards FSDP2 brings gradients in a "
+            "whole backward: call backward() and read their .grad, or leave fsdp out of parallelize"
+        )
 
 
 def engine_results(inputs: Any, grads: Any) -> Any:

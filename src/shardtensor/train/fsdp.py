@@ -22,6 +22,7 @@ from .. import comm
 from .._torch.dtensor import (
     drop_stale,
     drop_whole,
+    hold_for_graphs,
     hooked_fsdp,
     is_broken_fsdp,
     mend_fsdp,
@@ -109,6 +110,7 @@ def shard(
     for block in (*reversed(inside), model):
         own = first if block is model else policy
         fsdp2.fully_shard(block, mesh=over, mp_policy=own, ignored_params=scalars | sharded)
+        hold_for_graphs(block)
     # before FSDP2's own, and after it
     model.register_forward_pre_hook(_mend, prepend=True)
     model.register_forward_hook(_end)
