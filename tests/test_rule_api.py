@@ -240,3 +240,25 @@ def test_a_rule_that_gives_another_shape_than_its_spec_says():
             narrower(x)
 
     simulate(2, run)
+
+
+class Scaled:
+    """A stand-in for a tensor, as torch.fx has them."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        given = [a.value * 2 if isinstance(a, cls) else a for a in args]
+        return func(*given, **(kwargs or {}))
+
+
+def test_a_class_that_is_no_tensor_has_its_way():
+    w = torch.linspace(0, 1, 12, dtype=torch.float64).reshape(3, 4)
+    for fn in (lambda x: nn.functional.linear(x, Scaled(w)), lambda x: torch.mul(x, Scaled(w[0]))):
+        hold(fn, [torch.ones(5, 4, dtype=torch.float64)], [shard(0, (2, 3))], (2,))
+
+
+def test_the_name_of_a_tensor():
+    hold(lambda x: x * (2 if x.name is None else 3), [torch.ones(4)], [shard(0)], (2,))

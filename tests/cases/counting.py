@@ -9,6 +9,7 @@ OPS = {
     "histc": lambda x: torch.histc(x, 5),
     "histc within": lambda x: torch.histc(x, 4, -1, 1),
     "histogram": lambda x: torch.histogram(x, 5),
+    "histogram of 100": lambda x: x.histogram(),
     "edges": lambda x: torch.histogram(x, EDGES),
     "density": lambda x: torch.histogram(x, 4, range=(-1.0, 1.0), density=True),
     "bucketize": lambda x: torch.bucketize(x, EDGES, right=True),

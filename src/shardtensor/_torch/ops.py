@@ -28,7 +28,9 @@ handle_torch_function_names = (
 
 def aten_packet(name: str) -> Any:
     """The aten op of this name, or None."""
-    return getattr(torch.ops.aten, name, None) if not name.startswith("__") else None
+    found = getattr(torch.ops.aten, name, None)
+    # the namespace has attributes of its own, such as its name
+    return found if isinstance(found, OpOverloadPacket) else None
 
 
 def overloads(packet: Any) -> list[Any]:

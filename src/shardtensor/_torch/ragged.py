@@ -22,7 +22,7 @@ def is_jagged(kind: type) -> bool:
     return kind.__module__ == _JAGGED
 
 
-def watch_jagged(seen: Callable[[Any], None]) -> None:
+def watch_jagged(seen: Callable[[Any], Any]) -> None:
     """Let seen(types) be called of each function of jagged tensors, which may come first in it."""
 
     def take(module: ModuleType) -> None:

@@ -43,8 +43,11 @@ def differentiated(x: torch.Tensor) -> bool:
 
 def followed(x: torch.Tensor) -> bool:
     """Whether a tensor has a tangent, or is one of a torch.func transform: not only its numbers."""
-    if _functorch.is_functorch_wrapped_tensor(x):
-        return True
+    return _functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward mode follows a tensor."""
     if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
         return False
     return forward_ad.unpack_dual(x).tangent is not None

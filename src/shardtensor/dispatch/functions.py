@@ -22,7 +22,7 @@ from .._torch import probe
 from .._torch.dtensor import is_around_unit, weights_of_units
 from ..comm import observers
 from ..errors import UnsupportedOpError
-from ..registry import rules
+from ..registry import handlers, method, rules
 from ..spec import Dim, Spec
 from ..tensor import ShardTensor, wrap
 from ..tensor.aliases import refuse_copy
@@ -93,6 +93,23 @@ class _Overwrite(torch.autograd.Function):
         return torch.zeros_like(grad), gradient(grad, ctx.spec), None
 
 
+@method
+def leaf(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What C++ calls on wrappers: a leaf op of a composite, or what a function without override is.
+
+    Of the latter torch.func has done its part on the wrapper, which is in none of its levels.
+    """
+    if not _torch.inside_composite():
+        for x in args:
+            if isinstance(x, ShardTensor) and _torch.is_batched(x._local):
+                raise UnsupportedOpError(
+                    f"torch.func through {func}, which torch calls on a ShardTensor by itself, as "
+                    "in torch.as_tensor: leave that out, or cast by x.to(dtype)"
+                )
+    with _torch.leaf_call():
+        return handlers[func](func, args, kwargs)
+
+
 def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """`Function.apply`: on the way in and out, wrappers join their local graphs."""
     if not any(isinstance(a, ShardTensor) for a in args):
@@ -101,11 +118,12 @@ def around_apply(call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         out = call(*args)
         _continue(out, {})
         return out
-    function = call.__self__  # type: ignore[attr-defined]
+    function: Any = call.__self__  # type: ignore[attr-defined]
     if function in (_Attach, _Continue, _Pass, _Overwrite):
         return call(*args)
     if function in rules:
         return rules[function](*args)
+    _check_tangents(function, args)
     _check_recording(function, args)
     sent: dict[int, ShardTensor] = {}
     passed = []
@@ -154,6 +172,17 @@ def _keep_plain(node: Any, passed: list[Any]) -> None:
         )
 
     node.register_hook(hook)
+
+
+def _check_tangents(function: Any, args: tuple[Any, ...]) -> None:
+    """Raise where an argument has a tangent, of which C++ knows nothing on a wrapper."""
+    if _torch.dual_level() < 0:
+        return
+    if any(_torch.followed(local_of(a)) for a in args if isinstance(a, Tensor)):
+        raise UnsupportedOpError(
+            f"torch.func or forward mode through {function.__name__}, an autograd.Function, of "
+            "ShardTensors: take torch.autograd.grad, or write it in torch's functions"
+        )
 
 
 def _check_recording(function: Any, args: tuple[Any, ...]) -> None:

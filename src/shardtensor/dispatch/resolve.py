@@ -55,7 +55,7 @@ _LOCAL_ATTRIBUTES = {
     "_backward_hooks", "is_ort", "is_xla", "is_ipu", "is_maia", "is_vulkan", "is_mtia", "is_hpu",
     "get_device", "is_floating_point", "is_complex", "is_signed", "element_size", "is_inference",
     "is_conj", "is_neg", "_is_view", "is_pinned", "is_coalesced", "has_names", "is_distributed",
-    "is_shared",
+    "is_shared", "name",
 }  # fmt: skip
 
 

@@ -40,8 +40,8 @@ def refused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoR
 @registry.rule(_torch.FUNCTION_OF_TRANSFORMS)
 def function(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     raise UnsupportedOpError(
-        f"torch.func through {args[0].__name__}, an autograd.Function, of ShardTensors: take "
-        "torch.autograd.grad, or write it in torch's functions"
+        f"torch.func or forward mode through {args[0].__name__}, an autograd.Function, of "
+        "ShardTensors: take torch.autograd.grad, or write it in torch's functions"
     )
 
 

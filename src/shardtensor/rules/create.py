@@ -83,7 +83,8 @@ def new_tensor(input: Tensor, data: Any, **kwargs: Any) -> Tensor:
         made = wrap(local, Spec.whole(input._spec.mesh, local.shape))
     else:
         made = input.new_tensor(data, **kwargs)
-    return made.requires_grad_(grad)
+    # torch.func lets nobody ask
+    return made.requires_grad_() if grad else made
 
 
 @function_rule("fill")

@@ -177,7 +177,8 @@ def _like(
         local = local.contiguous(memory_format=memory_format)
     elif not x._local.is_contiguous():
         local = torch.empty_like(x._local, dtype=local.dtype, device=place).copy_(local)
-    return wrap(local.requires_grad_(requires_grad), spec)
+    # torch.func lets nobody ask
+    return wrap(local.requires_grad_() if requires_grad else local, spec)
 
 
 @function_rule(

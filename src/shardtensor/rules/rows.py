@@ -60,6 +60,8 @@ def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) ->
     """
     if negative is None:
         return at.long()
+    # those of a batch are refused before a rank looks at its own
+    at = _torch.unwrapped(at)
     if at.dtype not in (torch.int64, torch.int32):
         raise IndexError(f"{op}: an index of {at.dtype}; expected int64")
     at = at.long()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import comm
+from .. import _torch, comm
 from ..comm import counters, groups, together, wire
 from ..comm.formats import memory_format
 from ..cuts import Cut, cut
@@ -56,6 +56,11 @@ def distribute_tensor(
     spec = Spec.of(device_mesh, placements, tensor.shape, sizes)
     if spec.partial:
         raise ValueError("distribute_tensor to Partial: use ShardTensor.from_local")
+    if _torch.has_tangent(tensor):
+        raise UnsupportedOpError(
+            "distribute_tensor of a tensor with a tangent, which a leaf has not: distribute both "
+            "outside of torch.func and forward mode, or take ShardTensor.from_local"
+        )
     name = comm.group(device_mesh, tuple(range(device_mesh.ndim)))
     source = tensor.detach()
     if counters.records and src_data_rank is None:
@@ -69,7 +74,8 @@ def distribute_tensor(
             told = {"src_data_rank": src_data_rank}
             counters.called("distribute_tensor", (source, device_mesh), told)
         local = _scatter(source, spec, src_data_rank, name).contiguous(memory_format=form)
-    whole = wrap(local.requires_grad_(tensor.requires_grad), spec)
+    # torch.func lets nobody ask
+    whole = wrap(local.requires_grad_() if tensor.requires_grad else local, spec)
     if spec.thin and form is not torch.contiguous_format:
         whole._strides = layout.Strides.of(spec.shape, layout.in_format(spec.shape, form))
     return whole

@@ -21,7 +21,12 @@ _NOT_DENSE = (
     "index_select and index_add over its entries"
 )
 # of a Function that torch.func cannot follow, and of values that it hides
-_BY_HAND = ("setup_context", "getSingleLevelAutogradFunctionAllowed", "vmap", "TensorWrapper")
+_BY_HAND = (
+    *("setup_context", "getSingleLevelAutogradFunctionAllowed", "vmap", "TensorWrapper"),
+    "data pointer",
+)
+# of torch's older vmap, behind `torch.autograd.functional.jacobian(vectorize=True)`
+_OLDER = "BatchedTensorImpl", "Batching rule not implemented"
 
 
 def refuse_not_dense(form: torch.layout) -> NoReturn:
@@ -31,13 +36,15 @@ def refuse_not_dense(form: torch.layout) -> NoReturn:
 
 
 @method
-def meet(types: Iterable[type]) -> None:
-    """Raise for a function of ShardTensors and jagged tensors: whichever class comes first.
+def meet(types: Iterable[type]) -> bool:
+    """Whether a function is for a class that is no tensor, as `torch.fx` has one.
 
-    Inside of a jagged tensor shards would be values that autograd does not follow.
+    Raises for one of ShardTensors and jagged tensors, whichever class comes first: inside of a
+    jagged tensor shards would be values that autograd does not follow.
     """
     if ShardTensor in types and any(map(_torch.ragged.is_jagged, types)):
         refuse_not_dense(torch.jagged)
+    return not all(issubclass(t, Tensor) for t in types)
 
 
 _torch.ragged.watch_jagged(meet)
@@ -57,6 +64,11 @@ def explain(error: Exception, func: Any, args: Any, kwargs: Any) -> None:
             f"torch.func or forward mode through {getattr(func, '__name__', func)}, whose way with "
             "shards has a backward of its own: take torch.autograd.grad, or gather its operands "
             "(full_tensor())"
+        ) from error
+    if any(text in str(error) for text in _OLDER):
+        raise UnsupportedOpError(
+            f"{getattr(func, '__name__', func)} inside of torch.autograd.functional with "
+            "vectorize=True: take torch.func.jacfwd or jacrev, or leave vectorize out"
         ) from error
     for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, ShardTensor)):
         kind = _not_dense(getattr(x, "_local", x))

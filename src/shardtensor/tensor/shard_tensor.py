@@ -62,8 +62,8 @@ class ShardTensor(torch.Tensor):
     ) -> Any:
         if torch.compiler.is_dynamo_compiling():
             _torch.tell_dynamo(_warn, _COMPILE)
-        if types[1:] not in ((), (Tensor,)):
-            methods["meet"](types)
+        if types[1:] not in ((), (Tensor,)) and methods["meet"](types):
+            return NotImplemented
         try:
             return handlers[func](func, args, kwargs or {})
         except (RuntimeError, IndexError) as e:
@@ -79,8 +79,7 @@ class ShardTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with _torch.leaf_call():
-            return handlers[func](func, args, kwargs or {})
+        return methods["leaf"](func, args, kwargs or {})
 
     # the global view ------------------------------------------------------------------------------
 

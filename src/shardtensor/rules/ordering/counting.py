@@ -157,7 +157,7 @@ def histc(input: ShardTensor, bins: int = 100, min: float = 0, max: float = 0) -
 @rule("histogram")
 def histogram(
     input: Tensor,
-    bins: Any,
+    bins: Any = 100,
     *,
     range: Any = None,
     weight: Tensor | None = None,
