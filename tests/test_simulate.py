@@ -251,6 +251,38 @@ def test_ranks_begin_with_the_random_states_of_their_program():
     assert found == [(random.random(), float(np.random.rand()))] * 3
 
 
+def draws(rank, meet):
+    """Numbers of a rank's own seed; of two normal ones the generator keeps the second."""
+    for _ in range(rank):
+        np.random.rand(), random.random()
+    found = [np.random.randn(), random.gauss(0, 1)]
+    states = np.random.get_state(legacy=False), random.getstate()
+    for _ in range(2):
+        meet()
+        found += [np.random.randn(), random.gauss(0, 1)]
+        meet()
+        np.random.set_state(states[0]), random.setstate(states[1])
+    meet()
+    return [*found, *np.random.randn(3), random.gauss(0, 1), random.random()]
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_ranks_draw_from_states_of_their_own(kind):
+    before = np.random.mtrand._rand._bit_generator
+    random.seed(5)
+    np.random.set_bit_generator(kind(5))
+    try:
+        begin = np.random.get_state(legacy=False), random.getstate()
+        want = []
+        for rank in range(3):
+            want.append(draws(rank, lambda: None))
+            np.random.set_state(begin[0]), random.setstate(begin[1])
+        assert st.simulate(3, lambda: draws(dist.get_rank(), dist.barrier)) == want
+        assert draws(0, lambda: None) == want[0]
+    finally:
+        np.random.set_bit_generator(before)
+
+
 @contextmanager
 def wide():
     torch.set_default_dtype(torch.float64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy
@@ -51,17 +53,66 @@ def switch(wanted: tuple[Any, ...]) -> None:
             put(x)
 
 
+def _fields(x: object) -> bytes:
+    """What lies in the memory of an object, but for how often it is referred to."""
+    head = object.__basicsize__
+    return ctypes.string_at(id(x) + head, x.__sizeof__() - head)
+
+
+def _of_python() -> object:
+    return _fields(random._inst), *vars(random._inst).values()
+
+
+def _of_numpy() -> object:
+    own = numpy.random.mtrand._rand
+    numbers = own._bit_generator
+    if type(numbers) is not numpy.random.MT19937:
+        return None
+    # 624 words and a position; the object has the other half of a normal draw
+    return _fields(own), ctypes.string_at(numbers.ctypes.state_address, 2500)
+
+
+class _Kept:
+    """A generator's state, read and set only where its memory is not as before: these take long.
+
+    memory: what changes with it, None where that is not known.
+    """
+
+    def __init__(
+        self, memory: Callable[[], object], read: Callable[[], Any], put: Callable[[Any], None]
+    ) -> None:
+        self.memory, self.read, self.put = memory, read, put
+        self.seen: object = None
+        self.state: Any = None
+
+    def get(self) -> Any:
+        now = self.memory()
+        if now is None or now != self.seen:
+            self.state, self.seen = self.read(), now
+        return self.state
+
+    def set(self, state: Any) -> None:
+        now = self.memory()
+        if now is None or now != self.seen or state is not self.state:
+            self.put(state)
+            self.state, self.seen = state, self.memory()
+
+
+_PYTHON = _Kept(_of_python, random.getstate, random.setstate)
+_NUMPY = _Kept(_of_numpy, partial(numpy.random.get_state, legacy=False), numpy.random.set_state)
+
+
 def random_states() -> tuple[Any, ...]:
     """Of all generators that a program draws from unless it says another; no device is asked."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state(), gpus
+    return torch.get_rng_state(), _PYTHON.get(), _NUMPY.get(), gpus
 
 
 def restore(states: tuple[Any, ...]) -> None:
     """Let all of them go on from there."""
     torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    numpy.random.set_state(states[2])
+    _PYTHON.set(states[1])
+    _NUMPY.set(states[2])
     if states[3] is not None:
         torch.cuda.set_rng_state_all(states[3])
 
