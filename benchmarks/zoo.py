@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 from zoo_models import MODELS
 
 import shardtensor as st
-from shardtensor.plan.record import Widened
+from shardtensor.plan.check.record import Widened
 from shardtensor.ranks.testing import full, make_mesh
 
 # (value, gradient) by how a model is judged

@@ -42,7 +42,7 @@ from shardtensor._torch.dispatcher import not_tracing
 from shardtensor._torch.world import silent_world
 from shardtensor.caller import call_of_user, error_line
 from shardtensor.comm import groups
-from shardtensor.plan.ledger import Ledger
+from shardtensor.plan.step.ledger import Ledger
 from shardtensor.ranks.testing import tensors
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shardtensor as st
-from shardtensor.plan.copies import copied
+from shardtensor.plan.check.copies import copied
 
 
 class Hooked(nn.Module):

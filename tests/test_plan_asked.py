@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardtensor.plan.ledger import Ledger
 from shardtensor.plan.search import plan
+from shardtensor.plan.step.ledger import Ledger
 
 aten = torch.ops.aten
 

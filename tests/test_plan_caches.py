@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shardtensor as st
-from shardtensor.plan import caches, collector
 from shardtensor.plan.estimate import Layout, Task, estimate
+from shardtensor.plan.step import caches, collector
 
 
 @functools.lru_cache

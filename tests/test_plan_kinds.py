@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shardtensor.plan import replay
 from shardtensor.plan.estimate import Layout, Task, estimate
-from shardtensor.plan.ledger import Ledger
 from shardtensor.plan.search import plan
+from shardtensor.plan.step import replay
+from shardtensor.plan.step.ledger import Ledger
 from shardtensor.ranks.measure import peak_bytes
 from shardtensor.train.options import Options
 

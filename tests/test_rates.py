@@ -17,8 +17,8 @@ from shardtensor.plan import renewed
 from shardtensor.plan.calibrate import SHAPE, Found, calibrated, chain, launch_of
 from shardtensor.plan.device import Rate, Rates, device_of, measured_here
 from shardtensor.plan.estimate import H100, Layout, Task, estimate
-from shardtensor.plan.ledger import Ledger
 from shardtensor.plan.search import fewest, plan
+from shardtensor.plan.step.ledger import Ledger
 from shardtensor.plan.sweep import sweep
 
 cli = importlib.import_module("shardtensor.cli.doctor")

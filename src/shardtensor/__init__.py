@@ -23,7 +23,7 @@ from .ops import torch_geometric as _torch_geometric  # noqa: F401
 from .ops import torch_scatter as _torch_scatter  # noqa: F401
 from .ops import tracers as _tracers  # noqa: F401
 from .paged.tiled import tiled
-from .plan.check import check
+from .plan.check.check import check
 from .plan.search import plan
 from .ranks.rehearse import rehearse
 from .ranks.simulate import simulate

@@ -1,6 +1,6 @@
 """Hold an op or a model against its single-device run: for tests, yours and the library's."""
 
-from .plan.check import assert_parallel
+from .plan.check.check import assert_parallel
 from .ranks.simulate import simulate
 from .ranks.testing import (
     On,

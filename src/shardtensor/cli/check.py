@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ..later import dt
-from ..plan.check import check as checked
+from ..plan.check.check import check as checked
 from .subject import factory, given, numbers
 
 

@@ -15,11 +15,11 @@ from ..observe.network import DGX_H100, Network, folder, parsed, saved
 from ..plan import store
 from ..plan.device import CPU, measured_here
 from ..plan.estimate import DEVICES, Device, Estimate, Layout, Task, estimate
-from ..plan.ledger import KINDS
 from ..plan.parts import InParts, in_parts
 from ..plan.plans import Plans
 from ..plan.search import fewest, missing
 from ..plan.search import plan as planned
+from ..plan.step.ledger import KINDS
 from .subject import factory, given, numbers, styled
 
 GIB = 2**30

@@ -25,15 +25,15 @@ from ..paged.width import At, hooked, needed
 from ..spec import ALONE
 from ..tensor import ShardTensor
 from ..tensor.redistribute import reduced
-from .build import build
-from .collector import collect
 from .device import CPU, Device
 from .estimate import Task, attention_rates, casts_of
-from .inputs import inputs_of, same_dims
-from .kinds import Work
-from .ledger import Ledger, Move, Turn, local
+from .step.build import build
+from .step.collector import collect
+from .step.inputs import inputs_of, same_dims
+from .step.kinds import Work
+from .step.ledger import Ledger, Move, Turn, local
+from .step.turns import EVENTS, alive, left, moved, moved_apart, own, paged
 from .trees import called, filled
-from .turns import EVENTS, alive, left, moved, moved_apart, own, paged
 from .way import Layout
 
 _COPY = torch.ops.aten.copy_.default

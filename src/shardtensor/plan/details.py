@@ -20,7 +20,7 @@ from ..page.blocks import (
     variants,
 )
 from .estimate import Device, Estimate
-from .ledger import KINDS
+from .step.ledger import KINDS
 from .tree import Part, Tree
 
 _LARGEST_FIRST = (

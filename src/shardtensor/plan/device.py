@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..observe.network import folder
-from .kinds import Work
+from .step.kinds import Work
 
 CPU = "cpu"
 # bits of a number in TF32, of which tensor cores make products of fp32

@@ -33,18 +33,18 @@ from ..rules.routes import are_kept
 from ..train.around import around
 from ..train.parallelize import adapt, parallelize
 from ..train.tensor_parallel import tensor_parallel
-from .away import Away
-from .build import build
-from .collector import collect
-from .course import Course, course
 from .device import A100, CPU, DEVICES, H100, H200, Device
-from .inputs import inputs_of
-from .ledger import Ledger, Turn
+from .step.away import Away
+from .step.build import build
+from .step.collector import collect
+from .step.course import Course, course
+from .step.inputs import inputs_of
+from .step.ledger import Ledger, Turn
+from .step.turns import paged
+from .step.update import Update
 from .task import Task
 from .tree import GRADIENTS, Part, Places, Tree, parts
 from .trees import called, filled
-from .turns import paged
-from .update import Update
 from .way import Layout, looked_at
 
 __all__ = ["A100", "DEVICES", "H100", "H200", "Device", "Estimate", "Layout", "Task", "estimate"]

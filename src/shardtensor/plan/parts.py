@@ -11,7 +11,7 @@ from ..tensor.random import match_single_device
 from .apart import Apart, apart
 from .device import CPU
 from .estimate import Device, Estimate, Layout, Task, estimate
-from .turns import moved
+from .step.turns import moved
 
 # arguments and results of an op fit so often into the memory that parts have together
 FITS = 3

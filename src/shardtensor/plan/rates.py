@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import renewed
 from .device import Rate, Rates
-from .kinds import LARGE, class_of, inside
+from .step.kinds import LARGE, class_of, inside
 
 # bytes of what ops read and make before one of them is met again, as in a step
 SPAN = 128e6

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .kinds import LARGE
+from .step.kinds import LARGE
 
 # steps that are counted, of each chain after its first ones; channels of the chains
 STEPS, FIRST = 6, 2

@@ -13,10 +13,10 @@ from torch import nn
 from ..observe.network import DGX_H100, Network
 from ..shares import balanced
 from ..train.options import Options
-from .collector import quick_collector
 from .device import CPU
 from .estimate import H100, Device, Estimate, Layout, Task, estimate, has_blocks
 from .plans import Plans
+from .step.collector import quick_collector
 
 _FLAGS = "checkpoint", "offload"
 Told = Callable[[int, int, str], None]

@@ -16,8 +16,8 @@ import torch
 from ..comm.counters import Sent
 from ..observe.network import folder
 from ..train.options import Options
-from .course import Course
 from .estimate import Estimate, Layout
+from .step.course import Course
 from .tree import Part
 
 

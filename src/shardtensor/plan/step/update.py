@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..later import dt
+from ...later import dt
+from ..tree import OPTIMIZER
 from .ledger import Ledger, local
-from .tree import OPTIMIZER
 
 
 @dataclass

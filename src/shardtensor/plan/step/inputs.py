@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._torch import probe
-from ..later import dt
-from ..spec import Spec
-from ..tensor import wrap
+from ..._torch import probe
+from ...later import dt
+from ...spec import Spec
+from ...tensor import wrap
+from ..task import Task
+from ..trees import dims_like
+from ..way import Layout
 from .known import Known
-from .task import Task
-from .trees import dims_like
-from .way import Layout
 
 Like = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[int, ...] | None]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import kernels
+from ..._torch import kernels
 
 # bytes of a block that the C library's allocator always gets from the system and gives back: the
 # upper bound of M_MMAP_THRESHOLD, mallopt(3)

@@ -13,26 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._torch import probe
-from ..caller import error_line
-from ..containers import mapped, tensors
-from ..dispatch.fallback import FallbackWarning
-from ..errors import DivergenceError, RankError, UnsupportedOpError
-from ..later import dt
-from ..observe.trace import trace
-from ..observe.whole import Watch, Whole, whole
-from ..ranks.simulate import simulate
-from ..ranks.testing import make_mesh
-from ..ranks.tolerance import ROUNDING, differentiable, gap, shaken
-from ..tensor.construct import distribute_tensor
-from ..tensor.random import match_single_device
+from ..._torch import probe
+from ...caller import error_line
+from ...containers import mapped, tensors
+from ...dispatch.fallback import FallbackWarning
+from ...errors import DivergenceError, RankError, UnsupportedOpError
+from ...later import dt
+from ...observe.trace import trace
+from ...observe.whole import Watch, Whole, whole
+from ...ranks.simulate import simulate
+from ...ranks.testing import make_mesh
+from ...ranks.tolerance import ROUNDING, differentiable, gap, shaken
+from ...tensor.construct import distribute_tensor
+from ...tensor.random import match_single_device
+from ..trees import dims_like
 from . import causes
 from .blame import Blame, Traced
 from .copies import casts, copied, left_alone, seed, states
 from .layouts import Layout, in_job
 from .record import Held, Run, Widened, doubled, run
 from .report import Finding
-from .trees import dims_like
 
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
          torch.complex64: torch.complex128}  # fmt: skip

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..caller import is_library
-from ..comm import counters
-from ..containers import leaves
-from ..ranks.tolerance import gap
-from ..spec import Spec
-from ..tensor import ShardTensor
-from ..tensor.shard_tensor import wrap
+from ...caller import is_library
+from ...comm import counters
+from ...containers import leaves
+from ...ranks.tolerance import gap
+from ...spec import Spec
+from ...tensor import ShardTensor
+from ...tensor.shard_tensor import wrap
 
 # (module, its call, op or "", line, which of its results, which time)
 Key = tuple[str, int, str, str, int, int]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 
-from ..page import charts
-from ..page.blocks import Block, Cell, Row, chart, heading, items, table, text
-from ..page.document import Page, Shown
+from ...page import charts
+from ...page.blocks import Block, Cell, Row, chart, heading, items, table, text
+from ...page.document import Page, Shown
 
 # errors are drawn from here on
 LEAST = 1e-17

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from .._torch import probe
+from ..._torch import probe
 
 # of the plan that runs
 modes: WeakSet[Any] = WeakSet()

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .._torch import probe
-from ..caller import call_of_user, loop_of_user, within_package
-from ..errors import UnsupportedOpError
+from ... import _torch
+from ..._torch import probe
+from ...caller import call_of_user, loop_of_user, within_package
+from ...errors import UnsupportedOpError
 from .ops import leaves, mapped
 from .replay import Call
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import probe
+from ..._torch import probe
 from .kinds import Work
 from .ledger import Ledger
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..paged import pager
+from ...paged import pager
 from .ledger import Ledger, Move, Read, Turn
 
 # kinds of memory that every rank has of its own

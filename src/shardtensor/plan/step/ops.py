@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .._torch import probe
-from ..comm.define import KERNELS
+from ... import _torch
+from ..._torch import probe
+from ...comm.define import KERNELS
 
 _DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _UNLIKE = {torch.Tag.inplace_view, *_DEPENDS}

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..containers import leaves, tensors
-from ..later import dt
+from ...containers import leaves, tensors
+from ...later import dt
+from ..trees import called, dims_like
 from .judge import Case
 from .layouts import Layout
 from .report import Finding, Report
-from .trees import called, dims_like
 
 __all__ = ["Finding", "Report", "assert_parallel", "check"]
 

@@ -11,9 +11,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from .. import registry
-from ..caller import op_of
-from ..ranks.tolerance import gap
+from ... import registry
+from ...caller import op_of
+from ...ranks.tolerance import gap
 
 PARTED = (
     "Ranks did not run the same ops: look for a branch on the rank, on a local size or on a value "

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .._torch.dispatcher import outside_modes
-from ..errors import UnsupportedOpError
+from ..._torch.dispatcher import outside_modes
+from ...errors import UnsupportedOpError
 from . import caches
 from .collector import collect
 from .known import MOST_DRAWN

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .._torch import probe
-from ..comm.counters import Sent
-from ..later import dt
+from ... import _torch
+from ..._torch import probe
+from ...comm.counters import Sent
+from ...later import dt
+from ..tree import GRADIENTS, Places
 from . import caches
 from .kinds import Work, class_of, copied, fresh, groups_of, inside
 from .known import Known
 from .ops import leaves
 from .replay import Call
-from .tree import GRADIENTS, Places
 
 # kinds of memory, in the order of tables
 KINDS = (

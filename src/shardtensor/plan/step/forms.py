@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import kernels
+from ..._torch import kernels
 
 # (shape, stride, offset, dtype) of a new tensor; an argument, which is the result; or None
 Form = tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype]

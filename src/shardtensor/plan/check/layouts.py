@@ -9,8 +9,8 @@ from math import prod
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.observers import simulated_rank
-from ..later import dt
+from ...comm.observers import simulated_rank
+from ...later import dt
 
 
 @dataclass

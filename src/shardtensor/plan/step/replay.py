@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import probe
+from ..._torch import probe
 from .forms import forms
 from .ops import facts, leaves, mapped
 
