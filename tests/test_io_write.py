@@ -236,12 +236,12 @@ import sys, time, torch, zarr
 from pathlib import Path
 import shardtensor as st
 from shardtensor import io, testing as T
-from shardtensor.io import write
+from shardtensor.io import target
 from torch.distributed.tensor import Shard
 
 url, name, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 listed, ended = Path(url + ".listed"), Path(url + ".ended")
-consolidate = write.consolidate
+consolidate = target.consolidate
 
 def slowly(zarr, url):
     # what is found now is written when the other has ended; one that waits its turn does not
@@ -258,7 +258,7 @@ def run():
     io.write_zarr(x, url, name, step=step, dims=("time", "x"), coords={"time": 6 * step})
 
 if name == "slow":
-    write.consolidate = slowly
+    target.consolidate = slowly
 else:
     while not listed.exists():
         time.sleep(0.01)

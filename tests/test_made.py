@@ -15,7 +15,7 @@ from shardtensor.ranks.measure import peak_bytes
 from shardtensor.ranks.testing import full, make_mesh
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
-from shardtensor.train import made
+from shardtensor.train.begun import BEGINS
 
 D = torch.float64
 ALL = 1e-6
@@ -127,8 +127,8 @@ def started(monkeypatch):
 
         return noted
 
-    for func, begin in made._begins.items():
-        monkeypatch.setitem(made._begins, func, noting(begin))
+    for func, begin in BEGINS.items():
+        monkeypatch.setitem(BEGINS, func, noting(begin))
     return found
 
 
