@@ -7,6 +7,11 @@ from torch.distributed.tensor import Shard
 
 import shardtensor as st
 from shardtensor import testing as T
+from shardtensor._torch.world import silent_world
+from shardtensor.ranks.measure import peak_bytes
+from shardtensor.rules import masks
+from shardtensor.spec import Spec
+from shardtensor.tensor import wrap
 
 torch.manual_seed(0)
 D = torch.float64
@@ -27,6 +32,23 @@ def test_dtypes(dtype):
         [T.shard(0)] * 2,
         (2,),
     )
+
+
+@pytest.mark.parametrize("cut", [(8,), (3, 5), (0, 7, 1), (2, 0, 0, 6)])
+def test_a_whole_mask_is_counted_in_parts(cut, monkeypatch):
+    monkeypatch.setattr(masks, "_SOME", 3)
+    a, m = torch.randn(8, 2, dtype=D), torch.tensor([1, 0, 0, 1, 1, 0, 1, 1]).bool()
+    for some in (m, ~m, m & False, m | True):
+        T.hold(lambda a, m=some: a[m], [a], [T.shard(0, cut)], (len(cut),))
+
+
+def test_a_whole_mask_takes_no_running_sum_of_all():
+    n = 2**20
+    with silent_world(1, 4):
+        spec = Spec.of(T.make_mesh((4,)), [Shard(0)], (n,))
+        a, m = wrap(torch.zeros(spec.local_shape), spec), torch.zeros(n, dtype=torch.bool)
+        # it was 16 bytes an element
+        assert peak_bytes(lambda: a[m]) < 2 * n
 
 
 def test_results_stay_sharded():

@@ -27,6 +27,9 @@ from ..operands import checked_dim, lifted
 from ..pointwise import function_rule, pointwise
 from ..views.shape import permuted
 
+# a mask that is whole on each rank is counted in so many parts, of so many elements at least
+_PARTS, _SOME = 16, 2**16
+
 
 def is_mask(e: Any) -> bool:
     """Whether an entry of an index is a boolean tensor."""
@@ -59,9 +62,19 @@ def _true(n: Callable[[], int], m: Tensor, mask: Tensor, dim: Dim, spec: Spec) -
     if not dim.axes or is_cut:
         return learnt(n(), m, dim, spec)
     whole = mask._local if isinstance(mask, ShardTensor) else mask
-    before = F.pad(whole.flatten().bool().cumsum(0), (1, 0))
-    sizes = before[constant(tuple(dim.offsets), torch.int64, before)].diff().tolist()
+    ends = constant(tuple(dim.offsets), torch.int64, whole)
+    sizes = _before(whole.flatten(), ends).diff().tolist()
     return Dim(sum(sizes), dim.axes, tuple(sizes))
+
+
+def _before(mask: Tensor, ends: Tensor) -> Tensor:
+    """How many are true before each of these places, in parts: running sums take 8 bytes each."""
+    found, first = torch.zeros_like(ends), 0
+    for part in mask.split(max(_SOME, -(-len(mask) // _PARTS))):
+        sums = F.pad(part.bool().cumsum(0), (1, 0))
+        found += sums[(ends - first).clamp(0, len(part))]
+        first += len(part)
+    return found
 
 
 def _eager(op: str, spec: Spec) -> None:
