@@ -122,19 +122,18 @@ def nothing_before(monkeypatch):
 
 @pytest.fixture
 def in_flight(monkeypatch):
-    """in_flight(Function): exchanges are overlapped however small; a list with a 1 for each forward."""
+    """in_flight(Functions): exchanges are overlapped however small; a list with a 1 for each forward."""
     from shardtensor.rules import overlap
 
-    def count(function):
+    def count(*functions):
         monkeypatch.setattr(overlap, "WORTH", 0)
         calls = []
-        plain = function.forward
 
-        def counted(*args):
-            calls.append(1)
-            return plain(*args)
+        def counted(plain):
+            return lambda *args: calls.append(1) or plain(*args)
 
-        monkeypatch.setattr(function, "forward", staticmethod(counted))
+        for function in functions:
+            monkeypatch.setattr(function, "forward", staticmethod(counted(function.forward)))
         return calls
 
     return count

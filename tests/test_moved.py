@@ -29,8 +29,8 @@ def ratio(name, backward):
         # they were 1.5 and 2.4
         ("conv by 2 large", 1.2, 1.2),
         ("conv large", 1.3, 1.25),
-        # both ways it was 2.1: a gradient was added to zeros
-        ("max_pool by 2 large", 1.4, 1.7),
+        # they were 1.4 and 1.7: the interior was copied for the kernel
+        ("max_pool by 2 large", 1.15, 1.15),
     ],
 )
 def test_bytes_moved(name, forward, both):

@@ -285,3 +285,17 @@ def test_uses_are_found(tmp_path):
         "import torch\nfrom torch._C import _x\ny = torch._C._a.b(1).c + torch.ones(1)._d\n"
     )
     assert used(path) == {"torch._C._x", "torch._C._a.b"}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_backward_of_the_largest_passes_over_places_that_are_none(n):
+    """As -1: pools of shards say so where the place is another rank's."""
+    x, size = torch.randn(2, 3, *[6] * n), [[2] * n, [2] * n, [0] * n, [1] * n, False]
+    for form in (torch.contiguous_format, (torch.channels_last, torch.channels_last_3d)[n - 2]):
+        x = x.contiguous(memory_format=form)
+        run = getattr(torch.ops.aten, f"max_pool{n}d_with_indices")
+        y, at = run(x, *size)
+        g = torch.randn_like(y)
+        back = getattr(torch.ops.aten, f"max_pool{n}d_with_indices_backward")
+        none = back(g, x, *size, at.index_fill(2, torch.tensor([0]), -1))
+        assert torch.equal(none, back(g.index_fill(2, torch.tensor([0]), 0), x, *size, at))

@@ -9,7 +9,7 @@ import shardtensor as st
 from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.ranks.measure import peak_bytes
-from shardtensor.rules import masks
+from shardtensor.rules.index import masks
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 

@@ -31,8 +31,9 @@ from ...cache import cached
 from ...comm.formats import compact
 from ...cuts import table
 from ...spec import Spec
-from ..overlap import Box, Route, among_zeros, resized, route, start
+from ..overlap import Box, among_zeros, route
 from ..sliding import Reads
+from ..strips import Owed, Side, beside, end, ends, returned, sent
 from ..windows import Reach, Stencil, fetch
 
 # bytes of a kernel up to which what strips find for it is kept, so that a kernel finds both
@@ -103,52 +104,6 @@ def rims(spec: Spec, d: int, stencil: Stencil, reach: Reach) -> Rims | None:
     if not served.all() or 0 in dim.sizes:
         return None
     return Rims(*beside(above, below, me))
-
-
-def beside(above: Any, below: Any, me: int) -> tuple[int, int, int, int, bool]:
-    """The fields of `Rims` of one rank, of the rows before and behind the shards of all."""
-    up = max(0, int(below[me - 1])) if me else 0
-    down = int(above[me + 1]) if me + 1 < len(above) else 0
-    travel = bool((above[1:] > 0).any() or (below[:-1] > 0).any())
-    return int(above[me]), int(below[me]), up, down, travel
-
-
-class Side(NamedTuple):
-    """What the rows beside the shard along one dim add to the convolution of the shard.
-
-    way, back: the strips' exchange, and their gradients'. ends: (rows, whether they are the last)
-    for the neighbours, where they get any. above, below: how many are read beyond the shard, of a
-    neighbour or of zeros. strips: those that come here; along the dims of sides before they have
-    what lies beside the shard there.
-    """
-
-    d: int
-    way: Route
-    back: Route
-    ends: tuple[tuple[int, bool], ...]
-    above: int
-    below: int
-    strips: tuple[Strip, ...]
-
-    def around(self, x: Tensor, strips: list[Tensor]) -> Tensor:
-        """x between what lies beside it: strips, zeros at the border."""
-        came = {s.below: strip for s, strip in zip(self.strips, strips, strict=True)}
-        before, after = (
-            came[i] if i in came else x.new_zeros(resized(x.shape, self.d, rows))
-            for i, rows in ((False, self.above), (True, self.below))
-        )
-        return torch.cat([before, x, after], self.d)
-
-    def parted(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The adjoint: what x and the strips have of a gradient."""
-        rows = g.shape[self.d] - self.above - self.below
-        before, own, after = g.split([self.above, rows, self.below], self.d)
-        return own, [after if s.below else before for s in self.strips]
-
-
-def ends(up: int, down: int) -> tuple[tuple[int, bool], ...]:
-    """Of `Side`: up, down: how many rows the neighbours before and behind are given."""
-    return tuple([(rows, i) for rows, i in ((up, False), (down, True)) if rows])
 
 
 class Halo(NamedTuple):
@@ -230,38 +185,14 @@ def halo_conv(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Ten
     return apply(_HaloConv, x, weight, bias, halo)
 
 
-def _end(x: Tensor, d: int, rows: int, below: bool) -> Tensor:
-    """The first or last rows along a dim."""
-    return x.narrow(d, x.shape[d] - rows if below else 0, rows)
-
-
 def _fitted(x: Tensor, d: int, rows: int, below: bool) -> Tensor:
     """So many rows of x, or x and zeros, at that end which the shard is not at."""
     more = rows - x.shape[d]
     if more <= 0:
-        return _end(x, d, rows, below) if more else x
+        return end(x, d, rows, below) if more else x
     pads = [0] * (2 * (x.ndim - d))
     pads[-2 if below else -1] = more
     return F.pad(x, pads)
-
-
-def _given(x: Tensor, sides: Sequence[Side], came: Sequence[list[Tensor]]) -> list[Tensor]:
-    """The rows for the neighbours along the next side, with what came along those before."""
-    side, found = sides[len(came)], []
-    for rows, below in side.ends:
-        part = _end(x, side.d, rows, below)
-        for other, strips in zip(sides, came, strict=False):
-            part = other.around(part, [_end(s, side.d, rows, below) for s in strips])
-        found.append(part)
-    return found
-
-
-def _shaped(x: Tensor, sides: Sequence[Side]) -> Tensor:
-    """No memory, in the shape of x with what lies beside it along these."""
-    shape = list(x.shape)
-    for side in sides:
-        shape[side.d] += side.above + side.below
-    return x.new_empty(1).expand(shape) if sides else x
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
@@ -289,19 +220,13 @@ class _HaloConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
         """The shard between zeros while the last strips travel; their part is added to the rim."""
         ctx.materialize_grads = False
-        sides, came = halo.sides, list[list[Tensor]]()
-        for side in sides:
-            like = _shaped(x, sides[: len(came)]) if came else x
-            arrive = start(side.way, like, _given(x, sides, came))
-            if side is not sides[-1]:
-                came.append(arrive())
-        y = _conv(x, weight, bias, halo.settings)
-        came.append(arrive())
+        sides = halo.sides
+        y, came = sent(x, sides, lambda: _conv(x, weight, bias, halo.settings))
         for side, strips in zip(sides, came, strict=True):
             for s, strip in zip(side.strips, strips, strict=True):
                 taps = weight.narrow(side.d, s.first, s.taps)
                 part = _conv(_fitted(strip, side.d, s.read, s.below), taps, None, s.inner)
-                _end(y, side.d, s.outputs, s.below).add_(part)
+                end(y, side.d, s.outputs, s.below).add_(part)
         ctx.save_for_backward(x, weight, bias, *chain.from_iterable(came))
         ctx.halo = halo
         return y
@@ -330,7 +255,7 @@ class _HaloConv(torch.autograd.Function):
         def of_strip(side: Side, s: Strip, strip: Tensor, *asked: bool) -> tuple[Any, Any]:
             """What a strip finds: its own gradient, and that of the kernel's rows that meet it."""
             d = side.d
-            read, rim = _fitted(strip, d, s.read, s.below), _end(g, d, s.outputs, s.below)
+            read, rim = _fitted(strip, d, s.read, s.below), end(g, d, s.outputs, s.below)
             taps = weight.narrow(d, s.first, s.taps)
             gs, gt, _ = _gradients(rim, read, taps, None, s.inner, (*asked, False))
             return None if gs is None else _fitted(gs, d, s.rows, s.below), gt
@@ -346,39 +271,23 @@ class _HaloConv(torch.autograd.Function):
                 out.append(gs)
                 of_taps.append(gt)
             outward.append(out)
-        owed, arrive = list[tuple[int, int, bool, Tensor]](), None
-        for i in reversed(range(len(outward))):
-            arrive = start(sides[i].back, _shaped(x, sides[:i]) if i else x, outward[i])
-            owed += _shared(sides[: i + 1], arrive(), outward) if i else []
-        gx, gw, gb = _gradients(g, x, weight, bias, halo.settings, needs)
-        if arrive is not None:
-            owed += _shared(sides[:1], arrive(), outward)
+        owed: list[Owed] = []
+
+        def of_shard() -> tuple[Any, Any, Any]:
+            return _gradients(g, x, weight, bias, halo.settings, needs)
+
+        if needs[0]:
+            (gx, gw, gb), owed = returned(x, sides, outward, of_shard)
+        else:
+            gx, gw, gb = of_shard()
         for d, rows, below, back in owed:
-            _end(gx, d, rows, below).add_(back)
+            end(gx, d, rows, below).add_(back)
         came, kept = iter(strips), iter(of_taps)
         for side in sides if needs[1] else ():
             for s, strip in zip(side.strips, came, strict=False):
                 taps = gw.narrow(side.d, s.first, s.taps)
                 taps.add_(next(kept) if both else of_strip(side, s, strip, False, True)[1])
         return gx, gw, gb, None
-
-
-def _shared(
-    sides: Sequence[Side], backs: Sequence[Tensor], outward: Sequence[list[Tensor]]
-) -> list[tuple[int, int, bool, Tensor]]:
-    """What came back along the last of these: (dim, rows, whether last, gradient) of the shard's.
-
-    What belongs to strips that came along the sides before is added to what these give back.
-    """
-    *others, side = sides
-    found = []
-    for (rows, below), back in zip(side.ends, backs, strict=True):
-        for other, given in zip(others[::-1], outward[: len(others)][::-1], strict=True):
-            back, parts = other.parted(back)
-            for whole, part in zip(given, parts, strict=True):
-                _end(whole, side.d, rows, below).add_(part)
-        found.append((side.d, rows, below, back))
-    return found
 
 
 def _gradients(

@@ -15,8 +15,9 @@ from ...cuts import table
 from ...spec import Spec
 from ..overlap import route
 from ..sliding import Reads
+from ..strips import Side, beside, ends
 from ..windows import Reach, Stencil
-from .halo import Halo, Settings, Side, Strip, beside, ends
+from .halo import Halo, Settings, Strip
 
 
 class Reached(NamedTuple):

@@ -30,7 +30,8 @@ from ...tensor import ShardTensor, layout, wrap
 from ...tensor.redistribute import reduced
 from .. import flat
 from ..empty import stock
-from .pool import hold_to_dims, result_dtype, some_channels
+from .pool import hold_to_dims, result_dtype
+from .pool_kernels import some_channels
 
 _MAX: dict[int, Callable[..., Any]] = {
     1: torch.adaptive_max_pool1d,

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _torch
 from ..._torch import kernels
+from ...cache import cached
 from ...comm.constants import constant
+from ...cuts import pairs, table
 from ...registry import rule
 from ...spec import Spec
 from ...tensor import ShardTensor, layout, wrap
 from ...tensor.redistribute import reduced
-from ..flat import coordinates, move, positions
-from ..sliding import fetched, plan, sliding
-from ..windows import Ints, Reach, Stencil, stencils, trim
+from ..flat import move
+from ..overlap import pays
+from ..sliding import Reads, fetched, plan, sliding
+from ..windows import Ints, Stencil, reach_of, stencils, trim
+from .pool_kernels import How, pooled, some_channels
+from .pool_strips import laid, pool_strips
 
 
 def _stencils(
@@ -49,20 +55,6 @@ def hold_to_dims(x: ShardTensor, n: int, op: Callable[..., Any], size: Any) -> N
         op(x._local.new_zeros([1] * x.ndim), size)
 
 
-def _kernels(found: dict[int, Stencil]) -> tuple[list[int], list[int]]:
-    return [s.size for s in found.values()], [s.stride for s in found.values()]
-
-
-def some_channels(local: Tensor, d: int, op: Callable[[Tensor], Any]) -> Any:
-    """op(local), which torch refuses without channels: one of zeros then stands in for them."""
-    if local.shape[d] or 0 in local.shape[d + 1 :]:
-        return op(local)
-    out = op(F.pad(local, [0, 0] * (local.ndim - 1 - d) + [0, 1]))
-    if isinstance(out, tuple):
-        return tuple(o.narrow(d, 0, 0) for o in out)
-    return out.narrow(d, 0, 0)
-
-
 def result_dtype(x: ShardTensor, n: int, op: Callable[[Tensor], Tensor]) -> torch.dtype:
     """The dtype that torch's op gives for x, which autocast may change."""
     if not torch.is_autocast_enabled(x.device.type):
@@ -70,22 +62,76 @@ def result_dtype(x: ShardTensor, n: int, op: Callable[[Tensor], Tensor]) -> torc
     return op(x._local.new_zeros([1, 1] + [2] * n)).dtype
 
 
+def _pooled(
+    x: ShardTensor, found: dict[int, Stencil], fill: float, by: int | None, places: bool = False
+) -> tuple[ShardTensor, ShardTensor | None]:
+    """(the largest of windows, or their sums over `by`; where asked for places in the whole)."""
+    spec, n = x._spec, len(found)
+    dims, reads, left, _ = plan(spec, tuple(found.items()))
+    sizes = zip(*[(s.size, s.stride, s.dilation) for s in found.values()], strict=True)
+    kernel, stride, dilation = sizes
+    how = How(kernel, stride, left, dilation, next(iter(found.values())).ceil, by)
+    here = laid(spec, tuple(found.items()), reads, how) if reads and pays(spec) else None
+    index = None
+    if here is not None:
+        again = lambda local: _windowed(local, spec, reads, how, fill)[0]  # noqa: E731
+        out, index = pool_strips(x._local, here, fill, places, again)
+    elif places or (by is None and any(s.before for s in found.values())):
+        out, index = _windowed(x._local, spec, reads, how, fill, places)
+    else:
+        return sliding(
+            x, found, lambda rows, *_: pooled(rows, how)[0], fill=fill, image=n > 1
+        ), None
+    of = spec.with_dims([*spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
+    every = [None if y is None else wrap(y, of) for y in (out, index)]
+    if n > 1:
+        every = [None if y is None else layout.like_image(y, x) for y in every]
+    return every[0], every[1]  # type: ignore[return-value]
+
+
+def _windowed(
+    local: Tensor, spec: Spec, reads: Reads, how: How, fill: float, places: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Of a copy with the rows of others that windows read; differentiable any number of times.
+
+    Of the largest the kernel itself pads before the first row: where nothing in a window is above
+    the fill it names the first row inside.
+    """
+    reads, outside = _inside(spec, reads) if how.by is None else (reads, (0,) * len(reads))
+    rows = fetched(local, spec, reads, fill)
+    n = len(how.kernel)
+    first, shape, starts = len(spec.dims) - n, rows.shape[-n:], list(spec.offset[-n:])
+    padding = list(how.padding)
+    for (d, _, reach), pad in zip(reads, outside, strict=True):
+        padding[d - first] = pad
+        starts[d - first] = reach.windows[spec.index[d]][0]
+    out, index = pooled(rows, how._replace(padding=tuple(padding)))
+    del rows
+    if places and reads:
+        # backward needs its own as they are
+        index = index.clone() if _torch.differentiated(out) else index
+        index = move(index, shape, starts, spec.shape[-n:])
+    for d, _, reach in reads:
+        out = trim(out, d, spec, reach, 0)
+        index = trim(index, d, spec, reach, 0) if places else None
+    return out, index if places else None
+
+
+@cached
+def _inside(spec: Spec, reads: Reads) -> tuple[Reads, tuple[int, ...]]:
+    """(what is read from the first row on, how many rows of this rank's windows lie before it)."""
+    found, outside = [], []
+    for d, s, reach in reads:
+        starts, stops = table(reach.windows).T
+        # but of a rank without outputs, which are made of fill
+        clipped = np.where(np.diff(reach.dim.edges) > 0, starts.clip(0), starts)
+        windows = pairs(clipped, stops)
+        found.append((d, s, reach_of(spec.dims[d], reach.dim.offsets, windows)))
+        outside.append(int((clipped - starts)[spec.index[d]]))
+    return tuple(found), tuple(outside)
+
+
 # max ---------------------------------------------------------------------------------------------
-
-
-def _max_pool3d(x: Tensor, *how: Any) -> Any:
-    """As torch's, which takes a volume of one row without a batch for images, and refuses it."""
-    if x.ndim != 4:
-        return kernels.nn.max_pool3d_with_indices(x, *how)
-    out, index = kernels.nn.max_pool3d_with_indices(x.unsqueeze(0), *how)
-    return out.squeeze(0), index.squeeze(0)
-
-
-_MAX: dict[int, Callable[..., Any]] = {
-    1: torch.max_pool1d_with_indices,
-    2: kernels.nn.max_pool2d_with_indices,
-    3: _max_pool3d,
-}
 
 
 def _max_pool(
@@ -99,75 +145,11 @@ def _max_pool(
     indices: bool,
 ) -> tuple[ShardTensor, ShardTensor | None]:
     """(largest values, their flat places where asked for) of windows."""
-    hold_to_dims(input, n, _MAX[n], [1] * n)
+    hold_to_dims(input, n, getattr(F, f"max_pool{n}d"), [1] * n)
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
     low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
-    kernels, strides = _kernels(found)
-    dilations = [s.dilation for s in found.values()]
-
-    def pool(local: Tensor, left: Sequence[int] = (0,) * n) -> Any:
-        return some_channels(
-            local,
-            x.ndim - n - 1,
-            lambda some: _MAX[n](some, kernels, strides, left, dilations, ceil_mode),
-        )
-
-    if not indices:
-        return sliding(x, found, lambda *rows: pool(*rows)[0], fill=low, image=n > 1), None
-    dims, reaches, left, _ = plan(x._spec, tuple(found.items()))
-    local = fetched(x._local, x._spec, reaches, low)
-    out, index = pool(local, left)
-    shape, along = local.shape[-n:], {d: reach for d, _, reach in reaches}
-    del local
-    index = _global_index(index, shape, x._spec, dilations, along, _torch.differentiated(out))
-    for d, _, reach in reaches:
-        out, index = trim(out, d, x._spec, reach), trim(index, d, x._spec, reach)
-    spec = x._spec.with_dims([*x._spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
-    if n == 1:
-        return wrap(out, spec), wrap(index, spec)
-    return layout.like_image(wrap(out, spec), x), layout.like_image(wrap(index, spec), x)
-
-
-def _global_index(
-    index: Tensor,
-    shape: Sequence[int],
-    spec: Spec,
-    dilations: Sequence[int],
-    reaches: dict[int, Reach],
-    kept: bool,
-) -> Tensor:
-    """Flat positions in the local windows as flat positions in the whole spatial volume.
-
-    kept: whether backward needs the index as it is.
-    """
-    if not reaches:
-        return index
-    first = len(spec.dims) - len(dilations)
-    sizes, at = spec.shape[first:], spec.index[first:]
-    starts = [reaches[d].windows[i][0] if d in reaches else 0 for d, i in enumerate(at, first)]
-    # results whose windows may begin outside
-    outer = [(d, min(-start, index.shape[d])) for d, start in enumerate(starts, first) if start < 0]
-    inside = [_inside(index.narrow(d, 0, n), shape, starts, sizes, dilations) for d, n in outer]
-    index = move(index.clone() if kept else index, shape, starts, sizes)
-    for (d, n), found in zip(outer, inside, strict=True):
-        index.narrow(d, 0, n).copy_(found)
-    return index
-
-
-def _inside(
-    index: Tensor,
-    shape: Sequence[int],
-    starts: Sequence[int],
-    sizes: Sequence[int],
-    dilations: Sequence[int],
-) -> Tensor:
-    """As `move`; where nothing in a window is above the fill torch names its first row inside."""
-    found = []
-    for at, start, dilation in zip(coordinates(index, shape), starts, dilations, strict=True):
-        at = at + start
-        found.append(torch.where(at < 0, at % dilation, at) if start < 0 else at)
-    return positions(found, sizes)
+    return _pooled(x, found, low, None, indices)
 
 
 def _define_max_pool(n: int) -> None:
@@ -232,25 +214,24 @@ def _avg_pool(
     hold_to_dims(input, n, _AVG[n], [1] * n)
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, 1, ceil_mode)
-    first = x.ndim - n
-    kernels, strides = _kernels(found)
-    cut = any(dim.axes for dim in x._spec.dims[first:])
-    # torch's average over whole kernels, then corrected where fewer rows count
-    by = divisor or (prod(kernels) if x.is_floating_point() else 1)
-    over = () if n == 1 else (divisor,)
+    if not any(x._spec.dims[d].axes for d in found):
+        sizes, strides, left = zip(
+            *[(s.size, s.stride, s.before) for s in found.values()], strict=True
+        )
+        over = () if n == 1 else (divisor,)
 
-    def average(local: Tensor, left: Sequence[int] = (0,) * n) -> Tensor:
-        if cut:
-            return _kernel_average(local, n, kernels, strides, left, ceil_mode, by)
-        return _AVG[n](local, kernels, strides, left, ceil_mode, count_include_pad, *over)
+        def average(local: Tensor, *_: Any) -> Tensor:
+            return _AVG[n](local, sizes, strides, left, ceil_mode, count_include_pad, *over)
 
-    def pool(local: Tensor, *left: Sequence[int]) -> Tensor:
-        return some_channels(local, first - 1, lambda some: average(some, *left))
-
-    pooled = sliding(x, found, pool, image=n == 2)
-    if not cut or divisor is not None:
-        return pooled
-    out, spec = pooled._local, pooled._spec
+        return sliding(
+            x, found, lambda rows, *_: some_channels(rows, x.ndim - n - 1, average), image=n == 2
+        )
+    # sums of whole kernels, then corrected where fewer rows count
+    area = prod(s.size for s in found.values()) if x.is_floating_point() else 1
+    means, _ = _pooled(x, found, 0.0, divisor or area)
+    if divisor is not None:
+        return means
+    out, spec = means._local, means._spec
     for d, s in found.items():
         rows = range(spec.offset[d], spec.offset[d] + spec.local_shape[d])
         if not rows:
@@ -263,23 +244,7 @@ def _avg_pool(
         elif any(c != s.size for c in counts):
             more = constant(tuple([s.size / c for c in counts]), out.dtype, out)
             out = out * more.view(shape)
-    return wrap(out, spec, pooled._strides)
-
-
-def _kernel_average(
-    x: Tensor,
-    n: int,
-    kernels: list[int],
-    strides: list[int],
-    left: Sequence[int],
-    ceil: bool,
-    by: int,
-) -> Tensor:
-    """Sums over kernels divided by `by`; torch has no divisor in 1-D."""
-    if n == 1:
-        plane = x.unsqueeze(-2)
-        return _AVG[2](plane, [1, *kernels], [1, *strides], [0, *left], ceil, True, by).squeeze(-2)
-    return _AVG[n](x, kernels, strides, left, ceil, True, by)
+    return wrap(out, spec, means._strides)
 
 
 def _define_avg_pool(n: int) -> None:
