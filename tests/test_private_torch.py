@@ -32,6 +32,7 @@ USED = {
     torch._C._autograd._top_saved_tensors_default_hooks
     torch._C._conv_determine_backend_memory_format
     torch._C._create_function_from_graph
+    torch._C._functions.DelayedError
     torch._C._get_sdp_priority_order
     torch._C._increment_version
     torch._C._is_view_replay_enabled

@@ -193,12 +193,9 @@ replays_views: Callable[[], bool] = torch._C._is_view_replay_enabled
 
 def skip_numbers(n: int) -> None:
     """Give no node that this thread makes from now on one of the first n numbers."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros((), requires_grad=True)
-        # a node for each
-        torch.broadcast_tensors(
-            torch.zeros(1), *[x] * max(0, n - torch.autograd._get_sequence_nr())
-        )
+    for _ in range(n - torch.autograd._get_sequence_nr()):
+        # a node, in a tenth of the time of one that an op makes
+        torch._C._functions.DelayedError("", 1)
 
 
 def has_composable_modules() -> bool:
