@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import torch.backends as B
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -301,6 +302,25 @@ def reproducible():
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def of_value(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def matmuls():
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("within", "asked"),
     [
@@ -308,8 +328,29 @@ def reproducible():
         (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
         (wide, torch.get_default_dtype),
         (reproducible, torch.are_deterministic_algorithms_enabled),
+        (matmuls, torch.get_float32_matmul_precision),
+        (lambda: B.mkldnn.flags(enabled=False), lambda: B.mkldnn.enabled),
+        (lambda: of_value(B.cudnn, "allow_tf32", False), lambda: B.cudnn.allow_tf32),
+        (
+            lambda: of_value(B.mkldnn.conv, "fp32_precision", "bf16"),
+            lambda: B.mkldnn.conv.fp32_precision,
+        ),
+        (
+            lambda: of_value(B.cuda.matmul, "allow_fp16_accumulation", True),
+            lambda: B.cuda.matmul.allow_fp16_accumulation,
+        ),
     ],
-    ids=["kernels", "anomalies", "dtype", "determinism"],
+    ids=[
+        "kernels",
+        "anomalies",
+        "dtype",
+        "determinism",
+        "products",
+        "mkldnn",
+        "tf32",
+        "bf16",
+        "fp16",
+    ],
 )
 def test_each_rank_has_switches_of_its_own(within, asked):
     """What a `with` switches for a process ends with it, in whatever order ranks come to its end."""

@@ -10,11 +10,39 @@ from typing import Any
 
 import numpy
 import torch
-from torch.backends import cuda, cudnn
+from torch import backends
+from torch.backends import cuda, cudnn, mkldnn
 
 from .._torch.attention import sdp_priority, set_sdp_priority
 from .._torch.modules import cache_weights, cached_weights
 
+
+def _older(read: Callable[[], Any], put: Callable[[Any], Any]) -> Any:
+    """A switch of which torch says nothing where a newer one for the same was set otherwise."""
+
+    def found() -> Any:
+        try:
+            return read()
+        except RuntimeError:
+            return None
+
+    def back(x: Any) -> None:
+        if x is not None:
+            put(x)
+
+    return found, back
+
+
+def _attribute(of: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    return lambda: getattr(of, name), lambda x: setattr(of, name, x)
+
+
+_has: Any = backends
+# those that others follow first
+_PRECISIONS = (
+    *(_has, _has.cudnn, _has.mkldnn, _has.cuda.matmul, _has.cudnn.conv, _has.cudnn.rnn),
+    *(_has.mkldnn.matmul, _has.mkldnn.conv, _has.mkldnn.rnn),
+)
 # what a `with` or a call switches for the whole process: how it is read, and set
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -36,8 +64,22 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (sdp_priority, set_sdp_priority),
     (
         lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        lambda x: cudnn.set_flags(x[0], x[1], _deterministic=x[2]),
+        lambda x: cudnn.set_flags(x[0], x[1], _deterministic=x[2], _fp32_precision=None),
     ),
+    (
+        lambda: (mkldnn.enabled, mkldnn.deterministic),
+        lambda x: mkldnn.set_flags(x[0], x[1], _fp32_precision=None),
+    ),
+    # these set precisions, too
+    _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    _older(
+        lambda: cudnn.allow_tf32,
+        lambda x: cudnn.set_flags(_allow_tf32=x, _fp32_precision=None),
+    ),
+    *(_attribute(of, "fp32_precision") for of in _PRECISIONS),
+    _attribute(cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    _attribute(cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    _attribute(cuda.matmul, "allow_fp16_accumulation"),
 )
 
 
