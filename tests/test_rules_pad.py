@@ -25,7 +25,8 @@ def test_result_is_a_copy():
 
 @pytest.mark.parametrize(
     "pad, mode", [((5, 0), "reflect"), ((0, 6), "circular"), ((-3, -3), "constant"),
-                  ((-2, 4), "circular"), ((-6, 0), "circular"), ((-5, 0), "replicate"), ((1,), "constant")]
+                  ((-2, 4), "circular"), ((-6, 0), "circular"), ((-5, 0), "replicate"), ((1,), "constant"),
+                  ((-5, 0), "reflect")]
 )  # fmt: skip
 def test_too_much_raises(pad, mode):
     def run():
@@ -47,6 +48,25 @@ def test_cropped_to_nothing_or_to_too_few_rows(dim):
             F.pad(y, (4, -1), "circular")
 
     st.simulate(3, run)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_a_dim_of_two_cropped_to_nothing(dim, mode):
+    x = torch.randn(2, 3, 4, 3, dtype=D)
+    T.hold(lambda x: F.pad(x, (1, -1, -4, 0), mode), [x], [T.shard(dim)], (3,))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4, 3), (2, 3, 0, 3), (0, 4, 3)])
+def test_nothing_to_repeat_raises_as_in_torch(shape):
+    def run():
+        x = torch.randn(shape)
+        y = st.distribute_tensor(x, T.make_mesh((2,)), [Shard(x.ndim - 1)])
+        for z in (x, y):
+            with pytest.raises(RuntimeError):
+                F.pad(z, (0, 1, 1, 1), "replicate")
+
+    st.simulate(2, run)
 
 
 @pytest.mark.parametrize(

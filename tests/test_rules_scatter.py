@@ -68,11 +68,20 @@ def errors():
     s = st.distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
     bad = st.distribute_tensor(torch.tensor([0, 1, 9]), mesh, [Shard(0)], src_data_rank=None)
     for call in (
-        lambda: s[bad], lambda: s.index_select(0, -bad), lambda: s.index_add(0, bad, s[:3]),
+        lambda: s[bad], lambda: s.index_select(0, -bad), lambda: s.index_copy(0, bad, s[:3]),
         lambda: s[bad, 0], lambda: s.take(bad * 99), lambda: s.put(bad * 99, s[0, 0]),
-        lambda: s.gather(0, bad[:, None, None]), lambda: s[torch.tensor([8])],
+        lambda: s[torch.tensor([8])],
     ):  # fmt: skip
         with pytest.raises(IndexError):
+            call()
+    # torch raises of some ops one, of others the other
+    at, ones = bad[:, None, None], s[:3, :1, :1]
+    for call in (
+        lambda: s.gather(0, at), lambda: s.scatter(0, at, 1.0), lambda: s.scatter(0, at, ones),
+        lambda: s.scatter_add(0, -at, ones), lambda: s.scatter_reduce(0, at, ones, "amax"),
+        lambda: s.index_add(0, bad, s[:3]),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="out of bounds"):
             call()
     with pytest.raises(RuntimeError):
         s.gather(0, torch.zeros(1, C + 1, 1, dtype=torch.long))

@@ -30,6 +30,8 @@ from .operands import Dims, cut_axes, dims_of, lifted, mesh_of
 
 # kernel(rows, index (E,), values (E, ...)) gives the rows after the write; values may be None
 Kernel = Callable[[Tensor, Tensor, Any], Tensor]
+# what torch calls an index out of range there is a RuntimeError, an IndexError elsewhere
+_RUNTIME = ("gather", "index_add", "scatter", "scatter_add", "scatter_reduce")
 # gloo cannot add these up
 _NO_SUM = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
@@ -70,7 +72,8 @@ def normal(at: Tensor, spec: Spec, size: int, negative: bool | None, op: str) ->
         bad = int(low < (-size if negative else 0) or high >= size)
         axes = axes_in(spec.dims)
         if any(comm.faults(bad, at, comm.group(spec.mesh, axes)) if axes else [bad]):
-            raise IndexError(f"{op}: index out of bounds for a dimension of size {size}")
+            kind = RuntimeError if op in _RUNTIME else IndexError
+            raise kind(f"{op}: index out of bounds for a dimension of size {size}")
         if low >= 0:
             # no other tensor of the index's size
             return at
@@ -108,8 +111,9 @@ def read(
 
     Differentiable. Sharded where the index is, else over the ranks that hold x's rows; an index of
     fewer entries than ranks gives a result that each of them has. negative: whether entries may
-    count from the end; None: all are known to be right. op: the name in errors. IndexError on all
-    ranks where an entry is out of bounds. Sends each row that a rank needs of another once.
+    count from the end; None: all are known to be right. op: the name in errors. IndexError, or
+    torch's RuntimeError, on all ranks where an entry is out of bounds. Sends each row that a rank
+    needs of another once.
     """
     mesh = mesh_of(x, index)
     (rows, *rest), own = dims_of(x), dims_of(index)

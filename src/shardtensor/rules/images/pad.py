@@ -76,6 +76,8 @@ def padded(
         torch.constant_pad_nd(x._local.new_zeros(1), (0, 1), value)
     if len(pad) % 2 or len(pad) > 2 * x.ndim:
         raise RuntimeError(f"pad: {pad} for a tensor of {x.ndim} dims: two numbers for each dim")
+    if mode in ("reflect", "replicate") and 0 in x.shape[x.ndim > len(pad) // 2 + 1 :]:
+        raise RuntimeError(f"pad: {mode} padding of {list(x.shape)}, which has nothing to repeat")
     if mode == "circular" and min(pad, default=0) < 0:
         x, pad = _cropped(x, pad)
     fill = value or 0.0
@@ -161,7 +163,7 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str, moves: bool) -> Plan:
     for d, (low, high) in _ends(pad, len(dims)):
         dim = dims[d]
         size = dim.size + low + high
-        _check(dim.size, low, high, mode)
+        _check(dim.size, low, high, mode, alone=len(pad) == 2)
         if not dim.is_cut or not (low or high):
             amounts += (low, high)
             dims[d] = dim.cut_at([0, size]) if low or high else dim
@@ -196,12 +198,15 @@ def _plan(spec: Spec, pad: tuple[int, ...], mode: str, moves: bool) -> Plan:
         start = windows[me][0] - before
         if a < b and (start, windows[me][1] + behind) != (a, b):
             keep.append((d, a - start, b - a))
+    if mode in ("reflect", "replicate") and not any(dims[d].size for d, _ in _ends(pad, len(dims))):
+        raise RuntimeError(f"pad: {pad} rows in mode {mode} leave nothing of {spec}")
     return Plan(spec.with_dims(dims), tuple(fetched), tuple(amounts), tuple(keep))
 
 
-def _check(n: int, low: int, high: int, mode: str) -> None:
+def _check(n: int, low: int, high: int, mode: str, alone: bool) -> None:
+    """Raise where torch does; alone: whether no other dim is padded, of which rows are left."""
     most = {"reflect": n - 1, "circular": n}.get(mode)
-    least = 0 if mode in ("constant", "circular") else 1
+    least = int(alone and mode in ("reflect", "replicate"))
     if most is not None and max(low, high) > most:
         raise RuntimeError(f"pad: {low, high} rows in mode {mode} for a dim of size {n}: too many")
     if n + low + high < least or (mode == "constant" and min(low, high) < -n):
