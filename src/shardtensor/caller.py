@@ -108,19 +108,29 @@ def loop_of_user() -> str:
     return ""
 
 
-def within_package(but: tuple[str, ...] = ()) -> bool:
-    """Whether this package's code runs, that of these folders and files passed over."""
+def line_of_step() -> str:
+    """ "file:line" of the user's code that a step without values is at; "" in its backward."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith(_STEPS):
+        if _of_user(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def file_within(but: tuple[str, ...] = ()) -> str:
+    """The file of this package that runs, that of these folders and files passed over, else ""."""
     frame: FrameType | None = sys._getframe(1)
     passed = tuple(_OURS[0] + b for b in but)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_OURS[0]):
             if not file.startswith(passed):
-                return True
+                return file.removeprefix(_OURS[0])
         elif not is_library(file):
-            return False
+            return ""
         frame = frame.f_back
-    return False
+    return ""
 
 
 def op_of(frame: FrameType | None) -> str:

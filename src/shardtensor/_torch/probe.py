@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 import types
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -51,8 +53,25 @@ def flops_of(op: Any) -> Any:
 @contextmanager
 def fake_world(rank: int, ranks: int, mode: Any) -> Iterator[None]:
     """One rank of many on fake tensors, whose ops the mode counts; they run as if nobody looked."""
-    with silent_world(rank, ranks), mode.fake, mode, not_tracing(), _copied_deeply(), as_written():
+    quiet = _told_once()
+    world = silent_world(rank, ranks)
+    with quiet, world, mode.fake, mode, not_tracing(), _copied_deeply(), as_written():
         yield
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Inside, what an op without memory raises in this thread is raised, but not logged as well."""
+    thread, log = threading.get_ident(), logging.getLogger("torch._subclasses.fake_tensor")
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 @contextmanager

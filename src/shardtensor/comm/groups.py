@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from .._torch.world import Middle, group_of, is_silent
 from ..cache import cached, clear
-from ..caller import call_of_user, loop_of_user, op_of
+from ..caller import call_of_user, line_of_step, loop_of_user, op_of
 from ..errors import DivergenceError, RankError, UnsupportedOpError
 from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank, thread
@@ -191,22 +191,32 @@ def knows_values(name: str) -> bool:
 class _Spread:
     """Whether ranks whose values are not known are taken to have as many rows of each kind."""
 
-    taken = False
+    taken: dict[str, None] | None = None
 
 
 @contextmanager
-def taken_spread() -> Iterator[None]:
-    """Inside, as in a plan, what depends on values is taken to be spread evenly over the ranks."""
-    _Spread.taken = True
+def taken_spread(told: dict[str, None]) -> Iterator[None]:
+    """Inside, as in a plan, what depends on values is taken to be spread evenly over the ranks.
+
+    told: gets what is taken, with the op and the line of the user's code.
+    """
+    _Spread.taken = told
     try:
         yield
     finally:
-        _Spread.taken = False
+        _Spread.taken = None
 
 
-def spreads(name: str) -> bool:
-    """Whether numbers that depend on other ranks' values are taken as if spread evenly."""
-    return _Spread.taken and silent(name)
+def spreads(name: str, what: str = "") -> bool:
+    """Whether numbers that depend on other ranks' values are taken as if spread evenly.
+
+    what: is taken, and told; backward takes what forward has told.
+    """
+    if _Spread.taken is None or not silent(name):
+        return False
+    if what and (line := line_of_step()):
+        _Spread.taken[f"{op_of(sys._getframe(1))}: {what} ({line})"] = None
+    return True
 
 
 def check_values(name: str) -> None:
@@ -214,7 +224,7 @@ def check_values(name: str) -> None:
 
     name: of a group, as `comm.group` gives it. Sends nothing.
     """
-    if not knows_values(name) and not _Spread.taken:
+    if not knows_values(name) and _Spread.taken is None:
         op = op_of(sys._getframe(1)) or "this op"
         line = call_of_user()[0]
         raise UnsupportedOpError(
@@ -225,7 +235,7 @@ def check_values(name: str) -> None:
 
 def check_loop() -> None:
     """Raise UnsupportedOpError where a rehearsal reads what ends a loop: it might take no end."""
-    if _Spread.taken or not dist.is_initialized() or not is_silent(dist.group.WORLD):
+    if _Spread.taken is not None or not dist.is_initialized() or not is_silent(dist.group.WORLD):
         return
     if line := loop_of_user():
         raise UnsupportedOpError(

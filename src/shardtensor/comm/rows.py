@@ -65,7 +65,8 @@ def requests(index: Tensor, sizes: Ints, group: str) -> tuple[Tensor, list[int],
     owner = torch.bucketize(index, ends[1:], right=True)
     order = torch.argsort(owner, stable=True)
     counts = torch.bincount(owner, minlength=len(sizes))
-    return order, *_told((index - ends[owner])[order], counts, sizes, group)
+    named = "indices are taken to name rows of all ranks evenly"
+    return order, *_told((index - ends[owner])[order], counts, sizes, group, named)
 
 
 def requests_in_order(
@@ -76,17 +77,24 @@ def requests_in_order(
     ends = constant(cut(sizes).offsets, index.dtype, index)
     counts = torch.searchsorted(index, ends).diff()
     index -= repeated(ends[:-1], counts, len(index))
-    return _told(index, counts, sizes, group)
+    named = "indices are taken to name no row twice, and rows of all ranks evenly"
+    return _told(index, counts, sizes, group, named)
 
 
 def _told(
-    wanted: Tensor, counts: Tensor, sizes: Ints, group: str
+    wanted: Tensor, counts: Tensor, sizes: Ints, group: str, named: str
 ) -> tuple[list[int], list[int], Tensor]:
-    """Local rows of each owner in turn, counts of them, as `requests` has them told."""
+    """Local rows of each owner in turn, counts of them, as `requests` has them told.
+
+    named: what a plan takes where it does not know the indices.
+    """
     one = [1] * len(sizes)
     asked = exchange_rows(counts, one, one, group, "take").tolist()
     per_owner = counts.tolist()
     if groups.spreads(group):
+        if sum(per_owner) == wanted.numel():
+            named = "other ranks are taken to ask for as many rows as this one asks of them"
+        groups.spreads(group, named)
         if sum(per_owner) != wanted.numel():
             per_owner = spread([wanted.numel()], sizes)[0]
         asked = per_owner

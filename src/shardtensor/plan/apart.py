@@ -92,7 +92,7 @@ def apart(
     drawn = torch.random.fork_rng(devices=[])
     world = probe.fake_world(1, 3, ledger)
     with (
-        drawn, world, chosen, groups.taken_spread(), casts_of(device),
+        drawn, world, chosen, groups.taken_spread(ledger.known.assumed), casts_of(device),
         torch.set_grad_enabled(task.train),
     ):  # fmt: skip
         observers.thread.alone = True

@@ -151,7 +151,7 @@ def _of_rank(
     chosen = assume(attention_rates(device, network, layout.ranks))
     drawn = torch.random.fork_rng(devices=[])
     world = probe.fake_world(rank, layout.ranks, ledger)
-    with drawn, world, chosen, groups.taken_spread(), casts_of(device):
+    with drawn, world, chosen, groups.taken_spread(ledger.known.assumed), casts_of(device):
         try:
             step = _prepared(task, layout, ledger, device)
             # routes of indices are found once: a step is one that has them

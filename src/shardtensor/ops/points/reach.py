@@ -48,7 +48,8 @@ def near(met: Met, radius: float, chunk: int = _CHUNK) -> Near:
             "st.compile"
         )
     if not groups.knows_values(met.group):
-        # a plan takes clouds for compact, of which little lies within reach of others
+        # clouds are compact: little lies within reach of others
+        groups.spreads(met.group, "what is within reach is taken to be a rank's own")
         route, index = _own(met)
     else:
         with torch.no_grad():

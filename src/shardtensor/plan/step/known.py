@@ -8,6 +8,7 @@ bound or a stand-in is taken, and the line is told in `assumed`.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ... import _torch
 from ..._torch import probe
-from ...caller import call_of_user, loop_of_user, within_package
+from ...caller import file_within, line_of_step, loop_of_user, op_of
 from ...errors import UnsupportedOpError
 from .ops import leaves, mapped
 from .replay import Call
@@ -30,8 +31,18 @@ _READS = (aten._local_scalar_dense.default, aten.item.default)
 # elements of a tensor up to which its values are computed; of random ones and of empty memory,
 # which weights are made from
 MOST, MOST_DRAWN, MOST_EMPTY = 2**20, 2**12, 2**16
-# what reads values for the code that calls it
-_ASKS = ("plan/", "_torch/", "tensor/", "dispatch/", "rules/norm/numbers.py")
+# what reads values for the code that calls it, or sizes; and who tells what is taken for a number
+_ASKS = (
+    "plan/", "_torch/", "tensor/", "dispatch/", "rules/norm/numbers.py",
+    "rules/ordering/counting.py", "rules/gather/embedding.py",
+)  # fmt: skip
+_TELL = (
+    "comm/rows.py",
+    "rules/rows.py",
+    "rules/extents.py",
+    "rules/ordering/sort.py",
+    "rules/images/unpool.py",
+)
 # what takes floats of one dtype alone, on CPUs and GPUs, under autocast too once it has cast
 _ALIKE = {aten.mm.default, aten.addmm.default, aten.index_add.default, aten.index_add_.default}
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
@@ -211,8 +222,11 @@ class Known:
         bound = _BOUNDS.get(func)
         if bound is None:
             return func(*args, **kwargs)
-        if func is not aten.bincount.default:
-            self._note(f"{func.overloadpacket.__name__} is taken to find all")
+        name = func.overloadpacket.__name__.strip("_2")
+        op = op_of(sys._getframe(1)) or name
+        # of the distinct rows that an index names its rule tells
+        if name != "bincount" and (name != "unique" or name in op):
+            self._note(f"{name} is taken to find all")
         return bound(*args, **kwargs)
 
     def _indexed(self, func: Any, x: Tensor, index: list[Tensor | None]) -> Any:
@@ -240,12 +254,17 @@ class Known:
         if x.dtype.is_floating_point:
             self._note("a number that is read is taken to be 1")
             return 1.0
-        if within_package(_ASKS):
+        if file := file_within(_ASKS):
+            if file not in _TELL:
+                self._note("a number that is read is taken to be 0")
             return 0
         return aten._local_scalar_dense.default(x)
 
     def _note(self, what: str) -> None:
-        self.assumed[f"{what} ({call_of_user()[0] or 'in backward'})"] = None
+        op = op_of(sys._getframe(1))
+        if op and op not in what:
+            what = f"{op}: {what}"
+        self.assumed[f"{what} ({line_of_step() or 'in backward'})"] = None
 
 
 def id_of(x: Tensor) -> int:

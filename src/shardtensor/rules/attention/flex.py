@@ -230,9 +230,10 @@ def _needs(
     given: list[Tensor],
 ) -> Needs:
     """Which tiles of the scores the mask shows, found once for a block mask."""
-    known_now = comm.knows_values(comm.group(p.spec.mesh, p.varying))
-    shape = (*p.spec.shape[:3], p.keys.size)
-    if mask is None or _torch.flex.is_endless(block_mask) or not (known_now and prod(shape)):
+    group, shape = comm.group(p.spec.mesh, p.varying), (*p.spec.shape[:3], p.keys.size)
+    if mask is None or _torch.flex.is_endless(block_mask) or not prod(shape):
+        return everything()
+    if comm.spreads(group, "the mask is taken to show all") or not comm.knows_values(group):
         return everything()
     tile = tuple(block_mask.BLOCK_SIZE)
 

@@ -70,7 +70,7 @@ def grid_sampler(
     if local.dtype in _HALVES or at.dtype != local.dtype:
         # coordinates of the window would lose what halves have lost already
         local, at = local.float(), at.float()
-    local, at, bad = _windowed(local, at, wanted, way)
+    local, at, bad = _windowed(local, at, wanted, out, way)
     y = _sampled(local, at, way, out)
     if bad is not None:
         y = y.masked_fill(bad.unsqueeze(1), float("nan"))
@@ -137,7 +137,9 @@ def _plan(x: Spec, g: Spec) -> tuple[Spec, Spec]:
 # windows -----------------------------------------------------------------------------------------
 
 
-def _windowed(x: Tensor, at: Tensor, spec: Spec, way: Way) -> tuple[Tensor, Tensor, Tensor | None]:
+def _windowed(
+    x: Tensor, at: Tensor, spec: Spec, out: Spec, way: Way
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows that the samples need, the coordinates in them, which samples are no numbers."""
     n = x.ndim - 2
     cut = [d for d in range(2, x.ndim) if spec.dims[d].axes]
@@ -159,11 +161,26 @@ def _windowed(x: Tensor, at: Tensor, spec: Spec, way: Way) -> tuple[Tensor, Tens
         low, high = (-4, 4) if way.mode == BICUBIC else (-1, 1) if way.padding == ZEROS else (0, 0)
         windows = ((low, size + high),) * len(spec.dims[d].sizes)
         if not every:
-            windows = by_shard(known, spec, axes, d, i, _NONE)
+            windows = _taken(spec, out, d, windows, way) or by_shard(known, spec, axes, d, i, _NONE)
         x, start, stop = _fetched(x, d, spec, windows, way)
         c, where = n + 1 - d, rows[d]
         coordinates[c] = _local(coordinates[c], where, start, stop - start, size, way)
     return x, torch.stack(coordinates, -1), bad if keep else None
+
+
+def _taken(
+    spec: Spec, out: Spec, d: int, every: tuple[Window, ...], way: Way
+) -> tuple[Window, ...] | None:
+    """In a plan, which does not know where samples lie: the windows that it takes for theirs."""
+    group, dim, reach = comm.along(spec, d), spec.dims[d], 2 if way.mode == BICUBIC else 1
+    if out.dims[d].axes != dim.axes or out.dims[d].size != dim.size:
+        return every if comm.spreads(group, "samples are taken to lie in all rows") else None
+    if not comm.spreads(group, "samples are taken to lie less than a row from their place"):
+        return None
+    ends = zip(every, dim.spans, strict=True)
+    return tuple(
+        (max(e[0], a - reach), min(e[1], b + reach)) if a < b else _NONE for e, (a, b) in ends
+    )
 
 
 def _few(x: Tensor, spec: Spec) -> bool:

@@ -84,6 +84,8 @@ def _spread(x: Tensor, at: Tensor, spec: Spec, size: tuple[int, ...]) -> ShardTe
         low, high = known.pop(0), [-n for n in known.pop(0)]
         windows = [_rows(low, high, a, b) for a, b in dims[d].spans]
         group = comm.along(spec, d)
+        if comm.spreads(group, "rows are taken to fall where they were pooled from"):
+            windows = list(dim.spans)
         x = comm.window(x, d, dim.sizes, windows, group)
         at = comm.window(at, d, dim.sizes, windows, group)
     out = spec.with_dims(dims)

@@ -129,13 +129,13 @@ def _total(found: Tensor, spec: Spec) -> ShardTensor:
     return wrap(finish(found, spec, every), spec.with_dims(whole_dims(found.shape)))
 
 
-def _ends(x: ShardTensor) -> tuple[float, float]:
-    """The least and the largest element."""
+def _ends(x: ShardTensor, taken: tuple[int, int] | None = None) -> tuple[float, float]:
+    """The least and the largest element; taken: what a plan takes them for."""
     if not x.numel():
         # as torch.histogram takes nothing for; it widens a range without width only if it found it
         return 0.0, 1.0
-    low, high = (t.item() for t in x.aminmax())
-    return low, high
+    low, high = x.aminmax()
+    return taken or (low.item(), high.item())
 
 
 @rule("histc")
@@ -237,7 +237,9 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
     spec, wanted = align(*given)
     eager("bincount", spec)
     x, *w = fit(spec.mesh, (), *zip(given, wanted, strict=True))
-    low, high = _ends(wrap(x.long(), spec))
+    # a plan takes what is asked for to be enough
+    enough = minlength and comm.spreads(comm.group(spec.mesh, spec.varying))
+    low, high = _ends(wrap(x.long(), spec), (0, minlength - 1) if enough else None)
     if low < 0:
         raise RuntimeError("bincount only supports 1-d non-negative integral inputs.")
     most = max(minlength, int(high) + 1 if input.numel() else 0)

@@ -138,7 +138,7 @@ def _order(x: ShardTensor, d: int, descending: bool) -> tuple[Tensor, Tensor]:
     ends = torch.tensor(dim.sizes, device=device)[:, None, None].expand(-1, count, 1)
     # (from, lane, to): how many rows each rank sends to each other
     moves = torch.cat([inside, ends], -1).diff(dim=-1, prepend=torch.zeros_like(ends))
-    if comm.spreads(group):
+    if comm.spreads(group, "elements are taken to go to all ranks evenly"):
         even = torch.tensor(comm.spread(dim.sizes, dim.sizes), device=device)
         moves = even[:, None].expand(-1, count, -1)
     sent = moves.sum(1).tolist()
