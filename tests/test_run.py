@@ -11,7 +11,7 @@ import yaml
 from forked import Program
 
 import shardtensor as st
-from shardtensor.cli.run import _count, _is_of_an_end
+from shardtensor.cli.run import _count, _is_of_an_end, run
 from shardtensor.train.launch import _asked
 
 MAIN = "from shardtensor.cli import main; main()"
@@ -82,6 +82,29 @@ def test_no_rank_outlives_it(tmp_path):
         with pytest.raises(ProcessLookupError):
             os.kill(int(number), 0)
     assert text.count("rank") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_start_of_a_rank_and_the_next(tmp_path, monkeypatch, number):
+    (tmp_path / "job.py").write_text(ASLEEP)
+    begin, processes = subprocess.Popen, []
+
+    def interrupted(*args, **kwargs):
+        processes.append(begin(*args, **kwargs))
+        os.kill(os.getpid(), number)
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(str(tmp_path / "job.py"), domain=2)
+        (process,) = processes
+        assert end.value.code == 128 + number and process.poll() == -signal.SIGTERM
+    finally:
+        for process in processes:
+            process.kill()
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("option", ["--nproc-per-node", "-m"])

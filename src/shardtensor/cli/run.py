@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -63,22 +65,23 @@ def run(
     command = [sys.executable, *([] if named else ["-m"]), script, *(args or ())]
     file = None if log is None else log.open("w")
     ranks: list[Rank] = []
-    # what a scheduler ends would leave the ranks behind
-    before = signal.signal(signal.SIGTERM, _ended)
-    try:
-        for r in range(n):
-            ranks.append(Rank(r, command, env, file, r == 0 or every))
-        failed = _first(ranks)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for rank in ranks:
-            rank.process.terminate()
-        until = time.monotonic() + PATIENCE
-        for rank in ranks:
-            rank.end(max(0.0, until - time.monotonic()))
-        signal.signal(signal.SIGTERM, before)
-        if file is not None:
-            file.close()
+    # what a scheduler or the keyboard ends would leave the ranks behind
+    with _told() as signals:
+        try:
+            for r in range(n):
+                if not signals:
+                    ranks.append(Rank(r, command, env, file, r == 0 or every))
+            failed = _first(ranks, signals)
+        finally:
+            for rank in ranks:
+                rank.process.terminate()
+            until = time.monotonic() + PATIENCE
+            for rank in ranks:
+                rank.end(max(0.0, until - time.monotonic()))
+            if file is not None:
+                file.close()
+    if signals:
+        raise SystemExit(128 + signals[0])
     for rank in ranks:
         if rank.shown and failed is None:
             # errors that the script got over
@@ -155,8 +158,19 @@ class Rank:
             thread.join(PATIENCE)
 
 
-def _ended(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+@contextmanager
+def _told() -> Iterator[list[int]]:
+    """Inside, signals to end are noted, not obeyed: one may come when a rank is half started."""
+    signals: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    heard = [s for s, handler in before.items() if handler != signal.SIG_IGN]
+    for s in heard:
+        signal.signal(s, lambda number, _: signals.append(number))
+    try:
+        yield signals
+    finally:
+        for s in heard:
+            signal.signal(s, before[s])
 
 
 def _is_of_an_end(line: str) -> bool:
@@ -166,10 +180,10 @@ def _is_of_an_end(line: str) -> bool:
     return other or bool(re.match(r"(\[rank\d+\]: )?Traceback \(most recent call last\)", line))
 
 
-def _first(ranks: list[Rank]) -> Rank | None:
-    """The rank that failed first, once it has; None once all have ended well."""
+def _first(ranks: list[Rank], signals: list[int]) -> Rank | None:
+    """The rank that failed first, once it has; None once all have ended well, or at a signal."""
     running = list(ranks)
-    while running:
+    while running and not signals:
         for rank in list(running):
             code = rank.process.poll()
             if code is not None:
