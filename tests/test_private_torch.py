@@ -20,6 +20,9 @@ USED = {
     torch._C.DisableTorchFunctionSubclass
     torch._C.DispatchKey.CompositeImplicitAutograd
     torch._C.DispatchKey.PreDispatch
+    torch._C._FunctionBase.saved_tensors
+    torch._C._to_dlpack
+    torch._C._to_dlpack_versioned
     torch._C.ScriptFunction
     torch._C.ScriptFunction.__call__
     torch._C.ScriptMethod
@@ -91,7 +94,6 @@ USED = {
     torch.distributed._composable_state._get_module_state
     torch.distributed._composable_state._module_state_mapping
     torch.distributed.distributed_c10d._get_default_store
-    torch.distributed.distributed_c10d._world.default_pg
     torch.distributed.distributed_c10d._world.pg_names
     torch.distributed.tensor.DTensor._op_dispatcher._custom_op_handlers
     torch.distributed.tensor._api._FromTorchTensor

@@ -16,10 +16,10 @@ from shardtensor.comm import groups, together
 
 # model of `benchmarks/share.py`: the most kernels and calls beyond those of the plain model
 MOST = {
-    "ConvNet": (168, 1440),
-    "ViT": (26, 3240),
-    "DiT": (122, 3220),
-    "U-Net": (200, 2420),
+    "ConvNet": (168, 1170),
+    "ViT": (26, 2925),
+    "DiT": (122, 2820),
+    "U-Net": (200, 1890),
 }
 
 

@@ -7,9 +7,9 @@ name.
 from . import flex, ragged
 from .attention import AttentionKernel, Block, attention_kernel, takes_flash_on_cpus
 from .autograd import (
+    Function,
     accumulator,
     after_backward,
-    apply,
     c_grad_fn,
     count_gradients,
     first_hook,
@@ -53,6 +53,8 @@ from .dispatcher import (
 from .memory import (
     dense_parts,
     is_zero,
+    lent,
+    lent_to_write,
     owns_memory,
     same_memory,
     storage,
@@ -101,12 +103,12 @@ __all__ = [
     "TOUCH_NOTHING",
     "AttentionKernel",
     "Block",
+    "Function",
     "OpOverload",
     "OpOverloadPacket",
     "accumulator",
     "after_backward",
     "all_gather_flat",
-    "apply",
     "asks_for_overrides",
     "at_uncaught",
     "aten_packet",
@@ -148,6 +150,8 @@ __all__ = [
     "keep_apart",
     "leaf_call",
     "leave_alone",
+    "lent",
+    "lent_to_write",
     "lift_transforms",
     "make_wrapper",
     "neg_view",

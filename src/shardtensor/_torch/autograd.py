@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd import set_multithreading_enabled
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import _composable_state
 
@@ -146,9 +146,19 @@ def install_gradcheck_hook(is_ours: Callable[[Any], bool]) -> None:
     module._test_undefined_backward_mode = run
 
 
-def apply(function: Any, *args: Any) -> Any:
-    """As apply of one of the library's own Functions of plain tensors, in half the time."""
-    return super(_SingleLevelFunction, function).apply(*args)
+class _OwnFunction(FunctionMeta):
+    def __init__(cls, name: str, bases: Any, attrs: Any) -> None:
+        super().__init__(name, bases, attrs)
+        cls.apply = super(_SingleLevelFunction, cls).apply
+        node = cls._backward_cls
+        node.apply, node.saved_tensors = cls.backward, torch._C._FunctionBase.saved_tensors
+
+
+class Function(torch.autograd.Function, metaclass=_OwnFunction):
+    """A Function of plain tensors: C++ calls forward and backward, with nothing of Python between.
+
+    One that torch.func or ShardTensors come to is torch.autograd.Function.
+    """
 
 
 # the number of the backward pass that runs in this thread, -1 if none does
@@ -169,9 +179,8 @@ def after_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
-def run_last(node: Any) -> None:
-    """Let backward run a node when nothing else is left to do."""
-    node._set_sequence_nr(0)
+# lets backward run a node when nothing else is left to do
+run_last: Callable[[Any], None] = operator.methodcaller("_set_sequence_nr", 0)
 
 
 def number_of(node: Any) -> int:
@@ -220,7 +229,7 @@ def first_hook(leaf: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def is_only_gradient(grads: tuple[Any, ...]) -> bool:
-    """Whether nobody else holds the one gradient that a Function's backward got, or its memory.
+    """Whether nobody else holds the one gradient that a `Function`'s backward got, or its memory.
 
     And it is all that this memory is for. Called in backward with its `*grads`; `count_gradients`
     was called before.
@@ -236,7 +245,7 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
     """The references to a gradient that only a Function's backward got; then if it is a view."""
     found: list[tuple[int, ...]] = []
 
-    class Seen(torch.autograd.Function):
+    class Seen(Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             return x.detach()
@@ -249,8 +258,8 @@ def count_gradients() -> tuple[tuple[int, ...], ...]:
         one = torch.ones(1, 1)
         x = one.clone().requires_grad_()
         # the kernel makes it, nothing else in the graph has it
-        (apply(Seen, x) * one).backward(one)
-        (apply(Seen, x).t() * one).backward(one)
+        (Seen.apply(x) * one).backward(one)
+        (Seen.apply(x).t() * one).backward(one)
     return tuple(found)
 
 

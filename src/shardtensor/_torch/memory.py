@@ -46,6 +46,9 @@ def dense_parts(x: torch.Tensor) -> list[torch.Tensor]:
     return []
 
 
+# memory for others to read, and to write to; no derivative follows. Nobody else is asked first
+lent = torch._C._to_dlpack
+lent_to_write = torch._C._to_dlpack_versioned
 # whether a tensor is one of zeros without memory, as tangents of forward mode are at first; no
 # function of Python: where each message passes, it is asked
 is_zero = torch._is_zerotensor

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -146,9 +148,11 @@ def middle_mesh(device: str, axes: int, names: tuple[str, ...]) -> DeviceMesh:
         return Middle(device, ranks, mesh_dim_names=names, _init_backend=False, _rank=3**axes // 2)
 
 
-def is_over() -> bool:
-    """Whether there is no process group of all ranks, or none any longer."""
-    return dist.distributed_c10d._world.default_pg is None
+# the process group of all ranks, None where there is none, or none any longer; no function of
+# Python: each message asks
+default_group: Callable[[], Any] = functools.partial(
+    operator.attrgetter("_world.default_pg"), dist.distributed_c10d
+)
 
 
 def is_silent(group: Any) -> bool:

@@ -60,7 +60,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
     Raises ValueError for a parameter whose gradient is summed over ranks outside of it.
     """
     found = list(xs)
-    learning, alone = torch.is_grad_enabled(), group == groups.ALONE or observers.alone()
+    learning = torch.is_grad_enabled()
     under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
     by_dtype: dict[torch.dtype, list[int]] = {}
     waiting: list[int] = []
@@ -79,8 +79,7 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
                 waiting.append(i)
                 slots.append(slot)
                 continue
-        if not alone:
-            by_dtype.setdefault(x.dtype, []).append(i)
+        by_dtype.setdefault(x.dtype, []).append(i)
     if waiting:
         if len(waiting) == 1:
             values: Sequence[Tensor | None] = (slots[0].use(found[waiting[0]]),)
@@ -90,9 +89,9 @@ def vary(xs: Sequence[Tensor], group: str, mesh: DeviceMesh | None = None) -> li
         for i, value in zip(waiting, values, strict=True):
             if value is not None:
                 found[i] = value
-            elif not alone:
+            else:
                 by_dtype.setdefault(found[i].dtype, []).append(i)
-    if not learning or alone:
+    if not (by_dtype and learning) or group == groups.ALONE or observers.alone():
         return found
     for picked in by_dtype.values():
         given = found if len(picked) == len(found) else [found[i] for i in picked]

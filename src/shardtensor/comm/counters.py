@@ -8,17 +8,19 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import record_function
 
 from .._torch import probe
-from .._torch.world import is_over
+from .._torch.world import default_group
 from ..caller import call_of_user
 from .clock import DeviceClock, Marks
-from .groups import devices, members
-from .observers import Hooks, looked_at, simulated_rank, thread
+from .groups import devices, members, size
+from .observers import Hooks, simulated_rank, thread
+
+V = TypeVar("V")
 
 
 @dataclass(slots=True)
@@ -89,80 +91,52 @@ current_op = threading.local()
 
 
 def sending(
-    collective: str, nbytes: int, messages: int, ranks: int, group: str, **facts: Any
-) -> AbstractContextManager[Sent | None]:
-    """`with` a collective: it is told to every open record of this rank, and to who looks on.
+    start: Callable[[], V], collective: str, nbytes: int, messages: int, group: str, **facts: Any
+) -> tuple[V, Sent | None]:
+    """start(), which begins a collective, and its entry: for `finish`, if a record notes it.
 
-    facts: what all ranks of the group must agree on, such as dtype and number of elements.
+    Every open record of this rank and who looks on are told. facts: what all ranks of the group
+    must agree on, such as dtype and number of elements.
     """
-    if is_over():
+    if default_group() is None:
         raise RuntimeError(
             "the process group was destroyed: make the mesh and its ShardTensors anew"
         )
-    # the last two as `looked_at`
-    here = Hooks.meeting is not None or getattr(thread, "rank", None) is not None
-    if here or records or probe.profiling():
-        return _Seen(facts, collective, nbytes, messages, ranks, group)
-    return _UNSEEN
+    # as `looked_at`
+    if Hooks.meeting is not None or getattr(thread, "rank", None) is not None:
+        meeting(collective, group, facts)
+    try:
+        if not (records or probe.profiling()):
+            return start(), None
+        with named(f"shardtensor::send {collective}"):
+            return _recorded(start, collective, nbytes, messages, group)
+    except RuntimeError as e:
+        _explain(e)
+        raise
 
 
-class _Unseen:
-    """A collective that nobody looks at."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        if isinstance(error, RuntimeError):
-            _explain(error)
-
-
-_UNSEEN = _Unseen()
-
-
-class _Seen:
-    def __init__(self, facts: dict[str, Any], *args: Any) -> None:
-        self.args: Any = args
-        self.facts = facts
-        self.item: Sent | None = None
-        self.named: AbstractContextManager[Any] | None = None
-
-    def __enter__(self) -> Sent | None:
-        collective, *_, group = self.args
-        if looked_at():
-            meeting(collective, group, self.facts)
-        if probe.profiling():
-            self.named = record_function(f"shardtensor::send {collective}")
-            self.named.__enter__()
-        if records:
-            me = simulated_rank()
-            self.mine = [r for r in records if r.rank == me]
-            if self.mine:
-                self.item = _noted(self.mine[0], *self.args)
-                if "cuda" in devices(group):
-                    self.item.marks = _marks(self.mine)
-        return self.item
-
-    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        if self.named is not None:
-            self.named.__exit__(kind, error, at)
-        if error is not None:
-            if isinstance(error, RuntimeError):
-                _explain(error)
-        elif self.item is not None:
-            self.item.end = time.perf_counter()
-            self.item.seconds = self.item.end - self.item.begin
-            if self.item.marks is not None:
-                self.item.marks.add()
-            for record in self.mine:
-                record.sent.append(self.item)
+def _recorded(start: Callable[[], V], *what: Any) -> tuple[V, Sent | None]:
+    """start() and its entry, which every open record of this rank gets."""
+    me = simulated_rank()
+    mine = [r for r in records if r.rank == me]
+    if not mine:
+        return start(), None
+    item = _noted(mine[0], *what)
+    if "cuda" in devices(what[-1]):
+        item.marks = _marks(mine)
+    begun = start()
+    item.end = time.perf_counter()
+    item.seconds = item.end - item.begin
+    if item.marks is not None:
+        item.marks.add()
+    for record in mine:
+        record.sent.append(item)
+    return begun, item
 
 
-def _noted(
-    record: Record, collective: str, nbytes: int, messages: int, ranks: int, group: str
-) -> Sent:
+def _noted(record: Record, collective: str, nbytes: int, messages: int, group: str) -> Sent:
     """The entry of a collective that begins, and to which call it belongs."""
-    item = Sent(collective, nbytes, messages, ranks, getattr(current_op, "name", ""))
+    item = Sent(collective, nbytes, messages, size(group), getattr(current_op, "name", ""))
     call = record.calls[-1] if item.op and record.calls else None
     if not item.op:
         number = probe.backward_nr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import new_class
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def run(op: Any, *args: Any) -> Any:
         return op(*lowered(args))
     if not torch.is_grad_enabled():
         return KERNELS[op](*args)
-    return _torch.apply(_ALONE[op], *args)
+    return _ALONE[op].apply(*args)
 
 
 def _left_out(setup: Callable, adjoint: Callable) -> tuple[Callable, Callable]:
@@ -133,7 +134,7 @@ def _alone(
         return out
 
     inside = {"forward": staticmethod(forward), "backward": staticmethod(adjoint)}
-    return type(name, (torch.autograd.Function,), inside)
+    return new_class(name, (_torch.Function,), exec_body=lambda body: body.update(inside))
 
 
 def linear(
@@ -206,7 +207,7 @@ def paired(
         lambda ctx, g: (adjoint(g, *ctx.facts), *[None] * ctx.count),
     )
 
-    class Node(torch.autograd.Function):
+    class Node(_torch.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, *facts: Any) -> Tensor:
             ctx.materialize_grads = False
@@ -236,7 +237,7 @@ def paired(
         if probe.dispatch_modes():
             return op(x, *lower(*facts))
         if x.requires_grad and torch.is_grad_enabled():
-            return _torch.apply(Node, x, *facts)
+            return Node.apply(x, *facts)
         return kernel(x, *facts)
 
     return call, op

@@ -45,7 +45,9 @@ def compact(part: Tensor, x: Tensor) -> Tensor:
 
 def empty(x: Tensor, shape: Sequence[int], form: torch.memory_format | None = None) -> Tensor:
     """An empty tensor like x of another shape; form: default that of x."""
-    form = memory_format(x) if form is None else form
+    if form is None:
+        # as `memory_format`
+        form = torch.contiguous_format if x.is_contiguous() else memory_format(x)
     if form is torch.contiguous_format:
         return x.new_empty(shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)

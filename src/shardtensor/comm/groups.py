@@ -21,7 +21,7 @@ from ..spec import Spec, axes_in
 from .observers import Hooks, simulated_rank, thread
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What is known of a group by its name: ranks, this rank's number, whether it is rehearsed."""
 
     size: int
@@ -31,15 +31,15 @@ class _Facts(NamedTuple):
 
 # weak: a group that outlives destroy_process_group aborts the process at its end
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
-_facts: dict[str, _Facts] = {}
+# the name of a group of one rank, which needs no process group
+ALONE = "self"
+facts = {ALONE: Facts(1, 0, False)}
 # the process group that the caches of functions of meshes are for
 _world: ref[dist.ProcessGroup] | None = None
 # by group: the devices of its meshes
 _devices: dict[str, set[str]] = {}
 # by rank and world: why a rank that has left the others may not meet them again
 _apart: dict[str, str] = {}
-# the name of a group of one rank, which needs no process group
-ALONE = "self"
 
 
 def resolve(name: str) -> dist.ProcessGroup:
@@ -102,7 +102,7 @@ def _made(mesh: DeviceMesh, axes: tuple[int, ...]) -> str:
         # what asks a rank of it finds none, see `resolve`
         name = _name(f"{mesh.shape}{axes}")
         size = prod(mesh.size(a) for a in axes)
-        _facts[name] = _Facts(size, size // 2, False)
+        facts[name] = Facts(size, size // 2, False)
         return name
     at = tuple(slice(None) if a in axes else place[a] for a in range(mesh.ndim))
     ranks = mesh.mesh[at].flatten().tolist()
@@ -130,7 +130,7 @@ def _named(made: dist.ProcessGroup) -> str:
     name = _name(made.group_name)
     if not _apart or _place(name) not in _apart:
         _groups[name] = made
-    _facts[name] = _Facts(made.size(), made.rank(), is_silent(made))
+    facts[name] = Facts(made.size(), made.rank(), is_silent(made))
     return name
 
 
@@ -151,17 +151,17 @@ def meets_on_host(name: str) -> bool:
 
 def size(name: str) -> int:
     """How many ranks the group has."""
-    return 1 if name == ALONE else _facts[name].size
+    return facts[name].size
 
 
 def rank(name: str) -> int:
     """This rank's number within the group."""
-    return 0 if name == ALONE else _facts[name].rank
+    return facts[name].rank
 
 
 def silent(name: str) -> bool:
     """Whether the group is one of a rehearsal, in which nothing arrives."""
-    return name != ALONE and _facts[name].silent
+    return facts[name].silent
 
 
 def world() -> str:
@@ -263,6 +263,7 @@ def renew() -> None:
 def forget(world: int | None = None) -> None:
     """Drop the groups of a simulated world that has ended; without its number, all."""
     table: dict[str, Any]
-    for table in (_groups, _devices, _facts, _apart):  # type: ignore[assignment]
+    for table in (_groups, _devices, facts, _apart):  # type: ignore[assignment]
         for name in [n for n in table if world is None or n.endswith(f":{world}")]:
             table.pop(name, None)
+    facts[ALONE] = Facts(1, 0, False)

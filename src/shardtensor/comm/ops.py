@@ -89,7 +89,7 @@ def _gather(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
 
 def _gather_by_sum(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     """A gather where most ranks have few rows or none: padded to the longest they would be more."""
-    me, shape = groups.rank(group), _resized(x.shape, dim, sizes.offsets[-1])
+    me, shape = groups.facts[group].rank, _resized(x.shape, dim, sizes.offsets[-1])
     flat = x.new_zeros(prod(shape))
     found = flat.view(shape)
     found.narrow(dim, sizes.offsets[me], sizes[me]).copy_(x)
@@ -134,7 +134,7 @@ def _in_order(sizes: Cut) -> bool:
 
 
 def _split(x: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
-    me = groups.rank(group)
+    me = groups.facts[group].rank
     own = x.narrow(dim, sizes.offsets[me], sizes[me])
     return empty(x, own.shape).copy_(own)
 
@@ -158,7 +158,7 @@ gather, gather_op = paired(
 split, split_op = paired(
     "split(Tensor x, int dim, int[] sizes, str group) -> Tensor",
     _split,
-    lambda x, dim, sizes, group: empty(x, _resized(x.shape, dim, sizes[groups.rank(group)])),
+    lambda x, dim, sizes, group: empty(x, _resized(x.shape, dim, sizes[groups.facts[group].rank])),
     gather,
     _lift_cut,
     _lower_cut,
@@ -170,7 +170,7 @@ split, split_op = paired(
 
 def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Tensor:
     """This rank's rows of the plan along a dim; beyond its ends fill or wrap."""
-    me = groups.rank(group)
+    me = groups.facts[group].rank
     if plan.whole:
         return _gather(x, dim, plan.sizes, group)
     moves = there(plan, dim, x.shape, x.element_size(), me)
@@ -190,7 +190,7 @@ def _window(x: Tensor, dim: int, plan: Exchange, fill: float, group: str) -> Ten
 
 def _window_add(g: Tensor, dim: int, plan: Exchange, group: str) -> Tensor:
     """The adjoint of `_window`: rows of windows go home, where they are added up."""
-    me = groups.rank(group)
+    me = groups.facts[group].rank
     if plan.whole:
         return _reduce_scatter(g, dim, plan.sizes, group)
     moves = back(plan, dim, g.shape, g.element_size(), me)
@@ -213,7 +213,7 @@ def _reduce_scatter(g: Tensor, dim: int, sizes: Cut, group: str) -> Tensor:
     """The sum of what every rank has for this one's shard, in the order of the ranks."""
     if g.dtype not in wire.ADDED:
         return _split(wire.all_reduce([g], "sum", group)[0], dim, sizes, group)
-    n, me = len(sizes), groups.rank(group)
+    n, me = len(sizes), groups.facts[group].rank
     rest = numel_but(g.shape, dim)
     item = g.element_size()
     own = g.narrow(dim, sizes.offsets[me], sizes[me])
@@ -255,7 +255,9 @@ window_add, window_add_op = paired(
     "window_add(Tensor g, int dim, int[] sizes, int[] starts, int[] stops, bool wrap, str group)"
     " -> Tensor",
     _window_add,
-    lambda g, dim, plan, group: empty(g, _resized(g.shape, dim, plan.sizes[groups.rank(group)])),
+    lambda g, dim, plan, group: empty(
+        g, _resized(g.shape, dim, plan.sizes[groups.facts[group].rank])
+    ),
     lambda g, dim, plan, group: window(g, dim, plan, 0.0, group),
     _lift_window,
     _lower_window,
@@ -330,7 +332,7 @@ def _sends_own(x: Tensor) -> bool:
 
 def _place(among: Ints, group: str) -> int:
     """This rank's number among some ranks of a group; none: all."""
-    rank = groups.rank(group)
+    rank = groups.facts[group].rank
     return among.index(rank) if among else rank
 
 
@@ -360,7 +362,7 @@ swap, swap_op = paired(
 
 
 def _ring(x: Tensor, dim: int, sizes: Cut, held: int, shift: int, group: str) -> Tensor:
-    n, me = len(sizes), groups.rank(group)
+    n, me = len(sizes), groups.facts[group].rank
     if shift % n == 0:
         return x.clone(memory_format=torch.contiguous_format)
     source = (me - shift) % n
@@ -372,7 +374,7 @@ ring, ring_op = paired(
     "ring(Tensor x, int dim, int[] sizes, int held, int shift, str group) -> Tensor",
     _ring,
     lambda x, dim, sizes, held, shift, group: x.new_empty(
-        _resized(x.shape, dim, sizes[(groups.rank(group) - shift - held) % len(sizes)])
+        _resized(x.shape, dim, sizes[(groups.facts[group].rank - shift - held) % len(sizes)])
     ),
     lambda g, dim, sizes, held, shift, group: ring(g, dim, sizes, held + shift, -shift, group),
     lambda dim, sizes, *rest: (dim, cut(sizes), *rest),

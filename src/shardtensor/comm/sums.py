@@ -24,7 +24,7 @@ def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.rest = inputs[1:]
 
 
-class Identity(torch.autograd.Function):
+class Identity(_torch.Function):
     """The identity, as views; a subclass says what `about` means to its backward."""
 
     @staticmethod
@@ -46,7 +46,7 @@ class Vary(Identity):
         return None, *of_given(reduce, grads, "sum", ctx.about)
 
 
-class Reduce(torch.autograd.Function):
+class Reduce(_torch.Function):
     """`reduce_op` without the dispatcher, for use outside of tracing."""
 
     @staticmethod
@@ -174,7 +174,7 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor]:
         return _VaryUnder.apply(group, *xs)
     if _torch.is_tracing():
         return vary_op(list(xs), group)
-    return _torch.apply(Vary, group, *xs)
+    return Vary.apply(group, *xs)
 
 
 def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
@@ -186,5 +186,5 @@ def reduce(xs: Sequence[Tensor], op: str, group: str) -> Sequence[Tensor]:
     if torch.is_grad_enabled():
         for x in xs:
             if x.requires_grad:
-                return _torch.apply(Reduce, op, group, *xs)
+                return Reduce.apply(op, group, *xs)
     return _reduce(xs, op, group)

@@ -82,10 +82,10 @@ def vary(xs: Sequence[Tensor], group: str) -> Sequence[Tensor] | None:
     if _here.order.ended:
         _here.order = Order()
     call = Call(group, None if small else _torch.number_of(xs[0].grad_fn), _here.order)
-    held = _torch.apply(Wait, call, *xs)
+    held = Wait.apply(call, *xs)
     call.wait = ref(held[0].grad_fn)
     call.sources = sources
-    return _torch.apply(Start, call, *held)
+    return Start.apply(call, *held)
 
 
 class Order:

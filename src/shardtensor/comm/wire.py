@@ -7,6 +7,7 @@ ranks it is one all-to-all, among many a message to each that is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 from weakref import WeakSet
@@ -92,13 +93,12 @@ def start_parcels(
     received = like.new_empty(p.length)
     if not facts and looked_at():
         facts = transport.sparse_facts(p.gives, p.gets, group)
-    with sending(
-        label, p.nbytes, p.messages, groups.size(group), group, dtype=like.dtype, **facts
-    ) as entry:
-        works = _post(received, send, p.gives, p.gets, group, label, p.few, wait)
+    post = partial(_post, received, send, p.gives, p.gets, group, label, p.few, wait)
+    works, entry = sending(post, label, p.nbytes, p.messages, group, dtype=like.dtype, **facts)
 
     def arrived() -> list[torch.Tensor]:
-        _end(works, entry, group, label)
+        if works:
+            _end(works, entry, group, label)
         found = []
         for at, end, shape in p.places:
             found.append(received[at:end].view(shape))
@@ -123,24 +123,24 @@ def start_all_to_all(
     the ranks of the group that these are, ascending, when none gives itself anything; the others
     meet in parts of their own. facts: as in `start_exchange`. Calling what is returned ends it.
     """
-    n = groups.size(group)
+    n, me, silent = groups.facts[group]
     whole = not among or len(among) == n
     to_some: dict[int, int] = {} if whole else dict(zip(among, gives, strict=True))
     of_some: dict[int, int] = {} if whole else dict(zip(among, gets, strict=True))
     facts = facts or dict(gives=gives, gets=gets)
     if not whole:
         facts = transport.sparse_facts(to_some, of_some, group)
-    own = gives[groups.rank(group)] if whole else 0
+    own = gives[me] if whole else 0
     nbytes = send.numel() * send.element_size() - own
     messages = len(gives) - gives.count(0) - (own > 0)
-    works: list[Any] = []
-    with sending(label, nbytes, messages, n, group, dtype=send.dtype, **facts) as entry:
-        if not whole:
-            works = _post(received, send, to_some, of_some, group, label, True, False)
-        elif groups.silent(group):
-            transport.nothing_arrives(received)
-        else:
-            works = transport.all_to_all(received, send, gets, gives, group, label)
+    post: Callable[[], list[Any]]
+    if not whole:
+        post = partial(_post, received, send, to_some, of_some, group, label, True, False)
+    elif silent:
+        post = partial(transport.nothing_arrives, received)
+    else:
+        post = partial(transport.all_to_all, received, send, gets, gives, group, label)
+    works, entry = sending(post, label, nbytes, messages, group, dtype=send.dtype, **facts)
     return lambda: _end(works, entry, group, label)
 
 
@@ -161,10 +161,10 @@ def _post(
     wait: bool,
 ) -> list[Any]:
     """Start what brings bytes from and to these ranks; on every rank of the group."""
-    if groups.silent(group):
-        transport.nothing_arrives(received)
-        return []
-    n, to = groups.size(group), groups.resolve(group)
+    n, _, silent = groups.facts[group]
+    if silent:
+        return transport.nothing_arrives(received)
+    to = groups.resolve(group)
     together = not few or n <= FEW or simulated_rank() is not None
     if together or (_connects(received) and to not in _met):
         # NCCL connects all ranks in a first collective, which some may have nothing to send in
@@ -211,14 +211,15 @@ def all_gather_rows(
         flat = torch.cat([flat, flat.new_zeros(most - flat.numel())])
     received = flat.new_empty(n * most)
     item = flat.element_size()
-    with sending(
-        "all_gather", item * most * (n - 1), n - 1, n, group, dtype=flat.dtype, lengths=lengths
-    ):
-        if groups.silent(group):
-            received.view(n, most).copy_(flat)
-        else:
-            transport.all_gather(received, flat, group)
-    return received.view(n, most)
+    rows = received.view(n, most)
+    post: Callable[[], Any] = partial(transport.all_gather, received, flat, group)
+    if groups.facts[group].silent:
+        # as if the others had the same
+        post = partial(rows.copy_, flat)
+    sending(
+        post, "all_gather", item * most * (n - 1), n - 1, group, dtype=flat.dtype, lengths=lengths
+    )
+    return rows
 
 
 def all_gather_numbers(
@@ -231,7 +232,7 @@ def all_gather_numbers(
 
 def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str) -> Any:
     """`all_gather_numbers` as a numpy array (ranks, numbers)."""
-    n = groups.size(group)
+    n = groups.facts[group].size
     own = np.broadcast_to(np.array(mine, dtype=np.int64), (n, len(mine)))
     if n == 1:
         return own
@@ -240,7 +241,7 @@ def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str
         rows = torch.stack(all_gather(local, [local.shape] * n, group))
     else:
         rows = all_gather_rows(local, [len(mine)] * n, len(mine), group)
-    if groups.silent(group):
+    if groups.facts[group].silent:
         # it is sent all the same
         return own
     return np.array(rows.tolist()) if _torch.transforming() else rows.cpu().numpy()
@@ -248,7 +249,7 @@ def all_gather_table(mine: Sequence[int], device: torch.device | str, group: str
 
 def all_reduce(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
     """Elementwise reduction over the ranks, of tensors of one dtype in one message."""
-    n = groups.size(group)
+    n = groups.facts[group].size
     if n == 1:
         return [x.clone() for x in xs]
     x = xs[0]
@@ -280,7 +281,7 @@ def _combined(x: torch.Tensor, op: str, group: str, n: int) -> torch.Tensor:
     flat, shape = x.reshape(-1), x.shape
     lengths = [flat.numel()]
     found = _start_to_all(flat, lengths * n, group, "all_reduce", lengths=lengths, by=op)()
-    if op != "sum" and groups.silent(group):
+    if op != "sum" and groups.facts[group].silent:
         # as if the others had the same
         return x.clone(memory_format=torch.contiguous_format)
     # in the order of the ranks, so that all get the same bits
@@ -298,7 +299,7 @@ def start_all_reduce(
 
     lengths: of the tensors that the vector is made of, on which ranks must agree.
     """
-    n = groups.size(group)
+    n = groups.facts[group].size
     on_wire, op, back = reducible(flat, op)
     if direct(on_wire, on_wire.numel(), n):
         arrived = _start_to_all(
@@ -308,7 +309,7 @@ def start_all_reduce(
         def combine() -> None:
             # in the order of the ranks, so that all get the same bits
             total, *others, last = arrived()
-            if op != "sum" and groups.silent(group):
+            if op != "sum" and groups.facts[group].silent:
                 # as if the others had the same
                 back(on_wire)
                 return
@@ -319,10 +320,11 @@ def start_all_reduce(
         return combine
     # a ring all-reduce sends each byte twice but for this rank's own part
     nbytes = 2 * on_wire.numel() * on_wire.element_size() * (n - 1) // n
-    with sending(
-        "all_reduce", nbytes, 2 * (n - 1), n, group, dtype=flat.dtype, lengths=lengths, by=op
-    ) as entry:
-        works = [] if groups.silent(group) else transport.all_reduce(on_wire, op, group)
+    post = partial(transport.all_reduce, on_wire, op, group)
+    works, entry = sending(
+        list if groups.facts[group].silent else post,
+        "all_reduce", nbytes, 2 * (n - 1), group, dtype=flat.dtype, lengths=lengths, by=op,
+    )  # fmt: skip
 
     def ended() -> None:
         _end(works, entry, group, "all_reduce")
@@ -333,7 +335,7 @@ def start_all_reduce(
 
 def of_all(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
     """Every rank's vector, all as long as this one, on every rank."""
-    n, length, label = groups.size(group), flat.numel(), "all_gather"
+    n, length, label = groups.facts[group].size, flat.numel(), "all_gather"
     lengths = [length] * n
     if direct(flat, length, n):
         return _start_to_all(flat, lengths, group, label, lengths=lengths)()
@@ -345,7 +347,7 @@ def addends(flat: torch.Tensor, group: str) -> list[torch.Tensor]:
 
     They are those of all ranks, in their order, where each rank sends to all others; else one.
     """
-    n, lengths = groups.size(group), [flat.numel()]
+    n, lengths = groups.facts[group].size, [flat.numel()]
     if direct(flat, flat.numel(), n):
         return _start_to_all(flat, lengths * n, group, "all_reduce", lengths=lengths, by="sum")()
     start_all_reduce(flat, "sum", group, lengths)()
@@ -369,15 +371,15 @@ def _start_to_all(
     n = len(p.gives)
     received = flat.new_empty(p.length)
     send = flat if n == 2 else flat.repeat(n - 1)
-    works: list[Any] = []
-    with sending(label, p.nbytes, p.messages, n, group, dtype=flat.dtype, **facts) as entry:
-        if p.silent:
-            transport.nothing_arrives(received)
-        else:
-            works = transport.all_to_all(received, send, p.gets, p.gives, group, label)
+    if p.silent:
+        post: Any = partial(transport.nothing_arrives, received)
+    else:
+        post = partial(transport.all_to_all, received, send, p.gets, p.gives, group, label)
+    works, entry = sending(post, label, p.nbytes, p.messages, group, dtype=flat.dtype, **facts)
 
     def every() -> list[torch.Tensor]:
-        _end(works, entry, group, label)
+        if works:
+            _end(works, entry, group, label)
         # no views of one op, which autograd would let nobody write to
         found = list(received.unsafe_split_with_sizes(p.others))
         found.insert(p.me, flat)
@@ -388,11 +390,10 @@ def _start_to_all(
 
 def broadcast(flat: torch.Tensor, group: str, source: int = 0) -> None:
     """A vector's values from one rank of the group to all."""
-    n = groups.size(group)
-    first = groups.rank(group) == source
+    n = groups.facts[group].size
+    first = groups.facts[group].rank == source
     nbytes = flat.numel() * flat.element_size() * (n - 1) if first else 0
-    with sending(
-        "broadcast", nbytes, (n - 1) * first, n, group, dtype=flat.dtype, lengths=[flat.numel()]
-    ):
-        if not groups.silent(group):
-            transport.broadcast(flat, group, source)
+    sending(
+        list if groups.facts[group].silent else partial(transport.broadcast, flat, group, source),
+        "broadcast", nbytes, (n - 1) * first, group, dtype=flat.dtype, lengths=[flat.numel()],
+    )  # fmt: skip

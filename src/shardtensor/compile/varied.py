@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from .. import _torch
 from ..comm.sums import Identity, reduce, vary_op
 from .writes import written
 
@@ -55,11 +54,7 @@ def hoist(graph: fx.GraphModule) -> list[Varied]:
 
 def values(varied: Iterable[Varied], given: Sequence[Tensor]) -> list[Tensor]:
     """The further inputs for a run, of those that a graph had before."""
-    return [
-        y
-        for places, group in varied
-        for y in _torch.apply(_Vary, group, *[given[i] for i in places])
-    ]
+    return [y for places, group in varied for y in _Vary.apply(group, *[given[i] for i in places])]
 
 
 class _Vary(Identity):

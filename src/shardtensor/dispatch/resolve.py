@@ -116,9 +116,8 @@ def _resolve(func: Any) -> Handler:
         handler = _reflected(handler, name, own)
     writes = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     if writes and name not in _IN_PLACE_VIEWS:
-        handler = writing(handler, name)
         alone = getattr(rules.get(name), "takes_plain", False) or "foreach" in name
-        handler = handler if alone else _onto(handler)
+        handler = writing(handler, name, handler if alone else _onto(handler))
     return _counted(handler, name, writes, is_tried(func, name) and _own(handler))
 
 
@@ -262,10 +261,10 @@ def _into(run: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _onto(handler: Handler) -> Handler:
-    """The handler of an in-place op, which may write what is sharded into a plain tensor."""
+    """The handler of an in-place op that may write what is sharded into a plain tensor."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plain = args and isinstance(args[0], Tensor) and not is_shard(args[0])
+        plain = args and isinstance(args[0], Tensor)
         if plain and isinstance(func, _torch.OpOverload) and _torch.inside_composite():
             _refuse_history(func, args)
         return (into_plain if plain else handler)(func, args, kwargs)

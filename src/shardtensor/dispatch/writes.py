@@ -88,7 +88,7 @@ class _Back:
     ) -> None:
         base = of._local
         # of the base, or of what that is written back to
-        self.overlaps = _overlaps(of)
+        self.overlaps = _overlaps(of, _torch.storage(of._local))
         # weak: the storage must not keep alive a graph that may hold the storage; the root, since
         # base may be a passing view
         root = base if base._base is None else base._base
@@ -219,22 +219,20 @@ def stands_for_rows(
     return piece
 
 
-def writing(handler: Handler, name: str) -> Handler:
+def writing(handler: Handler, name: str, into_others: Handler) -> Handler:
     """The handler of an in-place op after which no other place of the target's memory is taken for
-    current; a gathered copy is written back."""
+    current; a gathered copy is written back. into_others: of targets that are no ShardTensors."""
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write, after checks of x and its aliases; then its family learns of it."""
         if not args or not isinstance(args[0], ShardTensor):
             # no name for args[0] here: `adopt` counts references to it
-            return handler(func, args, kwargs)
+            return into_others(func, args, kwargs)
         x = args[0]
         if x._spec.partial:
             _settle(x, name)
         memory = _torch.storage(x._local)
         family, cdata = getattr(memory, "_shardtensor_family", None), memory._cdata
-        # who may take over the memory counts references to it
-        del memory
         inside = family is None or getattr(_current, "storage", None) == cdata
         piece = None if inside or family is None else family.pieces.get(cdata)
         if family is not None and not inside:
@@ -243,12 +241,18 @@ def writing(handler: Handler, name: str) -> Handler:
             piece.refuse_leaf(_wants_gradient(args) or _wants_gradient(kwargs.values()))
         if name not in ("setitem", "fill_", "zero_"):
             # which writes to a part of x in turn
-            _check_overlap(x, (*args[1:], *kwargs.values()), name)
-        if inside or family is None:
-            return _written(handler, func, args, kwargs)
-        before, _current.storage = getattr(_current, "storage", None), cdata
+            _check_overlap(x, memory, (*args[1:], *kwargs.values()), name)
+        # who may take over the memory counts references to it
+        del memory
+        before = getattr(_current, "storage", None)
         try:
-            out = _written(handler, func, args, kwargs)
+            if inside or family is None:
+                return handler(func, args, kwargs)
+            _current.storage = cdata
+            out = handler(func, args, kwargs)
+        except RuntimeError as e:
+            _refuse_view(e, func, x)
+            raise
         finally:
             _current.storage = before
         family.wrote(_written_back(x._local), name, _touched(piece, x, name, args))
@@ -261,20 +265,14 @@ def writing(handler: Handler, name: str) -> Handler:
 _TORCHS = ("Unbind", "Split", "Unsafe", "_Pass", "_Continue")
 
 
-def _written(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the handler of a write gives, refused where autograd cannot follow here."""
-    try:
-        return handler(func, args, kwargs)
-    except RuntimeError as e:
-        x = args[0]
-        node = type(x._local.grad_fn).__name__
-        mine = "is a view and is being modified inplace" in str(e)
-        if not mine or node.startswith(_TORCHS):
-            raise
+def _refuse_view(error: RuntimeError, func: Any, x: ShardTensor) -> None:
+    """Raise UnsupportedOpError where autograd cannot follow a write here, which torch refused."""
+    mine = "is a view and is being modified inplace" in str(error)
+    if mine and not type(x._local.grad_fn).__name__.startswith(_TORCHS):
         raise UnsupportedOpError(
             f"{func.__name__} on {x._spec}, a result that is a view of what was sent between "
             "ranks: .clone() it first"
-        ) from e
+        ) from error
 
 
 # ops whose gradients need no operand
@@ -291,28 +289,27 @@ def reshaped_in_place(x: ShardTensor, op: str) -> None:
     family.reshaped(current, op, tracked)
 
 
-def _overlaps(x: ShardTensor) -> bool:
-    """Whether elements of x, or of what it is written back to, share memory."""
-    back: _Back | None = getattr(_torch.storage(x._local), "_shardtensor_back", None)
+def _overlaps(x: ShardTensor, memory: torch.UntypedStorage) -> bool:
+    """Whether elements of x, or of what its memory is written back to, share memory."""
+    back: _Back | None = getattr(memory, "_shardtensor_back", None)
     return layout.overlaps(x) or (back is not None and back.overlaps)
 
 
 def refuse_overlap(x: ShardTensor, name: str) -> None:
     """Raise UnsupportedOpError for a write to a tensor whose elements share memory."""
-    if x.numel() and _overlaps(x):
+    if x.numel() and _overlaps(x, _torch.storage(x._local)):
         raise UnsupportedOpError(
             f"{name} on {x._spec}, whose elements share memory (unfold, expand): write to the "
             "tensor that it is a view of, or to a .clone()"
         )
 
 
-def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
+def _check_overlap(x: ShardTensor, memory: torch.UntypedStorage, others: Any, name: str) -> None:
     """Raise where elements of x share memory, as torch does, or may with those of an operand.
 
     By specs and by strides of dims that are whole on each rank: an empty shard raises as well.
     """
-    own = x._local.stride()
-    if _overlaps(x):
+    if _overlaps(x, memory):
         if layout.expanded(x) and x.numel() and name not in _ONLY_WARN:
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a "
@@ -323,7 +320,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
         if not isinstance(other, ShardTensor):
             continue
         a, b = x._local, other._local
-        if a is b or _torch.storage(a)._cdata != _torch.storage(b)._cdata:
+        if a is b or memory._cdata != _torch.storage(b)._cdata:
             continue
         if not (x.numel() and other.numel()):
             continue
@@ -333,6 +330,7 @@ def _check_overlap(x: ShardTensor, others: Any, name: str) -> None:
             continue
         # other rows of a dim that one rank has, of which the others know nothing
         lonely = any(d.is_cut and d.sizes.count(0) == len(d.sizes) - 1 for d in x._spec.dims)
+        own = a.stride()
         alike = x._spec == other._spec and own == b.stride() and not lonely
         apart = int(b.storage_offset() - a.storage_offset())
         if alike and (apart == 0 or not _reached(x, own, abs(apart))):

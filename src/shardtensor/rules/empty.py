@@ -51,10 +51,10 @@ def in_place_of(x: Tensor, rows: Tensor) -> Tensor:
     if _torch.under_modes() or _torch.transforming() or not x.requires_grad:
         # the gradient of a concatenation drops the graph of what has no elements
         return torch.constant_pad_nd(x, ahead) + rows
-    return _torch.apply(_Rows, x, rows, ahead)
+    return _Rows.apply(x, rows, ahead)
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(_torch.Function):
     """Rows of one version with x: backward that saved them raises where x was written to, too.
 
     As it does on ranks that have elements.

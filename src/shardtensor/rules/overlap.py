@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _torch, comm
-from .._torch.autograd import apply
+from .._torch import Function
 from ..cache import cached
 from ..comm import wire
 from ..comm.exchanges import FILL, Exchange, exchange
@@ -90,12 +90,12 @@ class Along(NamedTuple):
         return self.d, rows[0], rows[1] - rows[0]
 
     def start(self, like: Tensor, tie: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        token: Tensor = apply(_Begin, self.way, like, tie, *parts)
+        token: Tensor = _Begin.apply(self.way, like, tie, *parts)
         return token
 
     def arrived(self, token: Tensor, like: Tensor, fill: float) -> tuple[Tensor, Around]:
         """(a tie to the exchange, what came)."""
-        tie, *rows = apply(_End, self.way, token)
+        tie, *rows = _End.apply(self.way, token)
         return tie, Around(self.d, *_around(self.plan, self.me, rows, like, self.d, fill))
 
     def parted(
@@ -146,14 +146,14 @@ def overlapped(
     if reach.inside:
         return op(fetch(x, d, spec, reach, fill))
     along = Along.of(spec, d, stencil, reach)
-    pieces = apply(_Cut, x, tuple([(along.box(rows),) for rows in (*along.sent, *along.parts)]))
+    pieces = _Cut.apply(x, tuple([(along.box(rows),) for rows in (*along.sent, *along.parts)]))
     given, (top, inner, bottom) = pieces[: len(along.sent)], pieces[len(along.sent) :]
     token = along.start(x, x, given)
     middle = op(inner) if along.inner else None
     came, around = along.arrived(token, x, fill)
     if middle is None:
-        return apply(_Join, d, came, op(around.joined(top)))
-    return apply(_Join, d, came, *along.parted(op, around, top, middle, bottom))
+        return _Join.apply(d, came, op(around.joined(top)))
+    return _Join.apply(d, came, *along.parted(op, around, top, middle, bottom))
 
 
 def _ranges(
@@ -237,7 +237,7 @@ def among_zeros(x: Tensor, box: Box, shape: Sequence[int]) -> Tensor:
     return F.pad(x, pads)
 
 
-class _Cut(torch.autograd.Function):
+class _Cut(Function):
     """Boxes of a tensor, which may overlap; the adjoint adds them up in one buffer."""
 
     @staticmethod
@@ -287,7 +287,7 @@ def resized(shape: Sequence[int], d: int, n: int) -> list[int]:
     return [*shape[:d], n, *shape[d + 1 :]]
 
 
-class _Begin(torch.autograd.Function):
+class _Begin(Function):
     """A tensor that stands for what is on its way.
 
     tie: what gets a gradient of zeros, by which this is differentiated again on every rank; one
@@ -308,13 +308,13 @@ class _Begin(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor | None) -> Any:
         if token is None:
             return None, None, None, *[None] * ctx.parts
-        came, *rows = apply(_End, ctx.route.back(), token)
+        came, *rows = _End.apply(ctx.route.back(), token)
         again = torch.is_grad_enabled() or ctx.shape == (1,)
         tied = came.reshape([1] * len(ctx.shape)).expand(ctx.shape) if again else None
         return None, None, tied, *rows
 
 
-class _End(torch.autograd.Function):
+class _End(Function):
     """What came, once it is there."""
 
     @staticmethod
@@ -331,10 +331,10 @@ class _End(torch.autograd.Function):
             return None, None
         pairs = zip(ctx.shapes, found, strict=True)
         grads = [ctx.like.new_zeros(shape) if g is None else g for shape, g in pairs]
-        return None, apply(_Begin, ctx.route.back(), ctx.like, *grads)
+        return None, _Begin.apply(ctx.route.back(), ctx.like, *grads)
 
 
-class _Join(torch.autograd.Function):
+class _Join(Function):
     """Rows one after the other, and a tie to the exchange: its backward runs on every rank.
 
     A rank that receives nothing still sends gradients back. What a checkpoint computes again, and

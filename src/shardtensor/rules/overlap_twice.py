@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._torch.autograd import apply
+from .._torch import Function
 from ..comm.formats import empty
 from ..spec import Spec
 from .overlap import Along, Box, _boxed, _Cut, _Join, _tie, resized
@@ -42,7 +41,7 @@ def overlapped_twice(
         boxes += [(one.box(one.own), two.box(rows)) for rows in (two.parts[0], two.parts[2])]
     else:
         boxes.append((one.box(one.own), two.box(two.own)))
-    pieces = list(apply(_Cut, x, tuple(boxes)))
+    pieces = list(_Cut.apply(x, tuple(boxes)))
     given, pieces = pieces[: len(one.sent)], pieces[len(one.sent) :]
     token, first = one.arrived(one.start(x, x, given), x, fill)
     given, pieces = pieces[: len(two.sent)], pieces[len(two.sent) :]
@@ -53,7 +52,7 @@ def overlapped_twice(
     if not inner:
         came, second = two.arrived(coming, like, fill)
         whole = first.within(two.box(two.own)).joined(pieces[0])
-        return apply(_Join, two.d, came, op(second.joined(whole)))
+        return _Join.apply(two.d, came, op(second.joined(whole)))
     top, middle, bottom, left, right = pieces
     beside = first.within(two.box(two.parts[1]))
     column = one.parted(op, beside, top, op(middle), bottom)
@@ -84,10 +83,10 @@ def _grid(
         boxes.append(((e, at, part.shape[e]),))
         at += part.shape[e]
     shape = resized(resized(column[0].shape, d, high), e, at)
-    return apply(_Grid, tuple(boxes), shape, tie, *left, *column, *right)
+    return _Grid.apply(tuple(boxes), shape, tie, *left, *column, *right)
 
 
-class _Grid(torch.autograd.Function):
+class _Grid(Function):
     """Boxes of a tensor put together, and a tie as that of rows."""
 
     @staticmethod

@@ -127,11 +127,6 @@ class Bucket:
         self.values.update(zip(places, found, strict=True))
         return found
 
-    def close(self, batch: Batch) -> None:
-        """Backward has come to a graph; later uses are in another."""
-        if batch is self.batch:
-            self.batch, self.values = None, {}
-
 
 class Slot:
     """One parameter's place in a bucket: an attribute of the parameter, which `vary` looks for."""
@@ -229,9 +224,9 @@ class Batch:
 
     def use(self, places: Sequence[Place], xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """xs behind a `Wait` and a `Start`."""
-        held = _torch.apply(Wait, self, places, *xs)
+        held = Wait.apply(self, places, *xs)
         _torch.run_last(held[0].grad_fn)
-        values: Sequence[Tensor] = _torch.apply(Start, self, places, *held)
+        values: Sequence[Tensor] = Start.apply(self, places, *held)
         node = ref(values[0].grad_fn)
         for place in places:
             self.starts[place] = node
@@ -245,8 +240,9 @@ class Batch:
         owned: whether nobody else has what the one part is in.
         """
         bucket = self._bucket()
-        if bucket is not None:
-            bucket.close(self)
+        if bucket is not None and bucket.batch is self:
+            # later uses are in another graph
+            bucket.batch, bucket.values = None, {}
         task = _torch.graph_task()
         found = self.passes.get(task)
         if found is None:
@@ -272,7 +268,7 @@ class Batch:
         return wholes
 
 
-class Wait(torch.autograd.Function):
+class Wait(_torch.Function):
     """The identity; backward gives what the parts that `Start` took are together."""
 
     @staticmethod
@@ -289,7 +285,7 @@ class Wait(torch.autograd.Function):
         return None, None, *ctx.batch.take(ctx.places)
 
 
-class Start(torch.autograd.Function):
+class Start(_torch.Function):
     """The values at their places; backward hands in this rank's parts of the gradients."""
 
     @staticmethod
@@ -336,7 +332,7 @@ class Mean(torch.autograd.Function):
         return None if g is None else Mean.apply(g, ctx.ranks, ctx.key), None, None
 
 
-class StandIn(torch.autograd.Function):
+class StandIn(_torch.Function):
     """The identity of what stands for a parameter in one call; its gradient is averaged as well."""
 
     @staticmethod
@@ -368,5 +364,5 @@ def _stand_ins(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tenso
                 f"torch.func.functional_call inside torch.func.grad or vjp, of {name}, whose "
                 "gradient is averaged over the data axis: take torch.autograd.grad"
             )
-        found[name] = _torch.apply(StandIn, x, slot)
+        found[name] = StandIn.apply(x, slot)
     return found

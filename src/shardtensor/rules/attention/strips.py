@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch.autograd import apply
+from ..._torch import Function
 from ...attention.blocks import wide
 from ...attention.pieces import Pieced, Pieces, boxes, narrowed, rows_of, taken
 from ...attention.tiles import Call, add_gradients, attended, by_autograd
@@ -74,11 +74,11 @@ def attend_strips(
     call: Call,
 ) -> Tensor:  # fmt: skip
     """The result for the queries of this rank's shard, by its keys and values and others'."""
-    found: Tensor = apply(_Strips, q, k, v, spec, reaches, sides, call)
+    found: Tensor = _Strips.apply(q, k, v, spec, reaches, sides, call)
     return found
 
 
-class _Strips(torch.autograd.Function):
+class _Strips(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Spec, reaches: Reaches,

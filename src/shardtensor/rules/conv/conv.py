@@ -34,6 +34,8 @@ from .halo import Halo, Settings, cropped, halo_conv, laid
 from .halo_transposed import laid_transposed
 
 FORWARD = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+# types of settings by which a plan is found as they are
+_KINDS = frozenset({int, tuple, str})
 TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
 
 
@@ -86,11 +88,10 @@ def conv(
 ) -> ShardTensor:
     x = lifted(input, weight, bias)
     known = weight._spec if isinstance(weight, ShardTensor) else weight.shape
-    given: Any = stride, padding, dilation
-    stride_, padding_, dilation_ = [
-        v if type(v) in (int, tuple, str) else (v,) if isinstance(v, int) else tuple(v)
-        for v in given
-    ]
+    settings: Any = stride, padding, dilation
+    if not _KINDS.issuperset(map(type, settings)):
+        settings = [(v,) if isinstance(v, int) else tuple(v) for v in settings]
+    stride_, padding_, dilation_ = settings
     program = _conv(x._spec, known, stride_, padding_, dilation_, groups)
     dims = by_rows(x._spec, known, program.channels) if program.channels.partial else None
     if dims is not None:

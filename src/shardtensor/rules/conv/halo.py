@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._torch.autograd import apply
+from ..._torch import Function
 from ...cache import cached
 from ...comm.formats import compact
 from ...cuts import table
@@ -182,7 +182,7 @@ def halo_conv(x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Ten
     """The rows of the whole convolution that belong to this rank's shard x, (B, C, *spatial)."""
     if not halo.sides:
         return _conv(x, weight, bias, halo.settings)
-    return apply(_HaloConv, x, weight, bias, halo)
+    return _HaloConv.apply(x, weight, bias, halo)
 
 
 def _fitted(x: Tensor, d: int, rows: int, below: bool) -> Tensor:
@@ -215,7 +215,7 @@ _FORWARD = F.conv1d, F.conv2d, F.conv3d
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
-class _HaloConv(torch.autograd.Function):
+class _HaloConv(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Halo) -> Tensor:
         """The shard between zeros while the last strips travel; their part is added to the rim."""

@@ -29,7 +29,7 @@ def _kernel(reduce: str) -> Kernel:
     return by_row(kernel)
 
 
-class _Extremum(torch.autograd.Function):
+class _Extremum(_torch.Function):
     """Rows with the extrema of the values at numbers `at`; the gradient of torch's kernel.
 
     A NaN counts as an extremum, what the rows held does not: a positive gradient is shared by those
@@ -56,7 +56,7 @@ class _Extremum(torch.autograd.Function):
 
 
 def _extremum(reduce: str) -> Kernel:
-    return lambda rows, at, values: _torch.apply(_Extremum, rows, at, values, reduce)
+    return lambda rows, at, values: _Extremum.apply(rows, at, values, reduce)
 
 
 _KERNELS = {

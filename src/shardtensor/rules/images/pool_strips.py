@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._torch.autograd import apply
+from ..._torch import Function
 from ...cache import cached
 from ...cuts import table
 from ...spec import Spec
@@ -138,11 +138,11 @@ def pool_strips(
 
     again: the same of a copy with all rows, differentiable any number of times.
     """
-    out, index = apply(_Pool, x, laid, fill, places, again)
+    out, index = _Pool.apply(x, laid, fill, places, again)
     return out, index
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, laid: Laid, fill: float, places: bool, again: Any

@@ -10,7 +10,7 @@ statistics. Nothing waits for the device. Elsewhere, and for what the kernels do
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,8 @@ from .moments import GATHERED, accumulated
 from .normalise import Way, of_channels, per_row
 from .numbers import tensor_of, track
 
-
-class Running(NamedTuple):
-    """Running mean and variance (None: not tracked) and how far they move."""
-
-    mean: Tensor | None
-    var: Tensor | None
-    momentum: float
+# running mean and variance (None: not tracked) and how far they move
+Running = tuple[Tensor | None, Tensor | None, float] | None
 
 
 def normalise(
@@ -38,7 +33,7 @@ def normalise(
     bias: Tensor | None,
     way: Way,
     kept: list[Any] | None = None,
-    running: Running | None = None,
+    running: Running = None,
 ) -> Tensor:
     """As `normalise.normalise`; where it moves running itself, nothing is added to kept."""
     if not _has_kernels(x) or way.scattered or way.group is None or probe.is_proxied():
@@ -58,7 +53,7 @@ def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def _moves(running: Running, x: Tensor) -> bool:
+def _moves(running: tuple[Any, ...], x: Tensor) -> bool:
     """Whether the merging kernel can write to these running statistics."""
     dtype = accumulated(x.dtype)
     return all(r is not None and r.dtype == dtype for r in running[:2])
@@ -68,7 +63,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way,
-        kept: list[Any] | None, running: Running | None,
+        kept: list[Any] | None, running: Running,
     ) -> Tensor:  # fmt: skip
         """Statistics, one message, one merge, one affine map."""
         ctx.materialize_grads = False
@@ -107,8 +102,8 @@ class _Normalise(torch.autograd.Function):
         rows, g = way.rows(x), way.rows(g.to(x.dtype))
         total, along = _sums(g, rows, ctx.mean, ctx.slope, w, way)
         if not way.last:
-            dw = of_channels(along * ctx.slope, weight, x, way) if needs[1] else None
-            db = of_channels(total, bias, x, way) if needs[2] else None
+            values, weights = (along * ctx.slope, total), (weight, bias)
+            dw, db = of_channels(values, weights, needs[1:3], x, way)
         if not needs[0] or not x.numel():
             dx = torch.zeros_like(x) if needs[0] else None
             return dx, dw, db, None, None, None
@@ -126,7 +121,7 @@ class _Normalise(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor, Tensor]:
+def _statistics(rows: Tensor, way: Way, running: Running) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation over all ranks, of each statistic."""
     assert way.group is not None
     dtype = accumulated(rows.dtype)
@@ -138,7 +133,7 @@ def _statistics(rows: Tensor, way: Way, running: Running | None) -> tuple[Tensor
         wide = torch.float64
         mean, var = (tensor_of(v, wide) for v in program.whole_statistics(rows, way))
         if running is not None:
-            track(running[:2], (mean, var), way.n, running.momentum)
+            track(running[:2], (mean, var), way.n, running[2])
         return mean.to(dtype), (var + way.eps).rsqrt().to(dtype)
     if rows.numel():
         parts = rows if way.width == 1 else rows.view(1, n, way.width, *rows.shape[2:])

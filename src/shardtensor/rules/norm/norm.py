@@ -30,7 +30,7 @@ from ..operands import lifted
 from ..pointwise import function_rule
 from ..reduce import count
 from .checks import hold_dtypes, of_images
-from .cuda_norm import Running, normalise
+from .cuda_norm import normalise
 from .moments import Dims, accumulated, merged, normalised, single, spread, statistics
 from .normalise import Way
 from .numbers import Numbers, track
@@ -122,7 +122,7 @@ def batch_norm(
     w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
     tracked = running[0] is not None or running[1] is not None
-    moved = None if channels.axes else Running(running[0], running[1], momentum)
+    moved = None if channels.axes else (running[0], running[1], momentum)
     try:
         y = normalise(local, w, b, way, kept if tracked else None, moved)
     finally:

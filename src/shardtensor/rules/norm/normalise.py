@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch, comm
-from ..._torch import probe
-from ..._torch.autograd import apply
+from ..._torch import Function, probe
 from ...cache import cached
 from ...comm.constants import constant
 from .affine import affine, alike, far
@@ -98,14 +97,15 @@ def normalise(
     kept = [] if kept is None else kept
     if way.last:
         x = x.contiguous()
-    if way.scattered or probe.is_proxied() or _torch.transforming():
+    under = _torch.functorch_level() is not None or _torch.dual_level() >= 0
+    if under or way.scattered or probe.is_proxied():
         return _plainly(x, weight, bias, way, kept)
     if way.apart:
         x = x.contiguous()
-    return apply(_Normalise, x, weight, bias, way, kept)
+    return _Normalise.apply(x, weight, bias, way, kept)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalise(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, way: Way, kept: list[Any]
@@ -161,8 +161,7 @@ class _Normalise(torch.autograd.Function):
         rows, g = (way.rows(x), way.rows(g)) if way.last or way.apart else (x, g)
         along, total, (dw, db) = _sums(rows, g, mean, slope, ctx.kernel, way, (dw, db))
         if not way.last:
-            dw = of_channels(along, weight, x, way) if needs[1] else None
-            db = of_channels(total, bias, x, way) if needs[2] else None
+            dw, db = of_channels((along, total), (weight, bias), needs[1:3], x, way)
         if not needs[0]:
             return None, dw, db, None, None
         # what varies along the statistic has no part in the sums and the slopes against x
@@ -196,7 +195,7 @@ def whole_statistics(rows: Tensor, way: Way) -> tuple[Numbers, Numbers]:
         if isinstance(part, np.ndarray) and np.isnan(part).any():
             # the square of infinity is no NaN, the variance beside it is
             dims = (0, *range(2, rows.ndim))
-            part = fresh(torch.linalg.vector_norm(rows, 2, dims, dtype=torch.float64)) ** 2
+            part = fresh(torch.linalg.vector_norm(rows, 2, dims, dtype=torch.float64))[0] ** 2
         whole = part if way.group is None else summed(rows, [part], way.group)[0]
         return _zeros(whole), whole / way.n
     if way.width > 1:
@@ -260,12 +259,12 @@ def _sums(
         _, along, total = torch.ops.aten.native_batch_norm_backward(
             g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
         )
-        parts = [fresh(along), fresh(total)]
+        *parts, rounded = fresh(along, total, center)
         if way.centred:
             # the kernel took the rounded mean
-            parts[0] = parts[0] - (mean - fresh(center)) * slope * parts[1]
+            parts[0] = parts[0] - (mean - rounded) * slope * parts[1]
     else:
-        parts = [fresh(rows.new_zeros(rows.shape[1], dtype=accumulated(rows.dtype)))] * 2
+        parts = fresh(rows.new_zeros(rows.shape[1], dtype=accumulated(rows.dtype))) * 2
     if not way.centred:
         parts.pop()
     given = [w for w in own if w is not None] if way.blocks else ()
@@ -302,11 +301,19 @@ def _of_rows(weight: Tensor | None, x: Tensor, way: Way, default: float) -> Any:
     return found.repeat(x.shape[0]) if isinstance(found, Tensor) else np.tile(found, x.shape[0])
 
 
-def of_channels(rows: Numbers, weight: Tensor, x: Tensor, way: Way) -> Tensor:
-    """The gradient of a weight from what its rows add to it."""
-    if way.apart and x.shape[0] != 1:
-        rows = rows.reshape(x.shape[0], weight.numel()).sum(0)
-    return tensor_of(rows, weight.dtype)
+def of_channels(
+    values: Sequence[Numbers], weights: Weights, needs: Sequence[bool], x: Tensor, way: Way
+) -> Weights:
+    """The gradients of weights from what their rows add to them; None where there is no need."""
+    found = list[Tensor | None]()
+    for rows, weight, need in zip(values, weights, needs, strict=True):
+        if weight is None or not need:
+            found.append(None)
+            continue
+        if way.apart and x.shape[0] != 1:
+            rows = rows.reshape(x.shape[0], weight.numel()).sum(0)
+        found.append(tensor_of(rows, weight.dtype))
+    return tuple(found)
 
 
 def elementwise(

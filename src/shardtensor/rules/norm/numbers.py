@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
+from ... import _torch
 from ..._torch import probe
 from ...cache import cached
 from ...comm import groups, wire
@@ -47,13 +47,14 @@ def on_host(x: Tensor) -> bool:
 
 
 class _Lent:
-    """A tensor whose memory numpy reads; `numpy()` would let nobody resize it, as FSDP2 does."""
+    """A tensor whose memory numpy has; `numpy()` would let nobody resize it, as FSDP2 does."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def __dlpack__(self, **asked: Any) -> Any:
-        return to_dlpack(self.x)
+    def __dlpack__(self, max_version: Any = None, **asked: Any) -> Any:
+        # numpy takes what has no version for read-only
+        return _torch.lent(self.x) if max_version is None else _torch.lent_to_write(self.x)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0
@@ -61,21 +62,25 @@ class _Lent:
 
 def numbers_of(x: Tensor) -> Numbers:
     """The values of a tensor."""
-    x = x.detach()
     # as `on_host`
     if type(x) not in READ or x.device.type != "cpu":
-        return x.double()
+        return x.detach().double()
     if type(x) is probe.FakeTensor:
         return np.zeros(tuple(x.shape))
-    return np.from_dlpack(_Lent(x.float() if x.dtype.itemsize == 2 else x)).astype(np.float64)
+    lent = _Lent(x.detach().float() if x.dtype.itemsize == 2 else x)
+    return np.from_dlpack(lent).astype(np.float64)
 
 
-def fresh(x: Tensor) -> Numbers:
-    """`numbers_of` a tensor that a kernel has just made, which nobody else has."""
-    # as `on_host`
-    if type(x) in READ and x.dtype in _DTYPES and x.device.type == "cpu":
-        return READ[type(x)](x).astype(np.float64)
-    return numbers_of(x)
+def fresh(*xs: Tensor) -> list[Numbers]:
+    """`numbers_of` each of tensors that kernels have just made, which nobody else has."""
+    found = []
+    for x in xs:
+        # as `on_host`
+        if type(x) in READ and x.dtype in _DTYPES and x.device.type == "cpu":
+            found.append(READ[type(x)](x).astype(np.float64))
+        else:
+            found.append(numbers_of(x))
+    return found
 
 
 def rounded(values: Numbers, like: Tensor) -> Numbers:
@@ -92,6 +97,9 @@ def tensor_of(values: Numbers, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     if dtype not in _DTYPES:
         return tensor_of(values, torch.float64).to(dtype)
+    if not probe.dispatch_modes():
+        # as in `tensors`
+        return torch.from_numpy(values.astype(_DTYPES[dtype]))
     out = torch.empty(values.shape, dtype=dtype)
     READ[type(out)](out)[...] = values
     return out
@@ -104,7 +112,7 @@ def move(x: Tensor, values: Numbers, by: float) -> None:
     if isinstance(values, Tensor) or not here:
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype, device=x.device), by)
         return
-    into: Any = _zeros(x) if type(x) is probe.FakeTensor else np.from_dlpack(x.detach())
+    into: Any = _zeros(x) if type(x) is probe.FakeTensor else np.from_dlpack(_Lent(x))
     if not into.flags.writeable:
         x.detach().lerp_(torch.as_tensor(values, dtype=x.dtype), by)
         return

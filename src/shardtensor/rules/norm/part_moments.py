@@ -39,7 +39,7 @@ def moments_of(rows: Tensor) -> tuple[Numbers, Numbers]:
     half = rows.dtype.itemsize == 2 and rows.device.type == "cpu"
     unused = rows.new_empty(n, dtype=torch.float32) if half else None
     found = torch.batch_norm_update_stats(rows, unused, unused, 0.0)
-    mean, var = fresh(found[0]), fresh(found[1])
+    mean, var = fresh(*found)
     if far(rows, mean, (var + 1e-30) ** -0.5):
         # by its rounding alone means of parts would differ, which adds to the variance
         center, one = tensors(rows, n, mean, 1.0)
@@ -47,7 +47,7 @@ def moments_of(rows: Tensor) -> tuple[Numbers, Numbers]:
             one[:1].expand(rows.shape), rows, None, None, None, center, one, True, 0.0,
             [False, True, False],
         )  # fmt: skip
-        rest = fresh(rest) * (n / rows.numel())
+        rest = fresh(rest)[0] * (n / rows.numel())
         mean, var = mean + rest, (var - rest**2).clip(0.0)
     return mean, var
 
