@@ -237,13 +237,22 @@ def group_norm(
             xs = single(local, w, b)
             y = stock(lambda z, *wb: torch.group_norm(z, n, *wb, *rest), local.shape, *xs)
             return wrap(y, spec)
-    else:
-        w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
-    group = comm.group(spec.mesh, axes) if axes else None
-    if aligned:
         n = max(1, width * count(x, dims))
+        group = comm.group(spec.mesh, axes)
         way = Way(counts, n, group, eps, apart=True, width=width, scattered=_scattered(x))
         return wrap(normalise(local, w, b, way), spec)
+    w, b = fit(spec.mesh, batch.axes, (weight, None), (bias, None))
+    return wrap(_straddling(spec, local, w, b, num_groups, eps), spec)
+
+
+def _straddling(
+    spec: Spec, local: Tensor, w: Tensor | None, b: Tensor | None, num_groups: int, eps: float
+) -> Tensor:
+    """Group norm where groups straddle shards of the channels."""
+    batch, channels = spec.dims[:2]
+    width = channels.size // num_groups
+    axes, counts = spread(spec, tuple(range(2, len(spec.dims))))
+    group = comm.group(spec.mesh, axes) if axes else None
     dtype = accumulated(local.dtype)
     channel = local.unsqueeze(2)
     found = statistics(channel, tuple(range(2, channel.ndim)), counts, group, dtype)
@@ -261,4 +270,4 @@ def group_norm(
 
     n = width * sum(counts)
     mean, var = (s.repeat_interleave(width, 1) for s in (mean, m2 / n))  # (B, C)
-    return wrap(normalised(local, mean, var, w, b, eps, deal), spec)
+    return normalised(local, mean, var, w, b, eps, deal)
