@@ -56,6 +56,10 @@ class _Twin(Tensor):
         return cls(dtype or x.dtype, x.casts)
 
 
+# those in which autocast is a GPU's. Kernels do not hold them: torch keeps a kernel that has gone
+_modes: list[Any] = []
+
+
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
     """Inside, autocast of CPUs casts what that of GPUs does, and `autocast("cuda")` means it.
@@ -64,6 +68,7 @@ def as_on_gpus() -> Iterator[None]:
     """
     library = torch.library.Library("aten", "IMPL", _CPU)
     stock, mode = torch.autocast.__init__, fake_mode_here()
+    _modes.append(mode)
 
     def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda" and fake_mode_here() is mode:
@@ -75,11 +80,12 @@ def as_on_gpus() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for op in _listed():
-                library.impl(op, _kernel(op, mode), _CPU, with_keyset=True)
+                library.impl(op, _kernel(op), _CPU, with_keyset=True)
         yield
     finally:
         setattr(torch.autocast, "__init__", stock)  # noqa: B010
         library._destroy()
+        _modes.remove(mode)
 
 
 @cache
@@ -119,13 +125,15 @@ def _like(kind: Any, dtype: torch.dtype, casts: list[torch.dtype]) -> Any:
     return None if text.startswith("Optional") else plain.get(text, 1)
 
 
-def _kernel(op: Any, mode: Any) -> Callable[..., Any]:
+@cache
+def _kernel(op: Any) -> Callable[..., Any]:
     """What autocast does with an op on a GPU, found when it is called first, under a fake mode."""
     listed = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), _GPU)
     stock = _stock(op)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if fake_mode_here() is not mode:
+        here = fake_mode_here()
+        if not any(here is mode for mode in _modes):
             return stock(keys, *args, **kwargs)
         if not listed:
             return op.redispatch(keys & _BELOW, *args, **kwargs)
