@@ -1,5 +1,7 @@
 """Checkpoints saved while training goes on, of random states, and from strangers."""
 
+import errno
+import fcntl
 import os
 import pickle
 import random
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, namedtuple
+from contextlib import contextmanager
 
 import forked
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
@@ -237,3 +241,54 @@ def test_a_plain_script_loads_the_state_dict(tmp_path):
     )
     want = sum(v.double().sum().item() for k, v in state.items() if k.endswith(("weight", "bias")))
     assert float(found.stdout) == pytest.approx(want, rel=1e-12), found.stderr
+
+
+def test_another_program_in_the_folder(tmp_path):
+    """What it writes is not removed; under its name nothing else is written meanwhile."""
+    other = tmp_path / ".b.partial"
+    other.mkdir()
+    held = os.open(other, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    def run():
+        checkpoint.save({"a": 1}, tmp_path, "a")
+        with pytest.raises(FileExistsError, match="b is being written by another program"):
+            checkpoint.save({"a": 1}, tmp_path, "b")
+
+    st.simulate(2, run)
+    assert other.exists()
+    os.close(held)
+    st.simulate(2, lambda: checkpoint.save({"a": 1}, tmp_path, "b"))
+    assert not other.exists() and checkpoint.latest(tmp_path) == tmp_path / "b"
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    def __init__(self, raw):
+        self.raw = raw
+
+    def __getattr__(self, name):
+        return getattr(self.raw, name)
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("save", [checkpoint.save, lambda *a: checkpoint.save_async(*a).wait()])
+def test_a_full_disk_is_named(tmp_path, save, monkeypatch):
+    """torch's writer of archives only says that positions differ."""
+    stream = FileSystem.create_stream
+
+    @contextmanager
+    def full(self, path, mode):
+        with stream(self, path, mode) as raw:
+            yield Full(raw) if mode == "wb" else raw
+
+    checkpoint.save({"a": X}, tmp_path, "good")
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+    with pytest.raises(RuntimeError) as caught:
+        save({"a": X}, tmp_path, "bad")
+    error = caught.value.__cause__ or caught.value
+    assert "No space left" in f"{caught.value} {error} {error.__cause__}"
+    assert checkpoint.latest(tmp_path) == tmp_path / "good"

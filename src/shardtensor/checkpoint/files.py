@@ -31,6 +31,7 @@ from ..comm.observers import simulated_rank
 from ..errors import UnsupportedOpError
 from ..registry import before_end, method
 from ..tensor import ShardTensor
+from . import partial
 from .planner import Planner, SavePlanner
 from .states import Randomness as Randomness
 from .states import snapshot, stated
@@ -245,19 +246,10 @@ def _prepare(folder: str | Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path):
             raise FileExistsError(f"{path} is complete already: name each checkpoint by its step")
-        for left in folder.glob(".*.partial"):
-            if left.is_symlink() or not left.is_dir():
-                left.unlink()
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-        _partial(path).mkdir()
+        partial.begin(path)
         return name
 
     return folder / _decide(cleared)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _given(
@@ -278,11 +270,21 @@ def _write(
 
     error: what this rank's state raised, which all are to raise.
     """
-    partial = _partial(path)
+    try:
+        _written(state, path, keep, group, error)
+    finally:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            partial.let_go(path)
+
+
+def _written(
+    state: dict[str, Any], path: Path, keep: int, group: Any, error: Exception | None
+) -> None:
+    folder = partial.of(path)
     try:
         dcp.save(
             state,
-            storage_writer=Writer(partial),
+            storage_writer=Writer(folder),
             planner=SavePlanner(error),
             process_group=group,
             no_dist=not dist.is_initialized(),
@@ -293,8 +295,8 @@ def _write(
         raise RuntimeError(f"checkpoint {path} was not saved: rank {rank}: {first}") from first
 
     def named() -> None:
-        _date(partial, path.parent)
-        partial.rename(path)
+        _date(folder, path.parent)
+        folder.rename(path)
         _settle(path.parent)
         _prune(path.parent, keep)
 
@@ -310,12 +312,12 @@ def _settle(folder: Path) -> None:
         os.close(at)
 
 
-def _date(partial: Path, folder: Path) -> None:
+def _date(made: Path, folder: Path) -> None:
     """Make it the newest, whatever the clock of who wrote the others: `keep` removes the oldest."""
     others = [(p / METADATA).stat().st_mtime_ns for p in _found(folder)]
-    mine = (partial / METADATA).stat().st_mtime_ns
+    mine = (made / METADATA).stat().st_mtime_ns
     if others and mine <= max(others):
-        os.utime(partial / METADATA, ns=(mine, max(others) + 1))
+        os.utime(made / METADATA, ns=(mine, max(others) + 1))
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -326,7 +328,7 @@ def _prune(folder: Path, keep: int) -> None:
             left -= _complete(path)
             continue
         # no half of one is ever found under its name
-        gone = _partial(path)
+        gone = partial.of(path)
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 

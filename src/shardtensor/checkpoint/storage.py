@@ -56,6 +56,7 @@ class _Summed:
     def __init__(self, raw: Any) -> None:
         self._raw = raw
         self._done, self._sums = 0, list[int]()
+        self.error: OSError | None = None  # of which torch's writer of archives says nothing
         self.tell, self.flush, self.fileno, self.close = raw.tell, raw.flush, raw.fileno, raw.close
 
     def write(self, data: Any) -> int:
@@ -69,7 +70,11 @@ class _Summed:
             self._sums[-1] = zlib.crc32(part, self._sums[-1])
             at += len(part)
         self._done += len(view)
-        self._raw.write(view)
+        try:
+            self._raw.write(view)
+        except OSError as e:
+            self.error = self.error or e
+            raise
         return len(view)
 
     def sum(self) -> Sum:
@@ -89,7 +94,10 @@ class _Files(FileSystem):
                 yield raw
                 return
             stream = _Summed(raw)
-            yield stream
+            try:
+                yield stream
+            except Exception as e:
+                raise stream.error or e from None
             self.sums[Path(path).name] = stream.sum()
 
     def rename(self, path: Any, new_path: Any) -> None:
