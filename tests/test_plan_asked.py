@@ -1,5 +1,7 @@
 """What a plan is asked with: one input, inputs with values, and what is none."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -59,3 +61,25 @@ def test_gradients_that_nobody_asks_for(form, mask):
         made = [n for _, n in ledger.moves if n == given.nbytes]
         # the input is booked by who makes it
         assert len(made) == mask[0]
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("plan NET:net --input 1x3x8x8", "refused on one device, too: "),
+        ("check NET:net --input 1x2x8x8 --mesh 0", "one size from 1 each"),
+        ("check NET:net --input 1x2x8x8 --mesh 2 --html /no/such/page.html", "No such file"),
+        ("run --log /no/such/log NET", "No such file"),
+    ],
+)
+def test_mistakes_of_a_command_are_one_line(tmp_path, monkeypatch, capsys, line, told):
+    pytest.importorskip("typer")
+    from shardtensor.cli import main
+
+    file = tmp_path / "asked_net.py"
+    file.write_text("from torch import nn\n\ndef net(): return nn.Conv2d(2, 1, 1)\n")
+    monkeypatch.setattr(sys, "argv", ["shardtensor", *line.replace("NET", str(file)).split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("shardtensor: ") and told in error

@@ -42,6 +42,6 @@ def main() -> None:
         app.command(name, **getattr(module, "SETTINGS", {}))(getattr(module, name))
     try:
         app()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"shardtensor: {e}", file=sys.stderr)
         sys.exit(2)

@@ -123,6 +123,9 @@ def _searched(
     if not devices:
         most = max(hardware.hosted, default=512)
         least = fewest(device=hardware, network=_network(links, 0, device), most=most, **task)
+        one = estimate(Task(**task), alone(task), hardware, _network(links, 0, device))
+        if least is None and one.refused:
+            raise ValueError(f"refused on one device, too: {one.refused}")
         if least is None and hardware.hosted:
             raise ValueError(
                 f"it does not fit this host: up to {most} ranks share its "

@@ -61,8 +61,10 @@ def check(
             f"placements {list(placements)}: one Shard(dim of the first tensor) an axis"
         )
     shapes = mesh_shapes or Layout.usual(len(placements))
-    if any(len(s) != len(placements) for s in shapes):
-        raise ValueError(f"mesh shapes {list(shapes)} for {len(placements)} placements")
+    if any(len(s) != len(placements) or min(s) < 1 for s in shapes):
+        raise ValueError(
+            f"mesh shapes {list(shapes)} for {len(placements)} placements: one size from 1 each"
+        )
     scale = 1.0
     if at is not None:
         if len(at) != first.ndim:
