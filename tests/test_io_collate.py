@@ -111,3 +111,11 @@ def test_containers_stay_what_they_are():
     assert collate([kept, kept]).of == "here"
     with pytest.raises(ValueError, match=r"deque of \[0\], \[1\], deque of \[0\]"):
         collate([deque([1, 2]), deque([1])])
+
+
+def test_masked_numbers_are_refused():
+    """As tensors they would be numbers like others."""
+    one = np.ma.masked_array([1.0, 2.0], [True, False])
+    with pytest.raises(ValueError, match="give x"):
+        collate([one, one])
+    assert collate([one[1:], one[1:]]).tolist() == [[2.0], [2.0]]

@@ -274,3 +274,23 @@ def test_the_end_waits_no_longer_for_a_sample_than_the_loop():
     go_on.set()
     source.thread.join()
     assert waits
+
+
+class Unsent(Numbers):
+    def __getitem__(self, i):
+        return (j for j in range(i)) if i == 3 else torch.ones(2, requires_grad=True)
+
+
+def test_what_cannot_be_sent_raises_on_every_rank():
+    """The thread of a process that sends would tell nobody."""
+
+    def run():
+        loader = Loader(Unsent(6), mesh_of((1, 2)), sampler=range(6), workers=1, timeout=60)
+        seen = 0
+        with pytest.raises(RuntimeError, match="sample 3: it cannot be sent by its process"):
+            for batch in loader:
+                seen += batch.requires_grad
+        return seen
+
+    assert st.simulate(2, run) == [3, 3]
+    assert not left()

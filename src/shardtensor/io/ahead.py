@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_all_start_methods
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 from zlib import crc32
 
@@ -175,7 +176,11 @@ class Forked(Samples):
         if isinstance(found, Failed):
             # exceptions of some libraries cannot be sent
             found.error = RuntimeError(str(found.error) or type(found.error).__name__)
-        return mapped(self._sent, found), getattr(self.dataset, "bytes_read", 0) - before
+        try:
+            found = mapped(self._sent, found)
+        except Exception as e:
+            found = Failed(indices[0], RuntimeError(f"it cannot be sent by its process: {e}"))
+        return found, getattr(self.dataset, "bytes_read", 0) - before
 
     def sample(self, i: int) -> Any:
         seed = crc32(f"{self.seed} {i}".encode())
@@ -185,11 +190,17 @@ class Forked(Samples):
         return super().sample(i)
 
     def _sent(self, x: Any) -> Any:
+        """As a process can send it. Raises what the thread that sends would tell nobody."""
+        if isinstance(x, Tensor) and not isinstance(x, ShardTensor):
+            return x.detach().requires_grad_() if x.requires_grad else x
         if not isinstance(x, ShardTensor):
+            if not isinstance(x, bool | int | float | str | Failed | None):
+                ForkingPickler.dumps(x)
             return x
         if x.spec not in self.specs:
             self.specs[x.spec] = pickle.dumps(x.spec)
-        return Sent(x.to_local(), self.specs[x.spec])
+        local = x.to_local().detach().requires_grad_(x.requires_grad)
+        return Sent(local, self.specs[x.spec])
 
 
 class Sent:

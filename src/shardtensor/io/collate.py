@@ -77,6 +77,8 @@ def _told(sample: Any) -> str:
 
 
 def _tensor(x: Any) -> Tensor:
+    if np.ma.is_masked(x):
+        raise ValueError("a masked array: give x.filled(...), of floats with NaN")
     x = np.asarray(x)
     return torch.from_numpy(as_torch_takes(x, x.dtype.newbyteorder("=")))
 
