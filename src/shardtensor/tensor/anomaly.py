@@ -65,11 +65,22 @@ def watching(roots: Iterable[Any]) -> AbstractContextManager[None]:
     nodes = _nodes(found)
     meshes = [s.mesh for s in map(spec_of, found) if s is not None]
     meshes = meshes or [node.metadata[_MESH] for node in nodes if _MESH in node.metadata]
-    return _watching(nodes, max(meshes, key=DeviceMesh.size)) if meshes else nullcontext()
+    return _watching(nodes, _largest(meshes)) if meshes else nullcontext()
+
+
+def _largest(meshes: list[DeviceMesh]) -> list[DeviceMesh]:
+    """Those of the meshes whose ranks no other one has, too; large ones first."""
+    found, known = [], list[set[int]]()
+    for mesh in sorted(dict.fromkeys(meshes), key=DeviceMesh.size, reverse=True):
+        ranks = set(mesh.mesh.flatten().tolist())
+        if not any(ranks <= others for others in known):
+            found.append(mesh)
+            known.append(ranks)
+    return found
 
 
 @contextmanager
-def _watching(nodes: list[Any], mesh: DeviceMesh) -> Iterator[None]:
+def _watching(nodes: list[Any], meshes: list[DeviceMesh]) -> Iterator[None]:
     me = simulated_rank()
     found: list[tuple[Any, int]] = []
     handles = [node.register_hook(_search(node, found)) for node in nodes]
@@ -83,7 +94,7 @@ def _watching(nodes: list[Any], mesh: DeviceMesh) -> Iterator[None]:
             torch.autograd.set_detect_anomaly(True, check_nan=True)
         for handle in handles:
             handle.remove()
-    _tell(found, mesh)
+    _tell(found, meshes)
 
 
 def _search(node: Any, found: list[tuple[Any, int]]) -> Any:
@@ -129,15 +140,19 @@ def _nodes(roots: list[Any]) -> list[Any]:
     return [node for node in seen if not hasattr(node, "variable")]
 
 
-def _tell(found: list[tuple[Any, int]], mesh: DeviceMesh) -> None:
-    """Raise on all ranks of the mesh what the first of them has found."""
-    mine = [0] * (_LENGTH + 1)
+def _tell(found: list[tuple[Any, int]], meshes: list[DeviceMesh]) -> None:
+    """Raise on all ranks of the meshes what the first of them has found."""
+    mine = [0] * (_LENGTH + 2)
     for name, place in found[:1]:
         text = name.encode()[:_LENGTH]
-        mine[: len(text) + 1] = place + 1, *text
-    group = comm.group(mesh, tuple(range(mesh.ndim)))
-    for rank, (place, *sent) in enumerate(wire.all_gather_numbers(mine, mesh.device_type, group)):
-        if place:
-            name = bytes(sent).rstrip(b"\0").decode(errors="replace")
-            what = f"Function '{name}' returned nan values in its {place - 1}th output"
-            raise told(RuntimeError(f"{what}, on rank {rank}"))
+        mine[: len(text) + 2] = place + 1, meshes[0].get_rank(), *text
+    for mesh in meshes:
+        # along each what those before have brought
+        group = comm.group(mesh, tuple(range(mesh.ndim)))
+        every = wire.all_gather_numbers(mine, mesh.device_type, group)
+        mine = next((list(x) for x in every if x[0]), mine)
+    place, rank, *sent = mine
+    if place:
+        name = bytes(sent).rstrip(b"\0").decode(errors="replace")
+        what = f"Function '{name}' returned nan values in its {place - 1}th output"
+        raise told(RuntimeError(f"{what}, on rank {rank}"))
