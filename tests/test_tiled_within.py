@@ -128,14 +128,22 @@ def test_parts_of_a_step_meet_where_they_must(name, tmp_path):
 
 
 class Switched(nn.Module):
-    """What it needs of other rows changes with an attribute."""
+    """What it needs of other rows changes with an attribute; it counts its calls in many ways."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.centred = conv(2, 2), False
+        self.calls, self.seen, self.by_kind, self.names = 0, [], {"all": [0]}, set()
+        self.register_buffer("grown", torch.ones(()))
 
     def forward(self, x):
-        y = F.dropout(self.conv(x), 0.3)
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.by_kind["all"][0] += 1
+        self.names.add(len(self.names))
+        self.grown = self.grown * 1.5
+        counted = self.calls + len(self.seen) + self.by_kind["all"][0] + len(self.names)
+        y = F.dropout(self.conv(x), 0.3) * self.grown * counted
         return y - y.mean() if self.centred else y
 
 

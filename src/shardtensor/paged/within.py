@@ -8,6 +8,7 @@ once more would be kept once more (of a U-Net 17 % more bytes, 22 % more time wh
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
@@ -173,7 +174,7 @@ class _Calling:
 
         Then all is as before.
         """
-        model, begin = self.model, random_states()
+        model, begin, before = self.model, random_states(), _State(self.model)
         self.middle = self.middle or middle(self.mesh.device_type, len(dims))
         with torch.no_grad():
             buffers = [(b, b.clone()) for b in model.buffers()]
@@ -193,6 +194,7 @@ class _Calling:
         if None not in every:
             ends = [_ends([*cuts], self.mesh, dims) for cuts in zip(*every, strict=True)]
         if None in ends:
+            before.put_back()
             with torch.no_grad():
                 for b, was in buffers:
                     b.copy_(was)
@@ -214,6 +216,38 @@ class _Calling:
                 local = local.narrow(d, a - start, b - a)
                 sizes[d] = [b - a for a, b in zip(ends[k], ends[k][1:], strict=False)]
         return wrap(local, Spec.of(self.mesh, _places(y), y.shape, sizes))
+
+
+class _State:
+    """What modules hold in Python: their attributes, what lists, dicts and sets of these have."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.held: list[tuple[Any, Any]] = []
+        seen = set[int]()
+        waiting: list[Any] = [vars(m) for m in model.modules()]
+        while waiting:
+            x = waiting.pop()
+            if not isinstance(x, (dict, list, tuple, set, deque, torch.Generator)) or id(x) in seen:
+                continue
+            seen.add(id(x))
+            if isinstance(x, torch.Generator):
+                self.held.append((x, x.get_state()))
+                continue
+            if not isinstance(x, tuple):
+                self.held.append((x, dict(x) if isinstance(x, dict) else list(x)))
+            waiting += x.values() if isinstance(x, dict) else x
+
+    def put_back(self) -> None:
+        """All as it was, in the same objects."""
+        for x, was in self.held:
+            if isinstance(x, torch.Generator):
+                x.set_state(was)
+                continue
+            x.clear()
+            if isinstance(x, (dict, set)):
+                x.update(was)
+            else:
+                x.extend(was)
 
 
 @contextmanager
