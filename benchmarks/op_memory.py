@@ -89,6 +89,7 @@ CASES: dict[str, Case] = {
     ),
     "position parameter": (lambda n: (4, n // 256, 64), 1, _position),
     "max pool": (_image, 2, _op(lambda x: F.max_pool2d(x, 3, 1, 1))),
+    "average pool": (_image, 2, _op(lambda x: F.avg_pool2d(x, 3, 1, 1))),
     "max pool with indices": (
         _image, 2, _op(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)),
     ),

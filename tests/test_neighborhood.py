@@ -344,7 +344,8 @@ def test_second_derivative_without_queries():
 
 def test_strips_take_the_memory_of_a_share(in_flight, monkeypatch):
     in_flight(strips._Strips)
-    monkeypatch.setattr(tiles, "CHUNK", 1)
+    monkeypatch.setattr(tiles, "CHUNK", 1 << 17)
+    monkeypatch.setattr(tiles, "LITTLE", 1)
     shape = (1, 256, 32, 1, 64)
 
     def step(x):
@@ -364,8 +365,8 @@ def test_strips_take_the_memory_of_a_share(in_flight, monkeypatch):
     share, row = local[0].nbytes, 32 * 64 * 4
     # the result, its log-sum-exp, and two rows each of keys and values
     assert kept == share + share // 64 + 4 * row
-    # it was 1.6
-    assert found <= 1.2 * alone / 4
+    # it was 1.6, and more with tiles of as many scores as on one device
+    assert found <= 1.1 * alone / 4
 
 
 def test_large_scores_that_are_equal():
