@@ -225,8 +225,10 @@ def add_gradients(
         sums = torch.stack((found, torch.ones_like(found), found))
         if coarse_rows(found) is not None:
             sums = settled(forward(*operands, mask, rule)[1])
-        given = Given(_taken(g, queries), *operands, mask, _taken(out, queries), sums)
-        grads = backward(given, rule, False)
+        # no name for it: what is taken of g and out goes with the call
+        grads = backward(
+            Given(_taken(g, queries), *operands, mask, _taken(out, queries), sums), rule, False
+        )
         for x, into, at in zip(grads[:3], (dq, dk, dv), (queries, keys, keys), strict=True):
             # tiles share keys
             for place, part in _parts(x, into, at):
