@@ -11,6 +11,9 @@ MIXED_LOSS = not torch.__version__.startswith("2.11.")
 # whether a DTensor is written to by a mask
 MASKED_DTENSORS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 functions: Any = torch._VF
+# C++'s own; as torch.ops has them they are called by a function of Python
+batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.op
+convolution_backward: Any = torch.ops.aten.convolution_backward.op
 unique2: Any = torch._unique2
 # the library that a convolution takes
 conv_backend: Any = torch._C._select_conv_backend

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def sliding(
     spec = x._spec
     known = tuple([(d % len(spec.dims), s) for d, s in stencils.items()])
     lies = plan(spec, known)
-    dims, reaches, left = lies[:3]
+    _, reaches, left, _ = lies
     padded = any(s.before for _, s in known)
     y = slide(x._local, spec, lies, (lambda rows: op(rows, left)) if padded else op, fill)
     if view and reaches:
@@ -152,11 +153,17 @@ def sliding(
             d, _, _ = reaches[0]
             y = x._local.narrow(d, 0, 0).view(y.shape)
         stands_for_view(y, x._local, view)
-    new = dict(dims)
+    out = wrap(y, _result(spec, known, y.shape))
+    return layout.like_image(out, x) if image else out
+
+
+@cached
+def _result(spec: Spec, stencils: tuple[tuple[int, Stencil], ...], shape: torch.Size) -> Spec:
+    """That of a result with such a local shape."""
+    new = dict(plan(spec, stencils).dims)
     kept = [new.get(i, dim) for i, dim in enumerate(spec.dims)]
     full = [
         dim if dim.axes or i in new else Dim(n)
-        for i, (dim, n) in enumerate(zip(kept, y.shape, strict=False))
+        for i, (dim, n) in enumerate(zip(kept, shape, strict=False))
     ]
-    out = wrap(y, spec.with_dims([*full, *whole_dims(y.shape[len(kept) :])]))
-    return layout.like_image(out, x) if image else out
+    return spec.with_dims([*full, *whole_dims(shape[len(kept) :])])

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._torch import Function
+from ..._torch import Function, kernels
 from ...cache import cached
 from ...comm.formats import compact
 from ...cuts import table
@@ -303,7 +303,7 @@ def _gradients(
             full[d] = (x.shape[d] - 1) * stride[i] - 2 * padding[i] + span + more[i] + 1
         g = among_zeros(g, crops, full)
     zeros = [0] * len(stride)
-    return torch.ops.aten.convolution_backward(
+    return kernels.convolution_backward(
         g, x, weight, sizes, stride, padding, dilation, more is not None, more or zeros, groups,
         list(needs),
     )  # fmt: skip

@@ -27,6 +27,9 @@ from ..windows import Ints, Stencil, reach_of, stencils, trim
 from .pool_kernels import How, pooled, some_channels
 from .pool_strips import laid, pool_strips
 
+# types of settings by which stencils are found as they are
+_KINDS = frozenset({int, tuple})
+
 
 def _stencils(
     x: ShardTensor,
@@ -38,14 +41,25 @@ def _stencils(
     ceil: bool,
 ) -> dict[int, Stencil]:
     """The stencil of each of the last n dims; raises what torch raises."""
-    strides = kernel if stride is None or (not isinstance(stride, int) and not stride) else stride
+    given: Any = kernel, kernel if stride is None else stride, padding, dilation
+    if not _KINDS.issuperset(map(type, given)):
+        given = [v if isinstance(v, int) else tuple(v) for v in given]
+    kernel, strides, padding, dilation = given
+    return _found(x._spec, n, kernel, strides, padding, dilation, ceil)
+
+
+@cached
+def _found(
+    spec: Spec, n: int, kernel: Ints, strides: Ints, padding: Ints, dilation: Ints, ceil: bool
+) -> dict[int, Stencil]:
     found = {}
-    for d, s in enumerate(stencils(n, kernel, strides, padding, dilation), x.ndim - n):
+    every = stencils(n, kernel, kernel if strides == () else strides, padding, dilation)
+    for d, s in enumerate(every, len(spec.dims) - n):
         if 2 * s.before > s.extent:
             raise RuntimeError(f"pad should be at most half of effective kernel size, but is {s}")
         found[d] = s._replace(ceil=ceil)
-        if found[d].outputs(x.shape[d]) <= 0:
-            raise RuntimeError(f"pooling {x._spec} with {s}: output size is too small")
+        if found[d].outputs(spec.shape[d]) <= 0:
+            raise RuntimeError(f"pooling {spec} with {s}: output size is too small")
     return found
 
 
@@ -66,27 +80,37 @@ def _pooled(
     x: ShardTensor, found: dict[int, Stencil], fill: float, by: int | None, places: bool = False
 ) -> tuple[ShardTensor, ShardTensor | None]:
     """(the largest of windows, or their sums over `by`; where asked for places in the whole)."""
-    spec, n = x._spec, len(found)
-    dims, reads, left, _ = plan(spec, tuple(found.items()))
-    sizes = zip(*[(s.size, s.stride, s.dilation) for s in found.values()], strict=True)
-    kernel, stride, dilation = sizes
-    how = How(kernel, stride, left, dilation, next(iter(found.values())).ceil, by)
-    here = laid(spec, tuple(found.items()), reads, how) if reads and pays(spec) else None
+    spec, n, known = x._spec, len(found), tuple(found.items())
+    reads, how, of, padded = _way(spec, known, by)
+    here = laid(spec, known, reads, how) if reads and pays(spec) else None
     index = None
     if here is not None:
         again = lambda local: _windowed(local, spec, reads, how, fill)[0]  # noqa: E731
         out, index = pool_strips(x._local, here, fill, places, again)
-    elif places or (by is None and any(s.before for s in found.values())):
+    elif places or padded:
         out, index = _windowed(x._local, spec, reads, how, fill, places)
     else:
         return sliding(
             x, found, lambda rows, *_: pooled(rows, how)[0], fill=fill, image=n > 1
         ), None
-    of = spec.with_dims([*spec.dims[: x.ndim - n], *(dim for _, dim in dims)])
     every = [None if y is None else wrap(y, of) for y in (out, index)]
     if n > 1:
         every = [None if y is None else layout.like_image(y, x) for y in every]
     return every[0], every[1]  # type: ignore[return-value]
+
+
+@cached
+def _way(
+    spec: Spec, stencils: tuple[tuple[int, Stencil], ...], by: int | None
+) -> tuple[Reads, How, Spec, bool]:
+    """(what is read, how it is pooled, the result's spec, whether largest ones are padded)."""
+    dims, reads, left, _ = plan(spec, stencils)
+    every = [s for _, s in stencils]
+    sizes = zip(*[(s.size, s.stride, s.dilation) for s in every], strict=True)
+    kernel, stride, dilation = sizes
+    of = spec.with_dims([*spec.dims[: -len(every)], *(dim for _, dim in dims)])
+    padded = by is None and any(s.before for s in every)
+    return reads, How(kernel, stride, left, dilation, every[0].ceil, by), of, padded
 
 
 def _windowed(
@@ -148,7 +172,7 @@ def _max_pool(
     hold_to_dims(input, n, getattr(F, f"max_pool{n}d"), [1] * n)
     x = reduced(input)
     found = _stencils(x, n, kernel, stride, padding, dilation, ceil_mode)
-    low = float("-inf") if x.is_floating_point() else float(torch.iinfo(x.dtype).min)
+    low = float("-inf") if x.dtype.is_floating_point else float(torch.iinfo(x.dtype).min)
     return _pooled(x, found, low, None, indices)
 
 

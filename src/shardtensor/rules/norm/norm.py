@@ -24,7 +24,7 @@ from ...errors import UnsupportedOpError
 from ...registry import rule
 from ...spec import Dim, Spec
 from ...tensor import ShardTensor, layout, wrap
-from ...tensor.redistribute import fit, like, replicate
+from ...tensor.redistribute import beside, fit, like, replicate
 from ..empty import stock
 from ..operands import lifted
 from ..pointwise import function_rule
@@ -119,7 +119,9 @@ def batch_norm(
                     r.copy_(whole(spec, mine, own)[0])
         return wrap(y, spec)
     hold_dtypes(torch.batch_norm, local, weight, bias, *running)
-    w, b = fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
+    # gradients of what is whole here are summed with the statistics'
+    given: Any = None if channels.axes else beside(spec, None, weight, bias)
+    w, b = given or fit(spec.mesh, channels.axes, (weight, mine), (bias, mine))
     kept: list[Numbers] = []
     tracked = running[0] is not None or running[1] is not None
     moved = None if channels.axes else (running[0], running[1], momentum)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch, comm
-from ..._torch import Function, probe
+from ..._torch import Function, kernels, probe
 from ...cache import cached
 from ...comm.constants import constant
 from .affine import affine, alike, far
@@ -256,7 +256,7 @@ def _sums(
     if rows.numel():
         center, scale, one = kernel or tensors(rows, rows.shape[1], mean, slope, 1.0)
         # CUDA's kernel gives these gradients in the form of the weight, which it must have
-        _, along, total = torch.ops.aten.native_batch_norm_backward(
+        _, along, total = kernels.batch_norm_backward(
             g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
         )
         *parts, rounded = fresh(along, total, center)

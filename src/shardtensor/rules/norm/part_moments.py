@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._torch import kernels
 from ...cache import cached
 from .affine import far
 from .moments import accumulated
@@ -43,7 +44,7 @@ def moments_of(rows: Tensor) -> tuple[Numbers, Numbers]:
     if far(rows, mean, (var + 1e-30) ** -0.5):
         # by its rounding alone means of parts would differ, which adds to the variance
         center, one = tensors(rows, n, mean, 1.0)
-        _, rest, _ = torch.ops.aten.native_batch_norm_backward(
+        _, rest, _ = kernels.batch_norm_backward(
             one[:1].expand(rows.shape), rows, None, None, None, center, one, True, 0.0,
             [False, True, False],
         )  # fmt: skip
@@ -71,7 +72,7 @@ def _summed(rows: Tensor, piece: int) -> tuple[Numbers, Numbers, bool]:
     """Mean and variance, and whether the variance has its digits."""
     flat = rows.view(1, -1, piece)
     zero, one = _constants(flat.shape[1], rows.dtype)
-    _, squares, total = torch.ops.aten.native_batch_norm_backward(
+    _, squares, total = kernels.batch_norm_backward(
         flat, flat, None, None, None, zero, one, True, 0.0, [False, True, True]
     )
     shape, n = (rows.shape[0], rows.shape[1], -1), rows.shape[1] / rows.numel()
