@@ -114,7 +114,8 @@ def _served(
     dim, windows = spec.dims[d], table(reach.windows)
     rows, outputs = np.diff(dim.edges), np.diff(reach.dim.edges)
     above, below = dim.edges[:-1] - windows[:, 0], windows[:, 1] - dim.edges[1:]
-    good = (rows > 0) & (outputs > 0) & (above >= 0) & (2 * above <= s.extent)
+    # torch pads half of a kernel's rows at most
+    good = (rows > 0) & (outputs > 0) & (above >= 0) & (2 * above <= s.size)
     # torch's means of volumes take no shard that is smaller than a kernel
     good &= rows + 2 * above * largest >= s.extent
     # rims: as many outputs as there are, which read own rows beside the strip, and not the other
