@@ -174,3 +174,22 @@ def test_areas_of_a_region_are_those_of_the_globe(rows):
 
     every, few = st.simulate(2, run)[0]
     torch.testing.assert_close(few, every / every.mean())
+
+
+def test_one_name_is_no_list_of_names(tmp_path):
+    """Its letters would be."""
+
+    def run():
+        mesh, given = T.make_mesh((2,)), [Shard(1)]
+        for make, told in [
+            (lambda: io.LatLon(made(), "sst", mesh, given), "variables 'sst': give a list"),
+            (lambda: io.LatLon(made(), ["t"], mesh, given, forcings="sun"), "forcings 'sun'"),
+            (lambda: io.LatLon(made(), ["t"], mesh, given).statistics("t"), "names 't'"),
+            (lambda: io.Points(tmp_path, mesh), "folders '/"),
+            (lambda: io.Points([], mesh), "Points of no folders"),
+            (lambda: io.Points([tmp_path], mesh, most=0), "most 0: 1 row or more"),
+        ]:
+            with pytest.raises(ValueError, match=told):
+                make()
+
+    st.simulate(2, run)

@@ -26,6 +26,7 @@ from .block import placed
 from .chunks import Cut, heed
 from .failing import reason
 from .source import Source, open_array
+from .where import several
 
 Number = float | Sequence[float]
 
@@ -90,10 +91,11 @@ class LatLon:
         times: slice | Sequence[int] | None = None,
         fill: float | None = None,
     ) -> None:
-        self.variables, self.forcings = tuple(variables), tuple(forcings)
+        self.variables = several(variables, "variables")
+        self.forcings = several(forcings, "forcings")
         if not self.variables:
             raise ValueError("LatLon of no variables: give the names of some")
-        names = dict.fromkeys((*variables, *forcings))
+        names = dict.fromkeys((*self.variables, *self.forcings))
         self.sources = {name: open_array(where, name) for name in names}
         known = [d for s in self.sources.values() for d in s.dims or ()]
         # the store's name of each dim
@@ -257,7 +259,7 @@ class LatLon:
         all-reduce over the ranks that share a sample. In the units of the file. Raises ValueError
         for names that are not read, and on all ranks where one cannot read its part.
         """
-        names = self.variables if names is None else tuple(names)
+        names = self.variables if names is None else several(names, "names")
         if set(names) - set(self.sources):
             raise ValueError(f"statistics of {names}: there are {tuple(self.sources)}")
         weights = self.area_weights()[slice(*self.spec.spans[1])].double()[None, :, None]

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..spec import Spec
 from ..tensor import ShardTensor
 from .block import placed
 from .foreign import named, plain_name, whole_ply
+from .where import several
 
 Fields = dict[str, np.ndarray]
 
@@ -221,7 +223,7 @@ def convert(
     if on not in ("cells", "points"):
         raise ValueError(f"on is {on!r}; expected 'cells' or 'points'")
     stored = mesh.cell_fields if on == "cells" else mesh.point_fields
-    missing = sorted(set(fields or ()) - set(stored))
+    missing = sorted(set(several(fields or (), "fields")) - set(stored))
     if missing:
         raise ValueError(f"no fields {missing} on {on}; there are {sorted(stored)}")
     arrays: Fields = {"coordinates": mesh.centres if on == "cells" else mesh.points}
@@ -294,7 +296,11 @@ class Points:
         seed: int = 0,
         shares: Sequence[float] | None = None,
     ) -> None:
-        self.folders = [Path(f) for f in folders]
+        self.folders = [Path(f) for f in several(folders, "folders")]
+        if not self.folders:
+            raise ValueError("Points of no folders: give those that io.convert made")
+        if most is not None and index(most) < 1:
+            raise ValueError(f"most {most}: 1 row or more, or None for all")
         self.mesh, self.most, self.seed, self.shares = mesh, most, seed, shares
         known = mesh.mesh_dim_names or ()
         chosen = range(mesh.ndim) if axes is None else axes
@@ -302,7 +308,7 @@ class Points:
         # the other axes repeat the points
         self.placements = [dt.Shard(0) if a in on else dt.Replicate() for a in range(mesh.ndim)]
         info = self._info(0)
-        self.names = list(info["arrays"] if names is None else names)
+        self.names = list(info["arrays"] if names is None else several(names, "names"))
         missing = sorted(set(map(str, self.names)) - set(info["arrays"]))
         if missing:
             raise ValueError(f"{self.folders[0]}: no arrays {missing}; it has {info['arrays']}")

@@ -61,3 +61,10 @@ def only(where: str, name: str, variable: str | None) -> None:
     own = name.strip("/")
     if variable is not None and variable.strip("/") not in (own, own.rpartition("/")[2]):
         raise ValueError(f"{where}: variable {variable!r} of one array, {own or 'without a name'}")
+
+
+def several(given: Any, what: str) -> tuple[Any, ...]:
+    """Names in a list. Raises ValueError for one that is in none, whose letters would be names."""
+    if isinstance(given, str | os.PathLike):
+        raise ValueError(f"{what} {os.fspath(given)!r}: give a list, [{os.fspath(given)!r}]")
+    return tuple(given)
