@@ -236,7 +236,8 @@ def test_scatter_refuses_alike_on_all_ranks():
         given = x if dist.get_rank() == 1 else None
         for args, match in (
             ((given, 5, mesh, [Shard(0)]), "global_src 5"),
-            ((given, 0, mesh, [Shard(0)]), "gave no tensor"),
+            ((given, 0, mesh, [Shard(0)]), "gave no torch.Tensor"),
+            ((x.numpy(), 1, mesh, [Shard(0)]), "gave no torch.Tensor"),
             ((given, 1, mesh, [Shard(0)], (5,)), "global_shape"),
             ((given, 1, mesh, [Shard(0)], None, torch.float64), "dtype"),
         ):

@@ -194,9 +194,11 @@ def scatter_tensor(
         raise ValueError(f"global_src {global_src!r}: a rank of the world in {mesh}")
     source, device = ranks.index(global_src), torch.device(mesh.device_type)
     group = comm.group(mesh, tuple(range(mesh.ndim)))
+    # of NumPy, for instance: all ranks are told
+    tensor = tensor if isinstance(tensor, Tensor) else None
     ndim, kind, *shape = construct.facts(tensor, group, device)[source, :-1].tolist()
     if ndim < 0:
-        raise ValueError(f"scatter_tensor: rank {global_src}, the source, gave no tensor")
+        raise ValueError(f"scatter_tensor: rank {global_src}, the source, gave no torch.Tensor")
     shape, found = shape[:ndim], construct.DTYPES[kind]
     for given, own, what in (
         (None if global_shape is None else list(global_shape), shape, "global_shape"),
