@@ -215,7 +215,7 @@ def test_what_a_plan_knows(make, shapes, dims, dtypes, told, ranks):
     assert not found.refused and not found.gathered
     assert found.memory["activations"] > 0
     for what in told:
-        assert any(a.startswith(what) and "test_plan_kinds.py" in a for a in found.assumed), what
+        assert any(what in a and "test_plan_kinds.py" in a for a in found.assumed), what
 
 
 def test_a_size_that_inputs_decide_is_refused_with_its_line():

@@ -42,6 +42,7 @@ class Read(NamedTuple):
 
 
 Turn = Move | Read | None
+_ADD = torch.ops.aten.add.Tensor
 _GATHERS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 
 
@@ -83,6 +84,9 @@ class Ledger(probe.Watching):
         self._numbers: dict[int, int] = {}
         self._ends: dict[int, Any] = {}
         self.next = 0
+        # of every tensor of backward the node that made it; the operands of a sum of gradients
+        self._nodes: dict[int, int] = {}
+        self._summed: tuple[int, ...] = ()
         # whether a tensor on the meta device was met, whose end nobody tells
         self._meta = False
         # bytes in host memory: now, and at the most
@@ -124,6 +128,7 @@ class Ledger(probe.Watching):
         kind = "communication" if self._sending else "activations"
         # each is booked
         new = sum([self.book(x, kind) for x in made])
+        self._summed = self._sum_of(given) if func is _ADD and new else ()
         if new or op.mutable:
             self.does(self._cost(call, out, made))
         return out
@@ -203,8 +208,17 @@ class Ledger(probe.Watching):
         """Book memory that no tensor has; returns its number."""
         number, self.next = self.next, self.next + 1
         self.kinds[number], self.owners[number] = kind, self.places.here()
+        if (node := probe.backward_nr()) is not None:
+            self._nodes[number] = node
         self._move(number, nbytes)
         return number
+
+    def _sum_of(self, given: list[Tensor]) -> tuple[int, ...]:
+        """The operands where autograd adds up gradients of several nodes."""
+        now = probe.backward_nr()
+        found = tuple(self._numbers.get(local(x).untyped_storage()._cdata, -1) for x in given)
+        others = {self._nodes.get(n, now) for n in found} - {now}
+        return found if now is not None and others else ()
 
     def repeat(self, moves: Sequence[tuple[int, int, int]], work: Sequence[Any]) -> None:
         """Book what was found elsewhere: ops, and (number from 0 on, signed bytes, ops before)."""
@@ -225,6 +239,10 @@ class Ledger(probe.Watching):
         if self._numbers.get(at) == number:
             del self._numbers[at]
             self._move(number, -nbytes)
+            if number in self._summed and self.moves[-2] == (self.next - 1, nbytes):
+                # of plain tensors the engine adds to the one that nobody else has
+                self.moves[-2:] = self.moves[:-3:-1]
+                self._summed = ()
 
     def keeps(self, first: int) -> bool:
         """Whether a tensor of this number or a later one may still be somewhere."""
