@@ -199,12 +199,13 @@ def prod(
         local = x._local.prod(*where, dtype=dtype)
     else:
         out = given(torch.prod, x._local, dtype)
-        local = x._local.prod(*where, dtype=wide(out))
+        part = with_one(x._local, dims, 1)
+        local = part.prod(*where, dtype=wide(out))
         if dim is None:
-            local = through(local.reshape(1), x._local.reshape(-1), 0).reshape(local.shape)
+            local = through(local.reshape(1), part.reshape(-1), 0).reshape(local.shape)
         else:
             row = local if keepdim else local.unsqueeze(dims[0])
-            row = through(row, x._local, dims[0])
+            row = through(row, part, dims[0])
             local = row if keepdim else row.squeeze(dims[0])
         local = _product(stacked(local, x._spec, dims)).to(out)
     return wrap(local, without(x._spec, dims, keepdim and dim is not None))

@@ -7,7 +7,6 @@ only message. So zeros, infinities and NaN, and their gradients, are those of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import torch
@@ -75,13 +74,14 @@ def _scan(
 def _unread(t: Tensor, d: int) -> Tensor:
     """A row without the slope of a total, which times zero would be NaN beside infinity.
 
-    Backward keeps what it is made of, as a total's does, and raises if that was written to.
+    Backward keeps what it is made of, as a total's does, and raises if that was written to. It has
+    derivatives of all orders, as a total has: what they send must be sent by all ranks.
     """
     row = t.narrow(d, 0, 1)
     if row.is_complex():
         return row * row
-    # integers, which this would make floating-point, have no slopes
-    return row.clamp(min=-inf) if row.is_floating_point() else row
+    # beyond the bounds its slopes are 0; integers, which it would make floating-point, have none
+    return row.clamp(-1, 1).sin() if row.is_floating_point() else row
 
 
 @rule("cumsum")
