@@ -104,6 +104,21 @@ def test_gradients_of_gradients(step, data):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("fsdp", [{}, {"fsdp": "all"}], ids=["plain", "fsdp"])
+def test_checkpoints_are_computed_again_in_each_backward(fsdp):
+    def on_rank():
+        net, x = made()
+        mesh = make_mesh((2,))
+        st.parallelize(net, mesh, blocks=("Block",), checkpoint=True, **fsdp)
+        penalty(net, st.distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None))
+        return [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
+
+    net, x = made()
+    penalty(net, x)
+    for got in simulate(2, on_rank):
+        torch.testing.assert_close(got, [p.grad for p in net.parameters()], rtol=1e-9, atol=1e-12)
+
+
 def test_weights_are_free_again():
     def on_rank():
         net, x = sharded(False)

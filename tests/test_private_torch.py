@@ -90,6 +90,8 @@ USED = {
     torch.autograd.function._SingleLevelFunction.apply
     torch.autograd.graph._get_grad_fn_or_grad_acc
     torch.distributed._composable.checkpoint
+    torch.distributed._composable.checkpoint_activation
+    torch.distributed._composable.checkpoint_activation._no_hook
     torch.distributed._composable_state
     torch.distributed._composable_state._get_module_state
     torch.distributed._composable_state._module_state_mapping

@@ -73,6 +73,29 @@ def install_recomputed(again: Callable[[Any], Any]) -> None:
 
 def checkpointed(module: torch.nn.Module) -> None:
     """Keep only the module's inputs for backward; its class and its state_dict stay."""
-    from torch.distributed._composable import checkpoint
+    from torch.distributed._composable import checkpoint, checkpoint_activation
 
+    if not isinstance(checkpoint_activation._no_hook, type):
+        _Again.make = staticmethod(checkpoint_activation._no_hook)
+        checkpoint_activation._no_hook = _Again
     checkpoint(module)
+
+
+class _Again:
+    """What a checkpoint recomputes in, each time: torch's own (2.11 to 2.15) is entered once.
+
+    A second backward, as of a gradient penalty, recomputes what the first one has dropped.
+    """
+
+    make: Any
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.entered: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(self.make(*self.args))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.entered.pop().__exit__(*error)
