@@ -123,12 +123,15 @@ def test_numbers_of_numpy(tmp_path):
                 dims=("t", "y", "x"),
                 attrs=attrs,
             )
+        same = dict(zarr.open_group(tmp_path / "a.zarr")["t"].attrs)
+        io.write_zarr(x.round(), tmp_path / "a.zarr", "same", dims=("y", "x"), attrs=same)
         x = st.distribute_tensor(values, T.make_mesh((2,)), [Shard(0)])
         io.write_zarr(x, tmp_path / "b.zarr", "conj")
 
     st.simulate(2, run)
     found = xr.open_zarr(tmp_path / "a.zarr")["t"]
-    assert found.attrs == {"a": 1.0, "b": [0, 1, 2]} and found.encoding["_FillValue"] == -1
+    for x in (found, xr.open_zarr(tmp_path / "a.zarr")["same"]):
+        assert x.attrs == {"a": 1.0, "b": [0, 1, 2]} and x.encoding["_FillValue"] == -1
     np.testing.assert_array_equal(
         found[1], np.where(VALUES[0].round() == -1, np.nan, VALUES[0].round())
     )
@@ -164,6 +167,17 @@ def test_what_has_no_place_is_told_on_every_rank(tmp_path, name, options, told):
 
     st.simulate(2, run)
     assert zarr.open_group(url)["s"].shape == (1, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["time", "deep/time"])
+def test_a_coordinate_of_the_steps_is_written_by_itself(tmp_path, name):
+    def run():
+        hour = st.distribute_tensor(torch.tensor(6.0), T.make_mesh((2,)), [Replicate()])
+        for step in range(3):
+            io.write_zarr(hour * step, tmp_path / "a.zarr", name, step=step, dims=("time",))
+
+    st.simulate(2, run)
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "a.zarr")[name][:], [0, 6, 12])
 
 
 def test_dtypes_that_zarr_has_not(tmp_path):

@@ -110,14 +110,12 @@ class Coordinate:
         array.attrs.update(attrs)
 
 
-def grows_with(
-    group: Any, dims: Sequence[str] | None, step: int, axes: Sequence[Coordinate]
-) -> None:
+def grows_with(group: Any, dims: Sequence[str] | None, step: int, written: Sequence[str]) -> None:
     """Raise ValueError where a step has no place in the coordinate that is there of the steps:
-    readers would find two lengths of one dim.
+    readers would find two lengths of one dim. written: arrays that get a row for it.
     """
     own = dims[0] if dims else None
-    if own is None or own not in group or any(axis.name == own for axis in axes):
+    if own is None or own not in group or own in written:
         return
     n: Sequence[int] = getattr(group[own], "shape", ())
     if len(n) == 1 and n[0] <= step:

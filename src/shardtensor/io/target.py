@@ -70,11 +70,15 @@ class Target:
         """Where it is written before it takes effect; None in object stores."""
         return staged.place(self.url, self.name)
 
+    @property
+    def own(self) -> str:
+        """Its name in the group that it is in."""
+        return self.name.rpartition("/")[2]
+
     @cached_property
     def axes(self) -> list[Coordinate]:
-        own = self.name.rpartition("/")[2]
         return [
-            Coordinate(k, v, self.dims or (), self.whole, self.step, own)
+            Coordinate(k, v, self.dims or (), self.whole, self.step, self.own)
             for k, v in self.coords.items()
         ]
 
@@ -157,7 +161,8 @@ class Target:
             axis.check(beside)
         if self.step is not None:
             named = dims_of(group[name], "zarr") if there and not self.dims else self.dims
-            grows_with(beside, named, self.step, self.axes)
+            written = [self.own, *(axis.name for axis in self.axes)]
+            grows_with(beside, named, self.step, written)
         if not there:
             return
         array, lead, shape = group[name], len(self.lead), self.whole
@@ -187,8 +192,8 @@ class Target:
             if names:
                 extra["dimension_names"] = names
             fill = more.get("_FillValue")
-            if fill is not None and np.dtype(self.dtype).kind == "f":
-                # as xarray has it there
+            if isinstance(fill, int | float) and np.dtype(self.dtype).kind == "f":
+                # as xarray has it there, and attributes of such an array already do
                 more["_FillValue"] = b64encode(pack("<d", fill)).decode()
         chunks = (*(1 for _ in self.lead), *(self.chunks or self.usual))
         array = group.create_array(
