@@ -24,6 +24,7 @@ LATER = (
     "torch.utils.flop_counter",
     "sympy",
     "triton",
+    "numpy.random",
     "h5py",
     "zarr",
     "fsspec",

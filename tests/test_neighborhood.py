@@ -11,7 +11,7 @@ from shardtensor import testing as T
 from shardtensor._torch.world import silent_world
 from shardtensor.attention import tiles
 from shardtensor.ranks.measure import peak_bytes, saved_bytes
-from shardtensor.rules.attention import strips
+from shardtensor.rules.attention import neighborhood_strips
 from shardtensor.spec import Spec
 from shardtensor.tensor import wrap
 
@@ -319,7 +319,7 @@ STRIPS = {
 @pytest.mark.parametrize("name", STRIPS)
 def test_strips(name, in_flight):
     shape, on, sizes, mesh, options = STRIPS[name]
-    calls = in_flight(strips._Strips)
+    calls = in_flight(neighborhood_strips._Strips)
 
     def twice(*x):
         y = st.neighborhood_attention(*x, **options)
@@ -343,7 +343,7 @@ def test_second_derivative_without_queries():
 
 
 def test_strips_take_the_memory_of_a_share(in_flight, monkeypatch):
-    in_flight(strips._Strips)
+    in_flight(neighborhood_strips._Strips)
     monkeypatch.setattr(tiles, "CHUNK", 1 << 17)
     monkeypatch.setattr(tiles, "LITTLE", 1)
     shape = (1, 256, 32, 1, 64)

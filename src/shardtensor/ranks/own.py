@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy
@@ -141,7 +140,10 @@ class _Kept:
 
 
 _PYTHON = _Kept(_of_python, random.getstate, random.setstate)
-_NUMPY = _Kept(_of_numpy, partial(numpy.random.get_state, legacy=False), numpy.random.set_state)
+# numpy imports its generators when they are asked for, which takes 13 ms
+_NUMPY = _Kept(
+    _of_numpy, lambda: numpy.random.get_state(legacy=False), lambda x: numpy.random.set_state(x)
+)
 
 
 def random_states() -> tuple[Any, ...]:

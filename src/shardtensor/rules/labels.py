@@ -102,7 +102,7 @@ def run(
     operand chooses first, and so on; else the largest. op: how addends come together, "sum",
     "max", "min" or "product".
 
-    Operands move where they are not cut as planned (`redistribute.convert`'s collectives); one
+    Operands move where they are not cut as planned (`convert`'s collectives); one
     all-reduce follows where a label that no result has is cut. Raises RuntimeError for sizes that
     do not fit and UnsupportedOpError for different meshes, before anything is sent.
     """

@@ -33,7 +33,7 @@ from ...tensor import ShardTensor, wrap
 from ...tensor.redistribute import fit
 from ..operands import dims_of, mesh_of
 from ..windows import Reach, fetch, reach_of
-from .strips import attend_strips, sides_of
+from .neighborhood_strips import attend_strips, sides_of
 
 Dims = tuple[Dim, ...]
 
