@@ -330,7 +330,7 @@ def matmuls():
         (reproducible, torch.are_deterministic_algorithms_enabled),
         (matmuls, torch.get_float32_matmul_precision),
         (lambda: B.mkldnn.flags(enabled=False), lambda: B.mkldnn.enabled),
-        (lambda: of_value(B.cudnn, "allow_tf32", False), lambda: B.cudnn.allow_tf32),
+        (lambda: B.cudnn.flags(enabled=True, allow_tf32=False), lambda: B.cudnn.allow_tf32),
         (
             lambda: of_value(B.mkldnn.conv, "fp32_precision", "bf16"),
             lambda: B.mkldnn.conv.fp32_precision,

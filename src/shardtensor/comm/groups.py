@@ -195,12 +195,12 @@ class _Spread:
 
 
 @contextmanager
-def taken_spread(told: dict[str, None]) -> Iterator[None]:
+def taken_spread(told: dict[str, None] | None = None) -> Iterator[None]:
     """Inside, as in a plan, what depends on values is taken to be spread evenly over the ranks.
 
     told: gets what is taken, with the op and the line of the user's code.
     """
-    _Spread.taken = told
+    _Spread.taken = {} if told is None else told
     try:
         yield
     finally:

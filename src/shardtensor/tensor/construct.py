@@ -41,7 +41,7 @@ def distribute_tensor(
     every rank slices its own copy and nothing is sent.
     sizes: for a sharded dim the sizes of all shards (default: torch.chunk's).
     Raises ValueError where placements, sizes and shape do not fit, TypeError for what is no tensor
-    and no mesh.
+    and no mesh, UnsupportedOpError for a tensor with a tangent.
     """
     _check(tensor, device_mesh, "distribute_tensor")
     if isinstance(tensor, ShardTensor):
