@@ -1,7 +1,6 @@
 """Checkpoints saved while training goes on, of random states, and from strangers."""
 
 import errno
-import fcntl
 import os
 import pickle
 import random
@@ -24,7 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard
 
 import shardtensor as st
-from shardtensor import checkpoint
+from shardtensor import checkpoint, locks
+from shardtensor.checkpoint import partial
 from shardtensor.checkpoint.states import Randomness
 from shardtensor.ranks.testing import make_mesh, run_workers
 
@@ -247,8 +247,8 @@ def test_another_program_in_the_folder(tmp_path):
     """What it writes is not removed; under its name nothing else is written meanwhile."""
     other = tmp_path / ".b.partial"
     other.mkdir()
-    held = os.open(other, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = tmp_path / ".b.partial.lock"
+    held = locks.take(lock)
 
     def run():
         checkpoint.save({"a": 1}, tmp_path, "a")
@@ -257,9 +257,28 @@ def test_another_program_in_the_folder(tmp_path):
 
     st.simulate(2, run)
     assert other.exists()
+    # it is killed
     os.close(held)
     st.simulate(2, lambda: checkpoint.save({"a": 1}, tmp_path, "b"))
-    assert not other.exists() and checkpoint.latest(tmp_path) == tmp_path / "b"
+    assert checkpoint.latest(tmp_path) == tmp_path / "b"
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_worker_forked_during_a_save_holds_nothing(tmp_path):
+    """As one of a DataLoader, which lives longer than a save in a thread that fails."""
+    partial.begin(tmp_path / "a")
+    ends, end = os.pipe()
+    if not (child := os.fork()):
+        os.close(end)
+        os.read(ends, 1)
+        os._exit(0)
+    partial.let_go(tmp_path / "a")
+    try:
+        checkpoint.save({"a": 1}, tmp_path, "a")
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 class Full:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from pathlib import Path
 
-# what this process writes; a file that is open is held
+from .. import locks
+
+# what this process writes, and its locks
 _held: dict[Path, int] = {}
 
 
@@ -21,42 +21,50 @@ def begin(path: Path) -> None:
     kind that nobody holds. Raises FileExistsError where another program writes this checkpoint.
     """
     for left in path.parent.glob(".*.partial"):
-        if left.is_symlink() or not left.is_dir():
-            left.unlink()
-            continue
-        # of a save that went no further
-        _close(left)
-        if _hold(left):
-            shutil.rmtree(left, ignore_errors=True)
-            _close(left)
+        _remove(left)
     folder = of(path)
     try:
-        folder.mkdir()
-    except FileExistsError as e:
+        _hold(folder)
+    except BlockingIOError as e:
         raise FileExistsError(f"{path} is being written by another program") from e
-    _hold(folder)
+    try:
+        folder.mkdir()
+    except OSError:
+        _release(folder)
+        raise
 
 
 def let_go(path: Path) -> None:
     """Whatever has become of it: another program may remove it."""
-    _close(of(path))
+    _release(of(path))
 
 
-def _close(folder: Path) -> None:
+def _remove(left: Path) -> None:
+    # of a save of this process that went no further
+    _release(left)
+    try:
+        _hold(left)
+    except (BlockingIOError, PermissionError):
+        return
+    except OSError:
+        # a disk that is full has no room for a lock, before this is gone
+        pass
+    if left.is_symlink() or not left.is_dir():
+        left.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(left, ignore_errors=True)
+    _release(left)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _hold(folder: Path) -> None:
+    _held[folder] = locks.take(_lock(folder))
+
+
+def _release(folder: Path) -> None:
     file = _held.pop(folder, None)
     if file is not None:
-        os.close(file)
-
-
-def _hold(folder: Path) -> bool:
-    """Whether nobody else holds it; file systems without locks do not tell."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return False
-    except OSError:
-        pass
-    _held[folder] = file
-    return True
+        locks.let_go(_lock(folder), file)

@@ -97,7 +97,7 @@ class _Files(FileSystem):
             try:
                 yield stream
             except Exception as e:
-                raise stream.error or e from None
+                raise stream.error or e from e.__cause__
             self.sums[Path(path).name] = stream.sum()
 
     def rename(self, path: Any, new_path: Any) -> None:

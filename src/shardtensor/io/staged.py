@@ -7,14 +7,15 @@ Object stores have no renames: there an array is written in place.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from .. import locks
 
 _META = ("zarr.json", ".zarray", ".zattrs")
 
@@ -33,7 +34,7 @@ def alone(part: Path) -> Iterator[None]:
     """Hold an array while it is written. Raises ValueError if somebody else holds it."""
     lock = part.with_suffix(".lock")
     try:
-        file = _held(lock, wait=False)
+        file = locks.take(lock)
     except BlockingIOError:
         raise ValueError(
             f"{part.stem[1:]}: another writer is in this array, as another group of ranks "
@@ -53,30 +54,8 @@ def in_turn(url: str, part: Path | None) -> Iterator[None]:
         yield
         return
     lock = part.with_name(f".{Path(os.path.abspath(url)).name}.lock")
-    with _released(lock, _held(lock, wait=True)):
+    with _released(lock, locks.take(lock, wait=True)):
         yield
-
-
-def _held(lock: Path, wait: bool) -> int:
-    """A lock of a file, which ends with its process. File systems without locks do not tell.
-
-    Raises BlockingIOError if somebody else has it and this one does not wait.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = os.open(lock, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(file)
-            raise
-        except OSError:
-            return file
-        # the one before may have taken its file away meanwhile
-        with suppress(FileNotFoundError):
-            if os.fstat(file).st_ino == os.stat(lock).st_ino:
-                return file
-        os.close(file)
 
 
 @contextmanager
@@ -84,8 +63,7 @@ def _released(lock: Path, file: int) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(file)
+        locks.let_go(lock, file)
 
 
 def settle(part: Path) -> None:
