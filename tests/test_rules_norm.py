@@ -328,3 +328,13 @@ def test_dtypes_that_torch_refuses_together(norm):
 
         operands = v.to(one), torch.ones(4, dtype=other)
         assert st.simulate(2, sharded, *operands) == [said(*operands)] * 2
+
+
+@pytest.mark.parametrize("norm", [
+    lambda v, w: F.batch_norm(v, None, None, w, w, training=True),
+    lambda v, w: F.group_norm(v, 2, w, w),
+], ids=["batch", "group"])  # fmt: skip
+def test_weights_that_are_negated_lazily(norm):
+    """Their memory has the other sign."""
+    w, v = torch.randn(4, dtype=torch.complex128), torch.randn(2, 4, 6, dtype=D)
+    T.hold(lambda v, w: norm(v, w.conj().imag), [v, w], [T.shard(2), None], (2,))

@@ -67,7 +67,8 @@ def numbers_of(x: Tensor) -> Numbers:
         return x.detach().double()
     if type(x) is probe.FakeTensor:
         return np.zeros(tuple(x.shape))
-    lent = _Lent(x.detach().float() if x.dtype.itemsize == 2 else x)
+    # the memory of what is negated lazily has the other sign
+    lent = _Lent(x.detach().float() if x.dtype.itemsize == 2 else x.resolve_neg())
     return np.from_dlpack(lent).astype(np.float64)
 
 
