@@ -118,3 +118,24 @@ def test_made_inside_of_a_transform(name):
             torch.testing.assert_close(full(got), want, rtol=1e-9, atol=1e-9)
 
     simulate(2, on_rank)
+
+
+@pytest.mark.parametrize("forward", [dual, lambda f: lambda x: jvp(f, (x,), (x.cos(),))[1]])
+def test_a_rank_is_in_forward_mode_as_long_as_it_is(forward):
+    """Ranks leave it one after the other; what follows on one is as on those that wait in it."""
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, x.shape)
+
+    def run(x):
+        tangent = forward(norm)(x)
+        x = x.detach().requires_grad_()
+        (again,) = torch.autograd.grad((norm(x) ** 3).sum(), x)
+        return tangent, again
+
+    def main():
+        x = st.distribute_tensor(X, make_mesh((3,)), [Shard(0)], sizes={0: (5, 0, 3)})
+        return [full(y) for y in run(x)]
+
+    for found in simulate(3, main):
+        torch.testing.assert_close(found, list(run(X)), rtol=0, atol=1e-9)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -21,6 +23,7 @@ functorch_level = _functorch.maybe_current_level
 # how deep forward mode is, -1 outside of it. Both are no functions of Python: where each op passes,
 # they are asked without `transforming`
 dual_level = functools.partial(getattr, forward_ad, "_current_level")
+set_dual_level = functools.partial(setattr, forward_ad, "_current_level")
 
 # inside, ops are those of no torch.func transform
 outside_levels = torch._C._DisableFuncTorch
@@ -137,20 +140,27 @@ def lift_transforms(
 def shared_dual_level() -> Iterator[None]:
     """Threads that take turns may be in forward mode at a time: the last one to leave ends it.
 
-    Torch has one level of dual tensors in a process, and forgets all tangents at its end.
+    Torch has one level of dual tensors in a process, and forgets all tangents at its end. Whether
+    it is there for a thread, `set_dual_level` says when its turn comes.
     """
     enter, leave = forward_ad.enter_dual_level, forward_ad.exit_dual_level
     nesting = eager_transforms.jvp_increment_nesting
-    inside = [0]
+    inside = Counter[int]()
 
     def entered() -> int:
-        inside[0] += 1
-        return enter() if inside[0] == 1 else forward_ad._current_level
+        inside[threading.get_ident()] += 1
+        if inside.total() == 1:
+            return enter()
+        set_dual_level(0)
+        return 0
 
     def left(*, level: int | None = None) -> None:
-        inside[0] -= 1
-        if not inside[0]:
+        me = threading.get_ident()
+        inside[me] -= 1
+        if not inside.total():
             leave()
+        elif not inside[me]:
+            set_dual_level(-1)
 
     @contextmanager
     def nested() -> Iterator[int]:
@@ -168,5 +178,6 @@ def shared_dual_level() -> Iterator[None]:
     finally:
         forward_ad.enter_dual_level, forward_ad.exit_dual_level = enter, leave
         eager_transforms.jvp_increment_nesting = nesting
-        if inside[0]:
+        if inside.total():
+            set_dual_level(0)
             leave()

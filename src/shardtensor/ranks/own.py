@@ -14,6 +14,7 @@ from torch.backends import cuda, cudnn, mkldnn
 
 from .._torch.attention import sdp_priority, set_sdp_priority
 from .._torch.modules import cache_weights, cached_weights
+from .._torch.transforms import dual_level, set_dual_level
 
 
 def _older(read: Callable[[], Any], put: Callable[[Any], Any]) -> Any:
@@ -45,6 +46,7 @@ _PRECISIONS = (
 # what a `with` or a call switches for the whole process: how it is read, and set
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
+    (dual_level, set_dual_level),
     (
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
         lambda x: torch.autograd.set_detect_anomaly(*x),
