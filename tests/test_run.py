@@ -11,6 +11,7 @@ import yaml
 from forked import Program
 
 import shardtensor as st
+from shardtensor import cli
 from shardtensor.cli.run import _count, _is_of_an_end, run
 from shardtensor.train.launch import _asked
 
@@ -148,3 +149,13 @@ def test_scripts_of_the_docs_parse():
     mesh = dict(part.split("=") for part in env["SHARDTENSOR_MESH"].split(","))
     assert int(mesh["data"]) * int(mesh["domain"]) == 8 * pods["completions"]
     subprocess.run(["bash", "-n", folder / "slurm.sh"], check=True)
+
+
+def test_a_command_that_is_interrupted_while_it_is_imported(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130

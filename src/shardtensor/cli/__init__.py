@@ -37,11 +37,13 @@ def main() -> None:
     ) -> None:
         """Domain parallelism: know before you run."""
 
-    for name in COMMANDS:
-        module = import_module(f".{name}", __package__)
-        app.command(name, **getattr(module, "SETTINGS", {}))(getattr(module, name))
     try:
+        for name in COMMANDS:
+            module = import_module(f".{name}", __package__)
+            app.command(name, **getattr(module, "SETTINGS", {}))(getattr(module, name))
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         print(f"shardtensor: {e}", file=sys.stderr)
         sys.exit(2)
