@@ -112,8 +112,8 @@ def read(
     Differentiable. Sharded where the index is, else over the ranks that hold x's rows; an index of
     fewer entries than ranks gives a result that each of them has. negative: whether entries may
     count from the end; None: all are known to be right. op: the name in errors. IndexError, or
-    torch's RuntimeError, on all ranks where an entry is out of bounds. Sends each row that a rank
-    needs of another once.
+    torch's RuntimeError, where an entry is out of bounds: on all ranks if x's rows are cut, else on
+    those that have the entry. Sends each row that a rank needs of another once.
     """
     mesh = mesh_of(x, index)
     (rows, *rest), own = dims_of(x), dims_of(index)
