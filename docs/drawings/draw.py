@@ -153,6 +153,7 @@ PACKAGES = {
     "caller": "the user's\nline",
     "cache": "what pure\nfunctions gave",
     "containers": "batches\nof any make",
+    "locks": "of files",
     "cuts": "sizes of shards",
     "later": "modules imported\nwhen used",
     "page": "of a result",
