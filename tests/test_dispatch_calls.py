@@ -81,7 +81,9 @@ def count(monkeypatch, nothing_before, plain_transport):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_is_few_calls_of_python_on_any_number_of_ranks(name, count):
+def test_a_call_is_few_calls_of_python_on_any_number_of_ranks(name, count, request):
+    if "both ways" in name and request.config.getoption("--backward-apart"):
+        pytest.skip("calls of one thread are counted, and here backward has its own")
     call, most = CALLS[name]
     found = [count(call, ranks) for ranks in (8, 64)]
     assert max(found) <= most, found

@@ -299,6 +299,8 @@ def _written(
         folder.rename(path)
         _settle(path.parent)
         _prune(path.parent, keep)
+        # before others see the folder complete
+        partial.let_go(path)
 
     _decide(named, group)
 
