@@ -60,8 +60,9 @@ CALLS = {
     "x[:, 1:3]": (lambda x: x[:, 1:3], VIEW + 2),
     "x[..., None]": (lambda x: x[..., None], VIEW + 1),
     "an MLP, both ways": (mlp, 189),
-    # one of them asks whether CUDA's own kernels serve, which tests of those kernels replace
-    "batch norm, both ways": (batch_norm, 134),
+    # one of them asks whether CUDA's own kernels serve, which tests of those kernels replace, and
+    # one, of a gradient that does not lie as the input does, how it lies
+    "batch norm, both ways": (batch_norm, 135),
 }
 
 

@@ -287,6 +287,32 @@ def test_gradient_of_images_that_lie_in_two_ways(name):
         T.hold(tokens, [last], [T.shard(0, cut)], (2,))
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0, 0)])
+def test_gradient_of_one_row_that_lies_in_two_ways(sizes, form):
+    """In which torch's own gradient is wrong, but for that of a sequence."""
+    image = torch.randn(1, 2, 3, 1, dtype=D).contiguous(memory_format=form)
+    by = torch.randn(3, 2, dtype=D)
+
+    def gradient(x, norm):
+        y = norm(x).sum(0)
+        (y.permute(1, 2, 0)[:, 0] * by).sum().backward()
+        return x.grad
+
+    def of_images(x):
+        return F.batch_norm(x, None, None, training=True)
+
+    want = gradient(image.clone().requires_grad_(), lambda x: of_images(x.flatten(2)).view(x.shape))
+
+    def run():
+        x = st.distribute_tensor(
+            image, make_mesh((len(sizes),)), [Shard(0)], src_data_rank=None, sizes={0: sizes}
+        )
+        T.same(gradient(x.requires_grad_(), of_images), want, "gradient")
+
+    st.simulate(len(sizes), run)
+
+
 def test_group_norm_of_a_group_that_is_not_a_number():
     """A rank without samples adds nothing to the gradient of other groups' weights."""
     x = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

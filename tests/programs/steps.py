@@ -121,8 +121,14 @@ def normed(draw: Any, x: Tensor, program: Program) -> Any:
         return name, lambda x, args: F.group_norm(x, 1, eps=0.1)
     if x.numel() // x.shape[1] < 2:
         return None
-    # contiguous: torch 2.13 on a CPU gives a wrong gradient of a transposed input
-    return name, lambda x, args: F.batch_norm(x.contiguous(), None, None, training=True, eps=0.1)
+
+    def norm(x, args):
+        # torch 2.13 on a CPU gives a wrong gradient of a transposed input, and where a gradient of
+        # one row may seem to lie in two ways
+        flat = x.flatten(2) if 1 in x.shape else x.contiguous()
+        return F.batch_norm(flat, None, None, training=True, eps=0.1).view(x.shape)
+
+    return name, norm
 
 
 @maker

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch
-from ...comm.formats import memory_format
+from ...comm.formats import FORMATS, memory_format
 
 # of norms that are told it before their operands: a number of groups, the dims
 _LED: dict[Callable[..., Tensor], tuple[Any, ...]] = {
@@ -28,6 +28,15 @@ def of_images(norm: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         return norm(x, *others)
     y = norm(x.flatten(2), *others).view(x.shape)
     return y.contiguous(memory_format=memory_format(x))
+
+
+def lying_as(rows: Tensor, g: Tensor) -> Tensor:
+    """g, which torch 2.13 misreads on CPUs where one has the channels last and one first."""
+    first = rows.is_contiguous()
+    form = FORMATS.get(rows.ndim)
+    if form is None or not (g if first else rows).is_contiguous(memory_format=form):
+        return g
+    return g.contiguous(memory_format=torch.contiguous_format if first else form)
 
 
 def hold_dtypes(op: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:

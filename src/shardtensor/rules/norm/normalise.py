@@ -23,6 +23,7 @@ from ..._torch import Function, kernels, probe
 from ...cache import cached
 from ...comm.constants import constant
 from .affine import affine, alike, far
+from .checks import lying_as
 from .moments import GATHERED, Counts, accumulated, normalised, squares, statistics
 from .numbers import (
     Blocks,
@@ -255,6 +256,7 @@ def _sums(
     parts: list[Numbers]
     if rows.numel():
         center, scale, one = kernel or tensors(rows, rows.shape[1], mean, slope, 1.0)
+        g = g if rows.is_contiguous() is g.is_contiguous() else lying_as(rows, g)
         # CUDA's kernel gives these gradients in the form of the weight, which it must have
         _, along, total = kernels.batch_norm_backward(
             g, rows, one, None, None, center, scale, True, 0.0, [False, True, True]
